@@ -1,0 +1,138 @@
+"""The catalogue: models/*.toml as Structs, and how the names that clients write find a model, a voice, a language.
+
+It says what could be spoken with; whether a model's weights are there is the GPU worker's to know.
+"""
+
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+CATALOG_DIR: Final = Path(__file__).resolve().parent.parent / "models"
+"""Where the descriptions that belong to this project lie, one TOML a model."""
+
+OPENAI_VOICES: Final = (
+    "alloy",
+    "ash",
+    "ballad",
+    "coral",
+    "echo",
+    "fable",
+    "nova",
+    "onyx",
+    "sage",
+    "shimmer",
+    "verse",
+    "marin",
+    "cedar",
+)
+"""The voice names of OpenAI's speech API; each model maps every one of them to a voice of its own."""
+
+
+class CatalogError(Exception):
+    """A description in models/ cannot be read; the message names the file."""
+
+
+class Voice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A preset voice. `id` is what the engine calls it; `language` is its native one."""
+
+    id: str
+    name: str
+    language: str
+    description: str = ""
+
+
+class Language(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A language a model speaks: its name in lower case, and the codes that clients write for it."""
+
+    name: str
+    codes: list[str]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model, as its TOML describes it.
+
+    `id` is what clients call it; `hf_id` is its Hugging Face repository ("" where it has none).
+    `size` is "small" or "large" within a family of models, "" where there are no sizes.
+    `instructions`: whether it follows style instructions (a voice-design model needs a description instead).
+    `sampling`: whether seeds, temperatures and the like mean anything to it.
+    `estimated_bytes` is what it takes on the device before anything was measured.
+    """
+
+    id: str
+    name: str
+    engine: Literal["espeak", "qwen"]
+    task: Literal["CustomVoice", "VoiceDesign", "Base"]
+    owned_by: str
+    created: int
+    languages: list[Language]
+    estimated_bytes: int
+    hf_id: str = ""
+    aliases: list[str] = []
+    size: Literal["", "small", "large"] = ""
+    instructions: bool = False
+    sampling: bool = False
+    voices: list[Voice] = []
+    openai_voices: dict[str, str] = {}
+
+    def answers_to(self, name: str) -> bool:
+        """Whether `name` (case aside) is this model's id, Hugging Face id or one of its aliases."""
+        wanted = name.casefold()
+        return any(wanted == known.casefold() for known in (self.id, self.hf_id, *self.aliases) if known)
+
+    def voice(self, name: str) -> Voice | None:
+        """The preset voice that `name` means (case aside): by id, by name, or by OpenAI's name for it."""
+        wanted = name.casefold()
+        for voice in self.voices:
+            if wanted in (voice.id.casefold(), voice.name.casefold()):
+                return voice
+        mapped = self.openai_voices.get(wanted)
+        return next((voice for voice in self.voices if voice.id == mapped), None)
+
+    def language(self, name: str) -> str | None:
+        """The model's own name of the language that `name` means ("English", "en", "en-US"); None if it has none.
+
+        A code with a region finds the language without it, where the region itself is not listed.
+        """
+        wanted = name.casefold().replace("_", "-").strip()
+        base = wanted.split("-")[0]
+        for spelling in (wanted, base) if base != wanted and len(base) in {2, 3} else (wanted,):
+            for language in self.languages:
+                if spelling == language.name.replace("_", "-") or spelling in (
+                    code.casefold() for code in language.codes
+                ):
+                    return language.name
+        return None
+
+
+def load_catalog(directory: Path = CATALOG_DIR) -> list[ModelSpec]:
+    """Every model described in `directory`, by id; CatalogError names the file and what is wrong in it."""
+    specs: list[ModelSpec] = []
+    for path in sorted(directory.glob("*.toml")):
+        try:
+            spec = msgspec.toml.decode(path.read_bytes(), type=ModelSpec)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise CatalogError(f"{path}: {error}") from error
+        if problem := _problem_of(spec, specs):
+            raise CatalogError(f"{path}: {problem}")
+        specs.append(spec)
+    if not specs:
+        raise CatalogError(f"{directory}: no model is described there (*.toml)")
+    return specs
+
+
+def _problem_of(spec: ModelSpec, others: list[ModelSpec]) -> str | None:
+    for other in others:
+        for name in (spec.id, spec.hf_id, *spec.aliases):
+            if name and other.answers_to(name):
+                return f"{name!r} already names {other.id}"
+    if spec.task == "CustomVoice" and not spec.voices:
+        return "a CustomVoice model needs voices"
+    known = {voice.id for voice in spec.voices}
+    strangers = sorted(set(spec.openai_voices.values()) - known)
+    if strangers:
+        return f"openai_voices names voices that the model lacks: {', '.join(strangers)}"
+    missing = [name for name in OPENAI_VOICES if name not in spec.openai_voices]
+    if spec.voices and missing:
+        return f"openai_voices leaves out {', '.join(missing)}"
+    return None

@@ -1,0 +1,29 @@
+"""Sample and frame arithmetic of the one PCM layout that crosses the socket: 24 kHz, mono, int16 little-endian."""
+
+from typing import Final
+
+SAMPLE_RATE: Final = 24_000
+"""Samples a second."""
+
+BYTES_PER_SAMPLE: Final = 2
+
+FRAME_SAMPLES: Final = 1_920
+"""Samples of one Qwen3-TTS frame: 80 ms, 12.5 frames a second."""
+
+
+def samples_of(data: bytes | memoryview) -> int:
+    """How many samples `data` holds; ValueError where it ends inside one."""
+    samples, rest = divmod(len(data), BYTES_PER_SAMPLE)
+    if rest:
+        raise ValueError(f"{len(data)} bytes of 16-bit PCM end inside a sample")
+    return samples
+
+
+def seconds_of(data: bytes | memoryview) -> float:
+    """How long `data` sounds, in seconds."""
+    return samples_of(data) / SAMPLE_RATE
+
+
+def bytes_for(seconds: float) -> int:
+    """How many bytes `seconds` of sound take, to the nearest sample."""
+    return round(seconds * SAMPLE_RATE) * BYTES_PER_SAMPLE

@@ -1,0 +1,185 @@
+"""The settings: TTS_* variables -> one frozen Struct, checked once, every mistake named at once.
+
+Each field's annotation carries its limits; the variable is TTS_ and the field's name (without a unit's suffix).
+Both processes read the same variables, so the web side and the worker can be configured from one file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from shared.sockets import AddressError, ipc_path
+
+PREFIX: Final = "TTS_"
+
+Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
+Megabytes = Annotated[int, Meta(ge=1, le=100_000_000)]
+
+
+class SettingsError(Exception):
+    """One or more settings are wrong; the message names every one of them."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("wrong settings:\n" + "\n".join(f"  {problem}" for problem in problems))
+        self.problems = problems
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be set. The secrets among them never leave this Struct: see `public`."""
+
+    # the web side
+    host: Annotated[str, Meta(min_length=1, max_length=255)] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8000
+    web_workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    worker_url: str | None = None
+    worker_token: Annotated[str, Meta(max_length=256)] = ""
+    api_title: Annotated[str, Meta(min_length=1, max_length=100)] = "Qwen3-TTS server"
+    api_keys: list[str] = []
+    admin_keys: list[str] = []
+    cors_origins: list[str] = []
+    max_input_chars: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
+    max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
+    allow_ref_urls: bool = False
+
+    # the worker's queue
+    max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    stall_timeout_s: Seconds = 300.0
+    drain_timeout_s: Seconds = 30.0
+
+    # models
+    default_device: Literal["auto", "cuda", "cpu"] = "auto"
+    default_model: Annotated[str, Meta(min_length=1, max_length=200)] = "auto"
+    default_model_size: Literal["large", "small"] = "large"
+    attention_backend: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    models_dir: Path = Path("models")
+    model_paths: dict[str, Path] = {}
+    allow_download: bool = False
+    voices_dir: Path = Path("models/voices")
+    max_voices: Annotated[int, Meta(ge=0, le=100_000)] = 1000
+    reference_cache_mb: Megabytes = 256
+    sentence_pause_ms: Annotated[int, Meta(ge=0, le=5_000)] = 150
+
+    # residency
+    preload: list[str] = []
+    idle_timeout_s: Seconds = 300.0
+    host_idle_timeout_s: Seconds = 3600.0
+    cleanup_interval_s: Seconds = 30.0
+    cleanup_enabled: bool = True
+    vram_budget_mb: Megabytes | None = None
+    host_budget_mb: Megabytes | None = None
+
+    # logging
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    def public(self) -> dict[str, Any]:
+        """The settings in force as plain JSON values, keys and tokens left out."""
+        shown: dict[str, Any] = {}
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if name in _SECRET:
+                continue
+            shown[name.removesuffix("_s")] = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
+        shown["default_model_size"] = SIZE_NAMES[self.default_model_size]
+        return shown
+
+
+SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
+"""The published names of the two sizes, as they are reported."""
+
+_SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
+_SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}
+_LOWERED: Final = {"default_device", "default_model_size", "attention_backend", "dtype", "log_level", "log_format"}
+_TRUE: Final = {"1", "true", "yes", "on"}
+_FALSE: Final = {"0", "false", "no", "off"}
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings that the TTS_* variables of `environ` ask for; an empty one counts as not set.
+
+    Raises SettingsError naming every wrong value and every TTS_* variable that is none of ours.
+    """
+    fields = {variable_of(field.name): field for field in msgspec.structs.fields(Settings)}
+    given = {name: text.strip() for name, text in environ.items() if name.startswith(PREFIX) and text.strip()}
+    problems = [f"{name}: there is no such setting" for name in sorted(given.keys() - fields.keys())]
+    values: dict[str, Any] = {}
+    for name in sorted(given.keys() & fields.keys()):
+        field = fields[name]
+        try:
+            values[field.name] = _value(field.name, field.type, given[name])
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    settings = Settings(**values)
+    problems += _contradictions(settings)
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def variable_of(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.removesuffix("_s").upper()
+
+
+def _value(name: str, kind: Any, text: str) -> Any:
+    """`text` as the field's type; ValueError says what is wrong with it, without repeating a secret."""
+    if name in _LOWERED:
+        text = text.lower()
+        text = _SIZE_SPELLINGS.get(text, text) if name == "default_model_size" else text
+    raw: Any = text
+    if kind is bool:
+        if text.lower() not in _TRUE | _FALSE:
+            raise ValueError(f"true or false is expected, not {text!r}")
+        raw = text.lower() in _TRUE
+    elif get_origin(kind) is list:
+        raw = [part.strip() for part in text.split(",") if part.strip()]
+    elif get_origin(kind) is dict:
+        raw = _pairs(text)
+    try:
+        return msgspec.convert(raw, kind, strict=False, dec_hook=_path)
+    except msgspec.ValidationError as error:
+        shown = "" if name in _SECRET else f", not {text!r}"
+        allowed = _allowed(kind)
+        if allowed:
+            raise ValueError(f"one of {', '.join(allowed)} is expected{shown}") from None
+        raise ValueError(f"{str(error)[:1].lower()}{str(error)[1:]}{shown}") from None
+
+
+def _allowed(kind: Any) -> list[str]:
+    return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = {}
+    for part in text.split(","):
+        name, separator, path = part.partition("=")
+        if not separator or not name.strip() or not path.strip():
+            raise ValueError(f"model=path, separated by commas, is expected, not {part.strip()!r}")
+        pairs[name.strip()] = path.strip()
+    return pairs
+
+
+def _path(_kind: type, value: Any) -> Path:
+    """The one type of a setting that msgspec leaves to us."""
+    return Path(value).expanduser()
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    problems = []
+    if settings.worker_url is not None:
+        try:
+            ipc_path(settings.worker_url)
+        except AddressError as error:
+            problems.append(f"{variable_of('worker_url')}: {error}")
+    for name in ("api_keys", "admin_keys"):
+        if any(not key.isascii() or not key.isprintable() or " " in key for key in getattr(settings, name)):
+            problems.append(f"{variable_of(name)}: a key is printable ASCII without spaces")
+    for origin in settings.cors_origins:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            problems.append(f"{variable_of('cors_origins')}: an origin begins with http:// or https://, not {origin!r}")
+    return problems

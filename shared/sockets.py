@@ -1,0 +1,108 @@
+"""Every ZeroMQ option of the project, in one place.
+
+One ROUTER is bound by the GPU worker; one DEALER a web process connects to it, over ipc:// inside a private directory.
+Heartbeats find a stopped or unreachable peer in 1.5 s; they do not find a thread that holds the interpreter's lock,
+which is why the synthesis loop itself answers pings.
+"""
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any, Final
+
+import zmq
+
+HEARTBEAT_INTERVAL_MS: Final = 500
+HEARTBEAT_TIMEOUT_MS: Final = 1_000
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+"""No message of ours comes near it: the largest is a 60 s recording, 2.9 MB."""
+
+_IPC_PREFIX: Final = "ipc://"
+_MAX_IPC_PATH: Final = 107
+"""What the kernel allows for a Unix socket's path, in bytes."""
+
+
+class AddressError(Exception):
+    """The worker's address cannot be used; the message says why and what to do."""
+
+
+class AlreadyRunningError(AddressError):
+    """Another GPU worker already serves this address."""
+
+
+def ipc_path(url: str) -> Path:
+    """The file behind an ipc:// URL; AddressError where it cannot be one."""
+    if not url.startswith(_IPC_PREFIX) or url.startswith(_IPC_PREFIX + "@"):
+        raise AddressError(f"{url!r}: the GPU worker is reached over ipc:///absolute/path only")
+    path = Path(url.removeprefix(_IPC_PREFIX))
+    if not path.is_absolute():
+        raise AddressError(f"{url!r}: the path after ipc:// must be absolute")
+    if len(os.fsencode(path)) > _MAX_IPC_PATH:
+        raise AddressError(f"{url!r}: the path is longer than the {_MAX_IPC_PATH} bytes that a Unix socket may have")
+    return path
+
+
+def claim(url: str) -> IO[bytes]:
+    """Take the address for this process: its directory private (0700), its lock held until the file is closed.
+
+    A second bind on an ipc path would succeed and silently steal it, so the lock is what makes the worker the only one.
+    Raises AlreadyRunningError where another holds it, AddressError where the directory is not ours alone.
+    """
+    path = ipc_path(url)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.parent.stat()
+        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+            raise AddressError(f"{path.parent}: this directory must belong to the worker's user with mode 0700")
+        lock = path.with_name(path.name + ".lock").open("ab")
+    except OSError as error:
+        raise AddressError(f"{path.parent}: {error.strerror or error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise AlreadyRunningError(f"{url}: another GPU worker is already serving there") from None
+    return lock
+
+
+def bind_router(context: zmq.Context[Any], url: str) -> zmq.Socket[bytes]:
+    """The worker's end. The caller has claimed the address.
+
+    ROUTER_MANDATORY makes a send to a web worker that is gone an error (EHOSTUNREACH) instead of a silent loss.
+    """
+    router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    _set_common(router)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    try:
+        router.bind(url)
+    except zmq.ZMQError:
+        router.close()  # a socket left open would keep its context from ever ending
+        raise
+    return router
+
+
+def connect_dealer(context: Any, url: str) -> Any:
+    """A web worker's end; `context` decides whether it is an asyncio socket.
+
+    IMMEDIATE makes a send without a living worker fail at once (zmq.Again) instead of queueing for one.
+    """
+    dealer = context.socket(zmq.DEALER)
+    _set_common(dealer)
+    dealer.setsockopt(zmq.IMMEDIATE, 1)
+    dealer.setsockopt(zmq.RECONNECT_IVL, 50)
+    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+    dealer.setsockopt(zmq.HANDSHAKE_IVL, 2_000)
+    dealer.connect(url)
+    return dealer
+
+
+def _set_common(socket: Any) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    # Credits, the bounded queue and single pings bound what is under way;
+    # a high-water mark would drop or block instead.
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
