@@ -1,0 +1,1 @@
+"""The GPU worker: model residency and synthesis. No HTTP, no audio containers."""

@@ -1,0 +1,116 @@
+"""Attention kernels behind one small interface: eager, SDPA or FlashAttention 2.
+
+It owns the choice of backend and its arithmetic, not the caches it reads.
+"""
+
+import importlib
+from typing import Any, Final, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpu_worker.engines.base import JobError
+
+Backend = Literal["eager", "sdpa", "flash_attention_2"]
+BACKENDS: Final = ("eager", "sdpa", "flash_attention_2")
+
+
+class Attention(Protocol):
+    """Causal attention of new tokens, and of one token a row over a cache."""
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
+        ...
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+        """One query a row over its row's first `lengths` cached tokens (int64 [rows]), or over all of them if None.
+
+        [rows, heads, dim] over [rows, kv_heads, tokens, dim], strided as it likes -> [rows, heads * dim].
+        """
+        ...
+
+
+class Eager:
+    """The official eager path: scores, float32 softmax, sum; each step a kernel of its own."""
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See Attention."""
+        tokens, groups = query.shape[1], query.shape[2] // key.shape[2]
+        key, value = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (key, value))
+        future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
+        scores = torch.matmul(query.transpose(1, 2), key.transpose(2, 3)) * query.shape[-1] ** -0.5
+        weights = functional.softmax(scores.masked_fill(future, float("-inf")), dim=-1, dtype=torch.float32)
+        return torch.matmul(weights.to(query.dtype), value).transpose(1, 2)
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+        """See Attention."""
+        rows, kv_heads, tokens, dim = key.shape
+        scores = torch.matmul(query.reshape(rows, kv_heads, -1, dim), key.transpose(2, 3)) * dim**-0.5
+        if lengths is not None:
+            beyond = torch.arange(tokens, device=query.device) >= lengths[:, None]
+            scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
+        weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return torch.matmul(weights, value).reshape(rows, -1)
+
+
+class Sdpa:
+    """torch's fused kernels; the query heads of a KV head go in as if they were tokens, so no head is repeated."""
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See Attention."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+        """See Attention."""
+        rows, kv_heads, tokens, dim = key.shape
+        mask = None
+        if lengths is not None:
+            mask = (torch.arange(tokens, device=query.device) < lengths[:, None])[:, None, None]
+        query = query.reshape(rows, kv_heads, -1, dim)
+        return functional.scaled_dot_product_attention(query, key, value, mask).reshape(rows, -1)
+
+
+class Flash:
+    """FlashAttention 2: reads each row's true length from the cache, without a mask. CUDA, bfloat16 or float16."""
+
+    def __init__(self, package: Any) -> None:
+        self._package = package
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See Attention."""
+        return self._package.flash_attn_func(query, key, value, causal=True)
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+        """See Attention."""
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        seqlens = key.shape[1] if lengths is None else lengths.to(torch.int32)
+        out = self._package.flash_attn_with_kvcache(query[:, None], key, value, cache_seqlens=seqlens)
+        return out.flatten(1)
+
+
+def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The backend asked for.
+
+    Raises:
+        JobError: `model_unavailable` where it cannot run here; another one is never taken in its place.
+    """
+    if backend == "eager":
+        return Eager()
+    if backend == "sdpa":
+        return Sdpa()
+    if backend != "flash_attention_2":
+        raise JobError("model_unavailable", f"no attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise JobError(
+            "model_unavailable",
+            f"flash_attention_2 needs CUDA and bfloat16 or float16, not {device.type} and {dtype}; use sdpa",
+        )
+    try:
+        package = importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise JobError("model_unavailable", "flash_attention_2 needs the flash-attn package; use sdpa") from error
+    return Flash(package)

@@ -1,0 +1,320 @@
+"""The Qwen3-TTS engine: `step` makes one 80 ms frame for every job, and hands out what became audible.
+
+It owns slots and the order of things within a step.
+The arithmetic is the Generator's and the codec's, how they run is the Executor's, what a job is the Planner's.
+
+A step on CUDA runs one frame ahead of what the host knows: it starts frame n + 1 before it reads frame n's codes,
+so the device never waits for Python. The frame begun past a job's end is thrown away.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import Final
+
+import msgspec
+import numpy as np
+import torch
+
+from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
+from gpu_worker.engines.qwen.executor import Entry, Executor
+from gpu_worker.engines.qwen.planner import Planner
+from gpu_worker.engines.qwen.prompt import PromptBuilder, Voice
+from gpu_worker.engines.qwen.readback import Readback
+from gpu_worker.engines.qwen.references import References
+from gpu_worker.engines.qwen.residence import Residence
+from gpu_worker.engines.qwen.sampling import uniforms
+from gpu_worker.engines.qwen.speaking import Speaking
+from gpu_worker.engines.qwen.state import State
+from gpu_worker.engines.qwen.vocoder import Vocoder
+from gpu_worker.faults import is_broken_device
+from gpu_worker.memory import is_out_of_memory
+from shared.pcm import FRAME_SAMPLES, bytes_for
+
+PREFILL_TOKENS: Final = 1024
+"""Prompt tokens read in one step, at least one prompt: newcomers must not make the others stutter."""
+
+DELIVERIES_BEHIND: Final = 2
+"""Decoder calls that may be under way when a step returns, on CUDA."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """Who took part in a frame, and with which of its utterances."""
+
+    members: list[tuple[Speaking, int]]
+
+
+class Closing(msgspec.Struct, frozen=True):
+    """An utterance's PCM is complete; `final`: and so is the job's."""
+
+    speaking: Speaking
+    final: bool
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is assembled from."""
+
+    state: State
+    executor: Executor
+    prompts: PromptBuilder
+    planner: Planner
+    vocoder: Vocoder
+    references: References
+    residence: Residence
+
+
+class QwenEngine:
+    """See gpu_worker.engines.base.Engine."""
+
+    def __init__(self, parts: Parts, *, slots: int, pause_s: float, cuda: bool) -> None:
+        """`pause_s`: silence between the utterances of a job."""
+        self._parts = parts
+        self._end = parts.state.codes
+        self._pause = bytes(bytes_for(pause_s))
+        self._cuda = cuda
+        self._free = list(range(slots))
+        self._jobs: dict[str, Speaking] = {}
+        self._active: set[int] = set()
+        self._made: list[Speaking] | None = None
+        self._frames: deque[Readback[Frame]] = deque()
+        self._deliveries: deque[Readback[list[Speaking]] | Closing] = deque()
+
+    def capacity(self) -> int:
+        """See Engine."""
+        return len(self._free)
+
+    def admit(self, job: Job) -> None:
+        """See Engine."""
+        plan = self._parts.planner.plan(job)
+        reference = None if job.reference is None else self._parts.references.request(job.reference)
+        speaking = Speaking(job, min(self._free), plan, reference)
+        if reference is None:
+            with torch.inference_mode():
+                self._begin(speaking)
+        self._free.remove(speaking.slot)
+        self._jobs[job.id] = speaking
+
+    def runnable(self, stalled: Collection[str]) -> bool:
+        """See Engine."""
+        if self._frames or self._deliveries:
+            return True
+        return any(
+            speaking.prompt is not None
+            or speaking.launchable
+            or speaking.due
+            or (speaking.ended and (speaking.speaks or _arrived(speaking)))
+            for speaking in self._jobs.values()
+            if speaking.job.id not in stalled
+        )
+
+    def step(self, stalled: Collection[str]) -> list[Event]:
+        """See Engine. Whatever raises here can be repeated: each part is finished, or as if never begun."""
+        events: list[Event] = []
+        jobs = [speaking for speaking in self._jobs.values() if speaking.job.id not in stalled]
+        with torch.inference_mode():
+            self._take_references(jobs, events)
+            self._read_prompts(jobs)
+            self._decode_due()
+            launched = self._launch([speaking for speaking in jobs if speaking.launchable])
+            while len(self._frames) > (1 if self._cuda and launched else 0):
+                self._land(self._frames[0])
+                self._frames.popleft()
+            self._decode_due()
+            self._deliver(events, behind=DELIVERIES_BEHIND if launched else 0)
+        return events
+
+    def cancel(self, job_id: str) -> None:
+        """See Engine."""
+        speaking = self._jobs.get(job_id)
+        if speaking is not None:
+            self._release(speaking)
+
+    def offload(self) -> None:
+        """See Engine."""
+        self._settle()
+        self._parts.executor.release()
+        self._parts.vocoder.release()
+        self._parts.prompts.forget()
+        self._parts.references.clear()
+        self._parts.residence.offload()
+
+    def restore(self) -> None:
+        """See Engine."""
+        with torch.inference_mode():
+            self._parts.residence.restore()
+            self._active.clear()
+            self._parts.executor.prepare()
+            self._parts.vocoder.prepare()
+
+    def close(self) -> None:
+        """See Engine."""
+        for speaking in list(self._jobs.values()):
+            self._release(speaking)
+        self._settle()
+        self._parts.references.close()
+        self._parts.executor.release()
+        self._parts.vocoder.release()
+        self._parts.prompts.forget()
+        self._parts.residence.close()
+
+    def memory(self) -> Memory:
+        """See Engine."""
+        return self._parts.residence.memory(references=self._parts.references.bytes)
+
+    def _settle(self) -> None:
+        """Forget what was begun for jobs since gone; when this returns the device works on none of it."""
+        self._made = None
+        self._frames.clear()
+        self._deliveries.clear()
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def _take_references(self, jobs: Iterable[Speaking], events: list[Event]) -> None:
+        """Jobs whose recording is encoded begin; where that failed, they end, unless the device itself is broken."""
+        for speaking in jobs:
+            if speaking.utterance >= 0 or not _arrived(speaking) or speaking.reference is None:
+                continue
+            try:
+                error = speaking.reference.exception()
+                if isinstance(error, Exception) and not is_broken_device(error):
+                    raise error if isinstance(error, JobError) else _not_encoded(error)
+                speaking.encoded = speaking.reference.result()
+                self._begin(speaking)
+            except JobError as error:
+                self._release(speaking)
+                events.append(Fault(speaking.job.id, error))
+
+    def _begin(self, speaking: Speaking) -> None:
+        """Make the next utterance's prompt."""
+        encoded = speaking.encoded
+        voice = Voice(name=speaking.job.voice)
+        if encoded is not None and speaking.job.reference is not None:
+            voice = Voice(
+                embedding=encoded.embedding, codes=encoded.codes, transcript=speaking.job.reference.text or ""
+            )
+        speaking.begin(*self._parts.planner.prompt(speaking.job, speaking.plan, speaking.texts[0], voice))
+
+    def _read_prompts(self, jobs: Iterable[Speaking]) -> None:
+        tokens = 0
+        chosen: list[Speaking] = []
+        for speaking in jobs:
+            if speaking.prompt is None or (chosen and tokens + speaking.length > PREFILL_TOKENS):
+                continue
+            tokens += speaking.length
+            chosen.append(speaking)
+        entries = []
+        for speaking in chosen:
+            if speaking.prompt is None:
+                continue
+            plan = speaking.plan
+            randomness = uniforms(plan.seed, speaking.utterance, speaking.cap, self._parts.state.ring.shape[2])
+            self._parts.state.write(
+                speaking.slot, speaking.prompt, self._parts.prompts.padding(), plan.choice, randomness
+            )
+            self._parts.vocoder.begin(speaking.slot, speaking.encoded.primed if speaking.encoded else None)
+            entries.append(Entry(speaking.slot, speaking.prompt, plan.choice.wide))
+        if entries:
+            self._parts.executor.prefill(entries)
+        for speaking in chosen:
+            speaking.start()
+
+    def _launch(self, members: list[Speaking]) -> bool:
+        """Begin a frame for `members`; whether there was one."""
+        if self._made is None:
+            if not members:
+                return False
+            self._activate({speaking.slot for speaking in members})
+            rows = [(speaking.slot, speaking.length + speaking.launched + 1) for speaking in members]
+            self._parts.vocoder.fence()
+            self._parts.executor.frame(rows, wide=any(speaking.plan.choice.wide for speaking in members))
+            self._made = members
+        # Where memory ran out between the frame and its readback, only the readback is repeated.
+        made = self._made
+        self._frames.append(
+            Readback(self._parts.state.code, Frame([(speaking, speaking.utterance) for speaking in made]))
+        )
+        self._made = None
+        for speaking in made:
+            speaking.launched += 1
+        return True
+
+    def _activate(self, slots: set[int]) -> None:
+        if slots == self._active:
+            return
+        active = self._parts.state.active
+        mask = torch.zeros(active.shape, dtype=torch.bool, pin_memory=self._cuda)
+        mask[sorted(slots)] = True
+        active.copy_(mask, non_blocking=True)
+        self._active = slots
+
+    def _land(self, readback: Readback[Frame]) -> None:
+        """Take note of a frame: what was made is speech, and the code made with it tells whether more follows."""
+        following = readback.wait().tolist()
+        for speaking, utterance in readback.note.members:
+            if speaking.alive and speaking.utterance == utterance and not speaking.ended:
+                speaking.land(last=following[speaking.slot] == self._end)
+
+    def _decode_due(self) -> None:
+        due = [speaking for speaking in self._jobs.values() if speaking.due]
+        for group in self._parts.vocoder.groups(due):
+            self._deliveries.append(self._parts.vocoder.decode(group))
+            for speaking in group:
+                speaking.take_chunk()
+        for speaking in self._jobs.values():
+            if speaking.speaks and speaking.ended and not speaking.pending:
+                speaking.speaks = False
+                self._deliveries.append(Closing(speaking, final=not speaking.texts))
+
+    def _deliver(self, events: list[Event], behind: int) -> None:
+        """Hand out what has arrived, in order; at most `behind` deliveries may stay under way."""
+        while self._deliveries:
+            head = self._deliveries[0]
+            if isinstance(head, Readback):
+                if len(self._deliveries) <= behind and not head.ready():
+                    return
+                pcm = head.wait().numpy()
+                for speaking, samples in zip(head.note, pcm, strict=True):
+                    self._hand_out(speaking, samples, events)
+            elif head.speaking.alive:
+                self._close(head, events)
+            self._deliveries.popleft()
+
+    def _hand_out(self, speaking: Speaking, samples: np.ndarray, events: list[Event]) -> None:
+        if speaking.alive:
+            speaking.hear(samples, FRAME_SAMPLES)
+            events.append(Pcm(speaking.job.id, samples.tobytes()))
+
+    def _close(self, closing: Closing, events: list[Event]) -> None:
+        speaking = closing.speaking
+        if closing.final:
+            self._release(speaking)
+            events.append(Done(speaking.job.id, speaking.reason, speaking.usage))
+            return
+        if self._pause:
+            events.append(Pcm(speaking.job.id, self._pause))
+        try:
+            self._begin(speaking)
+        except JobError as error:
+            self._release(speaking)
+            events.append(Fault(speaking.job.id, error))
+
+    def _release(self, speaking: Speaking) -> None:
+        speaking.alive = False
+        del self._jobs[speaking.job.id]
+        self._free.append(speaking.slot)
+
+
+def _not_encoded(error: Exception) -> JobError:
+    """What a job hears whose recording the encoders failed at: it is alone in that."""
+    if is_out_of_memory(error):
+        return JobError("insufficient_vram", f"memory ran out while ref_audio was encoded: {error}", retry_after_s=5)
+    _log.error("a recording could not be encoded", exc_info=error)
+    return JobError("synthesis_failed", f"ref_audio could not be encoded: {error}", param="ref_audio")
+
+
+def _arrived(speaking: Speaking) -> bool:
+    """Whether the job's recording is encoded, or failed to be."""
+    return speaking.reference is not None and speaking.utterance < 0 and speaking.reference.done()

@@ -1,0 +1,244 @@
+"""Who runs the model's functions: as they are (CPU), or as CUDA graphs captured at load.
+
+It owns batch sizes, padding and captured graphs. It decides nothing about requests,
+and the arithmetic is the Generator's: one code path, two executors.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.qwen.generation import Generator
+from gpu_worker.engines.qwen.prompt import Prompt
+from gpu_worker.engines.qwen.talker import Rows
+
+BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Batch sizes that graphs are captured for."""
+
+REACHES: Final = (256, 512, 1024, 2048, 4096, 8192)
+"""Cache lengths that graphs are captured for: a frame reads at most twice what it needs."""
+
+PROMPTS: Final = (1, 4)
+"""Prompts read together in one captured prefill."""
+
+TOKENS: Final = (16, 32, 64, 128, 256)
+"""Prompt lengths that prefill graphs are captured for; longer ones run uncaptured, at a length of a power of 2."""
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A prompt on its way into a slot."""
+
+    slot: int
+    prompt: Prompt
+    wide: bool
+
+
+class Executor(Protocol):
+    """Runs prefills and frames on the device; returns before they are done where the device allows it."""
+
+    def prefill(self, entries: Sequence[Entry]) -> None:
+        """Read prompts into their slots."""
+        ...
+
+    def frame(self, rows: Rows, *, wide: bool) -> None:
+        """One frame for `rows`: (slot, tokens in its cache once the frame is read)."""
+        ...
+
+    def prepare(self) -> None:
+        """Do now what would make the first frames slow."""
+        ...
+
+    def release(self) -> None:
+        """Forget everything that refers to device memory; `prepare` brings it back."""
+        ...
+
+
+def slots_needed(slots: int, device: torch.device) -> int:
+    """Rows that the state must have for `slots` requests: batches of fixed sizes, and a row for padding, on CUDA."""
+    if device.type == "cuda":
+        return at_least(slots, BATCHES) + 1
+    return slots
+
+
+class EagerExecutor:
+    """Calls the functions as they are. A row's result does not depend on its company: see layers.BATCH_MULTIPLE."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def prefill(self, entries: Sequence[Entry]) -> None:
+        """See Executor. One prompt at a time at its own length: nothing is padded."""
+        for entry in entries:
+            embeds = entry.prompt.embeds
+            device = embeds.device
+            slot, length = (torch.tensor([number], device=device) for number in (entry.slot, len(embeds)))
+            self._generator.prefill(embeds[None], slot, length, wide=entry.wide)
+
+    def frame(self, rows: Rows, *, wide: bool) -> None:
+        """See Executor."""
+        used = max(slot for slot, _ in rows) + 1
+        self._generator.predict(used)
+        self._generator.advance(used, rows, reach=0, wide=wide)
+
+    def prepare(self) -> None:
+        """See Executor."""
+
+    def release(self) -> None:
+        """See Executor."""
+        self._generator.predictor.forget()
+
+
+class Graphs:
+    """Captured functions by key, in one memory pool.
+
+    They are recorded on a stream of their own: graphs recorded on one stream share a cuBLAS workspace,
+    and those of two `Graphs` may run side by side.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def run(self, key: tuple[str, int, int], function: Callable[[], None]) -> None:
+        """Replay what was captured under `key`, or call the function."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            function()
+        else:
+            graph.replay()
+
+    def capture(self, key: tuple[str, int, int], function: Callable[[], None]) -> None:
+        """Run once, so that libraries make their workspaces, then record."""
+        if self._stream is None:
+            # torch deals out 32 streams of each priority in turn. Work runs on those of the other priority:
+            # on a stream that it shared with a recording, it would be recorded instead of done.
+            self._stream = torch.cuda.Stream(priority=-1)
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other models go on speaking in another thread while this one records.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            function()
+        self._graphs[key] = graph
+
+    def clear(self) -> None:
+        """Forget all graphs and their memory."""
+        self._graphs.clear()
+        self._pool = None
+
+
+class GraphExecutor:
+    """Replays graphs by batch size and cache length.
+
+    In float32, the dtype in which a seed promises the same speech in any company, there is one batch size,
+    one cache length, and prompts are read alone: kernels chosen by size round differently.
+    """
+
+    def __init__(self, generator: Generator, slots: int, positions: int) -> None:
+        """`slots`: requests served at once; the row behind the largest batch size is there for padding."""
+        exact = generator.table.dtype == torch.float32
+        largest = at_least(slots, BATCHES)
+        self._generator = generator
+        self._batches = [largest] if exact else [size for size in BATCHES if size <= largest]
+        self._reaches = [positions] if exact else [*(r for r in REACHES if r < positions), positions]
+        self._prompts = [1] if exact else [size for size in PROMPTS if size <= largest]
+        self._tokens = [size for size in TOKENS if size < positions]
+        self._positions = positions
+        self._spare = largest
+        self._graphs = Graphs()
+        self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def prefill(self, entries: Sequence[Entry]) -> None:
+        """See Executor. Prompts of one length bucket go together."""
+        buckets: dict[tuple[int, bool], list[Entry]] = {}
+        for entry in entries:
+            buckets.setdefault((self._token_bucket(len(entry.prompt.embeds)), entry.wide), []).append(entry)
+        for (tokens, wide), group in buckets.items():
+            step = self._prompts[-1]
+            for start in range(0, len(group), step):
+                self._prefill(group[start : start + step], tokens, wide=wide)
+
+    def frame(self, rows: Rows, *, wide: bool) -> None:
+        """See Executor."""
+        used = at_least(max(slot for slot, _ in rows) + 1, self._batches)
+        reach = at_least(max(length for _, length in rows), self._reaches)
+        self._graphs.run(("predict", used, 0), functools.partial(self._generator.predict, used))
+        if wide:  # rare: not worth a second set of graphs
+            self._generator.advance(used, (), reach, wide=True)
+        else:
+            self._graphs.run(
+                ("advance", used, reach), functools.partial(self._generator.advance, used, (), reach, wide=False)
+            )
+
+    def prepare(self) -> None:
+        """Capture every graph, largest first, so that the smaller ones fit into the same memory."""
+        self._generator.state.active.fill_(False)
+        for used in reversed(self._batches):
+            self._graphs.capture(("predict", used, 0), functools.partial(self._generator.predict, used))
+            for reach in reversed(self._reaches):
+                key = ("advance", used, reach)
+                self._graphs.capture(key, functools.partial(self._generator.advance, used, (), reach, wide=False))
+        for prompts in reversed(self._prompts):
+            for tokens in reversed(self._tokens):
+                inputs = self._new_inputs(prompts, tokens)
+                self._inputs[prompts, tokens] = inputs
+                self._graphs.capture(
+                    ("prefill", prompts, tokens), functools.partial(self._generator.prefill, *inputs, wide=False)
+                )
+
+    def release(self) -> None:
+        """See Executor."""
+        self._graphs.clear()
+        self._inputs.clear()
+        self._generator.predictor.forget()
+
+    def _prefill(self, group: Sequence[Entry], tokens: int, *, wide: bool) -> None:
+        prompts = at_least(len(group), self._prompts)
+        captured = self._inputs.get((prompts, tokens))
+        embeds, slots, lengths = captured or self._new_inputs(prompts, tokens)
+        for row, entry in enumerate(group):
+            embeds[row, : len(entry.prompt.embeds)] = entry.prompt.embeds
+        spare = prompts - len(group)
+        slots.copy_(on_device([*(entry.slot for entry in group), *[self._spare] * spare], slots), non_blocking=True)
+        counts = [*(len(entry.prompt.embeds) for entry in group), *[1] * spare]
+        lengths.copy_(on_device(counts, lengths), non_blocking=True)
+        function = functools.partial(self._generator.prefill, embeds, slots, lengths, wide=wide)
+        if captured is None or wide:
+            function()
+        else:
+            self._graphs.run(("prefill", prompts, tokens), function)
+
+    def _new_inputs(self, prompts: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        table = self._generator.table
+        numbers = torch.full((2, prompts), self._spare, dtype=torch.int64, device=table.device)
+        numbers[1] = 1
+        return table.new_zeros(prompts, tokens, table.shape[1]), numbers[0], numbers[1]
+
+    def _token_bucket(self, tokens: int) -> int:
+        for size in self._tokens:
+            if tokens <= size:
+                return size
+        return min(1 << (tokens - 1).bit_length(), self._positions)
+
+
+def at_least(number: int, sizes: Sequence[int]) -> int:
+    """The smallest of ascending sizes that holds `number`."""
+    for size in sizes:
+        if number <= size:
+            return size
+    raise ValueError(f"{number} is more than the largest size, {sizes[-1]}")
+
+
+def on_device(numbers: list[int], like: Tensor) -> Tensor:
+    """Numbers as a tensor of the dtype and device of `like`, without waiting for the device."""
+    return torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)

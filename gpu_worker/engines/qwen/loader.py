@@ -1,0 +1,223 @@
+"""From a checkpoint's directory to an engine that is ready to speak: the only place where the parts are wired.
+
+It owns the choice of dtype and of the number of slots. Importing it imports torch: do so when a model is to be opened.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.attention import Backend, attention
+from gpu_worker.engines.qwen.checkpoint import load_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.config import ModelConfig, TalkerShape
+from gpu_worker.engines.qwen.engine import Parts, QwenEngine
+from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, Executor, GraphExecutor, slots_needed
+from gpu_worker.engines.qwen.generation import TEXTS, Generator
+from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.planner import Planner
+from gpu_worker.engines.qwen.prompt import PromptBuilder
+from gpu_worker.engines.qwen.references import EncodedReference, References
+from gpu_worker.engines.qwen.residence import Residence
+from gpu_worker.engines.qwen.speaker import SpeakerEncoder
+from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK
+from gpu_worker.engines.qwen.vocoder import Vocoder
+from gpu_worker.engines.qwen.weights import read_headers, tensor_files
+
+CPU_SLOTS: Final = 8
+MOST_SLOTS: Final = 64
+"""Slots where none are configured: on CPU, and at most on CUDA."""
+
+POSITIONS: Final = 2048
+"""Tokens that a slot holds, prompt and frames: 112 KiB each in bfloat16, over two minutes of speech."""
+
+SHARE_OF_FREE: Final = 0.4
+"""Part of the device memory left beside the weights that slots may take: graphs and other models need the rest."""
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Device = Literal["cuda", "cpu"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How engines are opened; one value serves all models of a process.
+
+    `codec`: the speech tokenizer, on the same device, shared by all engines.
+    `dtype` "auto" is bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
+    `positions`: tokens that a slot holds, prompt and frames.
+    `pause_s`: silence between the utterances of a long text.
+    `room`: bytes of the device that this process may still take, as far as a budget says.
+    """
+
+    codec: Codec
+    device: Device
+    dtype: DtypeName = "auto"
+    attention_backend: Backend = "sdpa"
+    slots: int | None = None
+    positions: int = POSITIONS
+    pause_s: float = 0.15
+    reference_cache_bytes: int = 256 << 20
+    encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
+    room: Callable[[], int] | None = None
+
+
+def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
+    """Load a verified checkpoint (see checkpoint.py) and make it ready to speak.
+
+    Raises:
+        JobError: `model_unavailable`, saying what is wrong with the checkpoint or the options;
+            `insufficient_vram` where not even one slot fits beside the weights.
+    """
+    device, dtype = torch.device(options.device), compute_dtype(options.device, options.dtype)
+    config, generation = read_config(directory), read_generation_config(directory)
+    kernel = attention(options.attention_backend, device, dtype)
+    # float32 means float32: cuDNN would round what convolutions read, and the codec's encoder pick other codes.
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.inference_mode():
+        loaded = load_weights(directory, "talker.", dtype=dtype)
+        slots = options.slots or slots_that_fit(sum(tensor.nbytes for tensor in loaded.values()), config, options)
+        weights = _OnDevice(loaded, device)
+        generator = Generator(
+            weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
+        )
+        prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
+        vocoder = Vocoder(options.codec, generator.state.ring, slots)
+        speaker = None
+        if config.tts_model_type == "base":
+            speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
+        executor: Executor = EagerExecutor(generator)
+        if device.type == "cuda":
+            executor = GraphExecutor(generator, slots, options.positions)
+        parts = Parts(
+            state=generator.state,
+            executor=executor,
+            prompts=prompts,
+            planner=Planner(config, generation, prompts, positions=options.positions),
+            vocoder=vocoder,
+            references=References(_reference_encoder(options, speaker), options.reference_cache_bytes),
+            residence=Residence(
+                [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
+                {
+                    "kv": list(generator.talker.cache.tensors()),
+                    "state": list(generator.state.tensors()),
+                    "codec_state": list(vocoder.tensors()),
+                },
+                device,
+            ),
+        )
+        executor.prepare()
+        vocoder.prepare()
+    return QwenEngine(parts, slots=slots, pause_s=options.pause_s, cuda=device.type == "cuda")
+
+
+def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
+    """The dtype of weights and caches: what is asked for; "auto" is bfloat16 on CUDA, float32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def slots_that_fit(weight_bytes: int, config: ModelConfig, options: QwenOptions) -> int:
+    """Slots where none are configured: on CUDA, what a share of the memory left beside the weights holds.
+
+    Left is what is free and within the budget.
+
+    Raises:
+        JobError: `insufficient_vram`, with the arithmetic.
+    """
+    if options.device == "cpu":
+        return CPU_SLOTS
+    free, _ = torch.cuda.mem_get_info()
+    if options.room is not None:
+        free = min(free, options.room())
+    codec = options.codec.new_state(1, max_chunk=LONGEST_CHUNK)
+    dtype = compute_dtype(options.device, options.dtype)
+    each = slot_bytes(config.talker_config, dtype, options.positions) + codec.bytes // 2
+    slots = int((free - weight_bytes) * SHARE_OF_FREE / each)
+    if slots < 1:
+        message = f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB and a slot {each >> 20} MiB"
+        raise JobError("insufficient_vram", message, retry_after_s=30)
+    # Rows come in these numbers (see slots_needed): what lies between two of them would cost memory for nothing.
+    return max(size for size in BATCHES if size <= min(slots, MOST_SLOTS))
+
+
+def slot_bytes(shape: TalkerShape, dtype: torch.dtype, positions: int) -> int:
+    """Bytes of one slot: keys and values, trailing text, randomness."""
+    width = dtype.itemsize
+    kv = 2 * shape.num_hidden_layers * positions * shape.num_key_value_heads * shape.head_dim * width
+    return kv + TEXTS * shape.hidden_size * width + positions * shape.num_code_groups * 4
+
+
+def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
+    """What the checkpoint in `directory` will take on the device, without reading its weights.
+
+    Weights in the dtype that is computed in, and its slots; where CUDA's free memory decides how many, one.
+
+    Raises:
+        JobError: `model_unavailable`, naming the file at fault.
+    """
+    computed = compute_dtype(device, dtype)
+    headers = read_headers(tensor_files(directory))
+    weights = sum(math.prod(info.shape) for info in headers.values()) * computed.itemsize
+    if slots is None:
+        slots = CPU_SLOTS if device == "cpu" else 1
+    return weights + slots * slot_bytes(read_config(directory).talker_config, computed, POSITIONS)
+
+
+class _OnDevice(Mapping[str, Tensor]):
+    """Weights that go to the device when they are asked for: fusing them needs no second copy of all there."""
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
+    # Loaded as the official wrapper loads it: the flag changes how some tokenizers split words.
+    try:
+        processor = load_official().Processor.from_pretrained(str(directory), fix_mistral_regex=True)
+    except Exception as error:  # what transformers' own parsing of damaged files runs into is not bounded
+        raise JobError("model_unavailable", f"{directory}: the text tokenizer cannot be loaded: {error}") from error
+    return lambda text: processor.tokenizer(text)["input_ids"]
+
+
+def _reference_encoder(
+    options: QwenOptions, speaker: SpeakerEncoder | None
+) -> Callable[[np.ndarray, bool], EncodedReference]:
+    # One for all recordings: memory freed on a stream is kept for that stream.
+    stream = torch.cuda.Stream() if options.device == "cuda" else None
+
+    def encode(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- see References
+        if speaker is None:
+            raise JobError("task_mismatch", "this model takes no recording", param="ref_audio")
+        pcm = torch.from_numpy(waveform)
+        with options.encoder_lock, torch.inference_mode(), torch.cuda.stream(stream):
+            encoded = EncodedReference(speaker(pcm))
+            if wants_codes:
+                codes = options.codec.encode(pcm)
+                state = options.codec.new_state(1, max_chunk=LONGEST_CHUNK)
+                options.codec.prime(codes, 0, state)
+                encoded = EncodedReference(encoded.embedding, codes, state.snapshot(0))
+        if stream is not None:
+            stream.synchronize()  # what is handed over is complete
+        return encoded
+
+    return encode

@@ -1,0 +1,132 @@
+"""The code predictor: from the talker's hidden state and codebook 0 to the other 15 codes of a frame.
+
+Fifteen small forwards with sampling in between, all of fixed shapes and without a look at the host:
+as one function it is one CUDA graph a batch size.
+Nothing survives a frame, so its key/value cache is scratch memory.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.attention import Attention
+from gpu_worker.engines.qwen.config import GenerationConfig, Shape, TalkerShape
+from gpu_worker.engines.qwen.layers import Linear, Rope, Stack, Weights, pad_rows
+from gpu_worker.engines.qwen.sampling import sample_fixed
+
+
+class FrameCache:
+    """Keys and values of one frame's forwards: per layer [rows, groups, kv_heads, head_dim].
+
+    Where each forward writes and what it reads are views, made once: making them took a third of a forward's time.
+    """
+
+    def __init__(self, attention: Attention, shape: Shape, rows: int, like: Tensor) -> None:
+        size = (2, rows, shape.num_code_groups, shape.num_key_value_heads, shape.head_dim)
+        caches = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
+        self._attention = attention
+        self._rows = rows
+        self._first = [cache[:, :, :2].unbind() for cache in caches]
+        self._new = [[cache[:, :, i].unbind() for i in range(size[2])] for cache in caches]
+        self._seen = [[cache[:, :, : i + 1].transpose(2, 3).unbind() for i in range(size[2])] for cache in caches]
+        self.position = 0
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend: position 0 brings 2 tokens a row, the others 1."""
+        if self.position == 0:
+            query, key, value = (x.unflatten(0, (self._rows, 2)) for x in (query, key, value))
+            keys, values = self._first[layer]
+            keys.copy_(key)
+            values.copy_(value)
+            return self._attention.prefill(query, key, value).reshape(2 * self._rows, -1)
+        keys, values = self._new[layer][self.position]
+        keys.copy_(key)
+        values.copy_(value)
+        keys, values = self._seen[layer][self.position]
+        return self._attention.decode(query, keys, values, None)
+
+
+class Predictor(Weights):
+    """Weights of the code predictor, and the frame's loop."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        talker: TalkerShape,
+        generation: GenerationConfig,
+        attention: Attention,
+        table: Tensor,
+    ) -> None:
+        """`weights`: the checkpoint's, on the device, in the compute dtype.
+
+        `table`: all codec embeddings [vocabulary + 15 * codes, talker hidden], codebook 0 first.
+        """
+        if generation.subtalker_top_p != 1:
+            raise JobError("model_unavailable", "subtalker_top_p other than 1 is not supported")
+        prefix = "talker.code_predictor."
+        shape = talker.code_predictor_config
+        self.groups = shape.num_code_groups
+        self._shape = shape
+        self._attention = attention
+        self._generation = generation
+        first, rest = talker.vocab_size, shape.vocab_size
+        self._bounds = [(0, first), *((first + i * rest, first + (i + 1) * rest) for i in range(self.groups - 2))]
+        self.stack = Stack(weights, f"{prefix}model.", shape)
+        heads = [weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)]
+        self.heads = [Linear(head) for head in self.stack.norm.fold_into(heads)]
+        self.projection: Linear | None = None
+        self.table = table
+        if talker.hidden_size != shape.hidden_size:
+            self.projection = Linear(
+                weights[f"{prefix}small_to_mtp_projection.weight"], weights[f"{prefix}small_to_mtp_projection.bias"]
+            )
+            # Inputs are always projected embeddings: project each table row once, here.
+            self.table = torch.cat([self.projection(part) for part in table[: self._bounds[-1][1]].split(1024)])
+        rope = Rope(shape, self.groups, table.dtype, table.device)
+        self._rope = [rope.span(i, i + 1) for i in range(self.groups)]
+        self._first_rope = rope.span(0, 2)
+        self._caches: dict[int, FrameCache] = {}
+
+    def __call__(self, hidden: Tensor, code: Tensor, uniform: Tensor) -> Tensor:
+        """One frame's codes, int64 [rows, groups].
+
+        hidden: the talker's normed output [rows, talker hidden]; code: codebook 0, int64 [rows];
+        uniform: float32 [rows, groups - 1 or more], one column a code to choose.
+        """
+        live = hidden.shape[0]
+        hidden = pad_rows(hidden)
+        rows = hidden.shape[0]
+        cache = self._caches.get(rows)
+        if cache is None:
+            cache = self._caches[rows] = FrameCache(self._attention, self._shape, rows, self.table)
+        levels = uniform.t().contiguous().unsqueeze(2).unbind()  # one [rows, 1] a group
+        codes = [code]
+        if self.projection is not None:
+            hidden = self.projection(hidden)
+        x = torch.stack((hidden, pad_rows(self._embedding(0, code))), 1).flatten(0, 1)
+        cos, sin = self._first_rope
+        cache.position = 0
+        x = self.stack(x, (cos.repeat(rows, 1, 1), sin.repeat(rows, 1, 1)), cache).unflatten(0, (rows, 2))[:, 1]
+        for group in range(1, self.groups):
+            code = self._choose(self.heads[group - 1](self.stack.norm(x))[:live], levels[group - 1])
+            codes.append(code)
+            if group < self.groups - 1:
+                cache.position = group + 1
+                x = self.stack(pad_rows(self._embedding(group, code)), self._rope[group + 1], cache)
+        return torch.stack(codes, 1)
+
+    def forget(self) -> None:
+        """Drop scratch memory; it comes back when it is needed."""
+        self._caches.clear()
+
+    def _embedding(self, group: int, code: Tensor) -> Tensor:
+        start, stop = self._bounds[group]
+        return self.table[start:stop].index_select(0, code)
+
+    def _choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        generation = self._generation
+        return sample_fixed(
+            logits, uniform, top_k=generation.subtalker_top_k, temperature=generation.subtalker_temperature
+        )

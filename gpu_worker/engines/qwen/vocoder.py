@@ -1,0 +1,133 @@
+"""From frames of codes to PCM: gathers due chunks from the ring, decodes them together, starts their way to the host.
+
+It owns the codec state of this engine's slots; the decoder's weights belong to the codec, which all models share.
+When a chunk is due is decided elsewhere.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
+from gpu_worker.engines.qwen.codec.state import Snapshot
+from gpu_worker.engines.qwen.executor import BATCHES, Graphs, at_least, on_device
+from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE
+from gpu_worker.engines.qwen.readback import Readback
+from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, Speaking
+from gpu_worker.engines.qwen.state import RING
+
+CHUNKS: Final = (1, 2, 4, 8)
+"""Chunk lengths that graphs are captured for; the rest of an utterance may be any other."""
+
+_PEAK: Final = 32767
+
+
+class Vocoder:
+    """Decodes chunks of several slots in one call."""
+
+    def __init__(self, codec: Codec, ring: Tensor, slots: int) -> None:
+        """ring: int64 [slots or more, RING, groups], where frames arrive."""
+        self._codec = codec
+        self._ring = ring
+        self._cuda = ring.is_cuda
+        self.state = codec.new_state(slots, max_chunk=LONGEST_CHUNK)
+        self._stream = torch.cuda.Stream() if self._cuda else None
+        self._begun: torch.cuda.Event | None = None
+        self._batches = [size for size in BATCHES if size < at_least(slots, BATCHES)] + [at_least(slots, BATCHES)]
+        self._graphs = Graphs()
+        self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def fence(self) -> None:
+        """Before each frame: it waits for the decodes that began before the frame ahead of it.
+
+        A frame overwrites the codes of RING frames ago, which a slow decode may still have to read;
+        waiting for the latest decodes as well would take turns where the two streams should run side by side.
+        """
+        if self._stream is None:
+            return
+        if self._begun is not None:
+            torch.cuda.current_stream().wait_event(self._begun)
+        self._begun = self._stream.record_event()
+
+    def begin(self, slot: int, primed: Snapshot | None) -> None:
+        """A new utterance in `slot`, as if the codec had already spoken what `primed` heard."""
+        with torch.cuda.stream(self._stream):
+            self.state.reset(slot)
+            if primed is not None:
+                self.state.restore(slot, primed)
+
+    def groups(self, due: Sequence[Speaking]) -> list[list[Speaking]]:
+        """Chunks that may be decoded together: those of one length.
+
+        On CPU, rows of a product that do not fill up groups of BATCH_MULTIPLE round differently,
+        so lengths that are no multiple of it (the first chunks and the last) are decoded alone.
+        """
+        groups: dict[tuple[int, int], list[Speaking]] = {}
+        for speaking in due:
+            alone = not self._cuda and speaking.pending % BATCH_MULTIPLE
+            groups.setdefault((speaking.pending, speaking.slot if alone else -1), []).append(speaking)
+        return list(groups.values())
+
+    def decode(self, group: list[Speaking]) -> Readback[list[Speaking]]:
+        """The pending frames of a group, all of them as many, as int16 PCM [len(group), samples] on its way.
+
+        Changes the slots' state as a whole or, where it raises, not at all.
+        """
+        chunk = group[0].pending
+        slots = [speaking.slot for speaking in group]
+        starts = [speaking.landed - chunk for speaking in group]
+        if self._stream is None:
+            where, pcm = self._new_inputs(len(group), chunk)
+            where.copy_(torch.tensor([slots, starts]))
+            self._decode_or_nothing(where, chunk, pcm)
+            return Readback(pcm, group)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            batch = at_least(len(group), self._batches)
+            spare = batch - len(group)
+            where, pcm = self._inputs.get((batch, chunk)) or self._new_inputs(batch, chunk)
+            numbers = [*slots, *[self.state.scratch] * spare, *starts, *[0] * spare]
+            where.copy_(on_device(numbers, where).view(2, batch), non_blocking=True)
+            self._graphs.run(("decode", batch, chunk), functools.partial(self._decode_or_nothing, where, chunk, pcm))
+            return Readback(pcm[: len(group)], group)
+
+    def prepare(self) -> None:
+        """Capture graphs, largest first."""
+        if not self._cuda:
+            return
+        for batch in reversed(self._batches):
+            for chunk in reversed(CHUNKS):
+                where, pcm = self._new_inputs(batch, chunk)
+                self._inputs[batch, chunk] = (where, pcm)
+                self._graphs.capture(("decode", batch, chunk), functools.partial(self._decode_into, where, chunk, pcm))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The slots' state."""
+        yield from (self.state.rings, self.state.history, self.state.positions)
+
+    def release(self) -> None:
+        """Forget the graphs; `prepare` brings them back."""
+        self._graphs.clear()
+        self._inputs.clear()
+
+    def _decode_or_nothing(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
+        before = self.state.positions.clone()
+        try:
+            self._decode_into(where, chunk, pcm)
+        except BaseException:
+            self.state.positions.copy_(before)  # all else is written at the very end, or again at the same place
+            raise
+
+    def _decode_into(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
+        slots, starts = where
+        frames = (starts[:, None] + torch.arange(chunk, device=starts.device)) % RING
+        waveform = self._codec.decode(self._ring[slots[:, None], frames], slots, self.state)
+        pcm.copy_((waveform * _PEAK).round_())
+
+    def _new_inputs(self, batch: int, chunk: int) -> tuple[Tensor, Tensor]:
+        where = torch.full((2, batch), self.state.scratch, dtype=torch.int64, device=self._ring.device)
+        where[1] = 0
+        return where, torch.empty(batch, chunk * FRAME_SAMPLES, dtype=torch.int16, device=self._ring.device)

@@ -1,0 +1,150 @@
+"""The books of residency: what each model holds and who needs it, and the arithmetic of whether one more fits.
+
+It decides nothing (see residency.py) and measures nothing (see memory.py). Owned by the synthesis thread alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+
+from gpu_worker.engines.base import Memory
+from gpu_worker.moves import Place
+from shared.catalog import ModelSpec
+from shared.protocol import DeviceMemory
+
+
+class Account:
+    """The books of one model. Times are the clock's; `used_at` is Unix seconds."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.id = spec.id
+        self.place: Place = "absent"
+        self.memory = Memory()
+        self.device_estimate = spec.estimated_bytes
+        self.host_estimate: int | None = None
+        self.references = 0
+        self.asked: Literal["load", "unload"] | None = None
+        self.wanted_since = 0.0
+        self.pinned = False
+        self.keep_alive_s: float | None = None
+        self.last_used = 0.0
+        self.used_at: float | None = None
+        self.offloaded_since = 0.0
+        self.retried = False
+        self.unavailable = ""
+        self.detail = ""
+
+    @property
+    def device_bytes(self) -> int:
+        """What it holds on the device."""
+        return sum(self.memory.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """What it holds in host RAM."""
+        return sum(self.memory.host.values())
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is to come to the device and is not there."""
+        return self.place != "resident" and (self.references > 0 or self.asked == "load")
+
+    @property
+    def movable(self) -> bool:
+        """Whether it may be taken away for the sake of others."""
+        return self.references == 0 and not self.pinned and self.asked != "load"
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Host RAM it will hold once offloaded, as last measured; before that, what it holds on the device."""
+        return self.host_estimate if self.host_estimate is not None else self.device_bytes
+
+
+class Shortage(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a model does not fit on the device as things are.
+
+    `over_budget` and `short` are the bytes that its coming would overstep the budget and what is free by;
+    one of them is positive.
+    `evictable` are the models whose leaving the device helps, `droppable` those whose leaving host RAM does,
+    the least recently used first.
+    `curable`: it fits once they have left. `passing`: it may fit once models that are now busy are idle.
+    `message` has the figures.
+    """
+
+    over_budget: int
+    short: int
+    evictable: list[Account]
+    droppable: list[Account]
+    curable: bool
+    passing: bool
+    message: str
+
+
+class Ledger:
+    """The accounts of all models, in the catalogue's order."""
+
+    def __init__(self, specs: Sequence[ModelSpec]) -> None:
+        self._accounts = {spec.id: Account(spec) for spec in specs}
+
+    def __getitem__(self, model: str) -> Account:
+        return self._accounts[model]
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(self._accounts.values())
+
+    def lru(self, place: Place) -> list[Account]:
+        """The models in `place` that may be moved, the least recently used first."""
+        there = (account for account in self if account.place == place and account.movable)
+        return sorted(there, key=lambda account: account.last_used)
+
+    def held_bytes(self, device: DeviceMemory) -> int:
+        """Bytes that count against the budget: on a GPU all that this process holds of it.
+
+        On a CPU what the models hold: the interpreter and its libraries are no part of the budget there.
+        """
+        return device.ours_bytes if device.kind == "cuda" else sum(account.device_bytes for account in self)
+
+    def offloaded_bytes(self) -> int:
+        """Host RAM that models hold."""
+        return sum(account.host_bytes for account in self)
+
+    def shortage(self, account: Account, device: DeviceMemory) -> Shortage | None:
+        """What keeps `account` from coming to the device, which reads as `device` now; None: nothing does."""
+        need = max(0, account.device_estimate - account.device_bytes)
+        over_budget = self.held_bytes(device) + need - device.budget_bytes
+        # On a CPU, weights that were offloaded lie in the same memory already.
+        short = need - (account.host_bytes if device.kind == "cpu" else 0) - device.free_bytes
+        if need == 0 or (over_budget <= 0 and short <= 0):
+            return None
+        evictable = [other for other in self.lru("resident") if other.device_bytes]
+        droppable = [other for other in self.lru("offloaded") if other.host_bytes and device.kind == "cpu"]
+        evictable_bytes = sum(other.device_bytes for other in evictable)
+        droppable_bytes = sum(other.host_bytes for other in droppable)
+        busy = any(other.references and other.place == "resident" for other in self)
+        return Shortage(
+            over_budget=over_budget,
+            short=short,
+            evictable=evictable,
+            droppable=droppable,
+            curable=over_budget <= evictable_bytes and short <= evictable_bytes + droppable_bytes,
+            passing=busy and need <= device.budget_bytes,
+            message=self._arithmetic(account, need, device, evictable_bytes),
+        )
+
+    def _arithmetic(self, account: Account, need: int, device: DeviceMemory, evictable_bytes: int) -> str:
+        holders = []
+        for other in self:
+            if other.device_bytes and other is not account:
+                why = "busy" if other.references else "pinned" if other.pinned else "idle"
+                holders.append(f"{other.id} {_mib(other.device_bytes)} ({why})")
+        return (
+            f"{account.id} needs {_mib(need)} on the device. Of the budget of {_mib(device.budget_bytes)}, "
+            f"{_mib(self.held_bytes(device))} are held ({', '.join(holders) or 'by no model'}), "
+            f"and {_mib(device.free_bytes)} of the device are free; "
+            f"evicting every idle model would give back {_mib(evictable_bytes)}, which is not enough."
+        )
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,64 @@
+"""What crosses the line between deciding about models, carrying it out, and telling how it went."""
+
+from typing import Literal
+
+import msgspec
+
+from gpu_worker.engines.base import Engine, JobError, Memory
+
+MoveKind = Literal["load", "restore", "offload", "drop"]
+"""load: from disk to the device; restore: from host RAM to the device; offload: the way back; drop: give all up."""
+
+Place = Literal["absent", "resident", "offloaded"]
+"""Where a model is while nothing moves it."""
+
+ARRIVES: dict[MoveKind, Place] = {"load": "resident", "restore": "resident", "offload": "offloaded", "drop": "absent"}
+"""Where a move that works takes its model."""
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One model is to change its place."""
+
+    model: str
+    kind: MoveKind
+
+
+class MoveProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """A model is on its way; `detail` says how far, for people to read."""
+
+    model: str
+    detail: str
+
+
+class MoveDone(msgspec.Struct, frozen=True, kw_only=True):
+    """A move worked.
+
+    `engine` is the model's engine after a load or restore, else None.
+    `memory` is what the model holds now.
+    `before_bytes` and `after_bytes` are this process's part of the device, as the probe measured it around the move;
+    `seconds` is how long the move took.
+    """
+
+    move: Move
+    engine: Engine | None
+    memory: Memory
+    before_bytes: int
+    after_bytes: int
+    seconds: float
+
+
+class LoaderFailed(msgspec.Struct, frozen=True):
+    """The loader's thread has ended by a fault of the device or its own: no model can be moved any more."""
+
+    reason: str
+
+
+class MoveFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """A move did not work and holds nothing that was not held before it; `left` is where the model is now.
+
+    The error's code is `insufficient_vram` or `model_unavailable`.
+    """
+
+    move: Move
+    error: JobError
+    left: Place
