@@ -1,0 +1,104 @@
+"""create_app: the only place where the web side's parts are put together."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from litestar import Litestar, Router
+from litestar.config.cors import CORSConfig
+from litestar.datastructures import State
+
+from server.auth import require_admin, require_key
+from server.dependencies import dependencies
+from server.errors import exception_handlers
+from server.request_ids import put_request_id
+from server.routes import admin, docs, health, metrics, models, speech, voices
+from server.zmq_engine import ZmqEngineClient
+from shared.log import set_up_logging
+from shared.settings import Settings, load_settings
+
+_EXPOSED: Final = ["x-request-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"]
+"""Headers of ours that a browser's script may read."""
+
+
+def create_app(settings: Settings) -> Litestar:
+    """The web application. ValueError where `settings` do not say where the GPU worker is (`worker_url`).
+
+    A GPU worker that is not there makes the application not ready; it never keeps it from starting.
+    """
+    if settings.worker_url is None:
+        raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
+    url = settings.worker_url
+
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        # Here and not earlier: granian forks, and neither sockets nor an event loop survive that.
+        async with ZmqEngineClient(url, settings.worker_token) as engine:
+            app.state.engine = engine
+            yield
+
+    return Litestar(
+        route_handlers=[
+            *(health.root, health.health, health.ready),
+            *(docs.openapi_json, docs.redoc, docs.static_file),
+            *_guarded(settings),
+        ],
+        dependencies=dependencies(),
+        state=State({"settings": settings}),
+        lifespan=[lifespan],
+        exception_handlers=exception_handlers(),
+        before_send=[put_request_id],
+        request_max_body_size=settings.max_body_mb * 1024 * 1024,
+        cors_config=_cors(settings),
+        openapi_config=docs.openapi_config(settings.api_title),
+        logging_config=None,
+    )
+
+
+def _guarded(settings: Settings) -> list[Router]:
+    """What needs a key where keys are configured."""
+    v1 = Router(
+        "/v1",
+        guards=[require_key(settings)],
+        route_handlers=[
+            *(health.test, health.readyz),
+            *(models.list_models, models.list_audio_models, models.get_model, models.get_audio_model),
+            Router(
+                "/audio",
+                route_handlers=[
+                    speech.create_speech,
+                    *(voices.list_voices, voices.create_voice, voices.get_voice, voices.delete_voice),
+                ],
+            ),
+        ],
+    )
+    administration = Router(
+        "/admin",
+        guards=[require_admin(settings)],
+        route_handlers=[
+            *(admin.config, admin.stats, admin.vram, admin.cleanup),
+            *(admin.move_model, admin.move_model_of_hub),
+        ],
+    )
+    figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])
+    return [v1, administration, figures]
+
+
+def from_environment() -> Litestar:
+    """The web application as the TTS_* variables describe it: what granian loads in each web worker."""
+    settings = load_settings(os.environ)
+    set_up_logging(settings.log_level, settings.log_format, "web")
+    return create_app(settings)
+
+
+def _cors(settings: Settings) -> CORSConfig | None:
+    """Which other sites' scripts may call: none by default, and with `*` none that carry credentials."""
+    if not settings.cors_origins:
+        return None
+    return CORSConfig(
+        allow_origins=settings.cors_origins,
+        allow_credentials="*" not in settings.cors_origins,
+        expose_headers=_EXPOSED,
+        max_age=600,
+    )

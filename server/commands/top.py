@@ -1,0 +1,126 @@
+"""`top`: a running service's models, device memory, queue and streams, drawn anew every second.
+
+It reads /admin/vram and /admin/stats, which cost the GPU worker nothing.
+"""
+
+import argparse
+import time
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from server.commands.client import Client, ClientError, add_service_arguments, client_of
+from server.commands.listing import console, megabytes
+
+_STATE_STYLES: Final = {"resident": "green", "loading": "yellow", "offloaded": "cyan", "unavailable": "red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How often, and where."""
+    parser.add_argument("--once", action="store_true", help="print once and end")
+    parser.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="S", help="seconds between looks (default: 1)"
+    )
+    add_service_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show it until Ctrl-C, or once."""
+    client = client_of(arguments, admin=True)
+    screen = console()
+    if arguments.once:
+        screen.print(view(client.get("/admin/vram"), client.get("/admin/stats")))
+        return 0
+    with Live(_look(client), console=screen, screen=screen.is_terminal, auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(arguments.interval)
+                live.update(_look(client), refresh=True)
+        except KeyboardInterrupt:
+            return 0
+
+
+def view(vram: dict[str, Any], stats: dict[str, Any]) -> RenderableType:
+    """What /admin/vram and /admin/stats say, as tables; what they leave out is shown as unknown or not at all."""
+    return Group(_service(stats), Text(), _device(vram), Text(), _models(vram))
+
+
+def _look(client: Client) -> RenderableType:
+    """The view, or why there is none: a service that restarts comes back while one watches."""
+    try:
+        return view(client.get("/admin/vram"), client.get("/admin/stats"))
+    except ClientError as error:
+        return Text(str(error), style="red")
+
+
+def _service(stats: dict[str, Any]) -> RenderableType:
+    worker = stats.get("worker") or {}
+    requests = stats.get("requests") or {}
+    table = Table.grid(padding=(0, 3))
+    table.add_row(
+        Text("GPU worker", style="bold"),
+        f"pid {worker.get('pid', '?')}",
+        f"up {_duration(worker.get('uptime_s'))}",
+        f"restarts {worker.get('restarts', 0)}",
+    )
+    table.add_row(
+        Text("requests", style="bold"),
+        f"running {stats.get('running', 0)} / {stats.get('slots', 0)}",
+        f"queued {stats.get('queued', 0)}",
+        "  ".join(f"{name} {count}" for name, count in requests.items()),
+    )
+    return table
+
+
+def _device(vram: dict[str, Any]) -> RenderableType:
+    device = vram.get("device") or {}
+    total, used = device.get("total_bytes") or 0, device.get("used_bytes") or 0
+    table = Table.grid(padding=(0, 3))
+    table.add_row(
+        Text(str(device.get("name", "?")), style="bold"),
+        ProgressBar(total=max(total, 1), completed=used, width=30),
+        f"{megabytes(used)} of {megabytes(total)}",
+        f"ours {megabytes(device.get('ours_bytes') or 0)}",
+        f"others {megabytes(device.get('others_bytes') or 0)}",
+        f"budget {megabytes(device.get('budget_bytes') or 0)}",
+    )
+    offloaded = (vram.get("host") or {}).get("offloaded_bytes") or 0
+    shared = sum((vram.get("shared") or {}).values())
+    table.add_row("", "", f"shared {megabytes(shared)}", f"offloaded to RAM {megabytes(offloaded)}", "", "")
+    return table
+
+
+def _models(vram: dict[str, Any]) -> RenderableType:
+    table = Table("model", "state", "on device", "parts", "idle", "requests", "pinned", box=None)
+    for model in vram.get("models") or []:
+        parts = model.get("bytes") or {}
+        state = str(model.get("state", "?"))
+        table.add_row(
+            str(model.get("id", "?")),
+            Text(state, style=_STATE_STYLES.get(state, "dim")),
+            megabytes(sum(parts.values())) if parts else "",
+            "  ".join(f"{name} {megabytes(count)}" for name, count in parts.items()),
+            _duration(model.get("idle_s")),
+            str(model.get("references") or ""),
+            "yes" if model.get("pinned") else "",
+        )
+    return table
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:  # noqa: PLR2004 -- a tenth of a second to an hour
+        raise argparse.ArgumentTypeError("between 0.1 and 3600 seconds")
+    return seconds

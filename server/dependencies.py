@@ -1,0 +1,29 @@
+"""What handlers ask for by name: the engine client and the settings, provided by app.py."""
+
+from typing import Any
+
+from litestar.datastructures import State
+from litestar.di import NamedDependency, Provide
+from litestar.params import SkipValidation
+
+from server.engine_client import EngineClient
+from shared.settings import Settings
+
+Engine = NamedDependency[SkipValidation[EngineClient]]
+ServerSettings = NamedDependency[SkipValidation[Settings]]
+
+
+def _engine(state: State) -> Any:
+    return state.engine
+
+
+def _settings(state: State) -> Any:
+    return state.settings
+
+
+def dependencies() -> dict[str, Provide]:
+    """The providers; `state` holds what app.py put there."""
+    return {
+        "engine": Provide(_engine, sync_to_thread=False),
+        "settings": Provide(_settings, sync_to_thread=False),
+    }

@@ -1,0 +1,1 @@
+"""The HTTP resources, one module each; app.py puts them together."""

@@ -1,0 +1,72 @@
+"""What this is, whether it lives, whether it can speak: the questions of people, probes and load balancers."""
+
+import time
+from typing import Any
+
+from litestar import get
+from litestar.exceptions import NotFoundException
+
+from server.dependencies import Engine, ServerSettings
+from server.errors import ApiError, documented
+from server.schemas import Health, Ready, Root, Status
+from server.version import VERSION
+
+
+@get("/", operation_id="getRoot", summary="What this is", tags=["Service"])
+async def root(settings: ServerSettings) -> Root:
+    """Name, version and the way to the rest."""
+    return Root(
+        status="ok",
+        service=settings.api_title,
+        version=VERSION,
+        docs="/docs",
+        endpoints={"speech": "/v1/audio/speech", "models": "/v1/models", "voices": "/v1/audio/voices"},
+    )
+
+
+@get("/health", operation_id="getHealth", summary="Does this web process live?", tags=["Service"])
+async def health() -> Health:
+    """200 as long as this process can answer; it says nothing about the GPU worker."""
+    return Health(status="healthy", timestamp=time.time())
+
+
+@get(
+    "/ready",
+    operation_id="getReady",
+    summary="Can speech be asked for?",
+    tags=["Service"],
+    responses=documented(500, 503),
+)
+async def ready(engine: Engine) -> Ready:
+    """200 while the synthesis loop answers pings and the default model can be served; else 503 with the reason."""
+    trouble = engine.trouble()
+    snapshot = engine.snapshot
+    if trouble is not None or snapshot is None:
+        raise ApiError("worker_unavailable", trouble or "The GPU worker has not said anything yet.")
+    if not snapshot.accepting:
+        raise ApiError("shutting_down", "The GPU worker is shutting down.")
+    default = next((model for model in snapshot.models if model.id == snapshot.default_model), None)
+    if default is None or default.state == "unavailable":
+        detail = default.detail if default else "it is not known"
+        raise ApiError("model_unavailable", f"The default model {snapshot.default_model} cannot be served: {detail}.")
+    if default.id in snapshot.preloading:
+        raise ApiError("model_unavailable", f"The default model {default.id} is loading. {default.detail}".strip())
+    return Ready(status="ready", model=snapshot.default_model, worker=snapshot.boot_id)
+
+
+@get(
+    "/test",
+    operation_id="getTest",
+    summary="The probe of wyoming-openai",
+    tags=["Service"],
+    responses=documented(401, 500),
+)
+async def test() -> Status:
+    """All is well."""
+    return Status()
+
+
+@get("/readyz", include_in_schema=False)
+async def readyz() -> Any:
+    """There is nothing: clients take who answers here for another product."""
+    raise NotFoundException

@@ -1,0 +1,89 @@
+"""POST /v1/audio/speech: what a request means is made of its fields, and the engine is asked for it.
+
+How the answer leaves is answers.py's.
+"""
+
+import uuid
+from typing import Any
+
+from litestar import Request, Response, post
+from litestar.params import JSONBody
+
+from server.answers import Answer
+from server.auth import client_of
+from server.dependencies import Engine, ServerSettings
+from server.encoding import CONTENT_TYPES, Encoder
+from server.engine_client import INITIAL_CREDIT, EngineClient
+from server.errors import ApiError, documented
+from server.json_body import SpeechJson
+from server.recordings import recording_in
+from server.request_ids import request_id_of
+from server.resolution import Resolved, check_input, resolve, saved_voice_name
+from server.saved_voices import find_saved_voice
+from server.schemas import SpeechRequest
+from shared.protocol import Speak
+
+
+@post(
+    "/speech",
+    dto=SpeechJson,
+    return_dto=None,
+    status_code=200,
+    operation_id="createSpeech",
+    summary="Speak a text",
+    description="Text in, audio out. Fields that are not known here are ignored.",
+    tags=["Speech"],
+    responses=documented(400, 401, 404, 413, 415, 429, 500, 503),
+)
+async def create_speech(
+    request: Request[Any, Any, Any], data: JSONBody[SpeechRequest], engine: Engine, settings: ServerSettings
+) -> Response[Any]:
+    """Speak `data`; see the module's first lines for what holds."""
+    check_input(data.input, settings.max_input_chars)
+    if data.stream is False and data.stream_format == "sse":
+        raise ApiError("invalid_value", "stream: false and stream_format: sse contradict each other.", param="stream")
+    client = client_of(settings, request)
+    resolved = await _resolve(data, engine, client)
+    reference = await recording_in(data.ref_audio, settings) if data.ref_audio is not None else None
+    speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
+    try:
+        audio_format = data.response_format or "mp3"
+        encoder = Encoder(audio_format, speed=data.speed or 1.0, streaming=data.stream is not False)
+        media_type = CONTENT_TYPES[audio_format]
+        answer = Answer(request, speech, encoder, model=resolved.model.id, media_type=media_type)
+        if data.stream is False:
+            return await answer.whole()
+        return await (answer.events() if data.stream_format == "sse" else answer.audio())
+    except BaseException:
+        speech.abort()
+        raise
+
+
+async def _resolve(data: JSONBody[SpeechRequest], engine: EngineClient, client: str) -> Resolved:
+    snapshot = engine.snapshot
+    if snapshot is None or not engine.catalog:
+        raise ApiError("worker_unavailable", engine.trouble() or "The GPU worker is not there.")
+    name = saved_voice_name(data, engine.catalog, snapshot.default_model)
+    saved = await find_saved_voice(name, engine, client) if name is not None else None
+    return resolve(data, engine.catalog, snapshot.default_model, saved)
+
+
+def _speak(data: SpeechRequest, resolved: Resolved, client: str, request_id: str) -> Speak:
+    return Speak(
+        # The client's own id may come twice; both sides' log lines are found by it all the same.
+        id=f"{request_id}.{uuid.uuid4().hex[:8]}",
+        client=client,
+        model=resolved.model.id,
+        task=resolved.model.task,
+        text=data.input,
+        credit=INITIAL_CREDIT,
+        voice=resolved.voice,
+        saved_voice=resolved.saved_voice,
+        language=resolved.language,
+        instructions=resolved.instructions,
+        reference_text=data.ref_text,
+        x_vector_only=bool(data.x_vector_only_mode),
+        sampling=resolved.sampling,
+        non_streaming_mode=data.non_streaming_mode,
+        keep_alive_s=resolved.keep_alive_s,
+    )

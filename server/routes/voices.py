@@ -1,0 +1,235 @@
+"""/v1/audio/voices: the voices that there are, and those that clients make and delete.
+
+The worker owns saved voices; here recordings become PCM and names are checked.
+"""
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from litestar import Request, Response, delete, get, post
+from litestar.connection import ASGIConnection
+from litestar.datastructures import UploadFile
+from litestar.enums import RequestEncodingType
+from litestar.handlers import BaseRouteHandler
+from litestar.params import Body, FromPath, QueryParameter
+from msgspec import Meta
+
+from server.auth import client_of
+from server.dependencies import Engine, ServerSettings
+from server.engine_client import EngineClient
+from server.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
+from server.recordings import pcm_of
+from server.resolution import model_named
+from server.routes.models import known, state_of
+from server.saved_voices import find_saved_voice
+from server.schemas import (
+    MAX_INSTRUCTIONS,
+    MAX_NAME,
+    MAX_REF_TEXT,
+    SavedVoiceObject,
+    VoiceDeleted,
+    VoiceList,
+    VoiceNames,
+    VoiceObject,
+)
+from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
+from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice
+
+MAX_SAMPLE_BYTES: Final = 10 * 1024 * 1024
+_MAKE_TIMEOUT_S: Final = 300.0
+"""Making a voice may have to load a model first."""
+
+_DELETE_TIMEOUT_S: Final = 10.0
+
+Text = Annotated[str, Meta(max_length=MAX_NAME)]
+
+
+class VoiceForm(msgspec.Struct, kw_only=True):
+    """A recording to clone (`audio_sample`), or with `type=prompt` a description to design a voice from."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+    type: Literal["clone", "prompt"] = "clone"
+    audio_sample: UploadFile | None = None
+    ref_text: Annotated[str, Meta(max_length=MAX_REF_TEXT)] | None = None
+    prompt: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
+    consent: Text | None = None
+    description: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
+
+
+def _needs_form(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
+    content_type = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != RequestEncodingType.MULTI_PART:
+        raise ApiError("unsupported_media_type", "Send a form: Content-Type multipart/form-data.")
+
+
+def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
+    """Litestar's parser lets text in a wrong encoding, and encodings that there are not, pass as Python's errors."""
+    if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
+        return answer(ApiError("invalid_value", "The form holds text that is not UTF-8."))
+    return unexpected(request, error)
+
+
+@get(
+    "/voices",
+    operation_id="listVoices",
+    summary="All voices",
+    tags=["Voices"],
+    responses=documented(400, 401, 404, 500, 503),
+)
+async def list_voices(
+    engine: Engine,
+    *,
+    model: Annotated[
+        str | None, QueryParameter(description="Only the voices of this model.", max_length=MAX_NAME)
+    ] = None,
+    legacy: Annotated[bool, QueryParameter(description="Plain strings instead of objects.")] = False,
+) -> VoiceList | VoiceNames:
+    """Preset voices, OpenAI's names for them, and saved voices; the default model's first.
+
+    Without `model` the models that cannot be served are left out.
+    """
+    catalog, snapshot = known(engine)
+    if model is not None:
+        specs = [model_named(model, catalog, snapshot.default_model)]
+    else:
+        served = [spec for spec in catalog if state_of(spec, snapshot).state != "unavailable"]
+        specs = sorted(served, key=lambda spec: spec.id != snapshot.default_model)
+    voices = [voice for spec in specs for voice in _voices_of(spec)]
+    base = next((spec for spec in specs if spec.task == "Base"), None)
+    saved = snapshot.voices if model is None or base is not None else []
+    voices += [_saved_as_voice(voice, base) for voice in saved]
+    if legacy:
+        return VoiceNames(voices=list(dict.fromkeys(v.id for v in voices)), uploaded_voices=[v.id for v in saved])
+    return VoiceList(voices=voices, uploaded_voices=[_saved_object(voice) for voice in saved])
+
+
+@post(
+    "/voices",
+    operation_id="createVoice",
+    summary="Save a voice",
+    tags=["Voices"],
+    status_code=200,
+    guards=[_needs_form],
+    exception_handlers={UnicodeDecodeError: _broken_form, LookupError: _broken_form},
+    responses=documented(400, 401, 409, 413, 415, 429, 500, 503),
+)
+async def create_voice(
+    request: Request[Any, Any, Any],
+    data: Annotated[VoiceForm, Body(media_type=RequestEncodingType.MULTI_PART)],
+    engine: Engine,
+    settings: ServerSettings,
+) -> SavedVoiceObject:
+    """Clone a voice from a recording (1 to 60 s, at most 10 MiB), or let a description make one."""
+    name = data.name.strip()
+    if not name or not name.isprintable():
+        raise ApiError("invalid_value", "name: printable characters are expected.", param="name")
+    action: Action
+    pcm = None
+    if data.type == "prompt":
+        if not (data.prompt or "").strip():
+            raise ApiError("invalid_value", "prompt: describe the voice.", param="prompt")
+        action = DesignVoice(name=name, prompt=data.prompt or "", description=data.description or "")
+    else:
+        pcm = await _sample(data.audio_sample)
+        action = CloneVoice(
+            name=name,
+            text=(data.ref_text or "").strip() or None,
+            description=data.description or "",
+            consent=data.consent or "",
+        )
+    reply = await engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
+    return _saved_object(_voice_in(reply.voice))
+
+
+@get(
+    "/voices/{voice_id:str}",
+    operation_id="getVoice",
+    summary="One saved voice",
+    tags=["Voices"],
+    responses=documented(400, 401, 404, 500, 503),
+)
+async def get_voice(
+    request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings
+) -> SavedVoiceObject:
+    """The saved voice of that id or name."""
+    return _saved_object(await _existing(voice_id, engine, client_of(settings, request)))
+
+
+@delete(
+    "/voices/{voice_id:str}",
+    operation_id="deleteVoice",
+    summary="Delete a saved voice",
+    tags=["Voices"],
+    status_code=200,
+    responses=documented(400, 401, 404, 500, 503),
+)
+async def delete_voice(
+    request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings
+) -> VoiceDeleted:
+    """Forget the saved voice of that id or name."""
+    client = client_of(settings, request)
+    voice = await _existing(voice_id, engine, client)
+    await engine.call(DeleteVoice(id=voice.id), client=client, timeout_s=_DELETE_TIMEOUT_S)
+    return VoiceDeleted(id=voice.id)
+
+
+async def _sample(upload: UploadFile | None) -> bytes:
+    if upload is None:
+        raise ApiError("invalid_value", "audio_sample is missing: send a recording as a file.", param="audio_sample")
+    data = await upload.read(MAX_SAMPLE_BYTES + 1)
+    if len(data) > MAX_SAMPLE_BYTES:
+        said = f"audio_sample: larger than {MAX_SAMPLE_BYTES // 1024 // 1024} MiB."
+        raise ApiError("request_too_large", said, param="audio_sample")
+    return await pcm_of(data, "audio_sample")
+
+
+async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
+    known(engine)
+    voice = await find_saved_voice(name, engine, client)
+    if voice is None:
+        raise ApiError("voice_not_found", "There is no saved voice of that id or name.", param="voice_id", status=404)
+    return voice
+
+
+def _voice_in(voice: SavedVoice | None) -> SavedVoice:
+    if voice is None:
+        raise ApiError("internal_error", "The GPU worker saved the voice and did not name it.")
+    return voice
+
+
+def _voices_of(spec: ModelSpec) -> list[VoiceObject]:
+    by_id = {voice.id: voice for voice in spec.voices}
+    own = [_voice_object(spec, voice, voice.id, voice.name, "preset") for voice in spec.voices]
+    mapped = [(name, by_id[spec.openai_voices[name]]) for name in OPENAI_VOICES if spec.voices]
+    return own + [_voice_object(spec, voice, name, name, "openai") for name, voice in mapped]
+
+
+def _voice_object(
+    spec: ModelSpec, voice: Voice, voice_id: FromPath[str], name: str, kind: Literal["preset", "openai"]
+) -> VoiceObject:
+    return VoiceObject(
+        id=voice_id, name=name, model=spec.id, language=voice.language, description=voice.description, kind=kind
+    )
+
+
+def _saved_as_voice(voice: SavedVoice, base: ModelSpec | None) -> VoiceObject:
+    return VoiceObject(
+        id=voice.id,
+        name=voice.name,
+        model=base.id if base else "",
+        language="auto",
+        description=voice.description,
+        kind=voice.kind,
+    )
+
+
+def _saved_object(voice: SavedVoice) -> SavedVoiceObject:
+    return SavedVoiceObject(
+        id=voice.id,
+        name=voice.name,
+        created_at=voice.created_at,
+        type=voice.kind,
+        description=voice.description,
+        seconds=voice.seconds,
+        in_context=voice.in_context,
+    )
