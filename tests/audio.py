@@ -1,0 +1,48 @@
+"""What tests hear with: a decoder that shares nothing with the server's encoder but FFmpeg, and simple sounds.
+
+Everything here gives or takes 24 kHz mono int16 little-endian PCM, as bytes.
+"""
+
+import array
+import io
+import math
+
+import av
+
+from shared.pcm import SAMPLE_RATE
+
+
+def decode(data: bytes, audio_format: str | None = None) -> bytes:
+    """The sound in `data`; `audio_format` names the container where a player would know it from the Content-Type."""
+    if audio_format == "pcm":
+        return data
+    demuxer = {"opus": "ogg", "aac": "aac"}.get(audio_format or "", audio_format)
+    return _decoded(io.BytesIO(data), demuxer, SAMPLE_RATE)
+
+
+def tone(seconds: float, *, hertz: float = 300.0, amplitude: float = 9_000.0, fade_s: float = 0.25) -> bytes:
+    """A sine that fades out, as speech does."""
+    count = round(seconds * SAMPLE_RATE)
+    fade = max(1, round(fade_s * SAMPLE_RATE))
+    return array.array(
+        "h",
+        (
+            round(amplitude * min(1.0, (count - i) / fade) ** 2 * math.sin(2 * math.pi * hertz * i / SAMPLE_RATE))
+            for i in range(count)
+        ),
+    ).tobytes()
+
+
+def peak(pcm: bytes) -> int:
+    """The largest sample, its sign aside."""
+    return max((abs(sample) for sample in array.array("h", pcm)), default=0)
+
+
+def _decoded(file: io.BytesIO, demuxer: str | None, rate: int) -> bytes:
+    pieces = []
+    with av.open(file, "r", format=demuxer) as container:
+        resampler = av.AudioResampler("s16", "mono", rate)
+        for frame in container.decode(audio=0):
+            pieces += [bytes(piece.planes[0])[: piece.samples * 2] for piece in resampler.resample(frame)]
+        pieces += [bytes(piece.planes[0])[: piece.samples * 2] for piece in resampler.resample(None)]
+    return b"".join(pieces)

@@ -1,0 +1,250 @@
+"""How fast frames are made, beside the official package: `python -m tests.benchmarks.engine`.
+
+Closed loop: so many streams at once, each of a forced number of frames, codec included.
+Same checkpoint, same run, same threads. By default the small random checkpoint; nothing here says anything about
+quality, natural lengths or audible latency.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from gpu_worker.engines.base import Job, Pcm, Sampling
+from gpu_worker.engines.qwen.checkpoint import read_config
+from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.engine import QwenEngine
+from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
+from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.planner import TASKS
+from tests.checkpoints import tiny
+
+TEXT = "Hello world, good morning to the speech of today."
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One measurement: milliseconds a step (a frame of every stream), by percentile, and where they went."""
+
+    streams: int
+    frames: int
+    seconds: float
+    steps_ms: list[float]
+    first_audio_ms: float
+    stages_ms: dict[str, float]
+
+    @property
+    def frame_ms(self) -> float:
+        """Milliseconds of the whole run a frame and stream."""
+        return 1000 * self.seconds / (self.streams * self.frames)
+
+
+Clock = Callable[[], float]
+
+
+def official_frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, clock: Clock) -> float:
+    """Milliseconds a frame of the official package's one stream, codec included."""
+    model = load_official().Model.from_pretrained(
+        str(directory), dtype=dtype, attn_implementation="sdpa", device_map=device
+    )
+    config = read_config(directory)
+    talk = model.model.talker.generate
+
+    def forced(**kwargs: Any) -> Any:
+        # One more than the frames it makes.
+        return talk(**{**kwargs, "min_new_tokens": frames, "max_new_tokens": frames + 1})
+
+    model.model.talker.generate = forced
+
+    def speak() -> None:
+        if config.tts_model_type == "custom_voice":
+            model.generate_custom_voice(text=TEXT, speaker=next(iter(config.talker_config.spk_id)), language="english")
+        else:
+            model.generate_voice_design(text=TEXT, instruct="a deep voice", language="english")
+
+    speak()
+    times = []
+    for _ in range(2):
+        start = clock()
+        speak()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+    return 1000 * min(times) / frames
+
+
+def measure(
+    engine: QwenEngine, job: Callable[[int], Job], streams: int, frames: int, *, clock: Clock, staged: bool = False
+) -> Result:
+    """Speak `streams` jobs of exactly `frames` frames at once."""
+    stages: dict[str, float] = {}
+    with _staged(engine, stages if staged else None, clock):
+        for number in range(streams):
+            engine.admit(job(number))
+        steps: list[float] = []
+        first = 0.0
+        spoken = 0
+        start = before = clock()
+        while engine.runnable(()):
+            events = engine.step(())
+            now = clock()
+            steps.append(1000 * (now - before))
+            before = now
+            spoken += sum(len(event.data) for event in events if isinstance(event, Pcm))
+            if spoken and not first:
+                first = 1000 * (now - start)
+        seconds = clock() - start
+    if spoken != streams * frames * 3840:
+        raise RuntimeError(f"{spoken / 3840} frames were spoken instead of {streams * frames}")
+    per_step = {name: 1000 * value / len(steps) for name, value in stages.items()}
+    return Result(streams, frames, seconds, steps, first, per_step)
+
+
+@contextmanager
+def _staged(engine: QwenEngine, stages: dict[str, float] | None, clock: Clock) -> Iterator[None]:
+    """Time the parts of a step, on CPU; elsewhere a part returns before its work is done."""
+    if stages is None:
+        yield
+        return
+    parts = engine._parts
+    executor: Any = parts.executor
+    generator = executor._generator
+    spots: Sequence[tuple[Any, str, str]] = (
+        (generator, "prefill", "prefill"),
+        (generator, "predict", "code predictor"),
+        (generator.predictor, "_choose", "of which sampling"),
+        (generator, "advance", "talker"),
+        (generator, "_sample", "of which sampling "),
+        (parts.vocoder, "decode", "codec"),
+    )
+    for owner, name, stage in spots:
+        setattr(owner, name, _timed(getattr(owner, name), stages, stage, clock))
+    try:
+        yield
+    finally:
+        for owner, name, _ in spots:
+            delattr(owner, name)
+
+
+def _timed(function: Callable[..., Any], stages: dict[str, float], stage: str, clock: Clock) -> Callable[..., Any]:
+    stages[stage] = 0.0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = clock()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            stages[stage] += clock() - start
+
+    return call
+
+
+def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
+    device = torch.device(arguments.device)
+    codec = Codec(directory, dtype=getattr(torch, arguments.codec_dtype), device=device)
+    options = QwenOptions(
+        codec=codec,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        attention_backend=arguments.attention,
+        slots=max(arguments.streams),
+        positions=512,
+    )
+    engine = open_engine(directory, options)
+    planner = engine._parts.planner
+    plan = planner.plan
+
+    def forced(job: Job) -> Any:
+        made = plan(job)
+        return msgspec.structs.replace(made, choice=msgspec.structs.replace(made.choice, min_frames=10_000))
+
+    setattr(planner, "plan", forced)  # noqa: B010 -- mypy refuses assignment to a method
+    return engine
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.engine", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="a CustomVoice or VoiceDesign directory; default: a small one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--codec-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
+    parser.add_argument("--streams", type=int, nargs="+")
+    parser.add_argument("--frames", type=int, default=71, help="frames a stream; 71 fills chunks of 1, 2, 4 and 8")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the fastest is shown")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: time of this process alone, for machines that others use too; only with --threads 1",
+    )
+    parser.add_argument("--no-official", action="store_true")
+    arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    if arguments.clock == "cpu" and (cuda or arguments.threads != 1):
+        parser.error("--clock cpu measures one thread of a CPU")
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    arguments.streams = arguments.streams or ([1, 8, 16, 32, 64, 128] if cuda else [1, 4, 8, 16])
+    torch.set_num_threads(arguments.threads)
+    directory = arguments.checkpoint or tiny("custom_voice")
+    config = read_config(directory)
+    task = TASKS[config.tts_model_type]
+
+    def job(number: int) -> Job:
+        return Job(
+            id=str(number),
+            task=task,
+            text=TEXT,
+            voice=next(iter(config.talker_config.spk_id), "") if task == "CustomVoice" else "",
+            language="english",
+            instructions="a deep voice" if task == "VoiceDesign" else "",
+            sampling=Sampling(seed=number, max_new_tokens=arguments.frames),
+        )
+
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {arguments.threads} threads"
+    print(f"{directory.name}, random or real weights as they are, {where}, torch {torch.__version__}")
+    print(f"{arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
+    base = None
+    if not arguments.no_official:
+        dtype = torch.bfloat16 if cuda and arguments.dtype == "auto" else torch.float32
+        base = official_frame_ms(directory, arguments.frames, arguments.device, dtype, clock)
+        print(f"official package, one stream: {base:.2f} ms a frame\n")
+    engine = _open(arguments, directory)
+    measure(engine, job, 1, arguments.frames, clock=clock)
+    print("streams  ms/step p50    p95    p99  ms/frame/stream  audio-s/s  first audio ms  x official")
+    results = []
+    for streams in arguments.streams:
+        runs = [measure(engine, job, streams, arguments.frames, clock=clock) for _ in range(arguments.repeat)]
+        best = min(runs, key=lambda result: result.seconds)
+        results.append(best)
+        p50, p95, p99 = (_percentile(best.steps_ms, share) for share in (0.5, 0.95, 0.99))
+        times = f"{base / best.frame_ms:10.1f}" if base else ""
+        print(
+            f"{streams:7d} {p50:12.2f} {p95:6.2f} {p99:6.2f} {best.frame_ms:16.3f} {80 / best.frame_ms:10.1f}"
+            f" {best.first_audio_ms:15.1f}  {times}"
+        )
+    if cuda:
+        return
+    print("\nwhere a step's time goes, ms (timed apart, so a little slower)")
+    for streams in arguments.streams:
+        result = measure(engine, job, streams, arguments.frames, clock=clock, staged=True)
+        total = 1000 * result.seconds / len(result.steps_ms)
+        inner = sum(value for name, value in result.stages_ms.items() if "of which" not in name)
+        rest = f"python and the rest {total - inner:.2f}"
+        print(f"{streams:7d}  " + ", ".join(f"{n.strip()} {v:.2f}" for n, v in result.stages_ms.items()) + f", {rest}")
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[round(share * 100) - 1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Hand-written stand-ins for the parts of the system that a test leaves out."""
+
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import zmq
+
+from shared.catalog import ModelSpec, load_catalog
+from shared.protocol import (
+    VERSION,
+    Audio,
+    Call,
+    Cancel,
+    Counters,
+    Credit,
+    DeviceMemory,
+    Failed,
+    FindVoice,
+    Finished,
+    FromWeb,
+    Hello,
+    HostMemory,
+    Message,
+    ModelState,
+    Ping,
+    Pong,
+    Reply,
+    SavedVoice,
+    Snapshot,
+    Speak,
+    Started,
+    Timings,
+    Usage,
+    Welcome,
+    decode_from_web,
+    encode,
+)
+from shared.sockets import bind_router
+
+
+def tone(text: str, chunks: int, samples: int = 1920) -> list[bytes]:
+    """PCM that tells which text it was made from: a constant that depends on the text, `chunks` times `samples`."""
+    level = sum(text.encode()) % 8000 + 1
+    return [struct.pack("<h", level) * samples] * chunks
+
+
+def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
+    """What an idle worker on a CPU with the models of `catalog` reports."""
+    plain = Snapshot(
+        pid=4711,
+        boot_id="boot-1",
+        uptime_s=12.5,
+        accepting=True,
+        default_model="espeak-ng",
+        running=0,
+        queued=0,
+        slots=8,
+        requests=Counters(started=5, finished=3, failed=1, cancelled=1),
+        models=[
+            ModelState(id=spec.id, state="resident" if spec.engine == "espeak" else "absent", last_used=1.0, idle_s=2.0)
+            for spec in catalog
+        ],
+        device=DeviceMemory(
+            name="a CPU",
+            kind="cpu",
+            total_bytes=16_000,
+            used_bytes=6_000,
+            free_bytes=10_000,
+            ours_bytes=1_000,
+            others_bytes=5_000,
+            budget_bytes=8_000,
+        ),
+        host=HostMemory(
+            total_bytes=16_000, free_bytes=10_000, ours_bytes=1_000, offloaded_bytes=500, budget_bytes=8_000
+        ),
+        shared_bytes={"codec": 123},
+        voices=[],
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+class FakeWorker:
+    """A GPU worker in a thread: the real socket and the real conversation, canned speech.
+
+    Each Speak is answered with `chunks` pieces of `tone`, as credit allows.
+    `hold` keeps requests in the queue (no Started) until `release`; `mute` leaves pings unanswered;
+    `fail_with` answers every Speak with that Failed, `break_after` does so after as many chunks.
+    `on_call` answers Calls. `seen` are the messages that came, except pings.
+    """
+
+    def __init__(self, path: Path, *, chunks: int = 3, **snapshot: Any) -> None:
+        self.url = f"ipc://{path}"
+        self.catalog = load_catalog()
+        self.snapshot = a_snapshot(self.catalog, **snapshot)
+        self.chunks = chunks
+        self.version = VERSION
+        self.token = ""
+        self.hold = False
+        self.mute = False
+        self.skip_seq = False
+        self.fail_with: Failed | None = None
+        self.break_after: int | None = None
+        self.saved: list[SavedVoice] = []
+        self.on_call: Callable[[Call, bytes | None], Reply | Failed] = self._find_voice
+        self.seen: list[FromWeb] = []
+        self.payloads: list[bytes | None] = []
+        self._changed = threading.Condition()
+        self._jobs: dict[str, _Job] = {}
+        self._stop = threading.Event()
+        self._context = zmq.Context()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._stop.clear()
+        self._router = bind_router(self._context, self.url)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+        self._context.term()
+
+    def stop(self) -> None:
+        """Die: the socket is gone, and with it every request."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def restart(self, boot_id: str) -> None:
+        """Come back as another process would."""
+        self.snapshot = msgspec.structs.replace(self.snapshot, boot_id=boot_id)
+        self._jobs.clear()
+        self.__enter__()
+
+    def wait_for(self, kind: type[Message], count: int = 1, timeout_s: float = 5.0) -> list[Any]:
+        """The messages of that kind, once there are `count` of them; AssertionError where they do not come."""
+        with self._changed:
+            ok = self._changed.wait_for(lambda: len(self.of(kind)) >= count, timeout_s)
+        assert ok, f"{count} {kind.__name__} expected, seen: {self.seen}"
+        return self.of(kind)
+
+    def of(self, kind: type[Message]) -> list[Any]:
+        """The messages of that kind that came so far."""
+        return [message for message in self.seen if isinstance(message, kind)]
+
+    @property
+    def busy(self) -> int:
+        """Requests neither finished nor cancelled."""
+        return len(self._jobs)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._router.poll(5):
+                peer, *frames = self._router.recv_multipart()
+                message, payload = decode_from_web(frames)
+                self._take(peer, message, payload)
+            self._speak()
+        self._router.close()
+
+    def _take(self, peer: bytes, message: FromWeb, payload: bytes | None) -> None:
+        if isinstance(message, Ping):
+            if not self.mute:
+                self._send(peer, Pong(boot_id=self.snapshot.boot_id, snapshot=self.snapshot))
+            return
+        refused = self.fail_with is not None and self.break_after is None
+        if isinstance(message, Speak) and not refused:
+            # Before a test is told of it: whoever waits for the request may look at `busy` next.
+            self._jobs[message.id] = _Job(peer, message, tone(message.text, self.chunks))
+        with self._changed:
+            self.seen.append(message)
+            self.payloads.append(payload)
+            self._changed.notify_all()
+        match message:
+            case Hello() if message.token != self.token:
+                self._send(peer, Failed(id="", code="invalid_api_key", message="wrong token"))
+            case Hello():
+                self._send(
+                    peer,
+                    Welcome(
+                        version=self.version,
+                        boot_id=self.snapshot.boot_id,
+                        catalog=self.catalog,
+                        snapshot=self.snapshot,
+                    ),
+                )
+            case Speak() if refused and self.fail_with is not None:
+                self._send(peer, msgspec.structs.replace(self.fail_with, id=message.id))
+            case Credit() if message.id in self._jobs:
+                self._jobs[message.id].credit += message.chunks
+            case Cancel():
+                self._jobs.pop(message.id, None)
+            case Call():
+                self._send(peer, self.on_call(message, payload))
+
+    def _find_voice(self, call: Call, _payload: bytes | None) -> Reply | Failed:
+        if isinstance(call.action, FindVoice):
+            for voice in self.saved:
+                if call.action.name in (voice.id, voice.name):
+                    return Reply(id=call.id, voice=voice)
+        return Failed(id=call.id, code="voice_not_found", message="there is no such voice")
+
+    def _speak(self) -> None:
+        if self.hold:
+            return
+        for job in list(self._jobs.values()):
+            request = job.request
+            if job.sent == 0 and not job.started:
+                job.started = True
+                self._send(job.peer, Started(id=request.id, model=request.model, sample_rate=24_000))
+            while job.credit and job.sent < len(job.pcm) and job.sent != self.break_after:
+                seq = job.sent + (1 if self.skip_seq and job.sent else 0)
+                self._send(job.peer, Audio(id=request.id, seq=seq), job.pcm[job.sent])
+                job.sent += 1
+                job.credit -= 1
+            if job.sent == self.break_after and self.fail_with is not None:
+                self._end(job, msgspec.structs.replace(self.fail_with, id=request.id))
+            elif job.sent == len(job.pcm):
+                usage = Usage(input_tokens=len(request.text), output_tokens=job.sent)
+                timings = Timings(queue_s=0.001, load_s=0.0, first_audio_s=0.002, total_s=0.003)
+                self._end(job, Finished(id=request.id, reason="stop", usage=usage, timings=timings))
+
+    def _end(self, job: "_Job", message: Message) -> None:
+        self._send(job.peer, message)
+        self._jobs.pop(job.request.id, None)
+
+    def _send(self, peer: bytes, message: Message, payload: bytes | None = None) -> None:
+        try:
+            self._router.send_multipart([peer, *encode(message, payload)], flags=zmq.NOBLOCK)
+        except zmq.ZMQError:
+            # That web worker is gone.
+            self._jobs = {key: job for key, job in self._jobs.items() if job.peer != peer}
+
+
+class _Job:
+    def __init__(self, peer: bytes, request: Speak, pcm: list[bytes]) -> None:
+        self.peer = peer
+        self.request = request
+        self.pcm = pcm
+        self.credit = request.credit
+        self.sent = 0
+        self.started = False

@@ -1,0 +1,135 @@
+"""The engine on a CUDA device, graphs on: what the CPU tests hold must hold there too."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpu_worker.engines.base import Sampling
+from gpu_worker.engines.qwen.engine import QwenEngine
+from gpu_worker.engines.qwen.executor import GraphExecutor, slots_needed
+from gpu_worker.engines.qwen.state import Choice
+from tests.checkpoints import Kind
+from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take
+from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _exact_products() -> Iterator[None]:
+    """float32 means float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Iterator[QwenEngine]:
+    """One engine on CUDA for tests that leave it as they found it."""
+    made = engine("custom_voice", device="cuda")
+    yield made
+    assert made.capacity() == 4
+    made.close()
+
+
+@pytest.mark.parametrize("kind", ["custom_voice", "voice_design", "base"])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
+    """Every layout, joining and leaving a mixed batch, captured and not: the official package's greedy codes."""
+    numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
+    with torch.inference_mode():
+        ours = Ours(kind, None, slots=slots_needed(8, torch.device("cuda")), device="cuda")
+        executor = GraphExecutor(ours.generator, slots=8, positions=256)
+        if graphs:
+            executor.prepare()
+        requests = [
+            Request(prompt=ours.prompt(CASES[number]), join=2 * place, frames=FRAMES)
+            for place, number in enumerate([*numbers, *numbers])
+        ]
+        spoken = generate(ours, requests, executor)
+    for codes, number in zip(spoken, [*numbers, *numbers], strict=True):
+        wanted = expected(number).codes
+        assert torch.equal(codes[: len(wanted)], wanted[: len(codes)])
+
+
+def test_captured_and_uncaptured_bfloat16_agree() -> None:
+    """The same kernels at the same sizes: graphs change nothing, sampled or greedy."""
+    sampled = Choice(greedy=False, temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.05)
+    spoken = []
+    with torch.inference_mode():
+        for graphs in (False, True):
+            ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16, device="cuda")
+            executor = GraphExecutor(ours.generator, slots=8, positions=256)
+            if graphs:
+                executor.prepare()
+            requests = [
+                Request(prompt=ours.prompt(CASES[place % 5]), seed=place, choice=(sampled, GREEDY)[place % 2])
+                for place in range(8)
+            ]
+            spoken.append(generate(ours, requests, executor))
+    for one, other in zip(*spoken, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_audio_is_the_same_in_any_company(speaker: QwenEngine) -> None:
+    """float32: twelve jobs on four slots, joining at odd moments, end with the same frames as each alone."""
+    jobs = [job(number, "Hello world. " * (1 + number % 3)) for number in range(12)]
+    together = run(speaker, jobs, every=3)
+    for one in jobs:
+        alone = run(speaker, [one])[one.id]
+        assert len(together[one.id].pcm) == len(alone.pcm)
+        ours, theirs = (
+            torch.frombuffer(bytearray(pcm), dtype=torch.int16).int() for pcm in (together[one.id].pcm, alone.pcm)
+        )
+        # The decoder's kernels depend on its batch: a sample may round the other way, and no more.
+        assert (ours - theirs).abs().max() <= 1
+
+
+def test_frame_counts_are_those_of_the_cpu(speaker: QwenEngine) -> None:
+    """Running one frame ahead neither loses nor adds one, at a cap and at the model's own end."""
+    on_cpu = engine("custom_voice")
+    for number, frames in ((3, 30), (4, 1), (4, 2), (17, 9), (31, 30)):
+        one = job(number, sampling=Sampling(seed=number, max_new_tokens=frames))
+        assert len(run(speaker, [one])[one.id].pcm) == len(run(on_cpu, [one])[one.id].pcm)
+    on_cpu.close()
+
+
+def test_cancelling_and_stalling_harm_no_neighbour(speaker: QwenEngine) -> None:
+    """A slot is free at once while its last frame is still on the device, and its next owner hears nothing of it."""
+    jobs = [job(number, sampling=Sampling(seed=17, max_new_tokens=20)) for number in range(4)]
+    outcomes = {one.id: Outcome() for one in jobs}
+    for one in jobs:
+        speaker.admit(one)
+    for number in range(4):
+        take(speaker, outcomes, number, stalled=["job 3"])
+    speaker.cancel("job 1")
+    late = job(9)
+    outcomes[late.id] = Outcome()
+    speaker.admit(late)
+    while not all(outcome.end for name, outcome in outcomes.items() if name != "job 1"):
+        take(speaker, outcomes, 0)
+    lengths = {name: len(outcome.pcm) for name, outcome in outcomes.items()}
+    assert lengths["job 0"] == lengths["job 2"] == lengths["job 3"]
+    assert lengths[late.id] == len(run(speaker, [late])[late.id].pcm)
+
+
+@pytest.mark.parametrize("kind", ["custom_voice", "base"])
+def test_offloading_returns_the_memory_and_changes_no_sample(kind: Kind) -> None:
+    """At least 95 % of the measured bytes go back to the driver, and graphs speak again after the move."""
+    made = engine(kind, device="cuda")
+    one = job(17) if kind == "custom_voice" else clone(17)
+    before = run(made, [one])[one.id].pcm
+    held = sum(made.memory().device.values())
+    torch.cuda.synchronize()
+    used = torch.cuda.memory_allocated()
+    made.offload()
+    assert used - torch.cuda.memory_allocated() >= 0.95 * held
+    made.restore()
+    assert run(made, [one])[one.id].pcm == before
+    made.close()

@@ -1,0 +1,83 @@
+"""Each convolutional piece, in chunks, against torch's own convolution of the whole."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpu_worker.engines.qwen.codec.convolution import (
+    UNFOLD_UP_TO_RATE,
+    CausalConv,
+    History,
+    Snake,
+    ToMono,
+    Upsample,
+    receptive_frames,
+)
+
+CHUNKS = (1, 2, 5, 3, 9)
+
+
+def weights(*shape: int, outputs: int) -> dict[str, Tensor]:
+    """A convolution's weight and bias as a checkpoint names them."""
+    torch.manual_seed(0)
+    return {"c.conv.weight": torch.randn(shape), "c.conv.bias": torch.randn(outputs)}
+
+
+def in_chunks(piece: CausalConv | Upsample | ToMono, x: Tensor) -> Tensor:
+    """Run `piece` over x [batch, time, channels] in uneven chunks."""
+    values = torch.zeros(x.shape[0], piece.values)
+    return torch.cat([piece(part, History(values)) for part in x.split(CHUNKS, 1)], 1)
+
+
+@pytest.mark.parametrize("rate", [1, UNFOLD_UP_TO_RATE["cpu"] + 1])
+@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 1), (7, 3), (7, 9)])
+def test_causal_convolutions_continue(rate: int, taps: int, dilation: int) -> None:
+    """As a product of windows or directly, chunks give the convolution of the whole, padded on the left."""
+    given = weights(5, 4, taps, outputs=5)
+    x = torch.randn(2, sum(CHUNKS), 4)
+
+    y = in_chunks(CausalConv(given, "c", rate=rate, dilation=dilation), x)
+
+    padded = functional.pad(x.transpose(1, 2), ((taps - 1) * dilation, 0))
+    expected = functional.conv1d(padded, given["c.conv.weight"], given["c.conv.bias"], dilation=dilation)
+    torch.testing.assert_close(y, expected.transpose(1, 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (6, 3), (16, 8)])
+def test_transposed_convolutions_continue(kernel: int, stride: int) -> None:
+    """Chunks give the transposed convolution of the whole, its overhang cut off, with each bias added once."""
+    given = weights(4, 5, kernel, outputs=5)
+    x = torch.randn(2, sum(CHUNKS), 4)
+
+    y = in_chunks(Upsample(given, "c", rate=1, stride=stride), x)
+
+    whole = functional.conv_transpose1d(x.transpose(1, 2), given["c.conv.weight"], given["c.conv.bias"], stride)
+    torch.testing.assert_close(y, whole[..., : sum(CHUNKS) * stride].transpose(1, 2), atol=1e-5, rtol=0)
+
+
+def test_the_convolution_to_one_channel_continues() -> None:
+    """Projecting first and summing diagonals is the same convolution."""
+    given = weights(1, 4, 7, outputs=1)
+    x = torch.randn(2, sum(CHUNKS), 4)
+
+    y = in_chunks(ToMono(given, "c", rate=1), x)
+
+    padded = functional.pad(x.transpose(1, 2), (6, 0))
+    expected = functional.conv1d(padded, given["c.conv.weight"], given["c.conv.bias"])
+    torch.testing.assert_close(y, expected[:, 0], atol=1e-5, rtol=0)
+
+
+def test_snake_is_its_formula() -> None:
+    """The official formula, x + sin²(x·e^alpha) / e^beta, by channel, however many rows are taken as one."""
+    alpha, beta, x = torch.randn(3), torch.randn(3), torch.randn(2, 12, 3)
+
+    for rate in (1, 2, 12):
+        y = Snake({"s.alpha": alpha, "s.beta": beta}, "s", rate=rate)(x)
+
+        torch.testing.assert_close(y, x + (x * alpha.exp()).sin() ** 2 / (beta.exp() + 1e-9), atol=1e-6, rtol=1e-6)
+
+
+def test_a_chain_hears_as_far_back_as_its_pieces_together() -> None:
+    """Look-backs in frames add up; a partial frame counts, and one is to spare."""
+    assert receptive_frames([3.0, 1.5, 0.25]) == 6

@@ -1,0 +1,58 @@
+"""Slots of decoder state: copied, put back and moved without touching each other."""
+
+import torch
+
+from gpu_worker.engines.qwen.codec import Codec, DecoderState
+from tests.checkpoints import tiny
+
+
+def decoded(codec: Codec, state: DecoderState, slot: int, seed: int, frames: int) -> torch.Tensor:
+    """Continue `slot` by random codes."""
+    codes = torch.randint(0, 2048, (1, frames, 16), generator=torch.Generator().manual_seed(seed))
+    return codec.decode(codes, torch.tensor([slot]), state)
+
+
+def test_a_snapshot_continues_in_any_slot_as_often_as_wanted() -> None:
+    """What follows a restored snapshot is, bit for bit, what followed when it was taken."""
+    codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
+    state = codec.new_state(3)
+    for seed in range(12):  # 96 frames: the ring has wrapped
+        decoded(codec, state, 0, seed, 8)
+    snapshot = state.snapshot(0)
+    expected = decoded(codec, state, 0, 100, 8)
+    for seed in range(20, 30):  # the slot moves on; the snapshot must not follow
+        decoded(codec, state, 0, seed, 8)
+
+    other = codec.new_state(1)
+    decoded(codec, other, 0, 5, 3)
+    for target, slot in ((state, 0), (state, 2), (other, 0)):
+        target.restore(slot, snapshot)
+        assert torch.equal(decoded(codec, target, slot, 100, 8), expected)
+
+
+def test_a_reset_clears_one_slot_alone() -> None:
+    """Reset zeroes every tensor of its slot and no other."""
+    codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
+    state = codec.new_state(2)
+    for slot in (0, 1):
+        decoded(codec, state, slot, slot, 8)
+    kept = state.snapshot(1)
+
+    state.reset(0)
+
+    cleared, still = state.snapshot(0), state.snapshot(1)
+    assert not cleared.rings.any()
+    assert not cleared.history.any()
+    assert int(cleared.positions) == 0
+    assert torch.equal(still.rings, kept.rings)
+    assert torch.equal(still.history, kept.history)
+    assert int(still.positions) == 8
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    """A state has one slot more than asked for; a snapshot holds one slot's share."""
+    codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
+    state = codec.new_state(4)
+
+    assert state.bytes == sum(tensor.nbytes for tensor in state.tensors())
+    assert state.bytes == 5 * state.snapshot(0).bytes

@@ -1,0 +1,242 @@
+"""The official package as a yardstick: what it feeds its talker and which codes come out, greedily, in float32.
+
+And the same requests through our own prompt builder, generator and executor.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.qwen.attention import Backend, attention
+from gpu_worker.engines.qwen.checkpoint import load_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.executor import EagerExecutor, Entry, Executor
+from gpu_worker.engines.qwen.generation import Generator
+from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
+from gpu_worker.engines.qwen.sampling import uniforms
+from gpu_worker.engines.qwen.state import RING, Choice
+from tests.checkpoints import Kind, Size, tiny
+
+FRAMES = 15
+"""Frames of every greedy comparison: enough for text to end and padding to follow."""
+
+GREEDY = Choice(greedy=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.05)
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One layout of one checkpoint. `recording`: frames of reference codes; 0 for an x-vector, None for none."""
+
+    kind: Kind
+    size: Size | None = None
+    text: str
+    voice: str = ""
+    language: str = "auto"
+    instructions: str = ""
+    recording: int | None = None
+    whole_text: bool = False
+
+
+CASES = [
+    Case(kind="custom_voice", text="Hello world, good morning today!", voice="vivian", whole_text=True),
+    Case(kind="custom_voice", text="Hello world, good morning today!", voice="ryan", language="english"),
+    Case(kind="custom_voice", text="voice", voice="eric", whole_text=True),
+    Case(kind="custom_voice", text="hello", voice="dylan", language="chinese"),
+    Case(kind="custom_voice", text="the voice", voice="eric", language="english"),
+    Case(
+        kind="custom_voice", size="1b7", text="今天 good", voice="serena", instructions="speak softly", whole_text=True
+    ),
+    Case(kind="custom_voice", size="1b7", text="good morning", voice="aiden", instructions="speak softly"),
+    Case(kind="voice_design", text="Hello world", instructions="a deep voice", language="german", whole_text=True),
+    Case(kind="voice_design", text="Hello world", instructions="a deep voice"),
+    Case(kind="voice_design", text="Hello", whole_text=True),
+    Case(kind="base", text="Hello world today", recording=0),
+    Case(kind="base", text="Hello world today", recording=0, language="french", whole_text=True),
+    Case(kind="base", text="Hello world today, good morning", recording=4),
+    Case(kind="base", text="Hello", recording=40, language="english"),
+    Case(kind="base", text="Hello world today", recording=9, whole_text=True),
+    Case(kind="base", size="1b7", text="Hello world today", recording=7),
+]
+TRANSCRIPT = "the speech of today"
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """What the official package did: the talker's input, the text behind it, the codes [frames, groups]."""
+
+    embeds: Tensor
+    trailing: Tensor
+    codes: Tensor
+
+
+@functools.cache
+def official(kind: Kind, size: Size | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The official model, with eager attention."""
+    return load_official().Model.from_pretrained(str(tiny(kind, size)), dtype=dtype, attn_implementation="eager")
+
+
+def recording(case: Case) -> tuple[Tensor, Tensor | None]:
+    """A made-up reference: speaker embedding [hidden], and codes where there are any."""
+    generator = torch.Generator().manual_seed(case.recording or 1)
+    hidden = 96 if case.size == "1b7" else 64
+    codes = torch.randint(0, 2048, (case.recording, 16), generator=generator) if case.recording else None
+    return torch.randn(hidden, generator=generator), codes
+
+
+@functools.cache
+def expected(index: int) -> Expected:
+    """The official package's run of CASES[index]."""
+    case = CASES[index]
+    model = official(case.kind, case.size)
+    common = {
+        "text": case.text,
+        "language": case.language,
+        "non_streaming_mode": case.whole_text,
+        "do_sample": False,
+        "subtalker_dosample": False,
+        "repetition_penalty": 1.05,
+        # The official package makes one frame less than it is asked for.
+        "max_new_tokens": FRAMES + 1,
+    }
+    with _spied(model.model) as seen:
+        if case.kind == "custom_voice":
+            model.generate_custom_voice(speaker=case.voice, instruct=case.instructions, **common)
+        elif case.kind == "voice_design":
+            model.generate_voice_design(instruct=case.instructions, **common)
+        else:
+            embedding, codes = recording(case)
+            item = {
+                "ref_code": [codes],
+                "ref_spk_embedding": [embedding],
+                "x_vector_only_mode": [codes is None],
+                "icl_mode": [codes is not None],
+            }
+            # The wrapper loses ref_text where a prompt is given as a dictionary; its item class keeps it.
+            made = _prompt_item(model, item)
+            model.generate_voice_clone(voice_clone_prompt=[made], **common)
+    return Expected(seen["inputs_embeds"][0], seen["trailing_text_hidden"][0], seen["codes"][0])
+
+
+class Ours:
+    """Our generator for one checkpoint, with its prompt builder."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        size: Size | None,
+        *,
+        slots: int = 8,
+        backend: Backend = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        directory = tiny(kind, size)
+        weights = load_weights(directory, "talker.", dtype=dtype, device=device)
+        self.config = read_config(directory)
+        generation = read_generation_config(directory)
+        kernel = attention(backend, torch.device(device), dtype)
+        self.generator = Generator(weights, self.config, generation, kernel, slots=slots, positions=256)
+        tokenizer = official(kind, size).processor.tokenizer
+        self.prompts = PromptBuilder(
+            weights, self.config, lambda text: tokenizer(text)["input_ids"], self.generator.embed
+        )
+
+    def prompt(self, case: Case) -> Prompt:
+        """The prompt of a case."""
+        voice = Voice(name=case.voice)
+        if case.recording is not None:
+            device = self.generator.table.device
+            embedding, codes = (None if x is None else x.to(device) for x in recording(case))
+            voice = Voice(embedding=embedding, codes=codes, transcript=TRANSCRIPT)
+        return self.prompts.build(
+            case.text,
+            voice,
+            language=case.language,
+            instructions=case.instructions,
+            whole_text=case.whole_text,
+        )
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A request to `generate`: it joins at frame `join` and leaves after `frames` frames, speech ended or not."""
+
+    prompt: Prompt
+    join: int = 0
+    frames: int = FRAMES
+    choice: Choice = GREEDY
+    seed: int = 0
+
+
+def generate(ours: Ours, requests: Sequence[Request], executor: Executor | None = None) -> list[Tensor]:
+    """Codes of requests that share the slots, taking the lowest free one, [frames, groups] each."""
+    generator = ours.generator
+    state = generator.state
+    executor = executor or EagerExecutor(generator)
+    codes: list[list[Tensor]] = [[] for _ in requests]
+    slots: dict[int, int] = {}
+    free = list(range(8))
+    waiting = list(range(len(requests)))
+    moment = 0
+    while waiting or slots:
+        for number in [n for n in waiting if requests[n].join <= moment][: len(free)]:
+            request = requests[number]
+            slot = slots[number] = min(free)
+            free.remove(slot)
+            waiting.remove(number)
+            state.write(slot, request.prompt, ours.prompts.padding(), request.choice, uniforms(request.seed, 0, 99, 16))
+            executor.prefill([Entry(slot, request.prompt, request.choice.wide)])
+        if slots:
+            state.active.zero_()
+            state.active[list(slots.values())] = True
+            rows = [(slot, len(requests[n].prompt.embeds) + len(codes[n]) + 1) for n, slot in slots.items()]
+            executor.frame(rows, wide=any(requests[n].choice.wide for n in slots))
+            for number, slot in list(slots.items()):
+                codes[number].append(state.ring[slot, len(codes[number]) % RING].clone().cpu())
+                ended = state.code[slot].item() == state.codes
+                if ended or len(codes[number]) == requests[number].frames:
+                    free.append(slots.pop(number))
+        moment += 1
+    return [torch.stack(frames) for frames in codes]
+
+
+@contextmanager
+def _spied(model: Any) -> Iterator[dict[str, Any]]:
+    """Look over the official model's shoulder; its speech tokenizer is not called."""
+    seen: dict[str, Any] = {}
+    generate, talk, tokenizer = model.generate, model.talker.generate, model.speech_tokenizer
+
+    def spy_generate(**kwargs: Any) -> Any:
+        result = generate(**kwargs)
+        seen["codes"] = result[0]
+        return result
+
+    def spy_talk(**kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return talk(**kwargs)
+
+    model.generate, model.talker.generate = spy_generate, spy_talk
+    model.speech_tokenizer = _Mute()
+    try:
+        yield seen
+    finally:
+        model.generate, model.talker.generate, model.speech_tokenizer = generate, talk, tokenizer
+
+
+class _Mute:
+    """A speech tokenizer that says nothing."""
+
+    def decode(self, items: list[Any]) -> tuple[list[Tensor], int]:
+        """One sample an item."""
+        return [torch.zeros(1) for _ in items], 24_000
+
+
+def _prompt_item(model: Any, item: dict[str, list[Any]]) -> Any:
+    import sys  # noqa: PLC0415 -- the class is where the wrapper was defined
+
+    made = sys.modules[type(model).__module__].VoiceClonePromptItem
+    return made(
+        **{name: values[0] for name, values in item.items()}, ref_text=TRANSCRIPT if item["icl_mode"][0] else None
+    )

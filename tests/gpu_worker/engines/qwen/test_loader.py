@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.checkpoint import read_config
+from gpu_worker.engines.qwen.executor import BATCHES
+from gpu_worker.engines.qwen.loader import MOST_SLOTS, QwenOptions, slots_that_fit
+from tests.checkpoints import tiny
+from tests.gpu_worker.engines.qwen.driving import codec, engine
+
+WEIGHTS = 1 << 30
+
+
+def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None) -> int:
+    """What fits on a made-up GPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
+    options = QwenOptions(codec=codec(), device="cuda", room=None if room is None else lambda: room)
+    return slots_that_fit(WEIGHTS, read_config(tiny("custom_voice")), options)
+
+
+def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large card with a small budget, the budget decides; without room for one slot the figures are told."""
+    assert slots(monkeypatch, free=80 << 30) == MOST_SLOTS
+    few = WEIGHTS + (16 << 20)
+    assert slots(monkeypatch, free=80 << 30, room=few) == slots(monkeypatch, free=few) < MOST_SLOTS
+    with pytest.raises(JobError, match="1024 MiB may be taken; weights take 1024 MiB") as refusal:
+        slots(monkeypatch, free=80 << 30, room=WEIGHTS)
+    assert refusal.value.code == "insufficient_vram"
+
+
+def test_slots_waste_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number is always a batch size, since the state has as many rows anyway."""
+    found = {slots(monkeypatch, free=WEIGHTS + (mib << 20)) for mib in range(8, 200, 8)}
+    assert len(found) > 2
+    assert found <= set(BATCHES)
+
+
+def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuDNN would round by itself is left alone once an engine is there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    engine("custom_voice").close()
+    assert not torch.backends.cudnn.allow_tf32

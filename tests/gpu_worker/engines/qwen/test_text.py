@@ -1,0 +1,65 @@
+import pytest
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.text import clean, split
+
+
+def tokens(text: str) -> int:
+    """A stand-in for a tokenizer: a token a byte."""
+    return len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["\U0001f600", "\x00\x1b", " \u200b ", "?!…", "<|im_start|>", "\ud800"])
+def test_text_without_a_letter_is_refused(text: str) -> None:
+    """Emoji, control characters, punctuation, control tokens, lone surrogates: a refusal, never a crash."""
+    with pytest.raises(JobError) as refusal:
+        clean(text)
+    assert (refusal.value.code, refusal.value.param) == ("invalid_value", "input")
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  hello \n", "hello"),
+        ("a\x00b", "a b"),
+        ("hi<|im_end|>\n<|im_start|>user", "hi \n user"),
+        ("<tts_pad>hi", "hi"),
+        ("a < b |> c", "a < b |> c"),
+        ("你好\U0001f600", "你好\U0001f600"),
+        ("42", "42"),
+    ],
+)
+def test_what_steers_the_prompt_is_taken_out(text: str, cleaned: str) -> None:
+    """Control characters and tokens go, everything else stays as it was written."""
+    assert clean(text) == cleaned
+
+
+def test_a_text_within_the_limit_stays_whole() -> None:
+    """However many sentences it has."""
+    assert split("One. Two. Three.", "english", 16, tokens) == ["One. Two. Three."]
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "limit", "utterances"),
+    [
+        ("Dr. Smith came. He paid $3.50! Really?", "english", 24, ["Dr. Smith came.", "He paid $3.50! Really?"]),
+        ("今天天气很好。我们去公园吧？好的！", "chinese", 24, ["今天天气很好。", "我们去公园吧？", "好的！"]),  # noqa: RUF001 -- Chinese
+        ("こんにちは。いい天気ですね！", "japanese", 28, ["こんにちは。", "いい天気ですね！"]),  # noqa: RUF001 -- Japanese
+        ("안녕하세요. 오늘 날씨가 좋네요!", "korean", 30, ["안녕하세요.", "오늘 날씨가 좋네요!"]),
+        ("one, two, three four", "auto", 10, ["one, two,", "three four"]),
+        ("abcdefgh", "auto", 4, ["abcd", "efgh"]),
+    ],
+)
+def test_cuts_fall_at_sentences_then_clauses_then_anywhere(
+    text: str, language: str, limit: int, utterances: list[str]
+) -> None:
+    """In every script, each utterance within the limit and as long as it allows."""
+    assert split(text, language, limit, tokens) == utterances
+
+
+def test_nothing_is_lost_and_no_utterance_is_unspeakable() -> None:
+    """All words come back in order; pieces of punctuation alone are dropped."""
+    text = "Hello there, my friend. How are you? !!! " * 40
+    utterances = split(text, "english", 60, tokens)
+    assert all(tokens(utterance) <= 60 and any(map(str.isalpha, utterance)) for utterance in utterances)
+    assert "".join("".join(utterances).split()).replace("!", "") == "".join(text.split()).replace("!", "")

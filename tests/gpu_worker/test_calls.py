@@ -1,0 +1,305 @@
+"""Calls, through the loop that answers them: models by hand, cleanup passes, saved voices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from gpu_worker.calls import DESIGN_MAX_FRAMES, DESIGN_TEXT
+from gpu_worker.engines.base import JobError
+from gpu_worker.worker import Drain
+from shared.protocol import (
+    Action,
+    Cleanup,
+    CloneVoice,
+    DeleteVoice,
+    DesignVoice,
+    Failed,
+    FindVoice,
+    LoadModel,
+    PinModel,
+    Reply,
+    UnloadModel,
+)
+from tests.gpu_worker.fake_engines import WorkerBench, pcm_of
+from tests.gpu_worker.fakes import WALL, FakeDevice, a_spec
+
+MakeBench = Callable[..., WorkerBench]
+
+RECORDING = b"\1\0\2\0" * 600
+
+
+def _done(bench: WorkerBench, action: Action, payload: bytes | None = None, call_id: str = "c") -> Any:
+    """The one answer to a call, once everything has come to rest."""
+    before = len(bench.heard(call_id))
+    bench.call(call_id, action, payload)
+    bench.settle()
+    (answer,) = bench.heard(call_id)[before:]
+    return answer
+
+
+class TestLoad:
+    """A model is brought by hand."""
+
+    def test_answered_when_it_is_there(self, bench: WorkerBench) -> None:
+        """The answer comes with the model, not before; asked again, at once."""
+        bench.gate.clear()
+        bench.call("c", LoadModel(model="m"))
+        bench.turn(3)
+        assert bench.heard("c") == []
+        bench.gate.set()
+        bench.settle()
+        (reply,) = bench.heard("c")
+        assert (reply.model.id, reply.model.state, reply.model.bytes) == ("m", "resident", {"weights": 100})
+        assert _done(bench, LoadModel(model="m"), call_id="d").model.state == "resident"
+        assert len(bench.opened) == 1
+
+    def test_two_at_once(self, bench: WorkerBench) -> None:
+        """Each of two calls for the same load is answered."""
+        bench.call("c", LoadModel(model="m"))
+        bench.call("d", LoadModel(model="m"))
+        bench.settle()
+        assert bench.kinds("c") == bench.kinds("d") == ["Reply"]
+
+    def test_fails(self, bench: WorkerBench) -> None:
+        """A load that fails says why; the next call tries again."""
+        bench.open_troubles["m"] = [JobError("model_unavailable", "a shard is damaged")]
+        failed = _done(bench, LoadModel(model="m"))
+        assert (failed.code, failed.message) == ("model_unavailable", "a shard is damaged")
+        assert _done(bench, LoadModel(model="m"), call_id="d").model.state == "resident"
+
+    def test_larger_than_thought(self, make_bench: MakeBench) -> None:
+        """A model that turns out too large for the budget was there: the call is answered although it leaves again."""
+        bench = make_bench({"m": 100}, specs=[a_spec("m", 10)], device=FakeDevice(budget_bytes=50))
+        assert _done(bench, LoadModel(model="m")).model.state == "resident"
+        assert bench.states() == {"m": "offloaded"}
+
+    def test_unknown_and_unavailable(self, bench: WorkerBench) -> None:
+        """What cannot be loaded is refused like a request for it."""
+        failed = _done(bench, LoadModel(model="x"))
+        assert (failed.code, failed.param) == ("model_not_found", "model")
+        bench.problems["m"] = "its weights are not there"
+        failed = _done(bench, LoadModel(model="m"), call_id="d")
+        assert failed.code == "model_unavailable"
+        assert "its weights are not there" in failed.message
+
+    def test_overtaken_by_an_unload(self, bench: WorkerBench) -> None:
+        """Of a load and an unload that meet, the later counts, and the earlier is told."""
+        bench.gate.clear()
+        bench.call("c", LoadModel(model="m"))
+        bench.turn(2)
+        bench.call("d", UnloadModel(model="m"))
+        bench.turn()
+        assert [message.code for message in bench.heard("c")] == ["model_busy"]
+        assert bench.heard("d") == []
+        bench.gate.set()
+        bench.settle()
+        assert [message.model.state for message in bench.heard("d")] == ["absent"]
+        assert bench.states() == {"m": "absent"}
+
+
+class TestUnload:
+    """A model is dropped by hand."""
+
+    def test_answered_when_it_is_gone(self, bench: WorkerBench) -> None:
+        """A loaded model leaves the device and host RAM; one that is not there is not there."""
+        _done(bench, LoadModel(model="m"))
+        reply = _done(bench, UnloadModel(model="m"), call_id="d")
+        assert (reply.model.state, reply.model.bytes) == ("absent", {})
+        assert bench.device.on_device == {}
+        assert _done(bench, UnloadModel(model="m"), call_id="e").model.state == "absent"
+
+    def test_unavailable_meanwhile(self, bench: WorkerBench) -> None:
+        """A model whose weights have gone from the disk can be unloaded; it is called unavailable then."""
+        _done(bench, LoadModel(model="m"))
+        bench.residency.set_unavailable("m", "gone")
+        assert _done(bench, UnloadModel(model="m"), call_id="d").model.state == "unavailable"
+
+    def test_busy(self, bench: WorkerBench) -> None:
+        """A model with a request, queued or running, stays; the request does not notice."""
+        bench.speak("r", "a b", credit=1)
+        failed = _done(bench, UnloadModel(model="m"))
+        assert (failed.code, failed.param) == ("model_busy", "model")
+        bench.credit("r", 1)
+        bench.settle()
+        assert bench.words("r") == "a b"
+
+    def test_overtaken_by_a_request(self, bench: WorkerBench) -> None:
+        """A request that comes before the drop began prevents it, and the call is told."""
+        _done(bench, LoadModel(model="m"))
+        bench.call("d", UnloadModel(model="m"))
+        bench.speak("r", "a b")
+        bench.settle()
+        assert [message.code for message in bench.heard("d")] == ["model_busy"]
+        assert bench.words("r") == "a b"
+        assert len(bench.opened) == 1
+
+    def test_overtaken_by_a_request_that_is_given_up(self, bench: WorkerBench) -> None:
+        """A request prevents the drop even where it is cancelled in the same turn; the call is told all the same."""
+        _done(bench, LoadModel(model="m"))
+        bench.call("d", UnloadModel(model="m"))
+        bench.speak("r", "a b")
+        bench.cancel("r")
+        bench.settle()
+        assert [message.code for message in bench.heard("d")] == ["model_busy"]
+
+    def test_request_during_the_drop(self, bench: WorkerBench) -> None:
+        """A request that comes too late to prevent it waits for the model to come back; the call is answered."""
+        _done(bench, LoadModel(model="m"))
+        bench.call("d", UnloadModel(model="m"))
+        bench.gate.clear()
+        bench.turn()
+        bench.speak("r", "a b")
+        bench.gate.set()
+        bench.settle()
+        assert [message.model.state for message in bench.heard("d")] == ["absent"]
+        assert bench.words("r") == "a b"
+        assert len(bench.opened) == 2
+
+    def test_overtaken_by_a_load(self, bench: WorkerBench) -> None:
+        """The later counts, also this way round."""
+        _done(bench, LoadModel(model="m"))
+        bench.call("d", UnloadModel(model="m"))
+        bench.call("e", LoadModel(model="m"))
+        bench.settle()
+        assert [message.code for message in bench.heard("d")] == ["model_busy"]
+        assert [message.model.state for message in bench.heard("e")] == ["resident"]
+
+    def test_unknown(self, bench: WorkerBench) -> None:
+        """A model that there is not."""
+        assert _done(bench, UnloadModel(model="x")).code == "model_not_found"
+        assert _done(bench, PinModel(model="x", pinned=True), call_id="d").code == "model_not_found"
+
+
+class TestPinAndCleanup:
+    """What stays and what leaves."""
+
+    def test_cleanup(self, make_bench: MakeBench) -> None:
+        """A pass evicts what is idle for too long and nothing else, and says what it did in measured bytes."""
+        bench = make_bench({"m": 100, "n": 50, "o": 30}, idle_timeout_s=10)
+        for model in "mn":
+            _done(bench, LoadModel(model=model), call_id=f"load-{model}")
+        assert _done(bench, PinModel(model="n", pinned=True), call_id="pin").model.pinned
+        bench.clock.advance(11)
+        assert bench.states() == {"m": "resident", "n": "resident", "o": "absent"}
+        bench.call("c", Cleanup())
+        bench.call("d", Cleanup())
+        bench.settle()
+        (reply,) = bench.heard("c")
+        assert (reply.cleanup.models_checked, reply.cleanup.models_unloaded) == (["m", "n"], ["m"])
+        assert (reply.cleanup.vram_before_bytes, reply.cleanup.vram_after_bytes) == (150, 50)
+        assert reply.cleanup.timestamp == WALL + bench.clock.now
+        assert bench.heard("d") == [msgspec.structs.replace(reply, id="d")]
+        assert bench.snapshot().cleanup == reply.cleanup
+
+    def test_unpin(self, make_bench: MakeBench) -> None:
+        """Let go, a model leaves like any other."""
+        bench = make_bench(idle_timeout_s=10)
+        _done(bench, LoadModel(model="m"))
+        _done(bench, PinModel(model="m", pinned=True), call_id="pin")
+        _done(bench, PinModel(model="m", pinned=False), call_id="unpin")
+        bench.clock.advance(11)
+        assert _done(bench, Cleanup(), call_id="d").cleanup.models_unloaded == ["m"]
+
+
+class TestSavedVoices:
+    """Voices that are kept."""
+
+    def test_clone_find_delete(self, bench: WorkerBench) -> None:
+        """A recording becomes a voice that is found by name and id, case aside, until it is deleted."""
+        action = CloneVoice(name="Ada", text="what it says", description="calm", consent="yes")
+        voice = _done(bench, action, RECORDING).voice
+        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 0.05, True)
+        for index, name in enumerate(("ada", voice.id.upper())):
+            assert _done(bench, FindVoice(name=name), call_id=f"f{index}").voice == voice
+        assert bench.snapshot().voices == [voice]
+        assert _done(bench, DeleteVoice(id=voice.id), call_id="d").voice == voice
+        assert _done(bench, FindVoice(name="Ada"), call_id="g") == Reply(id="g")
+        assert _done(bench, DeleteVoice(id=voice.id), call_id="h").code == "voice_not_found"
+
+    @pytest.mark.parametrize(
+        ("name", "payload", "code"),
+        [
+            ("Preset", RECORDING, "invalid_value"),
+            ("Ada", b"\1", "invalid_audio"),
+            ("Ada", None, "invalid_audio"),
+        ],
+    )
+    def test_clone_refused(self, bench: WorkerBench, name: str, payload: bytes | None, code: str) -> None:
+        """What will not do is not kept."""
+        assert _done(bench, CloneVoice(name=name), payload).code == code
+        assert bench.snapshot().voices == []
+
+
+class TestDesign:
+    """The voice-design model speaks, and what it said is kept."""
+
+    @pytest.fixture
+    def bench(self, make_bench: MakeBench) -> WorkerBench:
+        """One model, and it designs voices."""
+        return make_bench(specs=[msgspec.structs.replace(a_spec("designer"), task="VoiceDesign")])
+
+    def test_kept(self, bench: WorkerBench) -> None:
+        """The model is asked for one text in the voice described; its recording and the text are the voice."""
+        bench.call("c", DesignVoice(name="Ada", prompt="an old sailor"))
+        bench.settle()
+        (reply,) = bench.heard("c")
+        assert (reply.voice.name, reply.voice.kind) == ("Ada", "design")
+        assert (reply.voice.in_context, reply.voice.description) == (True, "an old sailor")
+        (job,) = bench.engines["designer"].admitted
+        assert (job.task, job.text, job.instructions) == ("VoiceDesign", DESIGN_TEXT, "an old sailor")
+        assert job.sampling.max_new_tokens == DESIGN_MAX_FRAMES
+        reference = bench.voices.load(reply.voice.id)
+        assert (reference.text, reference.pcm) == (DESIGN_TEXT, b"".join(map(pcm_of, DESIGN_TEXT.split())))
+        assert bench.references() == {"designer": 0}
+
+    def test_description(self, bench: WorkerBench) -> None:
+        """Where it is described in other words, those are kept."""
+        action = DesignVoice(name="Ada", prompt="an old sailor", description="Salty.")
+        assert _done(bench, action).voice.description == "Salty."
+
+    def test_fails(self, bench: WorkerBench) -> None:
+        """Where the model fails, nothing is kept, and the call is told why."""
+        bench.open_troubles["designer"] = [JobError("model_unavailable", "a shard is damaged")]
+        assert _done(bench, DesignVoice(name="Ada", prompt="p")) == Failed(
+            id="c", code="model_unavailable", message="a shard is damaged", param="model", retry_after_s=5.0
+        )
+        assert len(bench.voices) == 0
+
+    def test_name_taken_first(self, bench: WorkerBench) -> None:
+        """A name that will not do is refused before anybody speaks."""
+        assert _done(bench, DesignVoice(name="preset", prompt="p")).param == "name"
+        assert bench.opened == []
+
+    def test_name_taken_meanwhile(self, bench: WorkerBench) -> None:
+        """A name that somebody else took while the model spoke is refused."""
+        bench.call("c", DesignVoice(name="Ada", prompt="p"))
+        bench.turn(2)
+        bench.call("d", CloneVoice(name="Ada"), RECORDING)
+        bench.settle()
+        assert bench.kinds("d") == ["Reply"]
+        assert [message.code for message in bench.heard("c")] == ["invalid_value"]
+
+    def test_queue_full(self, make_bench: MakeBench) -> None:
+        """It waits like a request, and is refused like one."""
+        spec = msgspec.structs.replace(a_spec("designer"), task="VoiceDesign")
+        bench = make_bench(specs=[spec], slots=1, max_queue=1)
+        for name in ("one", "two", "three"):
+            bench.call(name, DesignVoice(name=name, prompt="p"))
+        bench.turn()
+        assert [message.code for message in bench.heard("three")] == ["queue_full"]
+
+    def test_shutting_down(self, bench: WorkerBench) -> None:
+        """What is not ready when the worker ends is refused."""
+        bench.call("c", DesignVoice(name="Ada", prompt="p"))
+        bench.inbox.put(Drain(30))
+        bench.call("d", DesignVoice(name="Bob", prompt="p"))
+        bench.worker.run()
+        bench.turn()
+        assert bench.answer("c").code == "shutting_down"
+        assert bench.answer("d").code == "shutting_down"
+
+    def test_no_such_model(self, make_bench: MakeBench) -> None:
+        """A catalogue without a voice-design model says so."""
+        assert _done(make_bench(), DesignVoice(name="Ada", prompt="p")).code == "model_unavailable"

@@ -1,0 +1,1016 @@
+"""The synthesis loop, turn by turn: real queue, residency and loader, engines that speak words."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gpu_worker.engines.base import JobError, Pcm
+from gpu_worker.faults import BrokenDeviceError
+from gpu_worker.moves import LoaderFailed, MoveProgress
+from gpu_worker.transport import PeerGone, TransportFailed
+from gpu_worker.worker import Drain
+from shared.pcm import SAMPLE_RATE
+from shared.protocol import (
+    VERSION,
+    Audio,
+    Counters,
+    Credit,
+    Failed,
+    Finished,
+    Hello,
+    Ping,
+    Pong,
+    Sampling,
+    Started,
+    UnloadModel,
+    Usage,
+    Welcome,
+)
+from tests.gpu_worker.fake_engines import WEB, WorkerBench, pcm_of
+from tests.gpu_worker.fakes import FakeDevice
+
+OTHER = b"web-2"
+
+MakeBench = Callable[..., WorkerBench]
+
+
+def _loaded(bench: WorkerBench, *models: str) -> WorkerBench:
+    """The models have spoken once, and everything said about that is forgotten."""
+    for model in models or ("m",):
+        bench.speak(f"first-{model}", "hello", model=model)
+    bench.settle()
+    bench.sent.clear()
+    return bench
+
+
+class TestSpeaking:
+    """From a Speak to its last word."""
+
+    def test_order_of_messages(self, bench: WorkerBench) -> None:
+        """Started, then every piece with its number and no gap, then Finished, and nothing after it."""
+        bench.speak("r", "one two three")
+        bench.settle()
+        messages = bench.heard("r")
+        assert messages[:-1] == [
+            Started(id="r", model="m", sample_rate=SAMPLE_RATE),
+            Audio(id="r", seq=0),
+            Audio(id="r", seq=1),
+            Audio(id="r", seq=2),
+        ]
+        assert isinstance(messages[-1], Finished)
+        assert (messages[-1].reason, messages[-1].usage) == ("stop", Usage(input_tokens=3, output_tokens=6))
+        assert [payload for _, message, payload in bench.sent if isinstance(message, Audio)] == [
+            pcm_of("one"),
+            pcm_of("two"),
+            pcm_of("three"),
+        ]
+        assert bench.references() == {"m": 0}
+
+    def test_everything_reaches_the_engine(self, bench: WorkerBench) -> None:
+        """What the web worker resolved is what the engine is asked for."""
+        sampling = Sampling(seed=7, max_new_tokens=3)
+        bench.speak(
+            "r",
+            "one",
+            task="CustomVoice",
+            voice="vivian",
+            language="german",
+            instructions="softly",
+            sampling=sampling,
+            non_streaming_mode=True,
+        )
+        bench.settle()
+        (job,) = bench.engines["m"].admitted
+        assert (job.task, job.text, job.voice, job.language) == ("CustomVoice", "one", "vivian", "german")
+        assert (job.instructions, job.sampling, job.non_streaming_mode) == ("softly", sampling, True)
+        assert job.reference is None
+
+    def test_recording_of_the_request(self, bench: WorkerBench) -> None:
+        """A recording that came with the request is its reference, transcript and all."""
+        bench.speak("r", "one", payload=b"\1\0\2\0", reference_text="what it says")
+        bench.speak("x", "one", payload=b"\1\0\2\0", x_vector_only=True)
+        bench.settle()
+        first, second = (job.reference for job in bench.engines["m"].admitted)
+        assert first is not None
+        assert second is not None
+        assert (first.pcm, first.text, first.x_vector_only) == (b"\1\0\2\0", "what it says", False)
+        assert second.x_vector_only
+        assert first.key != second.key
+
+    def test_saved_voice(self, bench: WorkerBench) -> None:
+        """A saved voice is the reference, and no preset voice is named beside it."""
+        voice = bench.voices.create("Mine", b"\3\0" * 10, kind="clone", text="what it says")
+        bench.speak("r", "one", voice=voice.id, saved_voice=True)
+        bench.speak("x", "one", voice="voice_none", saved_voice=True)
+        bench.settle()
+        (job,) = bench.engines["m"].admitted
+        assert job.voice == ""
+        assert job.reference is not None
+        assert (job.reference.pcm, job.reference.text) == (b"\3\0" * 10, "what it says")
+        assert (bench.answer("x").code, bench.answer("x").param) == ("voice_not_found", "voice")
+
+    def test_saved_voice_without_its_words(self, bench: WorkerBench) -> None:
+        """A saved voice can be cloned from its embedding alone; the engine does not take one for the other."""
+        voice = bench.voices.create("Mine", b"\3\0" * 10, kind="clone", text="what it says")
+        other = bench.voices.create("Other", b"\3\0" * 10, kind="clone")
+        for name, given, alone in (("r", voice, False), ("s", voice, True), ("t", other, True), ("u", other, False)):
+            bench.speak(name, "one", voice=given.id, saved_voice=True, x_vector_only=alone)
+        bench.settle()
+        references = [job.reference for job in bench.engines["m"].admitted]
+        assert [reference.x_vector_only for reference in references if reference] == [False, True, True, True]
+        keys = [reference.key for reference in references if reference]
+        assert len(set(keys)) == 3
+        assert keys[2] == keys[3]
+
+    def test_side_by_side(self, bench: WorkerBench) -> None:
+        """Requests of several web workers speak at once, a piece each in every step, and are never mixed up."""
+        _loaded(bench)
+        bench.speak("r", "a b c")
+        bench.speak("r", "x y z", peer=OTHER)
+        bench.turn()
+        assert (bench.words("r"), bench.words("r", OTHER)) == ("a", "x")
+        bench.settle()
+        assert (bench.words("r"), bench.words("r", OTHER)) == ("a b c", "x y z")
+        assert bench.kinds("r", OTHER)[-1] == "Finished"
+
+    def test_two_models(self, make_bench: MakeBench) -> None:
+        """While one model is brought to the device, another goes on speaking."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}))
+        bench.gate.clear()
+        bench.speak("r", "one two three")
+        bench.speak("s", "four", model="n")
+        bench.turn(4)
+        assert bench.kinds("r") == ["Started", "Audio", "Audio", "Audio", "Finished"]
+        assert bench.kinds("s") == []
+        assert bench.states()["n"] == "loading"
+        bench.gate.set()
+        bench.settle()
+        assert bench.words("s") == "four"
+
+    def test_id_in_use(self, bench: WorkerBench) -> None:
+        """A second request by the same name is refused and does not disturb the first; afterwards the name is free."""
+        _loaded(bench)
+        bench.speak("r", "one two")
+        bench.speak("r", "three")
+        bench.settle()
+        assert sorted(bench.kinds("r")) == ["Audio", "Audio", "Failed", "Finished", "Started"]
+        assert bench.words("r") == "one two"
+        assert bench.references() == {"m": 0}
+        bench.speak("r", "four")
+        bench.settle()
+        assert bench.words("r") == "one two four"
+
+    def test_timings(self, bench: WorkerBench) -> None:
+        """Where the time went: the load is part of the wait, the first piece comes behind it, the total is the end."""
+        bench.load_s = 2.0
+        bench.speak("r", "one two three")
+        bench.turn()
+        while bench.is_moving:
+            bench.turn()
+        bench.clock.advance(0.5)
+        bench.engines["m"].step_s = 0.25
+        bench.settle()
+        timings = bench.answer("r").timings
+        assert timings.load_s == pytest.approx(2.0)
+        assert timings.queue_s == pytest.approx(2.0)
+        # The first step was in the turn that took the load's report, before the engine was slowed down.
+        assert timings.first_audio_s == pytest.approx(2.0)
+        assert timings.total_s == pytest.approx(2.0 + 0.5 + 2 * 0.25)
+
+    def test_timings_of_a_wait_for_a_slot(self, make_bench: MakeBench) -> None:
+        """Waiting for others is waiting, but not loading."""
+        bench = _loaded(make_bench(slots=1))
+        bench.engines["m"].step_s = 1.0
+        bench.speak("r", "one two three")
+        bench.speak("s", "four")
+        bench.settle()
+        timings = bench.answer("s").timings
+        assert (timings.load_s, timings.queue_s) == (0.0, pytest.approx(3.0))
+        assert (timings.first_audio_s, timings.total_s) == (pytest.approx(4.0), pytest.approx(4.0))
+
+
+class TestRefusals:
+    """Requests that are not even queued."""
+
+    def test_unknown_model(self, bench: WorkerBench) -> None:
+        """A model that there is not is named, with those that there are."""
+        bench.speak("r", "one", model="nonesuch")
+        bench.settle()
+        (failed,) = bench.heard("r")
+        assert (failed.code, failed.param) == ("model_not_found", "model")
+        assert "'nonesuch'" in failed.message
+        assert "there are m" in failed.message
+        assert bench.snapshot().requests == Counters(rejected=1)
+
+    def test_unavailable_model(self, bench: WorkerBench) -> None:
+        """What is missing is said, and looked at again at the next request."""
+        bench.problems["m"] = "its weights are not there"
+        bench.speak("r", "one")
+        bench.settle()
+        (failed,) = bench.heard("r")
+        assert failed.code == "model_unavailable"
+        assert "its weights are not there" in failed.message
+        assert failed.retry_after_s is not None
+        assert bench.states() == {"m": "unavailable"}
+        bench.problems.clear()
+        bench.speak("s", "one")
+        bench.settle()
+        assert bench.words("s") == "one"
+
+    def test_queue_full(self, make_bench: MakeBench) -> None:
+        """One request too many is told when to come back; those that wait are served."""
+        bench = _loaded(make_bench(slots=1, max_queue=2))
+        for name in "abcd":
+            bench.speak(name, "one two")
+        bench.settle()
+        (failed,) = bench.heard("d")
+        assert failed.code == "queue_full"
+        assert failed.retry_after_s >= 1
+        assert "2 requests are waiting already" in failed.message
+        assert [bench.kinds(name)[-1] for name in "abc"] == ["Finished"] * 3
+        assert bench.snapshot().requests == Counters(started=4, finished=4, rejected=1)
+
+    def test_engine_refuses_a_job(self, bench: WorkerBench) -> None:
+        """What an engine will not take fails by itself; its neighbours speak."""
+        _loaded(bench)
+        bench.engines["m"].admit_troubles.append(JobError("voice_not_found", "no such voice", param="voice"))
+        bench.speak("r", "one")
+        bench.speak("s", "two")
+        bench.settle()
+        assert bench.heard("r") == [Failed(id="r", code="voice_not_found", message="no such voice", param="voice")]
+        assert bench.words("s") == "two"
+        assert bench.references() == {"m": 0}
+
+    @pytest.mark.parametrize(
+        ("trouble", "code"), [(KeyError("klingon"), "synthesis_failed"), (MemoryError(), "insufficient_vram")]
+    )
+    def test_engine_breaks_taking_a_job(self, bench: WorkerBench, trouble: Exception, code: str) -> None:
+        """An engine that breaks while it takes a job costs that job and nothing else."""
+        _loaded(bench)
+        bench.engines["m"].admit_troubles.append(trouble)
+        bench.speak("r", "one")
+        bench.speak("s", "two")
+        bench.settle()
+        assert [message.code for message in bench.heard("r")] == [code]
+        assert bench.words("s") == "two"
+
+
+class TestQueue:
+    """Who is next."""
+
+    def test_clients_take_turns(self, make_bench: MakeBench) -> None:
+        """A client with many requests delays another by one of them, not by all."""
+        bench = _loaded(make_bench(slots=1))
+        for name in ("a1", "a2", "a3"):
+            bench.speak(name, "word", client="alice")
+        bench.speak("b1", "word", client="bob")
+        bench.settle()
+        order = [message.id for _, message, _ in bench.sent if isinstance(message, Started)]
+        assert order == ["a1", "a2", "b1", "a3"]
+
+    def test_bound_over_all_models(self, make_bench: MakeBench) -> None:
+        """No more requests than max_concurrency hold a slot, however many slots the engines have."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, slots=4, max_concurrency=3), "m", "n")
+        for index in range(3):
+            bench.speak(f"m{index}", "one two three")
+            bench.speak(f"n{index}", "one two three", model="n")
+        bench.turn()
+        snapshot = bench.snapshot()
+        assert (snapshot.running, snapshot.queued, snapshot.slots) == (3, 3, 3)
+        bench.settle()
+        assert bench.snapshot().requests.finished == 2 + 6
+
+    def test_full_model_holds_up_no_other(self, make_bench: MakeBench) -> None:
+        """A request for a model without a free slot does not stand in the way of one for another model."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, slots=1), "m", "n")
+        bench.speak("a", "one two three")
+        bench.speak("b", "one two three")
+        bench.speak("c", "one", model="n")
+        bench.turn()
+        assert bench.kinds("c") == ["Started", "Audio", "Finished"]
+        assert bench.kinds("b") == []
+
+
+class TestCredit:
+    """Never more under way than the web worker can take."""
+
+    def test_no_more_than_credit(self, bench: WorkerBench) -> None:
+        """The pieces stop where the credit ends, and go on with the next; Finished waits behind the last."""
+        _loaded(bench)
+        bench.speak("r", "a b c d e", credit=2)
+        bench.settle()
+        assert bench.words("r") == "a b"
+        bench.credit("r", 1)
+        bench.settle()
+        assert bench.words("r") == "a b c"
+        bench.credit("r", 10)
+        bench.settle()
+        assert bench.words("r") == "a b c d e"
+        assert bench.kinds("r")[-2:] == ["Audio", "Finished"]
+        assert bench.snapshot().running == 0
+
+    def test_credit_for_exactly_all(self, bench: WorkerBench) -> None:
+        """Finished needs no credit of its own."""
+        _loaded(bench)
+        bench.speak("r", "a b", credit=2)
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Audio", "Finished"]
+
+    def test_stalled_alone(self, bench: WorkerBench) -> None:
+        """A request whose reader does not read holds up no other, and its engine does not run ahead of it."""
+        _loaded(bench)
+        bench.speak("slow", "a b c", credit=0)
+        bench.speak("fast", "x y z")
+        bench.settle()
+        assert bench.kinds("slow") == ["Started"]
+        assert bench.words("fast") == "x y z"
+        steps = bench.engines["m"].steps
+        bench.turn(5)
+        assert bench.engines["m"].steps == steps
+        bench.credit("slow", 3)
+        bench.settle()
+        assert bench.words("slow") == "a b c"
+
+    def test_credit_for_nobody(self, bench: WorkerBench) -> None:
+        """Credit for a request that ended, or never was, is nothing to anybody; negative credit takes none away."""
+        _loaded(bench)
+        bench.speak("r", "a b c", credit=1)
+        bench.credit("r", -5)
+        bench.credit("nobody", 3)
+        bench.credit("r", 2)
+        bench.settle()
+        bench.credit("r", 3)
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Audio", "Audio", "Finished"]
+
+    def test_stall_timeout(self, make_bench: MakeBench) -> None:
+        """A reader that takes nothing for so long loses its slot, and hears why."""
+        bench = _loaded(make_bench(slots=1, stall_timeout_s=10))
+        bench.speak("slow", "a b c", credit=1)
+        bench.speak("next", "x")
+        bench.settle()
+        bench.clock.advance(9)
+        bench.turn()
+        assert bench.kinds("slow") == ["Started", "Audio"]
+        bench.clock.advance(2)
+        bench.settle()
+        assert bench.answer("slow").code == "client_too_slow"
+        assert bench.words("next") == "x"
+        assert bench.references() == {"m": 0}
+
+    def test_reading_a_little_is_enough(self, make_bench: MakeBench) -> None:
+        """The time begins again whenever something was taken."""
+        bench = _loaded(make_bench(stall_timeout_s=10))
+        bench.speak("slow", "a b c", credit=0)
+        for _ in range(3):
+            bench.settle()
+            bench.clock.advance(9)
+            bench.credit("slow", 1)
+        bench.settle()
+        assert bench.kinds("slow")[-1] == "Finished"
+
+    def test_waiting_in_the_queue_is_no_stall(self, make_bench: MakeBench) -> None:
+        """A queued request, which could not have read anything, is not ended for that."""
+        bench = make_bench(stall_timeout_s=10)
+        bench.gate.clear()
+        bench.speak("r", "a", credit=0)
+        bench.turn(2)
+        bench.clock.advance(60)
+        bench.turn(2)
+        assert bench.kinds("r") == []
+        bench.gate.set()
+        bench.settle()
+        bench.credit("r", 1)
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Finished"]
+
+
+class _TwoAtOnce:
+    """An engine's habit: the last piece comes in two, whatever the credit."""
+
+    def __init__(self, bench: WorkerBench) -> None:
+        engine = bench.engines["m"]
+        step = engine.step
+
+        def doubled(stalled: Any) -> list[Any]:
+            events = step(stalled)
+            return [events[0], *events] if len(events) == 2 else events
+
+        engine.step = doubled  # type: ignore[method-assign] # the one habit that differs
+
+
+class TestSaidInFull:
+    """A request that the engine is done with, but that has not been read to its end."""
+
+    def _ahead(self, bench: WorkerBench) -> WorkerBench:
+        _loaded(bench)
+        _TwoAtOnce(bench)
+        bench.speak("r", "a b", credit=2)
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Audio"]
+        assert bench.snapshot().running == 0
+        return bench
+
+    def test_finished_waits(self, bench: WorkerBench) -> None:
+        """The slot is free already; the last piece and Finished come with the credit."""
+        self._ahead(bench)
+        bench.credit("r", 1)
+        bench.settle()
+        assert bench.kinds("r")[2:] == ["Audio", "Audio", "Finished"]
+        assert [message.seq for message in bench.heard("r") if isinstance(message, Audio)] == [0, 1, 2]
+
+    def test_cancelled(self, bench: WorkerBench) -> None:
+        """Cancelled then, it is forgotten, counted once, and a later credit brings nothing."""
+        self._ahead(bench)
+        bench.cancel("r")
+        bench.credit("r", 5)
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Audio"]
+        assert bench.snapshot().requests == Counters(started=2, finished=2)
+        assert bench.references() == {"m": 0}
+
+    def test_never_read(self, bench: WorkerBench) -> None:
+        """Never read, it is given up like any other."""
+        self._ahead(bench)
+        bench.clock.advance(61)
+        bench.turn()
+        assert bench.answer("r").code == "client_too_slow"
+        assert bench.references() == {"m": 0}
+
+    def test_holds_up_the_end(self, bench: WorkerBench) -> None:
+        """A worker told to end waits for it, but no longer than it may, and says so."""
+        self._ahead(bench)
+        bench.inbox.put(Drain(5))
+        bench.turn(3)
+        bench.clock.advance(6)
+        bench.worker.run()
+        assert bench.answer("r").code == "shutting_down"
+
+
+class TestCancel:
+    """Nobody listens any more."""
+
+    def test_speaking(self, make_bench: MakeBench) -> None:
+        """The slot is free before the next step, and another request has it in the same turn."""
+        bench = _loaded(make_bench(slots=1))
+        bench.speak("r", "a b c")
+        bench.speak("s", "x y")
+        bench.turn()
+        bench.cancel("r")
+        bench.turn()
+        assert bench.words("r") == "a"
+        assert bench.words("s") == "x"
+        assert bench.engines["m"].jobs == {"x y"}
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio"]
+        assert bench.snapshot().requests == Counters(started=3, finished=2, cancelled=1)
+
+    def test_queued(self, make_bench: MakeBench) -> None:
+        """A cancelled request never starts and is never heard of."""
+        bench = _loaded(make_bench(slots=1))
+        bench.speak("r", "a b c")
+        bench.speak("s", "x y")
+        bench.turn()
+        bench.cancel("s")
+        bench.settle()
+        assert bench.kinds("s") == []
+        assert bench.snapshot().queued == 0
+        assert bench.references() == {"m": 0}
+
+    def test_waiting_for_a_model(self, bench: WorkerBench) -> None:
+        """Cancelled while its model is brought: the model arrives, and nobody speaks."""
+        bench.gate.clear()
+        bench.speak("r", "a")
+        bench.turn(2)
+        bench.cancel("r")
+        bench.turn(2)
+        bench.gate.set()
+        bench.settle()
+        assert bench.kinds("r") == []
+        assert bench.engines["m"].admitted == []
+        assert bench.references() == {"m": 0}
+
+    def test_too_late_twice_or_for_nobody(self, bench: WorkerBench) -> None:
+        """It is idempotent, and nobody is told."""
+        _loaded(bench)
+        bench.speak("r", "a b c")
+        bench.turn()
+        for name in ("r", "r", "nobody"):
+            bench.cancel(name)
+        bench.settle()
+        bench.speak("s", "x")
+        bench.settle()
+        bench.cancel("s")
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio"]
+        assert bench.kinds("s") == ["Started", "Audio", "Finished"]
+        assert bench.snapshot().requests == Counters(started=3, finished=2, cancelled=1)
+
+    def test_only_ones_own(self, bench: WorkerBench) -> None:
+        """A web worker cancels its own request, not another's by the same name."""
+        _loaded(bench)
+        bench.speak("r", "a b c")
+        bench.cancel("r", peer=OTHER)
+        bench.settle()
+        assert bench.kinds("r")[-1] == "Finished"
+
+    def test_peer_gone(self, make_bench: MakeBench) -> None:
+        """With a web worker goes everything it asked for, queued and speaking; the others' requests stay."""
+        bench = _loaded(make_bench(slots=2))
+        bench.speak("r1", "a b c")
+        bench.speak("r2", "a b c", credit=0)
+        bench.speak("r3", "a b c")
+        bench.speak("s", "x y z", peer=OTHER)
+        bench.turn()
+        bench.inbox.put(PeerGone(WEB))
+        bench.turn()
+        assert bench.engines["m"].jobs == {"x y z"}
+        bench.settle()
+        assert bench.words("s", OTHER) == "x y z"
+        snapshot = bench.snapshot()
+        assert (snapshot.running, snapshot.queued) == (0, 0)
+        assert snapshot.requests == Counters(started=4, finished=2, cancelled=3)
+        assert bench.references() == {"m": 0}
+        bench.inbox.put(PeerGone(WEB))
+        bench.settle()
+
+
+class TestFaults:
+    """What breaks, and what goes on."""
+
+    def test_one_job(self, bench: WorkerBench) -> None:
+        """A job's own trouble fails that job with the engine's words; its neighbour speaks to the end."""
+        _loaded(bench)
+        bench.speak("r", "one fault never")
+        bench.speak("s", "x y z")
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Failed"]
+        assert (bench.answer("r").code, bench.answer("r").param) == ("invalid_audio", "ref_audio")
+        assert bench.words("s") == "x y z"
+        assert bench.snapshot().requests == Counters(started=3, finished=2, failed=1)
+        assert bench.references() == {"m": 0}
+
+    def test_afterthought(self, bench: WorkerBench) -> None:
+        """What an engine still says for a job that was cancelled is heard by nobody."""
+        _loaded(bench)
+        bench.speak("r", "a b c")
+        bench.speak("s", "x y z")
+        bench.turn()
+        gone = next(job.id for job in bench.engines["m"].admitted if job.text == "a b c")
+        step = bench.engines["m"].step
+        bench.engines["m"].step = lambda stalled: [Pcm(gone, b"late"), *step(stalled)]  # type: ignore[method-assign] # a pipeline's habit
+        bench.cancel("r")
+        bench.settle()
+        assert bench.words("r") == "a"
+        assert bench.words("s") == "x y z"
+
+    def test_one_engine(self, make_bench: MakeBench) -> None:
+        """A broken engine costs its own requests; others speak on, and the next request gets a fresh engine."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}), "m", "n")
+        bench.engines["m"].step_troubles.extend([None, ValueError("lost my place")])
+        bench.speak("r", "a b c")
+        bench.speak("s", "a b c", credit=0)
+        bench.speak("t", "x y z", model="n")
+        bench.settle()
+        for name in "rs":
+            assert bench.answer(name).code == "synthesis_failed"
+            assert "lost my place" in bench.answer(name).message
+        assert bench.words("t") == "x y z"
+        assert bench.states() == {"m": "absent", "n": "resident"}
+        bench.speak("u", "again")
+        bench.settle()
+        assert bench.words("u") == "again"
+        assert len(bench.opened) == 3
+
+    def test_one_engine_with_others_waiting(self, make_bench: MakeBench) -> None:
+        """Requests still queued for a broken engine are tried; they did not break it."""
+        bench = _loaded(make_bench(slots=1))
+        bench.engines["m"].step_troubles.append(ValueError("lost my place"))
+        bench.speak("r", "a b c")
+        bench.speak("s", "x y z")
+        bench.settle()
+        assert bench.answer("r").code == "synthesis_failed"
+        assert bench.words("s") == "x y z"
+
+    def test_broken_device(self, make_bench: MakeBench) -> None:
+        """A device that is lost to this process ends it, after everybody has heard."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, slots=1), "m", "n")
+        bench.engines["m"].step_troubles.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        bench.speak("r", "a b")
+        bench.speak("queued", "a b")
+        bench.speak("t", "x y z", model="n", credit=0)
+        with pytest.raises(BrokenDeviceError):
+            bench.worker.run()
+        for name in ("r", "queued", "t"):
+            assert bench.answer(name).code == "synthesis_failed"
+            assert bench.kinds(name).count("Failed") == 1
+        assert bench.references() == {"m": 0, "n": 0}
+
+    def test_broken_device_taking_a_job(self, bench: WorkerBench) -> None:
+        """Also where it shows while a job is taken."""
+        _loaded(bench)
+        bench.engines["m"].admit_troubles.append(RuntimeError("CUDA error: device-side assert triggered"))
+        bench.speak("r", "a b")
+        with pytest.raises(BrokenDeviceError):
+            bench.settle()
+        assert bench.kinds("r") == ["Failed"]
+
+    def test_loader_has_ended(self, bench: WorkerBench) -> None:
+        """A process that can move no model any more ends, after everybody has heard."""
+        _loaded(bench)
+        bench.speak("r", "a b c")
+        bench.inbox.put(LoaderFailed("CUDA error: device-side assert triggered"))
+        with pytest.raises(BrokenDeviceError, match="device-side assert"):
+            bench.settle()
+        assert bench.answer("r").code == "synthesis_failed"
+
+    def test_unreachable(self, bench: WorkerBench) -> None:
+        """Without its socket the process is of no use to anybody, and ends."""
+        bench.inbox.put(TransportFailed("the socket is gone"))
+        with pytest.raises(RuntimeError, match="the socket is gone"):
+            bench.turn()
+
+    def test_not_a_command(self, bench: WorkerBench) -> None:
+        """What is no command is a defect of ours, and not passed over."""
+        bench.inbox.put("hello")
+        with pytest.raises(TypeError, match="hello"):
+            bench.turn()
+
+
+class TestOutOfMemory:
+    """The device's memory runs out in a step."""
+
+    def test_room_is_made_and_the_step_repeated(self, make_bench: MakeBench) -> None:
+        """Idle models leave, the step is tried once more, and nobody notices."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}), "m", "n")
+        bench.engines["m"].step_troubles.extend([None, MemoryError("full")])
+        bench.speak("r", "a b c")
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Audio", "Audio", "Audio", "Finished"]
+        assert bench.states() == {"m": "resident", "n": "offloaded"}
+
+    def test_youngest_goes(self, bench: WorkerBench) -> None:
+        """Where that does not help, the youngest request goes, alone, and the others go on."""
+        _loaded(bench)
+        bench.speak("old", "a b c")
+        bench.turn()
+        bench.clock.advance(1)
+        bench.engines["m"].step_troubles.extend([None, MemoryError("full"), MemoryError("still full")])
+        bench.speak("young", "x y z")
+        bench.settle()
+        assert bench.kinds("young") == ["Started", "Audio", "Failed"]
+        assert bench.answer("young").code == "insufficient_vram"
+        assert bench.answer("young").retry_after_s is not None
+        assert bench.words("old") == "a b c"
+        assert bench.kinds("old")[-1] == "Finished"
+
+    def test_last_one_goes(self, bench: WorkerBench) -> None:
+        """A request that cannot be done by itself fails, and the model serves the next."""
+        _loaded(bench)
+        bench.engines["m"].step_troubles.extend([MemoryError("full"), MemoryError("full")])
+        bench.speak("r", "a b c")
+        bench.settle()
+        assert bench.answer("r").code == "insufficient_vram"
+        bench.speak("s", "x")
+        bench.settle()
+        assert bench.words("s") == "x"
+
+    def test_cancelled_meanwhile(self, bench: WorkerBench) -> None:
+        """The request that met it is cancelled before the second try: the model serves the next all the same."""
+        _loaded(bench)
+        bench.engines["m"].step_troubles.append(MemoryError("full"))
+        bench.speak("r", "a b c")
+        bench.turn()
+        bench.cancel("r")
+        bench.turn()
+        bench.speak("s", "x")
+        bench.settle()
+        assert bench.words("s") == "x"
+
+    def test_others_speak_meanwhile(self, make_bench: MakeBench) -> None:
+        """While room is made, the model in need is left alone and starts nothing; another model speaks."""
+        bench = _loaded(make_bench({"m": 100, "n": 100, "idle": 100}), "m", "n", "idle")
+        bench.engines["m"].step_troubles.append(MemoryError("full"))
+        bench.speak("r", "a b c")
+        bench.speak("t", "x y z", model="n")
+        bench.turn()
+        bench.gate.clear()
+        bench.residency.plan()  # the eviction begins, and nobody reports its end
+        steps = bench.engines["m"].steps
+        bench.speak("s", "d")
+        bench.turn(3)
+        assert bench.words("t") == "x y z"
+        assert bench.engines["m"].steps == steps
+        assert bench.kinds("s") == []
+
+
+class TestModels:
+    """Loads, evictions and measurements as requests see them."""
+
+    def test_load_fails(self, bench: WorkerBench) -> None:
+        """Who waits for a load that fails hears why, and the next request tries again."""
+        bench.open_troubles["m"] = [OSError("the disk is gone")]
+        bench.speak("r", "one")
+        bench.speak("s", "two")
+        bench.settle()
+        for name in "rs":
+            (failed,) = bench.heard(name)
+            assert failed.code == "model_unavailable"
+            assert "the disk is gone" in failed.message
+        assert bench.references() == {"m": 0}
+        bench.speak("t", "three")
+        bench.settle()
+        assert bench.words("t") == "three"
+
+    def test_load_runs_out_of_memory(self, make_bench: MakeBench) -> None:
+        """A load that runs out of memory is tried once more without the idle models, and the request only waits."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}))
+        bench.open_troubles["n"] = [MemoryError("full")]
+        bench.speak("r", "x", model="n")
+        bench.settle()
+        assert bench.words("r") == "x"
+        assert bench.states() == {"m": "offloaded", "n": "resident"}
+
+    def test_preloaded(self, make_bench: MakeBench) -> None:
+        """The models of the start come without being asked for; what is still to come, or failed to, is told."""
+        bench = make_bench({"m": 100, "n": 100, "o": 100}, preload=("m", "n"))
+        bench.open_troubles["n"] = [OSError("the disk is gone")]
+        assert bench.snapshot().preloading == ["m", "n"]
+        bench.settle()
+        assert bench.snapshot().preloading == []
+        assert bench.states() == {"m": "resident", "n": "absent", "o": "absent"}
+
+    def test_unloading_ends_the_wait_for_a_preload(self, make_bench: MakeBench) -> None:
+        """A model that was to be preloaded and is unloaded by hand before is not waited for any longer."""
+        bench = make_bench({"m": 100}, preload=("m",))
+        bench.call("c", UnloadModel(model="m"))
+        bench.settle()
+        assert bench.snapshot().preloading == []
+
+    def test_progress_is_told_until_it_has_arrived(self, make_bench: MakeBench) -> None:
+        """How far a model's download has come stands in the snapshot, and no longer once the model is there."""
+        bench = make_bench({"m": 100}, preload=("m",))
+        bench.gate.clear()
+        bench.worker.turn()
+        bench.inbox.put(MoveProgress(model="m", detail="fetching file 3 of 9"))
+        bench.worker.turn()
+        assert bench.snapshot().models[0].detail == "fetching file 3 of 9"
+        bench.gate.set()
+        bench.settle()
+        assert bench.snapshot().models[0].detail == ""
+
+    def test_no_room(self, make_bench: MakeBench) -> None:
+        """A model that does not fit beside one that speaks is refused with the arithmetic; the speaker goes on."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
+        bench.speak("r", "a b c", credit=1)
+        bench.speak("s", "x", model="n")
+        bench.settle()
+        (failed,) = bench.heard("s")
+        assert failed.code == "insufficient_vram"
+        assert "n needs" in failed.message
+        bench.credit("r", 9)
+        bench.settle()
+        assert bench.words("r") == "a b c"
+
+    def test_idle_models_make_room(self, make_bench: MakeBench) -> None:
+        """An idle model leaves for one that is asked for, and comes back when it is asked for itself."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
+        bench.speak("r", "x", model="n")
+        bench.settle()
+        assert bench.states() == {"m": "offloaded", "n": "resident"}
+        bench.speak("s", "y")
+        bench.settle()
+        assert bench.words("s") == "y"
+        assert len(bench.opened) == 2
+
+    def test_keep_alive(self, make_bench: MakeBench) -> None:
+        """A request says how long its model stays: not at all, or as configured."""
+        bench = make_bench({"m": 100}, idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True)
+        bench.speak("r", "x", keep_alive_s=0)
+        bench.settle()
+        assert bench.states() == {"m": "offloaded"}
+        bench.speak("s", "y")
+        bench.settle()
+        bench.clock.advance(9)
+        bench.settle()
+        assert bench.states() == {"m": "resident"}
+        bench.clock.advance(2)
+        bench.settle()
+        assert bench.states() == {"m": "offloaded"}
+
+    def test_never_taken_from_a_stalled_stream(self, make_bench: MakeBench) -> None:
+        """A request whose reader pauses keeps its model, for however long."""
+        bench = make_bench(idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True, stall_timeout_s=1_000)
+        bench.speak("r", "a b", credit=1)
+        bench.settle()
+        bench.clock.advance(500)
+        bench.settle()
+        assert bench.states() == {"m": "resident"}
+        bench.credit("r", 1)
+        bench.settle()
+        assert bench.words("r") == "a b"
+
+    def test_growth_is_measured(self, bench: WorkerBench) -> None:
+        """What a model holds is measured again when a request has left it."""
+        _loaded(bench)
+        bench.engines["m"].n_bytes = 140
+        bench.speak("r", "x")
+        bench.settle()
+        (model,) = bench.snapshot().models
+        assert model.bytes == {"weights": 140}
+
+    def test_unload_between(self, bench: WorkerBench) -> None:
+        """A model that was dropped by hand is opened anew for the next request."""
+        _loaded(bench)
+        bench.call("c", UnloadModel(model="m"))
+        bench.settle()
+        assert bench.states() == {"m": "absent"}
+        bench.speak("r", "x")
+        bench.settle()
+        assert bench.words("r") == "x"
+        assert len(bench.opened) == 2
+
+
+class TestDrain:
+    """The process is to end."""
+
+    def test_running_end_queued_fail(self, make_bench: MakeBench) -> None:
+        """What speaks is said to its end; what waits, and what comes, is refused with a time to come back."""
+        bench = _loaded(make_bench(slots=1))
+        bench.speak("r", "a b c")
+        bench.speak("s", "x")
+        bench.turn()
+        bench.inbox.put(Drain(30))
+        bench.turn()
+        bench.speak("t", "y")
+        bench.inbox.put(Drain(0))
+        bench.worker.run()
+        assert bench.words("r") == "a b c"
+        assert bench.kinds("r")[-1] == "Finished"
+        for name in "st":
+            (failed,) = bench.heard(name)
+            assert failed.code == "shutting_down"
+            assert failed.retry_after_s is not None
+
+    def test_deadline(self, bench: WorkerBench) -> None:
+        """What is not said in time is failed, not left hanging."""
+        _loaded(bench)
+        bench.speak("r", "a b c", credit=1)
+        bench.inbox.put(Drain(30))
+        bench.settle()
+        bench.clock.advance(31)
+        bench.worker.run()
+        assert bench.kinds("r") == ["Started", "Audio", "Failed"]
+        assert bench.answer("r").code == "shutting_down"
+        assert bench.engines["m"].jobs == set()
+
+    def test_idle(self, bench: WorkerBench) -> None:
+        """With nothing to do it ends at once."""
+        bench.inbox.put(Drain(30))
+        bench.worker.run()
+        assert bench.sent == []
+
+    def test_shows(self, bench: WorkerBench) -> None:
+        """The snapshot says that nothing more is taken."""
+        _loaded(bench)
+        bench.speak("r", "a b", credit=0)
+        bench.turn()
+        assert bench.snapshot().accepting
+        bench.inbox.put(Drain(30))
+        assert not bench.snapshot().accepting
+
+
+class TestTalk:
+    """Hello, ping, and what they show."""
+
+    def test_hello(self, bench: WorkerBench) -> None:
+        """A newcomer hears who this is and what there is to speak with."""
+        bench.tell(Hello(version=VERSION, token=""))
+        bench.turn()
+        ((peer, welcome, payload),) = bench.sent
+        assert (peer, payload) == (WEB, None)
+        assert isinstance(welcome, Welcome)
+        assert (welcome.version, welcome.boot_id, welcome.catalog) == (VERSION, "boot-1", bench.specs)
+        assert welcome.snapshot.boot_id == "boot-1"
+
+    def test_ping(self, make_bench: MakeBench) -> None:
+        """The loop itself answers, with everything that dashboards read."""
+        bench = _loaded(make_bench({"m": 100, "n": 50}, slots=2))
+        voice = bench.voices.create("Mine", b"\0\0", kind="clone")
+        bench.speak("r", "a b", credit=1)
+        for name in "stu":
+            bench.speak(name, "c", credit=0)
+        bench.settle()
+        bench.clock.advance(5)
+        bench.tell(Ping(), peer=OTHER)
+        bench.turn()
+        peer, pong, _ = bench.sent[-1]
+        assert peer == OTHER
+        assert isinstance(pong, Pong)
+        snapshot = pong.snapshot
+        assert (snapshot.boot_id, snapshot.default_model, snapshot.accepting) == ("boot-1", "m", True)
+        assert (snapshot.running, snapshot.queued, snapshot.slots) == (2, 2, 2)
+        assert snapshot.requests == Counters(started=3, finished=1)
+        assert [(model.id, model.state, model.references) for model in snapshot.models] == [
+            ("m", "resident", 4),
+            ("n", "absent", 0),
+        ]
+        assert snapshot.device.ours_bytes == 100
+        assert snapshot.host.total_bytes == bench.device.host_total_bytes
+        assert snapshot.shared_bytes == {"codec": 7}
+        assert snapshot.voices == [voice]
+        assert snapshot.uptime_s == pytest.approx(5.0)
+        assert snapshot.cleanup is None
+
+
+class _Crowd:
+    """Web workers that do as the dice say; it knows what they were given and what they gave up."""
+
+    def __init__(self, bench: WorkerBench, seed: int) -> None:
+        self._bench = bench
+        self._dice = random.Random(seed)  # noqa: S311 -- a dice, not a secret
+        self.credit: dict[tuple[bytes, str], int] = {}
+        self.dropped: set[tuple[bytes, str]] = set()
+
+    def do_something(self) -> None:
+        """One thing, and a few turns."""
+        things = [self._speak, self._speak, self._grant, self._grant, self._cancel, self._leave, self._break]
+        self._dice.choice(things)(self._dice.choice([b"web-1", b"web-2", b"web-3"]))
+        self._bench.turn(self._dice.randrange(3))
+
+    def read_everything(self) -> None:
+        """Whoever is still there takes all there is."""
+        for peer, name in self.credit.keys() - self.dropped:
+            self._give(peer, name, 100)
+        self._bench.settle()
+
+    def _speak(self, peer: bytes) -> None:
+        name, credit = f"r{len(self.credit)}", self._dice.randrange(4)
+        self.credit[peer, name] = credit
+        words = " ".join(self._dice.choices(["a", "b", "c", "d", "e", "fault"], k=self._dice.randrange(1, 9)))
+        model, client = self._dice.choice("mn"), self._dice.choice("xyz")
+        self._bench.speak(name, words, peer=peer, model=model, client=client, credit=credit)
+
+    def _grant(self, peer: bytes) -> None:
+        for name in self._one_of(peer):
+            self._give(peer, name, self._dice.randrange(1, 5))
+
+    def _cancel(self, peer: bytes) -> None:
+        for name in self._one_of(peer):
+            self.dropped.add((peer, name))
+            self._bench.cancel(name, peer)
+
+    def _leave(self, peer: bytes) -> None:
+        if self._dice.random() < 0.1:
+            self.dropped.update(key for key in self.credit if key[0] == peer)
+            self._bench.inbox.put(PeerGone(peer))
+
+    def _break(self, _peer: bytes) -> None:
+        if self._bench.engines and self._dice.random() < 0.3:
+            trouble = self._dice.choice([ValueError("broken"), MemoryError("full")])
+            self._bench.engines[self._dice.choice(list(self._bench.engines))].step_troubles.append(trouble)
+
+    def _give(self, peer: bytes, name: str, chunks: int) -> None:
+        self.credit[peer, name] += chunks
+        self._bench.tell(Credit(id=name, chunks=chunks), peer=peer)
+
+    def _one_of(self, peer: bytes) -> list[str]:
+        mine = [name for to, name in self.credit if to == peer and (to, name) not in self.dropped]
+        return [self._dice.choice(mine)] if mine else []
+
+
+@pytest.mark.parametrize(("seed", "budget_bytes"), [(0, 150), (1, 200), (2, 200)])
+def test_whatever_happens(make_bench: MakeBench, seed: int, budget_bytes: int) -> None:
+    """Through any mixture of requests, credit, cancels, faults and departures the promises hold.
+
+    Never more pieces than credit, no gap, one last word and nothing behind it, none twice for the cancelled;
+    in the end no slot, no place in the queue and no reference is left, and every request has been counted once.
+    """
+    device = FakeDevice(budget_bytes=budget_bytes)
+    bench = make_bench({"m": 100, "n": 100}, slots=3, max_concurrency=4, max_queue=6, device=device)
+    crowd = _Crowd(bench, seed)
+    for _ in range(1_000):
+        crowd.do_something()
+    crowd.read_everything()
+
+    ends = {"Finished": 0, "Failed": 0}
+    for (peer, name), credit in crowd.credit.items():
+        kinds = bench.kinds(name, peer)
+        numbers = [message.seq for message in bench.heard(name, peer) if isinstance(message, Audio)]
+        assert numbers == list(range(len(numbers)))
+        assert len(numbers) <= credit
+        ended = [kind for kind in kinds if kind in ends]
+        assert len(ended) == 1 or (not ended and (peer, name) in crowd.dropped)
+        for end in ended:
+            assert kinds[-1] == end
+            ends[end] += 1
+    assert min(ends.values()) > 10
+    assert bench.references() == {"m": 0, "n": 0}
+    assert not any(engine.jobs for engine in bench.engines.values())
+    snapshot = bench.snapshot()
+    assert (snapshot.running, snapshot.queued) == (0, 0)
+    counted = snapshot.requests
+    assert counted.failed + counted.rejected == ends["Failed"]
+    assert counted.finished + counted.failed + counted.cancelled + counted.rejected == len(crowd.credit)

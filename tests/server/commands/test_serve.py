@@ -1,0 +1,143 @@
+"""What `serve` checks before anything starts. How it runs and stops is shown in tests/system."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.__main__ import main
+from server.commands.environment import checked_settings, environment
+from shared.settings import SettingsError
+
+ROOT = str(Path(__file__).parents[3])
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Somebody else's server, one that shares its port as granian's workers do."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock
+
+
+def test_wrong_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All mistakes at once, exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTS_PORT", "many")
+    monkeypatch.setenv("TTS_DTYPE", "int3")
+    assert main([]) == 2
+    err = capfd.readouterr().err
+    assert "TTS_PORT" in err
+    assert "TTS_DTYPE" in err
+
+
+def test_models_that_there_are_not() -> None:
+    """A model that the catalogue lacks is a wrong setting, and the message lists what there is."""
+    with pytest.raises(SettingsError, match="espeak-ng") as caught:
+        checked_settings({"TTS_DEFAULT_MODEL": "nothing", "TTS_PRELOAD": "espeak, void"})
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["TTS_DEFAULT_MODEL", "TTS_PRELOAD"]
+    assert checked_settings({"TTS_DEFAULT_MODEL": "Espeak"}).default_model == "Espeak"
+
+
+def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """.env gives what the environment leaves out; what is not TTS_* stays out of it."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text('TTS_PORT=1\nTTS_MAX_QUEUE="7"\nTTS_HOST=\nPATH=/nowhere\n')
+    monkeypatch.setenv("TTS_PORT", "2")
+    found = environment()
+    assert (found["TTS_PORT"], found["TTS_MAX_QUEUE"]) == ("2", "7")
+    assert "TTS_HOST" not in found
+    assert found["PATH"] != "/nowhere"
+
+
+def test_a_port_in_use(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Told before anything is started, also where the other side would share the port."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTS_PORT", str(listener.getsockname()[1]))
+    assert main(["serve"]) == 1
+    err = capfd.readouterr().err
+    assert "is in use" in err
+    assert "TTS_PORT" in err
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid"])
+def test_an_address_that_is_not_ours(
+    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A host that cannot be listened on is one line, not a traceback from a worker."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTS_HOST", host)
+    assert main([]) == 1
+    assert f"{host} port 8000 cannot be listened on" in capfd.readouterr().err
+
+
+def test_help_is_helpful(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every command is in it, with examples."""
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    out = capfd.readouterr().out
+    for word in ("serve", "say", "models", "voices", "top", "examples:", "TTS_"):
+        assert word in out
+
+
+def test_an_unknown_command_is_refused() -> None:
+    """The parser's own exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(["sing"])
+    assert end.value.code == 2
+
+
+def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
+    """Exit code 0, no child left, and the private folder of the worker's socket removed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(tmp_path), "TTS_PORT": str(port)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "server"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
+    ) as service:
+        assert service.stderr is not None
+        lines = []
+        for line in service.stderr:
+            lines.append(line)
+            if "GPU worker met" in line:
+                break
+        assert [path.stat().st_mode & 0o777 for path in tmp_path.glob("tts-*")] == [0o700]
+        service.send_signal(signal.SIGTERM)
+        lines += service.stderr  # ends when the last process that holds it has
+        assert service.wait() == 0
+    said = "".join(lines)
+    assert f"http://127.0.0.1:{port}/docs" in said
+    assert said.index("Stopped worker-1") < said.index("drained")
+    assert "Traceback" not in said
+    assert list(tmp_path.glob("tts-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped while its processes are still starting, the service ends at once and leaves nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(tmp_path), "TTS_PORT": str(port)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "server"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
+    ) as service:
+        assert service.stderr is not None
+        for line in service.stderr:
+            if "Spawning worker-1" in line:
+                break
+        service.send_signal(number)
+        assert service.wait(timeout=15) == 0  # half of what granian waits before it kills
+        service.stderr.read()  # ends when the last process that holds it has
+    assert list(tmp_path.glob("tts-*")) == []

@@ -1,0 +1,93 @@
+"""`top`: what the admin endpoints say, on one screen."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.__main__ import main
+from tests.server.commands.conftest import CannedService
+
+VRAM: dict[str, Any] = {
+    "device": {"name": "NVIDIA H100", "kind": "cuda", "total_bytes": 80 * 2**30, "used_bytes": 20 * 2**30}
+    | {"free_bytes": 60 * 2**30, "ours_bytes": 5 * 2**30, "others_bytes": 15 * 2**30, "budget_bytes": 70 * 2**30},
+    "shared": {"codec": 300 * 2**20},
+    "host": {"offloaded_bytes": 2 * 2**30},
+    "models": [
+        {"id": "qwen3-large", "state": "resident", "bytes": {"weights": 4 * 2**30, "kv": 2**30}, "idle_s": 75.2}
+        | {"references": 3, "pinned": True},
+        {"id": "qwen3-small", "state": "offloaded", "bytes": {}, "idle_s": 4000.0, "references": 0, "pinned": False},
+    ],
+}
+STATS: dict[str, Any] = {
+    "worker": {"pid": 4711, "boot_id": "b", "uptime_s": 3661.0, "restarts": 2},
+    "running": 3,
+    "queued": 9,
+    "slots": 32,
+    "requests": {"started": 100, "finished": 90, "failed": 1, "cancelled": 4, "rejected": 5},
+}
+
+
+@pytest.fixture
+def watched(service: CannedService) -> CannedService:
+    """A service with something to see."""
+    service.answers |= {"/admin/vram": (200, VRAM), "/admin/stats": (200, STATS)}
+    return service
+
+
+def test_once(watched: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every figure that matters is there."""
+    assert main(["top", "--once"]) == 0
+    assert len(watched.asked) == 2
+    out = capfd.readouterr().out
+    for shown in ("pid 4711", "up 1:01:01", "restarts 2", "running 3 / 32", "queued 9", "rejected 5", "NVIDIA H100"):
+        assert shown in out
+    for shown in ("20,480 MB of 81,920 MB", "ours 5,120 MB", "others 15,360 MB", "shared 300 MB", "RAM 2,048 MB"):
+        assert shown in out
+    large = next(line for line in out.splitlines() if "qwen3-large" in line)
+    for shown in ("resident", "5,120 MB", "weights 4,096 MB", "1:15", "3", "yes"):
+        assert shown in large
+
+
+def test_missing_figures_are_no_error(service: CannedService) -> None:
+    """A service that has not met its worker yet shows what it can."""
+    service.answers |= {"/admin/vram": (200, {"device": None}), "/admin/stats": (200, {"worker": None})}
+    assert main(["top", "--once"]) == 0
+
+
+def test_a_refusal_is_its_message(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """A missing key ends the command with the service's words."""
+    service.answers["/admin/vram"] = (403, {"error": {"message": "an admin key is needed"}})
+    assert main(["top", "--once"]) == 1
+    assert capfd.readouterr().err == "an admin key is needed (HTTP 403)\n"
+
+
+@pytest.mark.parametrize("interval", ["0", "x", "1e9", "nan"])
+def test_odd_intervals_are_refused(interval: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither a busy loop nor for ever."""
+    with pytest.raises(SystemExit):
+        main(["top", "--interval", interval])
+    assert "--interval" in capfd.readouterr().err
+
+
+def test_live_on_a_terminal_until_ctrl_c(watched: CannedService) -> None:
+    """It draws on a terminal, again and again, and leaves it in order."""
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "TERM": "xterm", "COLUMNS": "150"}
+    command = [sys.executable, "-m", "server", "top", "--interval", "0.1"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environ) as process:
+        os.close(theirs)
+        seen = b""
+        while seen.count(b"4711") < 3:
+            seen += os.read(ours, 65_536)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+    os.close(ours)
+    assert len(watched.asked) >= 6

@@ -1,0 +1,172 @@
+"""What requests mean, rule by rule, on the real catalogue."""
+
+from typing import Any
+
+import pytest
+
+from server.errors import ApiError
+from server.resolution import check_input, keep_alive_s, model_named, resolve, saved_voice_name
+from server.schemas import SpeechRequest, VoiceRef
+from shared.catalog import load_catalog
+from shared.protocol import SavedVoice
+
+CATALOG = load_catalog()
+ESPEAK = "espeak-ng"
+LARGE = "qwen3-tts-1.7b-customvoice"
+SMALL = "qwen3-tts-0.6b-customvoice"
+DESIGN = "qwen3-tts-1.7b-voicedesign"
+BASE = "qwen3-tts-1.7b-base"
+SMALL_BASE = "qwen3-tts-0.6b-base"
+SAVED = SavedVoice(id="v1", name="Grandma", kind="clone", created_at=1, seconds=3.0, in_context=True)
+CLONE = {"ref_audio": "UklGRg==", "ref_text": "hello"}
+
+
+def _ask(**fields: Any) -> SpeechRequest:
+    return SpeechRequest(input="hello", **fields)
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "model", "voice"),
+    [
+        (ESPEAK, {}, ESPEAK, "en-us+f2"),
+        (ESPEAK, {"model": "tts-1"}, ESPEAK, "en-us+f2"),
+        (ESPEAK, {"model": "tts-1-hd"}, ESPEAK, "en-us+f2"),
+        (ESPEAK, {"model": "ESPEAK", "voice": "emma"}, ESPEAK, "en-us+f2"),
+        (ESPEAK, {"voice": "EN-US+M3"}, ESPEAK, "en-us+m3"),
+        (ESPEAK, {"voice": VoiceRef(id="Onyx")}, ESPEAK, "en-us+m7"),
+        (ESPEAK, {"model": SMALL}, SMALL, "ryan"),
+        (LARGE, {}, LARGE, "ryan"),
+        (LARGE, {"model": "tts-1"}, SMALL, "ryan"),
+        (LARGE, {"model": "TTS-1-HD"}, LARGE, "ryan"),
+        (LARGE, {"model": "gpt-4o-mini-tts"}, LARGE, "ryan"),
+        (SMALL, {"model": "gpt-4o-mini-tts"}, SMALL, "ryan"),
+        (SMALL, {"model": "tts-1-hd"}, LARGE, "ryan"),
+        (LARGE, {"model": "qwen/qwen3-tts-12hz-0.6b-customvoice", "voice": "Uncle_Fu"}, SMALL, "uncle_fu"),
+        (LARGE, CLONE, BASE, ""),
+        (SMALL, CLONE, SMALL_BASE, ""),
+        (LARGE, {"model": "tts-1", **CLONE}, SMALL_BASE, ""),
+        (LARGE, {"model": SMALL_BASE, **CLONE}, SMALL_BASE, ""),
+        (LARGE, {"voice": "alloy", **CLONE}, BASE, ""),
+        (LARGE, {"ref_audio": "UklGRg==", "x_vector_only_mode": True}, BASE, ""),
+        (LARGE, {"task_type": "VoiceDesign", "instructions": "an old man"}, DESIGN, ""),
+        (SMALL, {"task_type": "VoiceDesign", "instructions": "an old man", "voice": "nova"}, DESIGN, ""),
+        (LARGE, {"task_type": "CustomVoice"}, LARGE, "ryan"),
+        (LARGE, {"task_type": "Base", **CLONE}, BASE, ""),
+        (ESPEAK, {"model": BASE, **CLONE}, BASE, ""),
+    ],
+)
+def test_model_and_voice(default: str, fields: dict[str, Any], model: str, voice: str) -> None:
+    """A named model means itself; without one, the task chooses within the default's family and size."""
+    resolved = resolve(_ask(**fields), CATALOG, default)
+    assert (resolved.model.id, resolved.voice, resolved.saved_voice) == (model, voice, False)
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "code", "param"),
+    [
+        (ESPEAK, {"model": "gpt-5"}, "model_not_found", "model"),
+        (ESPEAK, {"voice": "nobody"}, "voice_not_found", "voice"),
+        (LARGE, {"voice": "emma"}, "voice_not_found", "voice"),
+        (ESPEAK, {"model": BASE, "voice": "alloy"}, "voice_not_found", "voice"),
+        (ESPEAK, CLONE, "task_mismatch", "model"),
+        (ESPEAK, {"model": ESPEAK, **CLONE}, "task_mismatch", "ref_audio"),
+        (LARGE, {"model": LARGE, **CLONE}, "task_mismatch", "ref_audio"),
+        (LARGE, {"task_type": "CustomVoice", **CLONE}, "task_mismatch", "ref_audio"),
+        (LARGE, {"model": LARGE, "task_type": "Base"}, "task_mismatch", "task_type"),
+        (ESPEAK, {"task_type": "VoiceDesign"}, "task_mismatch", "model"),
+        (LARGE, {"voice": "ryan", **CLONE}, "task_mismatch", "voice"),
+        (LARGE, {"model": DESIGN, "instructions": "old", "voice": "ryan"}, "task_mismatch", "voice"),
+        (LARGE, {"model": DESIGN}, "invalid_value", "instructions"),
+        (LARGE, {"model": DESIGN, "instructions": "  "}, "invalid_value", "instructions"),
+        (LARGE, {"model": BASE}, "invalid_value", "ref_audio"),
+        (LARGE, {"ref_audio": "UklGRg=="}, "invalid_value", "ref_text"),
+        (LARGE, {"ref_audio": "UklGRg==", "ref_text": " "}, "invalid_value", "ref_text"),
+        (LARGE, {"ref_text": "hello"}, "invalid_value", "ref_text"),
+        (LARGE, {"x_vector_only_mode": True}, "invalid_value", "x_vector_only_mode"),
+        (SMALL, {"instructions": "softly"}, "invalid_value", "instructions"),
+        (ESPEAK, {"instructions": "softly"}, "invalid_value", "instructions"),
+        (LARGE, {"instructions": "soft\0ly"}, "invalid_value", "instructions"),
+        (ESPEAK, {"seed": 1}, "invalid_value", "seed"),
+        (ESPEAK, {"temperature": 0.0}, "invalid_value", "temperature"),
+        (ESPEAK, {"max_new_tokens": 5}, "invalid_value", "max_new_tokens"),
+        (ESPEAK, {"non_streaming_mode": False}, "invalid_value", "non_streaming_mode"),
+        (LARGE, {"language": "polish"}, "invalid_value", "language"),
+        (LARGE, {"keep_alive": "soon"}, "invalid_value", "keep_alive"),
+    ],
+)
+def test_contradictions(default: str, fields: dict[str, Any], code: str, param: str) -> None:
+    """What does not fit together is refused, with the field that is at fault; never quietly dropped."""
+    with pytest.raises(ApiError) as caught:
+        resolve(_ask(**fields), CATALOG, default)
+    assert (caught.value.code, caught.value.param) == (code, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "model"),
+    [({}, BASE), ({"model": "tts-1"}, SMALL_BASE), ({"model": SMALL_BASE}, SMALL_BASE), ({"task_type": "Base"}, BASE)],
+)
+def test_a_saved_voice_goes_to_a_base_model(fields: dict[str, Any], model: str) -> None:
+    """A saved voice is cloned, by the Base model of the default's family and size or by the one that was named."""
+    request = _ask(voice="grandma", **fields)
+    assert saved_voice_name(request, CATALOG, LARGE) == "grandma"
+    resolved = resolve(request, CATALOG, LARGE, SAVED)
+    assert (resolved.model.id, resolved.voice, resolved.saved_voice) == (model, "v1", True)
+
+
+def test_a_saved_voice_does_not_fit_another_task() -> None:
+    """A model that cannot clone refuses a saved voice instead of speaking with another one."""
+    with pytest.raises(ApiError) as caught:
+        resolve(_ask(voice="grandma", model=LARGE), CATALOG, LARGE, SAVED)
+    assert (caught.value.code, caught.value.param) == ("task_mismatch", "voice")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"voice": "RYAN"}, {"voice": "alloy"}, {"voice": "x", **CLONE}, {"voice": "x", "model": DESIGN}]
+)
+def test_only_unknown_names_are_looked_up(fields: dict[str, Any]) -> None:
+    """A preset voice, OpenAI's names and voices made otherwise cost no question to the worker."""
+    assert saved_voice_name(_ask(**fields), CATALOG, LARGE) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [(None, "auto"), ("Auto", "auto"), ("English", "english"), ("en_GB", "english"), ("ZH-cn", "chinese")],
+)
+def test_language(name: str | None, language: str) -> None:
+    """Names, codes and auto, whatever their case."""
+    assert resolve(_ask(language=name), CATALOG, LARGE).language == language
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [(None, None), (0, 0.0), (-1, -1.0), ("-1", -1.0), ("5m", 300.0), ("1.5h", 5400.0), ("90", 90.0), (2.5, 2.5)],
+)
+def test_keep_alive(given: float | str | None, seconds: float | None) -> None:
+    """Numbers are seconds, strings may have a unit, and everything negative means for ever."""
+    assert keep_alive_s(given) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "5 minutes", "m", "1e3", 31_536_001, "9000h"])
+def test_keep_alive_that_means_nothing(given: float | str) -> None:
+    """Anything else, or more than a year, is refused."""
+    with pytest.raises(ApiError):
+        keep_alive_s(given)
+
+
+@pytest.mark.parametrize("text", ["   ", "\n\t", "\u200b\u200d", "\x01\x02", "a\0b", "x" * 11])
+def test_input_that_cannot_be_said(text: str) -> None:
+    """White space, invisible characters, null characters, and more than was allowed."""
+    with pytest.raises(ApiError) as caught:
+        check_input(text, 10)
+    assert caught.value.param == "input"
+
+
+@pytest.mark.parametrize("text", ["x" * 10, "é", "你好", "👋", " a\n"])
+def test_input_that_can_be_said(text: str) -> None:
+    """Everything that has a visible character."""
+    check_input(text, 10)
+
+
+def test_openai_names_are_models() -> None:
+    """They name the default model when one model is asked for, too."""
+    assert model_named("tts-1", CATALOG, LARGE).id == SMALL

@@ -1,0 +1,194 @@
+"""The conversation: what is encoded comes out as it went in, and nothing else comes in."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from shared.catalog import load_catalog
+from shared.protocol import (
+    VERSION,
+    Audio,
+    Call,
+    Cancel,
+    Cleanup,
+    CleanupPass,
+    CloneVoice,
+    Credit,
+    DeleteVoice,
+    DesignVoice,
+    Failed,
+    FindVoice,
+    Finished,
+    Hello,
+    LoadModel,
+    ModelState,
+    Ping,
+    PinModel,
+    Pong,
+    ProtocolError,
+    Reply,
+    Sampling,
+    SavedVoice,
+    Speak,
+    Started,
+    Timings,
+    UnloadModel,
+    Usage,
+    Welcome,
+    decode_from_web,
+    decode_from_worker,
+    encode,
+)
+from tests.fakes import a_snapshot
+
+VOICE = SavedVoice(id="voice_1", name="Ada", kind="clone", created_at=1, seconds=2.5, in_context=True)
+PASS = CleanupPass(
+    timestamp=1.5, vram_before_bytes=3, vram_after_bytes=2, models_checked=["a", "b"], models_unloaded=["a"]
+)
+
+FROM_WEB = [
+    Hello(version=VERSION, token=""),
+    Speak(id="r", client="c", model="m", task="CustomVoice", text="Grüße \0 😀 \u2028", credit=0),
+    Speak(
+        id="r",
+        client="c",
+        model="m",
+        task="Base",
+        text="t",
+        credit=8,
+        voice="voice_1",
+        saved_voice=True,
+        language="german",
+        instructions="softly",
+        reference_text="",
+        x_vector_only=True,
+        sampling=Sampling(seed=2**63, temperature=0.0, top_k=1, top_p=0.5, repetition_penalty=1.1, max_new_tokens=9),
+        non_streaming_mode=False,
+        keep_alive_s=-1.0,
+    ),
+    Credit(id="r", chunks=3),
+    Cancel(id="r"),
+    Ping(),
+    *[
+        Call(id="c", client="c", action=action)
+        for action in (
+            LoadModel(model="m"),
+            UnloadModel(model="m"),
+            PinModel(model="m", pinned=False),
+            Cleanup(),
+            FindVoice(name="n"),
+            CloneVoice(name="n", text="t", description="d", consent="c"),
+            DesignVoice(name="n", prompt="p"),
+            DeleteVoice(id="voice_1"),
+        )
+    ],
+]
+
+FROM_WORKER = [
+    Welcome(version=VERSION, boot_id="b", catalog=load_catalog(), snapshot=a_snapshot(load_catalog(), voices=[VOICE])),
+    Started(id="r", model="m", sample_rate=24_000),
+    Audio(id="r", seq=0),
+    Finished(
+        id="r",
+        reason="length",
+        usage=Usage(input_tokens=1, output_tokens=2),
+        timings=Timings(queue_s=0.5, load_s=0.25, first_audio_s=0.75, total_s=1.0),
+    ),
+    Failed(id="r", code="queue_full", message="m", param="input", retry_after_s=1.5),
+    Reply(id="c"),
+    Reply(id="c", voice=VOICE, model=ModelState(id="m", state="resident", bytes={"weights": 5}), cleanup=PASS),
+    Pong(boot_id="b", snapshot=a_snapshot(load_catalog(), cleanup=PASS)),
+]
+
+
+def _named(message: Any) -> str:
+    return type(message).__name__
+
+
+class TestThereAndBack:
+    """What is said is what is heard."""
+
+    @pytest.mark.parametrize("message", FROM_WEB, ids=_named)
+    def test_from_web(self, message: Any) -> None:
+        """Every message of a web worker, with and without a payload."""
+        assert decode_from_web(encode(message)) == (message, None)
+        assert decode_from_web(encode(message, b"\1\2")) == (message, b"\1\2")
+
+    @pytest.mark.parametrize("message", FROM_WORKER, ids=_named)
+    def test_from_worker(self, message: Any) -> None:
+        """Every message of the GPU worker."""
+        assert decode_from_worker(encode(message)) == (message, None)
+
+    def test_empty_payload(self) -> None:
+        """An empty payload is a payload."""
+        assert decode_from_worker(encode(Audio(id="r", seq=0), b"")) == (Audio(id="r", seq=0), b"")
+
+    def test_small_audio_header(self) -> None:
+        """The header of the message that is sent most is a few bytes."""
+        assert len(encode(Audio(id="0" * 32, seq=1_000))[0]) < 70
+
+    def test_immutable(self) -> None:
+        """What crosses threads and processes cannot be changed on the way."""
+        credit: Any = Credit(id="r", chunks=1)
+        with pytest.raises(AttributeError):
+            credit.chunks = 2
+
+
+class TestRefused:
+    """What is not of this conversation."""
+
+    @pytest.mark.parametrize("message", FROM_WORKER, ids=_named)
+    def test_wrong_way_round(self, message: Any) -> None:
+        """A web worker does not say what only the GPU worker says."""
+        with pytest.raises(ProtocolError):
+            decode_from_web(encode(message))
+
+    @pytest.mark.parametrize("message", FROM_WEB, ids=_named)
+    def test_wrong_way_round_too(self, message: Any) -> None:
+        """Nor the other way."""
+        with pytest.raises(ProtocolError):
+            decode_from_worker(encode(message))
+
+    @pytest.mark.parametrize("count", [0, 3, 10])
+    def test_number_of_frames(self, count: int) -> None:
+        """One or two frames."""
+        with pytest.raises(ProtocolError, match=f"not {count}"):
+            decode_from_web([b"x"] * count)
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            b"",
+            b"\x00",
+            b"\xc1",
+            b'{"type": "Ping"}',
+            encode(Cancel(id="r"))[0][:-1],
+            encode(Cancel(id="r"))[0] + b"\0",
+            msgspec.msgpack.encode([1, 2]),
+            msgspec.msgpack.encode({"id": "r"}),
+            msgspec.msgpack.encode({"type": "Exec", "id": "r"}),
+            msgspec.msgpack.encode({"type": "Cancel"}),
+            msgspec.msgpack.encode({"type": "Credit", "id": "r", "chunks": "many"}),
+            msgspec.msgpack.encode({"type": "Call", "id": "c", "client": "c", "action": {"type": "Format"}}),
+            msgspec.msgpack.encode({"type": "Speak", "id": "r", "client": "c", "model": "m", "task": "Sing"}),
+            b"\x82\xa4type\xa6Cancel\xa2id\xa1\xff",
+            b"\x82\xa4type\xa4Ping\xa1x" + b"\x91" * 100_000 + b"\xc0",
+        ],
+    )
+    def test_garbage(self, header: bytes) -> None:
+        """Truncated, overlong, mistyped, unknown, or nested without end: one error, whatever it is."""
+        with pytest.raises(ProtocolError, match=f"not a message of version {VERSION}"):
+            decode_from_web([header])
+
+    def test_every_prefix(self) -> None:
+        """A message cut anywhere is not a message."""
+        header = encode(FROM_WEB[2])[0]
+        for length in range(len(header)):
+            with pytest.raises(ProtocolError):
+                decode_from_web([header[:length]])
+
+    def test_newer_fields(self) -> None:
+        """A field that this version does not know is passed over."""
+        header = msgspec.msgpack.encode({"type": "Cancel", "id": "r", "why": {"deep": [1]}})
+        assert decode_from_web([header]) == (Cancel(id="r"), None)

@@ -1,0 +1,189 @@
+"""TTS_* variables: every one of them, every mistake at once, and no secret in any message."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+
+from shared.settings import Settings, SettingsError, load_settings, variable_of
+
+VALID: list[tuple[str, str, Any]] = [
+    ("TTS_HOST", "0.0.0.0", "0.0.0.0"),  # noqa: S104 -- nothing is bound
+    ("TTS_PORT", "65535", 65535),
+    ("TTS_WEB_WORKERS", "2", 2),
+    ("TTS_WORKER_URL", "ipc:///run/tts/worker.ipc", "ipc:///run/tts/worker.ipc"),
+    ("TTS_WORKER_TOKEN", "hush", "hush"),
+    ("TTS_API_TITLE", "My speech", "My speech"),
+    ("TTS_API_KEYS", "sk-1, sk-2,,", ["sk-1", "sk-2"]),
+    ("TTS_ADMIN_KEYS", "sk-admin", ["sk-admin"]),
+    ("TTS_CORS_ORIGINS", "https://a.example,http://b.example:8080", ["https://a.example", "http://b.example:8080"]),
+    ("TTS_MAX_INPUT_CHARS", "100000", 100_000),
+    ("TTS_MAX_BODY_MB", "32", 32),
+    ("TTS_ALLOW_REF_URLS", "yes", True),
+    ("TTS_MAX_CONCURRENCY", "12", 12),
+    ("TTS_MAX_QUEUE", "1", 1),
+    ("TTS_STALL_TIMEOUT", "30", 30.0),
+    ("TTS_DRAIN_TIMEOUT", "0.5", 0.5),
+    ("TTS_DEFAULT_DEVICE", "CPU", "cpu"),
+    ("TTS_DEFAULT_MODEL", "espeak-ng", "espeak-ng"),
+    ("TTS_DEFAULT_MODEL_SIZE", "0.6b", "small"),
+    ("TTS_ATTENTION_BACKEND", "Flash_Attention_2", "flash_attention_2"),
+    ("TTS_DTYPE", "bfloat16", "bfloat16"),
+    ("TTS_MODELS_DIR", "/data/models", Path("/data/models")),
+    ("TTS_MODEL_PATHS", "a=/x/a, b=/x/b", {"a": Path("/x/a"), "b": Path("/x/b")}),
+    ("TTS_ALLOW_DOWNLOAD", "on", True),
+    ("TTS_VOICES_DIR", "~/voices", Path("~/voices").expanduser()),
+    ("TTS_MAX_VOICES", "0", 0),
+    ("TTS_REFERENCE_CACHE_MB", "1", 1),
+    ("TTS_SENTENCE_PAUSE_MS", "0", 0),
+    ("TTS_PRELOAD", "a,b", ["a", "b"]),
+    ("TTS_IDLE_TIMEOUT", "0.001", 0.001),
+    ("TTS_HOST_IDLE_TIMEOUT", "60", 60.0),
+    ("TTS_CLEANUP_INTERVAL", "1e3", 1000.0),
+    ("TTS_CLEANUP_ENABLED", "FALSE", False),
+    ("TTS_VRAM_BUDGET_MB", "8000", 8000),
+    ("TTS_HOST_BUDGET_MB", "1", 1),
+    ("TTS_LOG_LEVEL", "DEBUG", "debug"),
+    ("TTS_LOG_FORMAT", "json", "json"),
+]
+
+INVALID: list[tuple[str, str, str]] = [
+    ("TTS_HOST", "h" * 256, "255"),
+    ("TTS_PORT", "0", ">= 1"),
+    ("TTS_PORT", "65536", "<= 65535"),
+    ("TTS_PORT", "http", "'http'"),
+    ("TTS_PORT", "80.5", "'80.5'"),
+    ("TTS_WEB_WORKERS", "65", "<= 64"),
+    ("TTS_WORKER_URL", "tcp://127.0.0.1:1", "ipc:///absolute/path"),
+    ("TTS_WORKER_URL", "ipc://worker.ipc", "must be absolute"),
+    ("TTS_API_KEYS", "good,with space", "printable ASCII"),
+    ("TTS_ADMIN_KEYS", "schlüssel", "printable ASCII"),
+    ("TTS_CORS_ORIGINS", "a.example", "http://"),
+    ("TTS_MAX_INPUT_CHARS", "-1", ">= 1"),
+    ("TTS_MAX_CONCURRENCY", "none", "'none'"),
+    ("TTS_MAX_QUEUE", "0", ">= 1"),
+    ("TTS_STALL_TIMEOUT", "0", "> 0"),
+    ("TTS_IDLE_TIMEOUT", "nan", "'nan'"),
+    ("TTS_IDLE_TIMEOUT", "inf", "<= 31536000"),
+    ("TTS_IDLE_TIMEOUT", "5m", "'5m'"),
+    ("TTS_CLEANUP_ENABLED", "maybe", "true or false is expected, not 'maybe'"),
+    ("TTS_DEFAULT_DEVICE", "tpu", "one of auto, cuda, cpu is expected, not 'tpu'"),
+    ("TTS_DEFAULT_MODEL_SIZE", "7B", "one of large, small is expected"),
+    ("TTS_ATTENTION_BACKEND", "paged", "one of eager, sdpa, flash_attention_2"),
+    ("TTS_DTYPE", "int8", "one of auto, float32"),
+    ("TTS_MODEL_PATHS", "just-a-path", "model=path"),
+    ("TTS_MODEL_PATHS", "a=,b=/x", "model=path"),
+    ("TTS_LOG_LEVEL", "loud", "one of debug, info"),
+    ("TTS_LOG_FORMAT", "xml", "one of console, json"),
+]
+
+
+class TestValues:
+    """What each variable may say."""
+
+    @pytest.mark.parametrize(("name", "text", "value"), VALID, ids=[name for name, *_ in VALID])
+    def test_valid(self, name: str, text: str, value: Any) -> None:
+        """It arrives in its field, as that field's type, and changes no other."""
+        field = next(field.name for field in msgspec.structs.fields(Settings) if variable_of(field.name) == name)
+        assert load_settings({name: f" {text} "}) == msgspec.structs.replace(Settings(), **{field: value})
+
+    def test_every_variable_is_tested(self) -> None:
+        """A setting that is new has its line above."""
+        fields = msgspec.structs.fields(Settings)
+        assert {name for name, *_ in VALID} == {variable_of(field.name) for field in fields}
+
+    @pytest.mark.parametrize(("name", "text", "problem"), INVALID)
+    def test_invalid(self, name: str, text: str, problem: str) -> None:
+        """A wrong value is refused by the variable's name, with what would be right."""
+        with pytest.raises(SettingsError) as caught:
+            load_settings({name: text})
+        (line,) = caught.value.problems
+        assert line.startswith(f"{name}: ")
+        assert problem in line
+
+    def test_any_origin(self) -> None:
+        """A star is an origin."""
+        assert load_settings({"TTS_CORS_ORIGINS": "*"}).cors_origins == ["*"]
+
+    @pytest.mark.parametrize("text", ["1", "true", "Yes", "ON"])
+    def test_true(self, text: str) -> None:
+        """The usual words for yes."""
+        assert load_settings({"TTS_ALLOW_DOWNLOAD": text}).allow_download
+
+    @pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
+    def test_false(self, text: str) -> None:
+        """The usual words for no."""
+        assert not load_settings({"TTS_CLEANUP_ENABLED": text}).cleanup_enabled
+
+
+class TestTogether:
+    """All variables at once."""
+
+    def test_nothing_set(self) -> None:
+        """Without any the defaults are in force, and a stranger cannot reach the port."""
+        assert load_settings({}) == Settings()
+        assert load_settings({"PATH": "/bin", "TTSX": "1"}) == Settings()
+        assert Settings().host == "127.0.0.1"
+
+    def test_empty_is_not_set(self) -> None:
+        """An empty variable, as a compose file makes them, is none, even where the name is not ours."""
+        assert load_settings({"TTS_PORT": "", "TTS_MAX_QUEUE": "  ", "TTS_UNKNOWN": ""}) == Settings()
+
+    def test_every_mistake_at_once(self) -> None:
+        """Each mistake is named in one message: values, names that are not ours, contradictions."""
+        with pytest.raises(SettingsError) as caught:
+            load_settings(
+                {
+                    "TTS_PORT": "http",
+                    "TTS_IDLE_TIMOUT": "5",
+                    "TTS_DTYPE": "int8",
+                    "TTS_WORKER_URL": "tcp://x",
+                    "TTS_CORS_ORIGINS": "x",
+                    "TTS_HOST": "::1",
+                },
+            )
+        named = [line.split(":")[0] for line in caught.value.problems]
+        assert sorted(named) == ["TTS_CORS_ORIGINS", "TTS_DTYPE", "TTS_IDLE_TIMOUT", "TTS_PORT", "TTS_WORKER_URL"]
+        assert "TTS_IDLE_TIMOUT: there is no such setting" in str(caught.value)
+        assert str(caught.value).count("\n") == 5
+
+
+class TestSecrets:
+    """Keys and tokens stay where they are."""
+
+    SECRETS: ClassVar = ("hush-token", "sk-user", "sk-admin")
+
+    def test_public(self) -> None:
+        """What is shown is plain JSON, by the names of API.md, without the secrets."""
+        settings = load_settings(
+            {
+                "TTS_WORKER_TOKEN": "hush-token",
+                "TTS_API_KEYS": "sk-user",
+                "TTS_ADMIN_KEYS": "sk-admin",
+                "TTS_MODEL_PATHS": "a=/x",
+                "TTS_DEFAULT_MODEL_SIZE": "small",
+            },
+        )
+        shown = settings.public()
+        text = msgspec.json.encode(shown).decode()
+        assert not any(secret in text for secret in self.SECRETS)
+        assert not {"worker_token", "api_keys", "admin_keys"} & shown.keys()
+        assert (shown["idle_timeout"], shown["cleanup_interval"]) == (300.0, 30.0)
+        assert (shown["default_model_size"], shown["model_paths"]) == ("0.6B", {"a": "/x"})
+        assert load_settings({}).public()["default_model_size"] == "1.7B"
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("TTS_WORKER_TOKEN", "hush-token" * 30),
+            ("TTS_API_KEYS", "sk-user with a space"),
+            ("TTS_ADMIN_KEYS", "sk-admin\u00e4"),
+        ],
+    )
+    def test_not_in_errors(self, name: str, text: str) -> None:
+        """A wrong secret is named by its variable, not by its value."""
+        with pytest.raises(SettingsError) as caught:
+            load_settings({name: text, "TTS_PORT": "0"})
+        assert name in str(caught.value)
+        assert not any(secret in str(caught.value) for secret in self.SECRETS)

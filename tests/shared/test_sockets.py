@@ -1,0 +1,130 @@
+"""ZeroMQ's options, and who may have the address."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import zmq
+
+from shared.sockets import (
+    HEARTBEAT_INTERVAL_MS,
+    HEARTBEAT_TIMEOUT_MS,
+    MAX_MESSAGE_BYTES,
+    AddressError,
+    AlreadyRunningError,
+    bind_router,
+    claim,
+    connect_dealer,
+    ipc_path,
+)
+
+
+class TestAddress:
+    """What is an address."""
+
+    def test_path(self) -> None:
+        """The file behind the URL."""
+        assert ipc_path("ipc:///run/tts/worker.ipc") == Path("/run/tts/worker.ipc")
+
+    @pytest.mark.parametrize(
+        ("url", "problem"),
+        [
+            ("tcp://127.0.0.1:5555", "ipc"),
+            ("/run/worker.ipc", "ipc"),
+            ("ipc://@abstract", "ipc"),
+            ("ipc://relative/worker.ipc", "absolute"),
+            ("ipc://", "absolute"),
+            ("ipc:///" + "x" * 107, "107 bytes"),
+            ("ipc:///" + "ü" * 54, "107 bytes"),
+        ],
+    )
+    def test_no_address(self, url: str, problem: str) -> None:
+        """Another transport, a socket that any user can reach, or a path that no socket can have."""
+        with pytest.raises(AddressError, match=problem):
+            ipc_path(url)
+
+    def test_longest(self) -> None:
+        """The longest path that the kernel takes can be bound."""
+        assert len(os.fsencode(ipc_path("ipc:///" + "x" * 106))) == 107
+
+
+class TestClaim:
+    """One worker for one address."""
+
+    def test_private_directory(self, tmp_path: Path) -> None:
+        """The directory is made, with those above it, for this user alone."""
+        with claim(f"ipc://{tmp_path}/a/b/worker.ipc"):
+            assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+
+    def test_second(self, tmp_path: Path) -> None:
+        """A second worker is told; when the first is gone, the address can be had again."""
+        url = f"ipc://{tmp_path}/run/worker.ipc"
+        with claim(url), pytest.raises(AlreadyRunningError, match="already serving"):
+            claim(url)
+        claim(url).close()
+
+    def test_other_address_beside_it(self, tmp_path: Path) -> None:
+        """Two addresses in one directory do not disturb each other."""
+        with claim(f"ipc://{tmp_path}/run/a.ipc"), claim(f"ipc://{tmp_path}/run/b.ipc"):
+            pass
+
+    @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o777])
+    def test_open_directory(self, tmp_path: Path, mode: int) -> None:
+        """A directory that others can enter is refused, not changed."""
+        directory = tmp_path / "run"
+        directory.mkdir()
+        directory.chmod(mode)
+        with pytest.raises(AddressError, match="mode 0700"):
+            claim(f"ipc://{directory}/worker.ipc")
+        assert stat.S_IMODE(directory.stat().st_mode) == mode
+
+    def test_somebody_elses_directory(self) -> None:
+        """Nor is one that is not ours: here, the one for everybody's files."""
+        with pytest.raises(AddressError):
+            claim("ipc:///tmp/worker.ipc")
+
+    def test_no_directory(self, tmp_path: Path) -> None:
+        """Where none can be made, the reason is said."""
+        (tmp_path / "file").write_text("")
+        with pytest.raises(AddressError, match=r"Not a directory|File exists"):
+            claim(f"ipc://{tmp_path}/file/worker.ipc")
+
+
+class TestSockets:
+    """The options that the conversation relies on."""
+
+    def test_both_ends(self, tmp_path: Path) -> None:
+        """They find each other, nothing is queued without bound by accident, and a dead end is found by heartbeats."""
+        url = f"ipc://{tmp_path}/worker.ipc"
+        with zmq.Context() as context, bind_router(context, url) as router, connect_dealer(context, url) as dealer:
+            dealer.setsockopt(zmq.SNDTIMEO, 5_000)
+            dealer.send(b"hello")
+            assert router.poll(5_000)
+            peer, frame = router.recv_multipart()
+            assert frame == b"hello"
+            router.send_multipart([peer, b"welcome"])
+            assert dealer.poll(5_000)
+            for socket in (router, dealer):
+                assert socket.getsockopt(zmq.MAXMSGSIZE) == MAX_MESSAGE_BYTES
+                assert socket.getsockopt(zmq.LINGER) == 0
+                assert socket.getsockopt(zmq.HEARTBEAT_IVL) == HEARTBEAT_INTERVAL_MS
+                assert socket.getsockopt(zmq.HEARTBEAT_TIMEOUT) == HEARTBEAT_TIMEOUT_MS
+
+    def test_stranger(self, tmp_path: Path) -> None:
+        """A message for a web worker that is not there is an error, not a silent loss."""
+        with zmq.Context() as context, bind_router(context, f"ipc://{tmp_path}/worker.ipc") as router:
+            with pytest.raises(zmq.ZMQError) as caught:
+                router.send_multipart([b"nobody", b"x"], zmq.NOBLOCK)
+            assert caught.value.errno == zmq.EHOSTUNREACH
+
+    def test_nobody_listens(self, tmp_path: Path) -> None:
+        """Without a worker a web worker's message is refused at once, not kept for one."""
+        url = f"ipc://{tmp_path}/worker.ipc"
+        with zmq.Context() as context, connect_dealer(context, url) as dealer, pytest.raises(zmq.Again):
+            dealer.send(b"hello", zmq.NOBLOCK)
+
+    def test_bind_fails(self, tmp_path: Path) -> None:
+        """A bind that fails leaves nothing behind that would keep the context from ending."""
+        with zmq.Context() as context, pytest.raises(zmq.ZMQError):
+            bind_router(context, f"ipc://{tmp_path}/nowhere/worker.ipc")

@@ -1,0 +1,371 @@
+"""The admin endpoints over the real service: the shapes that API clients rely on, and figures that are true."""
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+import httpx
+import msgspec
+import pytest
+
+from shared.settings import Settings
+from tests.recogniser import SENTENCES
+from tests.system.residents import EXACT_MALLOC, LARGE, SMALL, Residents, checkpoints, model_paths
+from tests.system.service import Service, eventually, resident_bytes
+from tests.system.test_faults import slow_reader
+
+MIB: Final = 2**20
+ESPEAK: Final = "espeak-ng"
+WITHOUT_WEIGHTS: Final = "qwen3-tts-0.6b-base"
+IDLE_S: Final = 0.2
+
+LAST_PASS: Final = {
+    "cleanup_enabled",
+    "cleanup_interval",
+    "idle_timeout",
+    "status",
+    "timestamp",
+    "vram_before_mb",
+    "vram_after_mb",
+    "vram_freed_mb",
+    "models_unloaded",
+}
+ENTRY: Final = {
+    "id",
+    "state",
+    "bytes",
+    "host_bytes",
+    "last_used",
+    "idle_s",
+    "references",
+    "pinned",
+    "keep_alive_s",
+    "detail",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Residents]:
+    """A service that evicts nothing on its own."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in EXACT_MALLOC.items():
+            environment.setenv(name, value)
+        service = Service(
+            tmp_path_factory.mktemp("admin"),
+            MODEL_PATHS=model_paths(checkpoints()),
+            DEFAULT_DEVICE="cpu",
+            DEFAULT_MODEL=ESPEAK,
+            CLEANUP_ENABLED="false",
+            CLEANUP_INTERVAL=0.1,
+            IDLE_TIMEOUT=IDLE_S,
+        )
+    try:
+        service.wait_ready(90)  # importing torch beside other tests takes its time
+        yield Residents(service)
+        assert service.stop() == 0
+    finally:
+        service.kill()
+
+
+@pytest.fixture(autouse=True)
+def _absent(models: Residents) -> None:
+    """Every test begins with no model loaded but espeak-ng."""
+    models.forget()
+
+
+def cleanup(models: Residents, **query: str) -> dict[str, Any]:
+    """The body of POST /admin/cleanup."""
+    answer = models.service.http.post("/admin/cleanup", params=query)
+    assert answer.status_code == httpx.codes.OK, answer.text
+    return cast("dict[str, Any]", answer.json())
+
+
+def idle(models: Residents, model: str) -> None:
+    """Wait until the model has been idle for longer than the timeout."""
+    models.wait_for(lambda books: books[model]["idle_s"] > IDLE_S, 5, "idle")
+
+
+class TestCleanup:
+    """POST /admin/cleanup."""
+
+    def test_before_the_first_pass(self, models: Residents) -> None:
+        """The first test of the file: there are settings, and no figures yet."""
+        assert cleanup(models) == {
+            "cleanup_enabled": False,
+            "cleanup_interval": 0.1,
+            "idle_timeout": IDLE_S,
+            "status": "disabled",
+            "timestamp": None,
+            "vram_before_mb": None,
+            "vram_after_mb": None,
+            "vram_freed_mb": None,
+            "models_unloaded": [],
+        }
+
+    def test_triggered(self, models: Residents) -> None:
+        """A pass now: what was idle has left the device, and the figures are those of the process itself."""
+        held = models.do(SMALL, "load")["bytes"]
+        idle(models, SMALL)
+        models.do(LARGE, "load")
+        models.do(LARGE, "pin")
+        worker = models.service.worker_pid()
+        before = resident_bytes(worker)
+        asked = time.time()
+        done = cleanup(models, trigger="true")
+        after = resident_bytes(worker)
+        assert done.keys() == LAST_PASS | {"message", "models_checked"}
+        assert done["status"] == "completed"
+        assert asked - 1 <= done["timestamp"] <= time.time() + 1
+        assert {SMALL, LARGE} <= set(done["models_checked"])
+        assert SMALL in done["models_unloaded"]
+        assert LARGE not in done["models_unloaded"]
+        assert str(len(done["models_unloaded"])) in done["message"]
+        assert done["vram_before_mb"] == pytest.approx(before / MIB, abs=2)
+        assert done["vram_after_mb"] == pytest.approx(after / MIB, abs=2)
+        assert done["vram_freed_mb"] == pytest.approx(done["vram_before_mb"] - done["vram_after_mb"], abs=0.011)
+        # Offloaded weights stay in the same RAM here; all the rest is given back.
+        assert done["vram_freed_mb"] == pytest.approx((sum(held.values()) - held["weights"]) / MIB, abs=2)
+        models.vram()  # what is only looked at may be a second old
+        last = cleanup(models, trigger="false")
+        assert last.keys() == LAST_PASS
+        assert last == {**{name: done[name] for name in LAST_PASS}, "status": "disabled"}
+
+    def test_with_nothing_to_do(self, models: Residents) -> None:
+        """A pass that finds nothing frees nothing, and says so."""
+        cleanup(models, trigger="true")
+        done = cleanup(models, trigger="true")
+        assert done["models_unloaded"] == []
+        assert done["vram_freed_mb"] == pytest.approx(0, abs=0.5)
+
+    def test_not_on_its_own(self, models: Residents) -> None:
+        """Where cleanup is off, an idle model stays until a pass is asked for."""
+        models.do(SMALL, "load")
+        models.wait_for(lambda books: books[SMALL]["idle_s"] > 5 * IDLE_S, 5, "idle for long")
+        assert models.places()[SMALL] == "resident"
+        assert SMALL in cleanup(models, trigger="true")["models_unloaded"]
+        assert models.places()[SMALL] == "offloaded"
+
+    def test_wrong_trigger(self, models: Residents) -> None:
+        """What is neither true nor false is a 400 in the contract's shape."""
+        answer = models.service.http.post("/admin/cleanup", params={"trigger": "perhaps"})
+        assert answer.status_code == httpx.codes.BAD_REQUEST
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+class TestVram:
+    """GET /admin/vram."""
+
+    def test_shape(self, models: Residents) -> None:
+        """Every field, and nothing else."""
+        found = models.vram()
+        assert found.keys() == {"device", "shared", "host", "models"}
+        assert found["device"].keys() == {
+            *("name", "kind", "total_bytes", "used_bytes", "free_bytes", "ours_bytes", "others_bytes", "budget_bytes")
+        }
+        assert found["host"].keys() == {"total_bytes", "free_bytes", "ours_bytes", "offloaded_bytes", "budget_bytes"}
+        listed = models.service.http.get("/v1/models").json()["data"]
+        assert [entry["id"] for entry in found["models"]] == [model["id"] for model in listed]
+        for entry in found["models"]:
+            assert entry.keys() == ENTRY
+
+    def test_figures(self, models: Residents) -> None:
+        """They add up, and are those of the process and of its models."""
+        models.say(SMALL)
+        models.do(LARGE, "load")
+        found = models.vram()
+        device = found["device"]
+        assert device["kind"] == "cpu"
+        assert device["used_bytes"] + device["free_bytes"] == device["total_bytes"]
+        assert device["ours_bytes"] + device["others_bytes"] == device["used_bytes"]
+        assert device["ours_bytes"] == pytest.approx(resident_bytes(models.service.worker_pid()), abs=2 * MIB)
+        assert found["shared"]["codec"] > MIB
+        books = {entry["id"]: entry for entry in found["models"]}
+        for model in (SMALL, LARGE):
+            assert {"weights", "kv"} <= books[model]["bytes"].keys()
+            assert min(books[model]["bytes"].values()) > 0
+        assert books[LARGE]["bytes"]["weights"] > books[SMALL]["bytes"]["weights"]
+        assert books[SMALL]["last_used"] == pytest.approx(time.time(), abs=10)
+        assert 0 <= books[SMALL]["idle_s"] < 10
+        assert books[ESPEAK]["bytes"] == {}
+
+    def test_loading_is_measured(self, models: Residents) -> None:
+        """What a model says it holds is what the process grew by, and what it gives back."""
+        models.say(SMALL)  # whatever comes with the first load is there
+        models.do(SMALL, "unload")
+        worker = models.service.worker_pid()
+        before = resident_bytes(worker)
+        held = sum(models.do(SMALL, "load")["bytes"].values())
+        loaded = resident_bytes(worker)
+        models.do(SMALL, "unload")
+        assert loaded - before == pytest.approx(held, abs=4 * MIB)
+        assert resident_bytes(worker) - before < 3 * MIB
+
+    def test_offloaded(self, models: Residents) -> None:
+        """Offloaded weights are counted as host memory, of the model and in all."""
+        weights = models.do(SMALL, "load")["bytes"]["weights"]
+        idle(models, SMALL)
+        cleanup(models, trigger="true")
+        found = models.vram()
+        entry = next(entry for entry in found["models"] if entry["id"] == SMALL)
+        assert (entry["state"], entry["bytes"], entry["host_bytes"]) == ("offloaded", {}, weights)
+        assert found["host"]["offloaded_bytes"] == weights
+
+    def test_speaking(self, models: Residents) -> None:
+        """A model that speaks has references and is not idle; its keep_alive shows afterwards."""
+        text = " ".join(SENTENCES * 20)
+        with models.service.stream(text, **models.fields(SMALL, stream=True, max_new_tokens=None)) as answer:
+            pieces = answer.iter_raw()
+            next(pieces)
+            entry = models.books()[SMALL]
+            assert (entry["references"], entry["idle_s"], entry["keep_alive_s"]) == (1, None, None)
+        models.say(SMALL, keep_alive="5m")
+        entry = models.books()[SMALL]
+        assert (entry["references"], entry["keep_alive_s"]) == (0, 300)
+
+
+class TestModels:
+    """POST /admin/models/{id}/load, unload, pin, unpin."""
+
+    def test_each(self, models: Residents) -> None:
+        """Each says where the model is then, and may be asked twice."""
+        for _ in range(2):
+            loaded = models.do(SMALL, "load")
+            assert loaded.keys() == ENTRY
+            assert (loaded["id"], loaded["state"], loaded["pinned"]) == (SMALL, "resident", False)
+        for _ in range(2):
+            assert models.do(SMALL, "pin")["pinned"]
+        for _ in range(2):
+            assert not models.do(SMALL, "unpin")["pinned"]
+        for _ in range(2):
+            assert (models.do(SMALL, "unload"))["state"] == "absent"
+
+    @pytest.mark.parametrize(
+        "name", [SMALL.upper(), "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice", "qwen%2FQwen3-TTS-12Hz-0.6B-CustomVoice"]
+    )
+    def test_names(self, models: Residents, name: str) -> None:
+        """A model may be named as in a request, its hub's id with the slash included."""
+        assert models.do(name, "load")["id"] == SMALL
+
+    def test_pinned_may_be_unloaded(self, models: Residents) -> None:
+        """A pin keeps others from evicting; whoever unloads by hand means it."""
+        models.do(SMALL, "load")
+        models.do(SMALL, "pin")
+        assert models.do(SMALL, "unload")["state"] == "absent"
+
+    def test_offloaded_comes_back(self, models: Residents) -> None:
+        """Load restores what was offloaded; unload drops it from the host."""
+        models.do(SMALL, "load")
+        idle(models, SMALL)
+        cleanup(models, trigger="true")
+        assert models.do(SMALL, "load")["state"] == "resident"
+        idle(models, SMALL)
+        cleanup(models, trigger="true")
+        gone = models.do(SMALL, "unload")
+        assert (gone["state"], gone["host_bytes"]) == ("absent", 0)
+
+    def test_busy_is_not_unloaded(self, models: Residents) -> None:
+        """409 while the model speaks, in the contract's shape; the stream goes on to its end."""
+        fields = models.fields(SMALL, stream=True, max_new_tokens=40)
+        whole = models.service.speech(SENTENCES[0], **fields).content
+        with models.service.stream(SENTENCES[0], **fields) as answer:
+            pieces = answer.iter_raw()
+            heard = next(pieces)
+            refused = models.post(SMALL, "unload")
+            assert refused.status_code == httpx.codes.CONFLICT
+            error = refused.json()["error"]
+            assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "model_busy", "model")
+            assert SMALL in error["message"]
+            assert heard + b"".join(pieces) == whole
+        assert models.do(SMALL, "unload")["state"] == "absent"
+
+    def test_queued_is_busy(self, models: Residents) -> None:
+        """A request that waits for a slot keeps its model as well as one that speaks."""
+        slots = 8
+        fields = models.fields(SMALL, stream=True, max_new_tokens=None)
+        readers = [slow_reader(models.service, " ".join(SENTENCES), **fields) for _ in range(slots + 1)]
+        try:
+            eventually(lambda: models.service.stats()["queued"] == 1, 20, "a request in the queue")
+            assert f"{slots + 1} request" in models.post(SMALL, "unload").json()["error"]["message"]
+        finally:
+            for reader in readers:
+                reader.close()
+
+    def test_without_weights(self, models: Residents) -> None:
+        """What has no weights cannot be loaded: 503 and what to do; it can be pinned and unloaded."""
+        refused = models.post(WITHOUT_WEIGHTS, "load")
+        assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        assert refused.json()["error"]["code"] == "model_unavailable"
+        assert "python -m gpu_worker download" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert models.do(WITHOUT_WEIGHTS, "unload")["state"] == "unavailable"
+
+    @pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin"])
+    def test_unknown_model(self, models: Residents, action: str) -> None:
+        """404, and the message lists what there is."""
+        answer = models.post("no-such-model", action)
+        assert answer.status_code == httpx.codes.NOT_FOUND
+        assert answer.json()["error"]["code"] == "model_not_found"
+        assert SMALL in answer.json()["error"]["message"]
+
+    def test_unknown_action(self, models: Residents) -> None:
+        """A client's error, in the contract's shape."""
+        answer = models.post(SMALL, "explode")
+        assert answer.status_code in {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND}
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+class TestListed:
+    """GET /v1/models."""
+
+    def listed(self, models: Residents, model: str = SMALL) -> dict[str, Any]:
+        """The entry of a model."""
+        return cast("dict[str, Any]", models.service.http.get(f"/v1/models/{model}").json())
+
+    def reaches(self, models: Residents, state: str) -> dict[str, Any]:
+        """The entry, once the list says that state."""
+        eventually(lambda: self.listed(models)["state"] == state, 2, state)
+        return self.listed(models)
+
+    def test_states(self, models: Residents) -> None:
+        """The list follows the model through every place, with the bytes that it holds on the device."""
+        assert self.reaches(models, "absent")["loaded_bytes"] == 0
+        held = sum(models.do(SMALL, "load")["bytes"].values())
+        assert self.reaches(models, "resident")["loaded_bytes"] == held
+        idle(models, SMALL)
+        cleanup(models, trigger="true")
+        assert self.reaches(models, "offloaded")["loaded_bytes"] == 0
+        models.say(SMALL)
+        assert self.reaches(models, "resident")["loaded_bytes"] == held
+        models.do(SMALL, "unload")
+        assert self.reaches(models, "absent")["loaded_bytes"] == 0
+        unavailable = self.listed(models, WITHOUT_WEIGHTS)
+        assert unavailable["state"] == "unavailable"
+        assert unavailable["detail"]
+
+    def test_fields(self, models: Residents) -> None:
+        """Both lists have what OpenAI's clients, Open WebUI and our own pages read."""
+        bodies = [models.service.http.get(path).json() for path in ("/v1/models", "/v1/audio/models")]
+        for body in bodies:
+            assert body["object"] == "list"
+            assert body["models"] == [{"id": entry["id"]} for entry in body["data"]]
+            for entry in body["data"]:
+                assert {
+                    *("id", "object", "created", "owned_by", "aliases", "task"),
+                    *("languages", "voices", "state", "loaded_bytes"),
+                } <= entry.keys()
+
+
+class TestConfig:
+    """GET /admin/config."""
+
+    def test_complete(self, models: Residents) -> None:
+        """Every setting but the secret ones, as it is in force."""
+        config = models.service.http.get("/admin/config").json()
+        secret = {"worker_token", "api_keys", "admin_keys"}
+        named = {field.name.removesuffix("_s") for field in msgspec.structs.fields(Settings)}
+        assert config.keys() == (named - secret) | {"api_version"}
+        assert config["cleanup_enabled"] is False
+        assert (config["idle_timeout"], config["cleanup_interval"]) == (IDLE_S, 0.1)
+        assert (config["default_device"], config["default_model_size"]) == ("cpu", "1.7B")
+        assert (config["attention_backend"], config["port"]) == ("sdpa", models.service.port)
+        assert config["model_paths"] == {model: str(path) for model, path in checkpoints().items()}

@@ -1,0 +1,166 @@
+"""What clients get: the unmodified OpenAI SDK, every format and speed, the right words, audio as it is made."""
+
+import base64
+import io
+import json
+from itertools import pairwise
+from typing import Any
+
+import av
+import httpx
+import openai
+import pytest
+import soundfile
+
+from shared.pcm import SAMPLE_RATE
+from tests.audio import decode
+from tests.recogniser import SENTENCES, recognise
+from tests.system.service import Service, eventually
+
+FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+LONG = " ".join(SENTENCES * 10)
+"""Eight minutes of speech."""
+
+
+@pytest.fixture
+def client(shared_service: Service) -> openai.OpenAI:
+    """OpenAI's SDK, which knows nothing of us but the address."""
+    return openai.OpenAI(base_url=f"{shared_service.url}/v1", api_key="none", max_retries=0)
+
+
+def heard(data: bytes, audio_format: str) -> tuple[int, int, int]:
+    """Samples, rate and channels of `data`, by libsndfile where it can.
+
+    It has no AAC, and of a stream's WAV or FLAC, whose header cannot say how long it is, it makes nothing.
+    """
+    if audio_format in {"mp3", "opus"}:
+        sound, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+        return len(sound), rate, sound.shape[1]
+    if audio_format == "pcm":
+        return len(data) // 2, SAMPLE_RATE, 1
+    with av.open(io.BytesIO(data), format=audio_format) as container:
+        stream = container.streams.audio[0]
+        return sum(frame.samples for frame in container.decode(stream)), stream.rate, stream.channels
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_sdk_gets_every_format(client: openai.OpenAI, audio_format: Any, *, streamed: bool) -> None:
+    """The SDK's two ways to speak give 24 kHz mono of the pcm answer's length within 3 %, with the right words."""
+    sentence = SENTENCES[FORMATS.index(audio_format)]
+    request: dict[str, Any] = {"model": "tts-1", "voice": "alloy", "input": sentence}
+    pcm = client.audio.speech.create(**request, response_format="pcm").content
+    if streamed:
+        with client.audio.speech.with_streaming_response.create(**request, response_format=audio_format) as answer:
+            data = b"".join(answer.iter_bytes())
+    else:
+        body = {"stream": False}
+        data = client.audio.speech.create(**request, response_format=audio_format, extra_body=body).content
+    samples, rate, channels = heard(data, audio_format)
+    assert (rate, channels) == (SAMPLE_RATE, 1)
+    assert samples == pytest.approx(len(pcm) / 2, rel=0.03)
+    assert recognise(decode(data, audio_format)) == sentence
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+@pytest.mark.parametrize("speed", [0.5, 2.0])
+def test_speed_changes_the_length_and_not_the_words(shared_service: Service, audio_format: str, speed: float) -> None:
+    """At half and double speed every format lasts twice and half as long, within 3 %, whole as well as streamed."""
+    # Long enough that AAC's and Opus's whole frames do not show: 1,024 samples are 3 % of a second and a half.
+    text = " ".join(SENTENCES[6:8])
+    pcm = shared_service.speech(text, response_format="pcm").content
+    for stream in (False, True):
+        data = shared_service.speech(text, response_format=audio_format, speed=speed, stream=stream).content
+        samples, _, _ = heard(data, audio_format)
+        assert samples == pytest.approx(len(pcm) / 2 / speed, rel=0.03)
+
+
+def test_every_sentence_is_told_from_nineteen_others(shared_service: Service) -> None:
+    """A recogniser with a closed grammar hears the sentence that was asked for, all twenty of them."""
+    said = [recognise(shared_service.speech(sentence, response_format="pcm").content) for sentence in SENTENCES]
+    assert said == list(SENTENCES)
+
+
+def test_sdk_exceptions_carry_our_words(client: openai.OpenAI) -> None:
+    """What is wrong arrives as the SDK's own exception with our message, param and code."""
+    with pytest.raises(openai.BadRequestError, match="no voice") as caught:
+        client.audio.speech.create(model="tts-1", voice="nobody", input="Hello.")
+    assert (caught.value.code, caught.value.param) == ("voice_not_found", "voice")
+    with pytest.raises(openai.NotFoundError, match="espeak-ng") as missing:
+        client.audio.speech.create(model="no-such-model", voice="alloy", input="Hello.")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.InternalServerError, match=r"qwen3-tts-1\.7b-customvoice") as gone:
+        client.audio.speech.create(model="qwen3-tts-1.7b-customvoice", voice="ryan", input="Hello.")
+    assert (gone.value.status_code, gone.value.code) == (503, "model_unavailable")
+
+
+def test_sdk_lists_models(client: openai.OpenAI) -> None:
+    """The SDK's models.list and models.retrieve work, by id and by Hugging Face id with its slash."""
+    assert {"espeak-ng", "qwen3-tts-1.7b-base"} <= {model.id for model in client.models.list()}
+    assert client.models.retrieve("Qwen/Qwen3-TTS-12Hz-1.7B-Base").id == "qwen3-tts-1.7b-base"
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_first_bytes_come_before_the_end_and_decode_alone(shared_service: Service, audio_format: str) -> None:
+    """While a long text is still being spoken its first bytes are here, and they are sound by themselves."""
+    with shared_service.stream(LONG, response_format=audio_format) as answer:
+        first = b""
+        chunks = answer.iter_raw()
+        while len(first) < 400 or not decode(first, audio_format):
+            first += next(chunks)
+        # The worker holds this request's slot as long as it has not been spoken to its end.
+        eventually(lambda: shared_service.stats()["running"] >= 1, 1, "a request that is still spoken")
+        assert len(decode(first, audio_format)) / 2 / SAMPLE_RATE < 2.0
+        rest = first + b"".join(chunks)
+    assert len(decode(rest, audio_format)) / 2 / SAMPLE_RATE > 60
+
+
+def test_events_are_openais(shared_service: Service) -> None:
+    """SSE: deltas whose bytes make up the format asked for, then done with the usage; `data: ` with its space."""
+    with shared_service.stream(SENTENCES[3], stream_format="sse", response_format="mp3") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line and not line.startswith(":")]
+    assert all(line.startswith("data: {") for line in lines)
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
+    assert events[-1]["type"] == "speech.audio.done"
+    usage = events[-1]["usage"]
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    sound = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
+    assert recognise(decode(sound, "mp3")) == SENTENCES[3]
+
+
+def test_whole_answers_say_how_they_went(shared_service: Service) -> None:
+    """A whole body has its length, its finish reason and its timings; a stream is as long and has none of them."""
+    whole = shared_service.speech(SENTENCES[5], response_format="pcm", stream=False)
+    streamed = shared_service.speech(SENTENCES[5], response_format="pcm")
+    assert int(whole.headers["content-length"]) == len(whole.content)
+    assert whole.headers["x-finish-reason"] == "stop"
+    assert "first_audio;dur=" in whole.headers["server-timing"]
+    assert "content-length" not in streamed.headers
+    # espeak-ng draws its breath at random: the samples differ from time to time, their number hardly.
+    assert len(streamed.content) == pytest.approx(len(whole.content), rel=0.001)
+
+
+def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
+    """Both web workers answer, and both know the same GPU worker process."""
+    asked: set[int] = set()
+    workers: set[int] = set()
+
+    def both_answered() -> bool:
+        # A new connection each time, so that the kernel hands it to either of them.
+        with httpx.Client(base_url=shared_service.url, trust_env=False) as http:
+            answer = http.get("/admin/stats").json()
+        workers.add(answer["worker"]["pid"])
+        asked.add(answer["web_pid"])
+        return len(asked) == 2
+
+    eventually(both_answered, 20, "answers of both web workers")
+    assert len(workers) == 1
+    assert workers.isdisjoint(asked)
+
+
+def test_stats_are_fresh(shared_service: Service) -> None:
+    """What /admin/stats says is never older than 250 ms: the worker's uptime in it grows with the clock."""
+    uptimes = [shared_service.stats()["worker"]["uptime_s"] for _ in range(20)]
+    assert all(later >= earlier - 0.3 for earlier, later in pairwise(uptimes))

@@ -1,0 +1,264 @@
+"""Qwen3-TTS over HTTP, with small random checkpoints: every task, exact frames, many at once, and what is refused."""
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE
+from tests.audio import decode
+from tests.checkpoints import tiny
+from tests.system.service import Service, eventually
+
+CUSTOM_SMALL: Final = "qwen3-tts-0.6b-customvoice"
+CUSTOM: Final = "qwen3-tts-1.7b-customvoice"
+DESIGN: Final = "qwen3-tts-1.7b-voicedesign"
+BASE: Final = "qwen3-tts-1.7b-base"
+FRAME_BYTES: Final = FRAME_SAMPLES * 2
+SLOTS: Final = 8
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose Qwen3-TTS models are small random checkpoints, with eight slots each."""
+    paths = {
+        CUSTOM_SMALL: tiny("custom_voice", "0b6"),
+        CUSTOM: tiny("custom_voice", "1b7"),
+        DESIGN: tiny("voice_design", "1b7"),
+        BASE: tiny("base", "1b7"),
+    }
+    service = Service(
+        tmp_path_factory.mktemp("qwen"),
+        MODEL_PATHS=",".join(f"{model}={path.resolve()}" for model, path in paths.items()),
+        DEFAULT_MODEL=CUSTOM,
+        MAX_CONCURRENCY=SLOTS,
+        WEB_WORKERS=2,
+    )
+    try:
+        yield service.wait_ready(60)
+        assert service.stop() == 0
+    finally:
+        service.kill()
+
+
+def recording(seconds: float, *, rate: int = SAMPLE_RATE, silent: bool = False, audio_format: str = "WAV") -> bytes:
+    """Something like a voice: a buzz whose loudness goes up and down."""
+    time = np.arange(round(seconds * rate)) / rate
+    sound = 0.3 * np.sign(np.sin(2 * np.pi * 140 * time)) * np.abs(np.sin(2 * np.pi * 3 * time))
+    file = io.BytesIO()
+    soundfile.write(file, sound * (not silent), rate, format=audio_format)
+    return file.getvalue()
+
+
+def data_url(data: bytes, kind: str = "audio/wav") -> str:
+    """`data` as clients put it into JSON."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def speak(service: Service, **fields: Any) -> httpx.Response:
+    """POST /v1/audio/speech: pcm, a seed and few frames unless `fields` say otherwise."""
+    defaults: dict[str, Any] = {"input": "Good morning.", "response_format": "pcm", "seed": 7, "max_new_tokens": 12}
+    return service.http.post("/v1/audio/speech", json=defaults | fields)
+
+
+TASKS: Final[dict[str, dict[str, Any]]] = {
+    "custom": {"model": CUSTOM, "voice": "Vivian"},
+    "custom, instructed": {"model": CUSTOM, "voice": "ryan", "instructions": "Whisper."},
+    "custom, small": {"model": CUSTOM_SMALL, "voice": "alloy"},
+    "custom, whole text first": {"model": CUSTOM, "voice": "sohee", "non_streaming_mode": True},
+    "dialect": {"model": CUSTOM, "voice": "dylan", "language": "zh", "input": "你好。"},
+    "design": {"model": DESIGN, "instructions": "An old sea captain."},
+    "design by task": {"task_type": "VoiceDesign", "instructions": "An old sea captain."},
+    "clone in context": {"ref_audio": data_url(recording(2.0)), "ref_text": "Buzz."},
+    "clone from embedding": {"model": BASE, "ref_audio": data_url(recording(2.0)), "x_vector_only_mode": True},
+}
+
+
+@pytest.mark.parametrize("fields", TASKS.values(), ids=TASKS)
+def test_every_task_streams_what_it_gives_whole(service: Service, fields: dict[str, Any]) -> None:
+    """For each task the stream is the whole answer, sample for sample, in frames of 1,920 samples."""
+    whole = speak(service, **fields, stream=False)
+    assert whole.status_code == httpx.codes.OK, whole.text
+    assert len(whole.content) % FRAME_BYTES == 0
+    assert 1 <= len(whole.content) // FRAME_BYTES <= 12
+    assert speak(service, **fields).content == whole.content
+
+
+@pytest.mark.parametrize("audio_format", ["mp3", "opus", "aac", "flac", "wav"])
+def test_every_format(service: Service, audio_format: str) -> None:
+    """What the codec made arrives in every format, as long as in pcm."""
+    pcm = speak(service, max_new_tokens=30).content
+    data = speak(service, max_new_tokens=30, response_format=audio_format).content
+    # AAC and MP3 come in whole frames of their own, of up to 1,152 samples.
+    assert len(decode(data, audio_format)) == pytest.approx(len(pcm), abs=2 * 2 * 1152)
+
+
+def test_max_new_tokens_is_exact(service: Service) -> None:
+    """`max_new_tokens` caps the frames, to the frame, and the answer says that it was cut."""
+    for frames in (1, 2, 5, 9):
+        answer = speak(service, max_new_tokens=frames, stream=False)
+        assert len(answer.content) == frames * FRAME_BYTES
+        assert answer.headers["x-finish-reason"] == "length"
+
+
+def test_first_chunk_is_one_frame_and_does_not_wait_for_the_text(service: Service) -> None:
+    """The first piece of a stream is a single frame, and it is here long before a long text has been spoken."""
+    text = "This is a sentence. " * 60
+    with service.stream(text, response_format="pcm", seed=1) as answer:
+        chunks = answer.iter_raw()
+        assert len(next(chunks)) == FRAME_BYTES
+        eventually(lambda: service.stats()["running"] == 1, 1, "a request that is still spoken")
+    eventually(lambda: service.stats()["running"] == 0, 0.5, "the slot freed")
+
+
+def test_seed_decides_and_greedy_needs_none(service: Service) -> None:
+    """The same seed gives the same speech, another seed another one; greedy decoding is the same without any."""
+    assert speak(service, seed=1).content == speak(service, seed=1).content
+    assert speak(service, seed=1).content != speak(service, seed=2).content
+    assert speak(service, seed=None).content != speak(service, seed=None).content
+    greedy = [speak(service, seed=None, temperature=0).content for _ in range(2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_thirty_two_clients_on_eight_slots(service: Service) -> None:
+    """32 clients at once get exactly what each would get alone, by its seed, whatever the company."""
+    requests = [
+        {
+            "input": f"Client number {number} speaks.",
+            "seed": number,
+            "max_new_tokens": 4 + number % 13,
+            "voice": ("vivian", "ryan", "serena")[number % 3],
+        }
+        for number in range(32)
+    ]
+    alone = [speak(service, **request).content for request in requests]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda request: speak(service, **request), requests))
+    assert [answer.status_code for answer in together] == [200] * 32
+    assert [answer.content for answer in together] == alone
+
+
+def test_clients_that_leave_give_their_slots_to_others(service: Service) -> None:
+    """With every slot taken by listeners that leave, those who waited are served, exactly."""
+    expected = speak(service, seed=3).content
+    long_text = "This goes on and on. " * 100
+    with ThreadPoolExecutor(4) as pool, contextlib.ExitStack() as listeners:
+        for _ in range(SLOTS):
+            listeners.enter_context(service.stream(long_text, response_format="pcm"))
+        eventually(lambda: service.stats()["running"] == SLOTS, 5, "every slot taken")
+        waiting = [pool.submit(speak, service, seed=3) for _ in range(4)]
+        eventually(lambda: service.stats()["queued"] == 4, 5, "four in the queue")
+        listeners.close()
+        assert [answer.result(20).content for answer in waiting] == [expected] * 4
+    eventually(lambda: service.stats()["running"] == 0, 1, "all slots free")
+
+
+REFUSED: Final[dict[str, tuple[dict[str, Any], int, str, str | None]]] = {
+    "another model's voice": ({"model": CUSTOM, "voice": "en-us+f2"}, 400, "voice_not_found", "voice"),
+    "instructions on 0.6B": (
+        {"model": CUSTOM_SMALL, "instructions": "Whisper."},
+        400,
+        "invalid_value",
+        "instructions",
+    ),
+    "in context without words": ({"ref_audio": data_url(recording(2.0))}, 400, "invalid_value", "ref_text"),
+    "0.2 s": ({"ref_audio": data_url(recording(0.2)), "ref_text": "b"}, 400, "invalid_audio", "ref_audio"),
+    "10 min": (
+        {"ref_audio": data_url(recording(600.0, rate=8_000, audio_format="FLAC")), "ref_text": "b"},
+        400,
+        "invalid_audio",
+        "ref_audio",
+    ),
+    "silence": (
+        {"ref_audio": data_url(recording(2.0, silent=True)), "ref_text": "b"},
+        400,
+        "invalid_audio",
+        "ref_audio",
+    ),
+    "truncated": ({"ref_audio": data_url(recording(2.0)[:60]), "ref_text": "b"}, 400, "invalid_audio", "ref_audio"),
+    "no audio": ({"ref_audio": data_url(b"hello" * 99), "ref_text": "b"}, 400, "invalid_audio", "ref_audio"),
+    "no base64": ({"ref_audio": "data:audio/wav;base64,%%%", "ref_text": "b"}, 400, "invalid_audio", "ref_audio"),
+    "a URL": ({"ref_audio": "http://127.0.0.1/a.wav", "ref_text": "b"}, 400, "invalid_value", "ref_audio"),
+    "emoji": ({"input": "😀🎉👍"}, 400, "invalid_value", "input"),
+    "control characters": ({"input": "\x01\x02\u200b"}, 400, "invalid_value", "input"),
+    "a language it lacks": ({"language": "Klingon"}, 400, "invalid_value", "language"),
+    "a task it lacks": ({"model": CUSTOM, "task_type": "Base"}, 400, "task_mismatch", "task_type"),
+    "a reference it cannot use": (
+        {"model": CUSTOM, "ref_audio": data_url(recording(2.0)), "ref_text": "b"},
+        400,
+        "task_mismatch",
+        "ref_audio",
+    ),
+    "a design without words": ({"model": DESIGN}, 400, "invalid_value", "instructions"),
+    "no recording": ({"model": BASE}, 400, "invalid_value", "ref_audio"),
+}
+
+
+@pytest.mark.parametrize(("fields", "status", "code", "param"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_refused(
+    service: Service, fields: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    """A request that makes no sense gets its status, code and field; a valid one right after it succeeds."""
+    answer = speak(service, **fields)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+    assert speak(service, max_new_tokens=1).status_code == httpx.codes.OK
+
+
+def test_saved_voices(service: Service) -> None:
+    """A voice saved through one web worker speaks through every one at once, until it is deleted."""
+    upload = {"audio_sample": ("a.wav", recording(2.0), "audio/wav")}
+    made = service.http.post("/v1/audio/voices", data={"name": "Anna", "ref_text": "Buzz."}, files=upload)
+    assert made.status_code == httpx.codes.OK, made.text
+    assert (made.json()["object"], made.json()["name"]) == ("audio.voice", "Anna")
+    voice_id = made.json()["id"]
+    inline = speak(service, ref_audio=data_url(recording(2.0)), ref_text="Buzz.").content
+    for name in ("Anna", "anna", voice_id, {"id": voice_id}):
+        # A new connection each time: either web worker may answer.
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as http:
+            body = {"input": "Good morning.", "voice": name, "response_format": "pcm", "seed": 7, "max_new_tokens": 12}
+            assert http.post("/v1/audio/speech", json=body).content == inline
+    listed = service.http.get("/v1/audio/voices").json()
+    assert voice_id in {voice["id"] for voice in listed["uploaded_voices"]}
+    assert speak(service, model=CUSTOM, voice="Anna").json()["error"]["code"] == "task_mismatch"
+    gone = service.http.delete(f"/v1/audio/voices/{voice_id}")
+    assert gone.json() == {"id": voice_id, "object": "audio.voice.deleted", "deleted": True}
+    refused = speak(service, voice="Anna")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "voice_not_found")
+
+
+def test_designed_voice(service: Service) -> None:
+    """A voice designed from words is kept, and speaks the same with the same seed."""
+    body = {"type": "prompt", "name": "Captain", "prompt": "An old sea captain."}
+    made = service.http.post("/v1/audio/voices", files={name: (None, value) for name, value in body.items()})
+    assert made.status_code == httpx.codes.OK, made.text
+    spoken = [speak(service, voice="captain").content for _ in range(2)]
+    assert spoken[0] == spoken[1]
+    assert len(spoken[0]) % FRAME_BYTES == 0
+
+
+def test_saved_voices_survive_a_restart(tmp_path: Any) -> None:
+    """A voice is there, and sounds the same, after the service was stopped and started again."""
+    settings = {"MODEL_PATHS": f"{BASE}={tiny('base', '1b7').resolve()}", "DEFAULT_MODEL": BASE}
+    upload = {"audio_sample": ("a.flac", recording(2.0, audio_format="FLAC"), "audio/flac")}
+    spoken = []
+    for start in range(2):
+        service = Service(tmp_path, **settings)
+        try:
+            service.wait_ready(60)
+            if start == 0:
+                assert service.http.post("/v1/audio/voices", data={"name": "Anna"}, files=upload).is_success
+            spoken.append(speak(service, voice="Anna").content)
+            assert service.stop() == 0
+        finally:
+            service.kill()
+    assert spoken[0] == spoken[1]
+    assert spoken[0]

@@ -1,0 +1,90 @@
+"""How the service starts, and how it refuses to."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.service import ROOT, Service, free_port
+
+
+def run(module: str, directory: Path, **settings: object) -> "subprocess.CompletedProcess[str]":
+    """`python -m module` with these TTS_* variables, to its end."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
+    environment |= {f"TTS_{name}": str(value) for name, value in settings.items()} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module]
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@pytest.mark.parametrize("module", ["server", "gpu_worker"])
+def test_wrong_settings_are_named_all_at_once(tmp_path: Path, module: str) -> None:
+    """Every mistake in one message, exit code 2, and no port was opened."""
+    port = free_port()
+    wrong = {"PORT": port, "DTYPE": "int3", "IDLE_TIMEOUT": "soon", "NO_SUCH_THING": 1, "API_KEYS": "a key"}
+    ended = run(module, tmp_path, **wrong)
+    assert ended.returncode == 2
+    for name in ("TTS_DTYPE", "TTS_IDLE_TIMEOUT", "TTS_NO_SUCH_THING", "TTS_API_KEYS"):
+        assert name in ended.stderr
+    assert "a key" not in ended.stderr.replace("a key is", "")
+    assert "Traceback" not in ended.stderr
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:
+    """A default model that does not exist is a wrong setting of the whole service, not an endless restart."""
+    ended = run("server", tmp_path, PORT=free_port(), DEFAULT_MODEL="no-such-model")
+    assert ended.returncode == 2
+    assert "no-such-model" in ended.stderr
+
+
+def test_dotenv_is_read_and_the_environment_wins(tmp_path: Path) -> None:
+    """Settings come from .env where the environment does not say otherwise."""
+    (tmp_path / ".env").write_text(f"TTS_PORT={free_port()}\nTTS_API_TITLE=From the file\nTTS_MAX_QUEUE=7\n")
+    service = Service(tmp_path, MAX_QUEUE=9)
+    try:
+        config = service.wait_ready().http.get("/admin/config").json()
+    finally:
+        service.kill()
+    assert (config["api_title"], config["max_queue"], config["port"]) == ("From the file", 9, service.port)
+
+
+def test_second_worker_is_refused(tmp_path: Path) -> None:
+    """A second GPU worker on the same address ends with exit code 3, and the first goes on."""
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    address = {"TTS_WORKER_URL": f"ipc://{directory}/worker.ipc"}
+    environment = {**os.environ, **address, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=tmp_path, env=environment)
+    try:
+        ask = [sys.executable, "-m", "gpu_worker", "health"]
+        assert subprocess.run(ask, cwd=tmp_path, env=environment, timeout=30, check=False).returncode == 0
+        assert run("gpu_worker", tmp_path, WORKER_URL=address["TTS_WORKER_URL"]).returncode == 3
+        assert first.poll() is None
+    finally:
+        first.terminate()
+        assert first.wait(10) == 0
+
+
+def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Service]) -> None:
+    """With TTS_WORKER_URL the server starts no worker of its own, and speaks once the one it names is there."""
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    url = f"ipc://{directory}/worker.ipc"
+    environment = {**os.environ, "TTS_WORKER_URL": url, "TTS_VOICES_DIR": str(tmp_path / "v"), "PYTHONPATH": str(ROOT)}
+    worker = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=tmp_path, env=environment)
+    try:
+        service = start(WORKER_URL=url)
+        assert service.worker_pid() == worker.pid
+        assert service.speech("Hello.").status_code == 200
+        assert service.stop() == 0
+        assert worker.poll() is None
+    finally:
+        worker.terminate()
+        assert worker.wait(10) == 0

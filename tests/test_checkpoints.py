@@ -1,0 +1,92 @@
+"""The random checkpoints themselves: the official package takes them, and their full sizes are the published ones."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker.engines.qwen.checkpoint import verify
+from gpu_worker.engines.qwen.official import load_official
+from tests.checkpoints import Kind, Size, checkpoint_name, codec_config, model_config, tiny
+
+MODELS: list[tuple[Kind, Size]] = [
+    ("custom_voice", "0b6"),
+    ("custom_voice", "1b7"),
+    ("voice_design", "1b7"),
+    ("base", "0b6"),
+    ("base", "1b7"),
+]
+
+
+@pytest.mark.parametrize(("kind", "size"), MODELS)
+def test_the_official_package_speaks_with_them(kind: Kind, size: Size) -> None:
+    """Every official call of the type gives audible, unclipped speech of whole frames."""
+    model = load_official().Model.from_pretrained(str(tiny(kind, size)), dtype=torch.float32)
+    recording = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 24_000)
+    common: dict[str, Any] = {"text": "Hello world, good morning.", "language": "English", "max_new_tokens": 6}
+    torch.manual_seed(2)
+
+    if kind == "custom_voice":
+        spoken = [model.generate_custom_voice(speaker="Vivian", instruct="softly", **common)]
+    elif kind == "voice_design":
+        spoken = [model.generate_voice_design(instruct="a deep voice", **common)]
+    else:
+        spoken = [
+            model.generate_voice_clone(ref_audio=recording, x_vector_only_mode=True, **common),
+            model.generate_voice_clone(ref_audio=recording, ref_text="the voice", **common),
+        ]
+
+    for waves, rate in spoken:
+        assert rate == 24_000
+        assert len(waves[0]) > 0
+        assert len(waves[0]) % 1920 == 0
+        assert float(np.std(waves[0])) > 0.01
+        assert float(np.abs(waves[0]).max()) < 1
+
+
+def test_small_ones_are_small_and_share_their_codec() -> None:
+    """At most 25 MB each; the speech tokenizer is the same in all, as in the published models."""
+    codecs = set()
+    for kind, size in MODELS:
+        files = [file for file in tiny(kind, size).rglob("*") if file.is_file()]
+        assert sum(file.stat().st_size for file in files) <= 25_000_000
+        codecs.add((tiny(kind, size) / "speech_tokenizer" / "model.safetensors").read_bytes())
+    assert len(codecs) == 1
+
+
+def test_seeds_make_different_weights_and_the_same_seed_the_same_path() -> None:
+    """Checkpoints are kept between runs, by seed."""
+    assert tiny("base") == tiny("base")
+    assert tiny("base") != tiny("base", seed=1)
+    one, other = ((tiny("base", seed=seed) / "model.safetensors").read_bytes() for seed in (0, 1))
+    assert len(one) == len(other)
+    assert one != other
+
+
+@pytest.mark.parametrize(("size", "millions"), [("0b6", 906), ("1b7", 1917)])
+def test_full_sizes_are_the_published_ones(size: Size, millions: int) -> None:
+    """Parameters in all, as published; counted without making them."""
+    official = load_official()
+    with torch.device("meta"):
+        model = official.ForConditionalGeneration(official.Config(**model_config("custom_voice", size, full=True)))
+        codec = official.TokenizerModel(official.TokenizerConfig(**codec_config(full=True)))
+
+    assert round(sum(math.prod(tensor.shape) for tensor in model.state_dict().values()) / 1e6) == millions
+    assert round(sum(math.prod(tensor.shape) for tensor in codec.decoder.state_dict().values()) / 1e6) == 114
+
+
+def test_the_command_line_writes_them_under_their_published_names(tmp_path: Path) -> None:
+    """`python -m tests.checkpoints DIR --kind base` writes both sizes of that type and refuses to overwrite."""
+    command = [sys.executable, "-m", "tests.checkpoints", str(tmp_path), "--kind", "base"]
+
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    for size in ("0b6", "1b7"):
+        verify(tmp_path / checkpoint_name("base", size))
+    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
