@@ -1,0 +1,27 @@
+# One image for both services of compose.yaml. EXTRAS decides what it can speak with:
+#   demo      espeak-ng alone, small, for any CPU
+#   demo,gpu  Qwen3-TTS as well (torch with CUDA, several GB)
+FROM python:3.12-slim
+
+ARG EXTRAS=demo,gpu
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# The worker refuses a socket directory that is not its user's alone; a new volume takes owner and mode from here.
+RUN useradd --create-home --uid 10001 tts \
+    && install --directory --owner=tts --mode=0700 /run/tts \
+    && install --directory --owner=tts /data/models /data/voices
+
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY shared shared
+COPY gpu_worker gpu_worker
+COPY server server
+COPY models/*.toml models/
+RUN pip install --editable ".[${EXTRAS}]"
+
+USER tts
+# In a container 0.0.0.0 reaches no further than the ports that are published.
+ENV TTS_HOST=0.0.0.0 TTS_MODELS_DIR=/data/models TTS_VOICES_DIR=/data/voices
+EXPOSE 8000
+# The default is the whole service in one container; compose.yaml runs the two processes apart.
+CMD ["python", "-m", "server"]
