@@ -74,6 +74,9 @@ class Service:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
         environment.update({f"TTS_{name}": str(value) for name, value in {**defaults, **settings}.items()})
         environment["PYTHONPATH"] = str(ROOT)
+        self.start_s = 0.0
+        """How long it took to be ready, which says how busy this machine is."""
+        self._began = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "server"], cwd=directory, env=environment, stdout=log, stderr=log
@@ -88,6 +91,7 @@ class Service:
             return self.is_ready()
 
         eventually(ready, timeout_s, "ready; the log says:\n" + self.log.read_text())
+        self.start_s = time.monotonic() - self._began
         return self
 
     def is_ready(self) -> bool:
@@ -110,6 +114,20 @@ class Service:
     def web_pids(self) -> set[int]:
         """The processes that the service started and that are not the GPU worker."""
         return children_of(self.process.pid) - {self.worker_pid()}
+
+    def wait_serving(self, web_workers: int, timeout_s: float = START_TIMEOUT_S) -> set[int]:
+        """Wait until so many web workers answer, each connection going to any of them; their process ids."""
+        seen: set[int] = set()
+
+        def all_answer() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"{self.url}/admin/stats", timeout=2, trust_env=False)
+                if answer.status_code == httpx.codes.OK:
+                    seen.add(answer.json()["web_pid"])
+            return len(seen) == web_workers
+
+        eventually(all_answer, timeout_s, f"{web_workers} web workers answering")
+        return seen
 
     def speech(self, text: str, **fields: Any) -> httpx.Response:
         """The whole answer of POST /v1/audio/speech, whatever its status."""

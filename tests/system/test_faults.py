@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -67,8 +68,10 @@ def test_killed_worker_breaks_streams_and_comes_back(start: Start) -> None:
         assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
         assert refused.json()["error"]["code"] == "worker_unavailable"
         assert int(refused.headers["retry-after"]) >= 1
-    eventually(lambda: service.speech("Hello.").status_code == httpx.codes.OK, 3, "speech again")
-    assert time.monotonic() - killed < 3
+    # A machine that is busy with other things starts everything late.
+    limit_s = max(3.0, 2 * service.start_s)
+    eventually(lambda: service.speech("Hello.").status_code == httpx.codes.OK, limit_s, "speech again")
+    assert time.monotonic() - killed < limit_s
     for listener in listeners:
         listener.join(10)
     assert len(broken) == 4, "a stream ended as if it were complete"
@@ -93,14 +96,16 @@ def test_stopped_worker_is_not_ready_and_nothing_hangs(start: Start) -> None:
 
 
 def test_killed_web_worker_is_replaced(start: Start) -> None:
-    """Kill -9 of a web worker: the service goes on, with the same GPU worker."""
+    """Kill -9 of a web worker: the other one goes on at once, another takes its place, the GPU worker stays."""
     service = start(WEB_WORKERS=2)
+    service.wait_serving(2)
     pid = service.worker_pid()
-    before = children_of(service.process.pid) - {pid}
     victim = service.stats()["web_pid"]
     os.kill(victim, signal.SIGKILL)
-    eventually(lambda: len(children_of(service.process.pid) - {pid}) == len(before), 15, "a new web worker")
-    eventually(lambda: service.speech("Hello.").status_code == httpx.codes.OK, 10, "speech")
+    # A zombie may still have threads, and with them its connections; once it is reaped nothing of it is left.
+    eventually(lambda: not Path(f"/proc/{victim}").exists(), 5, "the web worker's death")
+    assert service.speech("Hello.").status_code == httpx.codes.OK
+    assert victim not in service.wait_serving(2)
     assert service.worker_pid() == pid
 
 
