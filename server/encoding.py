@@ -269,6 +269,7 @@ class _Compressed:
         self._delay_packets = math.ceil(self._delay / self._packet_samples)
         self._first_packets = recipe.first_packets
         self._fed = 0
+        self._spoken = 0
         self._made = 0
         self._sent = 0
         self._recent = b""
@@ -278,12 +279,16 @@ class _Compressed:
     def write(self, pcm: bytes) -> bytes:
         if not pcm:
             return b""
+        self._spoken += samples_of(pcm)
         if self._delay:
             self._recent = (self._recent + pcm)[-_REMEMBERED_PACKETS * self._packet_samples * BYTES_PER_SAMPLE :]
         self._mux(self._encode(pcm))
         return self._sink.take() if self._sink and self._sent >= self._first_packets else b""
 
     def end(self) -> bytes:
+        if not self._spoken:
+            # No format but PCM can say nothing: a file without a packet is none.
+            self._mux(self._encode(bytes(BYTES_PER_SAMPLE)))
         packets = self._stream.encode(None)
         if self._delay:
             packets = packets[: len(packets) - self._padding(len(packets))]
@@ -311,15 +316,15 @@ class _Compressed:
 
     def _padding(self, flushed: int) -> int:
         """How many of the last `flushed` packets go beyond the true length and hold nothing that could be heard."""
-        begin = self._delay_packets * self._packet_samples - self._delay
-        speech = self._fed - begin
         recent = array.array("h", self._recent)
         for surplus in range(flushed):
             packets = self._made + flushed - surplus
-            length = (packets - self._delay_packets + 1) * self._packet_samples
-            cut = (packets - 1 - self._delay_packets) * self._packet_samples
-            lost = recent[cut - speech :] if cut < speech else []
-            if length - speech <= self._packet_samples / 2 or any(abs(sample) > _QUIET for sample in lost):
+            kept = packets - self._delay_packets + 1
+            length = kept * self._packet_samples
+            cut = length - 2 * self._packet_samples
+            lost = recent[cut - self._spoken :] if cut < self._spoken else []
+            enough = length - self._spoken <= self._packet_samples / 2 or any(abs(sample) > _QUIET for sample in lost)
+            if enough or kept <= self._first_packets:
                 return surplus
         return flushed
 
