@@ -47,6 +47,15 @@ async def _disconnected(request: Request[Any, Any, Any]) -> None:
         pass
 
 
+def can_break(request: Request[Any, Any, Any]) -> bool:
+    """Whether the client can tell a broken transfer from a complete one where no length was announced.
+
+    HTTP/1.0 has no chunks: there the end of the connection is the end of the body, also when its maker has died.
+    """
+    # The ASGI specification says "1.0"; granian says "1".
+    return str(request.scope["http_version"]) not in {"1.0", "1"}
+
+
 class ClosingStream(Stream):
     """A Stream that calls `on_close` (synchronous) however it ends, even where its iterator was never begun.
 

@@ -21,6 +21,7 @@ from server.request_ids import request_id_of
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
 from server.saved_voices import find_saved_voice
 from server.schemas import SpeechRequest
+from server.streams import can_break
 from shared.protocol import Speak
 
 
@@ -42,16 +43,17 @@ async def create_speech(
     check_input(data.input, settings.max_input_chars)
     if data.stream is False and data.stream_format == "sse":
         raise ApiError("invalid_value", "stream: false and stream_format: sse contradict each other.", param="stream")
+    whole = data.stream is False or (data.stream_format != "sse" and not can_break(request))
     client = client_of(settings, request)
     resolved = await _resolve(data, engine, client)
     reference = await recording_in(data.ref_audio, settings) if data.ref_audio is not None else None
     speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
     try:
         audio_format = data.response_format or "mp3"
-        encoder = Encoder(audio_format, speed=data.speed or 1.0, streaming=data.stream is not False)
+        encoder = Encoder(audio_format, speed=data.speed or 1.0, streaming=not whole)
         media_type = CONTENT_TYPES[audio_format]
         answer = Answer(request, speech, encoder, model=resolved.model.id, media_type=media_type)
-        if data.stream is False:
+        if whole:
             return await answer.whole()
         return await (answer.events() if data.stream_format == "sse" else answer.audio())
     except BaseException:

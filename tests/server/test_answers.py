@@ -154,6 +154,38 @@ async def test_queued_events_are_kept_alive(worker: FakeWorker, monkeypatch: pyt
     assert _events("\n".join(rest))[-1]["type"] == "speech.audio.done"
 
 
+async def test_http_1_0_gets_a_length(worker: FakeWorker) -> None:
+    """Without chunks a body of no known length cannot be seen to break: there it is whole, and says how long it is."""
+    async with serving(worker.url) as client:
+        head, body = await _http_1_0(client, response_format="wav")
+        assert head.startswith("HTTP/1.")
+        assert " 200 " in head.splitlines()[0]
+        assert f"content-length: {len(body)}" in head.lower().splitlines()
+        assert "transfer-encoding" not in head.lower()
+        assert body[40:44] == (3 * 3840).to_bytes(4, "little")
+        head, body = await _http_1_0(client, response_format="pcm", stream_format="sse")
+        assert b"speech.audio.done" in body
+
+
+async def test_http_1_0_sees_a_failure(worker: FakeWorker) -> None:
+    """What fails in the middle is a status there, never a 200 that ends early and cleanly."""
+    worker.chunks = 10
+    worker.break_after = 5
+    worker.fail_with = Failed(id="", code="synthesis_failed", message="the device broke")
+    async with serving(worker.url) as client:
+        head, body = await _http_1_0(client, response_format="pcm")
+        assert " 500 " in head.splitlines()[0]
+        assert json.loads(body)["error"]["code"] == "synthesis_failed"
+        worker.break_after = worker.fail_with = None
+        worker.chunks = 100_000
+        asking = asyncio.create_task(_http_1_0(client, response_format="pcm"))
+        await asyncio.to_thread(worker.wait_for, Credit)
+        await asyncio.to_thread(worker.stop)
+        head, body = await asking
+    assert " 503 " in head.splitlines()[0]
+    assert json.loads(body)["error"]["code"] == "worker_unavailable"
+
+
 @pytest.mark.parametrize("form", [{}, {"stream": False}, {"stream_format": "sse"}])
 async def test_a_client_that_leaves_the_queue_is_forgotten(worker: FakeWorker, form: dict[str, object]) -> None:
     """Whatever the form, a client that leaves before the first sound frees its place within 500 ms."""
@@ -255,6 +287,20 @@ async def test_what_the_fields_mean_reaches_the_worker(worker: FakeWorker) -> No
 
 def _events(text: str) -> list[dict[str, object]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+async def _http_1_0(client: httpx.AsyncClient, **fields: object) -> tuple[str, bytes]:
+    """Head and body of an answer to a client of HTTP/1.0, read to the end of the connection."""
+    body = json.dumps({"input": "hello", **fields}).encode()
+    head = f"POST {SPEECH} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    try:
+        writer.write(head.encode() + body)
+        answer = await reader.read()
+    finally:
+        writer.close()
+    answered, _, content = answer.partition(b"\r\n\r\n")
+    return answered.decode(), content
 
 
 async def _leave(asking: "asyncio.Task[httpx.Response]") -> float:
