@@ -131,12 +131,16 @@ def envelope(error: ApiError) -> ErrorEnvelope:
 
 def headers_of(error: ApiError) -> dict[str, str]:
     """The headers that go with an error: when to try again, or that trying again is of no use."""
+    headers = {}
     if error.status in {429, 503}:
-        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s or 1)))}
-    if error.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    elif error.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
         # The OpenAI SDK repeats a 500 twice by itself, which would spend the GPU on the same failure again.
-        return {"x-should-retry": "false"}
-    return {}
+        headers["x-should-retry"] = "false"
+    if error.code == "model_unavailable":
+        # Weights do not come by themselves: the SDK would sleep through Retry-After twice, two minutes in all.
+        headers["x-should-retry"] = "false"
+    return headers
 
 
 def answer(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import openai
 import pytest
 
 from shared.protocol import Cancel, Credit, Failed, Speak
@@ -103,7 +104,8 @@ async def test_a_refusal_is_a_status(worker: FakeWorker) -> None:
                 assert error == {"message": "no", "type": kind, "param": "input", "code": code}
                 assert answer.headers["content-type"] == "application/json"
                 assert answer.headers.get("retry-after") == ("3" if status in {429, 503} else None)
-                assert answer.headers.get("x-should-retry") == ("false" if status == 500 else None)
+                hopeless = status == 500 or code == "model_unavailable"
+                assert answer.headers.get("x-should-retry") == ("false" if hopeless else None)
 
 
 async def test_a_failure_after_the_first_byte_breaks_the_transfer(worker: FakeWorker) -> None:
@@ -152,6 +154,19 @@ async def test_queued_events_are_kept_alive(worker: FakeWorker, monkeypatch: pyt
         worker.hold = False
         rest = [line async for line in lines]
     assert _events("\n".join(rest))[-1]["type"] == "speech.audio.done"
+
+
+async def test_the_sdk_does_not_wait_for_weights(worker: FakeWorker) -> None:
+    """With its own two retries OpenAI's SDK tells of missing weights at once, and asks for them once."""
+    worker.fail_with = Failed(id="", code="model_unavailable", message="no weights", param="model", retry_after_s=60)
+    async with serving(worker.url) as client:
+        sdk = openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key="none")
+        assert sdk.max_retries > 0
+        async with asyncio.timeout(10), sdk:
+            with pytest.raises(openai.InternalServerError, match="no weights") as caught:
+                await sdk.audio.speech.create(model="tts-1", voice="alloy", input="hello")
+    assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("model_unavailable", "60")
+    assert len(worker.of(Speak)) == 1
 
 
 async def test_http_1_0_gets_a_length(worker: FakeWorker) -> None:
