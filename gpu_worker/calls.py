@@ -47,6 +47,7 @@ Answer = Callable[[Message], None]
 class _Pending(msgspec.Struct):
     """A call that waits until `model` is where it is to be; with "" for a model, until the cleanup pass has ended."""
 
+    peer: bytes
     call_id: str
     model: str
     goal: Literal["resident", "absent", "clean"]
@@ -54,7 +55,7 @@ class _Pending(msgspec.Struct):
 
 
 class CallDesk:
-    """Takes calls and answers each exactly once."""
+    """Takes calls and answers each exactly once, unless whoever asked has left."""
 
     def __init__(
         self,
@@ -74,15 +75,26 @@ class CallDesk:
         self._clock = clock
         self._pending: list[_Pending] = []
 
-    def take(self, call: Call, payload: bytes | None, answer: Answer) -> None:
-        """Do what `call` asks for; `answer` is called now or later, once."""
+    def take(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> None:
+        """Do what `call` of the web worker `peer` asks for; `answer` is called now or later, once."""
         try:
-            reply = self._do(call, payload, answer)
+            reply = self._do(peer, call, payload, answer)
         except JobError as error:
             answer(failed_message(call.id, error))
             return
         if reply is not None:
             answer(reply)
+
+    def forget(self, peer: bytes, call_id: str | None = None) -> None:
+        """Nobody waits for that call any more, or for any call of `peer`; what it began goes on.
+
+        The speech of a design is a request of `peer` by the call's id, and is dropped like any other.
+        """
+        self._pending = [
+            pending
+            for pending in self._pending
+            if pending.peer != peer or (call_id is not None and pending.call_id != call_id)
+        ]
 
     def answer_ended(self) -> None:
         """Answer the calls whose model or pass has come to an end."""
@@ -96,7 +108,7 @@ class CallDesk:
         """The model could not be brought to the device: calls that wait for it fail with the reason."""
         self._fail(model, "resident", error)
 
-    def _do(self, call: Call, payload: bytes | None, answer: Answer) -> Reply | None:
+    def _do(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> Reply | None:
         match call.action:
             case LoadModel(model=model):
                 self._require(model)
@@ -105,18 +117,18 @@ class CallDesk:
                 self._fail(
                     model, "absent", JobError("model_busy", f"{model} was to be loaded meanwhile", param="model")
                 )
-                self._pending.append(_Pending(call.id, model, "resident", answer))
+                self._pending.append(_Pending(peer, call.id, model, "resident", answer))
             case UnloadModel(model=model):
                 self._unload(model)
                 self._fail(model, "resident", JobError("model_busy", f"{model} was unloaded meanwhile", param="model"))
-                self._pending.append(_Pending(call.id, model, "absent", answer))
+                self._pending.append(_Pending(peer, call.id, model, "absent", answer))
             case PinModel(model=model, pinned=pinned):
                 self._known(model)
                 self._residency.pin(model, pinned)
                 return Reply(id=call.id, model=self._state_of(model))
             case Cleanup():
                 self._residency.start_cleanup()
-                self._pending.append(_Pending(call.id, "", "clean", answer))
+                self._pending.append(_Pending(peer, call.id, "", "clean", answer))
             case FindVoice(name=name):
                 return Reply(id=call.id, voice=self._voices.find(name))
             case CloneVoice(name=name, text=text, description=description, consent=consent):
@@ -125,7 +137,7 @@ class CallDesk:
                 )
                 return Reply(id=call.id, voice=voice)
             case DesignVoice():
-                self._design(call, call.action, answer)
+                self._design(peer, call, call.action, answer)
             case DeleteVoice(id=voice_id):
                 return Reply(id=call.id, voice=self._voices.delete(voice_id))
         return None
@@ -167,7 +179,7 @@ class CallDesk:
     def _state_of(self, model: str) -> ModelState:
         return next(state for state in self._residency.models() if state.id == model)
 
-    def _design(self, call: Call, action: DesignVoice, answer: Answer) -> None:
+    def _design(self, peer: bytes, call: Call, action: DesignVoice, answer: Answer) -> None:
         """Let the voice-design model speak, and keep what it said."""
         spec = next((spec for spec in self._specs.values() if spec.task == "VoiceDesign"), None)
         if spec is None:
@@ -192,7 +204,7 @@ class CallDesk:
 
         self._submit(
             Request(
-                peer=b"",
+                peer=peer,
                 request_id=call.id,
                 client=call.client,
                 model=spec.id,

@@ -157,7 +157,13 @@ class Worker:
             case Hello():
                 snapshot = self._snapshot()
                 catalog = list(self._specs.values())
-                welcome = Welcome(version=VERSION, boot_id=snapshot.boot_id, catalog=catalog, snapshot=snapshot)
+                welcome = Welcome(
+                    version=VERSION,
+                    boot_id=snapshot.boot_id,
+                    catalog=catalog,
+                    snapshot=snapshot,
+                    settings=self._reporter.settings,
+                )
                 self._send(peer, welcome, None)
             case Ping():
                 snapshot = self._snapshot()
@@ -169,7 +175,7 @@ class Worker:
             case Cancel(id=request_id):
                 self._cancel(peer, request_id)
             case Call():
-                self._calls.take(message, payload, lambda reply: self._send(peer, reply, None))
+                self._calls.take(peer, message, payload, lambda reply: self._send(peer, reply, None))
                 if isinstance(message.action, UnloadModel):
                     self._arrived(message.action.model)
 
@@ -248,15 +254,19 @@ class Worker:
             return
         request.sink.grant(chunks)
         request.stalled_since = None
+        if not request.sink.stalled:
+            request.playback.go_on(self._clock())
         if request.job.id not in self._running and request.admitted is not None and request.sink.drained:
             del self._open[peer, request_id]
 
     def _cancel(self, peer: bytes, request_id: str) -> None:
+        self._calls.forget(peer, request_id)
         request = self._open.get((peer, request_id))
         if request is not None:
             self._drop(request)
 
     def _forget_peer(self, peer: bytes) -> None:
+        self._calls.forget(peer)
         for request in [request for request in self._open.values() if request.peer == peer]:
             self._drop(request)
 
@@ -271,6 +281,7 @@ class Worker:
                 self._loader.submit(decision)
 
     def _take_move(self, report: MoveDone | MoveFailed) -> None:
+        self._reporter.moved(report)
         if isinstance(report, MoveFailed):
             refusal = self._residency.failed(report)
             if refusal is not None:
@@ -317,7 +328,10 @@ class Worker:
             self._end(request, error)
             return
         log.error("an engine could not take a request", model=request.model, request_id=request.id, exc_info=error)
-        code = "insufficient_vram" if is_out_of_memory(error) else "synthesis_failed"
+        code = "synthesis_failed"
+        if is_out_of_memory(error):
+            code = "insufficient_vram"
+            self._reporter.ran_out_of_memory(request.model)
         self._end(request, JobError(code, f"{request.model} could not take the request: {error}"))
         self._end_where_broken(error)
 
@@ -345,10 +359,13 @@ class Worker:
             return
         match event:
             case Pcm(data=data):
+                now = self._clock()
                 if request.first_audio is None:
-                    request.first_audio = self._clock()
-                request.sink.audio(data)
+                    request.first_audio = now
+                    self._reporter.began(request)
+                request.hand_on(data, now)
             case Done(reason=reason, usage=usage):
+                self._reporter.spoken(request)
                 self._end(request, None)
                 request.sink.finished(reason, usage, request.timings(self._clock()))
                 if isinstance(request.sink, PeerSink) and not request.sink.drained:
@@ -365,6 +382,7 @@ class Worker:
         """
         requests = [request for request in self._running.values() if request.model == model]
         if is_out_of_memory(error) and requests:
+            self._reporter.ran_out_of_memory(model)
             if model not in self._out_of_memory:
                 log.warning("out of device memory; evicting idle models and trying again", model=model)
                 self._out_of_memory.add(model)
@@ -472,6 +490,7 @@ class Worker:
             host=self._residency.host(),
             cleanup=self._residency.last_cleanup,
             voices=self._voices.list(),
+            requests=self._open.values(),
             preloading=self._preloading,
         )
 

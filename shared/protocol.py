@@ -113,7 +113,7 @@ class Credit(Message, frozen=True, kw_only=True):
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """Nobody listens to this request any more; idempotent, never answered."""
+    """Nobody listens to this request any more, or waits for this call; idempotent, never answered."""
 
     id: str
 
@@ -265,8 +265,62 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int = 0
 
 
+FIRST_AUDIO_BOUNDS_S: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+REAL_TIME_FACTOR_BOUNDS: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 0.9, 1.0, 1.5, 2.0, 5.0)
+UNDERRUN_BOUNDS_S: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""The first bound holds the streams that never ran dry; all above it are underruns."""
+
+MOVE_BOUNDS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How many values were at most each bound and above the one before, at last those above all; and their sum.
+
+    Which bounds these are, both sides know. Without a value there are no counts at all.
+    """
+
+    counts: list[int] = []
+    sum: float = 0.0
+
+
+class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one model has done since the worker started.
+
+    `first_audio_s`: from a request's arrival to its first piece. `real_time_factor`: seconds of synthesis for a second
+    of audio, without the time that its reader held it up. `underrun_s`: how long a player that begins with the first
+    piece would have had nothing to play. All three count streams.
+    `moves_s` and `failed_moves` are by the kind of move: load, restore, offload or drop.
+    """
+
+    first_audio_s: Histogram = Histogram()
+    real_time_factor: Histogram = Histogram()
+    underrun_s: Histogram = Histogram()
+    moves_s: dict[str, Histogram] = {}
+    failed_moves: dict[str, int] = {}
+    out_of_memory: int = 0
+
+
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, never what it says. `age_s` since it arrived, `audio_s` the sound made so far.
+
+    waiting: for a slot or its model. stalled: its reader takes nothing.
+    `client` is the beginning of the key of fairness.
+    """
+
+    id: str
+    model: str
+    client: str
+    state: Literal["waiting", "speaking", "stalled"]
+    age_s: float
+    audio_s: float
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that dashboards read, as the synthesis loop saw it when it answered a ping."""
+    """Everything that dashboards read, as the synthesis loop saw it when it answered a ping.
+
+    It is sent several times a second: `figures` name the models that did something, `streams` the oldest few.
+    `restarts` is how often this worker's supervisor has started another one before it.
+    """
 
     pid: int
     boot_id: str
@@ -286,14 +340,22 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     preloading: list[str] = []
     """Models that the worker was told to load at its start and that have not arrived yet."""
 
+    restarts: int = 0
+    figures: dict[str, ModelFigures] = {}
+    streams: list[StreamState] = []
+
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The answer to Hello: who the worker is and what it can speak with."""
+    """The answer to Hello: who the worker is and what it can speak with.
+
+    `settings` are those in force that only the worker acts by, under their public names, without secrets.
+    """
 
     version: int
     boot_id: str
     catalog: list[ModelSpec]
     snapshot: Snapshot
+    settings: dict[str, Any] = {}
 
 
 class Started(Message, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import pytest
 
 from gpu_worker.calls import DESIGN_MAX_FRAMES, DESIGN_TEXT
 from gpu_worker.engines.base import JobError
+from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import (
     Action,
@@ -22,7 +23,7 @@ from shared.protocol import (
     Reply,
     UnloadModel,
 )
-from tests.gpu_worker.fake_engines import WorkerBench, pcm_of
+from tests.gpu_worker.fake_engines import WEB, WorkerBench, pcm_of
 from tests.gpu_worker.fakes import WALL, FakeDevice, a_spec
 
 MakeBench = Callable[..., WorkerBench]
@@ -61,6 +62,19 @@ class TestLoad:
         bench.call("d", LoadModel(model="m"))
         bench.settle()
         assert bench.kinds("c") == bench.kinds("d") == ["Reply"]
+
+    def test_given_up(self, bench: WorkerBench) -> None:
+        """A call that nobody waits for is not answered; the model comes all the same, and others are told."""
+        bench.gate.clear()
+        for call_id in ("c", "d"):
+            bench.call(call_id, LoadModel(model="m"))
+        bench.turn(2)
+        bench.cancel("c", peer=b"web-2")
+        bench.cancel("d")
+        bench.gate.set()
+        bench.settle()
+        assert (bench.kinds("c"), bench.heard("d")) == (["Reply"], [])
+        assert bench.states() == {"m": "resident"}
 
     def test_fails(self, bench: WorkerBench) -> None:
         """A load that fails says why; the next call tries again."""
@@ -265,6 +279,36 @@ class TestDesign:
         assert _done(bench, DesignVoice(name="Ada", prompt="p")) == Failed(
             id="c", code="model_unavailable", message="a shard is damaged", param="model", retry_after_s=5.0
         )
+        assert len(bench.voices) == 0
+
+    @pytest.mark.parametrize("speaking", [False, True])
+    def test_given_up(self, bench: WorkerBench, *, speaking: bool) -> None:
+        """Nobody waits any more: no model speaks for it, queued or begun, nothing is kept and nothing answered."""
+        bench.gate.clear()
+        bench.call("c", DesignVoice(name="Ada", prompt="p"))
+        bench.turn(2)
+        if speaking:
+            bench.gate.set()
+            while not bench.engines or not bench.engines["designer"].admitted:
+                bench.turn()
+        bench.cancel("c")
+        bench.gate.set()
+        bench.settle()
+        assert bench.heard("c") == []
+        assert len(bench.voices) == 0
+        assert bench.references() == {"designer": 0}
+        assert bench.snapshot().requests.cancelled == 1
+        assert _done(bench, DesignVoice(name="Ada", prompt="p"), call_id="d").voice.name == "Ada"
+
+    def test_of_a_web_worker_that_is_gone(self, bench: WorkerBench) -> None:
+        """A web worker that dies takes its calls with it."""
+        bench.gate.clear()
+        bench.call("c", DesignVoice(name="Ada", prompt="p"))
+        bench.turn(2)
+        bench.inbox.put(PeerGone(WEB))
+        bench.gate.set()
+        bench.settle()
+        assert bench.heard("c") == []
         assert len(bench.voices) == 0
 
     def test_name_taken_first(self, bench: WorkerBench) -> None:
