@@ -4,7 +4,30 @@ from typing import Final
 
 from gpu_worker.memory import is_out_of_memory
 
-_STICKY: Final = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS")
+_STICKY: Final = (
+    "CUDA-capable device(s) is/are busy or unavailable",
+    "an illegal instruction was encountered",
+    "an illegal memory access was encountered",
+    "context is destroyed",
+    "device-side assert triggered",
+    "hardware stack error",
+    "invalid device context",
+    "invalid program counter",
+    "misaligned address",
+    "operation not supported on global/shared address space",
+    "the launch timed out and was terminated",
+    "uncorrectable ECC error encountered",
+    "uncorrectable NVLink error",
+    "unknown error",
+    "unspecified launch failure",
+)
+"""What cudaGetErrorString says of the errors after which CUDA's documentation has the process ended and started again.
+
+A library's status (cuBLAS, cuDNN) is none of them: it may mean a lack of memory, or shapes that have no kernel.
+Where such a context was the reason, the very next call says one of these.
+"""
+
+_BROKEN: Final = tuple(f"{caller}: {words}" for caller in ("CUDA error", "CUDA driver error") for words in _STICKY)
 
 
 class BrokenDeviceError(Exception):
@@ -13,8 +36,6 @@ class BrokenDeviceError(Exception):
 
 def is_broken_device(error: BaseException) -> bool:
     """Whether a CUDA error has ended the context for good: after one, every further call fails with it."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
-    if any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _STICKY)
+    return any(words in str(error) for words in _BROKEN)

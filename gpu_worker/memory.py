@@ -228,9 +228,19 @@ def default_budget(usage: Usage) -> int:
     return usage.free_bytes - min(reserve, usage.free_bytes // 2)
 
 
-_OUT_OF_MEMORY: Final = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY: Final = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUFFT_ALLOC_FAILED",
+)
 """How torch's plain RuntimeErrors say it: the CPU's allocator, what CUDA itself allocates (pinned memory, graphs),
-and cuBLAS, which finds no room for its handle."""
+and the libraries that allocate beside torch. cuBLAS calls itself not initialized where its handle finds no room."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -294,14 +294,41 @@ class FakeTorch:
         self.calls.append("empty_cache")
 
 
-def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's, torch's and its CPU allocator's ways to say that memory ran out are known; other errors are none."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    ],
+)
+def test_out_of_memory(error: Exception) -> None:
+    """Python's, torch's CPU allocator's, CUDA's and its libraries' ways to say that memory ran out are known."""
+    assert is_out_of_memory(error)
+
+
+def test_torch_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises itself is known whatever it says."""
     monkeypatch.setitem(sys.modules, "torch", FakeTorch())  # type: ignore[arg-type] -- stands in for the module
-    cpu = "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate …"
-    assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(FakeTorch.OutOfMemoryError("CUDA out of memory."))
-    assert is_out_of_memory(RuntimeError(cpu))
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    assert not is_out_of_memory(ValueError(cpu))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm( handle, opa, opb)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx( handle, opa, opb)`"),
+        ValueError("CUDA error: out of memory"),
+    ],
+)
+def test_not_out_of_memory(error: Exception) -> None:
+    """Other errors are none, nor are the same words of somebody else."""
+    assert not is_out_of_memory(error)
