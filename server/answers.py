@@ -19,7 +19,7 @@ from server.engine_client import Speech
 from server.errors import ApiError, envelope
 from server.request_ids import request_id_of
 from server.schemas import SpeechDelta, SpeechDone, SpeechUsage
-from server.streams import BrokenTransferError, ClosingStream, until_gone
+from server.streams import BrokenTransferError, ClosingStream, until_gone, while_there
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Finished, Timings
 
@@ -57,9 +57,7 @@ class Answer:
 
     async def whole(self) -> Response[bytes]:
         """The body at once, with its length and where the time went."""
-        gathering = asyncio.create_task(self._gather())
-        await until_gone(self._request, gathering)
-        body, finished = gathering.result()
+        body, finished = await while_there(self._request, self._gather())
         self._log("spoken", finished)
         timing = {"x-finish-reason": finished.reason, "Server-Timing": _server_timing(finished.timings)}
         return Response(body, media_type=self._media_type, headers=self._headers | timing, status_code=200)

@@ -4,7 +4,7 @@ It owns what ASGI and Litestar do around a stream; it knows nothing of audio.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from litestar import Request
@@ -40,6 +40,13 @@ async def until_gone(request: Request[Any, Any, Any], work: "asyncio.Task[T]", t
         work.cancel()
         raise ApiError("client_gone", "The client went away.", status=CLIENT_GONE)
     return False
+
+
+async def while_there(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; ApiError as of `until_gone` where the client goes away before."""
+    task = asyncio.create_task(work)
+    await until_gone(request, task)
+    return task.result()
 
 
 async def _disconnected(request: Request[Any, Any, Any]) -> None:

@@ -146,7 +146,10 @@ class ZmqEngineClient:
         return speech
 
     async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
-        """Ask for something else and wait for it; ApiError as the worker says, or where it does not answer."""
+        """Ask for something else and wait for it; ApiError as the worker says, or where it does not answer.
+
+        Where nobody waits any more, because time is up or the caller was cancelled, the worker is told.
+        """
         self._require_worker()
         call = Call(id=uuid.uuid4().hex, client=client, action=action)
         if not self._send(call, payload):
@@ -160,6 +163,8 @@ class ZmqEngineClient:
             raise _unavailable(f"The GPU worker did not answer within {timeout_s:.0f} s.") from None
         finally:
             self._calls.pop(call.id, None)
+            if answered.cancelled():
+                self._send_or_keep(Cancel(id=call.id))
 
     def abort(self, request_id: str) -> None:
         """Forget a request that is being spoken; synchronous and idempotent."""
@@ -260,9 +265,11 @@ class ZmqEngineClient:
             speech.fail(_unavailable(why))
             if self._welcome is not None:
                 self._send_or_keep(Cancel(id=speech.id))
-        for answered in self._calls.values():
+        for call_id, answered in self._calls.items():
             if not answered.done():
                 answered.set_exception(_unavailable(why))
+                if self._welcome is not None:
+                    self._send_or_keep(Cancel(id=call_id))
         for waiter in self._pong_waiters:
             if not waiter.done():
                 waiter.set_result(None)

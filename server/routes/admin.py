@@ -16,6 +16,7 @@ from server.engine_client import EngineClient
 from server.errors import ApiError, documented
 from server.resolution import model_named
 from server.routes.models import known
+from server.streams import while_there
 from server.version import VERSION
 from shared.protocol import (
     Action,
@@ -178,7 +179,8 @@ async def cleanup(
     if not trigger:
         snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
         return _report(settings, snapshot.cleanup, completed=False)
-    reply = await engine.call(Cleanup(), client=client_of(settings, request), timeout_s=_CLEANUP_TIMEOUT_S)
+    cleaning = engine.call(Cleanup(), client=client_of(settings, request), timeout_s=_CLEANUP_TIMEOUT_S)
+    reply = await while_there(request, cleaning)
     return _report(settings, reply.cleanup, completed=True)
 
 
@@ -226,7 +228,8 @@ async def _move(
         "pin": PinModel(model=model, pinned=True),
         "unpin": PinModel(model=model, pinned=False),
     }
-    reply = await engine.call(actions[action], client=client_of(settings, request), timeout_s=_LOAD_TIMEOUT_S)
+    moving = engine.call(actions[action], client=client_of(settings, request), timeout_s=_LOAD_TIMEOUT_S)
+    reply = await while_there(request, moving)
     if reply.model is None:
         raise ApiError("internal_error", "The GPU worker did not say where the model is.")
     return _memory_of(reply.model)

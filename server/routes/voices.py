@@ -32,6 +32,7 @@ from server.schemas import (
     VoiceNames,
     VoiceObject,
 )
+from server.streams import while_there
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice
 
@@ -137,7 +138,8 @@ async def create_voice(
             description=data.description or "",
             consent=data.consent or "",
         )
-    reply = await engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
+    making = engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
+    reply = await while_there(request, making)
     return _saved_object(_voice_in(reply.voice))
 
 

@@ -117,11 +117,11 @@ async def test_a_worker_that_comes_later_is_met(tmp_path: Path) -> None:
         with fake:
             await becomes(lambda: engine.trouble() is None)
             assert [spec.id for spec in engine.catalog] == [spec.id for spec in fake.catalog]
-            assert engine.restarts == 0
+            assert engine.worker_settings == fake.settings
 
 
 async def test_death_fails_everything_in_flight(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Speeches and calls fail at once, the catalogue stays known, and the next worker counts as a restart."""
+    """Speeches and calls fail at once, the catalogue stays known, and the next worker is met."""
     worker.hold = True
     speech = client.speak(_request())
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
@@ -139,7 +139,8 @@ async def test_death_fails_everything_in_flight(client: ZmqEngineClient, worker:
     assert client.catalog
     worker.restart("boot-2")
     await becomes(lambda: client.trouble() is None)
-    assert client.restarts == 1
+    assert client.snapshot is not None
+    assert client.snapshot.boot_id == "boot-2"
 
 
 async def test_a_worker_of_another_version_is_not_used(tmp_path: Path) -> None:
@@ -259,6 +260,23 @@ async def test_a_call_that_nobody_answers_ends(client: ZmqEngineClient, worker: 
     with pytest.raises(ApiError) as caught:
         await client.call(Cleanup(), client="me", timeout_s=0.05)
     assert caught.value.code == "worker_unavailable"
+    [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
+    assert cancel.id == worker.of(Call)[0].id
+
+
+async def test_a_call_that_is_given_up_is_told(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """The worker hears that nobody waits for a call any more; of one that was answered it hears nothing."""
+    worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
+    calling = asyncio.create_task(client.call(Cleanup(), client="me", timeout_s=30))
+    await asyncio.to_thread(worker.wait_for, Call)
+    calling.cancel()
+    [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
+    assert cancel.id == worker.of(Call)[0].id
+    worker.on_call = lambda call, _payload: Failed(id=call.id, code="model_busy", message="busy")
+    with pytest.raises(ApiError):
+        await client.call(Cleanup(), client="me", timeout_s=30)
+    await client.fresh_snapshot(0)
+    assert len(worker.of(Cancel)) == 1
 
 
 async def test_the_snapshot_is_kept_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:

@@ -1,5 +1,6 @@
 """Voices over a real socket: the lists that clients read, and saved voices made, used and deleted."""
 
+import asyncio
 import base64
 import io
 import wave
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from shared.protocol import Call, CloneVoice, DeleteVoice, DesignVoice, Failed, Reply, SavedVoice, Speak
+from shared.protocol import Call, Cancel, CloneVoice, DeleteVoice, DesignVoice, Failed, Reply, SavedVoice, Speak
 from tests.fakes import FakeWorker
 from tests.server.running import SPEECH, serving
 
@@ -78,6 +79,18 @@ async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
         "in_context": True,
         "object": "audio.voice",
     }
+
+
+async def test_a_client_that_leaves_is_not_worked_for(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Who leaves while a voice is made, or a model is loaded, has the worker told so."""
+    worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
+    form = {"name": (None, "Ada"), "type": (None, "prompt"), "prompt": (None, "an old sailor")}
+    for number, asked in enumerate((client.post(VOICES, files=form), client.post(f"/admin/models/{LARGE}/load")), 1):
+        asking = asyncio.create_task(asked)
+        await asyncio.to_thread(worker.wait_for, Call, number)
+        asking.cancel()
+        cancels = await asyncio.to_thread(worker.wait_for, Cancel, number)
+        assert cancels[-1].id == worker.of(Call)[-1].id
 
 
 async def test_a_clone_is_made_of_pcm(client: httpx.AsyncClient, worker: FakeWorker) -> None:
