@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--parent", type=int, metavar="PID", help="the process to end with (default: the one that is the parent now)"
     )
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="how many workers there were before, for the statistics"
+    )
     commands = parser.add_subparsers(dest="command")
     fetch = commands.add_parser("download", help="fetch the weights of models into TTS_MODELS_DIR")
     fetch.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, a model's id or its hub id")
@@ -82,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         url = _address(settings)
         if chosen.command == "health":
             return _health(url, settings.worker_token)
-        return _serve(settings, url, chosen.parent or os.getppid())
+        return _serve(settings, url, chosen.parent or os.getppid(), chosen.restarts)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
@@ -107,7 +110,7 @@ def _health(url: str, token: str) -> int:
     return 0 if problem is None else 1
 
 
-def _serve(settings: Settings, url: str, parent: int) -> int:
+def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
     set_up_logging(settings.log_level, settings.log_format, "gpu_worker")
     # NVML numbers devices by their place on the bus; CUDA, left to itself, puts the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -122,7 +125,7 @@ def _serve(settings: Settings, url: str, parent: int) -> int:
         # Building imports torch where a model needs it, which takes seconds: the end may come before they are over.
         _obey_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
-        worker, loader = build_worker(settings, transport, inbox)
+        worker, loader = build_worker(settings, transport, inbox, restarts=restarts)
         transport.start()
         loader.start()
         log.info("ready to be asked", pid=os.getpid())
@@ -138,7 +141,9 @@ def _serve(settings: Settings, url: str, parent: int) -> int:
     return 0
 
 
-def build_worker(settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]") -> tuple[Worker, Loader]:
+def build_worker(
+    settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]", *, restarts: int
+) -> tuple[Worker, Loader]:
     """The only place where the worker's parts are wired together; the loader is to be started by the caller."""
     catalog = load_catalog()
     device = settings.default_device
@@ -182,6 +187,8 @@ def build_worker(settings: Settings, transport: Transport, inbox: "queue.SimpleQ
         reporter=Reporter(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,
+            settings={**settings.of_worker(), "default_device": device},
+            restarts=restarts,
             probe=probe,
             shared_bytes=registry.shared_bytes,
             clock=time.monotonic,

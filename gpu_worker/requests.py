@@ -2,11 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from gpu_worker.engines.base import FinishReason, Job, JobError, Usage
-from shared.pcm import SAMPLE_RATE
-from shared.protocol import Audio, Failed, Finished, Message, Started, Timings
+from gpu_worker.playback import Playback
+from shared.pcm import SAMPLE_RATE, bytes_for
+from shared.protocol import Audio, Failed, Finished, Message, Started, StreamState, Timings
+
+CLIENT_CHARS: Final = 20
+"""Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
 
 Send = Callable[[Message, bytes | None], None]
 """Queues a message, with its payload, for the web worker that asked."""
@@ -146,6 +150,14 @@ class Request:
         self.admitted: float | None = None
         self.first_audio: float | None = None
         self.stalled_since: float | None = None
+        self.playback = Playback()
+
+    def hand_on(self, pcm: bytes, now: float) -> None:
+        """Give the next piece to whoever listens, and keep account of what a player makes of it."""
+        self.sink.audio(pcm)
+        self.playback.add(len(pcm) / bytes_for(1.0), now)
+        if self.sink.stalled:
+            self.playback.hold(now)
 
     def timings(self, now: float) -> Timings:
         """Where the time went, in seconds, up to `now`."""
@@ -155,6 +167,18 @@ class Request:
             load_s=max(0.0, min(self.model_ready, admitted) - self.arrived),
             first_audio_s=(self.first_audio if self.first_audio is not None else now) - self.arrived,
             total_s=now - self.arrived,
+        )
+
+    def state(self, now: float) -> StreamState:
+        """What dashboards are told of it."""
+        stalled = self.sink.stalled
+        return StreamState(
+            id=self.id,
+            model=self.model,
+            client=self.client[:CLIENT_CHARS],
+            state="waiting" if self.admitted is None else "stalled" if stalled else "speaking",
+            age_s=round(now - self.arrived, 3),
+            audio_s=round(self.playback.audio_s, 3),
         )
 
 

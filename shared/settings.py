@@ -88,9 +88,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         shown["default_model_size"] = SIZE_NAMES[self.default_model_size]
         return shown
 
+    def of_worker(self) -> dict[str, Any]:
+        """Those of `public` that only the GPU worker acts by, whose environment may differ from the web side's."""
+        return {name: value for name, value in self.public().items() if name not in _OF_THE_WEB_SIDE}
+
 
 SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 """The published names of the two sizes, as they are reported."""
+
+_OF_THE_WEB_SIDE: Final = {
+    *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
+    *("max_input_chars", "max_body_mb", "allow_ref_urls"),
+    *("drain_timeout", "log_level", "log_format"),
+}
+"""Public names of what the web side acts by, alone or beside the worker."""
 
 _SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
 _SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}

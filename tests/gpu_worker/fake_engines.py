@@ -196,6 +196,8 @@ class WorkerBench:
             reporter=Reporter(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
+                settings={"idle_timeout": 300.0},
+                restarts=2,
                 probe=self.device,
                 shared_bytes=lambda: {"codec": 7},
                 clock=self.clock,

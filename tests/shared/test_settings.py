@@ -173,6 +173,14 @@ class TestSecrets:
         assert (shown["default_model_size"], shown["model_paths"]) == ("0.6B", {"a": "/x"})
         assert load_settings({}).public()["default_model_size"] == "1.7B"
 
+    def test_of_worker(self) -> None:
+        """What the worker tells of its settings is public, and nothing that the web side acts by."""
+        settings = load_settings({"TTS_WORKER_TOKEN": "hush-token", "TTS_IDLE_TIMEOUT": "5", "TTS_PORT": "8001"})
+        told = settings.of_worker()
+        assert told.items() < settings.public().items()
+        assert (told["idle_timeout"], told["max_queue"], told["dtype"]) == (5.0, 64, "auto")
+        assert not {"port", "host", "worker_url", "cors_origins", "max_input_chars", "log_level"} & told.keys()
+
     @pytest.mark.parametrize(
         ("name", "text"),
         [
