@@ -81,6 +81,8 @@ class QwenEngine:
         self._made: list[Speaking] | None = None
         self._frames: deque[Readback[Frame]] = deque()
         self._deliveries: deque[Readback[list[Speaking]] | Closing] = deque()
+        self._events: list[Event] = []
+        """What no step has returned yet: one that runs out of memory keeps it for the next."""
 
     def capacity(self) -> int:
         """See Engine."""
@@ -99,7 +101,7 @@ class QwenEngine:
 
     def runnable(self, stalled: Collection[str]) -> bool:
         """See Engine."""
-        if self._frames or self._deliveries:
+        if self._frames or self._deliveries or self._events:
             return True
         return any(
             speaking.prompt is not None
@@ -112,10 +114,9 @@ class QwenEngine:
 
     def step(self, stalled: Collection[str]) -> list[Event]:
         """See Engine. Whatever raises here can be repeated: each part is finished, or as if never begun."""
-        events: list[Event] = []
         jobs = [speaking for speaking in self._jobs.values() if speaking.job.id not in stalled]
         with torch.inference_mode():
-            self._take_references(jobs, events)
+            self._take_references(jobs)
             self._read_prompts(jobs)
             self._decode_due()
             launched = self._launch([speaking for speaking in jobs if speaking.launchable])
@@ -123,7 +124,8 @@ class QwenEngine:
                 self._land(self._frames[0])
                 self._frames.popleft()
             self._decode_due()
-            self._deliver(events, behind=DELIVERIES_BEHIND if launched else 0)
+            self._deliver(behind=DELIVERIES_BEHIND if launched else 0)
+        events, self._events = self._events, []
         return events
 
     def cancel(self, job_id: str) -> None:
@@ -131,6 +133,7 @@ class QwenEngine:
         speaking = self._jobs.get(job_id)
         if speaking is not None:
             self._release(speaking)
+        self._events = [event for event in self._events if event.job_id != job_id]
 
     def offload(self) -> None:
         """See Engine."""
@@ -169,10 +172,11 @@ class QwenEngine:
         self._made = None
         self._frames.clear()
         self._deliveries.clear()
+        self._events.clear()
         if self._cuda:
             torch.cuda.synchronize()
 
-    def _take_references(self, jobs: Iterable[Speaking], events: list[Event]) -> None:
+    def _take_references(self, jobs: Iterable[Speaking]) -> None:
         """Jobs whose recording is encoded begin; where that failed, they end, unless the device itself is broken."""
         for speaking in jobs:
             if speaking.utterance >= 0 or not _arrived(speaking) or speaking.reference is None:
@@ -184,8 +188,7 @@ class QwenEngine:
                 speaking.encoded = speaking.reference.result()
                 self._begin(speaking)
             except JobError as error:
-                self._release(speaking)
-                events.append(Fault(speaking.job.id, error))
+                self._fail(speaking, error)
 
     def _begin(self, speaking: Speaking) -> None:
         """Make the next utterance's prompt."""
@@ -268,7 +271,7 @@ class QwenEngine:
                 speaking.speaks = False
                 self._deliveries.append(Closing(speaking, final=not speaking.texts))
 
-    def _deliver(self, events: list[Event], behind: int) -> None:
+    def _deliver(self, behind: int) -> None:
         """Hand out what has arrived, in order; at most `behind` deliveries may stay under way."""
         while self._deliveries:
             head = self._deliveries[0]
@@ -277,29 +280,34 @@ class QwenEngine:
                     return
                 pcm = head.wait().numpy()
                 for speaking, samples in zip(head.note, pcm, strict=True):
-                    self._hand_out(speaking, samples, events)
+                    self._hand_out(speaking, samples)
             elif head.speaking.alive:
-                self._close(head, events)
+                self._close(head)
             self._deliveries.popleft()
 
-    def _hand_out(self, speaking: Speaking, samples: np.ndarray, events: list[Event]) -> None:
+    def _hand_out(self, speaking: Speaking, samples: np.ndarray) -> None:
         if speaking.alive:
             speaking.hear(samples, FRAME_SAMPLES)
-            events.append(Pcm(speaking.job.id, samples.tobytes()))
+            self._events.append(Pcm(speaking.job.id, samples.tobytes()))
 
-    def _close(self, closing: Closing, events: list[Event]) -> None:
+    def _close(self, closing: Closing) -> None:
+        """End the job, or begin its next utterance; what is handed out follows what may raise."""
         speaking = closing.speaking
         if closing.final:
             self._release(speaking)
-            events.append(Done(speaking.job.id, speaking.reason, speaking.usage))
+            self._events.append(Done(speaking.job.id, speaking.reason, speaking.usage))
             return
-        if self._pause:
-            events.append(Pcm(speaking.job.id, self._pause))
         try:
             self._begin(speaking)
         except JobError as error:
-            self._release(speaking)
-            events.append(Fault(speaking.job.id, error))
+            self._fail(speaking, error)
+            return
+        if self._pause:
+            self._events.append(Pcm(speaking.job.id, self._pause))
+
+    def _fail(self, speaking: Speaking, error: JobError) -> None:
+        self._release(speaking)
+        self._events.append(Fault(speaking.job.id, error))
 
     def _release(self, speaking: Speaking) -> None:
         speaking.alive = False

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -286,12 +287,16 @@ def test_offloading_changes_no_sample(kind: Kind) -> None:
 
 
 def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
-    """The error comes through as torch raised it; stepping again says what would have been said."""
+    """The error comes through as torch raised it; stepping again says what would have been said, all of it."""
     speaker = engine("custom_voice")
-    jobs = [job(17, sampling=Sampling(seed=17, max_new_tokens=14)), job(6)]
+    long = job(3, "Hello world, good morning to the voice of today. " * 6, sampling=Sampling(seed=3))
+    jobs = [job(17, sampling=Sampling(seed=17, max_new_tokens=14)), long, job(6)]
     wanted = run(speaker, jobs)
     parts = speaker._parts
+    for one in jobs:
+        speaker.admit(one)
     weary = [
+        _Weary(parts.prompts, "build", every=2),
         _Weary(parts.executor, "prefill"),
         _Weary(parts.executor, "frame"),
         _Weary(parts.executor._generator.talker.stack, "norm"),
@@ -300,8 +305,6 @@ def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
         _Weary(parts.vocoder._codec._decoder, "mono"),
     ]
     outcomes = {one.id: Outcome() for one in jobs}
-    for one in jobs:
-        speaker.admit(one)
     failures = 0
     while not all(outcome.end for outcome in outcomes.values()):
         try:
@@ -313,6 +316,26 @@ def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
     assert failures >= 10
     for one in jobs:
         assert outcomes[one.id].pcm == wanted[one.id].pcm
+        assert usage(outcomes[one.id]) == usage(wanted[one.id])
+
+
+def test_a_fault_is_heard_although_the_step_ran_out_of_memory(cloner: QwenEngine) -> None:
+    """What a job came to in a step that raised is told by the next one; a cancelled job's events never are."""
+    jobs = [clone(1, text="speech " * 600), clone(2, text="speech " * 600), clone(3, text=None)]
+    for one in jobs:
+        cloner.admit(one)
+    wait([held.reference for held in cloner._jobs.values() if held.reference])
+    prefill = cloner._parts.executor.prefill
+    cloner._parts.executor.prefill = _exhausted
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            cloner.step(())
+    finally:
+        cloner._parts.executor.prefill = prefill
+    assert cloner.runnable([one.id for one in jobs])
+    cloner.cancel("job 2")
+    assert [event.job_id for event in cloner.step(()) if isinstance(event, Fault)] == ["job 1"]
+    cloner.cancel("job 3")
 
 
 def test_a_model_gone_silent_is_stopped() -> None:
@@ -339,11 +362,15 @@ def test_the_prompt_builder_uses_the_checkpoints_own_tokenizer(speaker: QwenEngi
     assert speaker._parts.prompts._text_ids(text) == ours.prompts._text_ids(text)
 
 
+def _exhausted(_: object) -> None:
+    raise torch.OutOfMemoryError("made up")
+
+
 class _Weary:
     """Makes a method raise torch's out-of-memory error now and then."""
 
-    def __init__(self, owner: object, name: str) -> None:
-        self._owner, self._name = owner, name
+    def __init__(self, owner: object, name: str, every: int = 7) -> None:
+        self._owner, self._name, self._every = owner, name, every
         self._method = getattr(owner, name)
         self._calls = 0
         setattr(owner, name, self)
@@ -351,7 +378,7 @@ class _Weary:
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call it, or fail."""
         self._calls += 1
-        if self._calls % 7 == 3:
+        if self._calls % self._every == self._every // 2:
             raise torch.OutOfMemoryError("made up")
         return self._method(*args, **kwargs)
 
