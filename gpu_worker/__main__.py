@@ -150,7 +150,7 @@ def build_worker(
     if device == "auto":
         device = "cuda" if cuda_present() else "cpu"
     elif device == "cuda" and not cuda_present():
-        raise SettingsError([f"{variable_of('default_device')}: NVML sees no CUDA device that this process may use"])
+        raise SettingsError([f"{variable_of('default_device')}: there is no CUDA device that this process may use"])
     probe = open_probe(
         device,
         budget_bytes=_bytes(settings.vram_budget_mb),

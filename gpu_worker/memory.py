@@ -20,8 +20,8 @@ from shared.protocol import DeviceMemory, HostMemory
 
 MIN_RESERVE_BYTES: Final = 512 * 2**20
 RESERVE_SHARE: Final = 0.05
-"""What the default budget leaves to others: this share of the total, MIN_RESERVE_BYTES at least, half of what is free
-at most."""
+"""What the default budget leaves to others: this share of the total, MIN_RESERVE_BYTES at least, half of what could be
+taken at most."""
 
 _PROC: Final = Path("/proc")
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -58,7 +58,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CpuProbe:
-    """The device is the CPU: its memory is the RAM."""
+    """The device is the CPU: its memory is the RAM.
+
+    The default budget counts what this process has grown by since the start as held by models.
+    """
 
     def __init__(
         self,
@@ -70,14 +73,21 @@ class CpuProbe:
     ) -> None:
         self._proc = proc
         self._cgroup = cgroup
-        default = default_budget(read_ram(proc, cgroup))
-        self._budget_bytes = default if budget_bytes is None else budget_bytes
-        self._host_budget_bytes = default if host_budget_bytes is None else host_budget_bytes
+        self._budget_bytes = budget_bytes
+        at_start = read_ram(proc, cgroup)
+        self._ours_at_start = at_start.ours_bytes
+        self._host_budget_bytes = default_budget(at_start, 0) if host_budget_bytes is None else host_budget_bytes
+
+    def start(self) -> None:
+        """There is nothing to start."""
 
     def device(self) -> DeviceMemory:
         """The RAM, `ours_bytes` being what this process has resident."""
         ram = read_ram(self._proc, self._cgroup)
-        return _device("CPU", "cpu", ram, self._budget_bytes)
+        budget_bytes = self._budget_bytes
+        if budget_bytes is None:
+            budget_bytes = default_budget(ram, max(0, ram.ours_bytes - self._ours_at_start))
+        return _device("CPU", "cpu", ram, budget_bytes)
 
     def host(self) -> HostMemory:
         """The RAM."""
@@ -91,6 +101,10 @@ class CpuProbe:
 class CudaDriver(Protocol):
     """Who tells about a CUDA device."""
 
+    def start(self) -> None:
+        """See CudaProbe."""
+        ...
+
     def name(self) -> str:
         """What the device is called."""
         ...
@@ -103,7 +117,9 @@ class CudaDriver(Protocol):
 class CudaProbe:
     """The device is a CUDA GPU; what `driver` says of it is believed.
 
-    The default budget counts what this process holds already as its own.
+    The default budget is what this process holds and what is free, less a reserve, at every reading:
+    it follows the neighbours that come and go.
+    That of the host is made at the start: the kernel does not count pinned memory as this process's.
     """
 
     def __init__(
@@ -119,14 +135,24 @@ class CudaProbe:
         self._proc = proc
         self._cgroup = cgroup
         self._name = driver.name()
-        at_start = driver.read()
-        self._budget_bytes = at_start.ours_bytes + default_budget(at_start) if budget_bytes is None else budget_bytes
-        default_host = default_budget(read_ram(proc, cgroup))
+        self._budget_bytes = budget_bytes
+        default_host = default_budget(read_ram(proc, cgroup), 0)
         self._host_budget_bytes = default_host if host_budget_bytes is None else host_budget_bytes
+
+    def start(self) -> None:
+        """Start CUDA in this process, where torch is imported, and note what its context takes of the device.
+
+        To be called before the first engine is opened: NVML does not tell what each process holds everywhere.
+        """
+        self._driver.start()
 
     def device(self) -> DeviceMemory:
         """The GPU's memory."""
-        return _device(self._name, "cuda", self._driver.read(), self._budget_bytes)
+        usage = self._driver.read()
+        budget_bytes = self._budget_bytes
+        if budget_bytes is None:
+            budget_bytes = default_budget(usage, usage.ours_bytes)
+        return _device(self._name, "cuda", usage, budget_bytes)
 
     def host(self) -> HostMemory:
         """The RAM."""
@@ -146,16 +172,33 @@ class NvmlDriver:
 
     `nvml` is the module pynvml, `visible` the value of CUDA_VISIBLE_DEVICES: its first entry is the device.
     NVML counts devices in the order of the PCI bus; CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    Raises pynvml's NVMLError where it knows no such device.
     """
 
     def __init__(self, nvml: Any, visible: str | None) -> None:
         self._nvml = nvml
         nvml.nvmlInit()
-        first = (visible or "0").split(",")[0].strip()
-        if first.isdigit():
-            self._handle = nvml.nvmlDeviceGetHandleByIndex(int(first))
-        else:
-            self._handle = nvml.nvmlDeviceGetHandleByUUID(first)
+        self._handle = self._find((visible or "0").split(",")[0].strip())
+        self._context_bytes = 0
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether CUDA will use but an instance of the device (MIG), where the figures here are those of the whole."""
+        try:
+            current, _pending = self._nvml.nvmlDeviceGetMigMode(self._handle)
+        except self._nvml.NVMLError:
+            return False  # a device that cannot be partitioned, or an instance itself
+        return bool(current)
+
+    def start(self) -> None:
+        """See CudaProbe."""
+        torch = sys.modules.get("torch")
+        if torch is None or torch.cuda.is_initialized():
+            return
+        before = int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        torch.cuda.init()
+        torch.cuda.synchronize()  # the context is made by the first call that needs it
+        self._context_bytes = max(0, int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used) - before)
 
     def name(self) -> str:
         """What nvidia-smi calls the device."""
@@ -163,24 +206,50 @@ class NvmlDriver:
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def read(self) -> Usage:
-        """The device's memory; ours is torch's where the driver does not tell processes apart."""
+        """The device's memory; ours is what torch and its context hold where the driver does not tell."""
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-        processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        # In a container NVML lists the processes by their ids outside of it, and on some systems without their memory.
-        ours = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+        listed = self._listed()
         return Usage(
             total_bytes=int(memory.total),
             used_bytes=int(memory.used),
             free_bytes=int(memory.free),
-            ours_bytes=int(ours) if ours is not None else _torch_reserved(),
+            ours_bytes=_torch_reserved() + self._context_bytes if listed is None else listed,
         )
+
+    def _find(self, name: str) -> Any:
+        """The device that CUDA calls so: by its number, or its id, of a GPU also the first digits."""
+        if name.isdigit():
+            return self._nvml.nvmlDeviceGetHandleByIndex(int(name))
+        if name.startswith("GPU-"):
+            for index in range(self._nvml.nvmlDeviceGetCount()):
+                handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                uuid = self._nvml.nvmlDeviceGetUUID(handle)
+                if (uuid.decode() if isinstance(uuid, bytes) else str(uuid)).startswith(name):
+                    return handle
+        return self._nvml.nvmlDeviceGetHandleByUUID(name)
+
+    def _listed(self) -> int | None:
+        """This process's part as NVML lists it; None where it does not.
+
+        WSL 2 and virtual GPUs have no such list, or none with memory;
+        in a container processes are listed by their ids outside of it.
+        """
+        try:
+            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._nvml.NVMLError:
+            return None
+        used = next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+        return None if used is None else int(used)
 
 
 class TorchDriver:
-    """torch's own view, where NVML is not installed. Reading it starts CUDA in this process."""
+    """torch's own view, where NVML has none. Reading it starts CUDA in this process."""
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
+
+    def start(self) -> None:
+        """See CudaProbe; reading has started it."""
 
     def name(self) -> str:
         """What CUDA calls the device."""
@@ -197,35 +266,42 @@ class TorchDriver:
         )
 
 
-def open_probe(kind: str, *, budget_bytes: int | None = None, host_budget_bytes: int | None = None) -> MemoryProbe:
+def open_probe(
+    kind: str, *, budget_bytes: int | None = None, host_budget_bytes: int | None = None
+) -> CpuProbe | CudaProbe:
     """The probe of "cuda" (the first visible device) or "cpu".
 
-    A budget of None is what is free now less a reserve.
+    A budget of None is what is free less a reserve, and what is held already.
     """
     if kind == "cpu":
         return CpuProbe(budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
-    return CudaProbe(_cuda_driver(), budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
+    driver = _nvml_driver() or TorchDriver(importlib.import_module("torch"))
+    return CudaProbe(driver, budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
 
 
 def cuda_present() -> bool:
-    """Whether NVML sees a GPU that this process may use. It does not say that torch was built for one."""
+    """Whether there is a GPU that this process may use, as NVML says, or else torch.
+
+    NVML does not say that torch was built for it. torch is imported only where CUDA's driver is installed without NVML.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in {"", "-1"}:
         return False
-    nvml = _nvml()
-    if nvml is None:
-        return False
+    if _nvml_driver() is not None:
+        return True
     try:
-        NvmlDriver(nvml, visible)
-    except nvml.NVMLError:
+        ctypes.CDLL("libcuda.so.1")
+        torch = importlib.import_module("torch")
+    except (OSError, ImportError):
         return False
-    return True
+    return bool(torch.cuda.is_available())
 
 
-def default_budget(usage: Usage) -> int:
-    """What may be taken of the free memory when no budget is set: all but a reserve for others."""
+def default_budget(usage: Usage, held_bytes: int) -> int:
+    """What may be held of a memory when no budget is set: `held_bytes`, and what is free but a reserve for others."""
     reserve = max(MIN_RESERVE_BYTES, int(usage.total_bytes * RESERVE_SHARE))
-    return usage.free_bytes - min(reserve, usage.free_bytes // 2)
+    most = held_bytes + usage.free_bytes
+    return most - min(reserve, most // 2)
 
 
 _OUT_OF_MEMORY: Final = (
@@ -311,21 +387,18 @@ def _host(usage: Usage, budget_bytes: int) -> HostMemory:
     )
 
 
-def _nvml() -> Any:
+def _nvml_driver() -> NvmlDriver | None:
+    """NVML's view of the device that CUDA will use; None where it cannot give one."""
     try:
-        return importlib.import_module("pynvml")
+        nvml = importlib.import_module("pynvml")
     except ImportError:
         return None
-
-
-def _cuda_driver() -> CudaDriver:
-    nvml = _nvml()
-    if nvml is not None:
-        try:
-            return NvmlDriver(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        except nvml.NVMLError:
-            pass  # a machine whose driver has no NVML still has CUDA
-    return TorchDriver(importlib.import_module("torch"))
+    try:
+        driver = NvmlDriver(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        driver.read()
+    except nvml.NVMLError:
+        return None  # a machine whose driver has no NVML, or only half of it, still has CUDA
+    return None if driver.partitioned else driver
 
 
 def _torch_reserved() -> int:

@@ -1,5 +1,6 @@
 """The readings are the kernel's and the driver's, and what is freed goes back to them."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -18,6 +19,7 @@ from gpu_worker.memory import (
     NvmlDriver,
     TorchDriver,
     Usage,
+    cuda_present,
     default_budget,
     is_out_of_memory,
     open_probe,
@@ -127,7 +129,7 @@ class TestBudget:
         """All that is free but a share of the total, a minimum of it at least, and never more than half of it."""
         free = int(free_gib * GIB)
         usage = Usage(total_bytes=int(total_gib * GIB), used_bytes=0, free_bytes=free, ours_bytes=0)
-        assert default_budget(usage) == free - reserve_bytes
+        assert default_budget(usage, 0) == free - reserve_bytes
 
     def test_as_set(self) -> None:
         """A budget that is set is the budget, on the device and on the host."""
@@ -136,29 +138,36 @@ class TestBudget:
         assert probe.host().budget_bytes == 456
 
     def test_of_a_cpu(self, tmp_path: Path) -> None:
-        """On a CPU both budgets are made of the RAM that was free at the start, and stay."""
-        proc = a_proc(tmp_path / "proc", total_kib=4 * 2**20, available_kib=2 * 2**20, resident_pages=1)
+        """On a CPU the device's follows what is free, what this process grew by being its own; the host's stays."""
+        proc = a_proc(tmp_path / "proc", total_kib=4 * 2**20, available_kib=2 * 2**20, resident_pages=1000)
         probe = CpuProbe(proc=proc, cgroup=tmp_path / "none")
-        assert probe.device().budget_bytes == probe.host().budget_bytes == 2 * GIB - MIN_RESERVE_BYTES
-        (proc / "meminfo").write_text("MemTotal: 4194304 kB\nMemAvailable: 1 kB\n")
-        assert probe.device().free_bytes == 1024
-        assert probe.device().budget_bytes == 2 * GIB - MIN_RESERVE_BYTES
+        at_start = 2 * GIB - MIN_RESERVE_BYTES
+        assert probe.device().budget_bytes == probe.host().budget_bytes == at_start
+        (proc / "meminfo").write_text(f"MemTotal: 4194304 kB\nMemAvailable: {3 * 2**19} kB\n")
+        assert probe.device().budget_bytes == at_start - GIB // 2
+        (proc / "self" / "statm").write_text(f"999999 {1000 + GIB // 4 // os.sysconf('SC_PAGE_SIZE')} 3 4 0 5 0\n")
+        assert probe.device().budget_bytes == at_start - GIB // 4
+        assert probe.host().budget_bytes == at_start
 
     def test_of_a_gpu(self) -> None:
-        """On a GPU what this process held before counts as its own."""
-        probe = CudaProbe(
-            FakeDriver(Usage(total_bytes=8 * GIB, used_bytes=3 * GIB, free_bytes=5 * GIB, ours_bytes=GIB))
-        )
+        """On a GPU what this process holds is its own, and what its neighbours take or give back is seen at once."""
+        driver = FakeDriver(Usage(total_bytes=8 * GIB, used_bytes=3 * GIB, free_bytes=5 * GIB, ours_bytes=GIB))
+        probe = CudaProbe(driver)
         device = probe.device()
         assert device.budget_bytes == 6 * GIB - MIN_RESERVE_BYTES
         assert (device.name, device.kind, device.others_bytes) == ("a fake GPU", "cuda", 2 * GIB)
+        driver.usage = Usage(total_bytes=8 * GIB, used_bytes=7 * GIB, free_bytes=GIB, ours_bytes=4 * GIB)
+        assert probe.device().budget_bytes == 5 * GIB - MIN_RESERVE_BYTES
 
 
 class FakeDriver:
-    """A CUDA driver with one reading."""
+    """A CUDA driver with the reading that it is given."""
 
     def __init__(self, usage: Usage) -> None:
-        self._usage = usage
+        self.usage = usage
+
+    def start(self) -> None:
+        """Nothing to start."""
 
     def name(self) -> str:
         """Its name."""
@@ -166,41 +175,74 @@ class FakeDriver:
 
     def read(self) -> Usage:
         """The reading."""
-        return self._usage
+        return self.usage
+
+
+UUIDS = [b"GPU-11112222-aaaa", b"GPU-33334444-bbbb", b"GPU-33335555-cccc"]
 
 
 class FakeNvml:
-    """pynvml with one device and one process, which may be ours."""
+    """pynvml with three devices, whose handles are their numbers, and one process, which may be ours.
+
+    `trouble` names a function that raises. A device of another id is an instance of one (MIG).
+    """
 
     class NVMLError(Exception):
         """What pynvml raises."""
 
-    def __init__(self, pid: int, used_by_pid: int | None) -> None:
+    def __init__(self, pid: int = 1, used_by_pid: int | None = 1, *, trouble: str = "", mig: bool = False) -> None:
         self._process = SimpleNamespace(pid=pid, usedGpuMemory=used_by_pid)
-        self.handles: list[int | str] = []
+        self._trouble = trouble
+        self._mig = mig
+        self.used = 700
+        self.asked: int | str | None = None
+
+    def __getattribute__(self, name: str) -> Any:
+        """Whatever is called so fails where it is the trouble."""
+        value = object.__getattribute__(self, name)
+        if name.startswith("nvml") and name == self._trouble:
+            raise self.NVMLError(name)
+        return value
 
     def nvmlInit(self) -> None:  # noqa: N802 -- NVML's name
         """Nothing to start."""
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802 -- NVML's name
-        """Note which."""
-        self.handles.append(index)
-        return "handle"
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802 -- NVML's name
+        """Three."""
+        return len(UUIDS)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802 -- NVML's name
+        """Its number."""
+        if index >= len(UUIDS):
+            raise self.NVMLError("not found")
+        return index
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802 -- NVML's name
-        """Note which."""
-        self.handles.append(uuid)
-        return "handle"
+        """An instance of a device, by its id; NVML wants the whole of it."""
+        if not uuid.startswith("MIG-"):
+            raise self.NVMLError("not found")
+        return uuid
 
-    def nvmlDeviceGetName(self, _handle: str) -> bytes:  # noqa: N802 -- NVML's name
+    def nvmlDeviceGetUUID(self, handle: int) -> bytes:  # noqa: N802 -- NVML's name
+        """Older versions give bytes."""
+        return UUIDS[handle]
+
+    def nvmlDeviceGetName(self, _handle: int | str) -> bytes:  # noqa: N802 -- NVML's name
         """Older versions give bytes."""
         return b"NVIDIA Fake"
 
-    def nvmlDeviceGetMemoryInfo(self, _handle: str) -> Any:  # noqa: N802 -- NVML's name
-        """One reading."""
-        return SimpleNamespace(total=1000, used=700, free=300)
+    def nvmlDeviceGetMigMode(self, handle: int | str) -> list[int]:  # noqa: N802 -- NVML's name
+        """Whether it is partitioned; an instance has no such mode."""
+        if isinstance(handle, str):
+            raise self.NVMLError("invalid argument")
+        return [int(self._mig), int(self._mig)]
 
-    def nvmlDeviceGetComputeRunningProcesses(self, _handle: str) -> list[Any]:  # noqa: N802 -- NVML's name
+    def nvmlDeviceGetMemoryInfo(self, handle: int | str) -> Any:  # noqa: N802 -- NVML's name
+        """One reading; note of which."""
+        self.asked = handle
+        return SimpleNamespace(total=1000, used=self.used, free=1000 - self.used)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, _handle: int | str) -> list[Any]:  # noqa: N802 -- NVML's name
         """One process."""
         return [self._process]
 
@@ -214,23 +256,84 @@ class TestCuda:
         assert driver.name() == "NVIDIA Fake"
         assert driver.read() == Usage(total_bytes=1000, used_bytes=700, free_bytes=300, ours_bytes=250)
 
-    @pytest.mark.parametrize(("pid", "used"), [(0, 250), (os.getpid(), None)])
-    def test_nvml_that_does_not_know_us(self, pid: int, used: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where NVML cannot tell this process's part it is what torch has reserved, and nothing without torch."""
-        driver = NvmlDriver(FakeNvml(pid, used), None)
+    @pytest.mark.parametrize(
+        "nvml",
+        [FakeNvml(0, 250), FakeNvml(os.getpid(), None), FakeNvml(trouble="nvmlDeviceGetComputeRunningProcesses")],
+    )
+    def test_nvml_that_does_not_know_us(self, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where NVML cannot tell this process's part it is what torch and its context hold, and nothing without torch.
+
+        So it is in containers (ids of their own), and on WSL 2 and virtual GPUs (no list at all).
+        """
+        probe = CudaProbe(NvmlDriver(nvml, None))
         monkeypatch.delitem(sys.modules, "torch", raising=False)
-        assert driver.read().ours_bytes == 0
-        monkeypatch.setitem(sys.modules, "torch", FakeTorch())  # type: ignore[arg-type] -- stands in for the module
-        assert driver.read().ours_bytes == 60
+        probe.start()
+        assert probe.device().ours_bytes == 0
+        monkeypatch.setitem(sys.modules, "torch", FakeTorch(nvml))  # type: ignore[arg-type] -- stands in for the module
+        for _ in range(2):
+            probe.start()
+            assert probe.device().ours_bytes == FakeTorch.CONTEXT + 60
 
     @pytest.mark.parametrize(
-        ("visible", "handle"), [(None, 0), ("", 0), ("2,0", 2), ("GPU-1234, GPU-5", "GPU-1234"), ("MIG-9", "MIG-9")]
+        ("visible", "handle"),
+        [
+            (None, 0),
+            ("", 0),
+            ("2,0", 2),
+            ("GPU-33334444-bbbb, GPU-11112222-aaaa", 1),
+            ("GPU-33335", 2),
+            ("MIG-9", "MIG-9"),
+        ],
     )
     def test_nvml_device(self, visible: str | None, handle: int | str) -> None:
-        """The device is the first that CUDA_VISIBLE_DEVICES names, by number or by id."""
-        nvml = FakeNvml(1, 1)
-        NvmlDriver(nvml, visible)
-        assert nvml.handles == [handle]
+        """The device is the first that CUDA_VISIBLE_DEVICES names, by number, by id or by the beginning of one."""
+        nvml = FakeNvml()
+        NvmlDriver(nvml, visible).read()
+        assert nvml.asked == handle
+
+    @pytest.mark.parametrize(
+        ("nvml", "visible", "driver"),
+        [
+            (FakeNvml(), "0", NvmlDriver),
+            (FakeNvml(trouble="nvmlDeviceGetComputeRunningProcesses"), "0", NvmlDriver),
+            (FakeNvml(mig=True), "MIG-9", NvmlDriver),
+            (FakeNvml(mig=True), "0", TorchDriver),
+            (FakeNvml(mig=True), "GPU-1111", TorchDriver),
+            (FakeNvml(trouble="nvmlInit"), "0", TorchDriver),
+            (FakeNvml(trouble="nvmlDeviceGetMemoryInfo"), "0", TorchDriver),
+            (FakeNvml(), "GPU-9", TorchDriver),
+            (None, "0", TorchDriver),
+        ],
+    )
+    def test_who_tells(
+        self, nvml: FakeNvml | None, visible: str, driver: type, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """NVML where it can; torch where that is missing, broken, or would tell of more than CUDA will use.
+
+        Either way there is a GPU, and it can be read.
+        """
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type] -- stands in for the module
+        monkeypatch.setitem(sys.modules, "torch", FakeTorch())  # type: ignore[arg-type] -- stands in for the module
+        monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace())
+        assert cuda_present()
+        name, total = ("NVIDIA Fake", 1000) if driver is NvmlDriver else ("Fake 4000", 100)
+        device = open_probe("cuda").device()
+        assert (device.name, device.total_bytes) == (name, total)
+
+    def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There is none where neither NVML nor torch sees one, or where all are hidden."""
+        torch = FakeTorch()
+        torch.available = False
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(trouble="nvmlInit"))  # type: ignore[arg-type] -- as above
+        monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type] -- as above
+        monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace())
+        assert not cuda_present()
+        torch.available = True
+        assert cuda_present()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        assert not cuda_present()
 
     def test_torch(self) -> None:
         """Without NVML the figures are torch's."""
@@ -252,26 +355,43 @@ class TestCuda:
             "from gpu_worker.memory import CudaProbe, NvmlDriver, cuda_present, open_probe\n"
             "from tests.gpu_worker.test_memory import FakeNvml\n"
             "cuda_present()\n"
-            "for probe in (open_probe('cpu'), CudaProbe(NvmlDriver(FakeNvml(1, 1), None))):\n"
-            "    probe.device(), probe.host(), probe.reclaim(collect=True)\n"
+            "for probe in (open_probe('cpu'), CudaProbe(NvmlDriver(FakeNvml(), None))):\n"
+            "    probe.start(), probe.device(), probe.host(), probe.reclaim(collect=True)\n"
             "sys.exit('torch' in sys.modules)\n"
         )
         assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
 
 
 class FakeTorch:
-    """What the probe uses of torch, with one reading."""
+    """What the probe uses of torch, with one reading.
+
+    Starting it makes a context on the device of `nvml`.
+    """
+
+    CONTEXT = 44
 
     class OutOfMemoryError(RuntimeError):
-        """torch's own."""
+        """What torch raises."""
 
-    def __init__(self) -> None:
+    def __init__(self, nvml: FakeNvml | None = None) -> None:
         self.cuda = self
         self.calls: list[str] = []
+        self.available = True
+        self._nvml = nvml
+
+    def is_available(self) -> bool:
+        """As told."""
+        return self.available
 
     def is_initialized(self) -> bool:
-        """CUDA has been started."""
-        return True
+        """Without a device to be started on, CUDA has been started."""
+        return self._nvml is None
+
+    def init(self) -> None:
+        """CUDA starts."""
+        if self._nvml is not None:
+            self._nvml.used += self.CONTEXT
+            self._nvml = None
 
     def memory_reserved(self) -> int:
         """What the allocator holds."""
