@@ -923,6 +923,80 @@ class TestTalk:
         assert snapshot.voices == [voice]
         assert snapshot.uptime_s == pytest.approx(5.0)
         assert snapshot.cleanup is None
+        assert snapshot.restarts == 2
+        assert [(stream.id, stream.client, stream.state, stream.age_s) for stream in snapshot.streams] == [
+            ("r", "alice", "stalled", 5.0),
+            ("s", "alice", "stalled", 5.0),
+            ("t", "alice", "waiting", 5.0),
+            ("u", "alice", "waiting", 5.0),
+        ]
+
+
+class TestFigures:
+    """What is counted of speech and models."""
+
+    def test_speech(self, bench: WorkerBench) -> None:
+        """Each stream's first sound and its end, once; the loading that it waited for is a move."""
+        bench.load_s = 2.0
+        bench.speak("r", "a b c")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert (sum(figures.first_audio_s.counts), figures.first_audio_s.sum) == (1, pytest.approx(2.0))
+        assert (sum(figures.real_time_factor.counts), sum(figures.underrun_s.counts)) == (1, 1)
+        assert {kind: sum(moves.counts) for kind, moves in figures.moves_s.items()} == {"load": 1}
+
+    def test_gap_of_ours(self, bench: WorkerBench) -> None:
+        """Steps that take longer than what they say sounds make the player stand still."""
+        _loaded(bench)
+        bench.engines["m"].step_s = 1.0
+        bench.speak("r", "a b c")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert figures.underrun_s.sum == pytest.approx(2.0, abs=0.01)
+        assert sum(figures.underrun_s.counts[1:]) == 1
+
+    def test_gap_of_the_reader(self, bench: WorkerBench) -> None:
+        """Without credit there is nothing to play, and that is not the worker's doing."""
+        _loaded(bench)
+        bench.speak("r", "a b c", credit=1)
+        bench.settle()
+        bench.clock.advance(30)
+        bench.credit("r", 9)
+        bench.settle()
+        assert bench.words("r") == "a b c"
+        assert bench.snapshot().figures["m"].underrun_s.sum == pytest.approx(0.0, abs=0.01)
+
+    def test_given_up(self, bench: WorkerBench) -> None:
+        """A stream that is cancelled was heard to begin, and says nothing of how it would have ended."""
+        _loaded(bench)
+        bench.speak("r", "a b c")
+        bench.turn()
+        bench.cancel("r")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert (sum(figures.first_audio_s.counts), sum(figures.underrun_s.counts)) == (2, 1)
+
+    def test_failures(self, bench: WorkerBench) -> None:
+        """A load that fails, and memory that runs out while a model speaks."""
+        bench.open_troubles["m"] = [OSError("no such file")]
+        bench.speak("r", "a")
+        bench.settle()
+        bench.speak("s", "a")
+        bench.settle()
+        bench.engines["m"].step_troubles.append(MemoryError())
+        bench.speak("t", "a")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert (figures.failed_moves, figures.out_of_memory) == ({"load": 1}, 1)
+        assert sum(figures.moves_s["load"].counts) == 1
+
+    def test_settings(self, bench: WorkerBench) -> None:
+        """A web worker that says Hello hears by which settings this worker acts."""
+        bench.tell(Hello(version=VERSION, token=""))
+        bench.turn()
+        _, welcome, _ = bench.sent[-1]
+        assert isinstance(welcome, Welcome)
+        assert welcome.settings == {"idle_timeout": 300.0, "default_model": "m"}
 
 
 class _Crowd:
