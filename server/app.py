@@ -3,23 +3,19 @@
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
 
 from litestar import Litestar, Router
-from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 
 from server.auth import require_admin, require_key
 from server.dependencies import dependencies
 from server.errors import exception_handlers
+from server.origins import cors_config
 from server.request_ids import put_request_id
 from server.routes import admin, docs, health, metrics, models, speech, voices
 from server.zmq_engine import ZmqEngineClient
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
-
-_EXPOSED: Final = ["x-request-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"]
-"""Headers of ours that a browser's script may read."""
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -50,7 +46,7 @@ def create_app(settings: Settings) -> Litestar:
         exception_handlers=exception_handlers(),
         before_send=[put_request_id],
         request_max_body_size=settings.max_body_mb * 1024 * 1024,
-        cors_config=_cors(settings),
+        cors_config=cors_config(settings),
         openapi_config=docs.openapi_config(settings.api_title),
         logging_config=None,
     )
@@ -90,15 +86,3 @@ def from_environment() -> Litestar:
     settings = load_settings(os.environ)
     set_up_logging(settings.log_level, settings.log_format, "web")
     return create_app(settings)
-
-
-def _cors(settings: Settings) -> CORSConfig | None:
-    """Which other sites' scripts may call: none by default, and with `*` none that carry credentials."""
-    if not settings.cors_origins:
-        return None
-    return CORSConfig(
-        allow_origins=settings.cors_origins,
-        allow_credentials="*" not in settings.cors_origins,
-        expose_headers=_EXPOSED,
-        max_age=600,
-    )

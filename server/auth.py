@@ -1,6 +1,7 @@
 """API keys: who may speak, who may administer, and the name under which a client's requests queue.
 
-Without configured keys everyone may do everything: the server listens on loopback unless told otherwise.
+Without configured keys everyone may do everything, except pages of other sites in somebody's browser (origins.py):
+the server listens on loopback unless told otherwise.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
 from server.errors import ApiError
+from server.origins import refuse_foreign
 from shared.settings import Settings
 
 Guard = Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]
@@ -27,8 +29,11 @@ def require_key(settings: Settings) -> Guard:
     """A guard that lets holders of an API key or an admin key pass, and everyone where there are no API keys."""
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        if settings.api_keys and not _is_among(key_of(connection), [*settings.api_keys, *settings.admin_keys]):
+        if _is_among(key_of(connection), [*settings.api_keys, *settings.admin_keys]):
+            return
+        if settings.api_keys:
             raise _unknown_key(connection)
+        refuse_foreign(connection)
 
     return guard
 
@@ -38,6 +43,7 @@ def require_admin(settings: Settings) -> Guard:
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
         if not settings.api_keys and not settings.admin_keys:
+            refuse_foreign(connection)
             return
         key = key_of(connection)
         if _is_among(key, settings.admin_keys):

@@ -32,6 +32,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "invalid_audio": (400, INVALID),
     "invalid_api_key": (401, "authentication_error"),
     "insufficient_permissions": (403, "permission_error"),
+    "foreign_origin": (403, "permission_error"),
     "not_found": (404, INVALID),
     "model_not_found": (404, INVALID),
     "method_not_allowed": (405, INVALID),
@@ -58,7 +59,7 @@ _LEFT_WHILE_SENDING: Final = "client disconnected prematurely"
 _DOCUMENTED: Final = {
     400: "A field is wrong: `param` names it, `message` says what to do.",
     401: "No API key, or one that is not known (`invalid_api_key`).",
-    403: "A key without the admin right (`insufficient_permissions`).",
+    403: "A key without the admin right (`insufficient_permissions`), or another site's page (`foreign_origin`).",
     404: "There is no such thing (`model_not_found`, `voice_not_found`).",
     409: "The model is in use (`model_busy`).",
     413: "The body or the upload is too large (`request_too_large`).",

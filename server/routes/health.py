@@ -59,7 +59,7 @@ async def ready(engine: Engine) -> Ready:
     operation_id="getTest",
     summary="The probe of wyoming-openai",
     tags=["Service"],
-    responses=documented(401, 500),
+    responses=documented(401, 403, 500),
 )
 async def test() -> Status:
     """All is well."""

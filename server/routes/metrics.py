@@ -23,7 +23,7 @@ _STATES: Final = ("absent", "loading", "resident", "offloaded", "unavailable")
     summary="Figures for Prometheus",
     tags=["Service"],
     media_type="text/plain",
-    responses=documented(401, 500),
+    responses=documented(401, 403, 500),
 )
 async def metrics(engine: Engine) -> Response[str]:
     """Requests, queue, models and memory; `tts_worker_up` alone while there is no worker."""

@@ -15,8 +15,8 @@ from shared.protocol import ModelState, Snapshot
 
 Known = tuple[list[ModelSpec], Snapshot]
 
-_LIST_ERRORS: Final = documented(401, 500, 503)
-_ONE_ERRORS: Final = documented(400, 401, 404, 500, 503)
+_LIST_ERRORS: Final = documented(401, 403, 500, 503)
+_ONE_ERRORS: Final = documented(400, 401, 403, 404, 500, 503)
 _UNKNOWN: Final = "The GPU worker has not told yet what it can speak with."
 
 

@@ -75,7 +75,7 @@ def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[
     operation_id="listVoices",
     summary="All voices",
     tags=["Voices"],
-    responses=documented(400, 401, 404, 500, 503),
+    responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def list_voices(
     engine: Engine,
@@ -112,7 +112,7 @@ async def list_voices(
     status_code=200,
     guards=[_needs_form],
     exception_handlers={UnicodeDecodeError: _broken_form, LookupError: _broken_form},
-    responses=documented(400, 401, 409, 413, 415, 429, 500, 503),
+    responses=documented(400, 401, 403, 409, 413, 415, 429, 500, 503),
 )
 async def create_voice(
     request: Request[Any, Any, Any],
@@ -148,7 +148,7 @@ async def create_voice(
     operation_id="getVoice",
     summary="One saved voice",
     tags=["Voices"],
-    responses=documented(400, 401, 404, 500, 503),
+    responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def get_voice(
     request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings
@@ -163,7 +163,7 @@ async def get_voice(
     summary="Delete a saved voice",
     tags=["Voices"],
     status_code=200,
-    responses=documented(400, 401, 404, 500, 503),
+    responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def delete_voice(
     request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings

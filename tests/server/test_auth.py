@@ -78,6 +78,55 @@ async def test_requests_queue_by_key_and_the_key_stays_here(worker: FakeWorker) 
     assert "user" not in first + second
 
 
+FOREIGN = "https://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "origins", "fine"),
+    [
+        ({}, [], True),
+        ({"origin": FOREIGN}, [], False),
+        ({"origin": "null"}, [], False),
+        ({"origin": FOREIGN}, ["https://good.example"], False),
+        ({"origin": FOREIGN}, [FOREIGN], True),
+        ({"origin": FOREIGN}, ["*"], True),
+        ({"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"}, [], True),
+        ({"origin": "http://localhost:8000", "host": "localhost:8000"}, [], True),
+        ({"origin": "http://[::1]:8000", "host": "[::1]:8000"}, [], True),
+        ({"origin": "https://192.168.1.5", "host": "192.168.1.5"}, [], True),
+        ({"origin": "http://127.0.0.1:3000", "host": "127.0.0.1:8000"}, [], False),
+        ({"origin": "http://rebound.example:8000", "host": "rebound.example:8000"}, [], False),
+        ({"origin": "http://localhost.example", "host": "localhost.example"}, [], False),
+        ({"sec-fetch-site": "cross-site"}, [], False),
+        ({"sec-fetch-site": "same-origin"}, [], True),
+    ],
+)
+async def test_pages_of_other_sites_are_kept_out(
+    worker: FakeWorker, headers: dict[str, str], origins: list[str], *, fine: bool
+) -> None:
+    """Where no key protects them, speech and administration answer no page but our own and those of listed origins."""
+    async with serving(worker.url, cors_origins=origins) as client:
+        spoken = await client.post(SPEECH, content=b'{"input": "x"}', headers=headers)
+        cleaned = await client.post("/admin/cleanup", headers=headers)
+        assert (await client.get("/health", headers=headers)).status_code == 200
+    for answer in (spoken, cleaned):
+        assert answer.status_code == (200 if fine else 403)
+        if not fine:
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("permission_error", "foreign_origin")
+            assert "TTS_CORS_ORIGINS" in error["message"]
+    assert len(worker.of(Speak)) == fine
+
+
+async def test_a_key_is_enough_for_any_page(worker: FakeWorker) -> None:
+    """Who shows a key is no page that misuses somebody's browser; without one, open speech stays closed to pages."""
+    async with serving(worker.url, admin_keys=["boss"]) as client:
+        headers = {"origin": FOREIGN, **_bearer("boss")}
+        assert (await client.post("/admin/cleanup", headers=headers)).status_code == 200
+        assert (await client.post(SPEECH, json={"input": "x"}, headers=headers)).status_code == 200
+        assert (await client.post(SPEECH, json={"input": "x"}, headers={"origin": FOREIGN})).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("origins", "allowed", "credentials"),
     [
