@@ -5,7 +5,7 @@ It knows neither HTTP nor sockets: the client over ZeroMQ is zmq_engine.py's, an
 
 import asyncio
 from collections import deque
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from server.errors import ApiError
 from shared.catalog import ModelSpec
@@ -123,8 +123,8 @@ class EngineClient(Protocol):
         ...
 
     @property
-    def restarts(self) -> int:
-        """How many times another worker was met after the first."""
+    def worker_settings(self) -> dict[str, Any]:
+        """The worker's settings in force under their public names, when it was last met; empty before that."""
         ...
 
     def trouble(self) -> str | None:

@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 class Supervisor:
     """Keeps one worker process alive from `start` to `stop`, which are called by the same thread.
 
-    `command` begins with the path of a program.
+    `command` begins with the path of a program; `--restarts N` behind it says how many workers there were before.
     The worker runs in a session of its own, so that a terminal's Ctrl-C reaches the service alone
     and streams can be drained before the worker is stopped.
     `on_final` is called, by the watching thread, with the exit code of a worker that must not be started again.
@@ -132,7 +132,8 @@ class Supervisor:
         and be waited on for as long as that one lives.
         """
         no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-        return os.posix_spawn(self._command[0], self._command, self._environ, file_actions=[no_input], setsid=True)
+        command = [*self._command, "--restarts", str(self._restarts)]
+        return os.posix_spawn(command[0], command, self._environ, file_actions=[no_input], setsid=True)
 
     def _signal(self, number: signal.Signals) -> None:
         """Send a signal to the worker and, with SIGKILL, to whatever it started."""

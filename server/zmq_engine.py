@@ -77,9 +77,9 @@ class ZmqEngineClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._welcome: Welcome | None = None
         self._catalog: list[ModelSpec] = []
+        self._worker_settings: dict[str, Any] = {}
         self._snapshot: Snapshot | None = None
         self._refusal: str | None = None
-        self._restarts = -1
         self._hello_at: float | None = None
         self._heard_at = 0.0
         self._ticked_at = 0.0
@@ -102,9 +102,9 @@ class ZmqEngineClient:
         return self._snapshot
 
     @property
-    def restarts(self) -> int:
-        """How many times another worker was met after the first."""
-        return max(0, self._restarts)
+    def worker_settings(self) -> dict[str, Any]:
+        """The worker's settings in force under their public names, when it was last met; empty before that."""
+        return self._worker_settings
 
     def trouble(self) -> str | None:
         """Why nothing can be asked of the worker now; None when all is well."""
@@ -323,11 +323,10 @@ class ZmqEngineClient:
             return
         if self._welcome is None or self._welcome.boot_id != welcome.boot_id:
             _log.info("GPU worker met", pid=welcome.snapshot.pid, boot_id=welcome.boot_id)
-        if self._snapshot is None or self._snapshot.boot_id != welcome.boot_id:
-            self._restarts += 1
         self._refusal = None
         self._welcome = welcome
         self._catalog = welcome.catalog
+        self._worker_settings = welcome.settings
         self._take_snapshot(welcome.snapshot)
 
     def _take_snapshot(self, snapshot: Snapshot) -> None:

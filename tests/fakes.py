@@ -97,6 +97,7 @@ class FakeWorker:
         self.catalog = load_catalog()
         self.snapshot = a_snapshot(self.catalog, **snapshot)
         self.chunks = chunks
+        self.settings: dict[str, Any] = {"idle_timeout": 300.0}
         self.version = VERSION
         self.token = ""
         self.hold = False
@@ -134,7 +135,8 @@ class FakeWorker:
 
     def restart(self, boot_id: str) -> None:
         """Come back as another process would."""
-        self.snapshot = msgspec.structs.replace(self.snapshot, boot_id=boot_id)
+        restarts = self.snapshot.restarts + 1
+        self.snapshot = msgspec.structs.replace(self.snapshot, boot_id=boot_id, restarts=restarts)
         self._jobs.clear()
         self.__enter__()
 
@@ -187,6 +189,7 @@ class FakeWorker:
                         boot_id=self.snapshot.boot_id,
                         catalog=self.catalog,
                         snapshot=self.snapshot,
+                        settings=self.settings,
                     ),
                 )
             case Speak() if refused and self.fail_with is not None:

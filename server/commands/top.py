@@ -17,6 +17,7 @@ from server.commands.client import Client, ClientError, add_service_arguments, c
 from server.commands.listing import console, megabytes
 
 _STATE_STYLES: Final = {"resident": "green", "loading": "yellow", "offloaded": "cyan", "unavailable": "red"}
+_STREAM_STYLES: Final = {"speaking": "green", "stalled": "yellow"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def view(vram: dict[str, Any], stats: dict[str, Any]) -> RenderableType:
     """What /admin/vram and /admin/stats say, as tables; what they leave out is shown as unknown or not at all."""
-    return Group(_service(stats), Text(), _device(vram), Text(), _models(vram))
+    return Group(_service(stats), Text(), _device(vram), Text(), _models(vram), Text(), _streams(stats))
 
 
 def _look(client: Client) -> RenderableType:
@@ -109,6 +110,21 @@ def _models(vram: dict[str, Any]) -> RenderableType:
             "yes" if model.get("pinned") else "",
         )
     return table
+
+
+def _streams(stats: dict[str, Any]) -> RenderableType:
+    streams = stats.get("streams") or []
+    table = Table("stream", "model", "client", "state", "age", "audio", box=None)
+    for stream in streams:
+        state = str(stream.get("state", "?"))
+        table.add_row(
+            *(str(stream.get(name, "?")) for name in ("id", "model", "client")),
+            Text(state, style=_STREAM_STYLES.get(state, "dim")),
+            f"{stream.get('age_s') or 0:.1f} s",
+            f"{stream.get('audio_s') or 0:.1f} s",
+        )
+    more = (stats.get("running") or 0) + (stats.get("queued") or 0) - len(streams)
+    return Group(table, Text(f"and {more} more", style="dim")) if streams and more > 0 else table
 
 
 def _duration(seconds: float | None) -> str:

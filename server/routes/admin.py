@@ -29,6 +29,7 @@ from shared.protocol import (
     ModelState,
     PinModel,
     State,
+    StreamState,
     UnloadModel,
 )
 from shared.settings import Settings
@@ -45,7 +46,7 @@ ModelAction = Literal["load", "unload", "pin", "unpin"]
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Which GPU worker it is; `restarts` as this web worker has seen them."""
+    """Which GPU worker it is; `restarts`: how many its supervisor has replaced, 0 where it runs by itself."""
 
     pid: int
     boot_id: str
@@ -54,7 +55,10 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker does now, and what it has done since it started; `web_pid` is the web worker that answers."""
+    """What the worker does now, and what it has done since it started; `web_pid` is the web worker that answers.
+
+    `streams` are the requests with a slot, then those that wait for one, the oldest first and fifty at most.
+    """
 
     web_pid: int
     worker: WorkerStats
@@ -64,6 +68,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     slots: int
     requests: Counters
+    streams: list[StreamState]
 
 
 class CleanupReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -113,9 +118,9 @@ class Vram(msgspec.Struct, frozen=True, kw_only=True):
     tags=["Admin"],
     responses=documented(401, 403, 500),
 )
-async def config(settings: ServerSettings) -> dict[str, Any]:
-    """All settings but the secret ones."""
-    return {"api_version": VERSION, **settings.public()}
+async def config(engine: Engine, settings: ServerSettings) -> dict[str, Any]:
+    """All settings but the secret ones; what the worker acts by is as the worker has it, once it has been met."""
+    return {"api_version": VERSION, **_in_force(engine, settings)}
 
 
 @get(
@@ -131,7 +136,7 @@ async def stats(engine: Engine) -> Stats:
     return Stats(
         web_pid=os.getpid(),
         worker=WorkerStats(
-            pid=snapshot.pid, boot_id=snapshot.boot_id, uptime_s=snapshot.uptime_s, restarts=engine.restarts
+            pid=snapshot.pid, boot_id=snapshot.boot_id, uptime_s=snapshot.uptime_s, restarts=snapshot.restarts
         ),
         accepting=snapshot.accepting,
         default_model=snapshot.default_model,
@@ -139,6 +144,7 @@ async def stats(engine: Engine) -> Stats:
         queued=snapshot.queued,
         slots=snapshot.slots,
         requests=snapshot.requests,
+        streams=snapshot.streams,
     )
 
 
@@ -178,10 +184,10 @@ async def cleanup(
     """What the eviction of idle models did; with `trigger=true` after doing it now."""
     if not trigger:
         snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
-        return _report(settings, snapshot.cleanup, completed=False)
+        return _report(_in_force(engine, settings), snapshot.cleanup, completed=False)
     cleaning = engine.call(Cleanup(), client=client_of(settings, request), timeout_s=_CLEANUP_TIMEOUT_S)
     reply = await while_there(request, cleaning)
-    return _report(settings, reply.cleanup, completed=True)
+    return _report(_in_force(engine, settings), reply.cleanup, completed=True)
 
 
 @post(
@@ -239,14 +245,19 @@ def _memory_of(model: ModelState) -> ModelMemory:
     return ModelMemory(**msgspec.structs.asdict(model))
 
 
-def _report(settings: Settings, done: CleanupPass | None, *, completed: bool) -> CleanupReport:
+def _in_force(engine: EngineClient, settings: Settings) -> dict[str, Any]:
+    """The settings by public name: the worker's may come from another environment than this process's."""
+    return {**settings.public(), **engine.worker_settings}
+
+
+def _report(in_force: dict[str, Any], done: CleanupPass | None, *, completed: bool) -> CleanupReport:
     before, after = (done.vram_before_bytes, done.vram_after_bytes) if done else (None, None)
-    standing: Literal["running", "disabled"] = "running" if settings.cleanup_enabled else "disabled"
+    standing: Literal["running", "disabled"] = "running" if in_force["cleanup_enabled"] else "disabled"
     unloaded = done.models_unloaded if done else []
     return CleanupReport(
-        cleanup_enabled=settings.cleanup_enabled,
-        cleanup_interval=settings.cleanup_interval_s,
-        idle_timeout=settings.idle_timeout_s,
+        cleanup_enabled=in_force["cleanup_enabled"],
+        cleanup_interval=in_force["cleanup_interval"],
+        idle_timeout=in_force["idle_timeout"],
         status="completed" if completed else standing,
         timestamp=done.timestamp if done else None,
         vram_before_mb=_mb(before),

@@ -1,20 +1,37 @@
 """GET /metrics: the worker's figures in Prometheus' text format, all from the snapshot.
 
-Counters live in the one GPU worker, so any web worker gives the same answer and none has to share memory with others;
-only the restarts are those that the web worker which answers has seen.
+What is counted is counted in the one GPU worker, so any web worker gives the same answer and none has to share memory
+with others: prometheus-client's multiprocess mode is not needed, and of the library only the format is used.
+Labels take few values: the catalogue's models, and words that are written here or in the protocol.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Final
 
 from litestar import Response, get
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 
 from server.dependencies import Engine
 from server.errors import documented
-from shared.protocol import Snapshot
+from shared.protocol import (
+    FIRST_AUDIO_BOUNDS_S,
+    MOVE_BOUNDS_S,
+    REAL_TIME_FACTOR_BOUNDS,
+    UNDERRUN_BOUNDS_S,
+    Histogram,
+    ModelFigures,
+    Snapshot,
+)
 
 _CONTENT_TYPE: Final = "text/plain; version=0.0.4"
+"""Litestar adds the charset."""
+
 _STATES: Final = ("absent", "loading", "resident", "offloaded", "unavailable")
+
+Labels = tuple[str, ...]
 
 
 @get(
@@ -25,50 +42,119 @@ _STATES: Final = ("absent", "loading", "resident", "offloaded", "unavailable")
     media_type="text/plain",
     responses=documented(401, 403, 500),
 )
-async def metrics(engine: Engine) -> Response[str]:
-    """Requests, queue, models and memory; `tts_worker_up` alone while there is no worker."""
+async def metrics(engine: Engine) -> Response[bytes]:
+    """Requests, speech, models and memory; `tts_worker_up` alone while there is no worker."""
     snapshot = engine.snapshot if engine.trouble() is None else None
-    lines = _lines("tts_worker_up", "gauge", "Whether the GPU worker answers.", [("", int(snapshot is not None))])
-    lines += _lines(
-        "tts_worker_restarts_total", "counter", "Other workers that this web worker met.", [("", engine.restarts)]
+    return Response(generate_latest(_Figures(snapshot)), media_type=_CONTENT_TYPE)
+
+
+class _Figures(Collector):
+    """One snapshot, or none, as Prometheus' families."""
+
+    def __init__(self, snapshot: Snapshot | None) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, in the order in which it is read."""
+        snapshot = self._snapshot
+        yield _gauge("tts_worker_up", "Whether the GPU worker answers.", [((), snapshot is not None)])
+        if snapshot is not None:
+            yield from _of_the_worker(snapshot)
+            yield from _of_memory(snapshot)
+            yield from _of_speech(snapshot.figures)
+            yield from _of_moves(snapshot.figures)
+
+
+def _of_the_worker(snapshot: Snapshot) -> Iterator[Metric]:
+    requests = snapshot.requests
+    outcomes = [((name,), getattr(requests, name)) for name in ("finished", "failed", "cancelled", "rejected")]
+    yield _gauge("tts_worker_uptime_seconds", "How long the GPU worker lives.", [((), snapshot.uptime_s)])
+    yield _counter("tts_worker_restarts", "GPU workers that died and were replaced.", [((), snapshot.restarts)])
+    yield _counter("tts_requests_started", "Requests that got a slot.", [((), requests.started)])
+    yield _counter("tts_requests", "Requests that are over, by outcome.", outcomes, ["outcome"])
+    yield _gauge("tts_requests_running", "Requests that hold a slot.", [((), snapshot.running)])
+    yield _gauge("tts_requests_queued", "Requests that wait for a slot.", [((), snapshot.queued)])
+    yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
+
+
+def _of_memory(snapshot: Snapshot) -> Iterator[Metric]:
+    kinds = ("total", "used", "free", "ours", "others", "budget")
+    device = [((kind,), getattr(snapshot.device, f"{kind}_bytes")) for kind in kinds]
+    shared = [((purpose,), size) for purpose, size in snapshot.shared_bytes.items()]
+    held = [((model.id, purpose), size) for model in snapshot.models for purpose, size in model.bytes.items()]
+    states = [((model.id, state), model.state == state) for model in snapshot.models for state in _STATES]
+    offloaded = [((), snapshot.host.offloaded_bytes)]
+    yield _gauge("tts_device_memory_bytes", "The device's memory, as its driver tells it.", device, ["kind"])
+    yield _gauge("tts_shared_bytes", "What several models use together on the device.", shared, ["purpose"])
+    yield _gauge("tts_model_bytes", "What a model holds on the device, by purpose.", held, ["model", "purpose"])
+    yield _gauge("tts_host_offloaded_bytes", "Weights that wait in RAM.", offloaded)
+    yield _gauge("tts_model_state", "1 for the state that a model is in.", states, ["model", "state"])
+
+
+def _of_speech(figures: dict[str, ModelFigures]) -> Iterator[Metric]:
+    by_model = {(model,): figure for model, figure in figures.items()}
+    yield _histogram(
+        "tts_time_to_first_audio_seconds",
+        "From a request's arrival at the worker to its first sound.",
+        FIRST_AUDIO_BOUNDS_S,
+        [(labels, figure.first_audio_s) for labels, figure in by_model.items()],
+        ["model"],
     )
-    if snapshot is not None:
-        lines += _of(snapshot)
-    return Response("\n".join(lines) + "\n", media_type=_CONTENT_TYPE)
+    yield _histogram(
+        "tts_real_time_factor",
+        "Seconds of synthesis for a second of audio, of each stream that was said in full.",
+        REAL_TIME_FACTOR_BOUNDS,
+        [(labels, figure.real_time_factor) for labels, figure in by_model.items()],
+        ["model"],
+    )
+    yield _histogram(
+        "tts_underrun_seconds",
+        "How long a player that buffers nothing would have stood still, of each stream that was said in full.",
+        UNDERRUN_BOUNDS_S,
+        [(labels, figure.underrun_s) for labels, figure in by_model.items()],
+        ["model"],
+    )
+    underruns = [(labels, sum(figure.underrun_s.counts[1:])) for labels, figure in by_model.items()]
+    yield _counter("tts_underruns", "Streams whose player would have stood still.", underruns, ["model"])
 
 
-def _of(snapshot: Snapshot) -> list[str]:
-    requests, device, host = snapshot.requests, snapshot.device, snapshot.host
-    outcomes = [
-        (f'{{outcome="{name}"}}', getattr(requests, name)) for name in ("finished", "failed", "cancelled", "rejected")
-    ]
-    memory = [
-        (f'{{kind="{kind}"}}', getattr(device, f"{kind}_bytes"))
-        for kind in ("total", "used", "free", "ours", "others", "budget")
-    ]
-    held = [
-        (f'{{model="{model.id}",purpose="{purpose}"}}', size)
-        for model in snapshot.models
-        for purpose, size in model.bytes.items()
-    ]
-    states = [
-        (f'{{model="{model.id}",state="{state}"}}', int(model.state == state))
-        for model in snapshot.models
-        for state in _STATES
-    ]
-    return [
-        *_lines("tts_worker_uptime_seconds", "gauge", "How long the GPU worker lives.", [("", snapshot.uptime_s)]),
-        *_lines("tts_requests_started_total", "counter", "Requests that got a slot.", [("", requests.started)]),
-        *_lines("tts_requests_total", "counter", "Requests that are over, by outcome.", outcomes),
-        *_lines("tts_requests_running", "gauge", "Requests that hold a slot.", [("", snapshot.running)]),
-        *_lines("tts_requests_queued", "gauge", "Requests that wait for a slot.", [("", snapshot.queued)]),
-        *_lines("tts_slots", "gauge", "Requests that can run at the same time.", [("", snapshot.slots)]),
-        *_lines("tts_device_memory_bytes", "gauge", "The device's memory, as its driver tells it.", memory),
-        *_lines("tts_host_offloaded_bytes", "gauge", "Weights that wait in RAM.", [("", host.offloaded_bytes)]),
-        *_lines("tts_model_bytes", "gauge", "What a model holds on the device, by purpose.", held),
-        *_lines("tts_model_state", "gauge", "1 for the state that a model is in.", states),
-    ]
+def _of_moves(figures: dict[str, ModelFigures]) -> Iterator[Metric]:
+    labels = ["model", "move"]
+    moves = [((model, move), took) for model, figure in figures.items() for move, took in figure.moves_s.items()]
+    failed = [((model, move), n) for model, figure in figures.items() for move, n in figure.failed_moves.items()]
+    short = [((model,), figure.out_of_memory) for model, figure in figures.items()]
+    yield _counter(
+        "tts_model_moves",
+        "Models that were moved: loaded, restored to the device, offloaded from it (evicted), dropped.",
+        [(of, sum(took.counts)) for of, took in moves],
+        labels,
+    )
+    yield _counter("tts_model_move_failures", "Moves that did not work, loads among them.", failed, labels)
+    yield _histogram("tts_model_move_seconds", "How long moving a model took.", MOVE_BOUNDS_S, moves, labels)
+    yield _counter("tts_out_of_memory", "Times that the device had no memory left for a model.", short, ["model"])
 
 
-def _lines(name: str, kind: str, said: str, samples: Iterable[tuple[str, float]]) -> list[str]:
-    return [f"# HELP {name} {said}", f"# TYPE {name} {kind}", *(f"{name}{labels} {value}" for labels, value in samples)]
+def _gauge(name: str, said: str, samples: Iterable[tuple[Labels, float]], labels: Sequence[str] = ()) -> Metric:
+    family = GaugeMetricFamily(name, said, labels=labels)
+    for of, value in samples:
+        family.add_metric(of, value)
+    return family
+
+
+def _counter(name: str, said: str, samples: Iterable[tuple[Labels, float]], labels: Sequence[str] = ()) -> Metric:
+    """The family of `name`, whose samples the format calls `name`_total."""
+    family = CounterMetricFamily(name, said, labels=labels)
+    for of, value in samples:
+        family.add_metric(of, value)
+    return family
+
+
+def _histogram(
+    name: str, said: str, bounds: Sequence[float], samples: Iterable[tuple[Labels, Histogram]], labels: Sequence[str]
+) -> Metric:
+    family = HistogramMetricFamily(name, said, labels=labels)
+    le = [*map(str, bounds), "+Inf"]
+    for of, histogram in samples:
+        if histogram.counts:
+            family.add_metric(of, list(zip(le, accumulate(histogram.counts), strict=True)), histogram.sum)
+    return family

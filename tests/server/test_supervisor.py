@@ -45,6 +45,7 @@ class Nest:
 
 
 SAY_PID = "open(os.environ['PIPE'], 'w').write(f'{os.getpid():08}')\n"
+SAY_RESTARTS = "open(os.environ['PIPE'], 'w').write(f'{int(sys.argv[sys.argv.index(\"--restarts\") + 1]):08}')\n"
 WAIT = SAY_PID + "time.sleep(60)"
 
 
@@ -80,6 +81,13 @@ def test_a_worker_that_ends_by_itself_is_replaced(nests: list[Nest]) -> None:
     nests.append(nest := Nest(SAY_PID + "sys.exit(1)"))
     nest.supervisor.start()
     assert nest.born() != nest.born()
+
+
+def test_a_worker_is_told_how_many_there_were_before(nests: list[Nest]) -> None:
+    """Each hears its number, which it can then tell to everyone alike."""
+    nests.append(nest := Nest(SAY_RESTARTS + "sys.exit(1)"))
+    nest.supervisor.start()
+    assert [nest.born(), nest.born()] == [0, 1]
 
 
 @pytest.mark.parametrize("code", [2, 3])

@@ -21,7 +21,9 @@ from shared.protocol import (
     FindVoice,
     Finished,
     Hello,
+    Histogram,
     LoadModel,
+    ModelFigures,
     ModelState,
     Ping,
     PinModel,
@@ -32,6 +34,7 @@ from shared.protocol import (
     SavedVoice,
     Speak,
     Started,
+    StreamState,
     Timings,
     UnloadModel,
     Usage,
@@ -87,6 +90,13 @@ FROM_WEB = [
 
 FROM_WORKER = [
     Welcome(version=VERSION, boot_id="b", catalog=load_catalog(), snapshot=a_snapshot(load_catalog(), voices=[VOICE])),
+    Welcome(
+        version=VERSION,
+        boot_id="b",
+        catalog=[],
+        snapshot=a_snapshot([]),
+        settings={"idle_timeout": 300.0, "cleanup_enabled": True, "vram_budget_mb": None, "preload": ["m"]},
+    ),
     Started(id="r", model="m", sample_rate=24_000),
     Audio(id="r", seq=0),
     Finished(
@@ -99,6 +109,18 @@ FROM_WORKER = [
     Reply(id="c"),
     Reply(id="c", voice=VOICE, model=ModelState(id="m", state="resident", bytes={"weights": 5}), cleanup=PASS),
     Pong(boot_id="b", snapshot=a_snapshot(load_catalog(), cleanup=PASS)),
+    Pong(
+        boot_id="b",
+        snapshot=a_snapshot(
+            load_catalog(),
+            restarts=2,
+            figures={
+                "m": ModelFigures(first_audio_s=Histogram(counts=[0, 3], sum=1.5), failed_moves={"load": 1}),
+                "n": ModelFigures(moves_s={"offload": Histogram(counts=[2, 0], sum=0.5)}, out_of_memory=1),
+            },
+            streams=[StreamState(id="r", model="m", client="c", state="stalled", age_s=2.5, audio_s=1.0)],
+        ),
+    ),
 ]
 
 

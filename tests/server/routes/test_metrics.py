@@ -1,0 +1,155 @@
+"""GET /metrics: Prometheus' own parser reads it, and finds what the worker counted."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
+
+from shared.protocol import FIRST_AUDIO_BOUNDS_S, MOVE_BOUNDS_S, UNDERRUN_BOUNDS_S, Histogram, ModelFigures, ModelState
+from tests.fakes import FakeWorker
+from tests.server.running import serving
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MODEL = "espeak-ng"
+ODD = 'a "model"\\\nof another line'
+"""An id that no catalogue has: what is written between quotes has to be escaped."""
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def _histogram(bounds: tuple[float, ...], counts: dict[int, int], total: float) -> Histogram:
+    """`counts` values in the buckets of those numbers."""
+    return Histogram(counts=[counts.get(bucket, 0) for bucket in range(len(bounds) + 1)], sum=total)
+
+
+FIGURES = {
+    MODEL: ModelFigures(
+        first_audio_s=_histogram(FIRST_AUDIO_BOUNDS_S, {0: 2, 4: 3, len(FIRST_AUDIO_BOUNDS_S): 1}, 101.5),
+        underrun_s=_histogram(UNDERRUN_BOUNDS_S, {0: 4, 3: 1, 5: 1}, 0.6),
+        moves_s={"load": _histogram(MOVE_BOUNDS_S, {2: 1}, 0.2), "offload": _histogram(MOVE_BOUNDS_S, {0: 7}, 0.1)},
+        failed_moves={"load": 3},
+        out_of_memory=2,
+    ),
+    ODD: ModelFigures(failed_moves={"restore": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> FakeWorker:
+    """A worker that has done this and that."""
+    path: Path = tmp_path_factory.mktemp("metrics")
+    fake = FakeWorker(path / "w.ipc", figures=FIGURES, restarts=3, running=2, queued=1)
+    models = [*fake.snapshot.models, ModelState(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
+    fake.snapshot = msgspec.structs.replace(fake.snapshot, models=models)
+    return fake
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(worker: FakeWorker) -> AsyncIterator[httpx.AsyncClient]:
+    """A server that has met the worker."""
+    with worker:
+        async with serving(worker.url) as client:
+            yield client
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def samples(client: httpx.AsyncClient) -> Samples:
+    """Every sample by its name and labels."""
+    return _parsed((await client.get("/metrics")).text)
+
+
+def _parsed(text: str) -> Samples:
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        assert family.type != "unknown"
+        for sample in family.samples:
+            key = sample.name, frozenset(sample.labels.items())
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def _value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+async def test_format(client: httpx.AsyncClient) -> None:
+    """The text format that every Prometheus reads, whatever is asked for."""
+    for accept in ("*/*", "application/openmetrics-text; version=1.0.0", "application/json"):
+        answer = await client.get("/metrics", headers={"accept": accept})
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def test_worker(samples: Samples) -> None:
+    """That it lives, and what it does."""
+    assert _value(samples, "tts_worker_up") == 1
+    assert _value(samples, "tts_worker_uptime_seconds") == 12.5
+    assert _value(samples, "tts_worker_restarts_total") == 3
+    assert _value(samples, "tts_requests_started_total") == 5
+    assert _value(samples, "tts_requests_total", outcome="failed") == 1
+    assert _value(samples, "tts_requests_running") == 2
+    assert _value(samples, "tts_requests_queued") == 1
+    assert _value(samples, "tts_slots") == 8
+
+
+async def test_memory(samples: Samples) -> None:
+    """The device's, the models' and the host's."""
+    assert _value(samples, "tts_device_memory_bytes", kind="others") == 5_000
+    assert _value(samples, "tts_shared_bytes", purpose="codec") == 123
+    assert _value(samples, "tts_model_bytes", model="m", purpose="kv") == 2
+    assert _value(samples, "tts_host_offloaded_bytes") == 500
+    assert _value(samples, "tts_model_state", model="m", state="resident") == 1
+    assert _value(samples, "tts_model_state", model="m", state="absent") == 0
+
+
+async def test_first_audio(samples: Samples) -> None:
+    """Buckets hold all values up to their bound, the last one all there are."""
+    name = "tts_time_to_first_audio_seconds"
+    buckets = [_value(samples, f"{name}_bucket", model=MODEL, le=str(bound)) for bound in FIRST_AUDIO_BOUNDS_S]
+    assert buckets == [2, 2, 2, 2, *[5] * (len(FIRST_AUDIO_BOUNDS_S) - 4)]
+    assert _value(samples, f"{name}_bucket", model=MODEL, le="+Inf") == 6
+    assert _value(samples, f"{name}_count", model=MODEL) == 6
+    assert _value(samples, f"{name}_sum", model=MODEL) == 101.5
+
+
+async def test_underruns(samples: Samples) -> None:
+    """Streams that never ran dry are counted among the streams and are no underruns."""
+    assert _value(samples, "tts_underrun_seconds_bucket", model=MODEL, le="0.0") == 4
+    assert _value(samples, "tts_underrun_seconds_count", model=MODEL) == 6
+    assert _value(samples, "tts_underrun_seconds_sum", model=MODEL) == 0.6
+    assert _value(samples, "tts_underruns_total", model=MODEL) == 2
+
+
+async def test_moves(samples: Samples) -> None:
+    """Loads and evictions by model, those that failed beside them, and how long they took."""
+    assert _value(samples, "tts_model_moves_total", model=MODEL, move="load") == 1
+    assert _value(samples, "tts_model_moves_total", model=MODEL, move="offload") == 7
+    assert _value(samples, "tts_model_move_failures_total", model=MODEL, move="load") == 3
+    assert _value(samples, "tts_model_move_seconds_count", model=MODEL, move="offload") == 7
+    assert _value(samples, "tts_model_move_seconds_sum", model=MODEL, move="load") == 0.2
+    assert _value(samples, "tts_out_of_memory_total", model=MODEL) == 2
+
+
+async def test_nothing_seen_yet(samples: Samples) -> None:
+    """A histogram without a value is left out rather than told as zeros with wrong bounds."""
+    assert not [name for name, _ in samples if name.startswith("tts_real_time_factor")]
+
+
+async def test_labels_are_escaped(samples: Samples) -> None:
+    """Quotes, backslashes and line ends in a label do not break the format."""
+    assert _value(samples, "tts_model_move_failures_total", model=ODD, move="restore") == 1
+
+
+async def test_without_a_worker(tmp_path: Path) -> None:
+    """There is one thing to say, and it is no error: the scrape itself works."""
+    async with serving(f"ipc://{tmp_path}/none.ipc", ready=False) as client:
+        answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    assert _parsed(answer.text) == {("tts_worker_up", frozenset()): 0}
