@@ -40,7 +40,8 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     `pcm` is 24 kHz mono int16 little-endian.
     With `text` (its transcript) the clone is in-context (ICL);
     with `x_vector_only` the speaker embedding alone is used and `text` is ignored.
-    `key` names the recording for the cache of encoded prompts: equal keys mean equal recordings.
+    `key` names what is encoded of it, for the cache of encoded recordings: equal keys mean equal recordings
+    and one mode. The transcript is no part of it: encoding does not look at it.
     """
 
     key: str
@@ -50,10 +51,10 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, pcm: bytes, *, text: str | None, x_vector_only: bool) -> "Reference":
-        """A recording that came with a request; its key is a digest of all that the encoded prompt depends on."""
-        digest = hashlib.sha256(pcm)
-        digest.update(b"x" if x_vector_only else (text or "").encode())
-        return cls(key=digest.hexdigest(), pcm=pcm, text=text, x_vector_only=x_vector_only)
+        """A recording that came with a request."""
+        digest = hashlib.sha256(pcm).hexdigest()
+        key = f"{digest}/x-vector" if x_vector_only else digest
+        return cls(key=key, pcm=pcm, text=text, x_vector_only=x_vector_only)
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

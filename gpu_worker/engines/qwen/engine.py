@@ -311,6 +311,8 @@ class QwenEngine:
 
     def _release(self, speaking: Speaking) -> None:
         speaking.alive = False
+        if speaking.reference is not None and speaking.job.reference is not None:
+            self._parts.references.give_up(speaking.job.reference.key, speaking.reference)
         del self._jobs[speaking.job.id]
         self._free.append(speaking.slot)
 

@@ -16,6 +16,7 @@ from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.speaking import LEAST_CAP, frame_cap
 from gpu_worker.engines.qwen.state import Choice
 from gpu_worker.engines.qwen.text import clean, split
+from gpu_worker.recordings import check_transcript
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
 
@@ -115,12 +116,12 @@ class Planner:
             if task != "Base":
                 raise JobError("task_mismatch", f"a {task} model takes no recording", param="ref_audio")
             raise JobError("invalid_value", message, param="ref_audio")
-        if job.reference is not None and not job.reference.x_vector_only and not (job.reference.text or "").strip():
-            raise JobError(
-                "invalid_value",
-                "ref_text, what the recording says, is missing; or set x_vector_only_mode",
-                param="ref_text",
-            )
+        if job.reference is not None and not job.reference.x_vector_only:
+            text = (job.reference.text or "").strip()
+            if not text:
+                message = "ref_text, what the recording says, is missing; or set x_vector_only_mode"
+                raise JobError("invalid_value", message, param="ref_text")
+            check_transcript(text, job.reference.pcm)
 
 
 def choice_of(sampling: Sampling, generation: GenerationConfig) -> Choice:

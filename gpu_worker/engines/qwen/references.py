@@ -1,4 +1,4 @@
-"""Recordings that voices are cloned from: checked, encoded beside the steps, kept within a byte budget.
+"""Recordings that voices are cloned from: encoded beside the steps, kept within a byte budget.
 
 It owns one background thread and the cache of encoded prompts.
 It knows neither slots nor prompts; the encoders are handed in.
@@ -16,14 +16,7 @@ from torch import Tensor
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.engines.qwen.codec.state import Snapshot
-from shared.pcm import SAMPLE_RATE
-
-SHORTEST_S: Final = 0.5
-LONGEST_S: Final = 60.0
-"""A minute is 750 positions of the slot's cache."""
-
-SILENCE_RMS: Final = 1e-3
-"""-60 dB of full scale: nothing in such a recording is a voice."""
+from gpu_worker.recordings import check_recording
 
 
 class EncodedReference(msgspec.Struct, frozen=True):
@@ -44,7 +37,15 @@ class EncodedReference(msgspec.Struct, frozen=True):
 
 
 MOST_WAITING: Final = 32
-"""Recordings that wait to be encoded, at 6 MB each; a job that is given up leaves its own behind."""
+"""Recordings that wait to be encoded, at 3 MB each."""
+
+
+class _Waiting(msgspec.Struct):
+    """A recording that is to be encoded, or is; `jobs` wait for it."""
+
+    reference: Reference
+    future: Future[EncodedReference]
+    jobs: int = 1
 
 
 class References:
@@ -57,7 +58,7 @@ class References:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, EncodedReference] = OrderedDict()
-        self._running: dict[str, Future[EncodedReference]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._bytes = 0
 
     @property
@@ -68,9 +69,11 @@ class References:
     def request(self, reference: Reference) -> Future[EncodedReference]:
         """The encoded reference, now or later; its future raises what encoding raised.
 
+        A recording that is known is not looked at again.
+
         Raises:
             JobError: `invalid_audio` where the recording is too short, too long or silent;
-                `queue_full` where MOST_WAITING others wait, of jobs that may be gone by now.
+                `queue_full` where MOST_WAITING others wait.
         """
         with self._lock:
             if reference.key in self._kept:
@@ -78,14 +81,28 @@ class References:
                 done: Future[EncodedReference] = Future()
                 done.set_result(self._kept[reference.key])
                 return done
-            if reference.key not in self._running:
-                waveform = check(reference)
-                if len(self._running) >= MOST_WAITING:
-                    message = f"{MOST_WAITING} recordings are waiting to be encoded"
-                    raise JobError("queue_full", message, param="ref_audio", retry_after_s=5)
-                future = self._thread.submit(self._work, reference.key, waveform, not reference.x_vector_only)
-                self._running[reference.key] = future
-            return self._running[reference.key]
+            waiting = self._waiting.get(reference.key)
+            if waiting is not None:
+                waiting.jobs += 1
+                return waiting.future
+            check_recording(reference.pcm, "ref_audio")
+            if len(self._waiting) >= MOST_WAITING:
+                message = f"{MOST_WAITING} recordings are waiting to be encoded"
+                raise JobError("queue_full", message, param="ref_audio", retry_after_s=5)
+            # The thread is given the key alone: what is cancelled stays in its queue until its turn comes.
+            future = self._thread.submit(self._work, reference.key)
+            self._waiting[reference.key] = _Waiting(reference, future)
+            return future
+
+    def give_up(self, key: str, future: Future[EncodedReference]) -> None:
+        """A job does not wait for what it requested any more; with the last one goes what has not been begun."""
+        with self._lock:
+            waiting = self._waiting.get(key)
+            if waiting is None or waiting.future is not future:
+                return
+            waiting.jobs -= 1
+            if waiting.jobs == 0 and future.cancel():
+                del self._waiting[key]
 
     def clear(self) -> None:
         """Forget every kept reference, and those that are still to be encoded; nobody waits for one any more.
@@ -93,8 +110,8 @@ class References:
         Nothing is encoded when this returns, so the encoders' weights may be moved.
         """
         with self._lock:
-            self._running = {key: future for key, future in self._running.items() if not future.cancel()}
-            running = list(self._running.values())
+            self._waiting = {key: each for key, each in self._waiting.items() if not each.future.cancel()}
+            running = [each.future for each in self._waiting.values()]
         wait(running)
         with self._lock:
             self._kept.clear()
@@ -105,15 +122,18 @@ class References:
         self.clear()
         self._thread.shutdown()
 
-    def _work(self, key: str, waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- called by the thread pool alone
+    def _work(self, key: str) -> EncodedReference:
+        with self._lock:
+            reference = self._waiting[key].reference
+        waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 2**15
         try:
-            encoded = self._encode(waveform, wants_codes)
+            encoded = self._encode(waveform, not reference.x_vector_only)
         except BaseException:
             with self._lock:
-                self._running.pop(key, None)
+                self._waiting.pop(key, None)
             raise
         with self._lock:
-            self._running.pop(key, None)
+            self._waiting.pop(key, None)
             if encoded.bytes <= self._max_bytes:
                 self._kept[key] = encoded
                 self._bytes += encoded.bytes
@@ -121,24 +141,3 @@ class References:
                 _, oldest = self._kept.popitem(last=False)
                 self._bytes -= oldest.bytes
         return encoded
-
-
-def check(reference: Reference) -> np.ndarray:
-    """The recording as float32 [samples] in -1..1.
-
-    Raises:
-        JobError: `invalid_audio`, saying what is wrong with it.
-    """
-    if len(reference.pcm) % 2:
-        raise JobError("invalid_audio", "the reference ends inside a sample", param="ref_audio")
-    waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 32768
-    seconds = len(waveform) / SAMPLE_RATE
-    if not SHORTEST_S <= seconds <= LONGEST_S:
-        raise JobError(
-            "invalid_audio",
-            f"the reference is {seconds:.2f} s long; {SHORTEST_S:g} to {LONGEST_S:g} s are taken",
-            param="ref_audio",
-        )
-    if float(np.sqrt(np.mean(waveform**2))) < SILENCE_RMS:
-        raise JobError("invalid_audio", "the reference is silent", param="ref_audio")
-    return waveform

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Iterator
 from concurrent.futures import wait
 
@@ -5,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.engines.base import Done, Fault, JobError, Reference, Sampling
+from gpu_worker.engines.base import Done, Fault, Job, JobError, Reference, Sampling
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.references import EncodedReference
+from gpu_worker.engines.qwen.references import MOST_WAITING, EncodedReference
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, recording, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, TRANSCRIPT, Ours, expected, official
@@ -224,8 +225,7 @@ def test_unusable_references_are_refused(
 
 def test_a_reference_that_cannot_be_encoded_fails_its_job_alone(cloner: QwenEngine) -> None:
     """What leaves no room to speak shows only once the reference is known: a fault, and the neighbour speaks."""
-    long = clone(1, text="speech " * 600)
-    outcomes = run(cloner, [long, clone(2, text=None)])
+    outcomes = run(cloner, [_crowded(1), clone(2, text=None)])
     assert isinstance(outcomes["job 1"].end, Fault)
     assert outcomes["job 1"].end.error.code == "invalid_value"
     assert isinstance(outcomes["job 2"].end, Done)
@@ -319,9 +319,34 @@ def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
         assert usage(outcomes[one.id]) == usage(wanted[one.id])
 
 
+def test_cancelled_clones_leave_no_recording_behind(cloner: QwenEngine) -> None:
+    """However many are given up while one recording is encoded, the next clone is taken, and speaks."""
+    references = cloner._parts.references
+    encode, go = references._encode, threading.Event()
+
+    def held_back(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
+        go.wait()
+        return encode(waveform, wants_codes)
+
+    references._encode = held_back
+    try:
+        for number in range(MOST_WAITING + 2):
+            cloner.admit(clone(100 + number))
+            cloner.cancel(f"job {100 + number}")
+        cloner.admit(clone(2, text=None))
+    finally:
+        go.set()
+        references._encode = encode
+    outcomes = {"job 2": Outcome()}
+    while outcomes["job 2"].end is None:
+        wait([held.reference for held in cloner._jobs.values() if held.reference])
+        take(cloner, outcomes, 0)
+    assert isinstance(outcomes["job 2"].end, Done)
+
+
 def test_a_fault_is_heard_although_the_step_ran_out_of_memory(cloner: QwenEngine) -> None:
     """What a job came to in a step that raised is told by the next one; a cancelled job's events never are."""
-    jobs = [clone(1, text="speech " * 600), clone(2, text="speech " * 600), clone(3, text=None)]
+    jobs = [_crowded(1), _crowded(2), clone(3, text=None)]
     for one in jobs:
         cloner.admit(one)
     wait([held.reference for held in cloner._jobs.values() if held.reference])
@@ -360,6 +385,13 @@ def test_the_prompt_builder_uses_the_checkpoints_own_tokenizer(speaker: QwenEngi
     ours = Ours("custom_voice", None)
     text = "Hello 今天 world!"
     assert speaker._parts.prompts._text_ids(text) == ours.prompts._text_ids(text)
+
+
+def _crowded(number: int) -> Job:
+    """A clone whose recording and transcript fill a slot of 512 positions, as shows once it is encoded."""
+    reference = Reference.of(recording(3, seed=number), text="\u0436" * 185, x_vector_only=False)
+    sampling = Sampling(seed=number, max_new_tokens=200)
+    return job(number, task="Base", voice="", reference=reference, non_streaming_mode=True, sampling=sampling)
 
 
 def _exhausted(_: object) -> None:

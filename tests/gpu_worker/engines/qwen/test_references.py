@@ -62,8 +62,38 @@ def test_the_oldest_goes_when_the_budget_is_spent() -> None:
     references.close()
 
 
+def test_what_nobody_waits_for_is_not_encoded() -> None:
+    """The last job that gives up takes a queued recording along; one that is begun, or shared, goes on."""
+    encoder = Encoder()
+    references = References(encoder, 1000)
+    encoder.go.clear()
+    begun, shared, again, alone = (references.request(reference(seed)) for seed in (1, 2, 2, 3))
+    while not begun.running():
+        pass
+    for seed, future in ((1, begun), (2, shared), (3, alone)):
+        references.give_up(reference(seed).key, future)
+    assert alone.cancelled()
+    late = references.request(reference(3))
+    encoder.go.set()
+    assert [each.result().bytes for each in (begun, again, late)] == [100, 100, 100]
+    assert encoder.calls == 3
+    references.close()
+
+
+def test_one_recording_in_two_modes_is_two_references() -> None:
+    """With and without codes are kept apart; the transcript makes no difference."""
+    encoder = Encoder()
+    references = References(encoder, 1000)
+    pcm = recording(0.6)
+    for text, x_vector_only in (("x", False), (None, True), ("something else", False)):
+        wanted = Reference.of(pcm, text=text, x_vector_only=x_vector_only)
+        assert (references.request(wanted).result().codes is None) == x_vector_only
+    assert encoder.calls == 2
+    references.close()
+
+
 def test_no_more_than_so_many_wait() -> None:
-    """Recordings that nobody waits for any longer cannot pile up: the next one is refused until there is room."""
+    """Recordings cannot pile up: the next one is refused until there is room."""
     encoder = Encoder()
     references = References(encoder, 1_000_000)
     encoder.go.clear()
