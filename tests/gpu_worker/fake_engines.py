@@ -94,10 +94,12 @@ class SpeakingEngine:
                 self.cancel(job_id)
                 events.append(Fault(job_id, JobError("invalid_audio", "this one cannot be said", param="ref_audio")))
                 continue
-            events.append(Pcm(job_id, pcm_of(word)))
+            job = next(job for job in self.admitted if job.id == job_id)
+            drawl = 100 if job.task == "VoiceDesign" else 1  # what is kept as a voice lasts half a second
+            events.append(Pcm(job_id, pcm_of(word) * drawl))
             if not words:
                 self.cancel(job_id)
-                said = next(job.text for job in self.admitted if job.id == job_id).split()
+                said = job.text.split()
                 events.append(Done(job_id, "stop", Usage(input_tokens=len(said), output_tokens=2 * len(said))))
         return events
 

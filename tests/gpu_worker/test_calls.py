@@ -28,7 +28,7 @@ from tests.gpu_worker.fakes import WALL, FakeDevice, a_spec
 
 MakeBench = Callable[..., WorkerBench]
 
-RECORDING = b"\1\0\2\0" * 600
+RECORDING = b"\1\7\2\7" * 12_000
 
 
 def _done(bench: WorkerBench, action: Action, payload: bytes | None = None, call_id: str = "c") -> Any:
@@ -224,7 +224,7 @@ class TestSavedVoices:
         """A recording becomes a voice that is found by name and id, case aside, until it is deleted."""
         action = CloneVoice(name="Ada", text="what it says", description="calm", consent="yes")
         voice = _done(bench, action, RECORDING).voice
-        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 0.05, True)
+        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 1.0, True)
         for index, name in enumerate(("ada", voice.id.upper())):
             assert _done(bench, FindVoice(name=name), call_id=f"f{index}").voice == voice
         assert bench.snapshot().voices == [voice]
@@ -265,7 +265,7 @@ class TestDesign:
         assert (job.task, job.text, job.instructions) == ("VoiceDesign", DESIGN_TEXT, "an old sailor")
         assert job.sampling.max_new_tokens == DESIGN_MAX_FRAMES
         reference = bench.voices.load(reply.voice.id)
-        assert (reference.text, reference.pcm) == (DESIGN_TEXT, b"".join(map(pcm_of, DESIGN_TEXT.split())))
+        assert (reference.text, reference.pcm) == (DESIGN_TEXT, b"".join(pcm_of(word) * 100 for word in DESIGN_TEXT.split()))
         assert bench.references() == {"designer": 0}
 
     def test_description(self, bench: WorkerBench) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.voices import MAX_NAME_CHARS, VoiceStore
+from gpu_worker.voices import MAX_NAME_CHARS, RECENT, VoiceStore
 from shared.protocol import SavedVoice
 from tests.gpu_worker.fakes import FakeClock
 
@@ -59,9 +59,9 @@ def test_saved_voice_is_told(store: VoiceStore) -> None:
 def test_recording_is_bit_identical(store: VoiceStore) -> None:
     """What is loaded is what was saved, keyed by the voice's id; the transcript decides how it is cloned."""
     in_context = store.create("Ada", SECOND, kind="clone", text="Hello.")
-    embedded = store.create("Bob", SECOND[:200], kind="design")
+    embedded = store.create("Bob", SECOND[:24_000], kind="design")
     assert store.load(in_context.id) == Reference(key=in_context.id, pcm=SECOND, text="Hello.", x_vector_only=False)
-    assert store.load(embedded.id) == Reference(key=embedded.id, pcm=SECOND[:200], text=None, x_vector_only=True)
+    assert store.load(embedded.id) == Reference(key=embedded.id, pcm=SECOND[:24_000], text=None, x_vector_only=True)
     assert not embedded.in_context
 
 
@@ -91,7 +91,8 @@ def test_found_by_id_or_name(store: VoiceStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "  ", "x" * (MAX_NAME_CHARS + 1), "two\nlines", "nul\0", "\u202eright to left", "alloy", " RYAN "]
+    "name",
+    ["", "  ", "x" * (MAX_NAME_CHARS + 1), "two\nlines", "nul\0", "\u202eright to left", "\u200d", "alloy", " RYAN "],
 )
 def test_names_that_will_not_do(store: VoiceStore, name: str, tmp_path: Path) -> None:
     """A name is short, printable and no preset voice's; a refused one leaves nothing on the disk."""
@@ -104,7 +105,7 @@ def test_names_that_will_not_do(store: VoiceStore, name: str, tmp_path: Path) ->
 def test_names_are_unique(store: VoiceStore) -> None:
     """Two voices cannot bear one name, case aside, nor one the id of the other."""
     voice = store.create("Ada", SECOND, kind="clone")
-    for name in ("ada", "ADA ", voice.id):
+    for name in ("ada", "ADA ", "A\u200dda", voice.id):
         with pytest.raises(JobError, match="already"):
             store.create(name, SECOND, kind="clone")
 
@@ -131,12 +132,58 @@ def test_bounded_in_number(tmp_path: Path, clock: FakeClock) -> None:
     store.create("c", SECOND, kind="clone")
 
 
-@pytest.mark.parametrize("pcm", [b"", b"\1"])
-def test_recordings_that_will_not_do(store: VoiceStore, pcm: bytes) -> None:
-    """Nothing, or half a sample, is no recording."""
+@pytest.mark.parametrize(
+    "name", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f468\u200d\U0001f469\u200d\U0001f467"]
+)
+def test_names_of_joined_characters(store: VoiceStore, name: str) -> None:
+    """Persian words and emoji that need an invisible joiner are names, kept as they are written."""
+    voice = store.create(name, SECOND, kind="clone")
+    assert voice.name == name
+    assert store.find(name) == voice
+
+
+@pytest.mark.parametrize(
+    ("pcm", "text", "code", "param"),
+    [
+        (b"", None, "invalid_audio", "audio_sample"),
+        (SECOND[:-1], None, "invalid_audio", "audio_sample"),
+        (SECOND[:20_000], None, "invalid_audio", "audio_sample"),
+        (SECOND * 61, None, "invalid_audio", "audio_sample"),
+        (bytes(20_000) + SECOND[:20] + bytes(400_000), None, "invalid_audio", "audio_sample"),
+        (SECOND, "word " * 100, "invalid_value", "ref_text"),
+    ],
+)
+def test_recordings_that_no_voice_can_be_cloned_from(
+    store: VoiceStore, pcm: bytes, text: str | None, code: str, param: str
+) -> None:
+    """Nothing, half a sample, a moment, an hour, a click in silence, or a text nobody says so fast: never kept."""
     with pytest.raises(JobError) as caught:
-        store.create("Ada", pcm, kind="clone")
-    assert caught.value.code == "invalid_audio"
+        store.create("Ada", pcm, kind="clone", text=text)
+    assert (caught.value.code, caught.value.param) == (code, param)
+    assert store.list() == []
+
+
+def test_designed_silence_is_the_models_fault(store: VoiceStore) -> None:
+    """Where the model said nothing, the client did nothing wrong."""
+    with pytest.raises(JobError, match="silent") as caught:
+        store.create("Ada", bytes(48_000), kind="design")
+    assert caught.value.code == "synthesis_failed"
+
+
+def test_recent_recordings_are_not_read_again(store: VoiceStore, tmp_path: Path) -> None:
+    """A voice that speaks often costs the disk nothing, until so many others have spoken since."""
+    voices = [store.create(name, SECOND, kind="clone") for name in "abcde"]
+    loaded = store.load(voices[0].id)
+    for path in (tmp_path / "voices").glob("*.safetensors"):
+        path.rename(path.with_suffix(".away"))
+    assert store.load(voices[0].id) is loaded
+    for path in (tmp_path / "voices").glob("*.away"):
+        path.rename(path.with_suffix(".safetensors"))
+    for voice in voices[1 : RECENT + 1]:
+        store.load(voice.id)
+    again = store.load(voices[0].id)
+    assert again == loaded
+    assert again is not loaded
 
 
 def test_deleted(store: VoiceStore, tmp_path: Path, clock: FakeClock) -> None:
@@ -224,7 +271,7 @@ def test_death_while_writing(store: VoiceStore, tmp_path: Path, clock: FakeClock
     path.rename(path.with_name(path.name + ".part"))
     again = open_store(tmp_path, clock)
     assert again.list() == []
-    assert ".json.part" not in files(tmp_path)
+    assert files(tmp_path) == set()
     again.create("Ada", SECOND, kind="clone")
 
 

@@ -101,20 +101,20 @@ class TestSpeaking:
 
     def test_saved_voice(self, bench: WorkerBench) -> None:
         """A saved voice is the reference, and no preset voice is named beside it."""
-        voice = bench.voices.create("Mine", b"\3\0" * 10, kind="clone", text="what it says")
+        voice = bench.voices.create("Mine", b"\3\7" * 12_000, kind="clone", text="what it says")
         bench.speak("r", "one", voice=voice.id, saved_voice=True)
         bench.speak("x", "one", voice="voice_none", saved_voice=True)
         bench.settle()
         (job,) = bench.engines["m"].admitted
         assert job.voice == ""
         assert job.reference is not None
-        assert (job.reference.pcm, job.reference.text) == (b"\3\0" * 10, "what it says")
+        assert (job.reference.pcm, job.reference.text) == (b"\3\7" * 12_000, "what it says")
         assert (bench.answer("x").code, bench.answer("x").param) == ("voice_not_found", "voice")
 
     def test_saved_voice_without_its_words(self, bench: WorkerBench) -> None:
         """A saved voice can be cloned from its embedding alone; the engine does not take one for the other."""
-        voice = bench.voices.create("Mine", b"\3\0" * 10, kind="clone", text="what it says")
-        other = bench.voices.create("Other", b"\3\0" * 10, kind="clone")
+        voice = bench.voices.create("Mine", b"\3\7" * 12_000, kind="clone", text="what it says")
+        other = bench.voices.create("Other", b"\3\7" * 12_000, kind="clone")
         for name, given, alone in (("r", voice, False), ("s", voice, True), ("t", other, True), ("u", other, False)):
             bench.speak(name, "one", voice=given.id, saved_voice=True, x_vector_only=alone)
         bench.settle()
@@ -898,7 +898,7 @@ class TestTalk:
     def test_ping(self, make_bench: MakeBench) -> None:
         """The loop itself answers, with everything that dashboards read."""
         bench = _loaded(make_bench({"m": 100, "n": 50}, slots=2))
-        voice = bench.voices.create("Mine", b"\0\0", kind="clone")
+        voice = bench.voices.create("Mine", b"\3\7" * 12_000, kind="clone")
         bench.speak("r", "a b", credit=1)
         for name in "stu":
             bench.speak(name, "c", credit=0)
