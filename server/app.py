@@ -9,6 +9,7 @@ from litestar.datastructures import State
 
 from server.auth import require_admin, require_key
 from server.dependencies import dependencies
+from server.edge import Edge
 from server.errors import exception_handlers
 from server.origins import cors_config
 from server.request_ids import put_request_id
@@ -34,7 +35,8 @@ def create_app(settings: Settings) -> Litestar:
             app.state.engine = engine
             yield
 
-    return Litestar(
+    cors = cors_config(settings)
+    app = Litestar(
         route_handlers=[
             *(health.root, health.health, health.ready),
             *(docs.openapi_json, docs.redoc, docs.static_file),
@@ -46,10 +48,13 @@ def create_app(settings: Settings) -> Litestar:
         exception_handlers=exception_handlers(),
         before_send=[put_request_id],
         request_max_body_size=settings.max_body_mb * 1024 * 1024,
-        cors_config=cors_config(settings),
+        cors_config=cors,
         openapi_config=docs.openapi_config(settings.api_title),
         logging_config=None,
     )
+    # Around what Litestar does by itself, its routing and CORS included, which no middleware of its own is.
+    app.asgi_handler = Edge(app.asgi_handler, cors)
+    return app
 
 
 def _guarded(settings: Settings) -> list[Router]:

@@ -16,7 +16,7 @@ from litestar.exceptions import HTTPException, InternalServerException, Validati
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap
 
-from server.draining import DrainingResponse
+from server.request_ids import request_id_of
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -27,6 +27,7 @@ RATE: Final = "rate_limit_error"
 CODES: Final[dict[str, tuple[int, str]]] = {
     "invalid_value": (400, INVALID),
     "invalid_json": (400, INVALID),
+    "invalid_body": (400, INVALID),
     "voice_not_found": (400, INVALID),
     "task_mismatch": (400, INVALID),
     "invalid_audio": (400, INVALID),
@@ -36,6 +37,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "not_found": (404, INVALID),
     "model_not_found": (404, INVALID),
     "method_not_allowed": (405, INVALID),
+    "request_timeout": (408, INVALID),
     "model_busy": (409, INVALID),
     "request_too_large": (413, INVALID),
     "unsupported_media_type": (415, INVALID),
@@ -53,14 +55,27 @@ CODES: Final[dict[str, tuple[int, str]]] = {
 CLIENT_GONE: Final = 499
 """The status of an answer that nobody reads; no contract has it, logs of proxies do."""
 
-_LEFT_WHILE_SENDING: Final = "client disconnected prematurely"
-"""What Litestar says, as a mistake of the server's, of a client that leaves before its body is complete."""
+BODY_STALLED: Final = "body_stalled"
+"""The mark in a request's state that its body stopped coming."""
+
+_BODY_INCOMPLETE: Final = "client disconnected prematurely"
+"""What Litestar says, as a mistake of the server's, where no more of a body comes and it is not complete.
+
+Its sender has left, or is still there and wrote chunks that are none: granian tells the two alike.
+"""
+
+_BROKEN_OFF: Final = "The body broke off, or its chunks are malformed."
+_STALLED: Final = "The rest of the body did not come in time."
+
+_TOO_MANY_PARTS: Final = "Request Entity Too Large"
+"""What Litestar says, with status 400, of a form with more parts than it reads (a thousand)."""
 
 _DOCUMENTED: Final = {
     400: "A field is wrong: `param` names it, `message` says what to do.",
     401: "No API key, or one that is not known (`invalid_api_key`).",
     403: "A key without the admin right (`insufficient_permissions`), or another site's page (`foreign_origin`).",
     404: "There is no such thing (`model_not_found`, `voice_not_found`).",
+    408: "The rest of the body did not come in time (`request_timeout`).",
     409: "The model is in use (`model_busy`).",
     413: "The body or the upload is too large (`request_too_large`).",
     415: "Another media type is expected (`unsupported_media_type`).",
@@ -144,11 +159,9 @@ def headers_of(error: ApiError) -> dict[str, str]:
     return headers
 
 
-def answer(
-    error: ApiError, headers: dict[str, str] | None = None, *, kind: type[Response[Any]] = Response
-) -> Response[ErrorEnvelope]:
+def answer(error: ApiError, headers: dict[str, str] | None = None) -> Response[ErrorEnvelope]:
     """The HTTP response that tells a client of `error`."""
-    return kind(
+    return Response(
         envelope(error),
         status_code=error.status,
         media_type=MediaType.JSON,
@@ -178,31 +191,46 @@ def _our_own(_request: Request[Any, Any, Any], error: Exception) -> Response[Err
 def _of_the_framework(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
     if not isinstance(error, HTTPException):
         raise TypeError(type(error))
-    status = error.status_code
-    if isinstance(error, InternalServerException) and error.detail == _LEFT_WHILE_SENDING:
-        return answer(ApiError("client_gone", "The client went away.", status=CLIENT_GONE))
-    if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+    if isinstance(error, InternalServerException) and error.detail == _BODY_INCOMPLETE:
+        stalled = request.scope["state"].get(BODY_STALLED)
+        code, message = ("request_timeout", _STALLED) if stalled else ("invalid_body", _BROKEN_OFF)
+        return answer(ApiError(code, message))
+    if error.status_code >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
         return unexpected(request, error)
-    message = error.detail
     if isinstance(error, ValidationException):
         return answer(_first_problem(error))
-    if status == http.HTTPStatus.BAD_REQUEST:
-        message = f"{error.detail.rstrip('.')}."
+    # Whatever answers GET answers HEAD.
+    kept = {
+        name: value.replace("GET", "GET, HEAD")
+        for name, value in (error.headers or {}).items()
+        if name.lower() == "allow"
+    }
+    return answer(_in_our_words(request, error), kept)
+
+
+def _in_our_words(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:
+    """What Litestar refuses by itself, before a handler is asked."""
+    status = error.status_code
+    message = f"{error.detail.rstrip('.')}."
+    asked = f"{request.scope['method']} {shown_path(request.scope)}"
+    if error.detail == _TOO_MANY_PARTS and status == http.HTTPStatus.BAD_REQUEST:
+        status = http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        message = "The form has more than a thousand parts."
     elif status == http.HTTPStatus.NOT_FOUND:
-        message = f"There is nothing at {request.scope['method']} {_shown_path(request)}; /docs lists what there is."
+        message = f"There is nothing at {asked}; /docs lists what there is."
     elif status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-        message = f"{request.scope['method']} is not possible at {_shown_path(request)}; the Allow header says what is."
+        message = f"{asked} is not possible; the Allow header says what is."
     elif status == http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        # Only here: an upload that a handler finds too large has been read to its end already.
-        too_large = "The request's body is larger than this server takes (TTS_MAX_BODY_MB)."
-        return answer(ApiError("request_too_large", too_large), kind=DrainingResponse)
-    kept = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
-    return answer(ApiError(_CODE_OF_STATUS.get(status, "invalid_value"), message, status=status), kept)
+        limit_mib = request.app.state.settings.max_body_mb
+        message = f"The request's body is larger than the {limit_mib} MiB that this server takes (TTS_MAX_BODY_MB)."
+    return ApiError(_CODE_OF_STATUS.get(status, "invalid_value"), message, status=status)
 
 
 def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
     """What nobody foresaw: a 500 that says nothing, and a log line that says all."""
-    _log.error("request failed", path=_shown_path(request), exc_info=error)
+    _log.error(
+        "request failed", request_id=request_id_of(request.scope), path=shown_path(request.scope), exc_info=error
+    )
     return answer(ApiError("internal_error", "The server made a mistake; its log says which."))
 
 
@@ -221,6 +249,7 @@ def _first_problem(error: ValidationException) -> ApiError:
     return ApiError("invalid_value", f"{field}: {said}." if field else f"{said}.", param=field)
 
 
-def _shown_path(request: Request[Any, Any, Any]) -> str:
-    path = str(request.scope["path"])
+def shown_path(scope: Any) -> str:
+    """A request's path for people to read; a client may send one of any length."""
+    path = str(scope["path"])
     return path if len(path) <= 200 else path[:200] + "…"  # noqa: PLR2004 - long enough for any path of ours

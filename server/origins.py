@@ -41,7 +41,7 @@ def refuse_foreign(connection: ASGIConnection[Any, Any, Any, Any]) -> None:
     if origin is None:
         # Browsers tell more than one way; old ones sent no Origin with some requests.
         site = connection.headers.get("sec-fetch-site", "")
-        if site == "cross-site" and connection.scope["method"] not in _READING:
+        if site == "cross-site" and connection.scope.get("method") not in _READING:
             raise foreign_origin("another site")
         return
     cors = connection.app.cors_config

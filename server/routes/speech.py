@@ -34,7 +34,7 @@ from shared.protocol import Speak
     summary="Speak a text",
     description="Text in, audio out. Fields that are not known here are ignored.",
     tags=["Speech"],
-    responses=documented(400, 401, 403, 404, 413, 415, 429, 500, 503),
+    responses=documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
 )
 async def create_speech(
     request: Request[Any, Any, Any], data: JSONBody[SpeechRequest], engine: Engine, settings: ServerSettings

@@ -112,7 +112,7 @@ async def list_voices(
     status_code=200,
     guards=[_needs_form],
     exception_handlers={UnicodeDecodeError: _broken_form, LookupError: _broken_form},
-    responses=documented(400, 401, 403, 409, 413, 415, 429, 500, 503),
+    responses=documented(400, 401, 403, 408, 409, 413, 415, 429, 500, 503),
 )
 async def create_voice(
     request: Request[Any, Any, Any],
