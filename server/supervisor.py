@@ -102,7 +102,7 @@ class Supervisor:
                 return
             quick_deaths = 0 if self._clock() - started >= SETTLED_S else quick_deaths + 1
             pause_s = pause_before_restart(quick_deaths)
-            log.error("the GPU worker died; it is started again", cause=_cause(code), pause_s=pause_s)
+            log.error("the GPU worker died; it is started again", cause=cause_of(code), pause_s=pause_s)
             if self._stopping.wait(pause_s):
                 return
             self._restarts += 1
@@ -153,7 +153,8 @@ def pause_before_restart(quick_deaths: int) -> float:
     return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(quick_deaths - 2, 16)))
 
 
-def _cause(code: int | None) -> str:
+def cause_of(code: int | None) -> str:
+    """What a process ended by, in words; None where it could not be started."""
     if code is None:
         return "it could not be started"
     if code < 0:

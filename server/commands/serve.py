@@ -1,11 +1,12 @@
 """`serve`: granian with the web application, and the GPU worker beside it unless TTS_WORKER_URL names one.
 
 It owns the order of start and stop: settings, port, worker, web workers; then web workers (drained), worker.
-Exit codes: 0 stopped, 1 a web worker could not run or the port is taken, 2 wrong settings, 3 the worker's address is.
+Exit codes: 0 stopped, 1 no web worker could start or the port is taken, 2 wrong settings, 3 the worker's address is.
 """
 
 import argparse
 import asyncio
+import ctypes
 import errno
 import math
 import os
@@ -24,7 +25,6 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 import structlog
-from granian import Granian
 from granian.constants import Interfaces
 from granian.log import LogLevels
 from litestar import Litestar
@@ -32,6 +32,7 @@ from litestar import Litestar
 from server.app import from_environment
 from server.commands.environment import checked_settings, environment
 from server.supervisor import Supervisor
+from server.web_workers import WebServer
 from shared.catalog import CatalogError
 from shared.log import set_up_logging
 from shared.settings import PREFIX, Settings, SettingsError, variable_of
@@ -80,7 +81,7 @@ def run(_arguments: argparse.Namespace) -> int:
     os.environ.update({name: value for name, value in environ.items() if name.startswith(PREFIX)})
     signal.signal(signal.SIGTERM, _leave)  # until granian takes over
     if settings.worker_url is not None:
-        return _serve(settings, None)
+        return _serve(settings, _granian(settings))
     try:
         with _private_address() as url:
             os.environ[variable_of("worker_url")] = url
@@ -90,11 +91,14 @@ def run(_arguments: argparse.Namespace) -> int:
         return EXIT_WRONG_SETTINGS
 
 
-def load_application(main_pid: int) -> Litestar:
-    """The web application of one web worker, which ends when granian's main process is gone."""
+def load_application(main_pid: int, served: ctypes.c_bool) -> Litestar:
+    """The web application of one web worker, which ends when granian's main process is gone.
+
+    `served` is set once it serves.
+    """
     threading.Thread(target=_leave_with_parent, args=(main_pid,), name="parent", daemon=True).start()
     application = from_environment()
-    application.on_startup.append(_serving_soon)
+    application.on_startup.append(partial(_serving_soon, served))
     return application
 
 
@@ -114,8 +118,7 @@ def _serve_with_worker(settings: Settings) -> int:
     return supervisor.exit_code or code
 
 
-def _serve(settings: Settings, server: Any) -> int:
-    server = server or _granian(settings)
+def _serve(settings: Settings, server: WebServer) -> int:
     server.on_startup(lambda: _announce(settings))
     # Not one instant may a web worker run with the handlers of this process, which would swallow its SIGTERM.
     os.register_at_fork(before=_hold_the_end_back, after_in_parent=_let_the_end_come, after_in_child=_ignore_interrupts)
@@ -126,15 +129,14 @@ def _serve(settings: Settings, server: Any) -> int:
     return 0
 
 
-def _granian(settings: Settings) -> Any:
-    """Granian's options; a web worker that dies is replaced, and one that does not stop is killed."""
-    return Granian(
+def _granian(settings: Settings) -> WebServer:
+    """Granian's options; a web worker that does not stop is killed."""
+    return WebServer(
         "server.app:from_environment",
         address=settings.host,
         port=settings.port,
         interface=Interfaces.ASGI,
         workers=settings.web_workers,
-        respawn_failed_workers=True,
         workers_kill_timeout=math.ceil(settings.drain_timeout_s),
         log_level=LogLevels(settings.log_level),
         log_dictconfig=_GRANIAN_LOGS,
@@ -198,8 +200,12 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-async def _serving_soon() -> None:
-    asyncio.get_running_loop().call_later(_SERVING_AFTER_S, _let_the_end_come)
+async def _serving_soon(served: ctypes.c_bool) -> None:
+    def serving() -> None:
+        served.value = True
+        _let_the_end_come()
+
+    asyncio.get_running_loop().call_later(_SERVING_AFTER_S, serving)
 
 
 def _leave_with_parent(parent: int) -> None:

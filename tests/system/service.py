@@ -17,12 +17,15 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S: Final = 30.0
 
 
-def eventually(holds: Callable[[], object], timeout_s: float, what: str) -> float:
-    """Wait until `holds()` is true, looking every 10 ms; how many seconds that took. AssertionError after the limit."""
+def eventually(holds: Callable[[], object], timeout_s: float, what: str | Callable[[], str]) -> float:
+    """Wait until `holds()` is true, looking every 10 ms; how many seconds that took. AssertionError after the limit.
+
+    `what` is waited for; a function is asked for it only once it has not come.
+    """
     began = time.monotonic()
     while not holds():
         waited = time.monotonic() - began
-        assert waited < timeout_s, f"not within {timeout_s} s: {what}"
+        assert waited < timeout_s, f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
         time.sleep(0.01)  # between two looks at another process, never in the place of one
     return time.monotonic() - began
 
@@ -90,7 +93,7 @@ class Service:
             assert self.process.poll() is None, self.log.read_text()
             return self.is_ready()
 
-        eventually(ready, timeout_s, "ready; the log says:\n" + self.log.read_text())
+        eventually(ready, timeout_s, lambda: f"ready; the log says:\n{self.log.read_text()}")
         self.start_s = time.monotonic() - self._began
         return self
 
@@ -120,6 +123,7 @@ class Service:
         seen: set[int] = set()
 
         def all_answer() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
             with contextlib.suppress(httpx.TransportError):
                 answer = httpx.get(f"{self.url}/admin/stats", timeout=2, trust_env=False)
                 if answer.status_code == httpx.codes.OK:

@@ -95,18 +95,36 @@ def test_stopped_worker_is_not_ready_and_nothing_hangs(start: Start) -> None:
     assert service.speech("Hello.").status_code == httpx.codes.OK
 
 
+def kill_web_worker(pid: int) -> None:
+    """Kill -9, until nothing is left of it: a zombie may still have threads, and with them its connections."""
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), 5, "the web worker's death")
+
+
 def test_killed_web_worker_is_replaced(start: Start) -> None:
     """Kill -9 of a web worker: the other one goes on at once, another takes its place, the GPU worker stays."""
     service = start(WEB_WORKERS=2)
     service.wait_serving(2)
     pid = service.worker_pid()
     victim = service.stats()["web_pid"]
-    os.kill(victim, signal.SIGKILL)
-    # A zombie may still have threads, and with them its connections; once it is reaped nothing of it is left.
-    eventually(lambda: not Path(f"/proc/{victim}").exists(), 5, "the web worker's death")
+    kill_web_worker(victim)
     assert service.speech("Hello.").status_code == httpx.codes.OK
     assert victim not in service.wait_serving(2)
     assert service.worker_pid() == pid
+
+
+@pytest.mark.parametrize("web_workers", [1, 2])
+def test_web_workers_killed_again_and_again_are_replaced(start: Start, web_workers: int) -> None:
+    """Kill -9 of every web worker, then of every one that took a place, twice: the service goes on."""
+    service = start(WEB_WORKERS=web_workers)
+    pid = service.worker_pid()
+    for _ in range(3):
+        for victim in service.wait_serving(web_workers):
+            kill_web_worker(victim)
+    service.wait_serving(web_workers)
+    assert service.speech("Hello.").status_code == httpx.codes.OK
+    assert service.worker_pid() == pid
+    assert service.stop() == 0
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": False}, {"stream_format": "sse"}], ids=["bytes", "whole", "sse"])
