@@ -1,7 +1,6 @@
 """Running the web application for a test: on a real socket, in the test's own event loop."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from litestar import Litestar
 
 from server.app import create_app
 from shared.settings import Settings
+from tests.ports import free_port
 
 SPEECH = "/v1/audio/speech"
 
@@ -54,13 +54,6 @@ async def becomes(check: Any, timeout_s: float = 5.0) -> None:
         return bool(check())
 
     await until(checked, timeout_s)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def answers(client: httpx.AsyncClient, path: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.service import free_port
+from tests.ports import free_port
 
 ROOT = str(Path(__file__).parents[2])
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+
+from tests.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S: Final = 30.0
@@ -28,14 +29,6 @@ def eventually(holds: Callable[[], object], timeout_s: float, what: str | Callab
         assert waited < timeout_s, f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
         time.sleep(0.01)  # between two looks at another process, never in the place of one
     return time.monotonic() - began
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def children_of(pid: int) -> set[int]:

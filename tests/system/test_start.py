@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.service import ROOT, Service, free_port
+from tests.ports import free_port
+from tests.system.service import ROOT, Service
 
 
 def run(module: str, directory: Path, **settings: object) -> "subprocess.CompletedProcess[str]":

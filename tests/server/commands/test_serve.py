@@ -13,6 +13,7 @@ import pytest
 from server.__main__ import main
 from server.commands.environment import checked_settings, environment
 from shared.settings import SettingsError
+from tests.ports import free_port
 
 ROOT = str(Path(__file__).parents[3])
 
@@ -99,9 +100,7 @@ def test_an_unknown_command_is_refused() -> None:
 
 def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
     """Exit code 0, no child left, and the private folder of the worker's socket removed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environ = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(tmp_path), "TTS_PORT": str(port)}
     with subprocess.Popen(
         [sys.executable, "-m", "server"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
@@ -126,9 +125,7 @@ def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
     """Stopped while its processes are still starting, the service ends at once and leaves nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environ = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(tmp_path), "TTS_PORT": str(port)}
     with subprocess.Popen(
         [sys.executable, "-m", "server"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
