@@ -964,7 +964,9 @@ class TestFigures:
         bench.credit("r", 9)
         bench.settle()
         assert bench.words("r") == "a b c"
-        assert bench.snapshot().figures["m"].underrun_s.sum == pytest.approx(0.0, abs=0.01)
+        figures = bench.snapshot().figures["m"]
+        assert figures.underrun_s.sum == pytest.approx(0.0, abs=0.01)
+        assert figures.real_time_factor.sum == pytest.approx(0.0, abs=1.0)
 
     def test_given_up(self, bench: WorkerBench) -> None:
         """A stream that is cancelled was heard to begin, and says nothing of how it would have ended."""
@@ -986,8 +988,11 @@ class TestFigures:
         bench.engines["m"].step_troubles.append(MemoryError())
         bench.speak("t", "a")
         bench.settle()
+        bench.engines["m"].admit_troubles.append(MemoryError())
+        bench.speak("u", "a")
+        bench.settle()
         figures = bench.snapshot().figures["m"]
-        assert (figures.failed_moves, figures.out_of_memory) == ({"load": 1}, 1)
+        assert (figures.failed_moves, figures.out_of_memory) == ({"load": 1}, 2)
         assert sum(figures.moves_s["load"].counts) == 1
 
     def test_settings(self, bench: WorkerBench) -> None:

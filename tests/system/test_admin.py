@@ -1,17 +1,24 @@
 """The admin endpoints over the real service: the shapes that API clients rely on, and figures that are true."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final, cast
 
 import httpx
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from shared.settings import Settings
 from tests.recogniser import SENTENCES
-from tests.system.residents import EXACT_MALLOC, LARGE, SMALL, Residents, checkpoints, model_paths
-from tests.system.service import Service, eventually, resident_bytes
+from tests.system.residents import EXACT_MALLOC, FRAMES, LARGE, SMALL, Residents, checkpoints, model_paths
+from tests.system.service import ROOT, START_TIMEOUT_S, Service, eventually, resident_bytes
 from tests.system.test_faults import slow_reader
 
 MIB: Final = 2**20
@@ -369,3 +376,116 @@ class TestConfig:
         assert (config["default_device"], config["default_model_size"]) == ("cpu", "1.7B")
         assert (config["attention_backend"], config["port"]) == ("sdpa", models.service.port)
         assert config["model_paths"] == {model: str(path) for model, path in checkpoints().items()}
+        assert config["default_model"] == ESPEAK
+
+    def test_of_the_worker(self, tmp_path: Path, start: Callable[..., Service]) -> None:
+        """Where the two sides run apart, what the worker acts by is told as the worker has it."""
+        directory = tmp_path / "run"
+        directory.mkdir(mode=0o700)
+        url = f"ipc://{directory}/worker.ipc"
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
+        theirs = {"IDLE_TIMEOUT": "7", "CLEANUP_INTERVAL": "3", "CLEANUP_ENABLED": "false", "DEFAULT_DEVICE": "cpu"}
+        environment = {
+            **plain,
+            **{f"TTS_{name}": value for name, value in theirs.items()},
+            "TTS_WORKER_URL": url,
+            "TTS_VOICES_DIR": str(tmp_path / "voices"),
+            "PYTHONPATH": str(ROOT),
+        }
+        worker = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=tmp_path, env=environment)
+        try:
+            service = start(WORKER_URL=url, IDLE_TIMEOUT=9, MAX_INPUT_CHARS=50)
+            config = service.http.get("/admin/config").json()
+            assert (config["idle_timeout"], config["cleanup_interval"], config["cleanup_enabled"]) == (7, 3, False)
+            # "auto" in both environments: the worker has found out what that means.
+            assert (config["default_device"], config["default_model"]) == ("cpu", ESPEAK)
+            assert (config["max_input_chars"], config["port"]) == (50, service.port)
+            last = service.http.post("/admin/cleanup").json()
+            assert (last["idle_timeout"], last["cleanup_interval"], last["status"]) == (7, 3, "disabled")
+            assert service.stats()["worker"]["restarts"] == 0
+            assert service.stop() == 0
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+class TestStats:
+    """GET /admin/stats."""
+
+    def test_streams(self, models: Residents) -> None:
+        """Each stream is listed while it lasts, with how far it is, and without a word of what it says."""
+        assert models.service.stats()["streams"] == []
+        text, fields = " ".join(SENTENCES * 20), models.fields(SMALL, stream=True, max_new_tokens=None)
+        with models.service.stream(text, **fields) as answer:
+            next(answer.iter_raw())
+            eventually(lambda: models.service.stats()["streams"], 5, "a stream")
+            stats = models.service.http.get("/admin/stats")
+            [stream] = stats.json()["streams"]
+        assert stream.keys() == {"id", "model", "client", "state", "age_s", "audio_s"}
+        assert stream["id"].startswith(answer.headers["x-request-id"])
+        assert (stream["model"], stream["client"]) == (SMALL, "peer:127.0.0.1")
+        assert stream["state"] in {"speaking", "stalled"}
+        assert stream["audio_s"] > 0
+        assert 0 < stream["age_s"] < 120
+        assert SENTENCES[0] not in stats.text
+        eventually(lambda: not models.service.stats()["streams"], 10, "its end")
+
+    def test_restarts(self, start: Callable[..., Service]) -> None:
+        """Every web worker tells the same number, one that was born after the GPU worker's death as well."""
+        service = start(WEB_WORKERS=2)
+        os.kill(service.worker_pid(), signal.SIGKILL)
+        eventually(service.is_ready, START_TIMEOUT_S, "ready again")
+        witness, *_ = service.wait_serving(2)
+        os.kill(witness, signal.SIGKILL)
+        told: dict[int, list[int]] = {}
+
+        def two_others_tell() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                stats = httpx.get(f"{service.url}/admin/stats", timeout=2, trust_env=False)
+                if stats.status_code == httpx.codes.OK:
+                    figures = httpx.get(f"{service.url}/metrics", timeout=2, trust_env=False).text
+                    seen = [line for line in figures.splitlines() if line.startswith("tts_worker_restarts_total")]
+                    assert seen in ([], ["tts_worker_restarts_total 1.0"])
+                    told.setdefault(stats.json()["web_pid"], []).append(stats.json()["worker"]["restarts"])
+            return len(told.keys() - {witness}) == 2
+
+        eventually(two_others_tell, START_TIMEOUT_S, "two web workers")
+        assert {restarts for heard in told.values() for restarts in heard} == {1}
+
+
+class TestMetrics:
+    """GET /metrics."""
+
+    def figures(self, models: Residents) -> dict[tuple[str, ...], float]:
+        """What is told of SMALL: by a sample's name and the values of its other labels."""
+        models.vram()  # a snapshot of now
+        text = models.service.http.get("/metrics").text
+        return {
+            (sample.name, *(value for name, value in sorted(sample.labels.items()) if name != "model")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.labels.get("model") == SMALL
+        }
+
+    def test_speech_and_moves(self, models: Residents) -> None:
+        """What one request adds: its loading, its first sound, and how it would have been heard."""
+        before = self.figures(models)
+        began = time.monotonic()
+        models.say(SMALL)
+        took_s = time.monotonic() - began
+        idle(models, SMALL)
+        cleanup(models, trigger="true")
+        after = self.figures(models)
+
+        def more(*name: str) -> float:
+            return after[name] - before.get(name, 0.0)
+
+        for move in ("load", "offload"):
+            assert more("tts_model_moves_total", move) == 1
+        for histogram in ("tts_time_to_first_audio_seconds", "tts_real_time_factor", "tts_underrun_seconds"):
+            assert more(f"{histogram}_count") == 1
+        loaded_s = more("tts_model_move_seconds_sum", "load")
+        assert 0 < loaded_s < more("tts_time_to_first_audio_seconds_sum") < took_s
+        # Four frames of 80 ms: the factor is the rest of the time by that, whoever else uses this machine.
+        assert 0 < more("tts_real_time_factor_sum") * FRAMES * 0.08 < took_s - loaded_s
+        assert 0 <= more("tts_underrun_seconds_sum") < took_s
