@@ -12,6 +12,7 @@ from server.dependencies import dependencies
 from server.edge import Edge
 from server.errors import exception_handlers
 from server.origins import cors_config
+from server.recordings import Recordings
 from server.request_ids import put_request_id
 from server.routes import admin, docs, health, metrics, models, speech, voices
 from server.zmq_engine import ZmqEngineClient
@@ -33,6 +34,7 @@ def create_app(settings: Settings) -> Litestar:
         # Here and not earlier: granian forks, and neither sockets nor an event loop survive that.
         async with ZmqEngineClient(url, settings.worker_token) as engine:
             app.state.engine = engine
+            app.state.recordings = Recordings(allow_urls=settings.allow_ref_urls)
             yield
 
     cors = cors_config(settings)

@@ -1,4 +1,4 @@
-"""What handlers ask for by name: the engine client and the settings, provided by app.py."""
+"""What handlers ask for by name: the engine client, the settings and the decoding of recordings, provided by app.py."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ from litestar.di import NamedDependency, Provide
 from litestar.params import SkipValidation
 
 from server.engine_client import EngineClient
+from server.recordings import Recordings
 from shared.settings import Settings
 
 Engine = NamedDependency[SkipValidation[EngineClient]]
 ServerSettings = NamedDependency[SkipValidation[Settings]]
+SentRecordings = NamedDependency[SkipValidation[Recordings]]
 
 
 def _engine(state: State) -> Any:
@@ -21,9 +23,14 @@ def _settings(state: State) -> Any:
     return state.settings
 
 
+def _recordings(state: State) -> Any:
+    return state.recordings
+
+
 def dependencies() -> dict[str, Provide]:
     """The providers; `state` holds what app.py put there."""
     return {
         "engine": Provide(_engine, sync_to_thread=False),
         "settings": Provide(_settings, sync_to_thread=False),
+        "recordings": Provide(_recordings, sync_to_thread=False),
     }

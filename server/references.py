@@ -1,85 +1,36 @@
-"""Recordings that clients send, or name by URL: bounded, checked and brought to 24 kHz mono int16 PCM.
+"""Recordings that clients name by URL: fetched from the public internet alone, bounded in size and time.
 
-It owns everything that touches untrusted audio. Containers and codecs are those of a short list, the demuxer is chosen
-here by the first bytes (FFmpeg never guesses, so playlists and the like cannot come up), and FFmpeg opens nothing.
+It knows nothing of what is in them.
 """
 
-import array
 import asyncio
 import http.client
 import io
 import ipaddress
 import socket
 import ssl
-import struct
 import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
+from typing import IO, Final
 
-import av
-import av.error
+from server.decoding import MAX_REFERENCE_BYTES, InvalidAudioError
 
-from shared.pcm import BYTES_PER_SAMPLE, SAMPLE_RATE, bytes_for, seconds_of
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
-
-MAX_REFERENCE_BYTES: Final = 10 * 2**20
 FETCH_TIMEOUT_S: Final = 15.0
 
 _MAX_REDIRECTS: Final = 3
-_MAX_STREAMS: Final = 8
-_MAX_CHANNELS: Final = 8
-_SAMPLE_RATES: Final = range(8_000, 192_001)
-_SILENCE: Final = 66
-"""0.2 per cent of full scale (-54 dB): a recording that stays below holds no voice."""
-_TRUNCATED_BY_S: Final = 0.5
-"""How much less than its header says a recording may hold; encoders' delays and rounded headers stay well below."""
-_UNKNOWN_WAV_SIZE: Final = 0x7FFF_0000
-"""Sizes from here on stand for a WAV that was streamed."""
 _HEADER_BYTES: Final = 64 * 1024
 """What an HTTP answer may hold beside its body: header lines and the marks of chunks."""
 
-_CODECS: Final = {"flac", "mp3", "mp3float", "aac", "alac", "vorbis", "opus", "libopus", "libvorbis"}
-"""Beside pcm_*: what voice recorders write. Everything else FFmpeg could decode stays out of reach."""
-
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
-_6TO4: Final = ipaddress.ip_network("2002::/16")
+_GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is given out to anybody; wrapped, translated, site-local and reserved addresses lie outside."""
+_NOT_GLOBAL: Final = [
+    ipaddress.ip_network(network)
+    # Protocols' own (Teredo among them), documentation, 6to4, and documentation again.
+    for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+]
+"""Parts of it that nobody may be reached at, or that carry an IPv4 address inside. Python 3.11 knows half of them."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-class InvalidAudioError(Exception):
-    """The recording cannot be used; the message tells the client why, and is a clause without a capital."""
-
-
-def decode_reference(data: bytes, *, min_seconds: float, max_seconds: float) -> bytes:
-    """The recording in `data` (wav flac mp3 ogg aac m4a webm …) as 24 kHz mono int16 little-endian PCM.
-
-    Decoding ends at `max_seconds`, so that a small file cannot become a large one.
-    Raises InvalidAudioError where it is too short, too long, silent, incomplete, or no audio.
-    """
-    if len(data) > MAX_REFERENCE_BYTES:
-        raise InvalidAudioError(f"the recording is larger than {MAX_REFERENCE_BYTES // 2**20} MiB")
-    demuxer = _demuxer_of(data)
-    if demuxer is None:
-        raise InvalidAudioError("this is no audio file of a kind that is understood (wav, flac, mp3, ogg, m4a, webm)")
-    try:
-        pcm, told_s = _decoded(data, demuxer, bytes_for(max_seconds))
-    except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-        raise InvalidAudioError("the recording is damaged or incomplete and cannot be decoded") from error
-    seconds = seconds_of(pcm)
-    if seconds > max_seconds:
-        raise InvalidAudioError(f"the recording is longer than {max_seconds:g} s")
-    if told_s is not None and seconds < told_s - _TRUNCATED_BY_S:
-        raise InvalidAudioError(
-            f"the recording is cut off: its header tells of {told_s:.1f} s, it holds {seconds:.1f} s"
-        )
-    if seconds < min_seconds:
-        raise InvalidAudioError(f"the recording is too short: {seconds:.2f} s, at least {min_seconds:g} s are needed")
-    if max(map(abs, array.array("h", pcm)), default=0) < _SILENCE:
-        raise InvalidAudioError("the recording is silent")
-    return pcm
 
 
 def fetch_reference(
@@ -101,100 +52,18 @@ def fetch_reference(
         return asyncio.run(asyncio.wait_for(work, timeout_s))
     except TimeoutError:
         raise InvalidAudioError(f"the URL did not answer completely within {timeout_s:g} s") from None
-    except (OSError, http.client.HTTPException, asyncio.IncompleteReadError) as error:
+    # What an answer says may be no URL, or a length that is no index: urllib and http.client raise Python's own errors.
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         raise InvalidAudioError("the URL cannot be fetched") from error
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet, also where it carries an IPv4 one inside."""
+    """Whether an address belongs to the public internet; an IPv4 one in IPv6's form is what it is as IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
-        if address in _NAT64 or address in _6TO4 or address.teredo is not None:
-            return False
+        return address in _GLOBAL_UNICAST and not any(address in network for network in _NOT_GLOBAL)
     return address.is_global and not address.is_multicast
-
-
-def _demuxer_of(data: bytes) -> str | None:
-    """FFmpeg's name of the container that `data` begins as."""
-    head = data[:12]
-    found = None
-    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
-        found = "wav"
-    elif head[:4] == b"fLaC":
-        found = "flac"
-    elif head[:4] == b"OggS":
-        found = "ogg"
-    elif head[4:8] == b"ftyp":
-        found = "mov"
-    elif head[:4] == b"\x1a\x45\xdf\xa3":
-        found = "matroska"
-    elif head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        found = "aiff"
-    elif head[:3] == b"ID3":
-        found = "mp3"
-    elif len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # noqa: PLR2004 -- eleven bits of MPEG sync
-        found = "mp3" if head[1] & 0x06 else "aac"
-    return found
-
-
-def _decoded(data: bytes, demuxer: str, max_bytes: int) -> tuple[bytes, float | None]:
-    """PCM, a little more than `max_bytes` where there is more, and how long the recording's header says it is."""
-    options = {"protocol_whitelist": "none", "format_whitelist": demuxer, "max_streams": str(_MAX_STREAMS)}
-    pcm = bytearray()
-    with av.open(io.BytesIO(data), "r", format=demuxer, options=options, io_open=_open_nothing) as container:
-        if not container.streams.audio:
-            raise InvalidAudioError("the file holds no audio")
-        stream = container.streams.audio[0]
-        codec = stream.codec_context
-        if codec.name not in _CODECS and not codec.name.startswith("pcm_"):
-            raise InvalidAudioError(f"recordings in {codec.name} are not understood")
-        if codec.sample_rate not in _SAMPLE_RATES or not 1 <= codec.channels <= _MAX_CHANNELS:
-            raise InvalidAudioError(
-                f"{codec.sample_rate} Hz with {codec.channels} channels is not a recording of a voice"
-            )
-        codec.thread_count = 1
-        told_s = _told_seconds(data, demuxer, container)
-        resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
-        for frame in container.decode(stream):
-            for piece in resampler.resample(frame):
-                pcm += bytes(piece.planes[0])[: piece.samples * BYTES_PER_SAMPLE]
-            if len(pcm) > max_bytes:
-                return bytes(pcm), None
-        for piece in resampler.resample(None):
-            pcm += bytes(piece.planes[0])[: piece.samples * BYTES_PER_SAMPLE]
-    return bytes(pcm), told_s
-
-
-def _told_seconds(data: bytes, demuxer: str, container: "InputContainer") -> float | None:
-    """How long the recording's own header says it is; None where it says nothing and FFmpeg would only estimate."""
-    stream = container.streams.audio[0]
-    if demuxer == "wav":
-        return _wav_seconds(data)
-    if demuxer == "matroska":
-        return container.duration / av.time_base if container.duration else None
-    has_header = demuxer in {"flac", "mov", "aiff"} or (
-        demuxer == "mp3" and any(mark in data[:_HEADER_BYTES] for mark in (b"Xing", b"Info"))
-    )
-    return float(stream.duration * stream.time_base) if has_header and stream.duration and stream.time_base else None
-
-
-def _wav_seconds(data: bytes) -> float | None:
-    """The length that a WAV header tells; None where it was written before the length was known."""
-    position, bytes_a_second = 12, 0
-    while position + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, position)
-        if name == b"fmt " and position + 20 <= len(data):
-            bytes_a_second = int(struct.unpack_from("<I", data, position + 16)[0])
-        if name == b"data":
-            known = 0 < size < _UNKNOWN_WAV_SIZE and bytes_a_second > 0
-            return size / bytes_a_second if known else None
-        position += 8 + size + size % 2
-    return None
-
-
-def _open_nothing(*_arguments: Any) -> NoReturn:
-    raise PermissionError("a recording has no other files")
 
 
 async def _fetch(

@@ -11,17 +11,16 @@ from litestar.params import JSONBody
 
 from server.answers import Answer
 from server.auth import client_of
-from server.dependencies import Engine, ServerSettings
+from server.dependencies import Engine, SentRecordings, ServerSettings
 from server.encoding import CONTENT_TYPES, Encoder
 from server.engine_client import INITIAL_CREDIT, EngineClient
 from server.errors import ApiError, documented
 from server.json_body import SpeechJson
-from server.recordings import recording_in
 from server.request_ids import request_id_of
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
 from server.saved_voices import find_saved_voice
 from server.schemas import SpeechRequest
-from server.streams import can_break
+from server.streams import can_break, while_there
 from shared.protocol import Speak
 
 
@@ -37,7 +36,11 @@ from shared.protocol import Speak
     responses=documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
 )
 async def create_speech(
-    request: Request[Any, Any, Any], data: JSONBody[SpeechRequest], engine: Engine, settings: ServerSettings
+    request: Request[Any, Any, Any],
+    data: JSONBody[SpeechRequest],
+    engine: Engine,
+    settings: ServerSettings,
+    recordings: SentRecordings,
 ) -> Response[Any]:
     """Speak `data`; see the module's first lines for what holds."""
     check_input(data.input, settings.max_input_chars)
@@ -46,7 +49,9 @@ async def create_speech(
     whole = data.stream is False or (data.stream_format != "sse" and not can_break(request))
     client = client_of(settings, request)
     resolved = await _resolve(data, engine, client)
-    reference = await recording_in(data.ref_audio, settings) if data.ref_audio is not None else None
+    reference = None
+    if data.ref_audio is not None:
+        reference = await while_there(request, recordings.pcm_in(data.ref_audio))
     speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
     try:
         audio_format = data.response_format or "mp3"

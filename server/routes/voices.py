@@ -15,10 +15,9 @@ from litestar.params import Body, FromPath, QueryParameter
 from msgspec import Meta
 
 from server.auth import client_of
-from server.dependencies import Engine, ServerSettings
+from server.dependencies import Engine, SentRecordings, ServerSettings
 from server.engine_client import EngineClient
 from server.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
-from server.recordings import pcm_of
 from server.resolution import model_named
 from server.routes.models import known, state_of
 from server.saved_voices import find_saved_voice
@@ -119,6 +118,7 @@ async def create_voice(
     data: Annotated[VoiceForm, Body(media_type=RequestEncodingType.MULTI_PART)],
     engine: Engine,
     settings: ServerSettings,
+    recordings: SentRecordings,
 ) -> SavedVoiceObject:
     """Clone a voice from a recording (1 to 60 s, at most 10 MiB), or let a description make one."""
     name = data.name.strip()
@@ -131,7 +131,8 @@ async def create_voice(
             raise ApiError("invalid_value", "prompt: describe the voice.", param="prompt")
         action = DesignVoice(name=name, prompt=data.prompt or "", description=data.description or "")
     else:
-        pcm = await _sample(data.audio_sample)
+        sample = await _sample(data.audio_sample)
+        pcm = await while_there(request, recordings.pcm_of(sample, "audio_sample"))
         action = CloneVoice(
             name=name,
             text=(data.ref_text or "").strip() or None,
@@ -182,7 +183,7 @@ async def _sample(upload: UploadFile | None) -> bytes:
     if len(data) > MAX_SAMPLE_BYTES:
         said = f"audio_sample: larger than {MAX_SAMPLE_BYTES // 1024 // 1024} MiB."
         raise ApiError("request_too_large", said, param="audio_sample")
-    return await pcm_of(data, "audio_sample")
+    return data
 
 
 async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
