@@ -152,6 +152,7 @@ class Layer(Weights):
         self.kv_heads = shape.num_key_value_heads
         self.head_dim = shape.head_dim
         self.half = shape.head_dim // 2
+        self.inner = shape.intermediate_size
         self.input_norm = Norm(weights[f"{prefix}input_layernorm.weight"], shape.rms_norm_eps)
         self.post_norm = Norm(weights[f"{prefix}post_attention_layernorm.weight"], shape.rms_norm_eps)
         query, key = (weights[f"{prefix}self_attn.{name}_norm.weight"] for name in "qk")
@@ -174,8 +175,8 @@ class Layer(Weights):
         qk = torch.addcmul(qk * cos, turned, sin) if qk.dtype == torch.float32 else qk * cos + turned * sin
         query, key = qk.split_with_sizes((self.heads, self.kv_heads), 1)
         x = self.out.add_to(x, attend(index, query, key, value))
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, -1)
-        return self.down.add_to(x, functional.silu(gate) * up)
+        gate, up = self.gate_up(self.post_norm(x)).split_with_sizes((self.inner, self.inner), 1)
+        return self.down.add_to(x, functional.silu(gate).mul_(up))
 
 
 class Stack(Weights):

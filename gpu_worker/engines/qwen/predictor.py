@@ -31,6 +31,8 @@ class FrameCache:
         self._first = [cache[:, :, :2].unbind() for cache in caches]
         self._new = [[cache[:, :, i].unbind() for i in range(size[2])] for cache in caches]
         self._seen = [[cache[:, :, : i + 1].transpose(2, 3).unbind() for i in range(size[2])] for cache in caches]
+        self.input = like.new_zeros(rows, shape.hidden_size)
+        """What a forward after the first reads: the embeddings of the codes just chosen, and rows of padding."""
         self.position = 0
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -70,12 +72,16 @@ class Predictor(Weights):
         self.groups = shape.num_code_groups
         self._shape = shape
         self._attention = attention
-        self._generation = generation
+        self._top_k = generation.subtalker_top_k
         first, rest = talker.vocab_size, shape.vocab_size
         self._bounds = [(0, first), *((first + i * rest, first + (i + 1) * rest) for i in range(self.groups - 2))]
         self.stack = Stack(weights, f"{prefix}model.", shape)
-        heads = [weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)]
-        self.heads = [Linear(head) for head in self.stack.norm.fold_into(heads)]
+        heads = self.stack.norm.fold_into([weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)])
+        self._temperature = generation.subtalker_temperature
+        if heads[0].dtype == torch.float32:  # elsewhere logits are rounded before they are divided
+            heads = [head / self._temperature for head in heads]
+            self._temperature = 1.0
+        self.heads = [Linear(head) for head in heads]
         self.projection: Linear | None = None
         self.table = table
         if talker.hidden_size != shape.hidden_size:
@@ -105,28 +111,30 @@ class Predictor(Weights):
         codes = [code]
         if self.projection is not None:
             hidden = self.projection(hidden)
-        x = torch.stack((hidden, pad_rows(self._embedding(0, code))), 1).flatten(0, 1)
+        embedded = pad_rows(self._rows_of(0).index_select(0, code))
+        x = torch.stack((hidden, embedded), 1).flatten(0, 1)
         cos, sin = self._first_rope
         cache.position = 0
         x = self.stack(x, (cos.repeat(rows, 1, 1), sin.repeat(rows, 1, 1)), cache).unflatten(0, (rows, 2))[:, 1]
+        given = cache.input if live == rows else cache.input[:live]
         for group in range(1, self.groups):
-            code = self._choose(self.heads[group - 1](self.stack.norm(x))[:live], levels[group - 1])
+            logits = self.heads[group - 1](self.stack.norm(x))
+            code = self._choose(logits if live == rows else logits[:live], levels[group - 1])
             codes.append(code)
             if group < self.groups - 1:
                 cache.position = group + 1
-                x = self.stack(pad_rows(self._embedding(group, code)), self._rope[group + 1], cache)
+                torch.index_select(self._rows_of(group), 0, code, out=given)
+                x = self.stack(cache.input, self._rope[group + 1], cache)
         return torch.stack(codes, 1)
 
     def forget(self) -> None:
         """Drop scratch memory; it comes back when it is needed."""
         self._caches.clear()
 
-    def _embedding(self, group: int, code: Tensor) -> Tensor:
+    def _rows_of(self, group: int) -> Tensor:
+        """The embeddings of a codebook's codes."""
         start, stop = self._bounds[group]
-        return self.table[start:stop].index_select(0, code)
+        return self.table[start:stop]
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        generation = self._generation
-        return sample_fixed(
-            logits, uniform, top_k=generation.subtalker_top_k, temperature=generation.subtalker_temperature
-        )
+        return sample_fixed(logits, uniform, top_k=self._top_k, temperature=self._temperature)

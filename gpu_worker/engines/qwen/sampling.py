@@ -81,7 +81,7 @@ def sample_fixed(logits: Tensor, uniform: Tensor, *, top_k: int, temperature: fl
     """
     if logits.dtype == torch.float32:
         values, ids = best(logits, top_k)
-        values = values / temperature
+        values = values if temperature == 1 else values / temperature
     else:
         values, ids = best(logits.float(), min(top_k + WIDTH // 4, logits.shape[-1]))
         values = values / temperature
