@@ -164,6 +164,7 @@ def build_worker(
         room=lambda: _room(probe.device()),
     )
     loader = Loader(catalog, registry.open, probe, inbox.put)
+        start_device=probe.start,
     default_model = registry.default_model()
     registry.prepare()
     options = ResidencyOptions(

@@ -26,7 +26,7 @@ _KIND_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_des
 
 
 class Registry:
-    """Opens engines for the models of the catalogue, on one device, with one speech tokenizer for all of them.
+    """Opens engines for the models of the catalogue, on one device.
 
     Engines are opened by one thread at a time; everything else may be asked from any.
     """
@@ -36,18 +36,22 @@ class Registry:
         settings: Settings,
         specs: Sequence[ModelSpec],
         device: Literal["cuda", "cpu"],
+        *,
         progress: Callable[[str, str], None] = lambda _model, _detail: None,
         room: Callable[[], int] | None = None,
+        start_device: Callable[[], None] = lambda: None,
     ) -> None:
         """`progress` hears, from the thread that opens, how far a model's download has come.
 
         `room` tells it how many bytes of the device may still be taken; None: all that are free.
+        `start_device` is called once, by the thread that opens, before anything of the device is used.
         """
         self._settings = settings
         self._specs = list(specs)
         self._device: Literal["cuda", "cpu"] = device
         self._progress = progress
         self._room = room
+        self._start_device = start_device
         self._options: QwenOptions | None = None
 
     def problem_of(self, spec: ModelSpec) -> str | None:
@@ -111,11 +115,11 @@ class Registry:
         directory = self._directory_of(spec, allow_download=self._settings.allow_download)
         from gpu_worker.engines.qwen.loader import open_engine  # noqa: PLC0415 -- imports torch
 
-        return open_engine(directory, self._qwen_options(directory))
+        return open_engine(directory, self._qwen_options())
 
     def shared_bytes(self) -> dict[str, int]:
         """Device bytes that several models use together, by purpose."""
-        return {} if self._options is None else {"codec": self._options.codec.bytes}
+        return {} if self._options is None else {"codec": self._options.codecs.bytes}
 
     def default_model(self) -> str:
         """The model that a request without one means.
@@ -168,17 +172,17 @@ class Registry:
             raise JobError("model_unavailable", f"{directory / 'config.json'}: {problem}")
         return directory
 
-    def _qwen_options(self, directory: Path) -> "QwenOptions":
-        """How every Qwen3-TTS engine is opened; the first one brings the speech tokenizer, which all of them share."""
+    def _qwen_options(self) -> "QwenOptions":
+        """How every Qwen3-TTS engine is opened; what they share is in it."""
         if self._options is None:
             import torch  # noqa: PLC0415 -- two seconds that only this engine is worth
 
-            from gpu_worker.engines.qwen.codec import Codec  # noqa: PLC0415 -- imports torch
+            from gpu_worker.engines.qwen.codecs import Codecs  # noqa: PLC0415 -- imports torch
             from gpu_worker.engines.qwen.loader import QwenOptions, compute_dtype  # noqa: PLC0415 -- imports torch
 
             dtype = compute_dtype(self._device, self._settings.dtype)
             self._options = QwenOptions(
-                codec=Codec(directory, dtype=dtype, device=torch.device(self._device)),
+                codecs=Codecs(dtype=dtype, device=torch.device(self._device)),
                 device=self._device,
                 dtype=self._settings.dtype,
                 attention_backend=self._settings.attention_backend,
@@ -189,3 +193,4 @@ class Registry:
                 room=self._room,
             )
         return self._options
+            self._start_device()

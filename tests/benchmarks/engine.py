@@ -19,7 +19,7 @@ import torch
 
 from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.checkpoint import read_config
-from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
 from gpu_worker.engines.qwen.official import load_official
@@ -146,10 +146,8 @@ def _timed(function: Callable[..., Any], stages: dict[str, float], stage: str, c
 
 
 def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
-    device = torch.device(arguments.device)
-    codec = Codec(directory, dtype=getattr(torch, arguments.codec_dtype), device=device)
     options = QwenOptions(
-        codec=codec,
+        codecs=Codecs(dtype=getattr(torch, arguments.codec_dtype), device=torch.device(arguments.device)),
         device=arguments.device,
         dtype=arguments.dtype,
         attention_backend=arguments.attention,

@@ -14,7 +14,14 @@ import msgspec
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.config import GenerationConfig, ModelConfig, Shape
-from gpu_worker.engines.qwen.weights import load_tensors, read_headers, require, tensor_files, unavailable
+from gpu_worker.engines.qwen.weights import (
+    fingerprint,
+    load_tensors,
+    read_headers,
+    require,
+    tensor_files,
+    unavailable,
+)
 
 if TYPE_CHECKING:  # finding a checkpoint must not cost the seconds that importing torch takes
     import torch
@@ -139,6 +146,16 @@ def load_codec_weights(
 ) -> "dict[str, Tensor]":
     """As `load_weights`, of the speech tokenizer ("decoder.", "encoder.")."""
     return load_tensors(tensor_files(directory / SPEECH_TOKENIZER), prefix, dtype=dtype, device=device)
+
+
+def codec_fingerprint(directory: Path) -> bytes:
+    """Equal for checkpoints that bring the same speech tokenizer. Raises as `load_weights` does."""
+    codec = directory / SPEECH_TOKENIZER
+    path = codec / "config.json"
+    try:
+        return path.read_bytes() + fingerprint(tensor_files(codec))
+    except OSError as error:
+        raise unavailable(path, f"cannot be read: {error.strerror}") from error
 
 
 _T = TypeVar("_T")

@@ -1,19 +1,21 @@
 """Who runs the model's functions: as they are (CPU), or as CUDA graphs captured at load.
 
-It owns batch sizes, padding and captured graphs. It decides nothing about requests,
+It owns batch sizes and padding. It decides nothing about requests,
 and the arithmetic is the Generator's: one code path, two executors.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import msgspec
 import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.generation import Generator
+from gpu_worker.engines.qwen.graphs import Graphs, Key
 from gpu_worker.engines.qwen.prompt import Prompt
+from gpu_worker.engines.qwen.streams import Streams
 from gpu_worker.engines.qwen.talker import Rows
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -56,6 +58,10 @@ class Executor(Protocol):
         """Forget everything that refers to device memory; `prepare` brings it back."""
         ...
 
+    def memory(self) -> dict[str, int]:
+        """Device bytes that `release` frees, by purpose."""
+        ...
+
 
 def slots_needed(slots: int, device: torch.device) -> int:
     """Rows that the state must have for `slots` requests: batches of fixed sizes, and a row for padding, on CUDA."""
@@ -91,50 +97,9 @@ class EagerExecutor:
         """See Executor."""
         self._generator.predictor.forget()
 
-
-class Graphs:
-    """Captured functions by key, in one memory pool.
-
-    They are recorded on a stream of their own: graphs recorded on one stream share a cuBLAS workspace,
-    and those of two `Graphs` may run side by side.
-    """
-
-    def __init__(self) -> None:
-        self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-
-    def run(self, key: tuple[str, int, int], function: Callable[[], None]) -> None:
-        """Replay what was captured under `key`, or call the function."""
-        graph = self._graphs.get(key)
-        if graph is None:
-            function()
-        else:
-            graph.replay()
-
-    def capture(self, key: tuple[str, int, int], function: Callable[[], None]) -> None:
-        """Run once, so that libraries make their workspaces, then record."""
-        if self._stream is None:
-            # torch deals out 32 streams of each priority in turn. Work runs on those of the other priority:
-            # on a stream that it shared with a recording, it would be recorded instead of done.
-            self._stream = torch.cuda.Stream(priority=-1)
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other models go on speaking in another thread while this one records.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            function()
-        self._graphs[key] = graph
-
-    def clear(self) -> None:
-        """Forget all graphs and their memory."""
-        self._graphs.clear()
-        self._pool = None
+    def memory(self) -> dict[str, int]:
+        """See Executor. Scratch memory of a few frames is not counted."""
+        return {}
 
 
 class GraphExecutor:
@@ -144,7 +109,7 @@ class GraphExecutor:
     one cache length, and prompts are read alone: kernels chosen by size round differently.
     """
 
-    def __init__(self, generator: Generator, slots: int, positions: int) -> None:
+    def __init__(self, generator: Generator, slots: int, positions: int, streams: Streams | None = None) -> None:
         """`slots`: requests served at once; the row behind the largest batch size is there for padding."""
         exact = generator.table.dtype == torch.float32
         largest = at_least(slots, BATCHES)
@@ -155,6 +120,7 @@ class GraphExecutor:
         self._tokens = [size for size in TOKENS if size < positions]
         self._positions = positions
         self._spare = largest
+        self._streams = streams or Streams()
         self._graphs = Graphs()
         self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -182,25 +148,29 @@ class GraphExecutor:
 
     def prepare(self) -> None:
         """Capture every graph, largest first, so that the smaller ones fit into the same memory."""
-        self._generator.state.active.fill_(False)
+        generator = self._generator
+        generator.state.active.fill_(False)
+        functions: dict[Key, Callable[[], None]] = {}
         for used in reversed(self._batches):
-            self._graphs.capture(("predict", used, 0), functools.partial(self._generator.predict, used))
+            functions["predict", used, 0] = functools.partial(generator.predict, used)
             for reach in reversed(self._reaches):
-                key = ("advance", used, reach)
-                self._graphs.capture(key, functools.partial(self._generator.advance, used, (), reach, wide=False))
+                functions["advance", used, reach] = functools.partial(generator.advance, used, (), reach, wide=False)
         for prompts in reversed(self._prompts):
             for tokens in reversed(self._tokens):
-                inputs = self._new_inputs(prompts, tokens)
-                self._inputs[prompts, tokens] = inputs
-                self._graphs.capture(
-                    ("prefill", prompts, tokens), functools.partial(self._generator.prefill, *inputs, wide=False)
-                )
+                inputs = self._inputs[prompts, tokens] = self._new_inputs(prompts, tokens)
+                functions["prefill", prompts, tokens] = functools.partial(generator.prefill, *inputs, wide=False)
+        self._graphs.capture(functions, recording=self._streams.frames, warming=self._streams.moves)
 
     def release(self) -> None:
         """See Executor."""
         self._graphs.clear()
         self._inputs.clear()
         self._generator.predictor.forget()
+
+    def memory(self) -> dict[str, int]:
+        """See Executor."""
+        inputs = sum(tensor.nbytes for tensors in self._inputs.values() for tensor in tensors)
+        return {"graphs": self._graphs.bytes, "workspace": inputs}
 
     def _prefill(self, group: Sequence[Entry], tokens: int, *, wide: bool) -> None:
         prompts = at_least(len(group), self._prompts)

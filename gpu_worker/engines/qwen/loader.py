@@ -18,6 +18,7 @@ from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.attention import Backend, attention
 from gpu_worker.engines.qwen.checkpoint import load_weights, read_config, read_generation_config
 from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.config import ModelConfig, TalkerShape
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, Executor, GraphExecutor, slots_needed
@@ -29,6 +30,7 @@ from gpu_worker.engines.qwen.references import EncodedReference, References
 from gpu_worker.engines.qwen.residence import Residence
 from gpu_worker.engines.qwen.speaker import SpeakerEncoder
 from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK
+from gpu_worker.engines.qwen.streams import Streams
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from gpu_worker.engines.qwen.weights import read_headers, tensor_files
 
@@ -51,14 +53,14 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How engines are opened; one value serves all models of a process.
 
-    `codec`: the speech tokenizer, on the same device, shared by all engines.
+    `codecs`: the speech tokenizers, on the same device, shared by all engines; and so are the `streams`.
     `dtype` "auto" is bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
     `positions`: tokens that a slot holds, prompt and frames.
     `pause_s`: silence between the utterances of a long text.
     `room`: bytes of the device that this process may still take, as far as a budget says.
     """
 
-    codec: Codec
+    codecs: Codecs
     device: Device
     dtype: DtypeName = "auto"
     attention_backend: Backend = "sdpa"
@@ -67,6 +69,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float = 0.15
     reference_cache_bytes: int = 256 << 20
     encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
+    streams: Streams = msgspec.field(default_factory=Streams)
     room: Callable[[], int] | None = None
 
 
@@ -77,45 +80,63 @@ def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
         JobError: `model_unavailable`, saying what is wrong with the checkpoint or the options;
             `insufficient_vram` where not even one slot fits beside the weights.
     """
+    # float32 means float32: cuDNN would round what convolutions read, and the codec's encoder pick other codes.
+    torch.backends.cudnn.allow_tf32 = False
+    stream = options.streams.moves if options.device == "cuda" else None
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        codec = options.codecs.take(directory)
+        try:
+            engine = _open(directory, codec, options)
+        except BaseException:
+            options.codecs.give_back(codec)
+            raise
+    if stream is not None:
+        stream.synchronize()  # engines speak on other streams
+    return engine
+
+
+def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     device, dtype = torch.device(options.device), compute_dtype(options.device, options.dtype)
     config, generation = read_config(directory), read_generation_config(directory)
     kernel = attention(options.attention_backend, device, dtype)
-    # float32 means float32: cuDNN would round what convolutions read, and the codec's encoder pick other codes.
-    torch.backends.cudnn.allow_tf32 = False
-    with torch.inference_mode():
-        loaded = load_weights(directory, "talker.", dtype=dtype)
-        slots = options.slots or slots_that_fit(sum(tensor.nbytes for tensor in loaded.values()), config, options)
-        weights = _OnDevice(loaded, device)
-        generator = Generator(
-            weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
-        )
-        prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
-        vocoder = Vocoder(options.codec, generator.state.ring, slots)
-        speaker = None
-        if config.tts_model_type == "base":
-            speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
-        executor: Executor = EagerExecutor(generator)
-        if device.type == "cuda":
-            executor = GraphExecutor(generator, slots, options.positions)
-        parts = Parts(
-            state=generator.state,
-            executor=executor,
-            prompts=prompts,
-            planner=Planner(config, generation, prompts, positions=options.positions),
-            vocoder=vocoder,
-            references=References(_reference_encoder(options, speaker), options.reference_cache_bytes),
-            residence=Residence(
-                [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
-                {
-                    "kv": list(generator.talker.cache.tensors()),
-                    "state": list(generator.state.tensors()),
-                    "codec_state": list(vocoder.tensors()),
-                },
-                device,
-            ),
-        )
-        executor.prepare()
-        vocoder.prepare()
+    loaded = load_weights(directory, "talker.", dtype=dtype)
+    weight_bytes = sum(tensor.nbytes for tensor in loaded.values())
+    slots = options.slots or slots_that_fit(weight_bytes, config, codec, options)
+    weights = _OnDevice(loaded, device)
+    generator = Generator(
+        weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
+    )
+    prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
+    vocoder = Vocoder(codec, generator.state.ring, slots, options.streams)
+    speaker = None
+    if config.tts_model_type == "base":
+        speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
+    executor: Executor = EagerExecutor(generator)
+    if device.type == "cuda":
+        executor = GraphExecutor(generator, slots, options.positions, options.streams)
+    encode = _reference_encoder(directory, codec, speaker, options)
+    parts = Parts(
+        state=generator.state,
+        executor=executor,
+        prompts=prompts,
+        planner=Planner(config, generation, prompts, positions=options.positions),
+        vocoder=vocoder,
+        references=References(encode, options.reference_cache_bytes),
+        residence=Residence(
+            [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
+            {
+                "kv": list(generator.talker.cache.tensors()),
+                "state": list(generator.state.tensors()),
+                "codec_state": list(vocoder.tensors()),
+            },
+            device,
+            stream=options.streams.moves if device.type == "cuda" else None,
+            others=(executor.memory, vocoder.memory),
+            closed=lambda: options.codecs.give_back(codec),
+        ),
+    )
+    executor.prepare()
+    vocoder.prepare()
     return QwenEngine(parts, slots=slots, pause_s=options.pause_s, cuda=device.type == "cuda")
 
 
@@ -126,7 +147,7 @@ def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
     return DTYPES[name]
 
 
-def slots_that_fit(weight_bytes: int, config: ModelConfig, options: QwenOptions) -> int:
+def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options: QwenOptions) -> int:
     """Slots where none are configured: on CUDA, what a share of the memory left beside the weights holds.
 
     Left is what is free and within the budget.
@@ -139,9 +160,9 @@ def slots_that_fit(weight_bytes: int, config: ModelConfig, options: QwenOptions)
     free, _ = torch.cuda.mem_get_info()
     if options.room is not None:
         free = min(free, options.room())
-    codec = options.codec.new_state(1, max_chunk=LONGEST_CHUNK)
+    state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
     dtype = compute_dtype(options.device, options.dtype)
-    each = slot_bytes(config.talker_config, dtype, options.positions) + codec.bytes // 2
+    each = slot_bytes(config.talker_config, dtype, options.positions) + state.bytes // 2
     slots = int((free - weight_bytes) * SHARE_OF_FREE / each)
     if slots < 1:
         message = f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB and a slot {each >> 20} MiB"
@@ -200,10 +221,9 @@ def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
 
 
 def _reference_encoder(
-    options: QwenOptions, speaker: SpeakerEncoder | None
+    directory: Path, codec: Codec, speaker: SpeakerEncoder | None, options: QwenOptions
 ) -> Callable[[np.ndarray, bool], EncodedReference]:
-    # One for all recordings: memory freed on a stream is kept for that stream.
-    stream = torch.cuda.Stream() if options.device == "cuda" else None
+    stream = options.streams.recordings if options.device == "cuda" else None
 
     def encode(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- see References
         if speaker is None:
@@ -212,9 +232,9 @@ def _reference_encoder(
         with options.encoder_lock, torch.inference_mode(), torch.cuda.stream(stream):
             encoded = EncodedReference(speaker(pcm))
             if wants_codes:
-                codes = options.codec.encode(pcm)
-                state = options.codec.new_state(1, max_chunk=LONGEST_CHUNK)
-                options.codec.prime(codes, 0, state)
+                codes = codec.encode(pcm, directory)
+                state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
+                codec.prime(codes, 0, state)
                 encoded = EncodedReference(encoded.embedding, codes, state.snapshot(0))
         if stream is not None:
             stream.synchronize()  # what is handed over is complete

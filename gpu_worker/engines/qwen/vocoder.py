@@ -13,11 +13,13 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.state import Snapshot
-from gpu_worker.engines.qwen.executor import BATCHES, Graphs, at_least, on_device
+from gpu_worker.engines.qwen.executor import BATCHES, at_least, on_device
+from gpu_worker.engines.qwen.graphs import Graphs
 from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.readback import Readback
 from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, Speaking
 from gpu_worker.engines.qwen.state import RING
+from gpu_worker.engines.qwen.streams import Streams
 
 CHUNKS: Final = (1, 2, 4, 8)
 """Chunk lengths that graphs are captured for; the rest of an utterance may be any other."""
@@ -28,13 +30,14 @@ _PEAK: Final = 32767
 class Vocoder:
     """Decodes chunks of several slots in one call."""
 
-    def __init__(self, codec: Codec, ring: Tensor, slots: int) -> None:
+    def __init__(self, codec: Codec, ring: Tensor, slots: int, streams: Streams) -> None:
         """ring: int64 [slots or more, RING, groups], where frames arrive."""
         self._codec = codec
         self._ring = ring
         self._cuda = ring.is_cuda
         self.state = codec.new_state(slots, max_chunk=LONGEST_CHUNK)
-        self._stream = torch.cuda.Stream() if self._cuda else None
+        self._streams = streams
+        self._stream = streams.codec if self._cuda else None
         self._begun: torch.cuda.Event | None = None
         self._batches = [size for size in BATCHES if size < at_least(slots, BATCHES)] + [at_least(slots, BATCHES)]
         self._graphs = Graphs()
@@ -98,11 +101,21 @@ class Vocoder:
         """Capture graphs, largest first."""
         if not self._cuda:
             return
-        for batch in reversed(self._batches):
-            for chunk in reversed(CHUNKS):
-                where, pcm = self._new_inputs(batch, chunk)
-                self._inputs[batch, chunk] = (where, pcm)
-                self._graphs.capture(("decode", batch, chunk), functools.partial(self._decode_into, where, chunk, pcm))
+        self._inputs = {
+            (batch, chunk): self._new_inputs(batch, chunk)
+            for batch in reversed(self._batches)
+            for chunk in reversed(CHUNKS)
+        }
+        functions = {
+            ("decode", batch, chunk): functools.partial(self._decode_into, where, chunk, pcm)
+            for (batch, chunk), (where, pcm) in self._inputs.items()
+        }
+        self._graphs.capture(functions, recording=self._streams.decodes, warming=self._streams.moves)
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes by purpose, beside the slots' state."""
+        inputs = sum(where.nbytes + pcm.nbytes for where, pcm in self._inputs.values())
+        return {"graphs": self._graphs.bytes, "workspace": inputs}
 
     def tensors(self) -> Iterator[Tensor]:
         """The slots' state."""

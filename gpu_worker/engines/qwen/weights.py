@@ -6,6 +6,7 @@ Tensors are read, not mapped: who overwrote or cut a mapped file would change a 
 (safetensors' own reader maps, and loses 64 bytes a tensor: 5 KiB a load, measured with 0.8.0.)
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
@@ -46,6 +47,8 @@ _TORCH_NAMES: Final = {
 }
 _MAX_HEADER_BYTES: Final = 100_000_000
 """The limit of the safetensors format itself."""
+
+_SAMPLE_BYTES: Final = 1024
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -120,6 +123,29 @@ def load_tensors(
         name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         for name, tensor in _tensors(files, prefix)
     }
+
+
+def fingerprint(files: list[Path]) -> bytes:
+    """A digest of the names, shapes and first values of all tensors: 1 KiB of each, where reading all takes seconds.
+
+    Training changes the whole of a tensor or nothing of it.
+
+    Raises:
+        JobError: `model_unavailable` naming a file that is missing, damaged or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        tensors, begin = _read_header(path)
+        try:
+            with path.open("rb") as file:
+                for name, info in tensors.items():
+                    start, end = info.data_offsets
+                    file.seek(begin + start)
+                    digest.update(msgspec.msgpack.encode((name, info)))
+                    digest.update(file.read(min(end - start, _SAMPLE_BYTES)))
+        except OSError as error:
+            raise unavailable(path, f"cannot be read: {error.strerror}") from error
+    return digest.digest()
 
 
 class _Index(msgspec.Struct, frozen=True):

@@ -96,18 +96,20 @@ class Codec:
         if codes.shape[0]:
             self._decoder.prime(codes[None].to(self.device), torch.tensor([slot], device=self.device), state)
 
-    def encode(self, pcm: Tensor) -> Tensor:
+    def encode(self, pcm: Tensor, directory: Path | None = None) -> Tensor:
         """The codes of a recording, on the codec's device: int64 [frames, 16].
 
         pcm: float32 [samples] at 24 kHz mono, within -1 … 1.
-        A last partial frame counts. Loads the encoder at the first call (about a second).
+        A last partial frame counts. Loads the encoder at the first call (about a second), from `directory`
+        if given: a checkpoint with the same tokenizer as that this codec came with, which may be gone by now.
         Calls must not overlap each other; they may overlap `decode` and `prime`.
 
         Raises:
             JobError: `model_unavailable`, naming the file at fault.
         """
         if self._encoder is None:
-            self._encoder = Encoder(self._directory, self._config.encoder_valid_num_quantizers, self.device)
+            codebooks = self._config.encoder_valid_num_quantizers
+            self._encoder = Encoder(directory or self._directory, codebooks, self.device)
         return self._encoder(pcm)
 
     def tensors(self) -> Iterator[Tensor]:

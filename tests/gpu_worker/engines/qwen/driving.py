@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference, Sampling
-from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
 from tests.checkpoints import Kind, Size, tiny
@@ -30,15 +30,17 @@ class Outcome(msgspec.Struct):
 
 
 @functools.cache
-def codec(device: str = "cpu") -> Codec:
-    """The speech tokenizer that all small checkpoints share."""
-    return Codec(tiny("custom_voice"), dtype=torch.float32, device=torch.device(device))
+def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
+    """What all engines on a device share: streams, and the speech tokenizer of all small checkpoints, which stays."""
+    codecs = Codecs(dtype=torch.float32, device=torch.device(device))
+    codecs.take(tiny("custom_voice"))
+    return QwenOptions(codecs=codecs, device=device)
 
 
 def engine(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> QwenEngine:
     """A new engine, float32 unless told otherwise."""
     options = {"slots": 4, "positions": 512, "dtype": "float32", **options}
-    return open_engine(tiny(kind, size), QwenOptions(codec=codec(device), device=device, **options))
+    return open_engine(tiny(kind, size), msgspec.structs.replace(shared(device), **options))
 
 
 def job(number: int, text: str = "Hello world, good morning.", **fields: Any) -> Job:

@@ -6,7 +6,7 @@ from gpu_worker.engines.qwen.checkpoint import read_config
 from gpu_worker.engines.qwen.executor import BATCHES
 from gpu_worker.engines.qwen.loader import MOST_SLOTS, QwenOptions, slots_that_fit
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import codec, engine
+from tests.gpu_worker.engines.qwen.driving import engine, shared
 
 WEIGHTS = 1 << 30
 
@@ -14,8 +14,13 @@ WEIGHTS = 1 << 30
 def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None) -> int:
     """What fits on a made-up GPU."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
-    options = QwenOptions(codec=codec(), device="cuda", room=None if room is None else lambda: room)
-    return slots_that_fit(WEIGHTS, read_config(tiny("custom_voice")), options)
+    codecs = shared().codecs
+    options = QwenOptions(codecs=codecs, device="cuda", room=None if room is None else lambda: room)
+    codec = codecs.take(tiny("custom_voice"))
+    try:
+        return slots_that_fit(WEIGHTS, read_config(tiny("custom_voice")), codec, options)
+    finally:
+        codecs.give_back(codec)
 
 
 def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

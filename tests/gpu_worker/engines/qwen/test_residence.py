@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.residence import Residence
+from gpu_worker.engines.qwen.residence import Residence, to_device, to_host
 
 
 def test_scratch_is_freed_and_comes_back_empty() -> None:
@@ -47,3 +47,51 @@ def test_a_failed_restore_leaves_everything_offloaded(monkeypatch: pytest.Monkey
     monkeypatch.undo()
     residence.restore()
     assert torch.equal(tensors[1], torch.zeros(8))
+
+
+def test_a_restore_that_fails_late_leaves_everything_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all memory was there, and it was filling it that failed."""
+    scratch = torch.ones(4)
+    residence = Residence([], {"kv": [scratch]}, torch.device("cpu"))
+    residence.offload()
+
+    def failing(_tensor: torch.Tensor) -> None:
+        raise RuntimeError("made up")
+
+    monkeypatch.setattr(torch.Tensor, "zero_", failing)
+    with pytest.raises(RuntimeError, match="made up"):
+        residence.restore()
+    assert scratch.untyped_storage().nbytes() == 0
+    assert residence.memory().device == {}
+    monkeypatch.undo()
+    residence.restore()
+    assert torch.equal(scratch, torch.zeros(4))
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [64], [63, 1, 65], [200, 7, 300, 0, 5], [64] * 4])
+def test_bytes_go_through_the_host_unchanged(sizes: list[int]) -> None:
+    """Packed into blocks of one size, and a last one that is no larger than it must be; each part comes back."""
+    parts = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
+    blocks = to_host(parts, pinned=False, block_bytes=64)
+    total = sum(sizes)
+    assert [len(block) for block in blocks[:-1]] == [64] * (-(-total // 64) - 1 if total else 0)
+    assert sum(len(block) for block in blocks) < max(total + 32, 2 * total, 1)
+    back = [torch.zeros_like(part) for part in parts]
+    to_device(blocks, back)
+    for one, other in zip(parts, back, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_others_hold_is_counted_with_it() -> None:
+    """By purpose, added up where several hold the same; what holds nothing is not mentioned. Closing is told, once."""
+    closed: list[str] = []
+    residence = Residence(
+        [torch.ones(2)],
+        {},
+        torch.device("cpu"),
+        others=[lambda: {"graphs": 5, "workspace": 0}, lambda: {"graphs": 2}],
+        closed=lambda: closed.append("closed"),
+    )
+    assert residence.memory(references=1).device == {"weights": 8, "references": 1, "graphs": 7}
+    residence.close()
+    assert closed == ["closed"]
