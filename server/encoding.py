@@ -17,7 +17,7 @@ import msgspec
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 
-from shared.pcm import BYTES_PER_SAMPLE, SAMPLE_RATE, samples_of
+from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, samples_of
 
 if TYPE_CHECKING:
     _Packet = av.Packet[AudioStream]  # generic for the type checker only
@@ -45,6 +45,8 @@ _REMEMBERED_PACKETS: Final = 4
 """How many packets' worth of speech is remembered, to see whether the last ones hold any."""
 _QUIET: Final = 328
 """One per cent of full scale: what a codec's last packet may hold and still be left out unheard."""
+_SHORT: Final = 120
+"""5 ms: so little of the end may be left out however loud it is, since no sound of speech is as short."""
 
 
 class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +60,8 @@ class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
     Without `page_duration` and `flush_packets`, Ogg would gather two seconds before the first sound leaves.
     MP3's bit reservoir is off, so that packets stand alone and the first can be left out;
     compression level 7 takes a quarter off the cost of the default 5.
-    AAC's fast coder takes half the time of the default, which needs up to 19 ms for a single packet.
+    AAC's fast coder takes half the time of the default, which needs up to 19 ms for a single packet;
+    either looks 85 ms ahead, so that what leaves after the first 80 ms opens and is silent.
     FLAC's levels 0 to 2 use blocks of 24 ms, those above 96 ms.
     """
 
@@ -245,10 +248,10 @@ class _Compressed:
     """A codec and its container.
 
     A codec begins with packets that hold nothing but its own delay, and its last packet is padded.
-    Ogg, FLAC and the header of a whole MP3 file tell the player how much to skip; MP3 and AAC streams cannot.
-    There, silence fills the delay up to whole packets, and all of these but the last are left out
-    (that one carries the overlap which the first audible packet needs);
-    at the end, packets beyond the true length are left out as far as they hold nothing that could be heard.
+    Ogg, FLAC and the header of a whole MP3 file tell the player how much to skip; MP3 streams and AAC cannot.
+    There, of the packets before the first audible one only the last stays: it carries the overlap which that one needs.
+    At the end, packets beyond the true length are left out as far as they hold nothing that could be heard.
+    Where speech breaks off loudly, such an answer is still up to 57 ms (MP3) or 86 ms (AAC) longer.
     """
 
     _open = False
@@ -265,22 +268,29 @@ class _Compressed:
             self._stream.bit_rate = recipe.bit_rate
         self._stream.codec_context.open()
         self._packet_samples = self._stream.codec_context.frame_size
-        self._delay = recipe.untold_delay if streaming or not recipe.told_when_whole else 0
-        self._delay_packets = math.ceil(self._delay / self._packet_samples)
+        # Packets as they leave now: the first of them, and the silence in them before the first sample of speech.
+        self._first_sent = 1
+        self._lead_in = 0
         self._first_packets = recipe.first_packets
         self._fed = 0
         self._spoken = 0
         self._made = 0
         self._sent = 0
         self._recent = b""
-        if silence := self._delay_packets * self._packet_samples - self._delay:
-            self._encode(bytes(silence * BYTES_PER_SAMPLE))
+        if recipe.untold_delay and (streaming or not recipe.told_when_whole):
+            # Streaming, the first 80 ms (a frame of Qwen3-TTS) are to end with a packet, not to wait for the next ones.
+            silence = -(FRAME_SAMPLES if streaming else recipe.untold_delay) % self._packet_samples
+            delay = recipe.untold_delay + silence
+            self._first_sent = max(1, delay // self._packet_samples)
+            self._lead_in = delay - (self._first_sent - 1) * self._packet_samples
+            if silence:
+                self._encode(bytes(silence * BYTES_PER_SAMPLE))
 
     def write(self, pcm: bytes) -> bytes:
         if not pcm:
             return b""
         self._spoken += samples_of(pcm)
-        if self._delay:
+        if self._lead_in:
             self._recent = (self._recent + pcm)[-_REMEMBERED_PACKETS * self._packet_samples * BYTES_PER_SAMPLE :]
         self._mux(self._encode(pcm))
         return self._sink.take() if self._sink and self._sent >= self._first_packets else b""
@@ -290,7 +300,7 @@ class _Compressed:
             # No format but PCM can say nothing: a file without a packet is none.
             self._mux(self._encode(bytes(BYTES_PER_SAMPLE)))
         packets = self._stream.encode(None)
-        if self._delay:
+        if self._lead_in:
             packets = packets[: len(packets) - self._padding(len(packets))]
         self._mux(packets)
         self._open = False
@@ -310,7 +320,7 @@ class _Compressed:
     def _mux(self, packets: list["_Packet"]) -> None:
         for packet in packets:
             self._made += 1
-            if self._made >= self._delay_packets:
+            if self._made >= self._first_sent:
                 self._container.mux(packet)
                 self._sent += 1
 
@@ -318,13 +328,13 @@ class _Compressed:
         """How many of the last `flushed` packets go beyond the true length and hold nothing that could be heard."""
         recent = array.array("h", self._recent)
         for surplus in range(flushed):
-            packets = self._made + flushed - surplus
-            kept = packets - self._delay_packets + 1
+            kept = self._made + flushed - surplus - self._first_sent + 1
             length = kept * self._packet_samples
-            cut = length - 2 * self._packet_samples
+            cut = length - self._packet_samples - self._lead_in
             lost = recent[cut - self._spoken :] if cut < self._spoken else []
-            enough = length - self._spoken <= self._packet_samples / 2 or any(abs(sample) > _QUIET for sample in lost)
-            if enough or kept <= self._first_packets:
+            audible = len(lost) > _SHORT and any(abs(sample) > _QUIET for sample in lost)
+            fits = length - self._spoken <= self._packet_samples / 2
+            if fits or audible or kept <= self._first_packets:
                 return surplus
         return flushed
 
