@@ -251,7 +251,7 @@ def _in_force(engine: EngineClient, settings: Settings) -> dict[str, Any]:
 
 
 def _report(in_force: dict[str, Any], done: CleanupPass | None, *, completed: bool) -> CleanupReport:
-    before, after = (done.vram_before_bytes, done.vram_after_bytes) if done else (None, None)
+    before, after = (_mb(done.vram_before_bytes), _mb(done.vram_after_bytes)) if done else (None, None)
     standing: Literal["running", "disabled"] = "running" if in_force["cleanup_enabled"] else "disabled"
     unloaded = done.models_unloaded if done else []
     return CleanupReport(
@@ -260,14 +260,15 @@ def _report(in_force: dict[str, Any], done: CleanupPass | None, *, completed: bo
         idle_timeout=in_force["idle_timeout"],
         status="completed" if completed else standing,
         timestamp=done.timestamp if done else None,
-        vram_before_mb=_mb(before),
-        vram_after_mb=_mb(after),
-        vram_freed_mb=_mb(before - after) if before is not None and after is not None else None,
+        vram_before_mb=before,
+        vram_after_mb=after,
+        # Of the figures beside it, so that whoever subtracts them finds this one.
+        vram_freed_mb=round(before - after, 2) if before is not None and after is not None else None,
         models_unloaded=unloaded,
         message=f"{len(unloaded)} idle models left the device." if completed else "",
         models_checked=done.models_checked if completed and done else None,
     )
 
 
-def _mb(count: int | None) -> float | None:
-    return None if count is None else round(count / _MIB, 2)
+def _mb(count: int) -> float:
+    return round(count / _MIB, 2)

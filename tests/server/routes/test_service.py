@@ -204,6 +204,15 @@ async def test_cleanup_reports_the_last_pass(client: httpx.AsyncClient, worker: 
     assert not [call for call in worker.of(Call) if isinstance(call.action, Cleanup)]
 
 
+async def test_cleanup_figures_add_up(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """What was freed is what was there before less what is there after, to the last digit that is shown."""
+    done = msgspec.structs.replace(PASS, vram_before_bytes=15_728, vram_after_bytes=5_243)
+    worker.on_call = lambda call, _payload: Reply(id=call.id, cleanup=done)
+    answer = (await client.post("/admin/cleanup?trigger=true")).json()
+    figures = answer["vram_before_mb"], answer["vram_after_mb"], answer["vram_freed_mb"]
+    assert figures == (0.01, 0.01, 0.0)
+
+
 async def test_cleanup_now(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """A pass is run, and its own figures come back."""
     worker.on_call = lambda call, _payload: Reply(id=call.id, cleanup=PASS)
