@@ -102,7 +102,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: Annotated[Annotated[float, Meta(ge=0.5, le=2)] | None, _says("1 is none.")] = None
     max_new_tokens: Annotated[
         Annotated[int, Meta(ge=1, le=8192)] | None,
-        _says("At most so many frames of 80 ms for each utterance."),
+        _says("At most so many frames of 80 ms in all."),
     ] = None
     non_streaming_mode: Annotated[
         bool | None,

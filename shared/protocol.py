@@ -38,7 +38,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters of one request; None means the model's own default.
 
     `temperature` 0 is greedy at both levels (talker and code predictor).
-    `max_new_tokens` caps the frames (80 ms each) of each utterance.
+    `max_new_tokens` caps the frames (80 ms each) of the whole request.
     """
 
     seed: int | None = None

@@ -192,13 +192,11 @@ class QwenEngine:
 
     def _begin(self, speaking: Speaking) -> None:
         """Make the next utterance's prompt."""
-        encoded = speaking.encoded
+        encoded, plan = speaking.encoded, speaking.plan
         voice = Voice(name=speaking.job.voice)
-        if encoded is not None and speaking.job.reference is not None:
-            voice = Voice(
-                embedding=encoded.embedding, codes=encoded.codes, transcript=speaking.job.reference.text or ""
-            )
-        speaking.begin(*self._parts.planner.prompt(speaking.job, speaking.plan, speaking.texts[0], voice))
+        if encoded is not None:
+            voice = Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=plan.transcript)
+        speaking.begin(self._parts.planner.utterance(speaking.job, plan, speaking.text, voice, left=speaking.left))
 
     def _read_prompts(self, jobs: Iterable[Speaking]) -> None:
         tokens = 0
@@ -268,8 +266,7 @@ class QwenEngine:
                 speaking.take_chunk()
         for speaking in self._jobs.values():
             if speaking.speaks and speaking.ended and not speaking.pending:
-                speaking.speaks = False
-                self._deliveries.append(Closing(speaking, final=not speaking.texts))
+                self._deliveries.append(Closing(speaking, final=speaking.finish()))
 
     def _deliver(self, behind: int) -> None:
         """Hand out what has arrived, in order; at most `behind` deliveries may stay under way."""

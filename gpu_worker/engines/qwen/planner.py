@@ -5,6 +5,7 @@ It holds no slots and no state of a running job.
 """
 
 import secrets
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -15,7 +16,7 @@ from gpu_worker.engines.qwen.generation import TEXTS
 from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.speaking import LEAST_CAP, frame_cap
 from gpu_worker.engines.qwen.state import Choice
-from gpu_worker.engines.qwen.text import clean, split
+from gpu_worker.engines.qwen.text import HEAD, clean, fits, split, tidy
 from gpu_worker.recordings import check_transcript
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
@@ -23,19 +24,38 @@ TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": 
 UTTERANCE_TOKENS: Final = 96
 """Longer texts are split: some 25 s of speech, well within what the model was trained on."""
 
-FRAMES_PER_TOKEN: Final = 5
-"""Room that a described voice's text gets: speech takes 3 to 5 frames a token."""
+ROOM_PER_TOKEN: Final = 5
+"""Frames of room that a token of a described voice's text gets: speech takes 3 to 5."""
+
+COLD: Final = 1e-5
+"""Temperatures below choose the best: logits divided by a smaller one leave the range of float32."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A job that can be done. `tokens`: of all its text. `whole_text`: the layout, see PromptBuilder.build."""
+    """A job that can be done.
 
-    texts: list[str]
-    tokens: int
+    `texts`: its utterances, to be read once; each is cut when it is asked for, and has at most `longest` tokens.
+    `max_new_tokens`: frames that the whole job may take, None where it names no number.
+    `instructions` and `transcript` are the job's, without what would steer the prompt.
+    `whole_text`: the layout, see PromptBuilder.build.
+    """
+
+    texts: Iterator[str]
+    longest: int
     choice: Choice
     seed: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     whole_text: bool
+    instructions: str = ""
+    transcript: str = ""
+
+
+class Utterance(msgspec.Struct, frozen=True):
+    """What a slot reads next: a prompt with `tokens` of text to speak, in at most `cap` frames."""
+
+    prompt: Prompt
+    tokens: int
+    cap: int
 
 
 class Planner:
@@ -51,53 +71,72 @@ class Planner:
         self._positions = positions
 
     def plan(self, job: Job) -> Plan:
-        """Check a job and split its text.
+        """Check a job and begin to split its text.
 
         Raises:
             JobError: saying which field is at fault.
         """
-        self._check(job)
-        text = clean(job.text)
-        texts = split(text, job.language, self._limit(job), self._prompts.count)
-        default = self._generation.max_new_tokens
+        text, instructions = clean(job.text), tidy(job.instructions)
+        transcript = tidy(job.reference.text or "").strip() if job.reference is not None else ""
+        self._check(job, transcript)
+        limit = self._limit(job, instructions)
+        longest = limit
+        if fits(text, limit, self._prompts.count):
+            longest = self._prompts.count(text)
+        elif job.task == "VoiceDesign":
+            raise self._too_long(text, limit)
         return Plan(
-            texts=texts,
-            tokens=sum(map(self._prompts.count, texts)),
+            texts=split(text, job.language, limit, self._prompts.count),
+            longest=longest,
             choice=choice_of(job.sampling, self._generation),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
-            max_new_tokens=default if job.sampling.max_new_tokens is None else job.sampling.max_new_tokens,
+            max_new_tokens=job.sampling.max_new_tokens,
             # The official package's defaults: only clones get their text frame by frame.
             whole_text=job.task != "Base" if job.non_streaming_mode is None else job.non_streaming_mode,
+            instructions=instructions,
+            transcript=transcript,
         )
 
-    def prompt(self, job: Job, plan: Plan, text: str, voice: Voice) -> tuple[Prompt, int]:
-        """The prompt of one utterance, and how many frames it may take.
+    def utterance(self, job: Job, plan: Plan, text: str, voice: Voice, *, left: int | None) -> Utterance:
+        """One of the plan's texts, ready to be read; `left`: frames that the job may still take.
+
+        Where the longest of the plan's utterances would find no room, none does: no speech ends in the middle for it.
 
         Raises:
             JobError: `invalid_value` where instructions or the reference leave no room to speak.
         """
         prompt = self._prompts.build(
-            text, voice, language=job.language, instructions=job.instructions, whole_text=plan.whole_text
+            text, voice, language=job.language, instructions=plan.instructions, whole_text=plan.whole_text
         )
+        tokens = self._prompts.count(text)
+        spare = plan.longest - tokens
         # The last position stays free: until its slot is taken again, a row that has ended is computed with the others.
         room = self._positions - len(prompt.embeds) - 1
-        tokens = self._prompts.count(text)
-        if room < min(LEAST_CAP, plan.max_new_tokens) or len(prompt.trailing) > TEXTS:
+        wanted = self._generation.max_new_tokens if left is None else left
+        least, trailing = (room - spare, 0) if plan.whole_text else (room, spare)
+        if least < min(LEAST_CAP, wanted) or len(prompt.trailing) + trailing > TEXTS:
             field = "ref_text" if voice.codes is not None else "instructions"
             raise JobError("invalid_value", f"{field} leaves no room for speech; make it shorter", param=field)
-        return prompt, frame_cap(tokens, plan.max_new_tokens, room)
+        return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
 
-    def _limit(self, job: Job) -> int:
-        """Text tokens of an utterance.
-
-        A described voice is another one each time it is made, so such a text stays in one piece if a slot can hold it.
-        """
+    def _limit(self, job: Job, instructions: str) -> int:
+        """Text tokens of an utterance; a described voice's is all of its text, if a slot can hold it."""
         if job.task != "VoiceDesign":
             return UTTERANCE_TOKENS
-        used = self._prompts.count(job.instructions) if job.instructions else 0
-        return max(UTTERANCE_TOKENS, min(TEXTS, (self._positions - used) // (FRAMES_PER_TOKEN + 1)))
+        used = self._prompts.count(instructions) if instructions else 0
+        return max(UTTERANCE_TOKENS, min(TEXTS, (self._positions - used) // (ROOM_PER_TOKEN + 1)))
 
-    def _check(self, job: Job) -> None:
+    def _too_long(self, text: str, limit: int) -> JobError:
+        """A described voice is another one each time it is made: its text cannot go on in a second utterance."""
+        head = text[: HEAD * limit]
+        characters = len(head) * limit // self._prompts.count(head)
+        message = (
+            f"a described voice speaks at most {limit} tokens at once, about {characters} characters of this text; "
+            "shorten it, or save the voice (POST /v1/audio/voices, type=prompt) and let that one speak"
+        )
+        return JobError("invalid_value", message, param="input")
+
+    def _check(self, job: Job, transcript: str) -> None:
         config = self._config
         task = TASKS[config.tts_model_type]
         if job.task != task:
@@ -117,23 +156,26 @@ class Planner:
                 raise JobError("task_mismatch", f"a {task} model takes no recording", param="ref_audio")
             raise JobError("invalid_value", message, param="ref_audio")
         if job.reference is not None and not job.reference.x_vector_only:
-            text = (job.reference.text or "").strip()
-            if not text:
+            if not transcript:
                 message = "ref_text, what the recording says, is missing; or set x_vector_only_mode"
                 raise JobError("invalid_value", message, param="ref_text")
-            check_transcript(text, job.reference.pcm)
+            check_transcript(transcript, job.reference.pcm)
 
 
 def choice_of(sampling: Sampling, generation: GenerationConfig) -> Choice:
     """What a request asks for, where it does not the checkpoint's own parameters."""
-    temperature = sampling.temperature
-    greedy = temperature == 0 or (temperature is None and not generation.do_sample)
+    temperature = generation.temperature if sampling.temperature is None else sampling.temperature
+    top_k = generation.top_k if sampling.top_k is None else sampling.top_k
+    greedy = temperature < COLD
+    if sampling.temperature is None and not generation.do_sample:
+        # The talker's alone: the code predictor of the official package asks subtalker_dosample.
+        greedy, top_k = not generation.subtalker_dosample, 1
     penalty = sampling.repetition_penalty
     return Choice(
         greedy=greedy,
         greedy_codes=not generation.subtalker_dosample,
-        temperature=generation.temperature if temperature is None else temperature,
-        top_k=generation.top_k if sampling.top_k is None else sampling.top_k,
+        temperature=temperature,
+        top_k=top_k,
         top_p=generation.top_p if sampling.top_p is None else sampling.top_p,
         repetition_penalty=generation.repetition_penalty if penalty is None else penalty,
     )

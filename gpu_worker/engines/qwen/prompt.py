@@ -34,11 +34,6 @@ class Prompt(msgspec.Struct, frozen=True):
     embeds: Tensor
     trailing: Tensor
 
-    @classmethod
-    def empty(cls) -> "Prompt":
-        """A prompt of nothing, for a slot that has not begun."""
-        return cls(torch.empty(0), torch.empty(0))
-
 
 class Voice(msgspec.Struct, frozen=True, kw_only=True):
     """Whose voice: a preset by name, or a recording's embedding, with its codes and transcript for ICL, or neither.
@@ -87,8 +82,7 @@ class PromptBuilder(Weights):
         `language`: "auto" or a name that the model knows. `whole_text`: the layout in which all text
         comes before the first frame (`non_streaming_mode`).
         """
-        bos, eos, pad = self._controls()
-        del bos
+        _, eos, pad = self._controls()
         ids = self._text_ids(text)
         parts = []
         if instructions:

@@ -3,7 +3,6 @@
 It owns bookkeeping alone: no tensors are made or moved here, and no event is sent.
 """
 
-from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final
 
@@ -14,11 +13,14 @@ from gpu_worker.engines.qwen.prompt import Prompt
 from gpu_worker.engines.qwen.references import EncodedReference
 
 if TYPE_CHECKING:
-    from gpu_worker.engines.qwen.planner import Plan
+    from gpu_worker.engines.qwen.planner import Plan, Utterance
 
-FIRST_CHUNK: Final = 1
-LONGEST_CHUNK: Final = 8
-"""Frames a chunk: 1, 2, 4, 8, 8, …: the first audio at once, then fewer and cheaper decoder calls."""
+CHUNKS: Final = (1, 1, 2, 4, 8)
+LONGEST_CHUNK: Final = CHUNKS[-1]
+"""Frames a chunk, the last one's again and again: the first audio at once, then fewer and cheaper decoder calls.
+
+The second frame comes alone, too: an MP3 encoder gives nothing for the first 80 ms by themselves.
+"""
 
 FRAMES_PER_TOKEN: Final = 12
 LEAST_CAP: Final = 192
@@ -37,6 +39,7 @@ SILENCE_PEAK: Final = 33
 class Speaking:
     """A job in its slot.
 
+    `text` is what it says next, "" where nothing follows.
     `prompt` is set while an utterance waits to be read into the slot, `speaks` from then until its frames end.
     `launched` counts frames begun on the device, `landed` those known to be speech, `pending` those not yet decoded.
     """
@@ -45,31 +48,33 @@ class Speaking:
         self.job = job
         self.slot = slot
         self.plan = plan
-        self.texts = deque(plan.texts)
+        self.text = next(plan.texts, "")
         self.reference = reference
         self.encoded: EncodedReference | None = None
         self.utterance = -1
         self.prompt: Prompt | None = None
         self.alive = True
+        self.tokens = 0
         self.frames = 0
         self.reason: FinishReason = "stop"
         self.speaks = False
         self.ended = True
         self.pending = 0
-        self.chunk = FIRST_CHUNK
+        self.chunks = 0
 
-    def begin(self, prompt: Prompt, cap: int) -> None:
-        """An utterance of at most `cap` frames waits to be read."""
+    def begin(self, utterance: "Utterance") -> None:
+        """The next of its texts waits to be read."""
         self.utterance += 1
-        self.texts.popleft()
-        self.prompt = prompt
-        self.length = len(prompt.embeds)
-        self.cap = cap
+        self.text = next(self.plan.texts, "")
+        self.prompt = utterance.prompt
+        self.length = len(utterance.prompt.embeds)
+        self.cap = utterance.cap
+        self.tokens += utterance.tokens
         self.launched = 0
         self.landed = 0
         self.silent = 0
         self.ended = False
-        self.chunk = FIRST_CHUNK
+        self.chunks = 0
 
     def start(self) -> None:
         """The prompt is in the slot."""
@@ -84,12 +89,18 @@ class Speaking:
     @property
     def due(self) -> bool:
         """Whether frames should wait for the decoder no longer."""
-        return self.pending >= self.chunk or (self.ended and self.pending > 0)
+        chunk = CHUNKS[min(self.chunks, len(CHUNKS) - 1)]
+        return self.pending >= chunk or (self.ended and self.pending > 0)
+
+    @property
+    def left(self) -> int | None:
+        """Frames that the job may still take; None where it names no number."""
+        return None if self.plan.max_new_tokens is None else self.plan.max_new_tokens - self.frames
 
     @property
     def usage(self) -> Usage:
-        """Tokens in, frames out."""
-        return Usage(input_tokens=self.plan.tokens, output_tokens=self.frames)
+        """Tokens of what was read, frames out."""
+        return Usage(input_tokens=self.tokens, output_tokens=self.frames)
 
     def land(self, *, last: bool) -> None:
         """A frame's codes are known to be speech; `last`: the model said that nothing follows."""
@@ -102,9 +113,16 @@ class Speaking:
             self._cut()
 
     def take_chunk(self) -> None:
-        """The pending frames went to the decoder; the next chunk may be twice as long."""
+        """The pending frames went to the decoder."""
         self.pending = 0
-        self.chunk = min(self.chunk * 2, LONGEST_CHUNK)
+        self.chunks += 1
+
+    def finish(self) -> bool:
+        """The utterance's last frames went to the decoder: whether they were the job's last, too."""
+        self.speaks = False
+        if self.text and self.left == 0:
+            self.text, self.reason = "", "length"
+        return not self.text
 
     def hear(self, pcm: np.ndarray, frame_samples: int) -> None:
         """Listen to a chunk, int16 [samples], for a model that has gone silent."""
@@ -118,6 +136,6 @@ class Speaking:
         self.reason = "length"
 
 
-def frame_cap(tokens: int, max_new_tokens: int, room: int) -> int:
+def frame_cap(tokens: int, wanted: int, room: int) -> int:
     """Frames that an utterance of `tokens` text tokens may take, in a slot with `room` positions left."""
-    return min(max(LEAST_CAP, FRAMES_PER_TOKEN * tokens), max_new_tokens, room)
+    return min(max(LEAST_CAP, FRAMES_PER_TOKEN * tokens), wanted, room)

@@ -3,23 +3,30 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import Job
-from gpu_worker.engines.qwen.planner import Plan
+from gpu_worker.engines.qwen.planner import Plan, Utterance
 from gpu_worker.engines.qwen.prompt import Prompt
 from gpu_worker.engines.qwen.speaking import SILENCE_FRAMES, Speaking, frame_cap
 from tests.gpu_worker.engines.qwen.parity import GREEDY
 
 
-def speaking(cap: int = 100) -> Speaking:
-    """A job whose first utterance has begun."""
-    plan = Plan(texts=["a", "b"], tokens=7, choice=GREEDY, seed=0, max_new_tokens=9, whole_text=True)
+def utterance(cap: int) -> Utterance:
+    """Seven tokens of text."""
+    return Utterance(Prompt(torch.zeros(5, 2), torch.zeros(0, 2)), 7, cap)
+
+
+def speaking(cap: int = 100, max_new_tokens: int | None = None) -> Speaking:
+    """A job of two utterances, the first of which has begun."""
+    plan = Plan(
+        texts=iter(["a", "b"]), longest=7, choice=GREEDY, seed=0, max_new_tokens=max_new_tokens, whole_text=True
+    )
     made = Speaking(Job(id="j", task="CustomVoice", text="a"), 0, plan, None)
-    made.begin(Prompt(torch.zeros(5, 2), torch.zeros(0, 2)), cap)
+    made.begin(utterance(cap))
     made.start()
     return made
 
 
 def test_chunks_grow_from_one_frame_to_eight() -> None:
-    """1, 2, 4, 8, 8 frames, and a shorter one at the end."""
+    """1, 1, 2, 4, 8, 8 frames, and a shorter one at the end."""
     one = speaking()
     sizes = []
     for frame in range(26):
@@ -27,7 +34,7 @@ def test_chunks_grow_from_one_frame_to_eight() -> None:
         if one.due:
             sizes.append(one.pending)
             one.take_chunk()
-    assert sizes == [1, 2, 4, 8, 8, 3]
+    assert sizes == [1, 1, 2, 4, 8, 8, 2]
     assert one.ended
     assert (one.reason, one.usage.output_tokens, one.usage.input_tokens) == ("stop", 26, 7)
 
@@ -38,9 +45,19 @@ def test_the_cap_ends_an_utterance_with_length() -> None:
     one.land(last=False)
     one.land(last=False)
     assert one.ended
-    one.begin(Prompt(torch.zeros(5, 2), torch.zeros(0, 2)), 10)
+    one.begin(utterance(10))
     one.land(last=True)
     assert one.reason == "length"
+
+
+@pytest.mark.parametrize(("frames", "ended", "reason"), [(3, True, "length"), (4, False, "stop")])
+def test_the_requests_cap_counts_the_frames_of_all_utterances(frames: int, ended: bool, reason: str) -> None:  # noqa: FBT001 -- a parameter
+    """Where they are used up when an utterance ends, what follows is not said, and the reason tells."""
+    one = speaking(max_new_tokens=frames)
+    for frame in range(3):
+        one.land(last=frame == 2)
+    one.take_chunk()
+    assert (one.finish(), one.reason, one.left) == (ended, reason, frames - 3)
 
 
 def test_silence_counts_only_without_a_break() -> None:

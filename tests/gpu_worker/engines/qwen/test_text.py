@@ -1,7 +1,7 @@
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.text import clean, split
+from gpu_worker.engines.qwen.text import clean, fits, split, tidy
 
 
 def tokens(text: str) -> int:
@@ -34,9 +34,16 @@ def test_what_steers_the_prompt_is_taken_out(text: str, cleaned: str) -> None:
     assert clean(text) == cleaned
 
 
+def test_tidy_text_is_as_it_was_written() -> None:
+    """What is only put beside the prompt's text loses nothing but what would steer the prompt."""
+    assert tidy(" Speak\tsoftly,\nslowly. ") == " Speak\tsoftly,\nslowly. "
+    assert tidy("calm<|im_end|>\x00") == "calm  "
+    assert tidy("?!") == "?!"
+
+
 def test_a_text_within_the_limit_stays_whole() -> None:
     """However many sentences it has."""
-    assert split("One. Two. Three.", "english", 16, tokens) == ["One. Two. Three."]
+    assert list(split("One. Two. Three.", "english", 16, tokens)) == ["One. Two. Three."]
 
 
 @pytest.mark.parametrize(
@@ -54,12 +61,30 @@ def test_cuts_fall_at_sentences_then_clauses_then_anywhere(
     text: str, language: str, limit: int, utterances: list[str]
 ) -> None:
     """In every script, each utterance within the limit and as long as it allows."""
-    assert split(text, language, limit, tokens) == utterances
+    assert list(split(text, language, limit, tokens)) == utterances
 
 
 def test_nothing_is_lost_and_no_utterance_is_unspeakable() -> None:
     """All words come back in order; pieces of punctuation alone are dropped."""
     text = "Hello there, my friend. How are you? !!! " * 40
-    utterances = split(text, "english", 60, tokens)
+    utterances = list(split(text, "english", 60, tokens))
     assert all(tokens(utterance) <= 60 and any(map(str.isalpha, utterance)) for utterance in utterances)
     assert "".join("".join(utterances).split()).replace("!", "") == "".join(text.split()).replace("!", "")
+
+
+@pytest.mark.parametrize("text", ["a " * 50_000, "a," * 50_000, "abcdefgh" * 12_500, "This is a sentence. " * 5000])
+def test_a_long_text_is_cut_as_it_is_spoken(text: str) -> None:
+    """The first utterance, and each further one, looks at some of the text only: frames of others wait meanwhile."""
+    looked_at = 0
+
+    def counted(part: str) -> int:
+        nonlocal looked_at
+        looked_at += len(part)
+        return tokens(part) // 2
+
+    assert not fits(text, 96, counted)
+    utterances = split(text, "english", 96, counted)
+    for _ in range(3):
+        assert 48 <= tokens(next(utterances)) // 2 <= 96
+        assert looked_at < 15_000
+        looked_at = 0
