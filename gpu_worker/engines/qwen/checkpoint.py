@@ -6,6 +6,7 @@ and speech_tokenizer/ with the codec's config.json and model.safetensors.
 It loads no weights itself (see weights.py) and needs neither transformers nor the official package.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -15,8 +16,10 @@ import msgspec
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.config import GenerationConfig, ModelConfig, Shape
 from gpu_worker.engines.qwen.weights import (
+    Stored,
     fingerprint,
     load_tensors,
+    open_tensors,
     read_headers,
     require,
     tensor_files,
@@ -139,6 +142,13 @@ def load_weights(
         JobError: `model_unavailable`, naming a file that is missing or cannot be read.
     """
     return load_tensors(tensor_files(directory), prefix, dtype=dtype, device=device)
+
+
+def open_weights(
+    directory: Path, prefix: str, *, dtype: "torch.dtype | None", device: "torch.device | str" = "cpu"
+) -> contextlib.AbstractContextManager[Stored]:
+    """As `load_weights`, to be read one by one: what becomes of a model never shares the RAM with all it is made of."""
+    return open_tensors(tensor_files(directory), prefix, dtype=dtype, device=device)
 
 
 def load_codec_weights(

@@ -5,18 +5,17 @@ It owns the choice of dtype and of the number of slots. Importing it imports tor
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.attention import Backend, attention
-from gpu_worker.engines.qwen.checkpoint import load_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.checkpoint import open_weights, read_config, read_generation_config
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.config import ModelConfig, TalkerShape
@@ -99,14 +98,12 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     device, dtype = torch.device(options.device), compute_dtype(options.device, options.dtype)
     config, generation = read_config(directory), read_generation_config(directory)
     kernel = attention(options.attention_backend, device, dtype)
-    loaded = load_weights(directory, "talker.", dtype=dtype)
-    weight_bytes = sum(tensor.nbytes for tensor in loaded.values())
-    slots = options.slots or slots_that_fit(weight_bytes, config, codec, options)
-    weights = _OnDevice(loaded, device)
-    generator = Generator(
-        weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
-    )
-    prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
+    with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
+        slots = options.slots or slots_that_fit(weights.nbytes, config, codec, options)
+        generator = Generator(
+            weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
+        )
+        prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
     vocoder = Vocoder(codec, generator.state.ring, slots, options.streams)
     speaker = None
     if config.tts_model_type == "base":
@@ -194,23 +191,6 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     return weights + slots * slot_bytes(read_config(directory).talker_config, computed, POSITIONS)
 
 
-class _OnDevice(Mapping[str, Tensor]):
-    """Weights that go to the device when they are asked for: fusing them needs no second copy of all there."""
-
-    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self._weights = weights
-        self._device = device
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name].to(self._device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
     # Loaded as the official wrapper loads it: the flag changes how some tokenizers split words.
     try:
@@ -238,6 +218,10 @@ def _reference_encoder(
                 encoded = EncodedReference(encoded.embedding, codes, state.snapshot(0))
         if stream is not None:
             stream.synchronize()  # what is handed over is complete
+            for tensor in encoded.tensors():
+                # It may be forgotten while they have still to read it, and the next recording would be put there.
+                tensor.record_stream(torch.cuda.default_stream())
+                tensor.record_stream(options.streams.codec)
         return encoded
 
     return encode

@@ -6,7 +6,7 @@ It knows neither slots nor prompts; the encoders are handed in.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
 
@@ -32,8 +32,15 @@ class EncodedReference(msgspec.Struct, frozen=True):
     @property
     def bytes(self) -> int:
         """Bytes it holds."""
-        codes = 0 if self.codes is None else self.codes.nbytes
-        return self.embedding.nbytes + codes + (0 if self.primed is None else self.primed.bytes)
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of it."""
+        yield self.embedding
+        if self.codes is not None:
+            yield self.codes
+        if self.primed is not None:
+            yield from (self.primed.rings, self.primed.history, self.primed.positions)
 
 
 MOST_WAITING: Final = 32

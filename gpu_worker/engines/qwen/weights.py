@@ -6,12 +6,13 @@ Tensors are read, not mapped: who overwrote or cut a mapped file would change a 
 (safetensors' own reader maps, and loses 64 bytes a tensor: 5 KiB a load, measured with 0.8.0.)
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -33,6 +34,7 @@ _DTYPE_BYTES: Final = {
     "U8": 1,
     "BOOL": 1,
 }
+_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _TORCH_NAMES: Final = {
     "F64": "float64",
     "F32": "float32",
@@ -119,10 +121,66 @@ def load_tensors(
     Raises:
         JobError: `model_unavailable` naming a file that vanished or cannot be read.
     """
-    return {
-        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        for name, tensor in _tensors(files, prefix)
-    }
+    with open_tensors(files, prefix, dtype=dtype, device=device) as tensors:
+        return dict(tensors)
+
+
+@contextlib.contextmanager
+def open_tensors(
+    files: list[Path], prefix: str, *, dtype: "torch.dtype | None", device: "torch.device | str" = "cpu"
+) -> "Iterator[Stored]":
+    """As `load_tensors`, to be read one by one while the files are open."""
+    with contextlib.ExitStack() as stack:
+        places: dict[str, _Place] = {}
+        for path in files:
+            tensors, begin = _read_header(path)
+            try:
+                file = stack.enter_context(path.open("rb"))
+            except OSError as error:
+                raise unavailable(path, f"cannot be read: {error.strerror}") from error
+            names = (name for name in tensors if name.startswith(prefix))
+            places |= {name: _Place(path, file, begin, tensors[name]) for name in names}
+        yield Stored(places, dtype=dtype, device=device)
+
+
+class Stored(Mapping[str, "Tensor"]):
+    """Tensors of open files by name, each read when it is asked for: a model never lies in RAM as a whole.
+
+    Looking one up raises as `load_tensors` does; KeyError where there is none of that name.
+    """
+
+    def __init__(
+        self, places: "Mapping[str, _Place]", *, dtype: "torch.dtype | None", device: "torch.device | str"
+    ) -> None:
+        self._places = places
+        self._dtype = dtype
+        self._device = device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, in the dtype that they come in."""
+        return sum(
+            math.prod(place.info.shape)
+            * (self._dtype.itemsize if self._dtype and place.info.dtype in _FLOATS else _DTYPE_BYTES[place.info.dtype])
+            for place in self._places.values()
+        )
+
+    def __getitem__(self, name: str) -> "Tensor":
+        place = self._places[name]
+        try:
+            place.file.seek(place.begin + place.info.data_offsets[0])
+            tensor = _read_tensor(place.file, place.info)
+        except OSError as error:
+            raise unavailable(place.path, f"cannot be read: {error.strerror}") from error
+        except EOFError as error:
+            raise unavailable(place.path, "was cut short while it was read") from error
+        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def fingerprint(files: list[Path]) -> bytes:
@@ -146,6 +204,15 @@ def fingerprint(files: list[Path]) -> bytes:
         except OSError as error:
             raise unavailable(path, f"cannot be read: {error.strerror}") from error
     return digest.digest()
+
+
+class _Place(NamedTuple):
+    """Where a tensor is; `begin` is where what the header describes begins in the file."""
+
+    path: Path
+    file: BufferedReader
+    begin: int
+    info: TensorInfo
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -180,21 +247,6 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     if size != expected:
         raise unavailable(path, f"has {size} bytes where its header says {expected}")
     return tensors, 8 + length
-
-
-def _tensors(files: list[Path], prefix: str) -> "Iterator[tuple[str, Tensor]]":
-    for path in files:
-        tensors, begin = _read_header(path)
-        try:
-            with path.open("rb") as file:
-                for name, info in tensors.items():
-                    if name.startswith(prefix):
-                        file.seek(begin + info.data_offsets[0])
-                        yield name, _read_tensor(file, info)
-        except OSError as error:
-            raise unavailable(path, f"cannot be read: {error.strerror}") from error
-        except EOFError as error:
-            raise unavailable(path, "was cut short while it was read") from error
 
 
 def _read_tensor(file: BufferedReader, info: TensorInfo) -> "Tensor":

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen import weights
-from gpu_worker.engines.qwen.weights import load_tensors, read_headers, require, tensor_files
+from gpu_worker.engines.qwen.weights import load_tensors, open_tensors, read_headers, require, tensor_files
 
 
 @pytest.fixture
@@ -32,6 +32,21 @@ def test_tensors_of_a_prefix_come_in_the_dtype_asked_for(file: Path) -> None:
 def test_none_keeps_the_dtype_of_the_file(file: Path) -> None:
     """Without a dtype, tensors are as stored."""
     assert load_tensors([file], "b.", dtype=None)["b.y"].dtype is torch.float32
+
+
+def test_open_tensors_are_read_when_they_are_asked_for(file: Path) -> None:
+    """Their bytes are known before any is read, in the dtype they will come in; two readings are two tensors."""
+    with open_tensors([file], "a.", dtype=torch.bfloat16) as tensors:
+        assert tensors.nbytes == 6 * 2 + 4 * 8
+        assert list(tensors) == ["a.ids", "a.x"]
+        one, other = tensors["a.x"], tensors["a.x"]
+        assert one.dtype is torch.bfloat16
+        one.zero_()
+        assert torch.equal(other.float(), torch.arange(6.0).view(2, 3))
+        with pytest.raises(KeyError):
+            tensors["b.y"]
+    with open_tensors([file], "", dtype=None) as tensors:
+        assert tensors.nbytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_shards_are_found_through_their_index(file: Path, tmp_path: Path) -> None:
