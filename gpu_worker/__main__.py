@@ -16,14 +16,13 @@ from types import FrameType
 from typing import Any, Final
 
 import structlog
-from dotenv import dotenv_values
 
 from gpu_worker.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.loader import Loader
 from gpu_worker.memory import cuda_present, open_probe
 from gpu_worker.moves import MoveProgress
-from gpu_worker.registry import Registry
+from gpu_worker.registry import GPU_EXTRA, Registry
 from gpu_worker.reporter import Reporter
 from gpu_worker.requests import Request
 from gpu_worker.residency import Residency, ResidencyOptions
@@ -32,6 +31,7 @@ from gpu_worker.transport import Transport
 from gpu_worker.voices import VoiceStore
 from gpu_worker.worker import Drain, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
+from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
 from shared.log import set_up_logging
 from shared.protocol import DeviceMemory
 from shared.settings import Settings, SettingsError, load_settings, variable_of
@@ -70,37 +70,47 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     fetch = commands.add_parser("download", help="fetch the weights of models into TTS_MODELS_DIR")
     fetch.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, a model's id or its hub id")
+    commands.add_parser("cuda", help="look for a CUDA device that it may use; exit code 1 if there is none")
     commands.add_parser("health", help="ask the worker at TTS_WORKER_URL whether it is alive; exit code 1 if not")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "cuda":
+        return 0 if cuda_present() else 1
     try:
-        settings = load_settings({**_dotenv(), **os.environ})
         if chosen.command == "download":
-            from gpu_worker.engines.qwen.download import download  # noqa: PLC0415 -- needs the gpu extra
-
-            try:
-                return download(chosen.names, load_catalog(), settings.models_dir)
-            except LookupError as error:
-                sys.stderr.write(f"{error}\n")
-                return EXIT_WRONG_SETTINGS
-        url = _address(settings)
+            return _download(chosen.names, load_settings(environment()))
         if chosen.command == "health":
-            return _health(url, settings.worker_token)
-        return _serve(settings, url, chosen.parent or os.getppid(), chosen.restarts)
+            settings = load_settings(environment(), _no_address)
+            return _health(str(settings.worker_url), settings.worker_token)
+        settings = load_settings(environment(), _no_address, unknown_models, wrong_places, _no_device)
+        return _serve(settings, str(settings.worker_url), chosen.parent or os.getppid(), chosen.restarts)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
 
 
-def _dotenv() -> dict[str, str]:
-    return {name: value for name, value in dotenv_values(".env").items() if value is not None}
+def _no_address(settings: Settings) -> list[str]:
+    if settings.worker_url is not None:
+        return []
+    return [f"{variable_of('worker_url')}: the worker needs an address, ipc:///private/dir/worker.ipc"]
 
 
-def _address(settings: Settings) -> str:
-    if settings.worker_url is None:
-        raise SettingsError(
-            [f"{variable_of('worker_url')}: the worker needs an address, ipc:///private/dir/worker.ipc"]
-        )
-    return settings.worker_url
+def _no_device(settings: Settings) -> list[str]:
+    if settings.default_device != "cuda" or cuda_present():
+        return []
+    return [f"{variable_of('default_device')}: {NO_CUDA}"]
+
+
+def _download(names: list[str], settings: Settings) -> int:
+    try:
+        from gpu_worker.engines.qwen.download import download  # noqa: PLC0415 -- needs the gpu extra
+    except ImportError as error:
+        sys.stderr.write(f"{error}; {GPU_EXTRA}\n")
+        return EXIT_WRONG_SETTINGS
+    try:
+        return download(names, load_catalog(), settings.models_dir)
+    except LookupError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_WRONG_SETTINGS
 
 
 def _health(url: str, token: str) -> int:
@@ -149,8 +159,6 @@ def build_worker(
     device = settings.default_device
     if device == "auto":
         device = "cuda" if cuda_present() else "cpu"
-    elif device == "cuda" and not cuda_present():
-        raise SettingsError([f"{variable_of('default_device')}: there is no CUDA device that this process may use"])
     probe = open_probe(
         device,
         budget_bytes=_bytes(settings.vram_budget_mb),
@@ -162,9 +170,9 @@ def build_worker(
         device,
         progress=lambda model, detail: inbox.put(MoveProgress(model=model, detail=detail)),
         room=lambda: _room(probe.device()),
+        start_device=probe.start,
     )
     loader = Loader(catalog, registry.open, probe, inbox.put)
-        start_device=probe.start,
     default_model = registry.default_model()
     registry.prepare()
     options = ResidencyOptions(
@@ -177,6 +185,8 @@ def build_worker(
     for spec in catalog:
         residency.set_unavailable(spec.id, registry.problem_of(spec) or "")
     log.info("default model", model=default_model, device=probe.device().name)
+    if problem := registry.problem_of(next(spec for spec in catalog if spec.id == default_model)):
+        log.warning("the default model cannot speak, so the service is not ready", model=default_model, reason=problem)
     worker = Worker(
         catalog=catalog,
         send=transport.send,

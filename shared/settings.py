@@ -4,7 +4,8 @@ Each field's annotation carries its limits; the variable is TTS_ and the field's
 Both processes read the same variables, so the web side and the worker can be configured from one file.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
@@ -106,14 +107,18 @@ _OF_THE_WEB_SIDE: Final = {
 _SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
 _SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}
 _LOWERED: Final = {"default_device", "default_model_size", "attention_backend", "dtype", "log_level", "log_format"}
+_ORIGIN: Final = re.compile(r"http://[^\s/?#@A-Z]+(?<!:80)|https://[^\s/?#@A-Z]+(?<!:443)")
+"""What browsers send as Origin."""
+
 _TRUE: Final = {"1", "true", "yes", "on"}
 _FALSE: Final = {"0", "false", "no", "off"}
 
 
-def load_settings(environ: Mapping[str, str]) -> Settings:
+def load_settings(environ: Mapping[str, str], *checks: Callable[[Settings], list[str]]) -> Settings:
     """The settings that the TTS_* variables of `environ` ask for; an empty one counts as not set.
 
-    Raises SettingsError naming every wrong value and every TTS_* variable that is none of ours.
+    Each of `checks` says what else is wrong with them; it sees the default in the place of a wrong value.
+    Raises SettingsError naming every wrong value, every TTS_* variable that is none of ours, and what the checks found.
     """
     fields = {variable_of(field.name): field for field in msgspec.structs.fields(Settings)}
     given = {name: text.strip() for name, text in environ.items() if name.startswith(PREFIX) and text.strip()}
@@ -126,7 +131,8 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         except ValueError as error:
             problems.append(f"{name}: {error}")
     settings = Settings(**values)
-    problems += _contradictions(settings)
+    for check in (_contradictions, *checks):
+        problems += check(settings)
     if problems:
         raise SettingsError(problems)
     return settings
@@ -149,6 +155,8 @@ def _value(name: str, kind: Any, text: str) -> Any:
         raw = text.lower() in _TRUE
     elif get_origin(kind) is list:
         raw = [part.strip() for part in text.split(",") if part.strip()]
+        if not raw:  # keys that were meant and are none would leave the doors open
+            raise ValueError("values separated by commas are expected, and there is none")
     elif get_origin(kind) is dict:
         raw = _pairs(text)
     try:
@@ -191,6 +199,7 @@ def _contradictions(settings: Settings) -> list[str]:
         if any(not key.isascii() or not key.isprintable() or " " in key for key in getattr(settings, name)):
             problems.append(f"{variable_of(name)}: a key is printable ASCII without spaces")
     for origin in settings.cors_origins:
-        if origin != "*" and not origin.startswith(("http://", "https://")):
-            problems.append(f"{variable_of('cors_origins')}: an origin begins with http:// or https://, not {origin!r}")
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            meant = "http:// or https://, a host in lower case, a port where it is not the usual one, and no path"
+            problems.append(f"{variable_of('cors_origins')}: an origin is {meant}; {origin!r} would match none")
     return problems

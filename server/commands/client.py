@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any, Final
 
-from server.commands.environment import environment
+from shared.environment import environment
 from shared.settings import load_settings
 
 CONNECT_TIMEOUT_S: Final = 10.0

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,12 +31,12 @@ from granian.log import LogLevels
 from litestar import Litestar
 
 from server.app import from_environment
-from server.commands.environment import checked_settings, environment
 from server.supervisor import Supervisor
 from server.web_workers import WebServer
 from shared.catalog import CatalogError
+from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
 from shared.log import set_up_logging
-from shared.settings import PREFIX, Settings, SettingsError, variable_of
+from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, ipc_path
 
 EXIT_FAILED: Final = 1
@@ -69,7 +70,7 @@ def run(_arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it; the exit code."""
     environ = environment()
     try:
-        settings = checked_settings(environ)
+        settings = load_settings(environ, unknown_models, _problems_of_worker)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
@@ -141,6 +142,19 @@ def _granian(settings: Settings) -> WebServer:
         log_level=LogLevels(settings.log_level),
         log_dictconfig=_GRANIAN_LOGS,
     )
+
+
+def _problems_of_worker(settings: Settings) -> list[str]:
+    """What would stop a GPU worker on this machine, where it is ours to start."""
+    if settings.worker_url is not None:
+        return []
+    problems = wrong_places(settings)
+    if settings.default_device == "cuda":
+        # A process of its own is asked: this one, and its web workers, stay without the worker's code.
+        asked = subprocess.run([sys.executable, "-m", "gpu_worker", "cuda"], stdin=subprocess.DEVNULL, check=False)
+        if asked.returncode:
+            problems.append(f"{variable_of('default_device')}: {NO_CUDA}")
+    return problems
 
 
 def _announce(settings: Settings) -> None:

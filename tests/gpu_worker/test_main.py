@@ -12,6 +12,7 @@ import pytest
 
 from gpu_worker.__main__ import EXIT_ALREADY_RUNNING, EXIT_WRONG_SETTINGS, main
 from gpu_worker.health import check
+from gpu_worker.registry import GPU_EXTRA
 from shared.sockets import AlreadyRunningError, claim
 
 WAIT_S = 30
@@ -87,6 +88,32 @@ class TestSettings:
         assert "TTS_IDLE_TIMEOUT" in words
         assert "TTS_LOG_LEVEL" not in words
 
+    def test_mistakes_of_every_kind(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """What only the catalogue, the disk and the driver know stands in the same message as the rest."""
+        wrong = {"PORT": "http", "DEFAULT_MODEL": "void", "MODEL_PATHS": "espeak=/nowhere", "DEFAULT_DEVICE": "cuda"}
+        for name, value in wrong.items():
+            monkeypatch.setenv(f"TTS_{name}", value)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert main([]) == EXIT_WRONG_SETTINGS
+        words = capsys.readouterr().err
+        named = sorted(line.split(":")[0].strip() for line in words.splitlines()[1:])
+        assert named == sorted(f"TTS_{name}" for name in [*wrong, "WORKER_URL"])
+
+    def test_downloading_without_the_gpu_extra(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """It says what to install."""
+        monkeypatch.delitem(sys.modules, "gpu_worker.engines.qwen.download", raising=False)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        assert main(["download", "0.6B-Base"]) == EXIT_WRONG_SETTINGS
+        assert GPU_EXTRA in capsys.readouterr().err
+
+    def test_no_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`python -m gpu_worker cuda` tells the server, whatever the settings are."""
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setenv("TTS_PORT", "http")
+        assert main(["cuda"]) == 1
+
     def test_no_address(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Without an address it says what one looks like."""
         assert main([]) == EXIT_WRONG_SETTINGS
@@ -142,6 +169,25 @@ class TestRefusesToStart:
         assert "already serving" in words
         assert running.poll() is None
         assert check(process.url, "") is None
+
+
+class TestStarts:
+    """What it says of what it can do."""
+
+    def test_weights_that_are_missing(self, process: _Process) -> None:
+        """A default model without weights leaves the service not ready: that is told at the start, with what to do."""
+        model = "qwen3-tts-1.7b-customvoice"
+        empty = {"TTS_MODELS_DIR": str(process.directory / "models"), "HF_HOME": str(process.directory / "hub")}
+        worker = process.start(TTS_DEFAULT_MODEL=model, **empty)
+        try:
+            assert check(process.url, "", timeout_s=WAIT_S) is None
+            worker.terminate()
+            _, words = worker.communicate(timeout=WAIT_S)
+        finally:
+            worker.kill()
+        (warning,) = [line for line in words.splitlines() if "the default model cannot speak" in line]
+        assert model in warning
+        assert "python -m gpu_worker download" in warning or GPU_EXTRA in warning
 
 
 class TestEnd:

@@ -59,7 +59,15 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_WORKER_URL", "ipc://worker.ipc", "must be absolute"),
     ("TTS_API_KEYS", "good,with space", "printable ASCII"),
     ("TTS_ADMIN_KEYS", "schlüssel", "printable ASCII"),
+    ("TTS_API_KEYS", ",", "there is none"),
+    ("TTS_ADMIN_KEYS", " , ,", "there is none"),
+    ("TTS_PRELOAD", ",,", "there is none"),
     ("TTS_CORS_ORIGINS", "a.example", "http://"),
+    ("TTS_CORS_ORIGINS", "https://a.example/", "would match none"),
+    ("TTS_CORS_ORIGINS", "https://a.example/page", "would match none"),
+    ("TTS_CORS_ORIGINS", "https://A.example", "would match none"),
+    ("TTS_CORS_ORIGINS", "https://a.example:443", "would match none"),
+    ("TTS_CORS_ORIGINS", "http://", "would match none"),
     ("TTS_MAX_INPUT_CHARS", "-1", ">= 1"),
     ("TTS_MAX_CONCURRENCY", "none", "'none'"),
     ("TTS_MAX_QUEUE", "0", ">= 1"),
@@ -102,9 +110,10 @@ class TestValues:
         assert line.startswith(f"{name}: ")
         assert problem in line
 
-    def test_any_origin(self) -> None:
-        """A star is an origin."""
-        assert load_settings({"TTS_CORS_ORIGINS": "*"}).cors_origins == ["*"]
+    @pytest.mark.parametrize("origin", ["*", "https://*.example", "http://a.example:443", "http://[::1]:8080"])
+    def test_other_origins(self, origin: str) -> None:
+        """A star is an origin, alone or as a part of one; ports and addresses may be in it."""
+        assert load_settings({"TTS_CORS_ORIGINS": origin}).cors_origins == [origin]
 
     @pytest.mark.parametrize("text", ["1", "true", "Yes", "ON"])
     def test_true(self, text: str) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from server.__main__ import main
-from server.commands.environment import checked_settings, environment
-from shared.settings import SettingsError
 from tests.ports import free_port
 
 ROOT = str(Path(__file__).parents[3])
@@ -29,33 +27,31 @@ def listener() -> Iterator[socket.socket]:
 
 
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """All mistakes at once, exit code 2."""
+    """All mistakes at once, also those that only the catalogue, the disk and the GPU worker know; exit code 2."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TTS_PORT", "many")
-    monkeypatch.setenv("TTS_DTYPE", "int3")
+    wrong = {"PORT": "many", "DEFAULT_MODEL": "void", "VOICES_DIR": "/dev/null/voices", "DEFAULT_DEVICE": "cuda"}
+    for name, value in wrong.items():
+        monkeypatch.setenv(f"TTS_{name}", value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", ROOT)
     assert main([]) == 2
     err = capfd.readouterr().err
-    assert "TTS_PORT" in err
-    assert "TTS_DTYPE" in err
+    assert sorted(line.split(":")[0].strip() for line in err.splitlines()[1:]) == sorted(
+        f"TTS_{name}" for name in wrong
+    )
 
 
-def test_models_that_there_are_not() -> None:
-    """A model that the catalogue lacks is a wrong setting, and the message lists what there is."""
-    with pytest.raises(SettingsError, match="espeak-ng") as caught:
-        checked_settings({"TTS_DEFAULT_MODEL": "nothing", "TTS_PRELOAD": "espeak, void"})
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["TTS_DEFAULT_MODEL", "TTS_PRELOAD"]
-    assert checked_settings({"TTS_DEFAULT_MODEL": "Espeak"}).default_model == "Espeak"
-
-
-def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """.env gives what the environment leaves out; what is not TTS_* stays out of it."""
+def test_a_worker_elsewhere_answers_for_its_own_machine(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With TTS_WORKER_URL neither a GPU nor the worker's folders need be on this side."""
     monkeypatch.chdir(tmp_path)
-    Path(".env").write_text('TTS_PORT=1\nTTS_MAX_QUEUE="7"\nTTS_HOST=\nPATH=/nowhere\n')
-    monkeypatch.setenv("TTS_PORT", "2")
-    found = environment()
-    assert (found["TTS_PORT"], found["TTS_MAX_QUEUE"]) == ("2", "7")
-    assert "TTS_HOST" not in found
-    assert found["PATH"] != "/nowhere"
+    settings = {"WORKER_URL": f"ipc://{tmp_path}/w.ipc", "VOICES_DIR": "/dev/null/voices", "DEFAULT_DEVICE": "cuda"}
+    for name, value in (settings | {"PORT": str(listener.getsockname()[1])}).items():
+        monkeypatch.setenv(f"TTS_{name}", value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main([]) == 1
+    assert "is in use" in capfd.readouterr().err
 
 
 def test_a_port_in_use(

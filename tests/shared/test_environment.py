@@ -1,0 +1,74 @@
+"""Settings against what there is: .env, the catalogue, the disk."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.environment import environment, unknown_models, wrong_places
+from shared.settings import Settings, SettingsError, load_settings
+
+
+def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """.env gives what the environment leaves out; what is not TTS_* stays out of it."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text('TTS_PORT=1\nTTS_MAX_QUEUE="7"\nTTS_HOST=\nTTS_DTYPE\nPATH=/nowhere\n')
+    monkeypatch.setenv("TTS_PORT", "2")
+    found = environment()
+    assert (found["TTS_PORT"], found["TTS_MAX_QUEUE"]) == ("2", "7")
+    assert not {"TTS_HOST", "TTS_DTYPE"} & found.keys()
+    assert found["PATH"] != "/nowhere"
+
+
+def test_models_that_there_are_not() -> None:
+    """A model that the catalogue lacks is a wrong setting, and the message lists what there is."""
+    settings = load_settings(
+        {"TTS_DEFAULT_MODEL": "nothing", "TTS_PRELOAD": "espeak, void", "TTS_MODEL_PATHS": "none=/"},
+    )
+    problems = unknown_models(settings)
+    assert [problem.split(":")[0] for problem in problems] == ["TTS_DEFAULT_MODEL", "TTS_PRELOAD", "TTS_MODEL_PATHS"]
+    assert all("espeak-ng" in problem for problem in problems)
+
+
+def test_models_that_there_are() -> None:
+    """A model goes by its id, its hub id or an alias, in any case; auto is none and right all the same."""
+    names = {"TTS_DEFAULT_MODEL": "Espeak", "TTS_MODEL_PATHS": "qwen/qwen3-tts-12hz-1.7b-base=/"}
+    assert unknown_models(load_settings(names)) == []
+    assert unknown_models(Settings()) == []
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    """A model's configured folder must be one."""
+    file = tmp_path / "file"
+    file.touch()
+    names = {"a": tmp_path, "b": tmp_path / "nowhere", "c": file}
+    problems = wrong_places(Settings(model_paths=names, voices_dir=tmp_path))
+    assert [problem.split(" (")[0] for problem in problems] == [
+        f"TTS_MODEL_PATHS: {tmp_path / 'nowhere'}",
+        f"TTS_MODEL_PATHS: {file}",
+    ]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/voices", "dangling"])
+def test_voices_that_could_not_be_saved(tmp_path: Path, folder: str) -> None:
+    """A folder that cannot be written, or made, is told at the start and not by the first upload."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (problem,) = wrong_places(Settings(voices_dir=tmp_path / folder))
+    assert problem.startswith("TTS_VOICES_DIR: ")
+    assert wrong_places(Settings(voices_dir=tmp_path / folder, max_voices=0)) == []
+
+
+def test_a_folder_for_voices_may_be_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not be there, as the default one is not on a fresh machine, and the check does not make it."""
+    monkeypatch.chdir(tmp_path)
+    assert wrong_places(Settings()) == []
+    assert wrong_places(Settings(voices_dir=tmp_path / "some" / "where")) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_mistake_at_once() -> None:
+    """What the catalogue and the disk find stands in one message with what is wrong in itself."""
+    wrong = {"TTS_PORT": "many", "TTS_PRELOAD": "void", "TTS_VOICES_DIR": "/dev/null/x", "TTS_NO_SUCH": "1"}
+    with pytest.raises(SettingsError) as caught:
+        load_settings(wrong, unknown_models, wrong_places)
+    assert sorted(problem.split(":")[0] for problem in caught.value.problems) == sorted(wrong)
