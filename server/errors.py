@@ -7,7 +7,7 @@ is raised, and only this module knows what that is in HTTP.
 import http
 import math
 import re
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import msgspec
 import structlog
@@ -17,6 +17,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap
 
 from server.request_ids import request_id_of
+from server.wording import choices_in, plain
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -153,6 +154,8 @@ def headers_of(error: ApiError) -> dict[str, str]:
     elif error.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
         # The OpenAI SDK repeats a 500 twice by itself, which would spend the GPU on the same failure again.
         headers["x-should-retry"] = "false"
+    if error.status == http.HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.code == "model_unavailable":
         # Weights do not come by themselves: the SDK would sleep through Retry-After twice, two minutes in all.
         headers["x-should-retry"] = "false"
@@ -198,7 +201,7 @@ def _of_the_framework(request: Request[Any, Any, Any], error: Exception) -> Resp
     if error.status_code >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
         return unexpected(request, error)
     if isinstance(error, ValidationException):
-        return answer(_first_problem(error))
+        return answer(_first_problem(request, error))
     # Whatever answers GET answers HEAD.
     kept = {
         name: value.replace("GET", "GET, HEAD")
@@ -234,7 +237,7 @@ def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Er
     return answer(ApiError("internal_error", "The server made a mistake; its log says which."))
 
 
-def _first_problem(error: ValidationException) -> ApiError:
+def _first_problem(request: Request[Any, Any, Any], error: ValidationException) -> ApiError:
     """The first field that Litestar's validation names, and what is wrong with it."""
     first = error.extra[0] if isinstance(error.extra, list) and error.extra else {}
     said = str(first.get("message") or error.detail)
@@ -243,10 +246,21 @@ def _first_problem(error: ValidationException) -> ApiError:
     if missing:
         field = missing["field"]
         said = "is missing"
+    else:
+        said = plain(said, _choices_of(request, field), from_text=True)
     if field == "data":
         # Litestar's name of the body.
         return ApiError("invalid_json", "The body is missing.")
     return ApiError("invalid_value", f"{field}: {said}." if field else f"{said}.", param=field)
+
+
+def _choices_of(request: Request[Any, Any, Any], field: str | None) -> list[str]:
+    """What `field` can be, a parameter of the handler or a field of the Struct that is its `data`."""
+    parameters = request.route_handler.parsed_fn_signature.parameters
+    found = parameters.get(field or "")
+    if found is None and "data" in parameters:
+        return choices_in(get_type_hints(parameters["data"].annotation, include_extras=True).get(field or ""))
+    return choices_in(found.raw) if found else []
 
 
 def shown_path(scope: Any) -> str:

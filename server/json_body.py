@@ -5,7 +5,7 @@ which takes over the decoding and leaves everything else, the OpenAPI included, 
 """
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, get_type_hints
 
 import msgspec
 from litestar.dto import AbstractDTO, DTOConfig
@@ -13,12 +13,17 @@ from litestar.typing import FieldDefinition
 
 from server.errors import MISSING_FIELD, ApiError
 from server.schemas import ALIASES, SpeechRequest
+from server.wording import choices_in, plain
 
 if TYPE_CHECKING:
     from litestar._openapi.schema_generation import SchemaCreator
     from litestar.openapi.spec import Reference, Schema
 
 T = TypeVar("T")
+
+_TRUNCATED: Final = "Input data was truncated"
+_HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+"""The first half of a surrogate pair without its second."""
 
 _AT: Final = re.compile(r" - at `\$(?:\.(?P<field>\w+))?.*`$")
 
@@ -50,9 +55,9 @@ def decode_json(
     except RecursionError:
         raise ApiError("invalid_json", "The body is nested too deeply.") from None
     except msgspec.ValidationError as error:
-        raise _of_field(str(error)) from None
+        raise _of_field(str(error), kind) from None
     except msgspec.DecodeError as error:
-        raise ApiError("invalid_json", f"The body is not valid JSON: {error}.") from None
+        raise ApiError("invalid_json", f"The body is not valid JSON: {_malformed(str(error), body)}.") from None
 
 
 def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.Decoder[Any]") -> bytes:
@@ -69,17 +74,26 @@ def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.D
     return b"{%s}" % b",".join(b'"%s":%s' % (field.encode(), value) for field, value in fields.items())
 
 
-def _of_field(said: str) -> ApiError:
-    """What msgspec said as an error of ours: `Expected ... - at `$.speed`` is about speed."""
+def _malformed(said: str, body: bytes) -> str:
+    """What msgspec said of a body that is no JSON; half a character at the end of a string is "truncated" to it."""
+    if said != _TRUNCATED:
+        return said.removeprefix("JSON is malformed: ")
+    half = _HALF_CHARACTER.search(body)
+    return f"{half[0].decode()} is half of a character" if half else "it ends too early"
+
+
+def _of_field(said: str, kind: Any) -> ApiError:
+    """What msgspec said of a `kind` as an error of ours: `Expected ... - at `$.speed`` is about speed."""
     at = _AT.search(said)
     missing = MISSING_FIELD.search(said)
     if missing and at is None:
         return ApiError("invalid_value", f"{missing['field']} is missing.", param=missing["field"])
-    what = _AT.sub("", said).replace(" | null", "")
-    what = f"{what[:1].lower()}{what[1:]}"
+    what = _AT.sub("", said)
     if at is None or at["field"] is None:
-        return ApiError("invalid_value", f"The body is wrong: {what}.")
-    return ApiError("invalid_value", f"{at['field']}: {what}.", param=at["field"])
+        return ApiError("invalid_value", f"The body is wrong: {plain(what)}.")
+    field = at["field"]
+    choices = choices_in(get_type_hints(kind, include_extras=True)[field])
+    return ApiError("invalid_value", f"{field}: {plain(what, choices)}.", param=field)
 
 
 class StrictJson(AbstractDTO[T], Generic[T]):

@@ -18,6 +18,9 @@ from shared.protocol import Sampling, SavedVoice, Task
 OPENAI_MODELS: Final[dict[str, str]] = {"tts-1": "small", "tts-1-hd": "large", "gpt-4o-mini-tts": ""}
 """OpenAI's names of models and the size of the default model that each means ("": its own)."""
 
+_DATE: Final = re.compile(r"-(?:\d{4}|\d{4}-\d{2}-\d{2})$")
+"""What OpenAI puts behind the name of one state of a model: tts-1-1106, gpt-4o-mini-tts-2025-03-20."""
+
 _SAMPLING: Final = (
     "seed",
     "temperature",
@@ -27,8 +30,11 @@ _SAMPLING: Final = (
     "max_new_tokens",
     "non_streaming_mode",
 )
-_DURATION: Final = re.compile(r"(?P<number>-?\d{1,9}(?:\.\d{1,6})?)(?P<unit>ms|s|m|h)?")
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_NUMBER: Final = r"\d{1,9}(?:\.\d{0,9})?"
+_DURATION: Final = re.compile(rf"(?P<sign>[+-]?)(?:(?P<seconds>{_NUMBER})|(?P<parts>(?:{_NUMBER}(?:ms|s|m|h))+))")
+"""Seconds, or a duration as Go writes it: 1h30m."""
+_PART: Final = re.compile(rf"({_NUMBER})(ms|s|m|h)")
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LISTED: Final = 60
 """Names that an error message lists at most."""
 
@@ -93,7 +99,10 @@ def resolve(
     """
     start, free = _starting_model(request.model, catalog, default_model)
     task: Task = request.task_type or ("Base" if request.ref_audio is not None or saved is not None else start.task)
-    spec = _of_task(start, task, catalog) if free else start
+    if free and saved is not None and request.task_type is None:
+        spec = _of_saved_voice(start, saved, catalog)
+    else:
+        spec = _of_task(start, task, catalog) if free else start
     _check_task(request, spec, saved)
     _check_reference(request, spec, saved)
     return Resolved(
@@ -108,14 +117,16 @@ def resolve(
 
 
 def keep_alive_s(given: float | str | None) -> float | None:
-    """Seconds: 300, "300", "5m", "1.5h"; -1 for ever (negative); None as configured. ApiError for anything else."""
+    """Seconds: 300, "300", "5m", "1h30m"; -1 for ever (negative); None as configured. ApiError for anything else."""
     if given is None:
         return None
     if isinstance(given, str):
         match = _DURATION.fullmatch(given.strip())
         if match is None:
             raise _keep_alive_error()
-        seconds = float(match["number"]) * _UNITS[match["unit"]]
+        parts = _PART.findall(match["parts"] or "")
+        seconds = float(match["seconds"] or 0) + sum(float(number) * _UNITS[unit] for number, unit in parts)
+        seconds = -seconds if match["sign"] == "-" else seconds
     else:
         seconds = float(given)
     if seconds > MAX_KEEP_ALIVE_S:
@@ -128,7 +139,7 @@ def keep_alive_s(given: float | str | None) -> float | None:
 
 def _starting_model(name: str | None, catalog: list[ModelSpec], default_model: str) -> tuple[ModelSpec, bool]:
     """The model that `name` means, and whether the task may still choose another one of its family."""
-    openai_size = OPENAI_MODELS.get(name.casefold()) if name is not None else ""
+    openai_size = OPENAI_MODELS.get(_DATE.sub("", name.casefold())) if name is not None else ""
     if name is not None and openai_size is None:
         return find_model(name, catalog), False
     default = find_model(default_model, catalog)
@@ -153,6 +164,15 @@ def _of_task(start: ModelSpec, task: Task, catalog: list[ModelSpec]) -> ModelSpe
             param="model",
         )
     return next((spec for spec in family if spec.size == start.size), family[0])
+
+
+def _of_saved_voice(start: ModelSpec, saved: SavedVoice, catalog: list[ModelSpec]) -> ModelSpec:
+    """The Base model beside `start`; where there is none, the message names the voice that needs one."""
+    try:
+        return _of_task(start, "Base", catalog)
+    except ApiError as error:
+        said = f"voice: {saved.name!r} is a saved voice, which needs a Base model. {error.message}"
+        raise ApiError(error.code, said, param="voice") from None
 
 
 def _check_task(request: SpeechRequest, spec: ModelSpec, saved: SavedVoice | None) -> None:
@@ -267,7 +287,7 @@ def _sampling(request: SpeechRequest, spec: ModelSpec) -> Sampling:
 
 def _keep_alive_error() -> ApiError:
     return ApiError(
-        "invalid_value", "keep_alive: seconds (300), a duration (5m), 0 or -1 is expected.", param="keep_alive"
+        "invalid_value", "keep_alive: seconds (300), a duration (5m, 1h30m), 0 or -1 is expected.", param="keep_alive"
     )
 
 

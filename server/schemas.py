@@ -61,7 +61,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     response_format: Annotated[
         Format | None,
-        _says("The audio format, mp3 by default; pcm is 24 kHz mono int16 little-endian."),
+        _says("The audio format; pcm is 24 kHz mono int16 little-endian."),
     ] = None
     speed: Annotated[
         Annotated[float, Meta(ge=0.25, le=4.0)] | None,
@@ -110,7 +110,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     keep_alive: Annotated[
         int | float | Annotated[str, Meta(max_length=32)] | None,
-        _says("How long the model stays resident after this request: seconds, 5m, 0, or -1 for ever."),
+        _says("How long the model stays resident after this request: seconds, 5m, 1h30m, 0, or -1 for ever."),
     ] = None
 
 

@@ -15,7 +15,7 @@ from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.params import FromPath
 
 from server.encoding import CONTENT_TYPES
-from server.schemas import SpeechRequest
+from server.schemas import ALIASES, SpeechRequest
 from server.version import VERSION
 
 _STATIC: Final = Path(__file__).resolve().parent.parent / "static"
@@ -89,14 +89,16 @@ async def openapi_json(request: Request[Any, Any, Any]) -> dict[str, Any]:
 
 
 def openapi_document(app: Litestar) -> dict[str, Any]:
-    """What Litestar makes of the handlers, with the two things that it cannot know.
+    """What Litestar makes of the handlers, with the things that it cannot know.
 
     The limits inside optional fields, which its own schema of a Struct leaves out (msgspec's has them),
+    the limit of the text, which is a setting, the names that other servers have for fields, the format that null means,
     and that an answer of speech comes in six formats or as events.
     """
     document = app.openapi_schema.to_schema()
     _, components = msgspec.json.schema_components([SpeechRequest], ref_template="#/components/schemas/{name}")
     document["components"]["schemas"].update(components)
+    _complete(document["components"]["schemas"]["SpeechRequest"], app.state.settings.max_input_chars)
     sound = {"schema": {"type": "string", "format": "binary"}}
     content = dict.fromkeys(CONTENT_TYPES.values(), sound) | {"text/event-stream": {"schema": _EVENT}}
     document["paths"]["/v1/audio/speech"]["post"]["responses"]["200"] = {
@@ -104,6 +106,17 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
         "content": content,
     }
     return document
+
+
+def _complete(speech: dict[str, Any], max_input_chars: int) -> None:
+    """What the schema of a request for speech does not say by itself."""
+    fields = speech["properties"]
+    fields["input"]["maxLength"] = max_input_chars
+    fields["response_format"]["default"] = "mp3"
+    for alias, field in ALIASES.items():
+        fields[alias] = fields[field] | {"description": f"The same as `{field}`, where that is missing."}
+    del speech["required"]
+    speech["anyOf"] = [{"required": ["input"]}, {"required": ["text"]}]
 
 
 @get("/redoc", include_in_schema=False, media_type="text/html")

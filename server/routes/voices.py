@@ -33,7 +33,7 @@ from server.schemas import (
 )
 from server.streams import while_there
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
-from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice
+from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
 
 MAX_SAMPLE_BYTES: Final = 10 * 1024 * 1024
 _MAKE_TIMEOUT_S: Final = 300.0
@@ -89,11 +89,8 @@ async def list_voices(
     Without `model` the models that cannot be served are left out.
     """
     catalog, snapshot = known(engine)
-    if model is not None:
-        specs = [model_named(model, catalog, snapshot.default_model)]
-    else:
-        served = [spec for spec in catalog if state_of(spec, snapshot).state != "unavailable"]
-        specs = sorted(served, key=lambda spec: spec.id != snapshot.default_model)
+    named = [model_named(model, catalog, snapshot.default_model)] if model is not None else None
+    specs = named or _served(catalog, snapshot)
     voices = [voice for spec in specs for voice in _voices_of(spec)]
     base = next((spec for spec in specs if spec.task == "Base"), None)
     saved = snapshot.voices if model is None or base is not None else []
@@ -147,14 +144,19 @@ async def create_voice(
 @get(
     "/voices/{voice_id:str}",
     operation_id="getVoice",
-    summary="One saved voice",
+    summary="One voice",
     tags=["Voices"],
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def get_voice(
     request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings
-) -> SavedVoiceObject:
-    """The saved voice of that id or name."""
+) -> VoiceObject | SavedVoiceObject:
+    """The voice of that id or name; where several models have one, that of the first model in the list."""
+    name = voice_id.casefold()
+    for voice in _listed(*known(engine)):
+        # No saved voice can have the name of one of these.
+        if name in (voice.id.casefold(), voice.name.casefold()):
+            return voice
     return _saved_object(await _existing(voice_id, engine, client_of(settings, request)))
 
 
@@ -184,6 +186,12 @@ async def _sample(upload: UploadFile | None) -> bytes:
         said = f"audio_sample: larger than {MAX_SAMPLE_BYTES // 1024 // 1024} MiB."
         raise ApiError("request_too_large", said, param="audio_sample")
     return data
+
+
+def _served(catalog: list[ModelSpec], snapshot: Snapshot) -> list[ModelSpec]:
+    """The models that can be asked to speak, the default one first."""
+    served = [spec for spec in catalog if state_of(spec, snapshot).state != "unavailable"]
+    return sorted(served, key=lambda spec: spec.id != snapshot.default_model)
 
 
 async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:

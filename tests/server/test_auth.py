@@ -41,6 +41,7 @@ async def test_keys(worker: FakeWorker) -> None:
                 answer = await client.get(path, headers=headers)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
                 assert answer.json()["error"]["type"] == "authentication_error"
+                assert answer.headers["www-authenticate"] == "Bearer"
         for path in KEYED:
             for key in ("user-1", "user-2", "boss"):
                 assert (await client.get(path, headers=_bearer(key))).status_code == 200

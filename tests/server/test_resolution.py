@@ -41,6 +41,9 @@ def _ask(**fields: Any) -> SpeechRequest:
         (LARGE, {"model": "gpt-4o-mini-tts"}, LARGE, "ryan"),
         (SMALL, {"model": "gpt-4o-mini-tts"}, SMALL, "ryan"),
         (SMALL, {"model": "tts-1-hd"}, LARGE, "ryan"),
+        (LARGE, {"model": "tts-1-1106"}, SMALL, "ryan"),
+        (SMALL, {"model": "TTS-1-HD-1106"}, LARGE, "ryan"),
+        (ESPEAK, {"model": "gpt-4o-mini-tts-2025-03-20"}, ESPEAK, "en-us+f2"),
         (LARGE, {"model": "qwen/qwen3-tts-12hz-0.6b-customvoice", "voice": "Uncle_Fu"}, SMALL, "uncle_fu"),
         (LARGE, CLONE, BASE, ""),
         (SMALL, CLONE, SMALL_BASE, ""),
@@ -65,6 +68,7 @@ def test_model_and_voice(default: str, fields: dict[str, Any], model: str, voice
     ("default", "fields", "code", "param"),
     [
         (ESPEAK, {"model": "gpt-5"}, "model_not_found", "model"),
+        (ESPEAK, {"model": "espeak-ng-1106"}, "model_not_found", "model"),
         (ESPEAK, {"voice": "nobody"}, "voice_not_found", "voice"),
         (LARGE, {"voice": "emma"}, "voice_not_found", "voice"),
         (ESPEAK, {"model": BASE, "voice": "alloy"}, "voice_not_found", "voice"),
@@ -120,6 +124,13 @@ def test_a_saved_voice_does_not_fit_another_task() -> None:
     assert (caught.value.code, caught.value.param) == ("task_mismatch", "voice")
 
 
+def test_a_saved_voice_where_the_default_cannot_clone() -> None:
+    """The message names the voice, which a client may not know for a saved one, and the models that would do."""
+    with pytest.raises(ApiError, match=rf"'Grandma' is a saved voice.*{BASE}") as caught:
+        resolve(_ask(voice="grandma"), CATALOG, ESPEAK, SAVED)
+    assert (caught.value.code, caught.value.param) == ("task_mismatch", "voice")
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"voice": "RYAN"}, {"voice": "alloy"}, {"voice": "x", **CLONE}, {"voice": "x", "model": DESIGN}]
 )
@@ -139,14 +150,17 @@ def test_language(name: str | None, language: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "seconds"),
-    [(None, None), (0, 0.0), (-1, -1.0), ("-1", -1.0), ("5m", 300.0), ("1.5h", 5400.0), ("90", 90.0), (2.5, 2.5)],
+    [
+        *[(None, None), (0, 0.0), (-1, -1.0), ("-1", -1.0), ("5m", 300.0), ("1.5h", 5400.0), ("90", 90.0), (2.5, 2.5)],
+        *[("1h30m", 5400.0), ("5m0s", 300.0), ("-1m", -1.0), ("1m1.5s", 61.5), ("0", 0.0), ("250ms", 0.25)],
+    ],
 )
 def test_keep_alive(given: float | str | None, seconds: float | None) -> None:
     """Numbers are seconds, strings may have a unit, and everything negative means for ever."""
     assert keep_alive_s(given) == seconds
 
 
-@pytest.mark.parametrize("given", ["", "5 minutes", "m", "1e3", 31_536_001, "9000h"])
+@pytest.mark.parametrize("given", ["", "5 minutes", "m", "1e3", 31_536_001, "9000h", "1h30", "-"])
 def test_keep_alive_that_means_nothing(given: float | str) -> None:
     """Anything else, or more than a year, is refused."""
     with pytest.raises(ApiError):

@@ -281,7 +281,10 @@ async def test_openapi(client: httpx.AsyncClient) -> None:
                 assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}
     fields = document["components"]["schemas"]["SpeechRequest"]["properties"]
     assert {"type": "number", "minimum": 0.25, "maximum": 4.0} in fields["speed"]["anyOf"]
-    assert document["components"]["schemas"]["SpeechRequest"]["required"] == ["input"]
+    assert (fields["input"]["maxLength"], fields["response_format"]["default"]) == (4096, "mp3")
+    either = document["components"]["schemas"]["SpeechRequest"]["anyOf"]
+    assert either == [{"required": ["input"]}, {"required": ["text"]}]
+    assert fields["text"]["maxLength"] == 4096
     spoken = document["paths"]["/v1/audio/speech"]["post"]["responses"]["200"]["content"]
     assert {"audio/mpeg", "audio/ogg", "audio/aac", "audio/flac", "audio/wav", "audio/pcm"} < spoken.keys()
 

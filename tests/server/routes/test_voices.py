@@ -81,6 +81,16 @@ async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     }
 
 
+async def test_one_voice(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Every voice of the list can be looked at by its id; OpenAI's and preset ones without a question to the worker."""
+    listed = (await client.get(VOICES)).json()["voices"]
+    for voice in {voice["id"]: voice for voice in reversed(listed)}.values():
+        assert (await client.get(f"{VOICES}/{voice['id'].replace('+', '%2B')}")).json() == voice
+    assert (await client.get(f"{VOICES}/RYAN")).json()["model"] == LARGE
+    assert not worker.of(Call)
+    assert (await client.get(f"{VOICES}/nobody")).status_code == 404
+
+
 async def test_a_client_that_leaves_is_not_worked_for(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Who leaves while a voice is made, or a model is loaded, has the worker told so."""
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
