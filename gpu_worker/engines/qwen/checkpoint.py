@@ -115,7 +115,7 @@ def verify(directory: Path) -> None:
     if not directory.is_dir():
         raise unavailable(directory, "is not a directory")
     config = read_config(directory)
-    read_generation_config(directory)
+    _require_sampling(directory / "generation_config.json", read_generation_config(directory), config)
     _require_files(directory, ["tokenizer_config.json"])
     if not (directory / "tokenizer.json").is_file():
         _require_files(directory, ["vocab.json", "merges.txt"])
@@ -203,6 +203,15 @@ def _require_type(path: Path, model_type: str) -> None:
     found = _decode(path, _Typed).model_type
     if found != model_type:
         raise unavailable(path, f"describes a {found!r} model, not {model_type!r}")
+
+
+def _require_sampling(path: Path, generation: GenerationConfig, config: ModelConfig) -> None:
+    """The code predictor's sampling must be of the kind that its one graph does."""
+    codes = config.talker_config.code_predictor_config.vocab_size
+    if generation.subtalker_top_k > codes:
+        raise unavailable(path, f"wants subtalker_top_k {generation.subtalker_top_k}; there are {codes} codes")
+    if generation.subtalker_top_p != 1:
+        raise unavailable(path, f"wants subtalker_top_p {generation.subtalker_top_p}; only 1 is supported")
 
 
 def _require_files(directory: Path, names: list[str]) -> None:

@@ -4,10 +4,12 @@ Nothing is defaulted that the published files state: a missing field is a damage
 It opens no files and knows nothing of weights.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+Positive = Annotated[float, Meta(gt=0)]
 ModelType = Literal["custom_voice", "voice_design", "base"]
 
 
@@ -26,6 +28,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     rope_theta: float
     hidden_act: Literal["silu"] = "silu"
     use_sliding_window: Literal[False] = False
+    attention_bias: Literal[False] = False
 
 
 class TalkerShape(Shape, frozen=True, kw_only=True):
@@ -72,15 +75,19 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """generation_config.json, with the official package's defaults (`_merge_generate_kwargs`) for what it omits."""
+    """generation_config.json, with the official package's defaults (`_merge_generate_kwargs`) for what it omits.
+
+    The ranges are those of Transformers' processors; `top_k` 0 looks at every id.
+    The code predictor samples from the same number of candidates in every row, so that one is at least 1.
+    """
 
     do_sample: bool = True
-    top_k: int = 50
-    top_p: float = 1.0
-    temperature: float = 0.9
-    repetition_penalty: float = 1.05
+    top_k: Annotated[int, Meta(ge=0)] = 50
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    temperature: Positive = 0.9
+    repetition_penalty: Positive = 1.05
     subtalker_dosample: bool = True
-    subtalker_top_k: int = 50
-    subtalker_top_p: float = 1.0
-    subtalker_temperature: float = 0.9
-    max_new_tokens: int = 2048
+    subtalker_top_k: Annotated[int, Meta(ge=1)] = 50
+    subtalker_top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    subtalker_temperature: Positive = 0.9
+    max_new_tokens: Annotated[int, Meta(ge=1)] = 2048

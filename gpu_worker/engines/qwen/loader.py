@@ -138,7 +138,13 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
 
 
 def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
-    """The dtype of weights and caches: what is asked for; "auto" is bfloat16 on CUDA, float32 on CPU."""
+    """The dtype of weights and caches: what is asked for; "auto" is bfloat16 on CUDA, float32 on CPU.
+
+    Raises:
+        JobError: `model_unavailable` for float16 on CPU, where torch's products need instructions that few have.
+    """
+    if device == "cpu" and name == "float16":
+        raise JobError("model_unavailable", "TTS_DTYPE=float16 is for CUDA; a CPU computes in float32 or bfloat16")
     if name == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return DTYPES[name]

@@ -40,6 +40,13 @@ def test_slots_waste_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found <= set(BATCHES)
 
 
+def test_float16_is_refused_on_a_cpu() -> None:
+    """The message says what to set instead."""
+    with pytest.raises(JobError, match="a CPU computes in float32 or bfloat16") as refusal:
+        engine("custom_voice", dtype="float16")
+    assert refusal.value.code == "model_unavailable"
+
+
 def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cuDNN would round by itself is left alone once an engine is there."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
