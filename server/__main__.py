@@ -9,11 +9,11 @@ import sys
 from typing import Final
 
 from server.commands import listing, say, serve, top
-from server.commands.client import ClientError
+from server.commands.client import ClientError, UsageError
 from shared.settings import SettingsError
 
 _EXIT_FAILED: Final = 1
-_EXIT_WRONG_SETTINGS: Final = 2
+_EXIT_WRONG_USE: Final = 2
 _EXIT_INTERRUPTED: Final = 130
 
 _EPILOG: Final = """\
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ClientError as error:
         sys.stderr.write(f"{error}\n")
         return _EXIT_FAILED
-    except SettingsError as error:
+    except (UsageError, SettingsError) as error:
         sys.stderr.write(f"{error}\n")
-        return _EXIT_WRONG_SETTINGS
+        return _EXIT_WRONG_USE
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:

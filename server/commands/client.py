@@ -27,11 +27,15 @@ class ClientError(Exception):
     """The service cannot be reached, or refused; the message is fit for a terminal."""
 
 
+class UsageError(Exception):
+    """The command line makes no sense; the message is fit for a terminal."""
+
+
 class Client:
-    """One service at `url`, spoken to with `key` where it wants one."""
+    """One service at `url` (with or without OpenAI's /v1), spoken to with `key` where it wants one."""
 
     def __init__(self, url: str, key: str = "") -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.authorization = f"Bearer {key}" if key else None
         # A proxy of the environment is for the outside world, not for this machine.
         proxies = urllib.request.ProxyHandler({}) if _is_local(self.url) else urllib.request.ProxyHandler()

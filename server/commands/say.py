@@ -12,14 +12,10 @@ from typing import Any, BinaryIO, Final
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, add_service_arguments, client_of
+from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageError, add_service_arguments, client_of
 from server.encoding import CONTENT_TYPES
 
-_FORMAT_OF_SUFFIX: Final = {".mp3": "mp3", ".opus": "opus", ".ogg": "opus", ".aac": "aac", ".flac": "flac"} | {
-    ".wav": "wav",
-    ".pcm": "pcm",
-    ".raw": "pcm",
-}
+_FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".ogg": "opus", ".raw": "pcm"}
 _READ_BYTES: Final = 65_536
 
 
@@ -36,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="where to; - is stdout (default: stdout, if it is piped)"
     )
-    parser.add_argument("--format", choices=list(CONTENT_TYPES), help="default: as FILE ends, else mp3")
+    parser.add_argument("--format", choices=list(CONTENT_TYPES), help="default: as FILE ends; mp3 into a pipe")
     parser.add_argument("--model", help="a model's id or alias (default: the service's)")
     parser.add_argument("--voice", help="a voice of that model, or a saved one (default: the model's first)")
     parser.add_argument("--language", help="English, en, en-US … (default: auto)")
@@ -47,15 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Speak; ClientError where that does not work."""
+    """Speak; ClientError where that does not work, UsageError where it is not clear what is wanted."""
     output = arguments.output or ("speech.mp3" if sys.stdout.isatty() else "-")
     if output == "-" and sys.stdout.isatty():
         raise ClientError("audio is not for a terminal: pipe it into a player, or name a file with -o")
+    chosen = arguments.format or _format_of(output)
     text = arguments.text
     if text is None or text == "-":
         text = _stdin_text()
     client = client_of(arguments)
-    body = _body(arguments, text, output)
+    body = _body(arguments, text, chosen)
     if output == "-":
         _copy(client, body, sys.stdout.buffer)
         return 0
@@ -72,9 +69,20 @@ def _stdin_text() -> str:
         raise ClientError(f"stdin is not text: {error}") from None
 
 
-def _body(arguments: argparse.Namespace, text: str, output: str) -> dict[str, Any]:
-    chosen = arguments.format or _FORMAT_OF_SUFFIX.get(Path(output).suffix.lower(), "mp3")
-    body = {"input": text, "response_format": chosen}
+def _format_of(output: str) -> str:
+    """The format that the file's name asks for; mp3 into a pipe. UsageError where it asks for none of ours."""
+    if output == "-":
+        return "mp3"
+    suffix = Path(output).suffix.lower()
+    if suffix not in _FORMAT_OF_SUFFIX:
+        known = ", ".join(_FORMAT_OF_SUFFIX)
+        ending = f"{suffix} is no ending of a format that is spoken here" if suffix else "it has no ending"
+        raise UsageError(f"{output}: {ending}; choose one of {known}, or say which format it is to be with --format")
+    return _FORMAT_OF_SUFFIX[suffix]
+
+
+def _body(arguments: argparse.Namespace, text: str, response_format: str) -> dict[str, Any]:
+    body = {"input": text, "response_format": response_format}
     for name in ("model", "voice", "language", "instructions", "speed", "seed"):
         if (value := getattr(arguments, name)) is not None:
             body[name] = value

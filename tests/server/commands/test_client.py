@@ -61,6 +61,14 @@ def test_a_proxy_is_not_asked_for_this_machine(service: CannedService, monkeypat
     assert Client(service.url + "/").get("/x") == {"y": 1}
 
 
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_the_habitual_base_url(service: CannedService, ending: str) -> None:
+    """--url may be what OpenAI's clients call the base URL."""
+    service.answers["/v1/models"] = (200, {"data": []})
+    assert main(["models", "--url", service.url + ending]) == 0
+    assert Client(f"{service.url}/speech{ending}").url == f"{service.url}/speech"
+
+
 def test_nobody_there(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that does not run is one line that says what to do."""
     monkeypatch.setenv("TTS_PORT", "1")

@@ -41,6 +41,33 @@ def test_every_option_is_passed_on(service: CannedService) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("a.mp3", "mp3"), ("a.opus", "opus"), ("a.ogg", "opus"), ("a.aac", "aac"), ("a.wav", "wav"), ("a.raw", "pcm")],
+)
+def test_the_ending_chooses_the_format(service: CannedService, name: str, chosen: str) -> None:
+    """What a player would take the file for is what is in it."""
+    service.answers[SPEECH] = (200, [b"x"])
+    assert main(["say", "hi", "-o", name]) == 0
+    assert service.asked[0][3]["response_format"] == chosen
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.txt", "speech"])
+def test_an_ending_of_no_format_is_refused(
+    service: CannedService, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """No mp3 under another's name, unless --format says that it is meant so."""
+    service.answers[SPEECH] = (200, [b"x"])
+    assert main(["say", "hi", "-o", name]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"{name}: ")
+    assert ".opus" in err
+    assert "--format" in err
+    assert (service.asked, list(Path().iterdir())) == ([], [])
+    assert main(["say", "hi", "-o", name, "--format", "aac"]) == 0
+    assert service.asked[0][3]["response_format"] == "aac"
+
+
 @pytest.mark.parametrize("arguments", [["say", "-o", "a.mp3"], ["say", "-", "-o", "a.mp3"]])
 def test_text_comes_from_stdin(service: CannedService, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     """Without a text, or with -, it is read from stdin."""
