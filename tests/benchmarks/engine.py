@@ -6,13 +6,12 @@ quality, natural lengths or audible latency.
 """
 
 import argparse
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -24,7 +23,13 @@ from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
 from gpu_worker.engines.qwen.official import load_official
 from gpu_worker.engines.qwen.planner import TASKS
+from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK
+from tests.benchmarks import machine, stages
+from tests.benchmarks.stages import Clock
 from tests.checkpoints import tiny
+
+PROFILED_STEPS: Final = 8
+"""A longest chunk of the codec's, so that its share is in it."""
 
 TEXT = "Hello world, good morning to the speech of today."
 
@@ -43,9 +48,6 @@ class Result(msgspec.Struct, frozen=True):
     def frame_ms(self) -> float:
         """Milliseconds of the whole run a frame and stream."""
         return 1000 * self.seconds / (self.streams * self.frames)
-
-
-Clock = Callable[[], float]
 
 
 def official_frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, clock: Clock) -> float:
@@ -83,8 +85,7 @@ def measure(
     engine: QwenEngine, job: Callable[[int], Job], streams: int, frames: int, *, clock: Clock, staged: bool = False
 ) -> Result:
     """Speak `streams` jobs of exactly `frames` frames at once."""
-    stages: dict[str, float] = {}
-    with _staged(engine, stages if staged else None, clock):
+    with stages.staged(engine, clock) if staged else nullcontext({}) as parts:
         for number in range(streams):
             engine.admit(job(number))
         steps: list[float] = []
@@ -102,47 +103,8 @@ def measure(
         seconds = clock() - start
     if spoken != streams * frames * 3840:
         raise RuntimeError(f"{spoken / 3840} frames were spoken instead of {streams * frames}")
-    per_step = {name: 1000 * value / len(steps) for name, value in stages.items()}
+    per_step = {name: 1000 * value / len(steps) for name, value in parts.items()}
     return Result(streams, frames, seconds, steps, first, per_step)
-
-
-@contextmanager
-def _staged(engine: QwenEngine, stages: dict[str, float] | None, clock: Clock) -> Iterator[None]:
-    """Time the parts of a step, on CPU; elsewhere a part returns before its work is done."""
-    if stages is None:
-        yield
-        return
-    parts = engine._parts
-    executor: Any = parts.executor
-    generator = executor._generator
-    spots: Sequence[tuple[Any, str, str]] = (
-        (generator, "prefill", "prefill"),
-        (generator, "predict", "code predictor"),
-        (generator.predictor, "_choose", "of which sampling"),
-        (generator, "advance", "talker"),
-        (generator, "_sample", "of which sampling "),
-        (parts.vocoder, "decode", "codec"),
-    )
-    for owner, name, stage in spots:
-        setattr(owner, name, _timed(getattr(owner, name), stages, stage, clock))
-    try:
-        yield
-    finally:
-        for owner, name, _ in spots:
-            delattr(owner, name)
-
-
-def _timed(function: Callable[..., Any], stages: dict[str, float], stage: str, clock: Clock) -> Callable[..., Any]:
-    stages[stage] = 0.0
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = clock()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            stages[stage] += clock() - start
-
-    return call
 
 
 def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
@@ -207,9 +169,10 @@ def main() -> None:
             sampling=Sampling(seed=number, max_new_tokens=arguments.frames),
         )
 
-    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {arguments.threads} threads"
-    print(f"{directory.name}, random or real weights as they are, {where}, torch {torch.__version__}")
-    print(f"{arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
+    print("\n".join(f"- {line}" for line in machine.describe()))
+    where = f"on {arguments.device}" if cuda else f"{arguments.threads} threads"
+    print(f"- {directory.name}, random or real weights as they are, dtype {arguments.dtype}, {where}")
+    print(f"- {arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
     base = None
     if not arguments.no_official:
         dtype = torch.bfloat16 if cuda and arguments.dtype == "auto" else torch.float32
@@ -218,26 +181,41 @@ def main() -> None:
     engine = _open(arguments, directory)
     measure(engine, job, 1, arguments.frames, clock=clock)
     print("streams  ms/step p50    p95    p99  ms/frame/stream  audio-s/s  first audio ms  x official")
-    results = []
     for streams in arguments.streams:
         runs = [measure(engine, job, streams, arguments.frames, clock=clock) for _ in range(arguments.repeat)]
         best = min(runs, key=lambda result: result.seconds)
-        results.append(best)
         p50, p95, p99 = (_percentile(best.steps_ms, share) for share in (0.5, 0.95, 0.99))
         times = f"{base / best.frame_ms:10.1f}" if base else ""
         print(
             f"{streams:7d} {p50:12.2f} {p95:6.2f} {p99:6.2f} {best.frame_ms:16.3f} {80 / best.frame_ms:10.1f}"
             f" {best.first_audio_ms:15.1f}  {times}"
         )
-    if cuda:
-        return
-    print("\nwhere a step's time goes, ms (timed apart, so a little slower)")
+    _print_stages(engine, job, arguments, clock)
+
+
+def _print_stages(engine: QwenEngine, job: Callable[[int], Job], arguments: argparse.Namespace, clock: Clock) -> None:
+    """Where a step's time goes, beside its floor, and what it launches."""
+    cuda = arguments.device == "cuda"
+    bandwidth = stages.copy_bandwidth(torch.device(arguments.device), clock)
+    counted = "kernels" if cuda else "operators"
+    print("\nwhere a step's time goes, ms (timed apart, so a little slower),")
+    print(f"and what reading the bytes alone takes, at the {bandwidth / 1e9:.0f} GB/s that a copy reached")
     for streams in arguments.streams:
         result = measure(engine, job, streams, arguments.frames, clock=clock, staged=True)
-        total = 1000 * result.seconds / len(result.steps_ms)
-        inner = sum(value for name, value in result.stages_ms.items() if "of which" not in name)
-        rest = f"python and the rest {total - inner:.2f}"
-        print(f"{streams:7d}  " + ", ".join(f"{n.strip()} {v:.2f}" for n, v in result.stages_ms.items()) + f", {rest}")
+        shown = [f"{name.strip()} {value:.2f}" for name, value in result.stages_ms.items()]
+        if not cuda:  # there the parts overlap, and their sum is no part of a step
+            total = 1000 * result.seconds / len(result.steps_ms)
+            inner = sum(value for name, value in result.stages_ms.items() if "of which" not in name)
+            shown.append(f"python and the rest {total - inner:.2f}")
+        floors = stages.floors_ms(engine, streams, arguments.frames // 2, chunk=LONGEST_CHUNK, bandwidth=bandwidth)
+        floor = ", ".join(f"{name} {value:.2f}" for name, value in floors.items())
+        for number in range(streams):
+            engine.admit(job(number))
+        launched = stages.launches(engine, PROFILED_STEPS)
+        for number in range(streams):
+            engine.cancel(str(number))
+        print(f"{streams:7d}  {', '.join(shown)}; {launched:.0f} {counted} a step")
+        print(f"  floor  {floor}")
 
 
 def _percentile(values: list[float], share: float) -> float:

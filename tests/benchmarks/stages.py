@@ -1,0 +1,161 @@
+"""Where a frame's time goes, how near that is to what memory allows, and how many kernels it takes.
+
+Times are the host's on CPU, where a part is over when it returns, and CUDA events' on a GPU, where it is not.
+The floor counts bytes alone: every weight read once a forward, keys and values once a frame, at the bandwidth that a
+copy on this device was just seen to reach. Nothing reaches it, and a large codec batch is bound by arithmetic instead.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.qwen.engine import QwenEngine
+
+Clock = Callable[[], float]
+"""Seconds that only grow."""
+
+COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 256 << 20}
+"""Far more than any cache holds."""
+
+WARM_UP_STEPS: Final = 8
+
+_GRAPHS: Final = {"predict": "code predictor", "advance": "talker", "prefill": "prefill", "decode": "codec"}
+"""What captured functions are called in the table."""
+
+
+@contextmanager
+def staged(engine: QwenEngine, clock: Clock) -> Iterator[dict[str, float]]:
+    """Time the parts of every step made meanwhile; the seconds by part are there at the end."""
+    stages: dict[str, float] = {}
+    with _events(engine, stages) if engine._cuda else _calls(engine, stages, clock):
+        yield stages
+
+
+@contextmanager
+def _calls(engine: QwenEngine, stages: dict[str, float], clock: Clock) -> Iterator[None]:
+    parts = engine._parts
+    executor: Any = parts.executor
+    generator = executor._generator
+    spots: Sequence[tuple[Any, str, str]] = (
+        (generator, "prefill", "prefill"),
+        (generator, "predict", "code predictor"),
+        (generator.predictor, "_choose", "of which sampling"),
+        (generator, "advance", "talker"),
+        (generator, "_sample", "of which sampling "),
+        (parts.vocoder, "decode", "codec"),
+    )
+    for owner, name, stage in spots:
+        setattr(owner, name, _timed(getattr(owner, name), stages, stage, clock))
+    try:
+        yield
+    finally:
+        for owner, name, _ in spots:
+            delattr(owner, name)
+
+
+def _timed(function: Callable[..., Any], stages: dict[str, float], stage: str, clock: Clock) -> Callable[..., Any]:
+    stages[stage] = 0.0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = clock()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            stages[stage] += clock() - start
+
+    return call
+
+
+@contextmanager
+def _events(engine: QwenEngine, stages: dict[str, float]) -> Iterator[None]:
+    """Events around every replay, on the stream that it runs on; read when all is over, so nothing waits for them."""
+    parts = engine._parts
+    executor: Any = parts.executor
+    graphs = (executor._graphs, parts.vocoder._graphs)
+    spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    for owner in graphs:
+        replay = owner.run
+
+        def run(key: Any, function: Callable[[], None], replay: Callable[..., None] = replay) -> None:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            replay(key, function)
+            end.record()
+            spans.append((_GRAPHS[key[0]], begin, end))
+
+        setattr(owner, "run", run)  # noqa: B010 -- mypy refuses assignment to a method
+    try:
+        yield
+    finally:
+        for owner in graphs:
+            del owner.run
+        torch.cuda.synchronize()
+        for stage, begin, end in spans:
+            stages[stage] = stages.get(stage, 0.0) + begin.elapsed_time(end) / 1000
+
+
+def copy_bandwidth(device: torch.device, clock: Clock) -> float:
+    """Bytes a second that a copy within the device's memory moves, read and written, the best of five."""
+    source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        start = clock()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, clock() - start)
+    return 2 * source.nbytes / best
+
+
+def floors_ms(engine: QwenEngine, streams: int, context: int, *, chunk: int, bandwidth: float) -> dict[str, float]:
+    """Milliseconds a frame of all streams, by part, if nothing but reading the bytes took time.
+
+    `context`: tokens that each stream's cache holds; `chunk`: frames a decoder call makes of each stream.
+    """
+    parts = engine._parts
+    executor: Any = parts.executor
+    generator = executor._generator
+    talker, predictor = generator.talker, generator.predictor
+    cache = list(talker.cache.tensors())
+    token = sum(_bytes([tensor]) // (tensor.shape[0] * tensor.shape[1]) for tensor in cache)
+    heads = _bytes(tensor for head in predictor.heads for tensor in head.tensors())
+    read = {
+        # The stack is read by each of the forwards, a head by one of them.
+        "code predictor": (predictor.groups - 1) * _bytes(predictor.stack.tensors()) + heads,
+        "talker": _bytes(talker.stack.tensors()) + _bytes(talker.head.tensors()) + streams * context * token,
+        "codec": _bytes(parts.vocoder._codec._decoder.tensors()) / chunk,
+    }
+    return {part: 1000 * size / bandwidth for part, size in read.items()}
+
+
+def launches(engine: QwenEngine, steps: int) -> float:
+    """Kernels (on CPU: operators) that one step launches, over `steps` of a run that is under way."""
+    cuda = engine._cuda
+    for _ in range(WARM_UP_STEPS):
+        engine.step(())
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA] if cuda else [activity.CPU]) as profile:
+        for _ in range(steps):
+            engine.step(())
+        if cuda:
+            torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.events() or () if event.device_type == kind]
+    # On CPU an operator that another one called is part of that one.
+    counted = [event for event in events if cuda or (event.cpu_parent is None and event.name.startswith("aten::"))]
+    return len(counted) / steps
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all, those that are held twice (a weight and its transpose) counted once."""
+    once = {id(x) if x.is_mkldnn else x.data_ptr(): x for x in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in once.values())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
