@@ -115,7 +115,10 @@ class CollectingSink:
         self._heard += pcm
 
     def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:  # noqa: ARG002 -- the Sink's
-        """Hand over the whole."""
+        """Hand over the whole; speech that had to be cut off is none."""
+        if reason == "length":
+            self.failed(JobError("synthesis_failed", "the model did not come to an end of what it said; try again"))
+            return
         self._on_done(bytes(self._heard))
 
     def failed(self, error: JobError) -> None:

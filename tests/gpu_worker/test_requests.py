@@ -90,6 +90,15 @@ class TestCollectingSink:
         CollectingSink(heard.append).failed(error)
         assert heard == [error]
 
+    def test_cut_off(self) -> None:
+        """Speech that a cap had to end says what nobody asked for: an error, and nothing to keep."""
+        heard: list[bytes | JobError] = []
+        sink = CollectingSink(heard.append)
+        sink.audio(b"aa")
+        sink.finished("length", USAGE, TIMINGS)
+        assert [error.code for error in heard if isinstance(error, JobError)] == ["synthesis_failed"]
+        assert len(heard) == 1
+
 
 class TestTimings:
     """Where a request's time went."""
