@@ -45,8 +45,10 @@ _REMEMBERED_PACKETS: Final = 4
 """How many packets' worth of speech is remembered, to see whether the last ones hold any."""
 _QUIET: Final = 328
 """One per cent of full scale: what a codec's last packet may hold and still be left out unheard."""
-_SHORT: Final = 120
-"""5 ms: so little of the end may be left out however loud it is, since no sound of speech is as short."""
+_SHORT: Final = 240
+"""10 ms: so little of the end may be left out however loud it is. Where speech breaks off it is not missed,
+and an answer keeps to within 3 % of the speech from 2.7 s on.
+"""
 
 
 class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,7 +253,7 @@ class _Compressed:
     Ogg, FLAC and the header of a whole MP3 file tell the player how much to skip; MP3 streams and AAC cannot.
     There, of the packets before the first audible one only the last stays: it carries the overlap which that one needs.
     At the end, packets beyond the true length are left out as far as they hold nothing that could be heard.
-    Where speech breaks off loudly, such an answer is still up to 57 ms (MP3) or 86 ms (AAC) longer.
+    Where speech breaks off loudly, such an answer is still up to 52 ms (MP3) or 81 ms (AAC) longer.
     """
 
     _open = False

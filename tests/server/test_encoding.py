@@ -55,7 +55,7 @@ def test_length_is_kept(audio_format: Format, speed: float, *, streaming: bool) 
     elif audio_format == "mp3" and not streaming:
         assert abs(surplus) <= 24
     else:
-        packet, longest = {"mp3": (576, 1_369), "aac": (1_024, 2_056)}[audio_format]
+        packet, longest = {"mp3": (576, 1_249), "aac": (1_024, 1_936)}[audio_format]
         assert -packet / 2 <= surplus <= longest
 
 
@@ -69,13 +69,13 @@ def test_quiet_padding_is_cut(audio_format: Format) -> None:
 
 @pytest.mark.parametrize("audio_format", ["mp3", "aac"])
 def test_loud_end_is_not_cut(audio_format: Format) -> None:
-    """Speech that breaks off at full level is heard to its last 5 ms, and the answer is not much longer."""
+    """Speech that breaks off at full level is heard to its last 10 ms, and the answer is not much longer."""
     lead_in, packet = {"mp3": (913, 576), "aac": (1152, 1024)}[audio_format]
     for samples in range(24_000, 24_000 + packet, 48):
         heard = decode(encoded(tone(samples / 24_000, fade_s=0.001), audio_format), audio_format)
-        assert -120 <= samples_of(heard) - samples - lead_in <= packet - 120
+        assert -240 <= samples_of(heard) - samples - lead_in <= packet - 240
         periods = rising_zero_crossings(heard[: 2 * (samples + lead_in)])
-        assert periods >= (samples - 120) // 80 - 1
+        assert periods >= (samples - 240) // 80 - 1
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)

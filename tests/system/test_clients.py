@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from itertools import pairwise
+import time
 from typing import Any
 
 import av
@@ -162,5 +162,11 @@ def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
 
 def test_stats_are_fresh(shared_service: Service) -> None:
     """What /admin/stats says is never older than 250 ms: the worker's uptime in it grows with the clock."""
-    uptimes = [shared_service.stats()["worker"]["uptime_s"] for _ in range(20)]
-    assert all(later >= earlier - 0.3 for earlier, later in pairwise(uptimes))
+    began = time.monotonic()
+    first = shared_service.stats()["worker"]["uptime_s"]
+    answered = asked = time.monotonic()
+    while asked < answered + 1.5:
+        asked = time.monotonic()
+        later = shared_service.stats()["worker"]["uptime_s"]
+        # At most 250 ms old when it was asked for, and as much again for its way through a busy machine.
+        assert asked - answered - 0.5 <= later - first <= time.monotonic() - began + 0.5
