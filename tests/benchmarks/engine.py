@@ -20,18 +20,16 @@ from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.checkpoint import read_config
 from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
-from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.loader import QwenOptions, compute_dtype, open_engine
 from gpu_worker.engines.qwen.planner import TASKS
 from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK
 from tests.benchmarks import machine, stages
+from tests.benchmarks.official import TEXT, frame_ms
 from tests.benchmarks.stages import Clock
 from tests.checkpoints import tiny
 
 PROFILED_STEPS: Final = 8
 """A longest chunk of the codec's, so that its share is in it."""
-
-TEXT = "Hello world, good morning to the speech of today."
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -48,37 +46,6 @@ class Result(msgspec.Struct, frozen=True):
     def frame_ms(self) -> float:
         """Milliseconds of the whole run a frame and stream."""
         return 1000 * self.seconds / (self.streams * self.frames)
-
-
-def official_frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, clock: Clock) -> float:
-    """Milliseconds a frame of the official package's one stream, codec included."""
-    model = load_official().Model.from_pretrained(
-        str(directory), dtype=dtype, attn_implementation="sdpa", device_map=device
-    )
-    config = read_config(directory)
-    talk = model.model.talker.generate
-
-    def forced(**kwargs: Any) -> Any:
-        # One more than the frames it makes.
-        return talk(**{**kwargs, "min_new_tokens": frames, "max_new_tokens": frames + 1})
-
-    model.model.talker.generate = forced
-
-    def speak() -> None:
-        if config.tts_model_type == "custom_voice":
-            model.generate_custom_voice(text=TEXT, speaker=next(iter(config.talker_config.spk_id)), language="english")
-        else:
-            model.generate_voice_design(text=TEXT, instruct="a deep voice", language="english")
-
-    speak()
-    times = []
-    for _ in range(2):
-        start = clock()
-        speak()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(clock() - start)
-    return 1000 * min(times) / frames
 
 
 def measure(
@@ -175,8 +142,8 @@ def main() -> None:
     print(f"- {arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
     base = None
     if not arguments.no_official:
-        dtype = torch.bfloat16 if cuda and arguments.dtype == "auto" else torch.float32
-        base = official_frame_ms(directory, arguments.frames, arguments.device, dtype, clock)
+        dtype = compute_dtype(arguments.device, arguments.dtype)
+        base = frame_ms(directory, arguments.frames, arguments.device, dtype, clock)
         print(f"official package, one stream: {base:.2f} ms a frame\n")
     engine = _open(arguments, directory)
     measure(engine, job, 1, arguments.frames, clock=clock)

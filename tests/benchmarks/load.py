@@ -106,7 +106,13 @@ def main() -> int:
     arguments = _arguments()
     print("\n".join(f"- {line}" for line in machine.describe()))
     with contextlib.ExitStack() as stack:
-        url = arguments.url or stack.enter_context(_service(arguments))
+        if arguments.url:
+            url = arguments.url
+        else:
+            checkpoint = _run("tests.benchmarks.endless", "--size", arguments.size)
+            if not arguments.no_official:
+                print(f"- {_official(arguments, checkpoint)}", flush=True)
+            url = stack.enter_context(_service(arguments, checkpoint))
         model = arguments.model or (None if arguments.url else MODELS[arguments.size])
         print("\n".join(f"- {line}" for line in _conditions(arguments, url, model)), flush=True)
         ask = Asker(url, model, arguments.frames, arguments.seed, arguments.timeout)
@@ -163,15 +169,31 @@ class Asker:
         return body | ({"model": self._model} if self._model else {})
 
 
+def _run(module: str, *arguments: str) -> str:
+    """What a module that imports torch prints: this process is the client and no more."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=machine.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def _official(arguments: argparse.Namespace, checkpoint: str) -> str:
+    """What the official package does with the same checkpoint and lengths, before the service takes the machine."""
+    frames = str(arguments.frames)
+    options = ("--frames", frames, "--device", arguments.device, "--dtype", arguments.dtype)
+    frame_ms = float(_run("tests.benchmarks.official", checkpoint, *options).splitlines()[-1])
+    first_ms, rtf = frame_ms * arguments.frames, frame_ms / (1000 * FRAME_S)
+    return (
+        f"official package, no HTTP, one request after the other: {frame_ms:.2f} ms a frame, RTF {rtf:.2f}, "
+        f"{1 / rtf:.1f} audio-s/s; it does not stream, so its first byte comes with the last, after {first_ms:.0f} ms"
+    )
+
+
 @contextlib.contextmanager
-def _service(arguments: argparse.Namespace) -> Iterator[str]:
-    """The service with a random checkpoint; its address."""
-    making = [sys.executable, "-m", "tests.benchmarks.endless", "--size", arguments.size]
-    made = subprocess.run(making, cwd=machine.ROOT, check=True, stdout=subprocess.PIPE, text=True)
+def _service(arguments: argparse.Namespace, checkpoint: str) -> Iterator[str]:
+    """The service with this checkpoint; its address."""
     model = MODELS[arguments.size]
     settings: dict[str, object] = {
         "DEFAULT_MODEL": model,
-        "MODEL_PATHS": f"{model}={made.stdout.strip()}",
+        "MODEL_PATHS": f"{model}={checkpoint}",
         "DEFAULT_DEVICE": arguments.device,
         "DTYPE": arguments.dtype,
         "WEB_WORKERS": arguments.web_workers,
@@ -247,6 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=600, help="at most so many, each line of the table")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request has failed")
     parser.add_argument("--warm-up", type=int, default=16, help="requests before anything is measured")
+    parser.add_argument("--no-official", action="store_true", help="leave out the official package")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     if not 1 <= arguments.frames <= MOST_FRAMES:

@@ -1,0 +1,71 @@
+"""How fast the official package speaks: `python -m tests.benchmarks.official DIRECTORY` prints milliseconds a frame.
+
+One stream, one request after the other: it neither streams nor batches requests that come and go.
+The benchmarks that compare with it measure it in the same run; this is where.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from gpu_worker.engines.qwen.checkpoint import read_config
+from gpu_worker.engines.qwen.loader import compute_dtype
+from gpu_worker.engines.qwen.official import load_official
+from tests.benchmarks.stages import Clock
+
+TEXT: Final = "Hello world, good morning to the speech of today."
+RUNS: Final = 2
+"""After one to warm up; the quicker one counts."""
+
+
+def frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, clock: Clock) -> float:
+    """Milliseconds a frame of one stream, codec included, over runs of so many forced frames."""
+    model = load_official().Model.from_pretrained(
+        str(directory), dtype=dtype, attn_implementation="sdpa", device_map=device
+    )
+    config = read_config(directory)
+    talk = model.model.talker.generate
+
+    def forced(**kwargs: Any) -> Any:
+        # One more than the frames it makes.
+        return talk(**{**kwargs, "min_new_tokens": frames, "max_new_tokens": frames + 1})
+
+    model.model.talker.generate = forced
+
+    def speak() -> None:
+        if config.tts_model_type == "custom_voice":
+            model.generate_custom_voice(text=TEXT, speaker=next(iter(config.talker_config.spk_id)), language="english")
+        else:
+            model.generate_voice_design(text=TEXT, instruct="a deep voice", language="english")
+
+    speak()
+    times = []
+    for _ in range(RUNS):
+        start = clock()
+        speak()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+    return 1000 * min(times) / frames
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.official", description=__doc__)
+    parser.add_argument("directory", type=Path, help="of a CustomVoice or VoiceDesign checkpoint")
+    parser.add_argument("--frames", type=int, default=75, help="forced frames, 80 ms each")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = compute_dtype(device, arguments.dtype)
+    print(f"{frame_ms(arguments.directory, arguments.frames, device, dtype, time.perf_counter):.2f}")
+
+
+if __name__ == "__main__":
+    main()
