@@ -238,7 +238,11 @@ def test_saved_voices(service: Service) -> None:
 def test_designed_voice(service: Service) -> None:
     """A voice designed from words is kept, and speaks the same with the same seed."""
     body = {"type": "prompt", "name": "Captain", "prompt": "An old sea captain."}
-    made = service.http.post("/v1/audio/voices", files={name: (None, value) for name, value in body.items()})
+    # One in ten times random weights say less than a voice takes, or come to no end, and that is refused.
+    for _ in range(9):
+        made = service.http.post("/v1/audio/voices", files={name: (None, value) for name, value in body.items()})
+        if made.is_success:
+            break
     assert made.status_code == httpx.codes.OK, made.text
     spoken = [speak(service, voice="captain").content for _ in range(2)]
     assert spoken[0] == spoken[1]
