@@ -1,0 +1,159 @@
+"""README.md and .env.example, held to what they say: their commands run, and their names mean something."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pytest
+import soundfile
+
+from shared.catalog import load_catalog
+from shared.settings import Settings, load_settings, variable_of
+from tests.system.service import Service
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+README: Final = (ROOT / "README.md").read_text()
+HERE: Final = "http://127.0.0.1:8000"
+"""Where the README's service listens."""
+
+GPU_COMMANDS: Final = re.compile(r"audio_sample|type=prompt|qwen3-tts|gpu_worker download")
+"""In commands that need published weights."""
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The README's shell commands, one a line, without what the reader is told beside them."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+    return [" ".join(line.split()) for line in lines if line]
+
+
+def those(beginning: str) -> list[str]:
+    """The commands that begin like that and that a service without published weights can answer."""
+    return [line for line in commands() if line.startswith(beginning) and not GPU_COMMANDS.search(line)]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """What `make serve` starts."""
+    service = Service(tmp_path_factory.mktemp("service"))
+    try:
+        yield service.wait_ready()
+    finally:
+        service.kill()
+
+
+def run(command: list[str], service: Service, directory: Path) -> str:
+    """What the command says on stdout, with the service in the place of the README's."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
+    environ |= {"PYTHONPATH": str(ROOT), "TTS_PORT": str(service.port), "NO_PROXY": "127.0.0.1"}
+    ended = subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def bash(line: str, service: Service, directory: Path) -> str:
+    """As `run`, for a line of a shell; what a player would hear ends in a file."""
+    line = line.replace(HERE, service.url).replace(".venv/bin/python", sys.executable)
+    line = line.replace("ffplay -nodisp -autoexit -", "cat > heard.mp3")
+    return run(["bash", "-o", "pipefail", "-c", line], service, directory)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(service: Service, tmp_path: Path) -> None:
+    """The first request that a reader makes gives an mp3."""
+    (line,) = those("curl")
+    bash(line, service, tmp_path)
+    assert soundfile.info(tmp_path / "hello.mp3").duration > 0.5
+
+
+def test_openai_sdk(service: Service, tmp_path: Path) -> None:
+    """OpenAI's own client speaks with this server as shown."""
+    (program,) = blocks("python")
+    run([sys.executable, "-c", program.replace(HERE, service.url)], service, tmp_path)
+    assert soundfile.info(tmp_path / "speech.ogg").duration > 0.5
+
+
+def test_command_line(service: Service, tmp_path: Path) -> None:
+    """Every command shown finds the service and does what it says."""
+    said = {}
+    for line in those(".venv/bin/python -m server"):
+        name = line.split()[3]
+        said[name] = bash(line + (" --once" if name == "top" else ""), service, tmp_path)
+    assert said.keys() == {"say", "voices", "top"}
+    assert "alloy" in said["voices"]
+    for file in ("evening.mp3", "heard.mp3"):
+        assert soundfile.info(tmp_path / file).duration > 0.5
+
+
+def test_every_command_is_known() -> None:
+    """A command that is neither run here nor listed below is a new one: run it here, or say where it is."""
+    elsewhere = ("make ", "docker compose ")  # below, and test_containers.py
+    left = [line for line in commands() if not GPU_COMMANDS.search(line) and not line.startswith(elsewhere)]
+    assert sorted(left) == sorted([*those("curl"), *those(".venv/bin/python -m server")])
+
+
+def test_weights_are_named_as_the_catalogue_does() -> None:
+    """What `download` is shown with is a published model's size and task; every model of the table exists."""
+    published = [spec for spec in load_catalog() if spec.hf_id]
+    sizes = set(re.findall(r"\b(?:0\.6B|1\.7B)-\w+", README))
+    assert sizes == {spec.hf_id.partition("12Hz-")[2] for spec in published}
+    named = set(re.findall(r"`(qwen3-tts-[\w.-]+)`", README))
+    assert named == {spec.id for spec in published}
+
+
+def test_make_targets() -> None:
+    """Every `make` of the README and of CONTRIBUTING is a target."""
+    text = README + (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE))
+    assert {"serve", "test"} <= named <= targets
+
+
+def test_endpoints(service: Service) -> None:
+    """Every endpoint that the README says to look at is one of the service."""
+    named = re.findall(r"`GET (/[^`]*)`", README)
+    assert named
+    assert {path: service.http.get(path).status_code for path in named} == dict.fromkeys(named, 200)
+
+
+def test_linked_files() -> None:
+    """Every file that is linked to is there."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def example() -> list[tuple[bool, str, str]]:
+    """.env.example's settings: whether it is commented out, name, value."""
+    lines = re.findall(r"^(# )?(TTS_\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    return [(bool(comment), name, value) for comment, name, value in lines]
+
+
+def test_env_example_lists_every_setting() -> None:
+    """Each once, and none that there is not."""
+    assert sorted(name for _, name, _ in example()) == sorted(
+        variable_of(field.name) for field in msgspec.structs.fields(Settings)
+    )
+
+
+def test_env_example_shows_the_defaults() -> None:
+    """Copied as it is, it changes nothing; what is commented out has no default and a value that would do."""
+    assert load_settings({name: value for comment, name, value in example() if not comment}) == Settings()
+    default = {variable_of(field.name): getattr(Settings(), field.name) for field in msgspec.structs.fields(Settings)}
+    for comment, name, value in example():
+        unset: Any = default[name] in (None, {}, [], "")
+        if comment:
+            assert unset, name
+            assert load_settings({name: value}) != Settings()
+        else:
+            assert unset == (value == ""), name
