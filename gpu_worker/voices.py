@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.recordings import check_recording, check_transcript
+from shared.names import JOINERS, is_printable
 from shared.pcm import SAMPLE_RATE, samples_of
 from shared.protocol import SavedVoice
 
@@ -31,9 +32,6 @@ MAX_NAME_CHARS: Final = 64
 
 RECENT: Final = 4
 """Recordings kept at hand, of 3 MB at most: reading one from the disk takes 2.5 ms, in which nobody is served."""
-
-_JOINERS: Final = dict.fromkeys((0x200C, 0x200D))
-"""Zero-width (non-)joiners: Persian and Indic words and composed emoji need them, and nobody sees them."""
 
 _ID: Final = "voice_"
 _TENSOR: Final = "pcm"
@@ -160,8 +158,7 @@ class VoiceStore:
     def check_new(self, name: str) -> str:
         """`name` as it would be kept, before anything is made for it; JobError `invalid_value` says why not."""
         name = unicodedata.normalize("NFC", name).strip()
-        visible = name.translate(_JOINERS)
-        if not visible or len(name) > MAX_NAME_CHARS or not visible.isprintable():
+        if len(name) > MAX_NAME_CHARS or not is_printable(name):
             problem = f"a voice's name has 1 to {MAX_NAME_CHARS} printable characters"
         elif _folded(name) in self._reserved:
             problem = f"{name!r} is the name of a preset voice"
@@ -267,7 +264,7 @@ class VoiceStore:
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).translate(_JOINERS).strip().casefold()
+    return unicodedata.normalize("NFC", name).translate(JOINERS).strip().casefold()
 
 
 def _part_of(path: Path) -> Path:

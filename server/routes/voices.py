@@ -33,6 +33,7 @@ from server.schemas import (
 )
 from server.streams import while_there
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
+from shared.names import is_printable
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
 
 MAX_SAMPLE_BYTES: Final = 10 * 1024 * 1024
@@ -119,7 +120,7 @@ async def create_voice(
 ) -> SavedVoiceObject:
     """Clone a voice from a recording (1 to 60 s, at most 10 MiB), or let a description make one."""
     name = data.name.strip()
-    if not name or not name.isprintable():
+    if not is_printable(name):
         raise ApiError("invalid_value", "name: printable characters are expected.", param="name")
     action: Action
     pcm = None
