@@ -94,6 +94,22 @@ class TestQwen:
         assert registry.estimated(here).estimated_bytes == pytest.approx(held, rel=0.1)
         assert registry.estimated(elsewhere) == elsewhere
 
+    def test_shared(self, catalog: list[ModelSpec]) -> None:
+        """The device is started once, before the first engine; the codec is there as long as an engine is."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        started: list[dict[str, int]] = []
+        settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}"})
+        registry = Registry(settings, catalog, "cpu", start_device=lambda: started.append(registry.shared_bytes()))
+        registry.prepare()
+        assert started == []
+        engines = [registry.open(spec) for _ in range(2)]
+        assert started == [{}]
+        held = registry.shared_bytes()["codec"]
+        engines[0].close()
+        assert registry.shared_bytes()["codec"] == held > 0
+        engines[1].close()
+        assert registry.shared_bytes()["codec"] == 0
+
     def test_prepared(self, catalog: list[ModelSpec]) -> None:
         """Where a model could be opened, all that takes is imported before, and no collection of garbage looks at it.
 
