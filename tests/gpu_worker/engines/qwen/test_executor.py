@@ -1,8 +1,14 @@
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.executor import BATCHES, Entry, GraphExecutor, at_least, slots_needed
-from tests.gpu_worker.engines.qwen.parity import CASES, Ours
+from gpu_worker.engines.qwen import executor as executors
+from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, Entry, GraphExecutor, at_least, slots_needed
+from gpu_worker.engines.qwen.graphs import Graphs, Key
+from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
 
 def test_sizes_are_rounded_up_to_what_was_captured() -> None:
@@ -37,3 +43,53 @@ def test_prompts_of_one_length_bucket_are_read_together() -> None:
     even = at_least(len(prompts[0].embeds), (16, 32, 64, 128))
     odd = short if even == long else long
     assert calls == [(4, even, [0, 2, 4, 6]), (4, odd, [1, 3, 5, 8])]
+
+
+class Replayed(Graphs):
+    """Graphs without a GPU: keeps the functions that it is to record, and calls those where they would be replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: dict[Key, Callable[[], None]] = {}
+        self.replayed = 0
+
+    def capture(self, functions: Mapping[Key, Callable[[], None]], *, recording: Any, warming: Any) -> None:
+        """Run each, as a warm-up does."""
+        assert (recording, warming) == ("frames", "moves")
+        for function in functions.values():
+            function()
+        self.functions = dict(functions)
+        self.bytes = 7
+
+    def run(self, key: Key, function: Callable[[], None]) -> None:
+        """What was kept under the key, if anything."""
+        self.replayed += key in self.functions
+        self.functions.get(key, function)()
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        super().clear()
+        self.functions = {}
+
+
+def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured functions read their inputs where they were at the capture; released and prepared again as well."""
+    monkeypatch.setattr(executors, "Graphs", Replayed)
+    streams: Any = SimpleNamespace(frames="frames", moves="moves")
+    ours = Ours("custom_voice", None, slots=9)
+    executor = GraphExecutor(ours.generator, 8, 256, streams)
+    graphs: Any = executor._graphs
+    assert executor.memory() == {"graphs": 0, "workspace": 0}
+    with torch.inference_mode():
+        requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
+        wanted = generate(ours, requests, EagerExecutor(ours.generator))
+        for _ in range(2):
+            executor.prepare()
+            memory = executor.memory()
+            assert memory["graphs"] == 7
+            assert memory["workspace"] > 0
+            for codes, expected in zip(generate(ours, requests, executor), wanted, strict=True):
+                assert torch.equal(codes, expected)
+            executor.release()
+            assert executor.memory() == {"graphs": 0, "workspace": 0}
+    assert graphs.replayed > 2 * (3 + 2 * 6)
