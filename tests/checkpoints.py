@@ -29,6 +29,7 @@ from gpu_worker.engines.qwen.official import load_official
 
 Kind = Literal["custom_voice", "voice_design", "base"]
 Size = Literal["0b6", "1b7"]
+Generation = Literal["published", "odd", "greedy talker", "greedy predictor", "greedy"]
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
 NAMES: Mapping[Kind, str] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
@@ -60,7 +61,7 @@ SPEAKERS = {
 }
 SPEAKER_DIALECTS = {"eric": "sichuan_dialect", "dylan": "beijing_dialect"}
 CODEC_EOS = 2150
-GENERATION = {
+_PUBLISHED: Mapping[str, bool | float] = {
     "do_sample": True,
     "repetition_penalty": 1.05,
     "temperature": 0.9,
@@ -72,6 +73,27 @@ GENERATION = {
     "subtalker_top_k": 50,
     "max_new_tokens": 8192,
 }
+_ODD: Mapping[str, bool | float] = {
+    **_PUBLISHED,
+    "repetition_penalty": 0.7,
+    "temperature": 1.4,
+    "top_p": 0.85,
+    "top_k": 30,
+    "subtalker_temperature": 1.6,
+    "subtalker_top_k": 9,
+    "max_new_tokens": 37,
+}
+GENERATIONS: Mapping[Generation, Mapping[str, bool | float]] = {
+    "published": _PUBLISHED,
+    "odd": _ODD,
+    "greedy talker": {**_ODD, "do_sample": False},
+    "greedy predictor": {**_ODD, "subtalker_dosample": False},
+    "greedy": {**_ODD, "do_sample": False, "subtalker_dosample": False},
+}
+"""generation_config.json: as published, which is what the official package assumes where it says nothing; and others.
+
+Their every number is another one, but subtalker_top_p, which is supported at 1 only.
+"""
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -93,20 +115,26 @@ _DISTRIBUTIONS = (
 )
 
 
-def tiny(kind: Kind, size: Size | None = None, seed: int = 0) -> Path:
+def tiny(kind: Kind, size: Size | None = None, seed: int = 0, generation: Generation = "published") -> Path:
     """The directory of a small random checkpoint (about 15 MB), made on first use and kept.
 
     `size` is what the checkpoint says it is ("0b6" ignores instructions); voice_design defaults to "1b7".
     A "1b7" has a talker wider than its code predictor, so the projection between them is there.
     All kinds and sizes of one seed share the same speech tokenizer weights, as the published ones do.
+    `generation` chooses among GENERATIONS; the weights do not depend on it.
     """
     size = size or ("1b7" if kind == "voice_design" else "0b6")
     key = hashlib.sha256(Path(__file__).read_bytes() + f"{seed}".encode()).hexdigest()[:16]
-    target = CACHE / key / checkpoint_name(kind, size)
+    target = CACHE / key / generation / checkpoint_name(kind, size)
     if not target.is_dir():
         scratch = target.with_name(f"{target.name}.{os.getpid()}.partial")
         shutil.rmtree(scratch, ignore_errors=True)
-        write(scratch, kind, size, full=False, seed=seed)
+        if generation == "published":
+            write(scratch, kind, size, full=False, seed=seed)
+        else:
+            shutil.copytree(tiny(kind, size, seed), scratch, copy_function=os.link)
+            (scratch / "generation_config.json").unlink()
+            _write_json(scratch / "generation_config.json", GENERATIONS[generation])
         try:
             scratch.rename(target)
         except OSError:  # another test process was quicker
@@ -130,7 +158,7 @@ def write(directory: Path, kind: Kind, size: Size, *, full: bool, seed: int = 0)
     config = model_config(kind, size, full=full)
     directory.mkdir(parents=True)
     _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", GENERATION)
+    _write_json(directory / "generation_config.json", _PUBLISHED)
     _write_text_tokenizer(directory, _special_ids(full=full))
     with torch.device("meta"):
         model = official.ForConditionalGeneration(official.Config(**config))
@@ -457,7 +485,7 @@ def _write_text_tokenizer(directory: Path, special: dict[str, int]) -> None:
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

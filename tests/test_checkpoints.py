@@ -1,5 +1,6 @@
 """The random checkpoints themselves: the official package takes them, and their full sizes are the published ones."""
 
+import json
 import math
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_seeds_make_different_weights_and_the_same_seed_the_same_path() -> None:
     one, other = ((tiny("base", seed=seed) / "model.safetensors").read_bytes() for seed in (0, 1))
     assert len(one) == len(other)
     assert one != other
+
+
+def test_odd_ones_differ_in_every_number() -> None:
+    """What they say differs from the published, so that a number which is not read is a number that is heard."""
+    published, odd = (
+        json.loads((tiny("base", generation=generation) / "generation_config.json").read_text())
+        for generation in ("published", "odd")
+    )
+    same = {name for name, value in odd.items() if value == published[name]}
+    assert same == {"do_sample", "subtalker_dosample", "subtalker_top_p"}
+    weights = [tiny("base", generation=generation) / "model.safetensors" for generation in ("published", "odd")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.parametrize(("size", "millions"), [("0b6", 906), ("1b7", 1917)])

@@ -1,4 +1,6 @@
-"""The official package as a yardstick: what it feeds its talker and which codes come out, greedily, in float32.
+"""The official package as a yardstick: what it feeds its talker and which codes come out, in float32.
+
+Greedily, or sampled: then its draws are made from the uniforms that are ours for the same seed.
 
 And the same requests through our own prompt builder, generator and executor.
 """
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ from gpu_worker.engines.qwen.official import load_official
 from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.sampling import uniforms
 from gpu_worker.engines.qwen.state import RING, Choice
-from tests.checkpoints import Kind, Size, tiny
+from tests.checkpoints import Generation, Kind, Size, tiny
 
 FRAMES = 15
 """Frames of every greedy comparison: enough for text to end and padding to follow."""
@@ -33,6 +36,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Kind
     size: Size | None = None
+    generation: Generation = "published"
     text: str
     voice: str = ""
     language: str = "auto"
@@ -73,9 +77,12 @@ class Expected(msgspec.Struct, frozen=True):
 
 
 @functools.cache
-def official(kind: Kind, size: Size | None, dtype: torch.dtype = torch.float32) -> Any:
+def official(
+    kind: Kind, size: Size | None, dtype: torch.dtype = torch.float32, generation: Generation = "published"
+) -> Any:
     """The official model, with eager attention."""
-    return load_official().Model.from_pretrained(str(tiny(kind, size)), dtype=dtype, attn_implementation="eager")
+    directory = tiny(kind, size, generation=generation)
+    return load_official().Model.from_pretrained(str(directory), dtype=dtype, attn_implementation="eager")
 
 
 def recording(case: Case) -> tuple[Tensor, Tensor | None]:
@@ -88,20 +95,22 @@ def recording(case: Case) -> tuple[Tensor, Tensor | None]:
 
 @functools.cache
 def expected(index: int) -> Expected:
-    """The official package's run of CASES[index]."""
-    case = CASES[index]
-    model = official(case.kind, case.size)
-    common = {
+    """The official package's greedy run of CASES[index]."""
+    return asked(CASES[index], do_sample=False, subtalker_dosample=False, repetition_penalty=1.05)
+
+
+def asked(case: Case, *, seed: int = 0, frames: int = FRAMES, **parameters: float) -> Expected:
+    """The official package's run of a case; `parameters` are its own, the checkpoint's where there are none."""
+    model = official(case.kind, case.size, generation=case.generation)
+    common: dict[str, Any] = {
         "text": case.text,
         "language": case.language,
         "non_streaming_mode": case.whole_text,
-        "do_sample": False,
-        "subtalker_dosample": False,
-        "repetition_penalty": 1.05,
         # The official package makes one frame less than it is asked for.
-        "max_new_tokens": FRAMES + 1,
+        "max_new_tokens": frames + 1,
+        **parameters,
     }
-    with _spied(model.model) as seen:
+    with _drawing(randomness(seed)), _spied(model.model) as seen:
         if case.kind == "custom_voice":
             model.generate_custom_voice(speaker=case.voice, instruct=case.instructions, **common)
         elif case.kind == "voice_design":
@@ -128,17 +137,18 @@ class Ours:
         kind: Kind,
         size: Size | None,
         *,
+        generation: Generation = "published",
         slots: int = 8,
         backend: Backend = "sdpa",
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
-        directory = tiny(kind, size)
+        directory = tiny(kind, size, generation=generation)
         weights = load_weights(directory, "talker.", dtype=dtype, device=device)
         self.config = read_config(directory)
-        generation = read_generation_config(directory)
+        self.generation = read_generation_config(directory)
         kernel = attention(backend, torch.device(device), dtype)
-        self.generator = Generator(weights, self.config, generation, kernel, slots=slots, positions=256)
+        self.generator = Generator(weights, self.config, self.generation, kernel, slots=slots, positions=256)
         tokenizer = official(kind, size).processor.tokenizer
         self.prompts = PromptBuilder(
             weights, self.config, lambda text: tokenizer(text)["input_ids"], self.generator.embed
@@ -158,6 +168,11 @@ class Ours:
             instructions=case.instructions,
             whole_text=case.whole_text,
         )
+
+
+def randomness(seed: int) -> np.ndarray:
+    """The uniforms of a request's only utterance."""
+    return uniforms(seed, 0, 99, 16)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +201,7 @@ def generate(ours: Ours, requests: Sequence[Request], executor: Executor | None 
             slot = slots[number] = min(free)
             free.remove(slot)
             waiting.remove(number)
-            state.write(slot, request.prompt, ours.prompts.padding(), request.choice, uniforms(request.seed, 0, 99, 16))
+            state.write(slot, request.prompt, ours.prompts.padding(), request.choice, randomness(request.seed))
             executor.prefill([Entry(slot, request.prompt, request.choice.wide)])
         if slots:
             state.active.zero_()
@@ -200,6 +215,31 @@ def generate(ours: Ours, requests: Sequence[Request], executor: Executor | None 
                     free.append(slots.pop(number))
         moment += 1
     return [torch.stack(frames) for frames in codes]
+
+
+@contextmanager
+def _drawing(numbers: np.ndarray) -> Iterator[None]:
+    """Let `torch.multinomial` invert the distribution it is given, best first, at the number of its codebook and frame.
+
+    Probabilities of codebook 0 have the talker's 3072 ids, those of the others 2048.
+    """
+    first, frames = float(numbers[0]), numbers[1:].reshape(-1, 16)
+    zero = iter([first, *map(float, frames[:, -1])])
+    others = map(float, frames[:, :-1].ravel())
+
+    def invert(probabilities: Tensor, num_samples: int) -> Tensor:
+        assert probabilities.shape[0] == num_samples == 1
+        values, ids = probabilities.sort(descending=True, stable=True)
+        shares = values.double().cumsum(-1)
+        level = shares[:, -1:] * next(zero if probabilities.shape[1] > 2048 else others)
+        return ids.gather(1, torch.searchsorted(shares, level, right=True))
+
+    draw = torch.multinomial
+    torch.multinomial = invert
+    try:
+        yield
+    finally:
+        torch.multinomial = draw
 
 
 @contextmanager

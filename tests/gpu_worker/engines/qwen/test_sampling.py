@@ -56,6 +56,19 @@ def test_the_choice_is_that_of_transformers_processors(
     assert (ours == wanted).float().mean() > 0.99  # a uniform may fall within rounding of a boundary
 
 
+@pytest.mark.parametrize("width", [64, VOCABULARY])
+@pytest.mark.parametrize(("top_k", "chosen"), [(10, False), (11, True)])
+def test_the_end_stands_in_line_for_top_k(width: int, top_k: int, chosen: bool) -> None:  # noqa: FBT001 - a column
+    """The end is an id like any other: 11th best, it is never chosen among ten, and is among eleven."""
+    draws = 500
+    scores = torch.full((draws, VOCABULARY), -5.0)
+    scores[:, :10] = torch.linspace(1.0, 0.9, 10)
+    scores[:, -1] = 0.8
+    uniform = torch.from_numpy(uniforms(3, 0, draws, 1)[:draws, None])
+    ours = sample(scores, parameters(draws, temperature=1.0, top_k=top_k, top_p=1.0, uniform=uniform), width)
+    assert bool((ours == VOCABULARY - 1).any()) is chosen
+
+
 def test_no_limits_look_at_every_id() -> None:
     """top_k over the whole vocabulary and top_p 1 leave the plain softmax."""
     scores = torch.randn(100, VOCABULARY, generator=torch.Generator().manual_seed(1))

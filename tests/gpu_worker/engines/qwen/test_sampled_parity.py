@@ -1,0 +1,138 @@
+"""Sampled speech, code for code: the official package draws at our uniforms, and must then say what we say.
+
+Only whole sampled runs show the order of the processors, the parameters' way from checkpoint and request into a slot,
+and which uniform belongs to which code; greedy runs are blind to all of it.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.base import Sampling
+from gpu_worker.engines.qwen.planner import choice_of
+from gpu_worker.engines.qwen.state import Choice
+from tests.checkpoints import Generation, Kind, Size
+from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate
+
+FRAMES = 12
+
+PUBLISHED = {"temperature": 0.9, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.05}
+NARROW = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.5}
+UNLIMITED = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "repetition_penalty": 0.8}
+WIDE = {"temperature": 1.0, "top_k": 200, "top_p": 0.9, "repetition_penalty": 2.0}
+
+RUNS = [
+    (0, PUBLISHED),
+    (1, UNLIMITED),
+    (3, NARROW),
+    (4, WIDE),
+    (5, PUBLISHED),
+    (6, NARROW),
+    (7, UNLIMITED),
+    (8, PUBLISHED),
+    (9, WIDE),
+    (10, NARROW),
+    (12, PUBLISHED),
+    (13, UNLIMITED),
+    (15, WIDE),
+]
+"""Which of CASES is sampled how. A run's number is its seed."""
+
+LAYOUT = CASES[1]
+"""What is said where the parameters are the matter; it goes on for longer than is listened to."""
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@functools.cache
+def wanted(run: int) -> Tensor:
+    """The official codes of RUNS[run]."""
+    index, parameters = RUNS[run]
+    return asked(CASES[index], seed=run, frames=FRAMES, do_sample=True, subtalker_dosample=True, **parameters).codes
+
+
+def request(ours: Ours, run: int, join: int = 0) -> Request:
+    """The same as a request to us."""
+    index, parameters = RUNS[run]
+    choice = Choice(greedy=False, **parameters)
+    return Request(prompt=ours.prompt(CASES[index]), join=join, frames=FRAMES, choice=choice, seed=run)
+
+
+@pytest.mark.parametrize("run", range(len(RUNS)))
+def test_sampled_codes_equal_the_official_ones(run: int) -> None:
+    """Every layout, checkpoints with and without a projection: the same codes, and the end at the same frame."""
+    case = CASES[RUNS[run][0]]
+    ours = Ours(case.kind, case.size)
+    (codes,) = generate(ours, [request(ours, run)])
+    assert torch.equal(codes, wanted(run))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("custom_voice", None), ("custom_voice", "1b7"), ("voice_design", None), ("base", None), ("base", "1b7")],
+)
+def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -> None:
+    """Requests with parameters of their own join, end and take over slots: each one's codes are the official ones."""
+    ours = Ours(kind, size)
+    numbers = [run for run, (index, _) in enumerate(RUNS) if (CASES[index].kind, CASES[index].size) == (kind, size)]
+    runs = (numbers * 10)[:10]
+    requests = [request(ours, run, join=2 * place) for place, run in enumerate(runs)]
+    for codes, run in zip(generate(ours, requests), runs, strict=True):
+        assert torch.equal(codes, wanted(run))
+
+
+@pytest.mark.parametrize("seed", [11, 14])
+def test_speech_does_not_end_before_it_begins(seed: int) -> None:
+    """Where the model would end in its first two frames, it goes on as the official one does."""
+    ours = Ours(LAYOUT.kind, LAYOUT.size)
+    choice = Choice(greedy=False, **PUBLISHED)
+    impatient = msgspec.structs.replace(choice, min_frames=0)
+    codes, short = (
+        generate(ours, [Request(prompt=ours.prompt(LAYOUT), frames=6, choice=asking, seed=seed)])[0]
+        for asking in (choice, impatient)
+    )
+    assert len(short) < 2
+    official = asked(LAYOUT, seed=seed, frames=6, do_sample=True, subtalker_dosample=True, **PUBLISHED)
+    assert torch.equal(codes, official.codes)
+
+
+@pytest.mark.parametrize("generation", ["published", "odd", "greedy talker", "greedy predictor", "greedy"])
+def test_a_checkpoint_says_how_it_is_sampled(generation: Generation) -> None:
+    """A request that asks for nothing is sampled as generation_config.json says, at both levels."""
+    assert torch.equal(*spoken(generation, Sampling(seed=5)))
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        {"temperature": 0.6},
+        {"top_k": 3},
+        {"top_p": 0.3},
+        {"repetition_penalty": 2.0},
+    ],
+    ids=lambda asking: next(iter(asking)),
+)
+def test_a_request_replaces_what_it_names(asking: dict[str, float]) -> None:
+    """One parameter of the request's, the rest of the checkpoint's; each of them is heard."""
+    ours, official = spoken("odd", Sampling(seed=5, **asking))
+    assert torch.equal(ours, official)
+    assert not torch.equal(official, spoken("odd", Sampling(seed=5))[1])
+
+
+@functools.cache
+def spoken(generation: Generation, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Our codes and the official ones of one text, with nothing said but what `sampling` names."""
+    case = msgspec.structs.replace(LAYOUT, generation=generation)
+    ours = Ours(case.kind, case.size, generation=generation)
+    choice = choice_of(sampling, ours.generation)
+    (codes,) = generate(ours, [Request(prompt=ours.prompt(case), frames=10, choice=choice, seed=sampling.seed or 0)])
+    named = {name: value for name, value in msgspec.structs.asdict(sampling).items() if value is not None}
+    return codes, asked(case, frames=10, **named).codes
