@@ -18,6 +18,7 @@ from typing import Any, Final
 import structlog
 
 from gpu_worker.faults import BrokenDeviceError
+from gpu_worker.fetcher import Fetcher
 from gpu_worker.health import check
 from gpu_worker.loader import Loader
 from gpu_worker.memory import cuda_present, open_probe
@@ -135,9 +136,10 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
         # Building imports torch where a model needs it, which takes seconds: the end may come before they are over.
         _obey_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
-        worker, loader = build_worker(settings, transport, inbox, restarts=restarts)
+        worker, loader, fetcher = build_worker(settings, transport, inbox, restarts=restarts)
         transport.start()
         loader.start()
+        fetcher.start()
         log.info("ready to be asked", pid=os.getpid())
         try:
             worker.run()
@@ -153,8 +155,8 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
 
 def build_worker(
     settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]", *, restarts: int
-) -> tuple[Worker, Loader]:
-    """The only place where the worker's parts are wired together; the loader is to be started by the caller."""
+) -> tuple[Worker, Loader, Fetcher]:
+    """The only place where the worker's parts are wired together; the caller starts the loader and the fetcher."""
     catalog = load_catalog()
     device = settings.default_device
     if device == "auto":
@@ -173,6 +175,7 @@ def build_worker(
         start_device=probe.start,
     )
     loader = Loader(catalog, registry.open, probe, inbox.put)
+    fetcher = Fetcher(catalog, registry, inbox.put)
     default_model = registry.default_model()
     registry.prepare()
     options = ResidencyOptions(
@@ -183,7 +186,7 @@ def build_worker(
     )
     residency = Residency([registry.estimated(spec) for spec in catalog], options, time.monotonic, probe)
     for spec in catalog:
-        residency.set_unavailable(spec.id, registry.problem_of(spec) or "")
+        residency.looked(fetcher.look(spec.id))
     log.info("default model", model=default_model, device=probe.device().name)
     if problem := registry.problem_of(next(spec for spec in catalog if spec.id == default_model)):
         log.warning("the default model cannot speak, so the service is not ready", model=default_model, reason=problem)
@@ -194,6 +197,7 @@ def build_worker(
         scheduler=Scheduler[Request](settings.max_queue),
         residency=residency,
         loader=loader,
+        fetcher=fetcher,
         voices=VoiceStore(settings.voices_dir, settings.max_voices, reserved=_reserved_voices(catalog)),
         reporter=Reporter(
             boot_id=uuid.uuid4().hex,
@@ -204,13 +208,12 @@ def build_worker(
             shared_bytes=registry.shared_bytes,
             clock=time.monotonic,
         ),
-        problem_of=registry.problem_of,
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
         clock=time.monotonic,
         preload=registry.preloaded(default_model),
     )
-    return worker, loader
+    return worker, loader, fetcher
 
 
 def _room(device: DeviceMemory) -> int:

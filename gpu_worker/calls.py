@@ -104,6 +104,12 @@ class CallDesk:
                 self._pending.remove(pending)
                 pending.answer(outcome)
 
+    def end(self, error: JobError) -> None:
+        """Nothing is going to happen any more: every call that waits fails."""
+        for pending in self._pending:
+            pending.answer(failed_message(pending.call_id, error))
+        self._pending.clear()
+
     def model_refused(self, model: str, error: JobError) -> None:
         """The model could not be brought to the device: calls that wait for it fail with the reason."""
         self._fail(model, "resident", error)
@@ -164,8 +170,7 @@ class CallDesk:
         if pending.goal == "clean":
             cleaning = self._residency.cleaning
             return None if cleaning else Reply(id=pending.call_id, cleanup=self._residency.last_cleanup)
-        moving = self._residency.moving
-        if moving is not None and moving.model == pending.model:
+        if not self._residency.is_settled(pending.model):
             return None
         found = self._state_of(pending.model)
         # An absent model whose weights are not there is called unavailable.

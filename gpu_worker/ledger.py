@@ -3,7 +3,7 @@
 It decides nothing (see residency.py) and measures nothing (see memory.py). Owned by the synthesis thread alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -15,25 +15,42 @@ from shared.protocol import DeviceMemory
 
 
 class Account:
-    """The books of one model. Times are the clock's; `used_at` is Unix seconds."""
+    """The books of one model. Times are the clock's; `used_at` is Unix seconds.
+
+    `wanted_turn` numbers the models in the order in which they began to be wanted;
+    `short_since` is when this one first found no room since then, `looked` whether its files were looked at since then,
+    and `retried` whether it ran out of memory since then.
+    `remote`: its files have to be fetched before it can be loaded; `stamp` is theirs, as last seen.
+    `trouble` is why it could not come the last time; where that was for lack of room, at `trouble_looked_at`.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         self.id = spec.id
         self.place: Place = "absent"
         self.memory = Memory()
-        self.device_estimate = spec.estimated_bytes
+        self._estimated_bytes = spec.estimated_bytes
+        self.measured_bytes: int | None = None
         self.host_estimate: int | None = None
         self.references = 0
         self.asked: Literal["load", "unload"] | None = None
-        self.wanted_since = 0.0
+        self.wanted_turn = 0
+        self.short_since: float | None = None
         self.pinned = False
+        self.broken = False
         self.keep_alive_s: float | None = None
         self.last_used = 0.0
         self.used_at: float | None = None
         self.offloaded_since = 0.0
         self.retried = False
+        self.looking = False
+        self.looked = False
         self.unavailable = ""
-        self.detail = ""
+        self.remote = False
+        self.fetching = False
+        self.stamp: str | None = None
+        self.progress = ""
+        self.trouble = ""
+        self.trouble_looked_at: float | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -46,6 +63,17 @@ class Account:
         return sum(self.memory.host.values())
 
     @property
+    def device_estimate(self) -> int:
+        """What it will hold on the device once it is there.
+
+        A restore brings back what was measured.
+        A load begins anew, with as many slots as there is room for: a size it had grown to must not forbid that.
+        """
+        if self.measured_bytes is None:
+            return self._estimated_bytes
+        return self.measured_bytes if self.place == "offloaded" else min(self.measured_bytes, self._estimated_bytes)
+
+    @property
     def wanted(self) -> bool:
         """Whether it is to come to the device and is not there."""
         return self.place != "resident" and (self.references > 0 or self.asked == "load")
@@ -54,6 +82,11 @@ class Account:
     def movable(self) -> bool:
         """Whether it may be taken away for the sake of others."""
         return self.references == 0 and not self.pinned and self.asked != "load"
+
+    @property
+    def detail(self) -> str:
+        """For people to read: how far it has come on its way, or why it cannot come."""
+        return self.progress or (self.unavailable if self.place == "absent" else "") or self.trouble
 
     @property
     def offloaded_bytes(self) -> int:
@@ -68,7 +101,7 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     one of them is positive.
     `evictable` are the models whose leaving the device helps, `droppable` those whose leaving host RAM does,
     the least recently used first.
-    `curable`: it fits once they have left. `passing`: it may fit once models that are now busy are idle.
+    `curable`: it fits once they have left. `passing`: it fits once those that are now busy are idle and have left too.
     `message` has the figures.
     """
 
@@ -109,40 +142,51 @@ class Ledger:
         """Host RAM that models hold."""
         return sum(account.host_bytes for account in self)
 
-    def shortage(self, account: Account, device: DeviceMemory) -> Shortage | None:
-        """What keeps `account` from coming to the device, which reads as `device` now; None: nothing does."""
+    def shortage(self, account: Account, device: DeviceMemory, spared: Collection[str] = ()) -> Shortage | None:
+        """What keeps `account` from coming to the device, which reads as `device` now; None: nothing does.
+
+        The models in `spared` are not to leave for it.
+        """
         need = max(0, account.device_estimate - account.device_bytes)
         over_budget = self.held_bytes(device) + need - device.budget_bytes
         # On a CPU, weights that were offloaded lie in the same memory already.
         short = need - (account.host_bytes if device.kind == "cpu" else 0) - device.free_bytes
         if need == 0 or (over_budget <= 0 and short <= 0):
             return None
-        evictable = [other for other in self.lru("resident") if other.device_bytes]
+        evictable = [other for other in self.lru("resident") if other.device_bytes and other.id not in spared]
         droppable = [other for other in self.lru("offloaded") if other.host_bytes and device.kind == "cpu"]
         evictable_bytes = sum(other.device_bytes for other in evictable)
         droppable_bytes = sum(other.host_bytes for other in droppable)
-        busy = any(other.references and other.place == "resident" for other in self)
+        busy_bytes = sum(
+            other.device_bytes for other in self if other.references and not other.pinned and other.id not in spared
+        )
+        curable = over_budget <= evictable_bytes and short <= evictable_bytes + droppable_bytes
+        leaving = evictable_bytes + busy_bytes
         return Shortage(
             over_budget=over_budget,
             short=short,
             evictable=evictable,
             droppable=droppable,
-            curable=over_budget <= evictable_bytes and short <= evictable_bytes + droppable_bytes,
-            passing=busy and need <= device.budget_bytes,
-            message=self._arithmetic(account, need, device, evictable_bytes),
+            curable=curable,
+            passing=not curable and over_budget <= leaving and short <= leaving + droppable_bytes,
+            message=self._arithmetic(account, need, device, evictable_bytes, spared),
         )
 
-    def _arithmetic(self, account: Account, need: int, device: DeviceMemory, evictable_bytes: int) -> str:
+    def _arithmetic(
+        self, account: Account, need: int, device: DeviceMemory, evictable_bytes: int, spared: Collection[str]
+    ) -> str:
         holders = []
         for other in self:
             if other.device_bytes and other is not account:
-                why = "busy" if other.references else "pinned" if other.pinned else "idle"
+                idle = "preloaded" if other.id in spared else "idle"
+                why = "busy" if other.references else "pinned" if other.pinned else idle
                 holders.append(f"{other.id} {_mib(other.device_bytes)} ({why})")
         return (
             f"{account.id} needs {_mib(need)} on the device. Of the budget of {_mib(device.budget_bytes)}, "
             f"{_mib(self.held_bytes(device))} are held ({', '.join(holders) or 'by no model'}), "
             f"and {_mib(device.free_bytes)} of the device are free; "
-            f"evicting every idle model would give back {_mib(evictable_bytes)}, which is not enough."
+            f"evicting every {'other' if spared else 'idle'} model would give back {_mib(evictable_bytes)}, "
+            "which is not enough."
         )
 
 

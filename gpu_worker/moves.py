@@ -1,4 +1,7 @@
-"""What crosses the line between deciding about models, carrying it out, and telling how it went."""
+"""What crosses the line between deciding about models, carrying it out, and telling how it went.
+
+A Move is the loader's to carry out, one after the other; looks and fetches are the fetcher's, and run beside the moves.
+"""
 
 from typing import Literal
 
@@ -21,6 +24,38 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     kind: MoveKind
+
+
+class Look(msgspec.Struct, frozen=True):
+    """A model's files are to be looked at."""
+
+    model: str
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """A model's files are to be fetched."""
+
+    model: str
+
+
+class Looked(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found of a model's files.
+
+    `problem` says why it cannot be loaded, or is empty; `remote`: it can, once its files have been fetched.
+    `stamp` is another where the files have changed.
+    """
+
+    model: str
+    problem: str
+    remote: bool
+    stamp: str
+
+
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """A fetch has ended: the model's files are here, or `error` says why they are not."""
+
+    model: str
+    error: JobError | None
 
 
 class MoveProgress(msgspec.Struct, frozen=True, kw_only=True):

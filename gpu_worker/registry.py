@@ -41,7 +41,7 @@ class Registry:
         room: Callable[[], int] | None = None,
         start_device: Callable[[], None] = lambda: None,
     ) -> None:
-        """`progress` hears, from the thread that opens, how far a model's download has come.
+        """`progress` hears, from the thread that fetches, how far a model's download has come.
 
         `room` tells it how many bytes of the device may still be taken; None: all that are free.
         `start_device` is called once, by the thread that opens, before anything of the device is used.
@@ -104,15 +104,40 @@ class Registry:
         needed = estimated_bytes(directory, self._device, settings.dtype, settings.max_concurrency)
         return msgspec.structs.replace(spec, estimated_bytes=needed)
 
+    def needs_fetch(self, spec: ModelSpec) -> bool:
+        """Whether the model could be opened if only its checkpoint were here, which `fetch` would see to."""
+        if spec.engine != "qwen" or not self._settings.allow_download or self._configured(spec) is not None:
+            return False
+        try:
+            self._directory_of(spec, allow_download=False)
+        except JobError:
+            return True
+        return False
+
+    def fetch(self, spec: ModelSpec) -> None:
+        """Bring the model's checkpoint here, for minutes to hours; JobError where it cannot be had or will not do."""
+        self._directory_of(spec, allow_download=self._settings.allow_download)
+
+    def stamp_of(self, spec: ModelSpec) -> str:
+        """Something that changes with the files of the model's checkpoint, from whichever directory it would be read.
+
+        Copies in the Hugging Face cache, which nobody writes to by hand, do not count.
+        """
+        if spec.engine != "qwen":
+            return ""
+        directory = self._configured(spec) or self._settings.models_dir / spec.hf_id.rpartition("/")[2]
+        entries = ((file, file.stat()) for file in sorted(directory.rglob("*")) if file.is_file())
+        return "\n".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in entries)
+
     def open(self, spec: ModelSpec) -> Engine:
-        """Load the model, ready to speak; JobError says why it cannot be."""
+        """Load the model from what is here, ready to speak; JobError says why it cannot be."""
         if problem := self.problem_of(spec):
             raise JobError("model_unavailable", f"{spec.id}: {problem}")
         if spec.engine == "espeak":
             from gpu_worker.engines.espeak import EspeakEngine  # noqa: PLC0415 -- an optional extra
 
             return EspeakEngine(spec)
-        directory = self._directory_of(spec, allow_download=self._settings.allow_download)
+        directory = self._directory_of(spec, allow_download=False)
         from gpu_worker.engines.qwen.loader import open_engine  # noqa: PLC0415 -- imports torch
 
         return open_engine(directory, self._qwen_options())
@@ -150,6 +175,12 @@ class Registry:
         known = ", ".join(spec.id for spec in self._specs)
         raise SettingsError([f"{setting}: there is no model {name!r}; there are {known}"])
 
+    def _configured(self, spec: ModelSpec) -> Path | None:
+        """Where TTS_MODEL_PATHS says that the model's checkpoint is."""
+        configured = {name.casefold(): path for name, path in self._settings.model_paths.items()}
+        names = (name.casefold() for name in (spec.id, spec.hf_id, *spec.aliases))
+        return next((configured[name] for name in names if name in configured), None)
+
     def _directory_of(self, spec: ModelSpec, *, allow_download: bool) -> Path:
         """The verified checkpoint of a Qwen3-TTS model, fetched first where that is allowed; JobError if there is none.
 
@@ -157,11 +188,9 @@ class Registry:
         """
         from gpu_worker.engines.qwen.checkpoint import locate, read_config  # noqa: PLC0415 -- of the gpu extra
 
-        configured = {name.casefold(): path for name, path in self._settings.model_paths.items()}
-        names = (name.casefold() for name in (spec.id, spec.hf_id, *spec.aliases))
         directory = locate(
             spec.hf_id,
-            configured=next((configured[name] for name in names if name in configured), None),
+            configured=self._configured(spec),
             models_dir=self._settings.models_dir,
             allow_download=allow_download,
             progress=lambda detail: self._progress(spec.id, detail),
@@ -180,6 +209,7 @@ class Registry:
             from gpu_worker.engines.qwen.codecs import Codecs  # noqa: PLC0415 -- imports torch
             from gpu_worker.engines.qwen.loader import QwenOptions, compute_dtype  # noqa: PLC0415 -- imports torch
 
+            self._start_device()
             dtype = compute_dtype(self._device, self._settings.dtype)
             self._options = QwenOptions(
                 codecs=Codecs(dtype=dtype, device=torch.device(self._device)),
@@ -193,4 +223,3 @@ class Registry:
                 room=self._room,
             )
         return self._options
-            self._start_device()

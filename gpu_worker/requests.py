@@ -153,6 +153,7 @@ class Request:
         self.admitted: float | None = None
         self.first_audio: float | None = None
         self.stalled_since: float | None = None
+        self.tried_again = False
         self.playback = Playback()
 
     def hand_on(self, pcm: bytes, now: float) -> None:

@@ -6,10 +6,13 @@ It knows neither sockets, tensors, threads nor files, and its time is a clock th
     absent --load--> resident --offload--> offloaded --drop--> absent
                         ^-------restore-------'
 
-A model with a reference (a request queued or running) is never moved away from the device.
+A model with a reference (a request queued or running) is never moved away from the device, unless its engine broke.
 One move is in flight at a time: each is decided on what was measured after the one before.
+Beside the moves, files are looked at and fetched: before every load, and to notice what comes and goes by itself.
 """
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
@@ -19,15 +22,28 @@ import msgspec
 from gpu_worker.engines.base import Memory
 from gpu_worker.ledger import Account, Ledger
 from gpu_worker.memory import MemoryProbe
-from gpu_worker.moves import ARRIVES, Move, MoveDone, MoveFailed, Place
+from gpu_worker.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
 from shared.catalog import ModelSpec
 from shared.protocol import CleanupPass, HostMemory, ModelState, State
 
 BUSY_RETRY_S: Final = 5.0
-"""Retry-After of a load that fits once models that now speak are idle: a request takes seconds."""
+"""Retry-After of a load that fits once models that now speak are idle: a request takes seconds.
+
+So often at most the figures are read again for a model that found no room, and caches emptied for one that finds none.
+"""
 
 FULL_RETRY_S: Final = 60.0
 """Retry-After of a load that needs somebody to give memory back, unpin a model or raise the budget."""
+
+
+ROOM_WAIT_S: Final = 30.0
+"""How long a model that would fit if busy ones were idle waits for that before its requests are refused."""
+
+ROOM_LOOK_S: Final = 0.2
+"""How often the figures are read meanwhile, beside every time that a model becomes idle: NVML takes a millisecond."""
+
+LOOK_S: Final = 5.0
+"""How often the files of models that are not loaded are looked at: weights are copied in and deleted by hand."""
 
 
 class ModelBusyError(Exception):
@@ -61,21 +77,27 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Pass:
-    """A cleanup pass under way: what is still to look at, and what was unloaded."""
+    """A cleanup pass under way: what is still to look at, and what was unloaded, of that `dropped` from host RAM too.
 
-    def __init__(self, timestamp: float, before_bytes: int, checked: list[str]) -> None:
+    `by_hand`: somebody asked for it.
+    """
+
+    def __init__(self, timestamp: float, before_bytes: int, checked: list[str], *, by_hand: bool) -> None:
         self.timestamp = timestamp
         self.before_bytes = before_bytes
         self.checked = checked
+        self.by_hand = by_hand
         self.rest = list(checked)
         self.unloaded: list[str] = []
+        self.dropped: list[str] = []
 
 
 class Residency:
     """Where each model of `specs` is. `clock` gives monotonic seconds, `wall` Unix seconds.
 
-    The synthesis loop calls `plan` in every turn, hands its moves to the loader and its refusals to the requests,
-    and tells the outcome of each move with `moved` or `failed`.
+    The synthesis loop calls `errands` and `plan` in every turn,
+    hands the errands to the fetcher, the moves to the loader and the refusals to the requests,
+    and tells the outcome of each with `looked`, `fetched`, `moved` or `failed`.
     A model's requests may start only while its `state` is "resident". An unknown model is a KeyError everywhere.
     """
 
@@ -93,11 +115,17 @@ class Residency:
         self._wall = wall
         self._probe = probe
         self._moving: Move | None = None
+        self._turns = itertools.count(1)
+        self._of_the_start: list[str] = []
+        self._preloading: list[str] = []
         self._room: list[str] = []
         self._check_budget = False
         self._cleanup_asked = False
         self._pass: _Pass | None = None
         self._next_cleanup = clock() + options.cleanup_interval_s
+        self._next_look = clock() + LOOK_S
+        self._room_looked_at = -math.inf
+        self._reclaimed_at = -math.inf
         self.last_cleanup: CleanupPass | None = None
 
     # --- what the synthesis loop tells -------------------------------------------------------------------------------
@@ -112,29 +140,42 @@ class Residency:
         self._used(account)
 
     def release(self, model: str, keep_alive_s: float | None) -> None:
-        """That request is over, however it ended; ValueError where there was none.
+        """That request has spoken, to its end or not; ValueError where there was none.
 
         `keep_alive_s`: how long the model stays from now on if nobody else asks: negative: until others need the room;
         0: not at all; None: as configured.
         """
+        self.abandon(model)
+        self._ledger[model].keep_alive_s = keep_alive_s
+
+    def abandon(self, model: str) -> None:
+        """That request is over without having spoken, so how long the model stays is still what others said."""
         account = self._ledger[model]
         if account.references == 0:
             raise ValueError(f"{model} has no reference to release")
         account.references -= 1
-        account.keep_alive_s = keep_alive_s
         self._used(account)
         self._check_budget = True
+        self._room_looked_at = -math.inf
 
     def pin(self, model: str, pinned: bool) -> None:  # noqa: FBT001 -- pin(model, True) reads as it says
         """Keep the model from being evicted wherever it is, or let it go again. Unloading by hand stays possible."""
         self._ledger[model].pinned = pinned
         self._check_budget = True
+        self._room_looked_at = -math.inf
+
+    def preload(self, models: Sequence[str]) -> None:
+        """Bring the models of the start to the device, in this order; none of them leaves for another of them."""
+        self._of_the_start = list(models)
+        self._preloading = list(models)
+        for model in models:
+            self.ask_load(model)
 
     def ask_load(self, model: str) -> None:
         """Bring the model to the device; done when its state is "resident", or at a Refusal."""
         account = self._ledger[model]
         self._want(account)
-        account.asked = "load" if account.place != "resident" or self._is_moving(account) else None
+        account.asked = "load" if account.place != "resident" or not self.is_settled(model) else None
         account.keep_alive_s = None
         self._used(account)
 
@@ -147,14 +188,41 @@ class Residency:
         if account.references:
             raise ModelBusyError(f"{model} has {account.references} request(s), queued or running")
         account.asked = "unload" if account.place != "absent" or self._is_moving(account) else None
+        self._preloaded(model)
 
-    def set_unavailable(self, model: str, reason: str) -> None:
-        """The model cannot be loaded (its weights are not there), or can again where `reason` is empty."""
-        self._ledger[model].unavailable = reason
+    def replace(self, model: str) -> None:
+        """The model's engine is broken: drop it, whoever waits for the model, and load it afresh where anybody does."""
+        account = self._ledger[model]
+        account.broken = True
+        account.looked = False
 
-    def set_detail(self, model: str, detail: str) -> None:
+    def looked(self, found: Looked) -> None:
+        """What there is of the model's files."""
+        account = self._ledger[found.model]
+        account.looking = False
+        account.looked = True
+        account.unavailable = found.problem
+        account.remote = found.remote
+        if account.stamp not in {None, found.stamp} and account.trouble_looked_at is None:
+            account.trouble = ""  # it was with other files
+        account.stamp = found.stamp
+
+    def fetched(self, fetched: Fetched) -> Refusal | None:
+        """The model's files are here, or cannot be had: with a Refusal its requests and calls are to fail."""
+        account = self._ledger[fetched.model]
+        account.fetching = False
+        account.progress = ""
+        if fetched.error is None:
+            account.remote = False
+            return None
+        account.stamp = None  # what was fetched in part has changed it, and mends nothing
+        return self._refuse(
+            account, "model_unavailable", fetched.error.message, fetched.error.retry_after_s or FULL_RETRY_S
+        )
+
+    def set_progress(self, model: str, detail: str) -> None:
         """How far the model's loading or download has come, for people to read."""
-        self._ledger[model].detail = detail
+        self._ledger[model].progress = detail
 
     def measured(self, model: str, memory: Memory) -> None:
         """What the model holds now (its caches grow with use); counts for its next load too."""
@@ -169,18 +237,14 @@ class Residency:
         """
         self._cleanup_asked = self._cleanup_asked or self._pass is None
 
-    def make_room(self, n_bytes: int | None = None) -> bool:
-        """The device ran out of memory: evict idle models, at least `n_bytes` of them or all.
+    def make_room(self) -> bool:
+        """The device ran out of memory: evict every idle model.
 
         False where there is nothing to evict; else the caller tries once more when `making_room` is False again.
         """
-        freed = 0
         for account in self._ledger.lru("resident"):
-            if n_bytes is not None and freed >= n_bytes:
-                break
             if account.device_bytes and account.id not in self._room:
                 self._room.append(account.id)
-            freed += account.device_bytes
         return bool(self._room)
 
     # --- what it answers ---------------------------------------------------------------------------------------------
@@ -191,8 +255,12 @@ class Residency:
         if self._moving is not None and self._moving.model == model:
             arrives = ARRIVES[self._moving.kind]
             return "loading" if arrives == "resident" else arrives
+        if account.broken:
+            return "loading" if account.references else "absent"
         if account.place == "absent" and account.unavailable:
             return "unavailable"
+        if account.fetching and account.wanted:
+            return "loading"
         return account.place
 
     @property
@@ -201,20 +269,28 @@ class Residency:
         return self._moving
 
     @property
+    def preloading(self) -> list[str]:
+        """The models of the start that are still to come: not there yet, not refused, and not unloaded by hand."""
+        return list(self._preloading)
+
+    def is_settled(self, model: str) -> bool:
+        """Whether the model is where its state says: not on its way, nor about to be dropped with its engine."""
+        account = self._ledger[model]
+        return not account.broken and not self._is_moving(account)
+
+    @property
     def cleaning(self) -> bool:
         """Whether a cleanup pass is asked for or under way."""
         return self._cleanup_asked or self._pass is not None
 
     @property
     def making_room(self) -> bool:
-        """Whether idle models are still being evicted for `make_room`."""
-        return bool(self._room)
+        """Whether idle models are being evicted for `make_room`.
 
-    def wait_s(self) -> float | None:
-        """Seconds until `plan` may decide something although nothing happened; None: never."""
-        if not self._options.cleanup_enabled:
-            return None
-        return max(0.0, self._next_cleanup - self._clock())
+        Not while a model is on its way to the device: that takes seconds, and who speaks is not to wait for it.
+        """
+        coming = self._moving is not None and ARRIVES[self._moving.kind] == "resident"
+        return bool(self._room) and not coming
 
     def models(self) -> list[ModelState]:
         """Where every model is and what it holds, in the catalogue's order."""
@@ -223,7 +299,7 @@ class Residency:
             ModelState(
                 id=account.id,
                 state=self.state(account.id),
-                detail=account.detail or account.unavailable,
+                detail=account.detail,
                 bytes=account.memory.device,
                 host_bytes=account.host_bytes,
                 last_used=account.used_at,
@@ -241,29 +317,52 @@ class Residency:
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
+    def errands(self) -> list[Look | Fetch]:
+        """What is to be done with files now, whatever moves; in flight from here on, one fetch at a time."""
+        overdue = self._clock() >= self._next_look
+        if overdue:
+            self._next_look = self._clock() + LOOK_S
+        errands: list[Look | Fetch] = []
+        for account in self._ledger:
+            wanted = account.wanted and not account.looked
+            idle = not (account.looking or account.fetching or self._is_moving(account))
+            if account.place == "absent" and idle and (overdue or wanted):
+                account.looking = True
+                errands.append(Look(account.id))
+        if not any(account.fetching for account in self._ledger):
+            for account in self._waiting():
+                if account.place == "absent" and account.looked and account.remote:
+                    account.fetching = True
+                    errands.append(Fetch(account.id))
+                    break
+        return errands
+
     def plan(self) -> list[Move | Refusal]:
         """What to do now: refusals to hand out, and at most one move to start; it is in flight from here on."""
         if self._moving is not None:
             return []
-        if self._options.cleanup_enabled and self._clock() >= self._next_cleanup:
-            self._cleanup_asked = True
+        self._forget_shortages()
         refusals: list[Move | Refusal] = []
-        move = self._unload() or self._clean() or self._evict_for_room() or self._bring(refusals) or self._trim()
+        move = self._clean() or self._unload() or self._evict_for_room() or self._bring(refusals) or self._trim()
         if move is not None:
             self._moving = move
-            self._ledger[move.model].detail = ""
+            self._ledger[move.model].progress = ""
         return [*refusals, move] if move is not None else refusals
 
     def moved(self, done: MoveDone) -> None:
         """The move in flight worked."""
         account = self._landed(done.move, ARRIVES[done.move.kind])
         self._measure(account, done.memory)
-        account.detail = ""
+        account.progress = ""
         if account.place == "resident":
             # Ready, not used: but an idle time that began before the load would end before the first request.
             account.last_used = self._clock()
-            account.retried = False
             account.asked = None if account.asked == "load" else account.asked
+            account.trouble, account.trouble_looked_at = "", None
+            device = self._probe.device()
+            if self._is_preload(account) and self._ledger.held_bytes(device) > device.budget_bytes:
+                self._room.append(account.id)  # larger than thought: it leaves, and not those that came before it
+            self._preloaded(account.id)
 
     def failed(self, failure: MoveFailed) -> Refusal | None:
         """The move in flight did not work. With a Refusal the model's requests and calls are to fail.
@@ -271,7 +370,7 @@ class Residency:
         None: they keep waiting, or there are none. Out of memory is tried once more after evicting what is idle.
         """
         account = self._landed(failure.move, failure.left)
-        account.detail = failure.error.message
+        account.progress = ""
         if account.place == "absent":
             account.memory = Memory()
         if ARRIVES[failure.move.kind] != "resident":
@@ -285,8 +384,10 @@ class Residency:
         return self._refuse(account, code, failure.error.message, failure.error.retry_after_s or BUSY_RETRY_S)
 
     def _unload(self) -> Move | None:
-        """Drop what was asked to be dropped."""
+        """Drop what was asked to be dropped, and what is broken."""
         for account in self._ledger:
+            if account.broken:
+                return Move(model=account.id, kind="drop")
             if account.asked == "unload" and account.place == "absent":
                 account.asked = None
             elif account.asked == "unload":
@@ -296,11 +397,13 @@ class Residency:
     def _clean(self) -> Move | None:
         """The next move of the cleanup pass; a pass with none left ends."""
         now = self._clock()
-        if self._cleanup_asked and self._pass is None:
+        due = self._options.cleanup_enabled and now >= self._next_cleanup
+        if self._pass is None and (due or self._cleanup_asked):
+            checked = [account.id for account in self._ledger if account.place != "absent"]
+            before_bytes = self._probe.device().ours_bytes
+            self._pass = _Pass(self._wall(), before_bytes, checked, by_hand=self._cleanup_asked)
             self._cleanup_asked = False
             self._next_cleanup = now + self._options.cleanup_interval_s
-            checked = [account.id for account in self._ledger if account.place != "absent"]
-            self._pass = _Pass(self._wall(), self._probe.device().ours_bytes, checked)
         current = self._pass
         if current is None:
             return None
@@ -311,20 +414,28 @@ class Residency:
                 current.rest.pop(0)
             if move is not None:
                 current.unloaded.append(move.model)
+                if move.kind == "drop":
+                    current.dropped.append(move.model)
                 return move
         self._pass = None
+        speaking = any(account.references for account in self._ledger)
+        if not current.unloaded and (current.by_hand or not speaking):
+            # Every move gives caches back, but there was none; who speaks would have to allocate them again.
+            self._probe.reclaim(collect=False)
         self.last_cleanup = CleanupPass(
             timestamp=current.timestamp,
             vram_before_bytes=current.before_bytes,
             vram_after_bytes=self._probe.device().ours_bytes,
             models_checked=current.checked,
             models_unloaded=list(dict.fromkeys(current.unloaded)),
+            models_dropped=current.dropped,
         )
         return None
 
     def _outlived(self, account: Account, now: float) -> Move | None:
         """How to evict `account`, where its time is over."""
-        if not account.movable or (account.keep_alive_s is not None and account.keep_alive_s < 0):
+        kept = account.keep_alive_s is not None and account.keep_alive_s < 0
+        if not account.movable or kept or account.broken or account.asked == "unload":
             return None
         if account.place == "offloaded" and now - account.offloaded_since >= self._options.host_idle_timeout_s:
             return Move(model=account.id, kind="drop")
@@ -344,25 +455,45 @@ class Residency:
 
     def _bring(self, refusals: list[Move | Refusal]) -> Move | None:
         """The next move towards a wanted model, the longest waiting first; what cannot come goes to `refusals`."""
-        for account in sorted(self._ledger, key=lambda account: account.wanted_since):
-            if not account.wanted:
+        now = self._clock()
+        looks = now - self._room_looked_at >= ROOM_LOOK_S
+        for account in self._waiting():
+            if account.place == "absent" and (not account.looked or account.fetching):
                 continue
             if account.place == "absent" and account.unavailable:
-                refusals.append(self._refuse(account, "model_unavailable", account.unavailable, FULL_RETRY_S))
+                message = f"{account.id}: {account.unavailable}"
+                refusals.append(self._refuse(account, "model_unavailable", message, FULL_RETRY_S))
                 continue
-            decision = self._fit(account)
+            if (account.place == "absent" and account.remote) or (account.short_since is not None and not looks):
+                continue
+            decision = self._fit(account, now)
             if isinstance(decision, Move):
                 return decision
-            refusals.append(decision)
+            if decision is not None:
+                refusals.append(decision)
+            self._room_looked_at = now
         return None
 
-    def _fit(self, account: Account) -> Move | Refusal:
-        """Bring the model to the device, or evict what has to leave before, or say why that does not help."""
+    def _fit(self, account: Account, now: float) -> Move | Refusal | None:
+        """Bring the model to the device, or evict what has to leave before, or say why that does not help.
+
+        None: it waits for busy models to become idle.
+        """
+        spared = self._of_the_start if self._is_preload(account) else ()
         device = self._probe.device()
-        shortage = self._ledger.shortage(account, device)
+        shortage = self._ledger.shortage(account, device, spared)
+        if shortage is not None and not shortage.curable and now - self._reclaimed_at >= BUSY_RETRY_S:
+            self._reclaimed_at = now
+            self._probe.reclaim(collect=False)
+            device = self._probe.device()
+            shortage = self._ledger.shortage(account, device, spared)
         if shortage is None:
             return Move(model=account.id, kind="load" if account.place == "absent" else "restore")
         if not shortage.curable:
+            if account.short_since is None:
+                account.short_since = now
+            if shortage.passing and now - account.short_since < ROOM_WAIT_S:
+                return None
             retry_after_s = BUSY_RETRY_S if shortage.passing else FULL_RETRY_S
             return self._refuse(account, "insufficient_vram", shortage.message, retry_after_s)
         if device.kind == "cpu" and shortage.over_budget <= 0:
@@ -408,11 +539,37 @@ class Residency:
             return Move(model=older[0].id, kind="drop")
         return Move(model=account.id, kind="drop")
 
+    def _forget_shortages(self) -> None:
+        """A model that found no room is in no trouble any more once there is some, or idle models would make it."""
+        now = self._clock()
+        for account in self._ledger:
+            if account.trouble_looked_at is not None and now - account.trouble_looked_at >= BUSY_RETRY_S:
+                shortage = self._ledger.shortage(account, self._probe.device())
+                account.trouble_looked_at = now
+                if shortage is None or shortage.curable:
+                    account.trouble, account.trouble_looked_at = "", None
+
     # --- the books ---------------------------------------------------------------------------------------------------
+
+    def _waiting(self) -> list[Account]:
+        """The wanted models, the longest waiting first."""
+        return sorted((account for account in self._ledger if account.wanted), key=lambda account: account.wanted_turn)
+
+    def _is_preload(self, account: Account) -> bool:
+        """Whether nobody but the start wants the model."""
+        return account.id in self._preloading and account.references == 0
+
+    def _preloaded(self, model: str) -> None:
+        """The start does not wait for the model any longer."""
+        if model in self._preloading:
+            self._preloading.remove(model)
 
     def _want(self, account: Account) -> None:
         if not account.wanted:
-            account.wanted_since = self._clock()
+            account.wanted_turn = next(self._turns)
+            account.short_since = None
+            account.looked = False
+            account.retried = False
 
     def _used(self, account: Account) -> None:
         account.last_used = self._clock()
@@ -424,7 +581,7 @@ class Residency:
     def _measure(self, account: Account, memory: Memory) -> None:
         account.memory = memory
         if account.place == "resident":
-            account.device_estimate = account.device_bytes
+            account.measured_bytes = account.device_bytes
         elif account.place == "offloaded":
             account.host_estimate = account.host_bytes
             account.offloaded_since = self._clock()
@@ -434,8 +591,10 @@ class Residency:
         if move != self._moving:
             raise ValueError(f"{move} is not in flight, but {self._moving}")
         self._moving = None
+        self._room_looked_at = -math.inf
         account = self._ledger[move.model]
         account.place = place
+        account.broken = account.broken and place != "absent"
         return account
 
     def _refuse(
@@ -447,4 +606,10 @@ class Residency:
     ) -> Refusal:
         account.asked = None if account.asked == "load" else account.asked
         account.retried = False
+        account.looked = False
+        account.short_since = None
+        account.trouble = "" if account.unavailable else message
+        account.trouble_looked_at = self._clock() if code == "insufficient_vram" else None
+        self._check_budget = True
+        self._preloaded(account.id)
         return Refusal(model=account.id, code=code, message=message, retry_after_s=retry_after_s)

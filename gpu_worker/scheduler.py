@@ -62,6 +62,11 @@ class Scheduler(Generic[T]):
             raise QueueFullError(waiting + 1, self.estimate_s(waiting, slots))
         self._lines.setdefault(request.client, deque()).append(request)
 
+    def put_back(self, request: T) -> None:
+        """Let a request that `next` took out wait again, where it was: it is the next to be tried."""
+        self._lines.setdefault(request.client, deque()).appendleft(request)
+        self._lines.move_to_end(request.client, last=False)
+
     def next(self, admissible: Callable[[str], bool]) -> T | None:
         """Take out the request that is to start now, or None.
 

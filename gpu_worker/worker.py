@@ -2,11 +2,10 @@
 
 Every turn it takes commands, moves models, admits what fits, steps every engine that has work, and hands out events.
 It owns all requests and all engines, in one thread; what it shares with the others are the queues they talk through.
-It knows no sockets (see `transport`), loads no weights (see `loader`) and decides nothing about
-who is next (see `scheduler`) or which model is where (see `residency`).
+It knows no sockets (see `transport`), loads no weights (see `loader`), reads no disk (see `fetcher`)
+and decides nothing about who is next (see `scheduler`) or which model is where (see `residency`).
 """
 
-import contextlib
 import queue
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -17,12 +16,13 @@ import structlog
 from gpu_worker.calls import CallDesk
 from gpu_worker.engines.base import Done, Engine, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.faults import BrokenDeviceError, is_broken_device
+from gpu_worker.fetcher import Fetcher
 from gpu_worker.loader import Loader
 from gpu_worker.memory import is_out_of_memory
-from gpu_worker.moves import LoaderFailed, MoveDone, MoveFailed, MoveProgress
+from gpu_worker.moves import Fetched, LoaderFailed, Looked, MoveDone, MoveFailed, MoveProgress
 from gpu_worker.reporter import Reporter
 from gpu_worker.requests import PeerSink, Request
-from gpu_worker.residency import ModelBusyError, Refusal, Residency
+from gpu_worker.residency import Refusal, Residency
 from gpu_worker.scheduler import QueueFullError, Scheduler
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
 from gpu_worker.voices import VoiceStore
@@ -38,7 +38,6 @@ from shared.protocol import (
     Pong,
     Snapshot,
     Speak,
-    UnloadModel,
     Welcome,
 )
 
@@ -68,9 +67,9 @@ class Worker:
         scheduler: Scheduler[Request],
         residency: Residency,
         loader: Loader,
+        fetcher: Fetcher,
         voices: VoiceStore,
         reporter: Reporter,
-        problem_of: Callable[[ModelSpec], str | None],
         max_concurrency: int,
         stall_timeout_s: float,
         clock: Callable[[], float],
@@ -82,9 +81,9 @@ class Worker:
         self._scheduler = scheduler
         self._residency = residency
         self._loader = loader
+        self._fetcher = fetcher
         self._voices = voices
         self._reporter = reporter
-        self._problem_of = problem_of
         self._max_concurrency = max_concurrency
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
@@ -93,9 +92,7 @@ class Worker:
         self._open: dict[tuple[bytes, str], Request] = {}
         self._out_of_memory: set[str] = set()
         self._drain_until: float | None = None
-        self._preloading = list(preload)
-        for model in self._preloading:
-            residency.ask_load(model)
+        residency.preload(preload)
         self._calls = CallDesk(
             specs=self._specs,
             residency=residency,
@@ -112,12 +109,16 @@ class Worker:
         self._fail_all(_shutting_down())
 
     def turn(self) -> None:
-        """Once around: commands, models, admission, one step of every engine that has work, and what came of it."""
+        """Once around: commands, admission, one step of every engine that has work, and what came of it.
+
+        Models are moved behind the steps and before the next commands:
+        a busy model may be idle for no longer than that, and others may be waiting for it to make room.
+        """
         self._take_commands()
-        self._move_models()
         self._admit()
         self._step()
         self._end_stalled()
+        self._move_models()
         self._calls.answer_ended()
 
     # --- commands --------------------------------------------------------------------------------------------------
@@ -144,7 +145,9 @@ class Worker:
                 self._fail_all(JobError("synthesis_failed", f"the device of the GPU worker broke: {reason}"))
                 raise BrokenDeviceError(reason)
             case MoveProgress(model=model, detail=detail):
-                self._residency.set_detail(model, detail)
+                self._residency.set_progress(model, detail)
+            case Looked() | Fetched():
+                self._take_errand(command)
             case Drain(deadline_s):
                 self._begin_drain(deadline_s)
             case TransportFailed(reason):
@@ -176,8 +179,6 @@ class Worker:
                 self._cancel(peer, request_id)
             case Call():
                 self._calls.take(peer, message, payload, lambda reply: self._send(peer, reply, None))
-                if isinstance(message.action, UnloadModel):
-                    self._arrived(message.action.model)
 
     def _speak(self, peer: bytes, speak: Speak, payload: bytes | None) -> None:
         sink = PeerSink(speak.id, lambda message, pcm: self._send(peer, message, pcm), speak.credit)
@@ -219,11 +220,9 @@ class Worker:
 
     def _submit(self, request: Request) -> None:
         """Queue a request, and start it at once where a slot is free; JobError where it cannot be taken."""
-        if self._drain_until is not None:
-            raise _shutting_down()
+        spec = self._require(request.model)
         if (request.peer, request.id) in self._open:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
-        spec = self._require(request.model)
         try:
             self._scheduler.submit(request, self._slots())
         except QueueFullError as error:
@@ -235,17 +234,13 @@ class Worker:
         self._admit()
 
     def _require(self, model: str) -> ModelSpec:
-        """The model, if it could be brought to speak; JobError where it is unknown or something is missing."""
+        """The model, if anybody may still ask for it; JobError where it is unknown."""
+        if self._drain_until is not None:
+            raise _shutting_down()
         spec = self._specs.get(model)
         if spec is None:
             known = ", ".join(self._specs)
             raise JobError("model_not_found", f"there is no model {model!r}; there are {known}", param="model")
-        if self._residency.state(model) in {"absent", "unavailable"}:
-            # Weights and packages may have come or gone since somebody last asked.
-            problem = self._problem_of(spec)
-            self._residency.set_unavailable(spec.id, problem or "")
-            if problem:
-                raise JobError("model_unavailable", f"{spec.id}: {problem}", param="model", retry_after_s=60)
         return spec
 
     def _credit(self, peer: bytes, request_id: str, chunks: int) -> None:
@@ -273,12 +268,22 @@ class Worker:
     # --- models ----------------------------------------------------------------------------------------------------
 
     def _move_models(self) -> None:
+        for errand in self._residency.errands():
+            self._fetcher.submit(errand)
         for decision in self._residency.plan():
             if isinstance(decision, Refusal):
                 self._refuse(decision)
             else:
                 self._engines.pop(decision.model, None)
                 self._loader.submit(decision)
+
+    def _take_errand(self, report: Looked | Fetched) -> None:
+        if isinstance(report, Looked):
+            self._residency.looked(report)
+            return
+        refusal = self._residency.fetched(report)
+        if refusal is not None:
+            self._refuse(refusal)
 
     def _take_move(self, report: MoveDone | MoveFailed) -> None:
         self._reporter.moved(report)
@@ -287,23 +292,25 @@ class Worker:
             if refusal is not None:
                 self._refuse(refusal)
             return
+        log.info(
+            "a model was moved",
+            model=report.move.model,
+            move=report.move.kind,
+            seconds=round(report.seconds, 3),
+            before_mb=round(report.before_bytes / 2**20),
+            after_mb=round(report.after_bytes / 2**20),
+        )
         if report.engine is not None:
             self._engines[report.move.model] = report.engine
-            self._arrived(report.move.model)
         self._residency.moved(report)
         self._calls.answer_ended()  # before the next decision takes the model elsewhere
         for request in self._scheduler:
             if request.model == report.move.model:
                 request.model_ready = self._clock()
 
-    def _arrived(self, model: str) -> None:
-        """The model was loaded, or will not be: either way the start does not wait for it any more."""
-        if model in self._preloading:
-            self._preloading.remove(model)
-
     def _refuse(self, refusal: Refusal) -> None:
         """The model cannot come to the device: whoever waits for it hears why."""
-        self._arrived(refusal.model)
+        log.warning("a model cannot be had", model=refusal.model, code=refusal.code, reason=refusal.message)
         error = JobError(refusal.code, refusal.message, param="model", retry_after_s=refusal.retry_after_s)
         for request in self._scheduler.remove(lambda request: request.model == refusal.model):
             self._end(request, error)
@@ -327,18 +334,27 @@ class Worker:
         if isinstance(error, JobError):
             self._end(request, error)
             return
-        log.error("an engine could not take a request", model=request.model, request_id=request.id, exc_info=error)
-        code = "synthesis_failed"
+        message = f"{request.model} could not take the request: {error}"
         if is_out_of_memory(error):
-            code = "insufficient_vram"
             self._reporter.ran_out_of_memory(request.model)
-        self._end(request, JobError(code, f"{request.model} could not take the request: {error}"))
+            if request.tried_again:
+                self._end(request, JobError("insufficient_vram", message, retry_after_s=5))
+                return
+            log.warning("out of device memory; evicting idle models and trying again", model=request.model)
+            request.tried_again = True
+            self._residency.make_room()
+            self._scheduler.put_back(request)
+            return
+        log.error("an engine could not take a request", model=request.model, request_id=request.id, exc_info=error)
+        self._end(request, JobError("synthesis_failed", message))
         self._end_where_broken(error)
 
     def _can_start(self, model: str) -> bool:
         engine = self._engines.get(model)
-        if engine is None or self._residency.state(model) != "resident" or model in self._out_of_memory:
+        if engine is None or self._residency.state(model) != "resident":
             return False
+        if model in self._out_of_memory or self._residency.making_room:
+            return False  # it would take what is being given back
         return len(self._running) < self._max_concurrency and engine.capacity() > 0
 
     def _step(self) -> None:
@@ -377,8 +393,9 @@ class Worker:
         """An engine's step failed as a whole: keep the process, and as many requests as can be kept.
 
         Out of memory: evict idle models and try once more; then the youngest request has to go.
+        While a model is on its way to the device none can be evicted, and the second try comes at once.
         A broken device (a CUDA error that sticks to the process): fail everything, and let a new process begin.
-        Anything else: fail this engine's requests; where no other waits for it, the next one gets a fresh engine.
+        Anything else: fail this engine's requests; those that wait for it, and all later ones, get a fresh engine.
         """
         requests = [request for request in self._running.values() if request.model == model]
         if is_out_of_memory(error) and requests:
@@ -397,8 +414,8 @@ class Worker:
         for request in requests:
             self._end(request, JobError("synthesis_failed", f"{model} failed while it was speaking: {error}"))
         self._end_where_broken(error)
-        with contextlib.suppress(ModelBusyError):
-            self._residency.ask_unload(model)
+        self._engines.pop(model)
+        self._residency.replace(model)
 
     def _end_where_broken(self, error: Exception) -> None:
         if is_broken_device(error):
@@ -410,6 +427,7 @@ class Worker:
         self._scheduler.remove(lambda _: True)
         for request in list(self._open.values()):
             self._fail(request, error)
+        self._calls.end(error)
 
     def _fail(self, request: Request, error: JobError) -> None:
         """The request, no longer queued, does not get any further."""
@@ -426,7 +444,7 @@ class Worker:
         if self._leave_slot(request):
             self._scheduler.finished(now - (request.admitted or now))
         self._open.pop((request.peer, request.id), None)
-        self._residency.release(request.model, request.keep_alive_s)
+        self._let_go(request)
         if error is None:
             self._reporter.count("finished")
         else:
@@ -440,7 +458,14 @@ class Worker:
         if not self._leave_slot(request) and not self._scheduler.remove(lambda waiting: waiting is request):
             return  # it had been said in full, and only waited for credit
         self._reporter.count("cancelled")
-        self._residency.release(request.model, request.keep_alive_s)
+        self._let_go(request)
+
+    def _let_go(self, request: Request) -> None:
+        """The request does not need its model any more; how long that one stays is for those to say that had a slot."""
+        if request.admitted is None:
+            self._residency.abandon(request.model)
+        else:
+            self._residency.release(request.model, request.keep_alive_s)
 
     def _leave_slot(self, request: Request) -> bool:
         """Free the request's slot; False where it held none."""
@@ -491,7 +516,7 @@ class Worker:
             cleanup=self._residency.last_cleanup,
             voices=self._voices.list(),
             requests=self._open.values(),
-            preloading=self._preloading,
+            preloading=self._residency.preloading,
         )
 
     def _begin_drain(self, deadline_s: float) -> None:

@@ -246,13 +246,17 @@ class HostMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CleanupPass(msgspec.Struct, frozen=True, kw_only=True):
-    """What one eviction pass did; `timestamp` in Unix seconds, bytes as measured around it."""
+    """What one eviction pass did; `timestamp` in Unix seconds, bytes as measured around it.
+
+    `models_dropped` are those of the unloaded that left host RAM too.
+    """
 
     timestamp: float
     vram_before_bytes: int
     vram_after_bytes: int
     models_checked: list[str]
     models_unloaded: list[str]
+    models_dropped: list[str] = []
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):

@@ -265,9 +265,14 @@ def _report(in_force: dict[str, Any], done: CleanupPass | None, *, completed: bo
         # Of the figures beside it, so that whoever subtracts them finds this one.
         vram_freed_mb=round(before - after, 2) if before is not None and after is not None else None,
         models_unloaded=unloaded,
-        message=f"{len(unloaded)} idle models left the device." if completed else "",
+        message=_message(done) if completed and done else "",
         models_checked=done.models_checked if completed and done else None,
     )
+
+
+def _message(done: CleanupPass) -> str:
+    offloaded = [model for model in done.models_unloaded if model not in done.models_dropped]
+    return f"Idle models: {len(offloaded)} moved to host RAM, {len(done.models_dropped)} dropped from memory."
 
 
 def _mb(count: int) -> float:

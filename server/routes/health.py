@@ -46,11 +46,14 @@ async def ready(engine: Engine) -> Ready:
     if not snapshot.accepting:
         raise ApiError("shutting_down", "The GPU worker is shutting down.")
     default = next((model for model in snapshot.models if model.id == snapshot.default_model), None)
-    if default is None or default.state == "unavailable":
-        detail = default.detail if default else "it is not known"
-        raise ApiError("model_unavailable", f"The default model {snapshot.default_model} cannot be served: {detail}.")
+    if default is None:
+        raise ApiError("model_unavailable", f"The default model {snapshot.default_model} is not known.")
     if default.id in snapshot.preloading:
         raise ApiError("model_unavailable", f"The default model {default.id} is loading. {default.detail}".strip())
+    if default.state == "unavailable" or (default.state != "resident" and default.detail):
+        # An absent or offloaded model comes when it is asked for, unless the last attempt says why it does not.
+        detail = default.detail.rstrip(".")
+        raise ApiError("model_unavailable", f"The default model {default.id} cannot be served now: {detail}.")
     return Ready(status="ready", model=snapshot.default_model, worker=snapshot.boot_id)
 
 

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Usage
+from gpu_worker.fetcher import Fetcher
 from gpu_worker.loader import Loader
-from gpu_worker.moves import LoaderFailed, MoveDone, MoveFailed, Place
+from gpu_worker.moves import Fetch, Fetched, Look, Looked, Place
 from gpu_worker.reporter import Reporter
 from gpu_worker.requests import Request
 from gpu_worker.residency import Residency, ResidencyOptions
@@ -21,7 +22,7 @@ from gpu_worker.voices import VoiceStore
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
 from shared.protocol import Action, Audio, Call, Cancel, Credit, Message, Ping, Pong, Snapshot, Speak
-from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, a_spec
+from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, a_spec
 
 WEB = b"web-1"
 """The web worker that speaks where a test does not say which."""
@@ -131,7 +132,7 @@ class SpeakingEngine:
 
 
 class _Inbox(queue.SimpleQueue[Any]):
-    """An idle worker waits for the loader where `wanted` says so, and never for the clock."""
+    """An idle worker waits for the loader and for looks, unless they are held, and never for the clock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,16 +140,34 @@ class _Inbox(queue.SimpleQueue[Any]):
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: FBT001, FBT002 -- SimpleQueue's
         del block, timeout
-        if self.bench.is_moving and self.bench.gate.is_set():
-            return super().get(timeout=10)
-        return self.get_nowait()
+        return self._noted(super().get(timeout=10 if self.bench.expects_report else 0))
+
+    def get_nowait(self) -> Any:
+        return self._noted(super().get_nowait())
+
+    def _noted(self, command: Any) -> Any:
+        if isinstance(command, (Looked, Fetched)):
+            self.bench.fetcher.under_way[Look if isinstance(command, Looked) else Fetch] -= 1
+        return command
+
+
+class _Fetcher(Fetcher):
+    """Counts what is under way: submitted, and not yet taken note of by the worker."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.under_way: Counter[type] = Counter()
+
+    def submit(self, errand: Look | Fetch) -> None:
+        self.under_way[type(errand)] += 1
+        super().submit(errand)
 
 
 class WorkerBench:
     """A Worker with the models of `sizes`, each opened as a SpeakingEngine.
 
     `gate`, cleared, holds the loader. `open_troubles` are raised by the next openings of a model.
-    `problems` are what is missing for a model. `sent` is everything the worker has said.
+    `files` are what there is of the models. `sent` is everything the worker has said.
     """
 
     def __init__(
@@ -174,7 +193,7 @@ class WorkerBench:
         self.opened: list[SpeakingEngine] = []
         self.engines: dict[str, SpeakingEngine] = {}
         self.open_troubles: dict[str, list[Exception]] = {}
-        self.problems: dict[str, str] = {}
+        self.files = FakeFiles()
         self.load_s = 0.0
         self.gate = threading.Event()
         self.gate.set()
@@ -185,7 +204,8 @@ class WorkerBench:
         self.residency = Residency(
             self.specs, ResidencyOptions(**options), self.clock, self.device, wall=lambda: WALL + self.clock.now
         )
-        self.loader = Loader(self.specs, self._open, self.device, self._report)
+        self.loader = Loader(self.specs, self._open, self.device, self.inbox.put)
+        self.fetcher = _Fetcher(self.specs, self.files, self.inbox.put)
         self.voices = VoiceStore(voices_dir, max_voices, reserved={"preset"}, wall=lambda: WALL)
         self.worker = Worker(
             catalog=self.specs,
@@ -194,6 +214,7 @@ class WorkerBench:
             scheduler=Scheduler[Request](max_queue),
             residency=self.residency,
             loader=self.loader,
+            fetcher=self.fetcher,
             voices=self.voices,
             reporter=Reporter(
                 boot_id="boot-1",
@@ -205,17 +226,19 @@ class WorkerBench:
                 clock=self.clock,
             ),
             preload=list(preload),
-            problem_of=lambda spec: self.problems.get(spec.id),
             max_concurrency=max_concurrency,
             stall_timeout_s=stall_timeout_s,
             clock=self.clock,
         )
         self.loader.start()
+        self.fetcher.start()
 
     def close(self) -> None:
-        """End the loader's thread."""
+        """End the threads."""
         self.gate.set()
+        self.files.gate.set()
         self.loader.close(10)
+        self.fetcher.close(10)
 
     # --- what a web worker says --------------------------------------------------------------------------------------
 
@@ -255,7 +278,7 @@ class WorkerBench:
         for _ in range(10_000):
             before = self._progress()
             self.turn()
-            still = before == self._progress() and not self.is_moving and self.inbox.empty()
+            still = before == self._progress() and not self.expects_report and self.inbox.empty()
             rest = rest + 1 if still else 0
             if rest == 3:
                 return
@@ -265,6 +288,14 @@ class WorkerBench:
     def is_moving(self) -> bool:
         """Whether a model is on its way."""
         return self.residency.moving is not None
+
+    @property
+    def expects_report(self) -> bool:
+        """Whether something will be reported that is not held."""
+        if self.is_moving and self.gate.is_set():
+            return True
+        under_way = self.fetcher.under_way
+        return under_way[Look] > 0 or (under_way[Fetch] > 0 and self.files.gate.is_set())
 
     # --- what came of it ---------------------------------------------------------------------------------------------
 
@@ -316,9 +347,6 @@ class WorkerBench:
         self.engines[spec.id] = engine
         self.opened.append(engine)
         return engine
-
-    def _report(self, report: MoveDone | MoveFailed | LoaderFailed) -> None:
-        self.inbox.put(report)
 
 
 def _raise_next(troubles: deque[Exception | None]) -> None:

@@ -2,10 +2,10 @@
 
 import threading
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from gpu_worker.engines.base import Event, Job, JobError, Memory
-from gpu_worker.moves import ARRIVES, LoaderFailed, Move, MoveDone, MoveFailed, Place
+from gpu_worker.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
 from gpu_worker.residency import Refusal, Residency, ResidencyOptions
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, ModelState
@@ -182,26 +182,74 @@ def failed(move: Move, left: Place, code: str = "model_unavailable", message: st
     return MoveFailed(move=move, error=JobError(code, message), left=left)
 
 
-class Reports:
-    """Where a loader's reports go; `wait` gives the next."""
+class FakeFiles:
+    """The files of models: whole and here, but for those that are told otherwise.
+
+    `problems` are what is missing; a model in `remote` has to be fetched, which `gate`, cleared, holds up
+    and `fetch_troubles` prevent, one after the other. `stamps` change what a model's files look like.
+    """
+
+    def __init__(self) -> None:
+        self.problems: dict[str, str] = {}
+        self.remote: set[str] = set()
+        self.stamps: dict[str, str] = {}
+        self.fetch_troubles: dict[str, list[Exception]] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.threads: dict[str, set[str]] = {}
+
+    def problem_of(self, spec: ModelSpec) -> str | None:
+        """What is missing."""
+        self._note("problem_of")
+        return self.problems.get(spec.id)
+
+    def needs_fetch(self, spec: ModelSpec) -> bool:
+        """Whether it is elsewhere."""
+        return spec.id in self.remote
+
+    def stamp_of(self, spec: ModelSpec) -> str:
+        """What its files look like."""
+        return self.stamps.get(spec.id, "as ever")
+
+    def fetch(self, spec: ModelSpec) -> None:
+        """Bring it here."""
+        self._note("fetch")
+        assert self.gate.wait(10)
+        if troubles := self.fetch_troubles.get(spec.id):
+            raise troubles.pop(0)
+        self.remote.discard(spec.id)
+
+    def _note(self, call: str) -> None:
+        self.threads.setdefault(call, set()).add(threading.current_thread().name)
+
+
+Report = TypeVar("Report")
+
+
+class Reports(Generic[Report]):
+    """Where a thread's reports go; `wait` gives the next."""
 
     def __init__(self) -> None:
         self._arrived = threading.Semaphore(0)
-        self._reports: list[MoveDone | MoveFailed | LoaderFailed] = []
+        self._reports: list[Report] = []
 
-    def __call__(self, report: MoveDone | MoveFailed | LoaderFailed) -> None:
+    def __call__(self, report: Report) -> None:
         """Take the next report."""
         self._reports.append(report)
         self._arrived.release()
 
-    def wait(self, timeout_s: float = 10.0) -> MoveDone | MoveFailed | LoaderFailed:
+    def wait(self, timeout_s: float = 10.0) -> Report:
         """The oldest report not yet taken; AssertionError where none comes in time."""
         assert self._arrived.acquire(timeout=timeout_s), "no report came"
         return self._reports.pop(0)
 
 
 class Bench:
-    """A residency over a fake device, and a loader that carries moves out at once."""
+    """A residency over a fake device, a fetcher that looks at once, and a loader that carries moves out at once.
+
+    `problems` are what is missing for a model, `found` is what was seen of its files the last time;
+    the models in `remote` have to be fetched first, and those in `fetching` are under way.
+    """
 
     def __init__(self, sizes: dict[str, int], device: FakeDevice | None = None, **options: Any) -> None:
         self.sizes = dict(sizes)
@@ -215,6 +263,36 @@ class Bench:
             wall=lambda: WALL + self.clock.now,
         )
         self.moves: list[tuple[str, str]] = []
+        self.problems: dict[str, str] = {}
+        self.remote: set[str] = set()
+        self.stamps: dict[str, str] = {}
+        self.found: dict[str, Looked] = {}
+        self.looks = 0
+        self.fetching: list[str] = []
+
+    def see_to_files(self) -> None:
+        """Do the errands: the looks have ended, and the fetches have begun."""
+        while errands := self.residency.errands():
+            for errand in errands:
+                match errand:
+                    case Look(model):
+                        self.looks += 1
+                        self.found[model] = self._seen(model)
+                        self.residency.looked(self.found[model])
+                    case Fetch(model):
+                        self.fetching.append(model)
+
+    def fetched(self, model: str, error: JobError | None = None) -> Refusal | None:
+        """A fetch has ended."""
+        self.fetching.remove(model)
+        if error is None:
+            self.remote.discard(model)
+        return self.residency.fetched(Fetched(model=model, error=error))
+
+    def plan(self) -> list[Move | Refusal]:
+        """What to do now, as far as files are concerned."""
+        self.see_to_files()
+        return self.residency.plan()
 
     def finish(self, move: Move) -> None:
         """The move works."""
@@ -225,7 +303,7 @@ class Bench:
     def settle(self) -> list[Refusal]:
         """Carry out all there is to do; the refusals that came of it, whose requests are still there."""
         for _ in range(50):
-            decisions = self.residency.plan()
+            decisions = self.plan()
             moves = [decision for decision in decisions if isinstance(decision, Move)]
             if not moves:
                 return [decision for decision in decisions if isinstance(decision, Refusal)]
@@ -234,7 +312,7 @@ class Bench:
 
     def next_move(self) -> Move:
         """The one move to start now."""
-        (move,) = self.residency.plan()
+        (move,) = self.plan()
         assert isinstance(move, Move)
         return move
 
@@ -253,3 +331,11 @@ class Bench:
     def model(self, model: str) -> ModelState:
         """What is told of one model."""
         return next(state for state in self.residency.models() if state.id == model)
+
+    def _seen(self, model: str) -> Looked:
+        return Looked(
+            model=model,
+            problem=self.problems.get(model, ""),
+            remote=model in self.remote,
+            stamp=self.stamps.get(model, "as ever"),
+        )

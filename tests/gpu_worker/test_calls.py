@@ -8,6 +8,7 @@ import pytest
 
 from gpu_worker.calls import DESIGN_MAX_FRAMES, DESIGN_TEXT
 from gpu_worker.engines.base import JobError
+from gpu_worker.residency import LOOK_S
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import (
@@ -93,7 +94,7 @@ class TestLoad:
         """What cannot be loaded is refused like a request for it."""
         failed = _done(bench, LoadModel(model="x"))
         assert (failed.code, failed.param) == ("model_not_found", "model")
-        bench.problems["m"] = "its weights are not there"
+        bench.files.problems["m"] = "its weights are not there"
         failed = _done(bench, LoadModel(model="m"), call_id="d")
         assert failed.code == "model_unavailable"
         assert "its weights are not there" in failed.message
@@ -124,10 +125,11 @@ class TestUnload:
         assert bench.device.on_device == {}
         assert _done(bench, UnloadModel(model="m"), call_id="e").model.state == "absent"
 
-    def test_unavailable_meanwhile(self, bench: WorkerBench) -> None:
-        """A model whose weights have gone from the disk can be unloaded; it is called unavailable then."""
-        _done(bench, LoadModel(model="m"))
-        bench.residency.set_unavailable("m", "gone")
+    def test_unavailable(self, bench: WorkerBench) -> None:
+        """A model whose weights are not on the disk is as good as unloaded, and called unavailable."""
+        bench.files.problems["m"] = "gone"
+        bench.clock.advance(LOOK_S)
+        bench.settle()
         assert _done(bench, UnloadModel(model="m"), call_id="d").model.state == "unavailable"
 
     def test_busy(self, bench: WorkerBench) -> None:

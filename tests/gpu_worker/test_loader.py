@@ -17,7 +17,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.device = FakeDevice()
-        self.reports = Reports()
+        self.reports: Reports[MoveDone | MoveFailed | LoaderFailed] = Reports()
         self.engines: list[FakeEngine] = []
         self.before_open: Callable[[], None] = lambda: None
         self.loader = Loader([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)

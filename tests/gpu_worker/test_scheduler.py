@@ -47,6 +47,17 @@ class TestOrder:
         requests = [_Asked(f"a{i}", "alice") for i in range(4)] + [_Asked("b0", "bob"), _Asked("b1", "bob")]
         assert _drain(_queue(*requests, _Asked("c0", "carol"))) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
 
+    def test_put_back(self) -> None:
+        """A request that could not be started after all is the next again, before its own client's and all others."""
+        scheduler = _queue(_Asked("a0", "alice"), _Asked("a1", "alice"), _Asked("b0", "bob"))
+        first = scheduler.next(_any)
+        assert first is not None
+        scheduler.put_back(first)
+        assert len(scheduler) == 3
+        assert _drain(scheduler) == ["a0", "b0", "a1"]
+        scheduler.put_back(first)
+        assert _drain(scheduler) == ["a0"]
+
     def test_late_client(self) -> None:
         """Somebody who comes late waits for one request of each other client at most."""
         scheduler = _queue(*[_Asked(f"a{i}", "alice") for i in range(5)], *[_Asked(f"b{i}", "bob") for i in range(5)])

@@ -5,21 +5,25 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError, Pcm
 from gpu_worker.faults import BrokenDeviceError
 from gpu_worker.moves import LoaderFailed, MoveProgress
+from gpu_worker.residency import LOOK_S, ROOM_WAIT_S
 from gpu_worker.transport import PeerGone, TransportFailed
 from gpu_worker.worker import Drain
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import (
     VERSION,
     Audio,
+    Cleanup,
     Counters,
     Credit,
     Failed,
     Finished,
     Hello,
+    LoadModel,
     Ping,
     Pong,
     Sampling,
@@ -166,8 +170,7 @@ class TestSpeaking:
         """Where the time went: the load is part of the wait, the first piece comes behind it, the total is the end."""
         bench.load_s = 2.0
         bench.speak("r", "one two three")
-        bench.turn()
-        while bench.is_moving:
+        while not bench.engines or bench.is_moving:
             bench.turn()
         bench.clock.advance(0.5)
         bench.engines["m"].step_s = 0.25
@@ -206,15 +209,14 @@ class TestRefusals:
 
     def test_unavailable_model(self, bench: WorkerBench) -> None:
         """What is missing is said, and looked at again at the next request."""
-        bench.problems["m"] = "its weights are not there"
+        bench.files.problems["m"] = "its weights are not there"
         bench.speak("r", "one")
         bench.settle()
         (failed,) = bench.heard("r")
-        assert failed.code == "model_unavailable"
-        assert "its weights are not there" in failed.message
+        assert (failed.code, failed.message) == ("model_unavailable", "m: its weights are not there")
         assert failed.retry_after_s is not None
         assert bench.states() == {"m": "unavailable"}
-        bench.problems.clear()
+        bench.files.problems.clear()
         bench.speak("s", "one")
         bench.settle()
         assert bench.words("s") == "one"
@@ -243,18 +245,23 @@ class TestRefusals:
         assert bench.words("s") == "two"
         assert bench.references() == {"m": 0}
 
-    @pytest.mark.parametrize(
-        ("trouble", "code"), [(KeyError("klingon"), "synthesis_failed"), (MemoryError(), "insufficient_vram")]
-    )
-    def test_engine_breaks_taking_a_job(self, bench: WorkerBench, trouble: Exception, code: str) -> None:
+    def test_engine_breaks_taking_a_job(self, bench: WorkerBench) -> None:
         """An engine that breaks while it takes a job costs that job and nothing else."""
         _loaded(bench)
-        bench.engines["m"].admit_troubles.append(trouble)
+        bench.engines["m"].admit_troubles.append(KeyError("klingon"))
         bench.speak("r", "one")
         bench.speak("s", "two")
         bench.settle()
-        assert [message.code for message in bench.heard("r")] == [code]
+        assert [message.code for message in bench.heard("r")] == ["synthesis_failed"]
         assert bench.words("s") == "two"
+
+    def test_the_disk_is_left_to_others(self, bench: WorkerBench) -> None:
+        """Looking at files, before a load and for an absent model's sake, is never this thread's work."""
+        bench.files.problems["m"] = "its weights are not there"
+        for name in "rs":
+            bench.speak(name, "one")
+            bench.settle()
+        assert bench.files.threads["problem_of"] == {"look"}
 
 
 class TestQueue:
@@ -585,14 +592,41 @@ class TestFaults:
         assert len(bench.opened) == 3
 
     def test_one_engine_with_others_waiting(self, make_bench: MakeBench) -> None:
-        """Requests still queued for a broken engine are tried; they did not break it."""
+        """Requests still queued for a broken engine wait for a fresh one; they did not break it."""
         bench = _loaded(make_bench(slots=1))
+        broken = bench.engines["m"]
+        broken.step_troubles.extend([ValueError("lost my place")] * 9)
+        for index in range(5):
+            bench.speak(f"r{index}", "x y z")
+        bench.turn()
+        assert bench.states() == {"m": "absent"}
+        bench.speak("late", "a b")
+        bench.settle()
+        assert bench.answer("r0").code == "synthesis_failed"
+        assert [bench.words(f"r{index}") for index in range(1, 5)] == ["x y z"] * 4
+        assert bench.words("late") == "a b"
+        assert (broken.place, broken.steps, len(bench.opened)) == ("absent", 4 + 1 - 3, 2)
+
+    def test_broken_while_another_loads(self, make_bench: MakeBench) -> None:
+        """A broken engine takes nobody while it waits to be dropped, and is asked for by hand like an absent model."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, slots=1))
+        bench.gate.clear()
+        bench.speak("n", "one", model="n")
+        bench.settle()
         bench.engines["m"].step_troubles.append(ValueError("lost my place"))
         bench.speak("r", "a b c")
         bench.speak("s", "x y z")
         bench.settle()
-        assert bench.answer("r").code == "synthesis_failed"
-        assert bench.words("s") == "x y z"
+        assert (bench.kinds("r"), bench.kinds("s")) == (["Started", "Failed"], [])
+        assert bench.states() == {"m": "loading", "n": "loading"}
+        bench.cancel("s")
+        bench.call("c", LoadModel(model="m"))
+        bench.settle()
+        assert bench.heard("c") == []
+        bench.gate.set()
+        bench.settle()
+        assert bench.answer("c").model.state == "resident"
+        assert (len(bench.opened), bench.words("n")) == (3, "one")
 
     def test_broken_device(self, make_bench: MakeBench) -> None:
         """A device that is lost to this process ends it, after everybody has heard."""
@@ -690,7 +724,7 @@ class TestOutOfMemory:
         assert bench.words("s") == "x"
 
     def test_others_speak_meanwhile(self, make_bench: MakeBench) -> None:
-        """While room is made, the model in need is left alone and starts nothing; another model speaks."""
+        """While idle models leave, the model in need is left alone and nothing starts; another model speaks."""
         bench = _loaded(make_bench({"m": 100, "n": 100, "idle": 100}), "m", "n", "idle")
         bench.engines["m"].step_troubles.append(MemoryError("full"))
         bench.speak("r", "a b c")
@@ -704,6 +738,63 @@ class TestOutOfMemory:
         assert bench.words("t") == "x y z"
         assert bench.engines["m"].steps == steps
         assert bench.kinds("s") == []
+
+    @pytest.mark.parametrize(("troubles", "last"), [(1, "Finished"), (2, "Failed")])
+    def test_nobody_waits_for_a_load(self, make_bench: MakeBench, troubles: int, last: str) -> None:
+        """While a model is on its way nothing can be evicted: the step is tried again at once, whatever comes of it.
+
+        The others of the model in need speak on; idle models leave when the load has ended.
+        """
+        bench = _loaded(make_bench({"m": 100, "n": 100, "idle": 100}), "m", "idle")
+        bench.speak("old", "a b c d")
+        bench.turn()
+        bench.clock.advance(1)
+        bench.gate.clear()
+        bench.speak("n", "x", model="n")
+        bench.settle()
+        assert bench.states()["n"] == "loading"
+        bench.engines["m"].step_troubles.extend([MemoryError("full")] * troubles)
+        bench.speak("young", "a b c")
+        bench.turn(6)
+        assert bench.words("old") == "a b c d"
+        assert bench.kinds("young")[-1] == last
+        bench.gate.set()
+        bench.settle()
+        assert bench.states() == {"m": "resident", "n": "resident", "idle": "offloaded"}
+
+    def test_taking_a_job(self, make_bench: MakeBench) -> None:
+        """A job for which there is no memory waits until idle models have left, and keeps its place."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, slots=1), "m", "n")
+        bench.engines["m"].admit_troubles.append(MemoryError("full"))
+        bench.speak("r", "one")
+        bench.speak("s", "two")
+        bench.settle()
+        assert (bench.words("r"), bench.words("s")) == ("one", "two")
+        assert [job.text for job in bench.engines["m"].admitted[1:]] == ["one", "two"]
+        assert bench.states() == {"m": "resident", "n": "offloaded"}
+
+    def test_taking_a_job_in_vain(self, bench: WorkerBench) -> None:
+        """Tried twice, it fails alone, and with a time to come back."""
+        _loaded(bench)
+        bench.engines["m"].admit_troubles.extend([MemoryError("full"), MemoryError("full")])
+        bench.speak("r", "one")
+        bench.speak("s", "two")
+        bench.settle()
+        assert [message.code for message in bench.heard("r")] == ["insufficient_vram"]
+        assert bench.answer("r").retry_after_s is not None
+        assert bench.words("s") == "two"
+        assert bench.references() == {"m": 0}
+
+    def test_cancelled_while_its_turn_waits(self, make_bench: MakeBench) -> None:
+        """A job that waits for its second try can be given up like any other that is queued."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}), "m", "n")
+        bench.engines["m"].admit_troubles.append(MemoryError("full"))
+        bench.speak("r", "one")
+        bench.turn()
+        bench.cancel("r")
+        bench.settle()
+        assert bench.heard("r") == []
+        assert bench.references() == {"m": 0, "n": 0}
 
 
 class TestModels:
@@ -742,6 +833,29 @@ class TestModels:
         assert bench.snapshot().preloading == []
         assert bench.states() == {"m": "resident", "n": "absent", "o": "absent"}
 
+    def test_a_preload_that_finds_no_room(self, make_bench: MakeBench) -> None:
+        """The first of the start's models stays; the next is refused, which the snapshot and the log tell."""
+        bench = make_bench({"n": 100, "m": 100}, preload=("m", "n"), device=FakeDevice(budget_bytes=150))
+        with capture_logs() as logs:
+            bench.settle()
+        snapshot = bench.snapshot()
+        assert snapshot.preloading == []
+        n, m = snapshot.models
+        assert (m.state, n.state) == ("resident", "absent")
+        assert "n needs" in n.detail
+        (warning,) = [entry for entry in logs if entry["log_level"] == "warning"]
+        assert (warning["model"], "n needs" in warning["reason"]) == ("n", True)
+
+    def test_a_refused_unload_does_not_end_the_wait_for_a_preload(self, make_bench: MakeBench) -> None:
+        """A model that stays because it has a request is still to come."""
+        bench = make_bench({"m": 100}, preload=("m",))
+        bench.gate.clear()
+        bench.speak("r", "a")
+        bench.call("c", UnloadModel(model="m"))
+        bench.settle()
+        assert bench.answer("c").code == "model_busy"
+        assert bench.snapshot().preloading == ["m"]
+
     def test_unloading_ends_the_wait_for_a_preload(self, make_bench: MakeBench) -> None:
         """A model that was to be preloaded and is unloaded by hand before is not waited for any longer."""
         bench = make_bench({"m": 100}, preload=("m",))
@@ -749,23 +863,115 @@ class TestModels:
         bench.settle()
         assert bench.snapshot().preloading == []
 
-    def test_progress_is_told_until_it_has_arrived(self, make_bench: MakeBench) -> None:
-        """How far a model's download has come stands in the snapshot, and no longer once the model is there."""
-        bench = make_bench({"m": 100}, preload=("m",))
-        bench.gate.clear()
-        bench.worker.turn()
-        bench.inbox.put(MoveProgress(model="m", detail="fetching file 3 of 9"))
-        bench.worker.turn()
-        assert bench.snapshot().models[0].detail == "fetching file 3 of 9"
-        bench.gate.set()
+    def test_moves_are_logged(self, bench: WorkerBench) -> None:
+        """What was moved, how long it took, and what the process held before and after."""
+        with capture_logs() as logs:
+            _loaded(bench)
+        (moved,) = [entry for entry in logs if entry["event"] == "a model was moved"]
+        assert (moved["model"], moved["move"], moved["log_level"]) == ("m", "load", "info")
+        assert {"seconds", "before_mb", "after_mb"} <= moved.keys()
+
+    def test_a_download_holds_up_nobody(self, make_bench: MakeBench) -> None:
+        """While a model is fetched others are loaded, moved by hand and cleaned away; its requests wait.
+
+        It is "loading", and how far the download has come stands in the snapshot until it has ended.
+        """
+        bench = _loaded(make_bench({"m": 100, "n": 100, "far": 100}, idle_timeout_s=10))
+        bench.files.remote.add("far")
+        bench.files.gate.clear()
+        bench.speak("r", "one", model="far")
         bench.settle()
+        bench.inbox.put(MoveProgress(model="far", detail="fetching file 3 of 9"))
+        bench.speak("s", "two", model="n")
+        bench.settle()
+        assert (bench.words("s"), bench.kinds("r")) == ("two", [])
+        far = bench.snapshot().models[2]
+        assert (far.state, far.detail) == ("loading", "fetching file 3 of 9")
+        bench.call("unload", UnloadModel(model="m"))
+        bench.settle()
+        assert bench.answer("unload").model.state == "absent"
+        bench.clock.advance(11)
+        bench.call("clean", Cleanup())
+        bench.settle()
+        assert bench.answer("clean").cleanup.models_unloaded == ["n"]
+        bench.files.gate.set()
+        bench.settle()
+        assert bench.words("r") == "one"
+        assert bench.snapshot().models[2].detail == ""
+        assert bench.files.threads["fetch"] == {"fetch"}
+
+    def test_a_download_that_fails(self, bench: WorkerBench) -> None:
+        """Who waits for the model hears why, the model's entry tells it until a load works, and the next may try."""
+        bench.files.remote.add("m")
+        bench.files.fetch_troubles["m"] = [JobError("model_unavailable", "the hub is out of reach")]
+        bench.speak("r", "one")
+        bench.call("c", LoadModel(model="m"))
+        bench.settle()
+        for name in "rc":
+            (failed,) = bench.heard(name)
+            assert (failed.code, failed.message) == ("model_unavailable", "the hub is out of reach")
+            assert failed.retry_after_s is not None
+        (model,) = bench.snapshot().models
+        assert (model.state, model.detail) == ("absent", "the hub is out of reach")
+        bench.speak("s", "two")
+        bench.settle()
+        assert bench.words("s") == "two"
         assert bench.snapshot().models[0].detail == ""
 
-    def test_no_room(self, make_bench: MakeBench) -> None:
-        """A model that does not fit beside one that speaks is refused with the arithmetic; the speaker goes on."""
+    def test_weights_that_come_and_go(self, bench: WorkerBench) -> None:
+        """What is copied in or deleted shows within seconds, though nobody asks for the model."""
+        bench.files.problems["m"] = "its weights are not there"
+        bench.clock.advance(LOOK_S)
+        bench.settle()
+        (model,) = bench.snapshot().models
+        assert (model.state, model.detail) == ("unavailable", "its weights are not there")
+        bench.files.problems.clear()
+        bench.clock.advance(LOOK_S)
+        bench.settle()
+        (model,) = bench.snapshot().models
+        assert (model.state, model.detail) == ("absent", "")
+
+    def test_no_room_beside_one_that_speaks(self, make_bench: MakeBench) -> None:
+        """A model that would fit if another were idle waits for that, and comes as soon as the other has spoken."""
         bench = _loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
         bench.speak("r", "a b c", credit=1)
         bench.speak("s", "x", model="n")
+        bench.settle()
+        bench.clock.advance(ROOM_WAIT_S - 1)
+        bench.settle()
+        assert bench.heard("s") == []
+        bench.credit("r", 9)
+        bench.settle()
+        assert (bench.words("r"), bench.words("s")) == ("a b c", "x")
+
+    def test_room_from_one_that_is_asked_again_at_once(self, make_bench: MakeBench) -> None:
+        """A model that is idle only from a request's end to the next one's coming makes room between the two."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
+        bench.speak("r", "a", credit=0)
+        bench.speak("s", "x", model="n")
+        bench.settle()
+        bench.credit("r", 1)
+        bench.turn()
+        assert bench.kinds("r")[-1] == "Finished"
+        bench.speak("r2", "b")
+        bench.settle()
+        assert (bench.words("s"), bench.words("r2")) == ("x", "b")
+
+    def test_two_at_once_where_one_fits(self, make_bench: MakeBench) -> None:
+        """Of two models that are asked for together on a device with room for one, both speak, one after the other."""
+        bench = make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150))
+        bench.speak("r", "a b c")
+        bench.speak("s", "x y z", model="n")
+        bench.settle()
+        assert (bench.words("r"), bench.words("s")) == ("a b c", "x y z")
+
+    def test_no_room(self, make_bench: MakeBench) -> None:
+        """A model that finds no room for too long is refused with the arithmetic; who speaks goes on."""
+        bench = _loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
+        bench.speak("r", "a b c", credit=1)
+        bench.speak("s", "x", model="n")
+        bench.settle()
+        bench.clock.advance(ROOM_WAIT_S)
         bench.settle()
         (failed,) = bench.heard("s")
         assert failed.code == "insufficient_vram"
@@ -799,6 +1005,21 @@ class TestModels:
         bench.clock.advance(2)
         bench.settle()
         assert bench.states() == {"m": "offloaded"}
+
+    def test_keep_alive_of_who_never_spoke(self, make_bench: MakeBench) -> None:
+        """A request that is given up in the queue has no say in how long the model stays."""
+        bench = make_bench(slots=1, idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True)
+        bench.speak("r", "a b", keep_alive_s=-1, credit=1)
+        bench.settle()
+        bench.speak("s", "x", keep_alive_s=0)
+        bench.turn()
+        bench.credit("r", 1)
+        bench.cancel("s")
+        bench.settle()
+        bench.clock.advance(60)
+        bench.settle()
+        assert bench.states() == {"m": "resident"}
+        assert bench.snapshot().models[0].keep_alive_s == -1
 
     def test_never_taken_from_a_stalled_stream(self, make_bench: MakeBench) -> None:
         """A request whose reader pauses keeps its model, for however long."""
@@ -865,6 +1086,23 @@ class TestDrain:
         assert bench.kinds("r") == ["Started", "Audio", "Failed"]
         assert bench.answer("r").code == "shutting_down"
         assert bench.engines["m"].jobs == set()
+
+    def test_calls(self, make_bench: MakeBench) -> None:
+        """No model is loaded by hand any more, and calls that still wait at the end are told that it is the end."""
+        bench = make_bench({"m": 100, "n": 100})
+        bench.gate.clear()
+        bench.call("load", LoadModel(model="m"))
+        bench.speak("r", "one")
+        bench.settle()
+        bench.call("clean", Cleanup())
+        bench.turn()
+        bench.inbox.put(Drain(30))
+        bench.call("late", LoadModel(model="n"))
+        bench.worker.run()
+        for name in ("load", "clean", "late", "r"):
+            (failed,) = bench.heard(name)
+            assert failed.code == "shutting_down"
+        assert bench.states()["n"] == "absent"
 
     def test_idle(self, bench: WorkerBench) -> None:
         """With nothing to do it ends at once."""

@@ -210,21 +210,29 @@ class TestBudget:
         models.say(SMALL)
 
     def test_busy_stays(self, models: Residents) -> None:
-        """A model that speaks does not make room either: the refusal says so, and to try again soon."""
+        """A model that speaks does not make room: who needs the room waits, and speaks as soon as there is some."""
         fields = models.fields(LARGE, stream=True, max_new_tokens=None)
         design = models.fields(DESIGN, stream=True, max_new_tokens=None)
-        with (
-            slow_reader(models.service, MINUTES, **fields),
-            slow_reader(models.service, MINUTES, **design),
-        ):
-            eventually(lambda: models.service.stats()["running"] == 2, 20, "two streams")
-            refused = models.ask(SMALL)
-            assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
-            assert f"{LARGE} 51 MiB (busy)" in refused.json()["error"]["message"]
-            assert int(refused.headers["retry-after"]) == 5
-            assert models.post(LARGE, "unload").status_code == httpx.codes.CONFLICT
-        eventually(lambda: models.service.stats()["running"] == 0, 5, "their slots freed")
-        models.say(SMALL)
+        with ThreadPoolExecutor(1) as pool:
+            with (
+                slow_reader(models.service, MINUTES, **fields),
+                slow_reader(models.service, MINUTES, **design),
+            ):
+                eventually(lambda: models.service.stats()["running"] == 2, 20, "two streams")
+                waiting = pool.submit(models.say, SMALL, **KEEP)
+                eventually(lambda: models.service.stats()["queued"] == 1, 5, "a third")
+                assert models.post(LARGE, "unload").status_code == httpx.codes.CONFLICT
+                assert models.places() == {SMALL: "absent", LARGE: "resident", DESIGN: "resident"}
+            assert waiting.result(20)
+        assert models.places()[SMALL] == "resident"
+
+    def test_two_at_once_beside_one_that_is_pinned(self, models: Residents) -> None:
+        """Requests of two models that come together where one of them fits are both answered."""
+        models.do(DESIGN, "load")
+        models.do(DESIGN, "pin")
+        with ThreadPoolExecutor(2) as pool:
+            said = list(pool.map(models.say, [SMALL, LARGE] * 3))
+        assert said[:2] * 3 == said
 
 
 class TestIdle:
