@@ -1,10 +1,15 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint import read_config
 from gpu_worker.engines.qwen.executor import BATCHES
-from gpu_worker.engines.qwen.loader import MOST_SLOTS, QwenOptions, slots_that_fit
+from gpu_worker.engines.qwen.loader import MOST_SLOTS, QwenOptions, _tokenizer, slots_that_fit
+from gpu_worker.engines.qwen.official import load_official
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import engine, shared
 
@@ -52,3 +57,19 @@ def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     engine("custom_voice").close()
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_large_vocabularies_are_split_as_officially(tmp_path: Path) -> None:
+    """Words are cut as the official wrapper cuts them, which for vocabularies of published size is a way of its own."""
+    directory = tmp_path / "large"
+    shutil.copytree(tiny("custom_voice"), directory)
+    file = directory / "vocab.json"
+    vocabulary = json.loads(file.read_text())
+    vocabulary |= {f"filler {number}": len(vocabulary) + number for number in range(100_000)}
+    file.write_text(json.dumps(vocabulary))
+    official = load_official()
+    wanted = official.Model.from_pretrained(str(directory), dtype=torch.float32).processor.tokenizer
+    plain = official.Processor.from_pretrained(str(directory)).tokenizer
+    text = "hello'today, hello'voice"
+    assert wanted(text)["input_ids"] != plain(text)["input_ids"]
+    assert _tokenizer(directory)(text) == wanted(text)["input_ids"]
