@@ -8,8 +8,9 @@ so the device never waits for Python. The frame begun past a job's end is thrown
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import msgspec
@@ -24,12 +25,12 @@ from gpu_worker.engines.qwen.readback import Readback
 from gpu_worker.engines.qwen.references import References
 from gpu_worker.engines.qwen.residence import Residence
 from gpu_worker.engines.qwen.sampling import uniforms
-from gpu_worker.engines.qwen.speaking import Speaking
+from gpu_worker.engines.qwen.speaking import Speaking, most_urgent_first
 from gpu_worker.engines.qwen.state import State
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from gpu_worker.faults import is_broken_device
 from gpu_worker.memory import is_out_of_memory
-from shared.pcm import FRAME_SAMPLES, bytes_for
+from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
 
 PREFILL_TOKENS: Final = 1024
 """Prompt tokens read in one step, at least one prompt: newcomers must not make the others stutter."""
@@ -69,9 +70,12 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
 class QwenEngine:
     """See gpu_worker.engines.base.Engine."""
 
-    def __init__(self, parts: Parts, *, slots: int, pause_s: float, cuda: bool) -> None:
-        """`pause_s`: silence between the utterances of a job."""
+    def __init__(
+        self, parts: Parts, *, slots: int, pause_s: float, cuda: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`pause_s`: silence between the utterances of a job. `clock` gives seconds."""
         self._parts = parts
+        self._clock = clock
         self._end = parts.state.codes
         self._pause = bytes(bytes_for(pause_s))
         self._cuda = cuda
@@ -90,10 +94,10 @@ class QwenEngine:
 
     def admit(self, job: Job) -> None:
         """See Engine."""
-        plan = self._parts.planner.plan(job)
-        reference = None if job.reference is None else self._parts.references.request(job.reference)
-        speaking = Speaking(job, min(self._free), plan, reference)
-        if reference is None:
+        speaking = Speaking(job, min(self._free), self._parts.planner.plan(job))
+        if job.reference is not None:
+            speaking.reference = self._parts.references.request(job.reference)
+        else:
             with torch.inference_mode():
                 self._begin(speaking)
         self._free.remove(speaking.slot)
@@ -177,18 +181,30 @@ class QwenEngine:
             torch.cuda.synchronize()
 
     def _take_references(self, jobs: Iterable[Speaking]) -> None:
-        """Jobs whose recording is encoded begin; where that failed, they end, unless the device itself is broken."""
+        """Jobs whose recording is encoded begin; where that failed, they end, unless the device itself is broken.
+
+        Where memory ran out, the step does as well, once: whoever called it makes room, and the next one asks again.
+        """
+        exhausted: BaseException | None = None
         for speaking in jobs:
-            if speaking.utterance >= 0 or not _arrived(speaking) or speaking.reference is None:
+            if not _arrived(speaking) or speaking.reference is None or speaking.job.reference is None:
                 continue
+            error = speaking.reference.exception()
             try:
-                error = speaking.reference.exception()
+                if error is not None and is_out_of_memory(error) and speaking.exhausted is None:
+                    speaking.exhausted, exhausted = speaking.reference, error
+                    continue
+                if speaking.exhausted is speaking.reference:
+                    speaking.reference = self._parts.references.request(speaking.job.reference)
+                    continue
                 if isinstance(error, Exception) and not is_broken_device(error):
                     raise error if isinstance(error, JobError) else _not_encoded(error)
                 speaking.encoded = speaking.reference.result()
                 self._begin(speaking)
-            except JobError as error:
-                self._fail(speaking, error)
+            except JobError as failure:
+                self._fail(speaking, failure)
+        if exhausted is not None:
+            raise exhausted
 
     def _begin(self, speaking: Speaking) -> None:
         """Make the next utterance's prompt."""
@@ -260,7 +276,7 @@ class QwenEngine:
 
     def _decode_due(self) -> None:
         due = [speaking for speaking in self._jobs.values() if speaking.due]
-        for group in self._parts.vocoder.groups(due):
+        for group in most_urgent_first(self._parts.vocoder.groups(due)):
             self._deliveries.append(self._parts.vocoder.decode(group))
             for speaking in group:
                 speaking.take_chunk()
@@ -285,7 +301,7 @@ class QwenEngine:
     def _hand_out(self, speaking: Speaking, samples: np.ndarray) -> None:
         if speaking.alive:
             speaking.hear(samples, FRAME_SAMPLES)
-            self._events.append(Pcm(speaking.job.id, samples.tobytes()))
+            self._emit(speaking, samples.tobytes())
 
     def _close(self, closing: Closing) -> None:
         """End the job, or begin its next utterance; what is handed out follows what may raise."""
@@ -300,7 +316,11 @@ class QwenEngine:
             self._fail(speaking, error)
             return
         if self._pause:
-            self._events.append(Pcm(speaking.job.id, self._pause))
+            self._emit(speaking, self._pause)
+
+    def _emit(self, speaking: Speaking, pcm: bytes) -> None:
+        speaking.plays(seconds_of(pcm), self._clock())
+        self._events.append(Pcm(speaking.job.id, pcm))
 
     def _fail(self, speaking: Speaking, error: JobError) -> None:
         self._release(speaking)

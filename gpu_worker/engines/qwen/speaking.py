@@ -3,6 +3,7 @@
 It owns bookkeeping alone: no tensors are made or moved here, and no event is sent.
 """
 
+import math
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final
 
@@ -41,15 +42,18 @@ class Speaking:
 
     `text` is what it says next, "" where nothing follows.
     `prompt` is set while an utterance waits to be read into the slot, `speaks` from then until its frames end.
+    `reference` is its recording on the way, `exhausted` the first attempt at it if memory ran out in that.
+    `dry_at`: when a player that began at once has played all that was handed out, in seconds of the engine's clock.
     `launched` counts frames begun on the device, `landed` those known to be speech, `pending` those not yet decoded.
     """
 
-    def __init__(self, job: Job, slot: int, plan: "Plan", reference: Future[EncodedReference] | None) -> None:
+    def __init__(self, job: Job, slot: int, plan: "Plan") -> None:
         self.job = job
         self.slot = slot
         self.plan = plan
         self.text = next(plan.texts, "")
-        self.reference = reference
+        self.reference: Future[EncodedReference] | None = None
+        self.exhausted: Future[EncodedReference] | None = None
         self.encoded: EncodedReference | None = None
         self.utterance = -1
         self.prompt: Prompt | None = None
@@ -61,6 +65,7 @@ class Speaking:
         self.ended = True
         self.pending = 0
         self.chunks = 0
+        self.dry_at = -math.inf
 
     def begin(self, utterance: "Utterance") -> None:
         """The next of its texts waits to be read."""
@@ -131,9 +136,18 @@ class Speaking:
         if self.silent >= SILENCE_FRAMES and not self.ended:
             self._cut()
 
+    def plays(self, seconds: float, now: float) -> None:
+        """So much more was handed out; a player that had run dry plays it from now on."""
+        self.dry_at = max(self.dry_at, now) + seconds
+
     def _cut(self) -> None:
         self.ended = True
         self.reason = "length"
+
+
+def most_urgent_first(groups: list[list[Speaking]]) -> list[list[Speaking]]:
+    """Chunks to decode together, in the order in which the first player of each group runs dry."""
+    return sorted(groups, key=lambda group: min(speaking.dry_at for speaking in group))
 
 
 def frame_cap(tokens: int, wanted: int, room: int) -> int:

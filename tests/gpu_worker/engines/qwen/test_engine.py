@@ -1,6 +1,8 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tests.gpu_worker.engines.qwen.parity import CASES, TRANSCRIPT, Ours, expect
 
 FRAME = 3840
 """Bytes of a frame."""
+Encode = Callable[[np.ndarray, bool], EncodedReference]
 PAUSE = bytes(7200)
 """Between utterances."""
 LONG = "Hello world, good morning to the voice of today. " * 6
@@ -299,33 +302,36 @@ def test_a_reference_that_cannot_be_encoded_fails_its_job_alone(cloner: QwenEngi
     assert isinstance(outcomes["job 2"].end, Done)
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (RuntimeError("no such window"), "synthesis_failed"),
-        (torch.OutOfMemoryError("made up"), "insufficient_vram"),
-    ],
-)
-def test_an_encoder_that_fails_at_one_recording_harms_no_neighbour(
-    cloner: QwenEngine, error: Exception, code: str
-) -> None:
+def test_an_encoder_that_fails_at_one_recording_harms_no_neighbour(cloner: QwenEngine) -> None:
     """Whatever it raised is that job's fault alone."""
-    references = cloner._parts.references
-    encode = references._encode
-
-    def picky(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
-        if wants_codes:
-            raise error
-        return encode(waveform, wants_codes)
-
-    references._encode = picky
-    try:
+    with _encoding(cloner, _Picky([RuntimeError("no such window")])):
         outcomes = run(cloner, [clone(31), clone(32, text=None)])
-    finally:
-        references._encode = encode
     assert isinstance(outcomes["job 31"].end, Fault)
-    assert outcomes["job 31"].end.error.code == code
+    assert outcomes["job 31"].end.error.code == "synthesis_failed"
     assert isinstance(outcomes["job 32"].end, Done)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_memory_that_runs_out_in_encoding_is_asked_for_twice(cloner: QwenEngine, failures: int) -> None:
+    """The step raises, so that room can be made; a second time, that job alone has failed. Others speak meanwhile."""
+    jobs = [clone(40 + failures), clone(50 + failures, text=None)]
+    outcomes = {one.id: Outcome() for one in jobs}
+    raised = 0
+    with _encoding(cloner, _Picky([torch.OutOfMemoryError("made up")] * failures)):
+        for one in jobs:
+            cloner.admit(one)
+        while not all(outcome.end for outcome in outcomes.values()):
+            wait([held.reference for held in cloner._jobs.values() if held.reference])
+            try:
+                take(cloner, outcomes, 0)
+            except torch.OutOfMemoryError:
+                raised += 1
+    assert raised == 1
+    end = outcomes[jobs[0].id].end
+    assert (
+        isinstance(end, Done) if failures == 1 else (isinstance(end, Fault) and end.error.code == "insufficient_vram")
+    )
+    assert isinstance(outcomes[jobs[1].id].end, Done)
 
 
 def test_what_steers_the_prompt_is_taken_out_of_every_text(cloner: QwenEngine) -> None:
@@ -398,22 +404,20 @@ def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
 
 def test_cancelled_clones_leave_no_recording_behind(cloner: QwenEngine) -> None:
     """However many are given up while one recording is encoded, the next clone is taken, and speaks."""
-    references = cloner._parts.references
-    encode, go = references._encode, threading.Event()
+    go = threading.Event()
 
-    def held_back(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
+    def held_back(encode: Encode, waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
         go.wait()
         return encode(waveform, wants_codes)
 
-    references._encode = held_back
-    try:
-        for number in range(MOST_WAITING + 2):
-            cloner.admit(clone(100 + number))
-            cloner.cancel(f"job {100 + number}")
-        cloner.admit(clone(2, text=None))
-    finally:
-        go.set()
-        references._encode = encode
+    with _encoding(cloner, held_back):
+        try:
+            for number in range(MOST_WAITING + 2):
+                cloner.admit(clone(100 + number))
+                cloner.cancel(f"job {100 + number}")
+            cloner.admit(clone(2, text=None))
+        finally:
+            go.set()
     outcomes = {"job 2": Outcome()}
     while outcomes["job 2"].end is None:
         wait([held.reference for held in cloner._jobs.values() if held.reference])
@@ -462,6 +466,31 @@ def test_the_prompt_builder_uses_the_checkpoints_own_tokenizer(speaker: QwenEngi
     ours = Ours("custom_voice", None)
     text = "Hello 今天 world!"
     assert speaker._parts.prompts._text_ids(text) == ours.prompts._text_ids(text)
+
+
+class _Picky:
+    """An encoder that raises the next of its errors where codes are wanted."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self._errors = errors
+
+    def __call__(self, encode: Encode, waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
+        """Encode it, or fail."""
+        if wants_codes and self._errors:
+            raise self._errors.pop()
+        return encode(waveform, wants_codes)
+
+
+@contextmanager
+def _encoding(cloner: QwenEngine, how: Callable[[Encode, np.ndarray, bool], EncodedReference]) -> Iterator[None]:
+    """Recordings are encoded by `how`, which is given what encodes them else."""
+    references = cloner._parts.references
+    encode = references._encode
+    references._encode = partial(how, encode)
+    try:
+        yield
+    finally:
+        references._encode = encode
 
 
 def _crowded(number: int) -> Job:

@@ -5,7 +5,7 @@ import torch
 from gpu_worker.engines.base import Job
 from gpu_worker.engines.qwen.planner import Plan, Utterance
 from gpu_worker.engines.qwen.prompt import Prompt
-from gpu_worker.engines.qwen.speaking import SILENCE_FRAMES, Speaking, frame_cap
+from gpu_worker.engines.qwen.speaking import SILENCE_FRAMES, Speaking, frame_cap, most_urgent_first
 from tests.gpu_worker.engines.qwen.parity import GREEDY
 
 
@@ -19,7 +19,7 @@ def speaking(cap: int = 100, max_new_tokens: int | None = None) -> Speaking:
     plan = Plan(
         texts=iter(["a", "b"]), longest=7, choice=GREEDY, seed=0, max_new_tokens=max_new_tokens, whole_text=True
     )
-    made = Speaking(Job(id="j", task="CustomVoice", text="a"), 0, plan, None)
+    made = Speaking(Job(id="j", task="CustomVoice", text="a"), 0, plan)
     made.begin(utterance(cap))
     made.start()
     return made
@@ -58,6 +58,18 @@ def test_the_requests_cap_counts_the_frames_of_all_utterances(frames: int, ended
         one.land(last=frame == 2)
     one.take_chunk()
     assert (one.finish(), one.reason, one.left) == (ended, reason, frames - 3)
+
+
+def test_whose_playback_runs_out_first_is_decoded_first() -> None:
+    """Who has heard nothing yet, then who has the least left to play; one that ran dry counts from its next chunk."""
+    new, ahead, behind, dry = (speaking() for _ in range(4))
+    dry.plays(0.08, now=1.0)
+    ahead.plays(0.64, now=10.0)
+    ahead.plays(0.64, now=10.1)
+    behind.plays(0.64, now=10.2)
+    dry.plays(0.32, now=10.3)
+    assert (ahead.dry_at, dry.dry_at) == (pytest.approx(11.28), pytest.approx(10.62))
+    assert most_urgent_first([[ahead], [behind, new], [dry]]) == [[behind, new], [dry], [ahead]]
 
 
 def test_silence_counts_only_without_a_break() -> None:
