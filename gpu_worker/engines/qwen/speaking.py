@@ -16,8 +16,8 @@ from gpu_worker.engines.qwen.references import EncodedReference
 if TYPE_CHECKING:
     from gpu_worker.engines.qwen.planner import Plan, Utterance
 
-CHUNKS: Final = (1, 1, 2, 4, 8)
-LONGEST_CHUNK: Final = CHUNKS[-1]
+SCHEDULE: Final = (1, 1, 2, 4, 8)
+LONGEST_CHUNK: Final = SCHEDULE[-1]
 """Frames a chunk, the last one's again and again: the first audio at once, then fewer and cheaper decoder calls.
 
 The second frame comes alone, too: an MP3 encoder gives nothing for the first 80 ms by themselves.
@@ -94,7 +94,7 @@ class Speaking:
     @property
     def due(self) -> bool:
         """Whether frames should wait for the decoder no longer."""
-        chunk = CHUNKS[min(self.chunks, len(CHUNKS) - 1)]
+        chunk = SCHEDULE[min(self.chunks, len(SCHEDULE) - 1)]
         return self.pending >= chunk or (self.ended and self.pending > 0)
 
     @property

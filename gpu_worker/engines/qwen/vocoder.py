@@ -17,11 +17,11 @@ from gpu_worker.engines.qwen.executor import BATCHES, at_least, on_device
 from gpu_worker.engines.qwen.graphs import Graphs
 from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.readback import Readback
-from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, Speaking
+from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, SCHEDULE, Speaking
 from gpu_worker.engines.qwen.state import RING
 from gpu_worker.engines.qwen.streams import Streams
 
-CHUNKS: Final = (1, 2, 4, 8)
+CHUNKS: Final = sorted(set(SCHEDULE))
 """Chunk lengths that graphs are captured for; the rest of an utterance may be any other."""
 
 _PEAK: Final = 32767

@@ -67,9 +67,9 @@ def test_any_split_gives_the_official_waveform(chunk: int, frames: int) -> None:
 
 
 def test_growing_chunks_give_the_official_waveform() -> None:
-    """The schedule that streams have (1, 2, 4, 8, 8 ... and a rest) is one more split."""
+    """The schedule that streams have (1, 1, 2, 4, 8, 8 ... and a rest) is one more split."""
     state = codec().new_state(1)
-    parts = some_codes(2, 90).split([1, 2, 4, 8, *[8] * 9, 3])
+    parts = some_codes(2, 90).split([1, 1, 2, 4, 8, *[8] * 9, 2])
 
     wave = torch.cat([codec().decode(part[None], torch.tensor([0]), state)[0] for part in parts])
 
