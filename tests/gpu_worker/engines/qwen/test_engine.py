@@ -227,7 +227,10 @@ def test_a_described_voice_speaks_in_one_piece_or_not_at_all() -> None:
 def test_no_room_for_a_later_utterance_is_told_before_the_first() -> None:
     """Instructions that leave room for a short beginning alone refuse the job: nothing of it is spoken."""
     speaker = engine("custom_voice", "1b7")
-    text = "Hello. " + "world morning speech voice today good " * 30
+    sentence = "Hello"
+    while speaker._parts.prompts.count(f"{sentence}.") < 95:
+        sentence += " good"
+    text = f"Hi. {sentence}."  # two utterances: "Hi." alone, since both together have more than 96 tokens
 
     def instructed(words: int) -> Job:
         return job(1, text, instructions="speak " * words, sampling=Sampling(seed=1, max_new_tokens=300))
@@ -247,7 +250,7 @@ def test_no_room_for_a_later_utterance_is_told_before_the_first() -> None:
     assert (error.code, error.param) == ("invalid_value", "instructions")
     assert isinstance(run(speaker, [instructed(words - 1)])["job 1"].end, Done)
     # The first utterance alone would have found room.
-    speaker.admit(job(1, "Hello.", instructions="speak " * words, sampling=Sampling(seed=1, max_new_tokens=300)))
+    speaker.admit(job(1, "Hi.", instructions="speak " * words, sampling=Sampling(seed=1, max_new_tokens=300)))
 
 
 @pytest.mark.parametrize(
