@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The gpu extra (torch, transformers, qwen-tts: several GB with CUDA) is for machines that can use it.
 WITH_QWEN ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
 
-.PHONY: serve test install lint format bench soak clean
+.PHONY: serve test install lint format bench gpu soak clean
 
 serve: $(VENV)/.serve$(if $(filter 1,$(WITH_QWEN)),-gpu) ## set up, then serve on 127.0.0.1:8000
 	$(BIN)/python -m server
@@ -32,6 +32,15 @@ bench: install ## the front end, the engine beside the official package, and ope
 	$(BIN)/python -m tests.benchmarks.frontend
 	$(BIN)/python -m tests.benchmarks.engine
 	$(BIN)/python -m tests.benchmarks.load
+
+# Where a machine brings its own packages: make gpu BIN=/the/folder/of/its/python
+gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## what only a GPU can tell: its tests, then every table at full size
+	$(BIN)/python -m pytest tests/gpu -s -rs
+	for size in 1.7B 0.6B; do \
+		checkpoint=$$($(BIN)/python -m tests.benchmarks.endless --size $$size) \
+		&& $(BIN)/python -m tests.benchmarks.engine --device cuda --checkpoint "$$checkpoint" \
+		&& $(BIN)/python -m tests.benchmarks.load --device cuda --size $$size || exit 1; \
+	done
 
 soak: install ## the long runs that `make test` leaves out
 	$(BIN)/python -m pytest -m soak --timeout 3600
