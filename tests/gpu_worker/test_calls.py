@@ -267,7 +267,8 @@ class TestDesign:
         assert (job.task, job.text, job.instructions) == ("VoiceDesign", DESIGN_TEXT, "an old sailor")
         assert job.sampling.max_new_tokens == DESIGN_MAX_FRAMES
         reference = bench.voices.load(reply.voice.id)
-        assert (reference.text, reference.pcm) == (DESIGN_TEXT, b"".join(pcm_of(word) * 100 for word in DESIGN_TEXT.split()))
+        said = b"".join(pcm_of(word) * 100 for word in DESIGN_TEXT.split())
+        assert (reference.text, reference.pcm) == (DESIGN_TEXT, said)
         assert bench.references() == {"designer": 0}
 
     def test_description(self, bench: WorkerBench) -> None:
