@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.attention import Attention
 from gpu_worker.engines.qwen.config import GenerationConfig, Shape, TalkerShape
 from gpu_worker.engines.qwen.layers import Linear, Rope, Stack, Weights, pad_rows
@@ -65,8 +64,6 @@ class Predictor(Weights):
 
         `table`: all codec embeddings [vocabulary + 15 * codes, talker hidden], codebook 0 first.
         """
-        if generation.subtalker_top_p != 1:
-            raise JobError("model_unavailable", "subtalker_top_p other than 1 is not supported")
         prefix = "talker.code_predictor."
         shape = talker.code_predictor_config
         self.groups = shape.num_code_groups
