@@ -154,8 +154,8 @@ async def get_voice(
 ) -> VoiceObject | SavedVoiceObject:
     """The voice of that id or name; where several models have one, that of the first model in the list."""
     name = voice_id.casefold()
-    for voice in _listed(*known(engine)):
-        # No saved voice can have the name of one of these.
+    # No saved voice can have the name of one of these.
+    for voice in (voice for spec in _served(*known(engine)) for voice in _voices_of(spec)):
         if name in (voice.id.casefold(), voice.name.casefold()):
             return voice
     return _saved_object(await _existing(voice_id, engine, client_of(settings, request)))
