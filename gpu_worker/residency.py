@@ -155,14 +155,12 @@ class Residency:
             raise ValueError(f"{model} has no reference to release")
         account.references -= 1
         self._used(account)
-        self._check_budget = True
-        self._room_looked_at = -math.inf
+        self._figures_changed()
 
     def pin(self, model: str, pinned: bool) -> None:  # noqa: FBT001 -- pin(model, True) reads as it says
         """Keep the model from being evicted wherever it is, or let it go again. Unloading by hand stays possible."""
         self._ledger[model].pinned = pinned
-        self._check_budget = True
-        self._room_looked_at = -math.inf
+        self._figures_changed()
 
     def preload(self, models: Sequence[str]) -> None:
         """Bring the models of the start to the device, in this order; none of them leaves for another of them."""
@@ -242,10 +240,9 @@ class Residency:
 
         False where there is nothing to evict; else the caller tries once more when `making_room` is False again.
         """
-        for account in self._ledger.lru("resident"):
-            if account.device_bytes and account.id not in self._room:
-                self._room.append(account.id)
-        return bool(self._room)
+        evictable = [account.id for account in self._ledger.lru("resident") if account.device_bytes]
+        self._room += [model for model in evictable if model not in self._room]
+        return bool(evictable)
 
     # --- what it answers ---------------------------------------------------------------------------------------------
 
@@ -575,6 +572,11 @@ class Residency:
         account.last_used = self._clock()
         account.used_at = self._wall()
 
+    def _figures_changed(self) -> None:
+        """A model may be evicted, or has another size, that was not so before: the figures are to be read again."""
+        self._check_budget = True
+        self._room_looked_at = -math.inf
+
     def _is_moving(self, account: Account) -> bool:
         return self._moving is not None and self._moving.model == account.id
 
@@ -585,13 +587,13 @@ class Residency:
         elif account.place == "offloaded":
             account.host_estimate = account.host_bytes
             account.offloaded_since = self._clock()
-        self._check_budget = True
+        self._figures_changed()
 
     def _landed(self, move: Move, place: Place) -> Account:
         if move != self._moving:
             raise ValueError(f"{move} is not in flight, but {self._moving}")
         self._moving = None
-        self._room_looked_at = -math.inf
+        self._figures_changed()
         account = self._ledger[move.model]
         account.place = place
         account.broken = account.broken and place != "absent"
@@ -610,6 +612,6 @@ class Residency:
         account.short_since = None
         account.trouble = "" if account.unavailable else message
         account.trouble_looked_at = self._clock() if code == "insufficient_vram" else None
-        self._check_budget = True
+        self._figures_changed()
         self._preloaded(account.id)
         return Refusal(model=account.id, code=code, message=message, retry_after_s=retry_after_s)

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Collection
 from typing import Any, Generic, Literal, TypeVar
 
+import msgspec
+
 from gpu_worker.engines.base import Event, Job, JobError, Memory
 from gpu_worker.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
 from gpu_worker.residency import Refusal, Residency, ResidencyOptions
@@ -287,6 +289,7 @@ class Bench:
         self.fetching.remove(model)
         if error is None:
             self.remote.discard(model)
+            self.found[model] = msgspec.structs.replace(self.found[model], remote=False)
         return self.residency.fetched(Fetched(model=model, error=error))
 
     def plan(self) -> list[Move | Refusal]:

@@ -211,20 +211,18 @@ class TestBudget:
 
     def test_busy_stays(self, models: Residents) -> None:
         """A model that speaks does not make room: who needs the room waits, and speaks as soon as there is some."""
+        models.do(DESIGN, "load")
+        models.do(DESIGN, "pin")
         fields = models.fields(LARGE, stream=True, max_new_tokens=None)
-        design = models.fields(DESIGN, stream=True, max_new_tokens=None)
         with ThreadPoolExecutor(1) as pool:
-            with (
-                slow_reader(models.service, MINUTES, **fields),
-                slow_reader(models.service, MINUTES, **design),
-            ):
-                eventually(lambda: models.service.stats()["running"] == 2, 20, "two streams")
+            with slow_reader(models.service, MINUTES, **fields):
+                eventually(lambda: models.service.stats()["running"] == 1, 20, "a stream")
                 waiting = pool.submit(models.say, SMALL, **KEEP)
-                eventually(lambda: models.service.stats()["queued"] == 1, 5, "a third")
+                eventually(lambda: models.service.stats()["queued"] == 1, 5, "another request")
                 assert models.post(LARGE, "unload").status_code == httpx.codes.CONFLICT
                 assert models.places() == {SMALL: "absent", LARGE: "resident", DESIGN: "resident"}
             assert waiting.result(20)
-        assert models.places()[SMALL] == "resident"
+        assert models.places() == {SMALL: "resident", LARGE: "offloaded", DESIGN: "resident"}
 
     def test_two_at_once_beside_one_that_is_pinned(self, models: Residents) -> None:
         """Requests of two models that come together where one of them fits are both answered."""
