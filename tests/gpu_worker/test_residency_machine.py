@@ -33,7 +33,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @initialize(
         kind=st.sampled_from(["cuda", "cpu"]),
-        budgets=st.tuples(st.sampled_from([80, 110, 140, 170, 300]), st.sampled_from([0, 50, 120, 1_000, 1_000])),
+        budgets=st.tuples(st.sampled_from([80, 110, 140, 170, 300]), st.sampled_from([0, 50, 120, 150, 1_000])),
         spare=st.sampled_from([0, 30, 1_000]),
         error=st.sampled_from([0, 0, -10, 20]),
         enabled=st.booleans(),
@@ -69,6 +69,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.fresh = {model: n_bytes + error if n_bytes else 0 for model, n_bytes in SIZES.items()}
         self.size = dict(self.fresh)
         self.measured: dict[str, int] = {}
+        self.in_host: dict[str, int] = {}
         self.references = dict.fromkeys(SIZES, 0)
         self.pinned: set[str] = set()
         self.used = dict.fromkeys(SIZES, -math.inf)
@@ -252,6 +253,13 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.bench.clock.advance(1)
             self._release(model, keep_alive_s)
 
+    @rule(models=st.permutations("abc"))
+    def come_and_go(self, models: list[str]) -> None:
+        """One model after the other is used once and leaves the device: host RAM fills up."""
+        for model in models:
+            self.speak(model, 0.0)
+        self._settle()
+
     @rule(seconds=WAITS)
     def idle(self, seconds: float) -> None:
         """Time passes in which nothing happens but what the clock brings about."""
@@ -368,6 +376,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             self._check_arrival(model)
             return
         assert place == "resident" if move.kind == "offload" else place != "absent"
+        expected = self.in_host.get(model, self.size[model]) if move.kind == "offload" else 0
+        assert not expected or sum(self.device.on_host.values()) + expected <= self.device.host_budget_bytes
         if model in self.broken:
             assert move.kind == "drop"
             return
@@ -558,6 +568,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.used[model] = now
         elif arrives == "offloaded":
             self.offloaded_at[model] = now
+            self.in_host[model] = self.size[model]
 
     def _want(self, model: str) -> None:
         if not self._is_wanted(model):
