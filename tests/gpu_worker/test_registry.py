@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -124,6 +125,40 @@ class TestQwen:
         """Where none could be, nothing is: who has no weights does not wait for torch."""
         _registry(catalog).prepare()
         assert gc.get_freeze_count() == 0
+
+
+class TestFiles:
+    """Checkpoints that are here, elsewhere, or changing."""
+
+    @pytest.mark.parametrize(
+        ("variables", "expected"),
+        [
+            ({"ALLOW_DOWNLOAD": "true"}, True),
+            ({"ALLOW_DOWNLOAD": "false"}, False),
+            ({"ALLOW_DOWNLOAD": "true", "MODEL_PATHS": "qwen3-tts-0.6b-base=/nowhere"}, False),
+        ],
+    )
+    def test_needs_fetch(
+        self, catalog: list[ModelSpec], tmp_path: Path, variables: dict[str, str], *, expected: bool
+    ) -> None:
+        """A model that is not here is to be fetched where that is allowed, but never into a place of somebody's own."""
+        registry = _registry(catalog, MODELS_DIR=str(tmp_path), **variables)
+        model = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
+        assert registry.needs_fetch(model) is expected
+        assert not registry.needs_fetch(_espeak(catalog))
+
+    def test_stamp(self, catalog: list[ModelSpec], tmp_path: Path) -> None:
+        """It changes with the model's files, and is the same as long as they are."""
+        registry = _registry(catalog, MODELS_DIR=str(tmp_path))
+        model = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
+        empty = registry.stamp_of(model)
+        directory = tmp_path / model.hf_id.rpartition("/")[2]
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        first = registry.stamp_of(model)
+        assert first == registry.stamp_of(model) != empty
+        (directory / "config.json").write_text('{"mended": true}')
+        assert registry.stamp_of(model) != first
 
 
 class TestDefaultModel:
