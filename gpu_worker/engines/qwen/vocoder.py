@@ -15,7 +15,6 @@ from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.state import Snapshot
 from gpu_worker.engines.qwen.executor import BATCHES, at_least, on_device
 from gpu_worker.engines.qwen.graphs import Graphs
-from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.readback import Readback
 from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, SCHEDULE, Speaking
 from gpu_worker.engines.qwen.state import RING
@@ -65,12 +64,12 @@ class Vocoder:
     def groups(self, due: Sequence[Speaking]) -> list[list[Speaking]]:
         """Chunks that may be decoded together: those of one length.
 
-        On CPU, rows of a product that do not fill up groups of BATCH_MULTIPLE round differently,
-        so lengths that are no multiple of it (the first chunks and the last) are decoded alone.
+        On CPU, the rest of an utterance (CHUNKS has no such length) is decoded alone: threads that share a product
+        may cut its rows where some of them round differently (seen at 3 frames, with 2 threads).
         """
         groups: dict[tuple[int, int], list[Speaking]] = {}
         for speaking in due:
-            alone = not self._cuda and speaking.pending % BATCH_MULTIPLE
+            alone = not self._cuda and speaking.pending not in CHUNKS
             groups.setdefault((speaking.pending, speaking.slot if alone else -1), []).append(speaking)
         return list(groups.values())
 

@@ -107,7 +107,7 @@ class CausalConv(Weights):
             if isinstance(self.kernel, Linear):
                 x = windows(x, self.taps, self.dilation).flatten(2)
         if isinstance(self.kernel, Linear):
-            return self.kernel(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return self.kernel.of_rows(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self._convolve(x.transpose(1, 2)[:, :, None], self.kernel)[:, :, 0].transpose(1, 2)
 
     def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Upsample(Weights):
         batch, time, channels_in = x.shape
         if self.taps > 1:
             x = windows(history.extend(x, self.taps - 1), self.taps, 1)
-        y = self.product(x.reshape(batch * time, self.taps * channels_in))
+        y = self.product.of_rows(x.reshape(batch * time, self.taps * channels_in))
         return y.view(batch, time * self.stride, self.channels)
 
 
@@ -166,7 +166,7 @@ class ConvNeXt(Weights):
         """[batch, time, channels] -> the same."""
         y = (windows(history.extend(x, self.rows), self.rows + 1, 1) * self.depthwise).sum(2) + self.depthwise_bias
         y = functional.layer_norm(y, y.shape[2:], self.norm_weight, self.norm_bias, 1e-6)
-        y = self.narrow(functional.gelu(self.widen(y.flatten(0, 1))))
+        y = self.narrow.of_rows(functional.gelu(self.widen.of_rows(y.flatten(0, 1))))
         return y.view_as(x) + x
 
 

@@ -125,4 +125,4 @@ class Codebooks(Weights):
         batch, chunk, books = codes.shape
         ids = codes.clamp(0, self.size - 1) + self.offsets
         vectors = self.table.index_select(0, ids.flatten()).view(batch * chunk, books, -1)
-        return self.project(torch.cat((vectors[:, 0], vectors[:, 1:].sum(1)), 1)).view(batch, chunk, -1)
+        return self.project.of_rows(torch.cat((vectors[:, 0], vectors[:, 1:].sum(1)), 1)).view(batch, chunk, -1)

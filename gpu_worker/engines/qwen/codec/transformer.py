@@ -69,17 +69,21 @@ class Layer(Weights):
 
     def __call__(self, x: Tensor, index: int, window: Window, mask: Tensor) -> Tensor:
         """X: [batch * chunk, hidden] -> the same; writes the chunk's keys and values into ring `index`."""
-        qkv = self.qkv(self.input_norm(x)).view(window.batch, window.chunk, 3, self.heads, self.head_dim)
+        qkv = self.qkv.of_rows(self.input_norm(x)).view(window.batch, window.chunk, 3, self.heads, self.head_dim)
         turned = qkv[:, :, :2]
         turned = torch.addcmul(turned * window.cos, turned.roll(self.half, -1), window.sin)
         ring = window.rings[index]
         new = torch.cat((turned[:, :, 1:], qkv[:, :, 2:]), 2)
         ring.flatten(0, 1).flatten(1).index_copy_(0, window.places, new.flatten(0, 1).flatten(1))
         key, value = ring.index_select(0, window.slots).transpose(1, 3).unbind(2)
-        seen = functional.scaled_dot_product_attention(turned[:, :, 0].transpose(1, 2), key, value, mask)
-        x = x + self.out(seen.transpose(1, 2).reshape(x.shape[0], -1))
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, -1)
-        return x + self.down(functional.silu(gate) * up)
+        query = turned[:, :, 0].transpose(1, 2)
+        if window.chunk == 1 and x.device.type == "cpu":
+            # The keys of a single query are shared out among threads, and into how many parts depends on the batch.
+            query, mask = query.expand(-1, -1, 2, -1), mask.expand(-1, -1, 2, -1)
+        seen = functional.scaled_dot_product_attention(query, key, value, mask)[:, :, : window.chunk]
+        x = x + self.out.of_rows(seen.transpose(1, 2).reshape(x.shape[0], -1))
+        gate, up = self.gate_up.of_rows(self.post_norm(x)).chunk(2, -1)
+        return x + self.down.of_rows(functional.silu(gate) * up)
 
 
 class Transformer(Weights):
@@ -102,8 +106,8 @@ class Transformer(Weights):
 
     def __call__(self, x: Tensor, window: Window) -> Tensor:
         """X: [batch * chunk, latent] -> the same."""
-        x = self.into(x)
+        x = self.into.of_rows(x)
         mask = window.mask(self.span)
         for index, layer in enumerate(self.layers):
             x = layer(x, index, window, mask)
-        return self.back(self.norm(x))
+        return self.back.of_rows(self.norm(x))
