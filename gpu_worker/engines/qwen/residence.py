@@ -97,7 +97,7 @@ class Residence:
     def close(self) -> None:
         """Free everything for good."""
         for storages in (self._weights, *self._scratch.values()):
-            _shrink(storages)
+            _give_up(storages)
         self._weights = []
         self._scratch = {}
         self._host = []
@@ -127,7 +127,7 @@ def free(tensors: Iterable[Tensor]) -> None:
 
     What numpy has seen (weights on CPU, as they were read) cannot be taken from its holders, and goes with the last.
     """
-    _shrink((storage, size) for storage, size in _storages(tensors) if storage.resizable())
+    _give_up(_storages(tensors))
 
 
 def to_host(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> list[Tensor]:
@@ -170,6 +170,10 @@ def _storages(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int
     """Each storage once, with its bytes; packed weights have none."""
     found = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]
     return [(storage, storage.nbytes()) for storage in {storage.data_ptr(): storage for storage in found}.values()]
+
+
+def _give_up(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
+    _shrink(item for item in storages if item[0].resizable())
 
 
 def _shrink(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,17 @@ def test_bytes_go_through_the_host_unchanged(sizes: list[int]) -> None:
     to_device(blocks, back)
     for one, other in zip(parts, back, strict=True):
         assert torch.equal(one, other)
+
+
+def test_closing_ends_where_weights_cannot_be_taken_from_their_holders() -> None:
+    """Those that numpy has seen, as all that a CPU computes with in the dtype of the file: what can be is given up."""
+    seen, scratch = torch.from_numpy(np.ones(4, dtype=np.float32)), torch.ones(4)
+    closed: list[str] = []
+    residence = Residence([seen], {"kv": [scratch]}, torch.device("cpu"), closed=lambda: closed.append("closed"))
+    residence.close()
+    assert closed == ["closed"]
+    assert scratch.untyped_storage().nbytes() == 0
+    assert residence.memory().device == {}
 
 
 def test_what_others_hold_is_counted_with_it() -> None:
