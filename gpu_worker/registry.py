@@ -90,18 +90,18 @@ class Registry:
     def estimated(self, spec: ModelSpec) -> ModelSpec:
         """The model, with what its checkpoint here will take instead of what the published one would.
 
-        Where there is none (yet), the catalogue's figure stands. After `prepare`.
+        Where there is none (yet), or none that can be computed with, the catalogue's figure stands. After `prepare`.
         """
         if spec.engine != "qwen" or self.problem_of(spec) is not None:
-            return spec
-        try:
-            directory = self._directory_of(spec, allow_download=False)
-        except JobError:
             return spec
         from gpu_worker.engines.qwen.loader import estimated_bytes  # noqa: PLC0415 -- imports torch
 
         settings = self._settings
-        needed = estimated_bytes(directory, self._device, settings.dtype, settings.max_concurrency)
+        try:
+            directory = self._directory_of(spec, allow_download=False)
+            needed = estimated_bytes(directory, self._device, settings.dtype, settings.max_concurrency)
+        except JobError:
+            return spec
         return msgspec.structs.replace(spec, estimated_bytes=needed)
 
     def needs_fetch(self, spec: ModelSpec) -> bool:

@@ -95,6 +95,15 @@ class TestQwen:
         assert registry.estimated(here).estimated_bytes == pytest.approx(held, rel=0.1)
         assert registry.estimated(elsewhere) == elsewhere
 
+    def test_a_dtype_that_cannot_be_computed_with(self, catalog: list[ModelSpec]) -> None:
+        """Is the model's problem when it is opened, with what to set; the process starts, and others speak."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        registry = _registry(catalog, MODEL_PATHS=f"{spec.id}={tiny('custom_voice', '0b6')}", DTYPE="float16")
+        assert registry.estimated(spec) == spec
+        with pytest.raises(JobError, match="TTS_DTYPE=float16 is for CUDA") as caught:
+            registry.open(spec)
+        assert caught.value.code == "model_unavailable"
+
     def test_shared(self, catalog: list[ModelSpec]) -> None:
         """The device is started once, before the first engine; the codec is there as long as an engine is."""
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
