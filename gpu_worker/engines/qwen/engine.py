@@ -82,7 +82,6 @@ class QwenEngine:
         self._free = list(range(slots))
         self._jobs: dict[str, Speaking] = {}
         self._active: set[int] = set()
-        self._made: list[Speaking] | None = None
         self._frames: deque[Readback[Frame]] = deque()
         self._deliveries: deque[Readback[list[Speaking]] | Closing] = deque()
         self._events: list[Event] = []
@@ -173,7 +172,6 @@ class QwenEngine:
 
     def _settle(self) -> None:
         """Forget what was begun for jobs since gone; when this returns the device works on none of it."""
-        self._made = None
         self._frames.clear()
         self._deliveries.clear()
         self._events.clear()
@@ -240,21 +238,16 @@ class QwenEngine:
 
     def _launch(self, members: list[Speaking]) -> bool:
         """Begin a frame for `members`; whether there was one."""
-        if self._made is None:
-            if not members:
-                return False
-            self._activate({speaking.slot for speaking in members})
-            rows = [(speaking.slot, speaking.length + speaking.launched + 1) for speaking in members]
-            self._parts.vocoder.fence()
-            self._parts.executor.frame(rows, wide=any(speaking.plan.choice.wide for speaking in members))
-            self._made = members
-        # Where memory ran out between the frame and its readback, only the readback is repeated.
-        made = self._made
-        self._frames.append(
-            Readback(self._parts.state.code, Frame([(speaking, speaking.utterance) for speaking in made]))
-        )
-        self._made = None
-        for speaking in made:
+        if not members:
+            return False
+        self._activate({speaking.slot for speaking in members})
+        rows = [(speaking.slot, speaking.length + speaking.launched + 1) for speaking in members]
+        readback = Readback(self._parts.state.code, Frame([(speaking, speaking.utterance) for speaking in members]))
+        self._parts.vocoder.fence()
+        self._parts.executor.frame(rows, wide=any(speaking.plan.choice.wide for speaking in members))
+        readback.start()
+        self._frames.append(readback)
+        for speaking in members:
             speaking.launched += 1
         return True
 
@@ -288,14 +281,14 @@ class QwenEngine:
         """Hand out what has arrived, in order; at most `behind` deliveries may stay under way."""
         while self._deliveries:
             head = self._deliveries[0]
-            if isinstance(head, Readback):
+            if isinstance(head, Closing):
+                if head.speaking.alive:
+                    self._close(head)
+            else:
                 if len(self._deliveries) <= behind and not head.ready():
                     return
-                pcm = head.wait().numpy()
-                for speaking, samples in zip(head.note, pcm, strict=True):
+                for speaking, samples in zip(head.note, head.wait().numpy(), strict=True):
                     self._hand_out(speaking, samples)
-            elif head.speaking.alive:
-                self._close(head)
             self._deliveries.popleft()
 
     def _hand_out(self, speaking: Speaking, samples: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Values on their way from the device to the host, without waiting for them.
 
-It owns the pinned copy and the event that tells when it is complete. On CPU a value is simply there.
+It owns the pinned copy and the event that tells when it is complete. On CPU a copy is complete at once.
 """
 
 from typing import Generic, TypeVar
@@ -12,19 +12,20 @@ T = TypeVar("T")
 
 
 class Readback(Generic[T]):
-    """A tensor's values as they are now, and a note of what they are for."""
+    """A tensor's values as they were at `start`, and a note of what they are for."""
 
     def __init__(self, tensor: Tensor, note: T) -> None:
-        """Start to copy; `tensor` may change as soon as this returns."""
+        """Take the host memory, before the values are made: making them again would not give the same."""
         self.note = note
-        self._event: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._value.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+        self._tensor = tensor
+        self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._event = torch.cuda.Event() if tensor.is_cuda else None
+
+    def start(self) -> None:
+        """Start to copy; the tensor may change as soon as this returns."""
+        self._value.copy_(self._tensor, non_blocking=True)
+        if self._event is not None:
             self._event.record()
-        else:
-            self._value = tensor.clone()
 
     def ready(self) -> bool:
         """Whether `wait` returns at once."""

@@ -84,8 +84,10 @@ class Vocoder:
         if self._stream is None:
             where, pcm = self._new_inputs(len(group), chunk)
             where.copy_(torch.tensor([slots, starts]))
+            readback = Readback(pcm, group)
             self._decode_or_nothing(where, chunk, pcm)
-            return Readback(pcm, group)
+            readback.start()
+            return readback
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             batch = at_least(len(group), self._batches)
@@ -93,8 +95,10 @@ class Vocoder:
             where, pcm = self._inputs.get((batch, chunk)) or self._new_inputs(batch, chunk)
             numbers = [*slots, *[self.state.scratch] * spare, *starts, *[0] * spare]
             where.copy_(on_device(numbers, where).view(2, batch), non_blocking=True)
+            readback = Readback(pcm[: len(group)], group)
             self._graphs.run(("decode", batch, chunk), functools.partial(self._decode_or_nothing, where, chunk, pcm))
-            return Readback(pcm[: len(group)], group)
+            readback.start()
+            return readback
 
     def prepare(self) -> None:
         """Capture graphs, largest first."""

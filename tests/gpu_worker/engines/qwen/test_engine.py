@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, JobError, Reference, Sampling
+from gpu_worker.engines.qwen import engine as engines
+from gpu_worker.engines.qwen import vocoder as vocoders
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.references import MOST_WAITING, EncodedReference
 from tests.checkpoints import Kind
@@ -389,6 +391,8 @@ def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
         _Weary(parts.executor._generator, "_sample"),
         _Weary(parts.vocoder, "decode"),
         _Weary(parts.vocoder._codec._decoder, "mono"),
+        _Weary(engines, "Readback"),
+        _Weary(vocoders, "Readback"),
     ]
     outcomes = {one.id: Outcome() for one in jobs}
     failures = 0
