@@ -5,6 +5,7 @@ It knows neither slots nor prompts; the encoders are handed in.
 """
 
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -135,9 +136,11 @@ class References:
         waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 2**15
         try:
             encoded = self._encode(waveform, not reference.x_vector_only)
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._waiting.pop(key, None)
+            # A job keeps the error while room is made for a second attempt: not what the first one held as well.
+            traceback.clear_frames(error.__traceback__)
             raise
         with self._lock:
             self._waiting.pop(key, None)

@@ -1,4 +1,5 @@
 import threading
+import weakref
 from concurrent.futures import wait
 
 import numpy as np
@@ -117,6 +118,22 @@ def test_a_failure_is_the_requests_own_and_not_remembered() -> None:
         references.request(reference(1)).result()
     encoder.error = None
     assert references.request(reference(1)).result().bytes == 100
+    references.close()
+
+
+def test_a_failure_holds_no_memory() -> None:
+    """Who keeps the error keeps nothing of what was half encoded: it ran out of that memory."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def failing(_waveform: np.ndarray, _wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
+        half = torch.zeros(25)
+        made.append(weakref.ref(half))
+        raise torch.OutOfMemoryError("made up")
+
+    references = References(failing, 1000)
+    error = references.request(reference(1)).exception()
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert made[0]() is None
     references.close()
 
 
