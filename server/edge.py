@@ -129,7 +129,8 @@ class _Reply:
             code = msgspec.json.decode(body, type=ErrorEnvelope).error.code
         except msgspec.DecodeError:
             code = None
-        write = _log.warning if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR else _log.info
+        # A 503 passes, and whoever waits for /ready makes many of them: a 500 is what somebody has to look at.
+        write = _log.warning if status == http.HTTPStatus.INTERNAL_SERVER_ERROR else _log.info
         write(
             "refused",
             request_id=request_id_of(self._scope),

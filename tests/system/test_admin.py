@@ -417,7 +417,8 @@ class TestStats:
         assert models.service.stats()["streams"] == []
         text, fields = " ".join(SENTENCES * 20), models.fields(SMALL, stream=True, max_new_tokens=None)
         with models.service.stream(text, **fields) as answer:
-            next(answer.iter_raw())
+            pieces = answer.iter_raw()  # kept: an iterator that is let go closes the connection
+            next(pieces)
             eventually(lambda: models.service.stats()["streams"], 5, "a stream")
             stats = models.service.http.get("/admin/stats")
             [stream] = stats.json()["streams"]
