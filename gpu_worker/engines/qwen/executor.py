@@ -170,7 +170,7 @@ class GraphExecutor:
     def memory(self) -> dict[str, int]:
         """See Executor."""
         inputs = sum(tensor.nbytes for tensors in self._inputs.values() for tensor in tensors)
-        return {"graphs": self._graphs.bytes, "workspace": inputs}
+        return {"graphs": self._graphs.bytes, "workspace": inputs + self._generator.predictor.scratch_bytes}
 
     def _prefill(self, group: Sequence[Entry], tokens: int, *, wide: bool) -> None:
         prompts = at_least(len(group), self._prompts)

@@ -32,6 +32,7 @@ class FrameCache:
         self._seen = [[cache[:, :, : i + 1].transpose(2, 3).unbind() for i in range(size[2])] for cache in caches]
         self.input = like.new_zeros(rows, shape.hidden_size)
         """What a forward after the first reads: the embeddings of the codes just chosen, and rows of padding."""
+        self.bytes = sum(tensor.nbytes for tensor in (*caches, self.input))
         self.position = 0
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -123,6 +124,11 @@ class Predictor(Weights):
                 torch.index_select(self._rows_of(group), 0, code, out=given)
                 x = self.stack(cache.input, self._rope[group + 1], cache)
         return torch.stack(codes, 1)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device bytes of scratch memory: 320 KiB a row of each batch size in bfloat16, as published."""
+        return sum(cache.bytes for cache in self._caches.values())
 
     def forget(self) -> None:
         """Drop scratch memory; it comes back when it is needed."""

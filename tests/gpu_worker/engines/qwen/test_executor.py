@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen import executor as executors
-from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, Entry, GraphExecutor, at_least, slots_needed
+from gpu_worker.engines.qwen.executor import (
+    BATCHES,
+    TOKENS,
+    EagerExecutor,
+    Entry,
+    GraphExecutor,
+    at_least,
+    slots_needed,
+)
 from gpu_worker.engines.qwen.graphs import Graphs, Key
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
@@ -78,16 +86,23 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
     streams: Any = SimpleNamespace(frames="frames", moves="moves")
     ours = Ours("custom_voice", None, slots=9)
     executor = GraphExecutor(ours.generator, 8, 256, streams)
+    shape = ours.config.talker_config
+    predictor = shape.code_predictor_config
+    cached = predictor.num_hidden_layers * 2 * 16 * predictor.num_key_value_heads * predictor.head_dim
     graphs: Any = executor._graphs
     assert executor.memory() == {"graphs": 0, "workspace": 0}
     with torch.inference_mode():
         requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
-        wanted = generate(ours, requests, EagerExecutor(ours.generator))
+        eager = EagerExecutor(ours.generator)
+        wanted = generate(ours, requests, eager)
+        eager.release()
         for _ in range(2):
             executor.prepare()
             memory = executor.memory()
             assert memory["graphs"] == 7
-            assert memory["workspace"] > 0
+            # Inputs of a prompt of each captured length; and of one batch size, the code predictor's cache and input.
+            inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in TOKENS if tokens < 256)
+            assert memory["workspace"] == inputs + 8 * 4 * (cached + predictor.hidden_size)
             for codes, expected in zip(generate(ours, requests, executor), wanted, strict=True):
                 assert torch.equal(codes, expected)
             executor.release()
