@@ -102,10 +102,6 @@ class VoiceStore:
                 return record.public()
         return None
 
-    def get(self, voice_id: str) -> SavedVoice:
-        """The voice of that id; JobError `voice_not_found`."""
-        return self._record(voice_id).public()
-
     def create(
         self,
         name: str,

@@ -51,7 +51,7 @@ def test_saved_voice_is_told(store: VoiceStore) -> None:
         in_context=True,
         description="my aunt",
     )
-    assert store.get(voice.id) == voice
+    assert store.find(voice.id) == voice
     assert store.list() == [voice]
     assert len(store) == 1
 
@@ -192,7 +192,7 @@ def test_deleted(store: VoiceStore, tmp_path: Path, clock: FakeClock) -> None:
     assert store.delete(voice.id) == voice
     assert store.list() == open_store(tmp_path, clock).list() == []
     assert files(tmp_path) == set()
-    for act in (store.get, store.load, store.delete):
+    for act in (store.load, store.delete):
         with pytest.raises(JobError) as caught:
             act(voice.id)
         assert caught.value.code == "voice_not_found"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint import SPEECH_TOKENIZER, load_codec_weights
-from gpu_worker.engines.qwen.codec.config import FRAME_SAMPLES, CodecConfig
+from gpu_worker.engines.qwen.codec.config import CodecConfig
 from gpu_worker.engines.qwen.codec.decoder import Decoder
 from gpu_worker.engines.qwen.codec.encoder import Encoder
 from gpu_worker.engines.qwen.codec.state import DecoderState
@@ -25,8 +25,6 @@ MAX_CHUNK: Final = 8
 
 class Codec:
     """Weights of one speech tokenizer on one device."""
-
-    frame_samples: Final = FRAME_SAMPLES
 
     def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         """Load the decoder of a checkpoint, in `dtype`; the encoder follows when first asked.
