@@ -122,7 +122,7 @@ class JobError(Exception):
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes an engine holds on its device and, offloaded, in host RAM.
 
-    By purpose: "weights", "kv", "graphs", "workspace".
+    By purpose: "weights", "kv", "state", "codec_state", "references", "graphs", "workspace".
     What several engines share (the codec) is not counted here.
     """
 

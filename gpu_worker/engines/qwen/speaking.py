@@ -20,7 +20,7 @@ SCHEDULE: Final = (1, 1, 2, 4, 8)
 LONGEST_CHUNK: Final = SCHEDULE[-1]
 """Frames a chunk, the last one's again and again: the first audio at once, then fewer and cheaper decoder calls.
 
-The second frame comes alone, too: an MP3 encoder gives nothing for the first 80 ms by themselves.
+The second frame comes alone, too: of the first 80 ms an MP3 encoder gives 48 to play until it is there.
 """
 
 FRAMES_PER_TOKEN: Final = 12
