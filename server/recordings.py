@@ -10,7 +10,8 @@ import binascii
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import structlog
@@ -27,7 +28,7 @@ DECODER: Final = (sys.executable, "-m", "server.decoding")
 AT_ONCE: Final = 2
 """Decoding processes of one web process: a minute of speech takes 0.2 s, and each may take memory to its limit."""
 MAX_WAITING: Final = 16
-"""Recordings that wait for their turn, 10 MiB each at most; further ones are refused."""
+"""Recordings that are fetched or wait for their turn, 10 MiB each at most; further ones are refused."""
 DECODE_TIMEOUT_S: Final = 30.0
 """Only a machine with far too much to do gets here: processor time has a lower limit."""
 _RETRY_AFTER_S: Final = 5.0
@@ -39,10 +40,16 @@ class Recordings:
     """Decodes the recordings that one web process is sent, a few at a time."""
 
     def __init__(
-        self, *, allow_urls: bool, command: Sequence[str] = DECODER, timeout_s: float = DECODE_TIMEOUT_S
+        self,
+        *,
+        allow_urls: bool,
+        fetch: Callable[[str], Awaitable[bytes]] = fetch_reference,
+        command: Sequence[str] = DECODER,
+        timeout_s: float = DECODE_TIMEOUT_S,
     ) -> None:
         """`allow_urls`: whether a recording may be named by an http(s) URL. The others are there for tests."""
         self._allow_urls = allow_urls
+        self._fetch = fetch
         self._command = [*command, str(MIN_SECONDS), str(MAX_SECONDS)]
         self._timeout_s = timeout_s
         self._turn = asyncio.Semaphore(AT_ONCE)
@@ -51,31 +58,39 @@ class Recordings:
     async def pcm_of(self, data: bytes, param: str) -> bytes:
         """The recording `data`, which came as the field `param`, as 24 kHz mono int16 little-endian.
 
-        Raises ApiError: `invalid_audio` where it is no recording, `queue_full` where too many are being decoded.
+        Raises ApiError: `invalid_audio` where it is no recording, `queue_full` where there are too many already.
         """
-        if len(data) > MAX_REFERENCE_BYTES:
-            raise _invalid(param, f"the recording is larger than {MAX_REFERENCE_BYTES // 2**20} MiB")
+        with self._place(param):
+            return await self._in_turn(data, param)
+
+    async def pcm_in(self, ref_audio: str) -> bytes:
+        """`ref_audio` (a data URL, base64, or where that is allowed an http(s) URL) as PCM; raises as `pcm_of`."""
+        is_url = ref_audio[:8].lower().startswith(("http://", "https://"))
+        if is_url and not self._allow_urls:
+            raise ApiError("invalid_value", "ref_audio: URLs are not fetched here; send base64.", param="ref_audio")
+        with self._place("ref_audio"):
+            try:
+                data = await (self._fetch(ref_audio) if is_url else asyncio.to_thread(_bytes_in, ref_audio))
+            except InvalidAudioError as error:
+                raise _invalid("ref_audio", str(error)) from None
+            return await self._in_turn(data, "ref_audio")
+
+    @contextmanager
+    def _place(self, param: str) -> Iterator[None]:
+        """A place for one recording from its first byte to its PCM; ApiError (`queue_full`) where all are taken."""
         if self._present >= AT_ONCE + MAX_WAITING:
             raise _busy(f"{param}: too many recordings wait to be decoded; try again.")
         self._present += 1
         try:
-            async with self._turn:
-                return await self._decoded(data, param)
+            yield
         finally:
             self._present -= 1
 
-    async def pcm_in(self, ref_audio: str) -> bytes:
-        """`ref_audio` (a data URL, base64, or where that is allowed an http(s) URL) as PCM; raises as `pcm_of`."""
-        if ref_audio[:8].lower().startswith(("http://", "https://")):
-            if not self._allow_urls:
-                raise ApiError("invalid_value", "ref_audio: URLs are not fetched here; send base64.", param="ref_audio")
-            try:
-                data = await asyncio.to_thread(fetch_reference, ref_audio)
-            except InvalidAudioError as error:
-                raise _invalid("ref_audio", str(error)) from None
-        else:
-            data = await asyncio.to_thread(_bytes_in, ref_audio)
-        return await self.pcm_of(data, "ref_audio")
+    async def _in_turn(self, data: bytes, param: str) -> bytes:
+        if len(data) > MAX_REFERENCE_BYTES:
+            raise _invalid(param, f"the recording is larger than {MAX_REFERENCE_BYTES // 2**20} MiB")
+        async with self._turn:
+            return await self._decoded(data, param)
 
     async def _decoded(self, data: bytes, param: str) -> bytes:
         """What the decoding process says of `data`; it is gone when this returns, raises or is cancelled."""

@@ -33,7 +33,7 @@ _NOT_GLOBAL: Final = [
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def fetch_reference(
+async def fetch_reference(
     url: str,
     *,
     max_bytes: int = MAX_REFERENCE_BYTES,
@@ -41,15 +41,15 @@ def fetch_reference(
     resolve: "Callable[[str, int], Sequence[str]] | None" = None,
     may_connect: "Callable[[Address], bool] | None" = None,
 ) -> bytes:
-    """What an http(s) URL of the public internet answers with, at most `max_bytes` in `timeout_s`. Blocks.
+    """What an http(s) URL of the public internet answers with, at most `max_bytes` in `timeout_s`.
 
     Every hop's name is resolved once, all its addresses are checked, and the checked address is the one connected to:
     neither a redirect nor a changing DNS answer leads into a private network.
     Raises InvalidAudioError. `resolve` and `may_connect` are there for tests.
     """
-    work = _fetch(url, max_bytes, resolve or _resolve, may_connect or is_public)
     try:
-        return asyncio.run(asyncio.wait_for(work, timeout_s))
+        async with asyncio.timeout(timeout_s):
+            return await _fetch(url, max_bytes, resolve or _resolve, may_connect or is_public)
     except TimeoutError:
         raise InvalidAudioError(f"the URL did not answer completely within {timeout_s:g} s") from None
     # What an answer says may be no URL, or a length that is no index: urllib and http.client raise Python's own errors.
@@ -73,14 +73,13 @@ async def _fetch(
     may_connect: Callable[[Address], bool],
 ) -> bytes:
     for _ in range(_MAX_REDIRECTS + 1):
-        answer = await _get(url, max_bytes, resolve, may_connect)
-        location = answer.getheader("Location")
-        if answer.status in {301, 302, 303, 307, 308} and location:
+        received = await _get(url, max_bytes, resolve, may_connect)
+        status, location, body = await asyncio.to_thread(_understood, received)
+        if status in {301, 302, 303, 307, 308} and location:
             url = urllib.parse.urljoin(url, location)
             continue
-        if answer.status != http.client.OK:
-            raise InvalidAudioError(f"the URL answers with HTTP {answer.status}")
-        body = answer.read()
+        if status != http.client.OK:
+            raise InvalidAudioError(f"the URL answers with HTTP {status}")
         if len(body) > max_bytes:
             raise InvalidAudioError(f"the recording is larger than {max_bytes / 2**20:g} MiB")
         return body
@@ -92,8 +91,8 @@ async def _get(
     max_bytes: int,
     resolve: Callable[[str, int], Sequence[str]],
     may_connect: Callable[[Address], bool],
-) -> http.client.HTTPResponse:
-    """One hop: the whole answer, read into memory and only then understood."""
+) -> bytes:
+    """One hop: the whole answer, head and all."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").encode("idna").decode()
@@ -108,7 +107,8 @@ async def _get(
     target = urllib.parse.quote(
         urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")), safe="/?&=%:+,;@!$'()*~"
     )
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    # Reading the system's certificates takes 20 ms.
+    tls = await asyncio.to_thread(ssl.create_default_context) if parts.scheme == "https" else None
     reader, writer = await asyncio.open_connection(addresses[0], port, ssl=tls, server_hostname=host if tls else None)
     try:
         named = f"[{host}]" if ":" in host else host
@@ -121,9 +121,18 @@ async def _get(
                 raise InvalidAudioError(f"the recording is larger than {max_bytes / 2**20:g} MiB")
     finally:
         writer.close()
-    answer = http.client.HTTPResponse(_Received(bytes(received)))  # type: ignore[arg-type]  # all it does is makefile
+    return bytes(received)
+
+
+def _understood(received: bytes) -> tuple[int, str | None, bytes]:
+    """Status and Location of an answer, and a 200's body.
+
+    Of a million chunks that takes seconds: not for the event loop.
+    """
+    answer = http.client.HTTPResponse(_Received(received))  # type: ignore[arg-type]  # all it does is makefile
     answer.begin()
-    return answer
+    body = answer.read() if answer.status == http.client.OK else b""
+    return answer.status, answer.getheader("Location"), body
 
 
 def _resolve(host: str, port: int) -> list[str]:

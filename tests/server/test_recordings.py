@@ -145,6 +145,32 @@ async def test_too_many_are_told_to_come_back(gate: Gate) -> None:
     assert await recordings.pcm_of(b"x", "a") == b"x"
 
 
+async def test_fetching_is_bounded_too() -> None:
+    """URLs that answer slowly count among those that wait; who leaves takes the fetch along and makes room."""
+    fetching: set[str] = set()
+
+    async def fetch(url: str) -> bytes:
+        fetching.add(url)
+        try:
+            return await asyncio.Future()
+        finally:
+            fetching.remove(url)
+
+    recordings = Recordings(allow_urls=True, fetch=fetch)
+    urls = [f"https://site.test/{number}" for number in range(AT_ONCE + MAX_WAITING)]
+    work = [asyncio.create_task(recordings.pcm_in(url)) for url in urls]
+    await becomes(lambda: len(fetching) == len(urls), 20)
+    for further in ("https://site.test/more", "AAAA"):
+        with pytest.raises(ApiError, match="too many recordings"):
+            await recordings.pcm_in(further)
+    for task in work:
+        task.cancel()
+    await asyncio.gather(*work, return_exceptions=True)
+    assert not fetching
+    with pytest.raises(ApiError, match="no audio file"):
+        await recordings.pcm_in("AAAA")
+
+
 async def test_a_cancelled_request_takes_its_process_along(gate: Gate) -> None:
     """Nobody decodes what nobody waits for, and the next one has its turn."""
     recordings = Recordings(allow_urls=False, command=gate.command)

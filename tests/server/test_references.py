@@ -111,7 +111,7 @@ def site() -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-def fetched(
+async def fetched(
     url: str,
     *,
     resolve: Callable[[str, int], Sequence[str]] = lambda _host, _port: ["127.0.0.1"],
@@ -120,14 +120,16 @@ def fetched(
     timeout_s: float = 5.0,
 ) -> bytes:
     """Fetch from the site as if the loopback were public."""
-    return fetch_reference(url, max_bytes=max_bytes, timeout_s=timeout_s, resolve=resolve, may_connect=may_connect)
+    return await fetch_reference(
+        url, max_bytes=max_bytes, timeout_s=timeout_s, resolve=resolve, may_connect=may_connect
+    )
 
 
-def test_a_url_is_fetched(site: tuple[str, list[str]]) -> None:
+async def test_a_url_is_fetched(site: tuple[str, list[str]]) -> None:
     """The body of an answer, also behind a redirect."""
     url, asked = site
-    assert fetched(f"{url}/voice") == bytes(5_000)
-    assert fetched(f"{url}/to?/voice") == bytes(5_000)
+    assert await fetched(f"{url}/voice") == bytes(5_000)
+    assert await fetched(f"{url}/to?/voice") == bytes(5_000)
     assert asked == ["/voice", "/to?/voice", "/voice"]
 
 
@@ -146,41 +148,58 @@ def test_a_url_is_fetched(site: tuple[str, list[str]]) -> None:
         ("/to?file:///etc/passwd", r"no http\(s\) URL"),
     ],
 )
-def test_bad_answers_are_refused(site: tuple[str, list[str]], path: str, said: str) -> None:
+async def test_bad_answers_are_refused(site: tuple[str, list[str]], path: str, said: str) -> None:
     """Too much, nothing, a loop, half of it, another protocol, nonsense: each is an error of the recording."""
     with pytest.raises(InvalidAudioError, match=said):
-        fetched(site[0] + path)
+        await fetched(site[0] + path)
 
 
-def test_a_silent_server_is_left(site: tuple[str, list[str]]) -> None:
+async def test_a_silent_server_is_left(site: tuple[str, list[str]]) -> None:
     """The limit of time holds for the whole fetch."""
     with pytest.raises(InvalidAudioError, match=r"within 0\.2 s"):
-        fetched(f"{site[0]}/never", timeout_s=0.2)
+        await fetched(f"{site[0]}/never", timeout_s=0.2)
 
 
-def test_private_addresses_are_never_asked(site: tuple[str, list[str]]) -> None:
+async def test_a_slow_name_server_is_left() -> None:
+    """Nor is an address waited for any longer, though a thread cannot be taken away from asking for it."""
+    released, told = threading.Event(), []
+
+    def resolve(host: str, _port: int) -> list[str]:
+        released.wait(60)
+        told.append(host)
+        return []
+
+    try:
+        with pytest.raises(InvalidAudioError, match=r"within 0\.2 s"):
+            await fetched("http://site.test/voice", resolve=resolve, timeout_s=0.2)
+        assert not told
+    finally:
+        released.set()
+
+
+async def test_private_addresses_are_never_asked(site: tuple[str, list[str]]) -> None:
     """By name or number, directly or after a redirect: a private address is refused and nothing is sent to it."""
     url, asked = site
     port = url.rpartition(":")[2]
     for target in (f"http://127.0.0.1:{port}/voice", f"http://localhost:{port}/voice", f"http://[::1]:{port}/voice"):
         with pytest.raises(InvalidAudioError, match="not one of the public internet"):
-            fetch_reference(target, timeout_s=5)
+            await fetch_reference(target, timeout_s=5)
     assert asked == []
     names = {"site.test": ["127.0.0.1"], "inside.test": ["10.0.0.1"]}
     with pytest.raises(InvalidAudioError, match="not one of the public internet"):
-        fetched(f"{url}/to?http://inside.test/voice", resolve=lambda host, _port: names[host])
+        await fetched(f"{url}/to?http://inside.test/voice", resolve=lambda host, _port: names[host])
 
 
-def test_one_private_address_among_public_ones_is_enough(site: tuple[str, list[str]]) -> None:
+async def test_one_private_address_among_public_ones_is_enough(site: tuple[str, list[str]]) -> None:
     """A name that also points inside is refused whole."""
     with pytest.raises(InvalidAudioError, match="not one of the public internet"):
-        fetched(f"{site[0]}/voice", resolve=lambda _host, _port: ["127.0.0.1", "10.0.0.1"])
+        await fetched(f"{site[0]}/voice", resolve=lambda _host, _port: ["127.0.0.1", "10.0.0.1"])
 
 
-def test_the_checked_address_is_the_one_connected_to(site: tuple[str, list[str]]) -> None:
+async def test_the_checked_address_is_the_one_connected_to(site: tuple[str, list[str]]) -> None:
     """A name server that changes its mind is asked once for each hop, and never after the check."""
     answers = iter([["127.0.0.1"], ["10.0.0.1"]])
-    assert fetched(f"{site[0]}/voice", resolve=lambda _host, _port: next(answers)) == bytes(5_000)
+    assert await fetched(f"{site[0]}/voice", resolve=lambda _host, _port: next(answers)) == bytes(5_000)
 
 
 @pytest.mark.parametrize(
@@ -194,14 +213,14 @@ def test_the_checked_address_is_the_one_connected_to(site: tuple[str, list[str]]
         "nonsense",
     ],
 )
-def test_what_is_no_url_is_refused(url: str) -> None:
+async def test_what_is_no_url_is_refused(url: str) -> None:
     """A URL that is none is an error of the recording, not of ours."""
     with pytest.raises(InvalidAudioError, match="no http"):
-        fetched(url)
+        await fetched(url)
 
 
-def test_a_url_cannot_write_headers(site: tuple[str, list[str]]) -> None:
+async def test_a_url_cannot_write_headers(site: tuple[str, list[str]]) -> None:
     """Line breaks and spaces in a URL stay part of its path."""
     url, asked = site
-    fetched(f"{url}/a b?c= d")
+    await fetched(f"{url}/a b?c= d")
     assert asked == ["/a%20b?c=%20d"]
