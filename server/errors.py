@@ -264,6 +264,7 @@ def _choices_of(request: Request[Any, Any, Any], field: str | None) -> list[str]
 
 
 def shown_path(scope: Any) -> str:
-    """A request's path for people to read; a client may send one of any length."""
+    """A request's path for people to read; a client may send one of any length, and with what steers a terminal."""
     path = str(scope["path"])
-    return path if len(path) <= 200 else path[:200] + "…"  # noqa: PLR2004 - long enough for any path of ours
+    shown = path if len(path) <= 200 else path[:200] + "…"  # noqa: PLR2004 - long enough for any path of ours
+    return "".join(char if char.isprintable() else f"%{ord(char):02X}" for char in shown)

@@ -31,7 +31,7 @@ async def _raw(client: httpx.AsyncClient, request: str) -> tuple[int, Any]:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
     try:
         writer.write(request.encode())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     finally:
         writer.close()
@@ -92,11 +92,12 @@ async def test_malformed_chunks(worker: FakeWorker, chunks: str) -> None:
 @pytest.mark.parametrize("path", [SPEECH, "/v1/audio/voices"])
 async def test_a_body_that_stalls(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """Six bytes of fifty hold no connection for ever: the client is told, and the connection is closed."""
-    monkeypatch.setattr("server.edge.BODY_TIMEOUT_S", 0.2)
     kind = "application/json" if path == SPEECH else "multipart/form-data; boundary=x"
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 50\r\n\r\n"
     async with serving(worker.url) as client:
-        status, error = await _raw(client, head + '{"inpu')
+        with monkeypatch.context() as impatient:
+            impatient.setattr("server.edge.BODY_TIMEOUT_S", 0.2)
+            status, error = await _raw(client, head + '{"inpu')
         assert (await client.post(SPEECH, json={"input": "hello"})).status_code == 200
     assert (status, error["code"]) == (408, "request_timeout")
 
@@ -111,6 +112,14 @@ async def test_a_refusal_reaches_who_is_still_sending(worker: FakeWorker) -> Non
     async with serving(worker.url, api_keys=["key"]) as client:
         for path, status in ((SPEECH, 401), ("/nothing", 404), ("/health", 405)):
             assert (await client.post(path, content=pieces(), headers=JSON)).status_code == status
+
+
+async def test_a_path_cannot_steer_the_terminal(worker: FakeWorker) -> None:
+    """Escape sequences and line ends in a path are logged as they were sent: in hexadecimal."""
+    async with serving(worker.url) as client:
+        with structlog.testing.capture_logs() as logged:
+            await client.get("/no%1B[2J%0Athing")
+    assert [line["path"] for line in logged if line["event"] == "refused"] == ["/no%1B[2J%0Athing"]
 
 
 async def test_refusals_are_logged(worker: FakeWorker) -> None:
