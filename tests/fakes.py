@@ -140,7 +140,7 @@ class FakeWorker:
         self._jobs.clear()
         self.__enter__()
 
-    def wait_for(self, kind: type[Message], count: int = 1, timeout_s: float = 5.0) -> list[Any]:
+    def wait_for(self, kind: type[Message], count: int = 1, timeout_s: float = 20.0) -> list[Any]:
         """The messages of that kind, once there are `count` of them; AssertionError where they do not come."""
         with self._changed:
             ok = self._changed.wait_for(lambda: len(self.of(kind)) >= count, timeout_s)

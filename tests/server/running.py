@@ -40,14 +40,14 @@ async def listening(app: Litestar) -> AsyncIterator[str]:
         await serving_task
 
 
-async def until(condition: Any, timeout_s: float = 5.0) -> None:
-    """Wait until the coroutine function `condition` gives something true."""
+async def until(condition: Any, timeout_s: float = 20.0) -> None:
+    """Wait until the coroutine function `condition` gives something true; a busy machine takes its time."""
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110 - what is waited for is in another thread or process
             await asyncio.sleep(0.01)  # between two looks; nothing depends on how long it is
 
 
-async def becomes(check: Any, timeout_s: float = 5.0) -> None:
+async def becomes(check: Any, timeout_s: float = 20.0) -> None:
     """Wait until the plain function `check` gives something true."""
 
     async def checked() -> bool:

@@ -120,7 +120,7 @@ async def test_a_few_at_a_time(gate: Gate) -> None:
     """The third waits until one of the first two is gone, and everyone gets what is theirs."""
     recordings = Recordings(allow_urls=False, command=gate.command)
     work = [asyncio.create_task(recordings.pcm_of(bytes([number]), "a")) for number in range(5)]
-    await becomes(lambda: len(gate.steps()) == AT_ONCE, 20)
+    await becomes(lambda: len(gate.steps()) == AT_ONCE)
     gate.open(5)
     assert await asyncio.gather(*work) == [bytes([number]) for number in range(5)]
     running = 0
@@ -133,7 +133,7 @@ async def test_too_many_are_told_to_come_back(gate: Gate) -> None:
     """When enough wait, another one is a 429 at once; when they are through it is welcome."""
     recordings = Recordings(allow_urls=False, command=gate.command)
     work = [asyncio.create_task(recordings.pcm_of(b"x", "a")) for _ in range(AT_ONCE + MAX_WAITING)]
-    await becomes(lambda: len(gate.steps()) == AT_ONCE, 20)
+    await becomes(lambda: len(gate.steps()) == AT_ONCE)
     with pytest.raises(ApiError, match="too many recordings") as refusal:
         await recordings.pcm_of(b"x", "a")
     assert (refusal.value.code, refusal.value.status) == ("queue_full", 429)
@@ -159,7 +159,7 @@ async def test_fetching_is_bounded_too() -> None:
     recordings = Recordings(allow_urls=True, fetch=fetch)
     urls = [f"https://site.test/{number}" for number in range(AT_ONCE + MAX_WAITING)]
     work = [asyncio.create_task(recordings.pcm_in(url)) for url in urls]
-    await becomes(lambda: len(fetching) == len(urls), 20)
+    await becomes(lambda: len(fetching) == len(urls))
     for further in ("https://site.test/more", "AAAA"):
         with pytest.raises(ApiError, match="too many recordings"):
             await recordings.pcm_in(further)
@@ -175,7 +175,7 @@ async def test_a_cancelled_request_takes_its_process_along(gate: Gate) -> None:
     """Nobody decodes what nobody waits for, and the next one has its turn."""
     recordings = Recordings(allow_urls=False, command=gate.command)
     work = asyncio.create_task(recordings.pcm_of(b"x", "a"))
-    await becomes(gate.steps, 20)
+    await becomes(gate.steps)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
@@ -189,10 +189,10 @@ async def test_a_client_that_leaves_takes_its_process_along(gate: Gate, tmp_path
         app.state.recordings = Recordings(allow_urls=False, command=gate.command)
         form = {"data": {"name": "me"}, "files": {"audio_sample": b"x"}}
         sending = asyncio.create_task(client.post("/v1/audio/voices", **form))
-        await becomes(gate.steps, 20)
+        await becomes(gate.steps)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        await becomes(lambda: not exists(gate.steps()[0]), 20)
+        await becomes(lambda: not exists(gate.steps()[0]))
 
 
 async def test_a_decoder_that_gets_nowhere_is_ended(gate: Gate) -> None:

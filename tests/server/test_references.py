@@ -117,7 +117,7 @@ async def fetched(
     resolve: Callable[[str, int], Sequence[str]] = lambda _host, _port: ["127.0.0.1"],
     may_connect: Callable[[Address], bool] = lambda address: str(address) == "127.0.0.1",
     max_bytes: int = 100_000,
-    timeout_s: float = 5.0,
+    timeout_s: float = 20.0,
 ) -> bytes:
     """Fetch from the site as if the loopback were public."""
     return await fetch_reference(
