@@ -76,7 +76,7 @@ def measure(
 
 def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
     options = QwenOptions(
-        codecs=Codecs(dtype=getattr(torch, arguments.codec_dtype), device=torch.device(arguments.device)),
+        codecs=Codecs(dtype=_codec_dtype(arguments), device=torch.device(arguments.device)),
         device=arguments.device,
         dtype=arguments.dtype,
         attention_backend=arguments.attention,
@@ -95,13 +95,20 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
     return engine
 
 
+def _codec_dtype(arguments: argparse.Namespace) -> torch.dtype:
+    """What was asked for, or what the service takes: the model's."""
+    return compute_dtype(arguments.device, arguments.codec_dtype or arguments.dtype)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.engine", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="a CustomVoice or VoiceDesign directory; default: a small one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--codec-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--codec-dtype", choices=("float32", "bfloat16"), help="default: the model's, as in the service"
+    )
     parser.add_argument("--attention", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
     parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--frames", type=int, default=72, help="frames a stream; 72 fill chunks of 1, 1, 2, 4 and 8")
@@ -118,6 +125,10 @@ def main() -> None:
     cuda = arguments.device == "cuda"
     if arguments.clock == "cpu" and (cuda or arguments.threads != 1):
         parser.error("--clock cpu measures one thread of a CPU")
+    if arguments.frames <= stages.WARM_UP_STEPS + PROFILED_STEPS:
+        parser.error(
+            f"--frames is more than {stages.WARM_UP_STEPS + PROFILED_STEPS}: launches are counted behind a warm-up"
+        )
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     arguments.streams = arguments.streams or ([1, 8, 16, 32, 64, 128] if cuda else [1, 4, 8, 16])
     torch.set_num_threads(arguments.threads)
@@ -138,11 +149,11 @@ def main() -> None:
 
     print("\n".join(f"- {line}" for line in machine.describe()))
     where = f"on {arguments.device}" if cuda else f"{arguments.threads} threads"
-    print(f"- {directory.name}, random or real weights as they are, dtype {arguments.dtype}, {where}")
+    dtype = compute_dtype(arguments.device, arguments.dtype)
+    print(f"- {directory.name}, random or real weights as they are, {dtype}, codec {_codec_dtype(arguments)}, {where}")
     print(f"- {arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
     base = None
     if not arguments.no_official:
-        dtype = compute_dtype(arguments.device, arguments.dtype)
         base = frame_ms(directory, arguments.frames, arguments.device, dtype, clock)
         print(f"official package, one stream: {base:.2f} ms a frame\n")
     engine = _open(arguments, directory)
