@@ -55,10 +55,10 @@ class Client:
         """The answer to a GET, or with `body` to a POST, to be read as it arrives; ClientError if it is an error."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data else {}
-        if self.authorization:
-            headers["Authorization"] = self.authorization
         try:
             request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 -- the user's own URL
+            if self.authorization:  # for this service, and for nobody whom it sends us on to
+                request.add_unredirected_header("Authorization", self.authorization)
             if request.type not in {"http", "https"}:
                 raise ClientError(f"{self.url}: a service is reached over http:// or https://")
             answer: http.client.HTTPResponse = self._opener.open(request, timeout=timeout_s)

@@ -1,5 +1,6 @@
 """A canned service for the commands that talk to one."""
 
+import http
 import json
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import pytest
 class CannedService:
     """Answers each path with what `answers` says: a status and a JSON value, or bytes sent chunk by chunk.
 
-    A `None` among the chunks breaks the transfer off. `asked` holds method, path, headers and JSON body.
+    A `None` among the chunks breaks the transfer off; the value of a 302 is where to.
+    `asked` holds method, path, headers and JSON body.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,8 @@ class CannedService:
         self.asked.append((request.command, request.path, dict(request.headers), body))
         status, content = self.answers.get(request.path, (404, {"error": {"message": f"nothing at {request.path}"}}))
         request.send_response(status)
+        if status == http.HTTPStatus.FOUND:
+            request.send_header("Location", content)
         if isinstance(content, list):
             request.send_header("Transfer-Encoding", "chunked")
             request.end_headers()

@@ -61,6 +61,14 @@ def test_a_proxy_is_not_asked_for_this_machine(service: CannedService, monkeypat
     assert Client(service.url + "/").get("/x") == {"y": 1}
 
 
+def test_a_key_is_not_passed_on(service: CannedService) -> None:
+    """A service that sends its client elsewhere does not send the key along."""
+    service.answers |= {"/v1/models": (302, f"{service.url}/elsewhere"), "/elsewhere": (200, {"data": []})}
+    assert Client(service.url, "secret").get("/v1/models") == {"data": []}
+    asked = [(path, headers.get("Authorization")) for _, path, headers, _ in service.asked]
+    assert asked == [("/v1/models", "Bearer secret"), ("/elsewhere", None)]
+
+
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
 def test_the_habitual_base_url(service: CannedService, ending: str) -> None:
     """--url may be what OpenAI's clients call the base URL."""
