@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from server.encoding import Format
-from shared.protocol import Task
+from server.encoding import MAX_SPEED, MIN_SPEED, Format
+from shared.protocol import State, Task
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
@@ -64,7 +64,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         _says("The audio format; pcm is 24 kHz mono int16 little-endian."),
     ] = None
     speed: Annotated[
-        Annotated[float, Meta(ge=0.25, le=4.0)] | None,
+        Annotated[float, Meta(ge=MIN_SPEED, le=MAX_SPEED)] | None,
         _says("How fast; the pitch stays."),
     ] = None
     stream_format: Annotated[
@@ -151,7 +151,7 @@ class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
     task: Task
     languages: list[str]
     voices: list[str]
-    state: Literal["absent", "loading", "resident", "offloaded", "unavailable"]
+    state: State
     loaded_bytes: int
     detail: str = ""
     object: Literal["model"] = "model"

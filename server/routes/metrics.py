@@ -7,7 +7,7 @@ Labels take few values: the catalogue's models, and words that are written here 
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, get_args
 
 from litestar import Response, get
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -24,12 +24,11 @@ from shared.protocol import (
     Histogram,
     ModelFigures,
     Snapshot,
+    State,
 )
 
 _CONTENT_TYPE: Final = "text/plain; version=0.0.4"
 """Litestar adds the charset."""
-
-_STATES: Final = ("absent", "loading", "resident", "offloaded", "unavailable")
 
 Labels = tuple[str, ...]
 
@@ -82,7 +81,7 @@ def _of_memory(snapshot: Snapshot) -> Iterator[Metric]:
     device = [((kind,), getattr(snapshot.device, f"{kind}_bytes")) for kind in kinds]
     shared = [((purpose,), size) for purpose, size in snapshot.shared_bytes.items()]
     held = [((model.id, purpose), size) for model in snapshot.models for purpose, size in model.bytes.items()]
-    states = [((model.id, state), model.state == state) for model in snapshot.models for state in _STATES]
+    states = [((model.id, state), model.state == state) for model in snapshot.models for state in get_args(State)]
     offloaded = [((), snapshot.host.offloaded_bytes)]
     yield _gauge("tts_device_memory_bytes", "The device's memory, as its driver tells it.", device, ["kind"])
     yield _gauge("tts_shared_bytes", "What several models use together on the device.", shared, ["purpose"])

@@ -18,6 +18,7 @@ from server.errors import ApiError, documented
 from server.json_body import SpeechJson
 from server.request_ids import request_id_of
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
+from server.routes.models import known
 from server.saved_voices import find_saved_voice
 from server.schemas import SpeechRequest
 from server.streams import can_break, while_there
@@ -67,12 +68,10 @@ async def create_speech(
 
 
 async def _resolve(data: JSONBody[SpeechRequest], engine: EngineClient, client: str) -> Resolved:
-    snapshot = engine.snapshot
-    if snapshot is None or not engine.catalog:
-        raise ApiError("worker_unavailable", engine.trouble() or "The GPU worker is not there.")
-    name = saved_voice_name(data, engine.catalog, snapshot.default_model)
+    catalog, snapshot = known(engine)
+    name = saved_voice_name(data, catalog, snapshot.default_model)
     saved = await find_saved_voice(name, engine, client) if name is not None else None
-    return resolve(data, engine.catalog, snapshot.default_model, saved)
+    return resolve(data, catalog, snapshot.default_model, saved)
 
 
 def _speak(data: SpeechRequest, resolved: Resolved, client: str, request_id: str) -> Speak:

@@ -15,6 +15,7 @@ from litestar.params import Body, FromPath, QueryParameter
 from msgspec import Meta
 
 from server.auth import client_of
+from server.decoding import MAX_REFERENCE_BYTES
 from server.dependencies import Engine, SentRecordings, ServerSettings
 from server.engine_client import EngineClient
 from server.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
@@ -36,7 +37,6 @@ from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
 from shared.names import is_printable
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
 
-MAX_SAMPLE_BYTES: Final = 10 * 1024 * 1024
 _MAKE_TIMEOUT_S: Final = 300.0
 """Making a voice may have to load a model first."""
 
@@ -182,9 +182,9 @@ async def delete_voice(
 async def _sample(upload: UploadFile | None) -> bytes:
     if upload is None:
         raise ApiError("invalid_value", "audio_sample is missing: send a recording as a file.", param="audio_sample")
-    data = await upload.read(MAX_SAMPLE_BYTES + 1)
-    if len(data) > MAX_SAMPLE_BYTES:
-        said = f"audio_sample: larger than {MAX_SAMPLE_BYTES // 1024 // 1024} MiB."
+    data = await upload.read(MAX_REFERENCE_BYTES + 1)
+    if len(data) > MAX_REFERENCE_BYTES:
+        said = f"audio_sample: larger than {MAX_REFERENCE_BYTES // 2**20} MiB."
         raise ApiError("request_too_large", said, param="audio_sample")
     return data
 
@@ -217,7 +217,7 @@ def _voices_of(spec: ModelSpec) -> list[VoiceObject]:
 
 
 def _voice_object(
-    spec: ModelSpec, voice: Voice, voice_id: FromPath[str], name: str, kind: Literal["preset", "openai"]
+    spec: ModelSpec, voice: Voice, voice_id: str, name: str, kind: Literal["preset", "openai"]
 ) -> VoiceObject:
     return VoiceObject(
         id=voice_id, name=name, model=spec.id, language=voice.language, description=voice.description, kind=kind
