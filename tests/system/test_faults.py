@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.recogniser import SENTENCES
-from tests.system.service import Service, children_of, eventually, is_running, resident_bytes
+from tests.system.service import Service, children_of, eventually, is_running, resident_bytes, stretched
 
 Start = Callable[..., Service]
 
@@ -58,18 +58,17 @@ def test_killed_worker_breaks_streams_and_comes_back(start: Start) -> None:
     for listener in listeners:
         listener.start()
     eventually(lambda: running(service) == 4, 10, "four streams")
+    soon_s, limit_s = stretched(0.1), stretched(3)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     eventually(lambda: not is_running(pid), 2, "the worker's death")
     asked = time.monotonic()
     refused = service.speech("Hello.")
     if refused.status_code != httpx.codes.OK:  # it may be back already
-        assert time.monotonic() - asked < 0.1
+        assert time.monotonic() - asked < soon_s
         assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
         assert refused.json()["error"]["code"] == "worker_unavailable"
         assert int(refused.headers["retry-after"]) >= 1
-    # A machine that is busy with other things starts everything late.
-    limit_s = max(3.0, 2 * service.start_s)
     eventually(lambda: service.speech("Hello.").status_code == httpx.codes.OK, limit_s, "speech again")
     assert time.monotonic() - killed < limit_s
     for listener in listeners:
@@ -133,8 +132,9 @@ def test_client_that_leaves_frees_its_slot(start: Start, fields: dict[str, objec
     service = start()
     connection = slow_reader(service, LONG, response_format="pcm", **fields)
     eventually(lambda: running(service) == 1, 5, "a slot taken")
+    limit_s = stretched(0.5)
     connection.close()
-    eventually(lambda: running(service) == 0, 0.5, "the slot freed")
+    eventually(lambda: running(service) == 0, limit_s, "the slot freed")
     counted = service.stats()["requests"]
     assert (counted["cancelled"], counted["finished"]) == (1, 0)
 
@@ -147,10 +147,11 @@ def test_client_that_leaves_the_queue_is_forgotten(start: Start) -> None:
     for fields in ({}, {"stream": False}, {"stream_format": "sse"}):
         waiting = slow_reader(service, "Hello.", **fields)
         eventually(lambda: service.stats()["queued"] == 1, 5, "a place in the queue")
+        limit_s = stretched(0.5)
         waiting.close()
-        eventually(lambda: service.stats()["queued"] == 0, 0.5, "the place given back")
+        eventually(lambda: service.stats()["queued"] == 0, limit_s, "the place given back")
     holder.close()
-    eventually(lambda: running(service) == 0, 0.5, "the slot freed")
+    eventually(lambda: running(service) == 0, limit_s, "the slot freed")
 
 
 def test_client_that_reads_nothing_costs_little_and_delays_nobody(start: Start) -> None:
@@ -168,12 +169,13 @@ def test_client_that_reads_nothing_costs_little_and_delays_nobody(start: Start) 
         began = time.monotonic()
         assert service.speech("Hello.").status_code == httpx.codes.OK
         slowest = max(slowest, time.monotonic() - began)
-    assert slowest < 1.0
+    limit_s = stretched(0.5)
+    assert slowest < 2 * limit_s
     assert resident_bytes(web) + resident_bytes(worker) - idle < 80 * 2**20
     assert running(service) == 4
     for connection in deaf:
         connection.close()
-    eventually(lambda: running(service) == 0, 0.5, "the slots freed")
+    eventually(lambda: running(service) == 0, limit_s, "the slots freed")
 
 
 def test_full_queue_is_a_429(start: Start) -> None:

@@ -15,7 +15,7 @@ import soundfile
 from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE
 from tests.audio import decode
 from tests.checkpoints import tiny
-from tests.system.service import Service, eventually
+from tests.system.service import Service, eventually, stretched
 
 CUSTOM_SMALL: Final = "qwen3-tts-0.6b-customvoice"
 CUSTOM: Final = "qwen3-tts-1.7b-customvoice"
@@ -115,7 +115,8 @@ def test_first_chunk_is_one_frame_and_does_not_wait_for_the_text(service: Servic
         chunks = answer.iter_raw()
         assert len(next(chunks)) == FRAME_BYTES
         eventually(lambda: service.stats()["running"] == 1, 1, "a request that is still spoken")
-    eventually(lambda: service.stats()["running"] == 0, 0.5, "the slot freed")
+        limit_s = stretched(0.5)
+    eventually(lambda: service.stats()["running"] == 0, limit_s, "the slot freed")
 
 
 def test_seed_decides_and_greedy_needs_none(service: Service) -> None:

@@ -20,7 +20,7 @@ from shared.protocol import VERSION, Audio, Credit, Finished, Hello, Message, Sp
 from shared.sockets import connect_dealer
 from tests.recogniser import SENTENCES
 from tests.system.residents import DESIGN, EXACT_MALLOC, LARGE, MODELS, SMALL, Residents, checkpoints, model_paths
-from tests.system.service import Service, eventually, resident_bytes
+from tests.system.service import Service, eventually, resident_bytes, stretched
 from tests.system.test_faults import slow_reader
 
 ESPEAK: Final = "espeak-ng"
@@ -124,6 +124,7 @@ def test_loading_does_not_silence_others(service: Service) -> None:
     The first test of the file, so that the first load of the process is among them.
     """
     models = Residents(service)
+    limit_s = stretched(GAP_S)
     with Listener(service) as listener:
         for model in (SMALL, LARGE):
             models.do(model, "load")
@@ -133,7 +134,7 @@ def test_loading_does_not_silence_others(service: Service) -> None:
         for model in MODELS:
             models.do(model, "unload")
     assert listener.pieces > 200
-    assert listener.longest_gap_s < GAP_S
+    assert listener.longest_gap_s < max(limit_s, stretched(GAP_S))
 
 
 def test_two_engines_speak_at_once(models: Residents) -> None:
