@@ -2,7 +2,7 @@
 
 Every turn it takes commands, moves models, admits what fits, steps every engine that has work, and hands out events.
 It owns all requests and all engines, in one thread; what it shares with the others are the queues they talk through.
-It knows no sockets (see `transport`), loads no weights (see `loader`), reads no disk (see `fetcher`)
+It knows no sockets (see `transport`), loads no weights (see `loader`), sees to no model's files (see `fetcher`)
 and decides nothing about who is next (see `scheduler`) or which model is where (see `residency`).
 """
 
