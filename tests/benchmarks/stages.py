@@ -123,9 +123,12 @@ def floors_ms(engine: QwenEngine, streams: int, context: int, *, chunk: int, ban
     cache = list(talker.cache.tensors())
     token = sum(_bytes([tensor]) // (tensor.shape[0] * tensor.shape[1]) for tensor in cache)
     heads = _bytes(tensor for head in predictor.heads for tensor in head.tensors())
+    known = _bytes(predictor.stack.layers[0].qkv.tensors())
+    forwards = predictor.groups - 1
     read = {
-        # The stack is read by each of the forwards, a head by one of them.
-        "code predictor": (predictor.groups - 1) * _bytes(predictor.stack.tensors()) + heads,
+        # The stack is read by each of the forwards, but the first layer's projections by the first of them alone;
+        # a head by one of them.
+        "code predictor": forwards * _bytes(predictor.stack.tensors()) - (forwards - 1) * known + heads,
         "talker": _bytes(talker.stack.tensors()) + _bytes(talker.head.tensors()) + streams * context * token,
         "codec": _bytes(parts.vocoder._codec._decoder.tensors()) / chunk,
     }

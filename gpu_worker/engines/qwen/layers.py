@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.config import Shape
 
-PACK_ELEMENTS: Final = 1 << 17
+PACK_ELEMENTS: Final = 1 << 18
 """On CPU, weights of at least this many elements are kept in oneDNN's blocked layout.
 
-Measured on 2 cores of an AMD EPYC (Zen 4), float32: 2 to 3 times faster than MKL from here up at 1 to 16 rows,
-slower below, where its call overhead of 13 µs shows.
+Measured on 2 cores of an AMD EPYC (Zen 4), float32: 2 to 3 times faster than MKL from here up at 1 to 16 rows.
+Below, its own overhead shows: 13 µs a call in a loop of nothing else, 40 µs between the other operators of a frame.
 """
 
 BATCH_MULTIPLE: Final = 4
@@ -137,6 +137,10 @@ class Rope(Weights):
         return (cos, sin) if batch == 1 else (cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1))
 
 
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries [rows, heads, head_dim], keys and values [rows, kv_heads, head_dim] of one layer."""
+
+
 class Attend(Protocol):
     """Attention over a cache: takes new queries, keys and values of one layer, returns what they attended to."""
 
@@ -169,8 +173,8 @@ class Layer(Weights):
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
         self.down = fused("mlp.down_proj")
 
-    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], index: int, attend: Attend) -> Tensor:
-        """X: [rows, hidden] -> the same."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Projected:
+        """X: [rows, hidden] -> what it attends with."""
         cos, sin = rope
         qkv = self.qkv(self.input_norm(x)).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         qk, value = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)  # half as long as split
@@ -179,7 +183,11 @@ class Layer(Weights):
         # In one kernel where that rounds no coarser than the official two.
         qk = torch.addcmul(qk * cos, turned, sin) if qk.dtype == torch.float32 else qk * cos + turned * sin
         query, key = qk.split_with_sizes((self.heads, self.kv_heads), 1)
-        x = self.out.add_to(x, attend(index, query, key, value))
+        return query, key, value
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """X [rows, hidden] and what it attended to [rows, heads * head_dim] -> the block's output [rows, hidden]."""
+        x = self.out.add_to(x, attended)
         gate, up = self.gate_up(self.post_norm(x)).split_with_sizes((self.inner, self.inner), 1)
         return self.down.add_to(x, functional.silu(gate).mul_(up))
 
@@ -193,6 +201,12 @@ class Stack(Weights):
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """X: [rows, hidden] -> the last layer's output, before the final norm (`norm` takes the rows one needs)."""
+        return self.resume(x, self.layers[0].project(x, rope), rope, attend)
+
+    def resume(self, x: Tensor, projected: Projected, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """The same, where it is known what the first layer projects x to."""
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, index, attend)
+            if index:
+                projected = layer.project(x, rope)
+            x = layer.finish(x, attend(index, *projected))
         return x

@@ -24,6 +24,7 @@ from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, Executor, G
 from gpu_worker.engines.qwen.generation import TEXTS, Generator
 from gpu_worker.engines.qwen.official import load_official
 from gpu_worker.engines.qwen.planner import Planner
+from gpu_worker.engines.qwen.predictor import entries_shape
 from gpu_worker.engines.qwen.prompt import PromptBuilder
 from gpu_worker.engines.qwen.references import EncodedReference, References
 from gpu_worker.engines.qwen.residence import Residence
@@ -99,7 +100,8 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     config, generation = read_config(directory), read_generation_config(directory)
     kernel = attention(options.attention_backend, device, dtype)
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
-        slots = options.slots or slots_that_fit(weights.nbytes, config, codec, options)
+        size = weights.nbytes + entries_bytes(config.talker_config, dtype)
+        slots = options.slots or slots_that_fit(size, config, codec, options)
         generator = Generator(
             weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
         )
@@ -181,6 +183,11 @@ def slot_bytes(shape: TalkerShape, dtype: torch.dtype, positions: int) -> int:
     return kv + TEXTS * shape.hidden_size * width + positions * shape.num_code_groups * 4
 
 
+def entries_bytes(shape: TalkerShape, dtype: torch.dtype) -> int:
+    """Bytes of what is computed from the weights at load and kept beside them: 280 MiB in bfloat16, as published."""
+    return math.prod(entries_shape(shape.code_predictor_config)) * dtype.itemsize
+
+
 def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
     """What the checkpoint in `directory` will take on the device, without reading its weights.
 
@@ -194,7 +201,8 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     weights = sum(math.prod(info.shape) for info in headers.values()) * computed.itemsize
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
-    return weights + slots * slot_bytes(read_config(directory).talker_config, computed, POSITIONS)
+    shape = read_config(directory).talker_config
+    return weights + entries_bytes(shape, computed) + slots * slot_bytes(shape, computed, POSITIONS)
 
 
 def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:

@@ -16,6 +16,7 @@ from gpu_worker.engines.qwen.executor import (
     slots_needed,
 )
 from gpu_worker.engines.qwen.graphs import Graphs, Key
+from gpu_worker.engines.qwen.predictor import entries_shape
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
 
@@ -100,9 +101,11 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
             executor.prepare()
             memory = executor.memory()
             assert memory["graphs"] == 7
-            # Inputs of a prompt of each captured length; and of one batch size, the code predictor's cache and input.
+            # Inputs of a prompt of each captured length; and of one batch size, the code predictor's cache,
+            # what a forward begins with, and cosines and sines of the first one's two tokens.
             inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in TOKENS if tokens < 256)
-            assert memory["workspace"] == inputs + 8 * 4 * (cached + predictor.hidden_size)
+            scratch = cached + entries_shape(predictor)[1] + 2 * 2 * predictor.head_dim
+            assert memory["workspace"] == inputs + 8 * 4 * scratch
             for codes, expected in zip(generate(ours, requests, executor), wanted, strict=True):
                 assert torch.equal(codes, expected)
             executor.release()
