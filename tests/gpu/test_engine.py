@@ -118,6 +118,27 @@ def test_cancelling_and_stalling_harm_no_neighbour(speaker: QwenEngine) -> None:
     assert lengths[late.id] == len(run(speaker, [late])[late.id].pcm)
 
 
+def test_a_newcomer_makes_nobody_wait_for_the_device(speaker: QwenEngine) -> None:
+    """Prompt, slot, frames and decodes of one who joins while another speaks: any hidden synchronisation is an error.
+
+    Nothing of its prompt was made before.
+    """
+    run(speaker, [job(0)])  # what libraries make at their first call
+    outcomes = {name: Outcome() for name in ("job 1", "job 2")}
+    speaker.admit(job(1))
+    take(speaker, outcomes, 0)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        speaker._parts.prompts.forget()
+        speaker.admit(job(2))
+        while not all(outcome.end for outcome in outcomes.values()):
+            take(speaker, outcomes, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 @pytest.mark.parametrize("kind", ["custom_voice", "base"])
 def test_offloading_returns_the_memory_and_changes_no_sample(kind: Kind) -> None:
     """At least 95 % of the measured bytes are given up, and graphs speak again after the move."""

@@ -21,12 +21,12 @@ from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, P
 from gpu_worker.engines.qwen.executor import Entry, Executor
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.prompt import PromptBuilder, Voice
-from gpu_worker.engines.qwen.readback import Readback
 from gpu_worker.engines.qwen.references import References
 from gpu_worker.engines.qwen.residence import Residence
 from gpu_worker.engines.qwen.sampling import uniforms
 from gpu_worker.engines.qwen.speaking import Speaking, most_urgent_first
 from gpu_worker.engines.qwen.state import State
+from gpu_worker.engines.qwen.transfers import Readback
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from gpu_worker.faults import is_broken_device
 from gpu_worker.memory import is_out_of_memory

@@ -17,6 +17,7 @@ from gpu_worker.engines.qwen.graphs import Graphs, Key
 from gpu_worker.engines.qwen.prompt import Prompt
 from gpu_worker.engines.qwen.streams import Streams
 from gpu_worker.engines.qwen.talker import Rows
+from gpu_worker.engines.qwen.transfers import on_device
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes that graphs are captured for."""
@@ -179,9 +180,10 @@ class GraphExecutor:
         for row, entry in enumerate(group):
             embeds[row, : len(entry.prompt.embeds)] = entry.prompt.embeds
         spare = prompts - len(group)
-        slots.copy_(on_device([*(entry.slot for entry in group), *[self._spare] * spare], slots), non_blocking=True)
+        where = [*(entry.slot for entry in group), *[self._spare] * spare]
         counts = [*(len(entry.prompt.embeds) for entry in group), *[1] * spare]
-        lengths.copy_(on_device(counts, lengths), non_blocking=True)
+        for numbers, target in ((where, slots), (counts, lengths)):
+            target.copy_(on_device(numbers, target.device), non_blocking=True)
         function = functools.partial(self._generator.prefill, embeds, slots, lengths, wide=wide)
         if captured is None or wide:
             function()
@@ -207,8 +209,3 @@ def at_least(number: int, sizes: Sequence[int]) -> int:
         if number <= size:
             return size
     raise ValueError(f"{number} is more than the largest size, {sizes[-1]}")
-
-
-def on_device(numbers: list[int], like: Tensor) -> Tensor:
-    """Numbers as a tensor of the dtype and device of `like`, without waiting for the device."""
-    return torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)

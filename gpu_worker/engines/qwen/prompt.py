@@ -16,6 +16,7 @@ from torch.nn import functional
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.config import ModelConfig
 from gpu_worker.engines.qwen.layers import Weights
+from gpu_worker.engines.qwen.transfers import on_device
 
 PREFIXES: Final = 256
 """Constant prefixes kept: speakers times languages of every published model fit."""
@@ -171,7 +172,7 @@ class PromptBuilder(Weights):
 
     def _codec(self, *ids: int) -> Tensor:
         """Rows of the codec embedding, [ids, hidden]."""
-        return self.codec_embedding[torch.tensor(ids, device=self.codec_embedding.device)]
+        return self.codec_embedding[on_device(ids, self.codec_embedding.device)]
 
     def _project(self, ids: Sequence[int]) -> Tensor:
         """Text tokens -> [tokens, hidden].
@@ -179,5 +180,5 @@ class PromptBuilder(Weights):
         Called for the same runs of tokens as in the official package:
         a matrix product of other height may round differently.
         """
-        rows = self.text_embedding[torch.tensor(ids, device=self.text_embedding.device)][None]
+        rows = self.text_embedding[on_device(ids, self.text_embedding.device)][None]
         return functional.linear(functional.silu(functional.linear(rows, *self.fc1)), *self.fc2)[0]

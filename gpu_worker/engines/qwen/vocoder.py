@@ -13,12 +13,12 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.state import Snapshot
-from gpu_worker.engines.qwen.executor import BATCHES, at_least, on_device
+from gpu_worker.engines.qwen.executor import BATCHES, at_least
 from gpu_worker.engines.qwen.graphs import Graphs
-from gpu_worker.engines.qwen.readback import Readback
 from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, SCHEDULE, Speaking
 from gpu_worker.engines.qwen.state import RING
 from gpu_worker.engines.qwen.streams import Streams
+from gpu_worker.engines.qwen.transfers import Readback, on_device
 
 CHUNKS: Final = sorted(set(SCHEDULE))
 """Chunk lengths that graphs are captured for; the rest of an utterance may be any other."""
@@ -88,13 +88,13 @@ class Vocoder:
             self._decode_or_nothing(where, chunk, pcm)
             readback.start()
             return readback
-        self._stream.wait_stream(torch.cuda.current_stream())
+        # Its frames have landed: the device is done with them, and this need not wait for the one it is making now.
         with torch.cuda.stream(self._stream):
             batch = at_least(len(group), self._batches)
             spare = batch - len(group)
             where, pcm = self._inputs.get((batch, chunk)) or self._new_inputs(batch, chunk)
             numbers = [*slots, *[self.state.scratch] * spare, *starts, *[0] * spare]
-            where.copy_(on_device(numbers, where).view(2, batch), non_blocking=True)
+            where.copy_(on_device(numbers, where.device).view(2, batch), non_blocking=True)
             readback = Readback(pcm[: len(group)], group)
             self._graphs.run(("decode", batch, chunk), functools.partial(self._decode_or_nothing, where, chunk, pcm))
             readback.start()
