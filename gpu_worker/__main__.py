@@ -30,7 +30,7 @@ from gpu_worker.residency import Residency, ResidencyOptions
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.transport import Transport
 from gpu_worker.voices import VoiceStore
-from gpu_worker.worker import Drain, Worker
+from gpu_worker.worker import Drain, Wake, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
 from shared.log import set_up_logging
@@ -173,6 +173,7 @@ def build_worker(
         progress=lambda model, detail: inbox.put(MoveProgress(model=model, detail=detail)),
         room=lambda: _room(probe.device()),
         start_device=probe.start,
+        wake=lambda: inbox.put(Wake()),
     )
     loader = Loader(catalog, registry.open, probe, inbox.put)
     fetcher = Fetcher(catalog, registry, inbox.put)

@@ -40,11 +40,13 @@ class Registry:
         progress: Callable[[str, str], None] = lambda _model, _detail: None,
         room: Callable[[], int] | None = None,
         start_device: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`progress` hears, from the thread that fetches, how far a model's download has come.
 
         `room` tells it how many bytes of the device may still be taken; None: all that are free.
         `start_device` is called once, by the thread that opens, before anything of the device is used.
+        `wake` is called, from any thread, when an engine may have become runnable by itself.
         """
         self._settings = settings
         self._specs = list(specs)
@@ -52,6 +54,7 @@ class Registry:
         self._progress = progress
         self._room = room
         self._start_device = start_device
+        self._wake = wake
         self._options: QwenOptions | None = None
 
     def problem_of(self, spec: ModelSpec) -> str | None:
@@ -221,5 +224,6 @@ class Registry:
                 reference_cache_bytes=self._settings.reference_cache_mb * 2**20,
                 encoder_lock=threading.Lock(),
                 room=self._room,
+                wake=self._wake,
             )
         return self._options

@@ -55,6 +55,10 @@ class Drain(msgspec.Struct, frozen=True):
     deadline_s: float
 
 
+class Wake(msgspec.Struct, frozen=True):
+    """Look again without waiting: an engine may have become runnable by itself."""
+
+
 class Worker:
     """One synthesis loop over all models; `run` returns when it has been told to drain and has."""
 
@@ -148,6 +152,8 @@ class Worker:
                 self._residency.set_progress(model, detail)
             case Looked() | Fetched():
                 self._take_errand(command)
+            case Wake():
+                pass  # it has ended the wait for a command
             case Drain(deadline_s):
                 self._begin_drain(deadline_s)
             case TransportFailed(reason):

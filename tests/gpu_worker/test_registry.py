@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from gpu_worker.registry import Registry
 from shared.catalog import ModelSpec, load_catalog
 from shared.settings import SettingsError, load_settings
 from tests.checkpoints import tiny
+from tests.gpu_worker.engines.qwen.driving import clone
 
 
 @pytest.fixture
@@ -119,6 +121,17 @@ class TestQwen:
         assert registry.shared_bytes()["codec"] == held > 0
         engines[1].close()
         assert registry.shared_bytes()["codec"] == 0
+
+    def test_wakes(self, catalog: list[ModelSpec]) -> None:
+        """Whoever waits for work is told when a recording is encoded, and its job can go on."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
+        settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('base', '0b6')}"})
+        woken = threading.Event()
+        engine = Registry(settings, catalog, "cpu", wake=woken.set).open(spec)
+        engine.admit(clone(1))
+        assert woken.wait(60)
+        assert engine.runnable(())
+        engine.close()
 
     def test_prepared(self, catalog: list[ModelSpec]) -> None:
         """Where a model could be opened, all that takes is imported before, and no collection of garbage looks at it.

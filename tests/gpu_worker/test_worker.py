@@ -12,7 +12,7 @@ from gpu_worker.faults import BrokenDeviceError
 from gpu_worker.moves import LoaderFailed, MoveProgress
 from gpu_worker.residency import LOOK_S, ROOM_WAIT_S
 from gpu_worker.transport import PeerGone, TransportFailed
-from gpu_worker.worker import Drain
+from gpu_worker.worker import Drain, Wake
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import (
     VERSION,
@@ -665,6 +665,13 @@ class TestFaults:
         bench.inbox.put(TransportFailed("the socket is gone"))
         with pytest.raises(RuntimeError, match="the socket is gone"):
             bench.turn()
+
+    def test_woken(self, bench: WorkerBench) -> None:
+        """Who wakes the loop ends its wait for a command, and asks for nothing."""
+        bench.inbox.put(Wake())
+        bench.turn()
+        assert bench.inbox.empty()
+        assert bench.sent == []
 
     def test_not_a_command(self, bench: WorkerBench) -> None:
         """What is no command is a defect of ours, and not passed over."""

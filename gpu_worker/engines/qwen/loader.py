@@ -58,6 +58,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     `positions`: tokens that a slot holds, prompt and frames.
     `pause_s`: silence between the utterances of a long text.
     `room`: bytes of the device that this process may still take, as far as a budget says.
+    `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
     """
 
     codecs: Codecs
@@ -71,6 +72,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
     streams: Streams = msgspec.field(default_factory=Streams)
     room: Callable[[], int] | None = None
+    wake: Callable[[], None] = lambda: None
 
 
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
@@ -120,7 +122,7 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
         prompts=prompts,
         planner=Planner(config, generation, prompts, positions=options.positions),
         vocoder=vocoder,
-        references=References(encode, options.reference_cache_bytes),
+        references=References(encode, options.reference_cache_bytes, options.wake),
         residence=Residence(
             [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
             {

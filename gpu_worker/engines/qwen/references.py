@@ -59,10 +59,19 @@ class _Waiting(msgspec.Struct):
 class References:
     """Encodes references in one background thread and remembers them by their keys."""
 
-    def __init__(self, encode: Callable[[np.ndarray, bool], EncodedReference], max_bytes: int) -> None:
-        """encode(waveform float32 [samples] at 24 kHz, whether codes are wanted), called from the thread."""
+    def __init__(
+        self,
+        encode: Callable[[np.ndarray, bool], EncodedReference],
+        max_bytes: int,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """encode(waveform float32 [samples] at 24 kHz, whether codes are wanted), called from the thread.
+
+        `wake` is called, from any thread, once a future that was not yet done is.
+        """
         self._encode = encode
         self._max_bytes = max_bytes
+        self._wake = wake
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, EncodedReference] = OrderedDict()
@@ -100,7 +109,8 @@ class References:
             # The thread is given the key alone: what is cancelled stays in its queue until its turn comes.
             future = self._thread.submit(self._work, reference.key)
             self._waiting[reference.key] = _Waiting(reference, future)
-            return future
+        future.add_done_callback(lambda _: self._wake())
+        return future
 
     def give_up(self, key: str, future: Future[EncodedReference]) -> None:
         """A job does not wait for what it requested any more; with the last one goes what has not been begun."""
