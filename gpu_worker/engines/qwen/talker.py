@@ -60,7 +60,7 @@ class Decode:
         self._cache = cache
         self._attention = attention
         self._positions = positions
-        self._lengths = positions + 1
+        self._spans = None if rows else attention.spans(positions + 1, reach)
         self._index = (torch.arange(len(positions), device=positions.device), positions)
         self._rows = rows
         self._reach = reach
@@ -73,7 +73,7 @@ class Decode:
         values.index_put_(self._index, value[:live])
         if not self._rows:
             keys, values = (x[:live, : self._reach].transpose(1, 2) for x in (keys, values))
-            return pad_rows(self._attention.decode(query[:live], keys, values, self._lengths))
+            return pad_rows(self._attention.decode(query[:live], keys, values, self._spans))
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         out = torch.zeros_like(query).flatten(1)
         for slot, length in self._rows:

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.config import Shape
-from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE, Linear, Norm, Rope, Weights, pad_rows
+from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, Norm, Rope, Weights, pad_rows
 from tests.gpu_worker.engines.qwen.parity import official
 
 
@@ -61,7 +61,7 @@ def test_a_row_does_not_depend_on_its_company(inner: int, outer: int) -> None:
     """Padded to full groups, a row's product is the same to the last bit at any batch size and place."""
     generator = torch.Generator().manual_seed(0)
     linear = Linear(torch.randn(outer, inner, generator=generator))
-    assert linear.packed == (inner * outer >= 1 << 17)
+    assert linear.packed == (inner * outer >= PACK_ELEMENTS)
     x = torch.randn(24, inner, generator=generator)
     alone = torch.cat([linear(pad_rows(row[None]))[:1] for row in x])
     for batch in (2, 3, 4, 7, 12, 24):
