@@ -30,7 +30,7 @@ LONG: Final = " ".join(SENTENCES * 100)[:99_000]
 MINUTES: Final = LONG[:4000]
 """Minutes of speech, which the small models take as long to make."""
 
-BUDGET_MIB: Final = 112
+BUDGET_MIB: Final = 168
 """Any two of the three models fit (they take 38, 51 and 51 MiB), all of them do not."""
 
 IDLE_S: Final = 1.0
@@ -201,7 +201,7 @@ class TestBudget:
         assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
         error = refused.json()["error"]
         assert (error["code"], error["type"], error["param"]) == ("insufficient_vram", "server_error", "model")
-        for part in (f"budget of {BUDGET_MIB} MiB", f"{LARGE} 51 MiB (pinned)", f"{DESIGN} 51 MiB (pinned)"):
+        for part in (f"budget of {BUDGET_MIB} MiB", f"{LARGE} 79 MiB (pinned)", f"{DESIGN} 79 MiB (pinned)"):
             assert part in error["message"]
         assert int(refused.headers["retry-after"]) == 60
         assert models.post(SMALL, "load").status_code == httpx.codes.SERVICE_UNAVAILABLE
