@@ -16,6 +16,10 @@ import pytest
 from shared.protocol import Cancel, Credit, Failed, Speak
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SPEECH, answers, becomes, serving, until
+from tests.system.service import stretched
+
+LEFT_S = 1.0
+"""Within 500 ms a client that leaves is forgotten; as long again for a machine that others use as well."""
 
 
 @pytest.fixture
@@ -203,27 +207,27 @@ async def test_http_1_0_sees_a_failure(worker: FakeWorker) -> None:
 
 @pytest.mark.parametrize("form", [{}, {"stream": False}, {"stream_format": "sse"}])
 async def test_a_client_that_leaves_the_queue_is_forgotten(worker: FakeWorker, form: dict[str, object]) -> None:
-    """Whatever the form, a client that leaves before the first sound frees its place within 500 ms."""
+    """Whatever the form, a client that leaves before the first sound frees its place at once."""
     worker.hold = True
     async with serving(worker.url) as client:
         asking = asyncio.create_task(client.post(SPEECH, json={"input": "hello", **form}))
         await asyncio.to_thread(worker.wait_for, Speak)
         left = await _leave(asking)
         await becomes(lambda: worker.busy == 0)
-    assert time.monotonic() - left < 0.5
+    assert time.monotonic() - left < stretched(LEFT_S)
     assert [cancel.id for cancel in worker.of(Cancel)] == [worker.of(Speak)[0].id]
 
 
 @pytest.mark.parametrize("form", [{}, {"stream_format": "sse"}])
 async def test_a_client_that_leaves_a_stream_is_forgotten(worker: FakeWorker, form: dict[str, object]) -> None:
-    """A client that leaves in the middle of a stream frees its place within 500 ms."""
+    """A client that leaves in the middle of a stream frees its place at once."""
     worker.chunks = 100_000
     async with serving(worker.url) as client:
         async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm", **form}) as answer:
             await anext(answer.aiter_bytes())
         left = time.monotonic()
         await becomes(lambda: worker.busy == 0)
-    assert time.monotonic() - left < 0.5
+    assert time.monotonic() - left < stretched(LEFT_S)
 
 
 async def test_a_client_that_leaves_a_whole_body_is_forgotten(worker: FakeWorker) -> None:
@@ -236,7 +240,7 @@ async def test_a_client_that_leaves_a_whole_body_is_forgotten(worker: FakeWorker
         await asyncio.to_thread(worker.wait_for, Credit)
         left = await _leave(asking)
         await becomes(lambda: worker.busy == 0)
-    assert time.monotonic() - left < 0.5
+    assert time.monotonic() - left < stretched(LEFT_S)
 
 
 async def test_a_reader_that_stalls_gets_no_more_than_its_credit(worker: FakeWorker) -> None:
@@ -267,13 +271,13 @@ async def test_the_worker_dies_in_the_middle(worker: FakeWorker) -> None:
             with pytest.raises(httpx.RemoteProtocolError):
                 await _drain(pieces)
             refused = await client.post(SPEECH, json=body)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < stretched(1)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "worker_unavailable"
         assert int(refused.headers["retry-after"]) >= 1
         began = time.monotonic()
         assert (await client.post(SPEECH, json=body)).status_code == 503
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < stretched(0.2)
         worker.chunks = 3
         worker.restart("boot-2")
         await until(lambda: answers(client, "/ready"))

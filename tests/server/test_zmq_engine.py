@@ -27,6 +27,7 @@ from shared.protocol import (
 )
 from tests.fakes import FakeWorker, tone
 from tests.server.running import becomes
+from tests.system.service import stretched
 
 
 class Clock:
@@ -107,7 +108,7 @@ async def test_before_there_is_a_worker(tmp_path: Path) -> None:
             await engine.call(Cleanup(), client="me", timeout_s=1)
         with pytest.raises(ApiError):
             await engine.fresh_snapshot(1)
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < stretched(0.5)
 
 
 async def test_a_worker_that_comes_later_is_met(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ async def test_death_fails_everything_in_flight(client: ZmqEngineClient, worker:
     assert caught.value.code == "worker_unavailable"
     with pytest.raises(ApiError):
         await calling
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < stretched(1)
     assert client.trouble() is not None
     assert client.catalog
     worker.restart("boot-2")
