@@ -245,6 +245,6 @@ def _wait_until_free(url: str) -> None:
             claim(url).close()
         except AlreadyRunningError:
             assert time.monotonic() < deadline, "the worker is still there"
-            time.sleep(0.05)
+            time.sleep(0.05)  # between two looks at another process
         else:
             return
