@@ -41,10 +41,9 @@ def _calls(engine: QwenEngine, stages: dict[str, float], clock: Clock) -> Iterat
     generator = executor._generator
     spots: Sequence[tuple[Any, str, str]] = (
         (generator, "prefill", "prefill"),
-        (generator, "predict", "code predictor"),
-        (generator.predictor, "_choose", "of which sampling"),
+        (executor, "_predict", "code predictor"),
         (generator, "advance", "talker"),
-        (generator, "_sample", "of which sampling "),
+        (generator, "_sample", "of which sampling"),
         (parts.vocoder, "decode", "codec"),
     )
     for owner, name, stage in spots:
@@ -148,9 +147,12 @@ def launches(engine: QwenEngine, steps: int) -> float:
             torch.cuda.synchronize()
     kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     events = [event for event in profile.events() or () if event.device_type == kind]
-    # On CPU an operator that another one called is part of that one.
-    counted = [event for event in events if cuda or (event.cpu_parent is None and event.name.startswith("aten::"))]
-    return len(counted) / steps
+    return sum(cuda or (_is_operator(event) and not _is_operator(event.cpu_parent)) for event in events) / steps
+
+
+def _is_operator(event: Any) -> bool:
+    """Whether an event of the profile is one; on CPU, one that another one called is part of that one."""
+    return event is not None and event.name.startswith("aten::")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -32,7 +32,7 @@ def test_every_part_of_a_step_is_timed_and_nothing_stays_behind(engine: QwenEngi
             engine.step(())
     engine.cancel("timed")
     assert all(parts[name] > 0 for name in ("prefill", "code predictor", "talker", "codec"))
-    assert parts["of which sampling"] < parts["code predictor"]
+    assert 0 < parts["of which sampling"] < parts["talker"]
     before = dict(parts)
     engine.admit(job("untimed"))
     engine.step(())

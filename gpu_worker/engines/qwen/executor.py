@@ -1,4 +1,4 @@
-"""Who runs the model's functions: as they are (CPU), or as CUDA graphs captured at load.
+"""Who runs the model's functions: on CPU as they are or traced, on CUDA as graphs captured at load.
 
 It owns batch sizes and padding. It decides nothing about requests,
 and the arithmetic is the Generator's: one code path, two executors.
@@ -17,6 +17,7 @@ from gpu_worker.engines.qwen.graphs import Graphs, Key
 from gpu_worker.engines.qwen.prompt import Prompt
 from gpu_worker.engines.qwen.streams import Streams
 from gpu_worker.engines.qwen.talker import Rows
+from gpu_worker.engines.qwen.traces import Traces
 from gpu_worker.engines.qwen.transfers import on_device
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -71,11 +72,16 @@ def slots_needed(slots: int, device: torch.device) -> int:
     return slots
 
 
-class EagerExecutor:
-    """Calls the functions as they are. A row's result does not depend on its company: see layers.BATCH_MULTIPLE."""
+class CpuExecutor:
+    """Calls the functions as they are, but traces the code predictor's, whose shapes a batch size fixes.
+
+    A row's result does not depend on its company: see layers.BATCH_MULTIPLE.
+    """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        state, predictor = generator.state, generator.predictor
+        self._traces = Traces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, entries: Sequence[Entry]) -> None:
         """See Executor. One prompt at a time at its own length: nothing is padded."""
@@ -88,19 +94,24 @@ class EagerExecutor:
     def frame(self, rows: Rows, *, wide: bool) -> None:
         """See Executor."""
         used = max(slot for slot, _ in rows) + 1
-        self._generator.predict(used)
+        self._predict(used)
         self._generator.advance(used, rows, reach=0, wide=wide)
 
     def prepare(self) -> None:
-        """See Executor."""
+        """See Executor. More requests at once are traced when so many speak for the first time."""
+        self._predict(1)
 
     def release(self) -> None:
         """See Executor."""
+        self._traces.clear()
         self._generator.predictor.forget()
 
     def memory(self) -> dict[str, int]:
         """See Executor. Scratch memory of a few frames is not counted."""
         return {}
+
+    def _predict(self, used: int) -> None:
+        self._traces.run(used, functools.partial(self._generator.predict, used))
 
 
 class GraphExecutor:

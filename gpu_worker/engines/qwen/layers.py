@@ -48,13 +48,14 @@ class Linear(Weights):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self.packed else weight  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
+        self.rows = weight.shape[0]
         self.bias = bias
         self._transposed = None if self.packed else self.weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """X: [rows, in] -> [rows, out]."""
         if self._transposed is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # noqa: SLF001 -- as above
+            return self._add_packed(x.new_zeros(x.shape[0], self.rows), x)
         if self.bias is None:
             return torch.mm(x, self._transposed)  # what functional.linear comes to, with a third of its calls
         return torch.addmm(self.bias, x, self._transposed)
@@ -66,9 +67,15 @@ class Linear(Weights):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """The sum of y and x Wᵀ, without bias. Only in float32 may the product include it: that rounds once less."""
-        if self._transposed is None or x.dtype != torch.float32:
+        if x.dtype != torch.float32:
             return y + self(x)
+        if self._transposed is None:
+            return self._add_packed(y, x)
         return torch.addmm(y, x, self._transposed)
+
+    def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
+        """The form of oneDNN's product that can be traced (see traces.py): it adds, at no cost."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
 
 
 def pad_rows(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.config import ModelConfig, TalkerShape
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
-from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, Executor, GraphExecutor, slots_needed
+from gpu_worker.engines.qwen.executor import BATCHES, CpuExecutor, Executor, GraphExecutor, slots_needed
 from gpu_worker.engines.qwen.generation import TEXTS, Generator
 from gpu_worker.engines.qwen.official import load_official
 from gpu_worker.engines.qwen.planner import Planner
@@ -112,7 +112,7 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     speaker = None
     if config.tts_model_type == "base":
         speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
-    executor: Executor = EagerExecutor(generator)
+    executor: Executor = CpuExecutor(generator)
     if device.type == "cuda":
         executor = GraphExecutor(generator, slots, options.positions, options.streams)
     encode = _reference_encoder(directory, codec, speaker, options)

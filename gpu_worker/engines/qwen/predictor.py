@@ -5,7 +5,8 @@ as one function it is one CUDA graph a batch size.
 Nothing survives a frame, so its key/value cache is scratch memory.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ class FrameCache:
         self.first_rope = rope.span(0, 2, rows)
         self.bytes = sum(tensor.nbytes for tensor in (*caches, entry, *self.first_rope))
         self.position = 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All scratch memory, as it is written and read."""
+        yield from (*self.entries, self.input, *self.projected, *self.first_rope)
+        for views in itertools.chain(self._first, *self._new, *self._seen):
+            yield from views
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend: position 0 brings 2 tokens a row, the others 1."""
@@ -140,6 +147,11 @@ class Predictor(Weights):
                 torch.index_select(self.entries[group - 1], 0, code, out=entry)
                 x = self.stack.resume(cache.input, cache.projected, self._turns[group + 1], cache)
         return torch.stack(codes, 1)
+
+    def scratch(self) -> Iterator[Tensor]:
+        """What frames write into and read again."""
+        for cache in self._caches.values():
+            yield from cache.tensors()
 
     @property
     def scratch_bytes(self) -> int:

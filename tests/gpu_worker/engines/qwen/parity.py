@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.attention import Backend, attention
 from gpu_worker.engines.qwen.checkpoint import load_weights, read_config, read_generation_config
-from gpu_worker.engines.qwen.executor import EagerExecutor, Entry, Executor
+from gpu_worker.engines.qwen.executor import CpuExecutor, Entry, Executor
 from gpu_worker.engines.qwen.generation import Generator
 from gpu_worker.engines.qwen.official import load_official
 from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
@@ -189,7 +189,7 @@ def generate(ours: Ours, requests: Sequence[Request], executor: Executor | None 
     """Codes of requests that share the slots, taking the lowest free one, [frames, groups] each."""
     generator = ours.generator
     state = generator.state
-    executor = executor or EagerExecutor(generator)
+    executor = executor or CpuExecutor(generator)
     codes: list[list[Tensor]] = [[] for _ in requests]
     slots: dict[int, int] = {}
     free = list(range(8))

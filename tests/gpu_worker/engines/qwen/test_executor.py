@@ -9,7 +9,7 @@ from gpu_worker.engines.qwen import executor as executors
 from gpu_worker.engines.qwen.executor import (
     BATCHES,
     TOKENS,
-    EagerExecutor,
+    CpuExecutor,
     Entry,
     GraphExecutor,
     at_least,
@@ -94,7 +94,7 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert executor.memory() == {"graphs": 0, "workspace": 0}
     with torch.inference_mode():
         requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
-        eager = EagerExecutor(ours.generator)
+        eager = CpuExecutor(ours.generator)
         wanted = generate(ours, requests, eager)
         eager.release()
         for _ in range(2):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.executor import BATCHES, EagerExecutor, GraphExecutor
+from gpu_worker.engines.qwen.executor import BATCHES, CpuExecutor, GraphExecutor
 from gpu_worker.engines.qwen.state import Choice
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate, official
 
@@ -82,14 +82,14 @@ def test_fixed_shapes_give_the_same_codes() -> None:
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
     ]
     padded = generate(ours, requests, GraphExecutor(ours.generator, slots=8, positions=256))
-    for codes, wanted in zip(padded, generate(ours, requests, EagerExecutor(ours.generator)), strict=True):
+    for codes, wanted in zip(padded, generate(ours, requests, CpuExecutor(ours.generator)), strict=True):
         assert torch.equal(codes, wanted)
 
 
 def test_a_waiting_row_is_left_as_it_is() -> None:
     """A slot that is not active says, once it is again, what it would have said without the pause."""
     ours = Ours("custom_voice", None)
-    state, executor = ours.generator.state, EagerExecutor(ours.generator)
+    state, executor = ours.generator.state, CpuExecutor(ours.generator)
     prompt = ours.prompt(CASES[0])
     (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, choice=SAMPLED)])
     codes = generate(ours, [Request(prompt=prompt, frames=3, choice=SAMPLED)])[0]
