@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.generation import Generator
 from gpu_worker.engines.qwen.graphs import Graphs, Key
+from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.prompt import Prompt
 from gpu_worker.engines.qwen.streams import Streams
 from gpu_worker.engines.qwen.talker import Rows
@@ -75,12 +76,15 @@ def slots_needed(slots: int, device: torch.device) -> int:
 class CpuExecutor:
     """Calls the functions as they are, but traces the code predictor's, whose shapes a batch size fixes.
 
-    A row's result does not depend on its company: see layers.BATCH_MULTIPLE.
+    A row's result does not depend on its company: see layers.BATCH_MULTIPLE. So rows that nobody waits for
+    make up batches of few sizes, the larger ones those that products are padded to anyway.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         state, predictor = generator.state, generator.predictor
+        slots = len(state.frame)
+        self._batches = [n for n in range(1, slots + 1) if n in {1, 2, slots} or n % BATCH_MULTIPLE == 0]
         self._traces = Traces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, entries: Sequence[Entry]) -> None:
@@ -98,8 +102,9 @@ class CpuExecutor:
         self._generator.advance(used, rows, reach=0, wide=wide)
 
     def prepare(self) -> None:
-        """See Executor. More requests at once are traced when so many speak for the first time."""
-        self._predict(1)
+        """See Executor: 0.1 s for each batch size."""
+        for used in self._batches:
+            self._predict(used)
 
     def release(self) -> None:
         """See Executor."""
@@ -111,7 +116,8 @@ class CpuExecutor:
         return {}
 
     def _predict(self, used: int) -> None:
-        self._traces.run(used, functools.partial(self._generator.predict, used))
+        batch = at_least(used, self._batches)
+        self._traces.run(batch, functools.partial(self._generator.predict, batch))
 
 
 class GraphExecutor:

@@ -54,6 +54,29 @@ def test_prompts_of_one_length_bucket_are_read_together() -> None:
     assert calls == [(4, even, [0, 2, 4, 6]), (4, odd, [1, 3, 5, 8])]
 
 
+def test_on_cpu_the_code_predictor_is_traced_before_anybody_speaks() -> None:
+    """For every number of requests at once, so that none of their frames is late; and again after a release."""
+    ours = Ours("custom_voice", None, slots=6)
+    executor = CpuExecutor(ours.generator)
+    predict, called = ours.generator.predict, []
+
+    def seen(used: int) -> None:
+        called.append(used)
+        predict(used)
+
+    ours.generator.predict = seen
+    with torch.inference_mode():
+        for _ in range(2):
+            executor.prepare()
+            assert set(called) == {1, 2, 4, 6}
+            del called[:]
+            requests = [Request(prompt=ours.prompt(CASES[0]), join=place, frames=7) for place in range(6)]
+            first, *others = generate(ours, requests, executor)
+            assert not called
+            assert all(torch.equal(codes, first) for codes in others)
+            executor.release()
+
+
 class Replayed(Graphs):
     """Graphs without a GPU: keeps the functions that it is to record, and calls those where they would be replayed."""
 
