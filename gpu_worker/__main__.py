@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import structlog
 
+from gpu_worker.cleanup import CleanupOptions
 from gpu_worker.faults import BrokenDeviceError
 from gpu_worker.fetcher import Fetcher
 from gpu_worker.health import check
@@ -26,7 +27,7 @@ from gpu_worker.moves import MoveProgress
 from gpu_worker.registry import GPU_EXTRA, Registry
 from gpu_worker.reporter import Reporter
 from gpu_worker.requests import Request
-from gpu_worker.residency import Residency, ResidencyOptions
+from gpu_worker.residency import Residency
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.transport import Transport
 from gpu_worker.voices import VoiceStore
@@ -179,7 +180,7 @@ def build_worker(
     fetcher = Fetcher(catalog, registry, inbox.put)
     default_model = registry.default_model()
     registry.prepare()
-    options = ResidencyOptions(
+    options = CleanupOptions(
         idle_timeout_s=settings.idle_timeout_s,
         host_idle_timeout_s=settings.host_idle_timeout_s,
         cleanup_interval_s=settings.cleanup_interval_s,
@@ -187,7 +188,7 @@ def build_worker(
     )
     residency = Residency([registry.estimated(spec) for spec in catalog], options, time.monotonic, probe)
     for spec in catalog:
-        residency.looked(fetcher.look(spec.id))
+        residency.errands.looked(fetcher.look(spec.id))
     log.info("default model", model=default_model, device=probe.device().name)
     if problem := registry.problem_of(next(spec for spec in catalog if spec.id == default_model)):
         log.warning("the default model cannot speak, so the service is not ready", model=default_model, reason=problem)

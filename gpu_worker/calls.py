@@ -133,7 +133,7 @@ class CallDesk:
                 self._residency.pin(model, pinned)
                 return Reply(id=call.id, model=self._state_of(model))
             case Cleanup():
-                self._residency.start_cleanup()
+                self._residency.cleanup.start()
                 self._pending.append(_Pending(peer, call.id, "", "clean", answer))
             case FindVoice(name=name):
                 return Reply(id=call.id, voice=self._voices.find(name))
@@ -168,8 +168,8 @@ class CallDesk:
     def _outcome(self, pending: _Pending) -> Message | None:
         """The answer, once there is one."""
         if pending.goal == "clean":
-            cleaning = self._residency.cleaning
-            return None if cleaning else Reply(id=pending.call_id, cleanup=self._residency.last_cleanup)
+            cleanup = self._residency.cleanup
+            return None if cleanup.under_way else Reply(id=pending.call_id, cleanup=cleanup.last)
         if not self._residency.is_settled(pending.model):
             return None
         found = self._state_of(pending.model)

@@ -1,7 +1,7 @@
 """The threads that see to models' files: one looks at what is there, another brings what is not.
 
 A download takes minutes to hours; neither a look nor any model's move waits for one.
-When to look and what to fetch is decided elsewhere (residency.py); what came of it is told through `report`.
+When to look and what to fetch is decided elsewhere (errands.py); what came of it is told through `report`.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The books of residency: what each model holds and who needs it, and the arithmetic of whether one more fits.
+"""The books of residency: what each model holds, who needs it, which moves, and whether one more would fit.
 
 It decides nothing (see residency.py) and measures nothing (see memory.py). Owned by the synthesis thread alone.
 """
@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from gpu_worker.engines.base import Memory
-from gpu_worker.moves import Place
+from gpu_worker.moves import Move, Place
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory
 
@@ -18,9 +18,8 @@ class Account:
     """The books of one model. Times are the clock's; `used_at` is Unix seconds.
 
     `wanted_turn` numbers the models in the order in which they began to be wanted;
-    `short_since` is when this one first found no room since then, `looked` whether its files were looked at since then,
-    and `retried` whether it ran out of memory since then.
-    `remote`: its files have to be fetched before it can be loaded; `stamp` is theirs, as last seen.
+    `short_since` is when this one first found no room since then, `retried` whether it ran out of memory since then.
+    `progress` says how far it has come on its way.
     `trouble` is why it could not come the last time; where that was for lack of room, at `trouble_looked_at`.
     """
 
@@ -42,12 +41,6 @@ class Account:
         self.used_at: float | None = None
         self.offloaded_since = 0.0
         self.retried = False
-        self.looking = False
-        self.looked = False
-        self.unavailable = ""
-        self.remote = False
-        self.fetching = False
-        self.stamp: str | None = None
         self.progress = ""
         self.trouble = ""
         self.trouble_looked_at: float | None = None
@@ -84,47 +77,58 @@ class Account:
         return self.references == 0 and not self.pinned and self.asked != "load"
 
     @property
-    def detail(self) -> str:
-        """For people to read: how far it has come on its way, or why it cannot come."""
-        return self.progress or (self.unavailable if self.place == "absent" else "") or self.trouble
-
-    @property
     def offloaded_bytes(self) -> int:
         """Host RAM it will hold once offloaded, as last measured; before that, what it holds on the device."""
         return self.host_estimate if self.host_estimate is not None else self.device_bytes
+
+    def measure(self, memory: Memory, now: float) -> None:
+        """It holds `memory` where it is: what its next moves are reckoned by."""
+        self.memory = memory
+        if self.place == "resident":
+            self.measured_bytes = self.device_bytes
+        elif self.place == "offloaded":
+            self.host_estimate = self.host_bytes
+            self.offloaded_since = now
 
 
 class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     """Why a model does not fit on the device as things are.
 
-    `over_budget` and `short` are the bytes that its coming would overstep the budget and what is free by;
-    one of them is positive.
     `evictable` are the models whose leaving the device helps, `droppable` those whose leaving host RAM does,
     the least recently used first.
+    `of_host_ram`: that is the device, and it is what is short, not a budget: only dropping gives any of it back.
     `curable`: it fits once they have left. `passing`: it fits once those that are now busy are idle and have left too.
     `message` has the figures.
     """
 
-    over_budget: int
-    short: int
     evictable: list[Account]
     droppable: list[Account]
+    of_host_ram: bool
     curable: bool
     passing: bool
     message: str
 
 
 class Ledger:
-    """The accounts of all models, in the catalogue's order."""
+    """The accounts of all models, in the catalogue's order. `moving` is the move in flight."""
 
     def __init__(self, specs: Sequence[ModelSpec]) -> None:
         self._accounts = {spec.id: Account(spec) for spec in specs}
+        self.moving: Move | None = None
 
     def __getitem__(self, model: str) -> Account:
         return self._accounts[model]
 
     def __iter__(self) -> Iterator[Account]:
         return iter(self._accounts.values())
+
+    def is_moving(self, account: Account) -> bool:
+        """Whether the move in flight is the model's."""
+        return self.moving is not None and self.moving.model == account.id
+
+    def waiting(self) -> list[Account]:
+        """The wanted models, the longest waiting first."""
+        return sorted((account for account in self if account.wanted), key=lambda account: account.wanted_turn)
 
     def lru(self, place: Place) -> list[Account]:
         """The models in `place` that may be moved, the least recently used first."""
@@ -163,10 +167,9 @@ class Ledger:
         curable = over_budget <= evictable_bytes and short <= evictable_bytes + droppable_bytes
         leaving = evictable_bytes + busy_bytes
         return Shortage(
-            over_budget=over_budget,
-            short=short,
             evictable=evictable,
             droppable=droppable,
+            of_host_ram=device.kind == "cpu" and over_budget <= 0,
             curable=curable,
             passing=not curable and over_budget <= leaving and short <= leaving + droppable_bytes,
             message=self._arithmetic(account, need, device, evictable_bytes, spared),

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from gpu_worker.arrivals import Refusal
 from gpu_worker.calls import CallDesk
 from gpu_worker.engines.base import Done, Engine, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.faults import BrokenDeviceError, is_broken_device
@@ -22,7 +23,7 @@ from gpu_worker.memory import is_out_of_memory
 from gpu_worker.moves import Fetched, LoaderFailed, Looked, MoveDone, MoveFailed, MoveProgress
 from gpu_worker.reporter import Reporter
 from gpu_worker.requests import PeerSink, Request
-from gpu_worker.residency import Refusal, Residency
+from gpu_worker.residency import Residency
 from gpu_worker.scheduler import QueueFullError, Scheduler
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
 from gpu_worker.voices import VoiceStore
@@ -274,7 +275,7 @@ class Worker:
     # --- models ----------------------------------------------------------------------------------------------------
 
     def _move_models(self) -> None:
-        for errand in self._residency.errands():
+        for errand in self._residency.errands.due():
             self._fetcher.submit(errand)
         for decision in self._residency.plan():
             if isinstance(decision, Refusal):
@@ -285,7 +286,7 @@ class Worker:
 
     def _take_errand(self, report: Looked | Fetched) -> None:
         if isinstance(report, Looked):
-            self._residency.looked(report)
+            self._residency.errands.looked(report)
             return
         refusal = self._residency.fetched(report)
         if refusal is not None:
@@ -348,7 +349,7 @@ class Worker:
                 return
             log.warning("out of device memory; evicting idle models and trying again", model=request.model)
             request.tried_again = True
-            self._residency.make_room()
+            self._residency.room.make()
             self._scheduler.put_back(request)
             return
         log.error("an engine could not take a request", model=request.model, request_id=request.id, exc_info=error)
@@ -359,7 +360,7 @@ class Worker:
         engine = self._engines.get(model)
         if engine is None or self._residency.state(model) != "resident":
             return False
-        if model in self._out_of_memory or self._residency.making_room:
+        if model in self._out_of_memory or self._residency.room.making:
             return False  # it would take what is being given back
         return len(self._running) < self._max_concurrency and engine.capacity() > 0
 
@@ -409,7 +410,7 @@ class Worker:
             if model not in self._out_of_memory:
                 log.warning("out of device memory; evicting idle models and trying again", model=model)
                 self._out_of_memory.add(model)
-                self._residency.make_room()
+                self._residency.room.make()
                 return
             youngest = max(requests, key=lambda request: request.admitted or 0.0)
             log.warning("out of device memory; one request has to go", model=model, request_id=youngest.id)
@@ -503,7 +504,7 @@ class Worker:
 
     def _runnable(self, stalled: set[str]) -> list[str]:
         """The models whose engine would do work now; one that ran out of memory waits until there is room."""
-        waiting = self._out_of_memory if self._residency.making_room else ()
+        waiting = self._out_of_memory if self._residency.room.making else ()
         return [model for model, engine in self._engines.items() if model not in waiting and engine.runnable(stalled)]
 
     def _slots(self) -> int:
@@ -519,7 +520,7 @@ class Worker:
             slots=self._slots(),
             models=self._residency.models(),
             host=self._residency.host(),
-            cleanup=self._residency.last_cleanup,
+            cleanup=self._residency.cleanup.last,
             voices=self._voices.list(),
             requests=self._open.values(),
             preloading=self._residency.preloading,

@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 
+from gpu_worker.cleanup import CleanupOptions
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Usage
 from gpu_worker.fetcher import Fetcher
 from gpu_worker.loader import Loader
 from gpu_worker.moves import Fetch, Fetched, Look, Looked, Place
 from gpu_worker.reporter import Reporter
 from gpu_worker.requests import Request
-from gpu_worker.residency import Residency, ResidencyOptions
+from gpu_worker.residency import Residency
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.transport import Incoming
 from gpu_worker.voices import VoiceStore
@@ -202,7 +203,7 @@ class WorkerBench:
         self.inbox.bench = self
         options.setdefault("cleanup_enabled", False)
         self.residency = Residency(
-            self.specs, ResidencyOptions(**options), self.clock, self.device, wall=lambda: WALL + self.clock.now
+            self.specs, CleanupOptions(**options), self.clock, self.device, wall=lambda: WALL + self.clock.now
         )
         self.loader = Loader(self.specs, self._open, self.device, self.inbox.put)
         self.fetcher = _Fetcher(self.specs, self.files, self.inbox.put)

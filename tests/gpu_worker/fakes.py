@@ -6,9 +6,11 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from gpu_worker.arrivals import Refusal
+from gpu_worker.cleanup import CleanupOptions
 from gpu_worker.engines.base import Event, Job, JobError, Memory
 from gpu_worker.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
-from gpu_worker.residency import Refusal, Residency, ResidencyOptions
+from gpu_worker.residency import Residency
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, ModelState
 
@@ -259,7 +261,7 @@ class Bench:
         self.clock = FakeClock()
         self.residency = Residency(
             [a_spec(model, size) for model, size in sizes.items()],
-            ResidencyOptions(**options),
+            CleanupOptions(**options),
             self.clock,
             self.device,
             wall=lambda: WALL + self.clock.now,
@@ -274,13 +276,13 @@ class Bench:
 
     def see_to_files(self) -> None:
         """Do the errands: the looks have ended, and the fetches have begun."""
-        while errands := self.residency.errands():
+        while errands := self.residency.errands.due():
             for errand in errands:
                 match errand:
                     case Look(model):
                         self.looks += 1
                         self.found[model] = self._seen(model)
-                        self.residency.looked(self.found[model])
+                        self.residency.errands.looked(self.found[model])
                     case Fetch(model):
                         self.fetching.append(model)
 

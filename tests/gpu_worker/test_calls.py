@@ -8,7 +8,7 @@ import pytest
 
 from gpu_worker.calls import DESIGN_MAX_FRAMES, DESIGN_TEXT
 from gpu_worker.engines.base import JobError
-from gpu_worker.residency import LOOK_S
+from gpu_worker.errands import LOOK_S
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import (

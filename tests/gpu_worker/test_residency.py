@@ -2,9 +2,11 @@
 
 import pytest
 
+from gpu_worker.arrivals import BUSY_RETRY_S, FULL_RETRY_S, ROOM_WAIT_S, Refusal
 from gpu_worker.engines.base import JobError
+from gpu_worker.errands import LOOK_S
 from gpu_worker.moves import Move
-from gpu_worker.residency import BUSY_RETRY_S, FULL_RETRY_S, LOOK_S, ROOM_WAIT_S, ModelBusyError, Refusal
+from gpu_worker.residency import ModelBusyError
 from tests.gpu_worker.fakes import WALL, Bench, FakeDevice, done, failed
 
 
@@ -584,7 +586,7 @@ class TestIdle:
         bench.clock.advance(1_000_000)
         bench.settle()
         assert bench.states() == {"a": "resident"}
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         bench.settle()
         assert bench.states() == {"a": "offloaded"}
 
@@ -655,7 +657,7 @@ class TestIdle:
         bench.residency.pin("a", True)
         bench.clock.advance(1_000)
         bench.settle()
-        assert not bench.residency.make_room()
+        assert not bench.residency.room.make()
         bench.residency.acquire("b")
         (refusal,) = bench.settle()
         assert "a 0 MiB (pinned)" in refusal.message
@@ -740,10 +742,10 @@ class TestCleanup:
         bench = Bench({"a": 100, "b": 70, "c": 30}, idle_timeout_s=10)
         bench.use("a", "b")
         bench.clock.advance(9)
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         bench.settle()
-        assert not bench.residency.cleaning
-        result = bench.residency.last_cleanup
+        assert not bench.residency.cleanup.under_way
+        result = bench.residency.cleanup.last
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (170, 70)
         assert (result.models_checked, result.models_unloaded) == (["a", "b"], ["a"])
@@ -754,15 +756,15 @@ class TestCleanup:
         bench = Bench({"a": 100}, idle_timeout_s=1)
         bench.use("a")
         bench.clock.advance(1)
-        bench.residency.start_cleanup()
-        assert bench.residency.cleaning
+        bench.residency.cleanup.start()
+        assert bench.residency.cleanup.under_way
         move = bench.next_move()
-        assert bench.residency.cleaning
-        assert bench.residency.last_cleanup is None
+        assert bench.residency.cleanup.under_way
+        assert bench.residency.cleanup.last is None
         bench.finish(move)
         assert bench.plan() == []
-        assert not bench.residency.cleaning
-        assert bench.residency.last_cleanup is not None
+        assert not bench.residency.cleanup.under_way
+        assert bench.residency.cleanup.last is not None
 
     def test_is_not_muddled_with_a_load(self) -> None:
         """A pass asked for during a load begins behind it: its figures are its own."""
@@ -771,19 +773,19 @@ class TestCleanup:
         bench.clock.advance(1)
         bench.residency.acquire("b")
         move = bench.next_move()
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         bench.finish(move)
         bench.settle()
-        result = bench.residency.last_cleanup
+        result = bench.residency.cleanup.last
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (150, 50)
 
     def test_with_nothing_to_do(self) -> None:
         """A pass that finds nothing ends at once and says so."""
         bench = Bench({"a": 100})
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         assert bench.plan() == []
-        result = bench.residency.last_cleanup
+        result = bench.residency.cleanup.last
         assert result is not None
         assert result.models_checked == []
 
@@ -792,12 +794,12 @@ class TestCleanup:
         bench = Bench({"a": 100, "b": 70, "c": 30}, idle_timeout_s=10)
         bench.use("a", "b", "c")
         bench.clock.advance(9)
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         move = bench.next_move()
         bench.residency.ask_unload("c")
         bench.finish(move)
         bench.settle()
-        result = bench.residency.last_cleanup
+        result = bench.residency.cleanup.last
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (200, 30)
         assert (result.models_unloaded, result.models_dropped) == (["a", "b"], [])
@@ -810,9 +812,9 @@ class TestCleanup:
         bench.settle()
         bench.use("b")
         bench.clock.advance(40)
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         bench.settle()
-        result = bench.residency.last_cleanup
+        result = bench.residency.cleanup.last
         assert result is not None
         assert (result.models_unloaded, result.models_dropped) == (["a", "b"], ["a"])
 
@@ -824,7 +826,7 @@ class TestCleanup:
         bench.clock.advance(10)
         bench.settle()
         assert bench.device.reclaimed == 0
-        bench.residency.start_cleanup()
+        bench.residency.cleanup.start()
         bench.settle()
         assert bench.device.reclaimed == 1
         bench.residency.release("a", None)
@@ -838,7 +840,7 @@ class TestCleanup:
         bench.use("a", "b")
         bench.clock.advance(100)
         bench.settle()
-        result = bench.residency.last_cleanup
+        result = bench.residency.cleanup.last
         assert result is not None
         assert result.models_unloaded == ["a", "b"]
         assert bench.states() == {"a": "absent", "b": "offloaded"}
@@ -955,13 +957,13 @@ class TestTrouble:
         bench.use("b", "a", "c")
         bench.residency.acquire("d")
         bench.settle()
-        assert bench.residency.make_room()
-        assert bench.residency.making_room
+        assert bench.residency.room.make()
+        assert bench.residency.room.making
         bench.settle()
-        assert not bench.residency.making_room
+        assert not bench.residency.room.making
         assert bench.moves[-3:] == [("offload", "b"), ("offload", "a"), ("offload", "c")]
         assert bench.states()["d"] == "resident"
-        assert not bench.residency.make_room()
+        assert not bench.residency.room.make()
 
     def test_make_room_during_a_load(self) -> None:
         """Nobody is to wait for a load that is in flight; what is idle leaves behind it."""
@@ -971,10 +973,10 @@ class TestTrouble:
         bench.settle()
         bench.residency.acquire("b")
         move = bench.next_move()
-        assert bench.residency.make_room()
-        assert not bench.residency.making_room
+        assert bench.residency.room.make()
+        assert not bench.residency.room.making
         bench.finish(move)
-        assert bench.residency.making_room
+        assert bench.residency.room.making
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "resident", "c": "resident"}
 
@@ -999,7 +1001,7 @@ class TestTrouble:
         """A model that gets a request before its turn to leave came stays."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("a", "b")
-        bench.residency.make_room()
+        bench.residency.room.make()
         move = bench.next_move()
         bench.residency.acquire("b")
         bench.finish(move)

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gpu_worker.arrivals import ROOM_LOOK_S, ROOM_WAIT_S, Refusal
 from gpu_worker.engines.base import JobError
 from gpu_worker.moves import ARRIVES, Move, Place
-from gpu_worker.residency import ROOM_LOOK_S, ROOM_WAIT_S, ModelBusyError, Refusal
+from gpu_worker.residency import ModelBusyError
 from tests.gpu_worker.fakes import WALL, Bench, FakeDevice, done, failed
 
 SIZES = {"a": 100, "b": 70, "c": 40, "d": 0}
@@ -149,12 +150,12 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule()
     def cleanup(self) -> None:
         """Somebody asks for a pass."""
-        self.residency.start_cleanup()
+        self.residency.cleanup.start()
 
     @rule()
     def out_of_memory(self) -> None:
         """A step ran out of memory."""
-        assert self.residency.make_room() or not self._evictable()
+        assert self.residency.room.make() or not self._evictable()
         self.room |= self._evictable()
 
     @precondition(lambda self: self.moving is None)
@@ -322,8 +323,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert set(self.place.values()) == {"absent"}
         assert self.device.device().ours_bytes == 0
         assert self.residency.preloading == []
-        assert not self.residency.cleaning
-        assert not self.residency.making_room
+        assert not self.residency.cleanup.under_way
+        assert not self.residency.room.making
 
     # --- what must have happened ---
 
@@ -472,7 +473,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def _settle(self, failing: Collection[int] = (), *, out_of_memory: bool = False) -> None:
         """Carry everything out that is to be done but downloads: it comes to rest in a bounded number of moves."""
         now = self.bench.clock.now
-        before = self.residency.last_cleanup
+        before = self.residency.cleanup.last
         # A pass that is under way already has looked at some models before they were as they are now.
         leavable = {model for model in SIZES if self._may_leave(model) and self.moving is None}
         works, rest = True, 0
@@ -485,7 +486,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 break
         assert rest == 2, "it does not come to rest"
         self._check_rest()
-        last = self.residency.last_cleanup
+        last = self.residency.cleanup.last
         if last is not None:
             self.last_pass = max(
                 self.last_pass, round(last.timestamp - WALL, 3)
@@ -496,8 +497,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.room.clear()
 
     def _plan(self) -> None:
-        self.was_cleaning = self.residency.cleaning
-        self.was_making_room = self.residency.making_room
+        self.was_cleaning = self.residency.cleanup.under_way
+        self.was_making_room = self.residency.room.making
         self.was_preloading = self.residency.preloading
         self.decided = self.bench.plan()
         moves = [decision for decision in self.decided if isinstance(decision, Move)]
