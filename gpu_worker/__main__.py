@@ -30,6 +30,8 @@ from gpu_worker.requests import Request
 from gpu_worker.residency import Residency
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.transport import Transport
+from gpu_worker.voice_files import VoiceFiles
+from gpu_worker.voice_writer import VoiceWriter
 from gpu_worker.voices import VoiceStore
 from gpu_worker.worker import Drain, Wake, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
@@ -48,6 +50,9 @@ DEFAULT_CONCURRENCY: Final = 64
 
 _LOADER_GRACE_S: Final = 10.0
 """How long the end waits for a load in flight."""
+
+_WRITER_GRACE_S: Final = 3.0
+"""How long the end waits for a voice that is being written, where the drain was not long enough for it."""
 
 _PARENT_POLL_S: Final = 0.5
 _PARENT_GRACE_S: Final = 2.0
@@ -137,10 +142,11 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
         # Building imports torch where a model needs it, which takes seconds: the end may come before they are over.
         _obey_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
-        worker, loader, fetcher = build_worker(settings, transport, inbox, restarts=restarts)
+        worker, loader, fetcher, writer = build_worker(settings, transport, inbox, restarts=restarts)
         transport.start()
         loader.start()
         fetcher.start()
+        writer.start()
         log.info("ready to be asked", pid=os.getpid())
         try:
             worker.run()
@@ -149,6 +155,7 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
             return EXIT_BROKEN_DEVICE
         finally:
             transport.stop()
+            writer.close(timeout_s=_WRITER_GRACE_S)
         loader.close(timeout_s=_LOADER_GRACE_S)
         log.info("drained")
     return 0
@@ -156,8 +163,8 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
 
 def build_worker(
     settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]", *, restarts: int
-) -> tuple[Worker, Loader, Fetcher]:
-    """The only place where the worker's parts are wired together; the caller starts the loader and the fetcher."""
+) -> tuple[Worker, Loader, Fetcher, VoiceWriter]:
+    """The only place where the worker's parts are wired together; the caller starts those that have a thread."""
     catalog = load_catalog()
     device = settings.default_device
     if device == "auto":
@@ -178,6 +185,8 @@ def build_worker(
     )
     loader = Loader(catalog, registry.open, probe, inbox.put)
     fetcher = Fetcher(catalog, registry, inbox.put)
+    voice_files = VoiceFiles(settings.voices_dir)
+    writer = VoiceWriter(voice_files, inbox.put)
     default_model = registry.default_model()
     registry.prepare()
     options = CleanupOptions(
@@ -200,7 +209,8 @@ def build_worker(
         residency=residency,
         loader=loader,
         fetcher=fetcher,
-        voices=VoiceStore(settings.voices_dir, settings.max_voices, reserved=_reserved_voices(catalog)),
+        voices=VoiceStore(voice_files, settings.max_voices, reserved=_reserved_voices(catalog)),
+        writer=writer,
         reporter=Reporter(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,
@@ -215,7 +225,7 @@ def build_worker(
         clock=time.monotonic,
         preload=registry.preloaded(default_model),
     )
-    return worker, loader, fetcher
+    return worker, loader, fetcher, writer
 
 
 def _room(device: DeviceMemory) -> int:

@@ -1,6 +1,7 @@
 """The calls: what a web worker can ask for besides speech, answered at once or when what was begun has ended.
 
-Owned by the synthesis thread; it moves no model and speaks no word itself, but asks `residency` and submits requests.
+Owned by the synthesis thread; it moves no model, speaks no word and writes no voice itself,
+but asks `residency`, submits requests and hands `voice_writer` what is to be written.
 """
 
 import uuid
@@ -13,6 +14,7 @@ import structlog
 from gpu_worker.engines.base import Job, JobError, Sampling
 from gpu_worker.requests import CollectingSink, Request, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
+from gpu_worker.voice_writer import VoiceWrite, VoiceWriter, VoiceWritten
 from gpu_worker.voices import VoiceStore
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -45,12 +47,12 @@ Answer = Callable[[Message], None]
 
 
 class _Pending(msgspec.Struct):
-    """A call that waits until `model` is where it is to be; with "" for a model, until the cleanup pass has ended."""
+    """A call that waits until `model` is where it is to be; with "" for a model, until its pass or write has ended."""
 
     peer: bytes
     call_id: str
     model: str
-    goal: Literal["resident", "absent", "clean"]
+    goal: Literal["resident", "absent", "clean"] | VoiceWrite
     answer: Answer
 
 
@@ -63,6 +65,7 @@ class CallDesk:
         specs: Mapping[str, ModelSpec],
         residency: Residency,
         voices: VoiceStore,
+        writer: VoiceWriter,
         submit: Callable[[Request], None],
         require: Callable[[str], ModelSpec],
         clock: Callable[[], float],
@@ -70,6 +73,7 @@ class CallDesk:
         self._specs = specs
         self._residency = residency
         self._voices = voices
+        self._writer = writer
         self._submit = submit
         self._require = require
         self._clock = clock
@@ -107,8 +111,25 @@ class CallDesk:
     def end(self, error: JobError) -> None:
         """Nothing is going to happen any more: every call that waits fails."""
         for pending in self._pending:
-            pending.answer(failed_message(pending.call_id, error))
+            failed = failed_message(pending.call_id, error)
+            if isinstance(pending.goal, VoiceWrite):  # whose end nobody will hear of
+                message = f"{error.message}; the voice may be {pending.goal.done} all the same"
+                failed = msgspec.structs.replace(failed, message=message)
+            pending.answer(failed)
         self._pending.clear()
+
+    def voice_written(self, report: VoiceWritten) -> None:
+        """The write is on the disk or has failed: take note of it, and answer who still waits for it."""
+        pending = next((pending for pending in self._pending if pending.goal is report.write), None)
+        call_id = pending.call_id if pending is not None else ""
+        outcome: Message
+        try:
+            outcome = Reply(id=call_id, voice=self._voices.written(report))
+        except JobError as error:
+            outcome = failed_message(call_id, error)
+        if pending is not None:
+            self._pending.remove(pending)
+            pending.answer(outcome)
 
     def model_refused(self, model: str, error: JobError) -> None:
         """The model could not be brought to the device: calls that wait for it fail with the reason."""
@@ -138,15 +159,20 @@ class CallDesk:
             case FindVoice(name=name):
                 return Reply(id=call.id, voice=self._voices.find(name))
             case CloneVoice(name=name, text=text, description=description, consent=consent):
-                voice = self._voices.create(
+                write = self._voices.create(
                     name=name, kind="clone", pcm=payload or b"", text=text, description=description, consent=consent
                 )
-                return Reply(id=call.id, voice=voice)
+                self._write(peer, call.id, write, answer)
             case DesignVoice():
                 self._design(peer, call, call.action, answer)
             case DeleteVoice(id=voice_id):
-                return Reply(id=call.id, voice=self._voices.delete(voice_id))
+                self._write(peer, call.id, self._voices.delete(voice_id), answer)
         return None
+
+    def _write(self, peer: bytes, call_id: str, write: VoiceWrite, answer: Answer) -> None:
+        """Have it written, and the call answered when it has been."""
+        self._pending.append(_Pending(peer, call_id, "", write, answer))
+        self._writer.submit(write)
 
     def _unload(self, model: str) -> None:
         self._known(model)
@@ -170,7 +196,7 @@ class CallDesk:
         if pending.goal == "clean":
             cleanup = self._residency.cleanup
             return None if cleanup.under_way else Reply(id=pending.call_id, cleanup=cleanup.last)
-        if not self._residency.is_settled(pending.model):
+        if isinstance(pending.goal, VoiceWrite) or not self._residency.is_settled(pending.model):
             return None
         found = self._state_of(pending.model)
         # An absent model whose weights are not there is called unavailable.
@@ -195,7 +221,7 @@ class CallDesk:
             try:
                 if isinstance(result, JobError):
                     raise result
-                voice = self._voices.create(
+                write = self._voices.create(
                     name=action.name,
                     kind="design",
                     pcm=result,
@@ -205,7 +231,7 @@ class CallDesk:
             except JobError as error:
                 answer(failed_message(call.id, error))
             else:
-                answer(Reply(id=call.id, voice=voice))
+                self._write(peer, call.id, write, answer)
 
         self._submit(
             Request(

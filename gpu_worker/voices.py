@@ -1,30 +1,25 @@
-"""Saved voices on disk: recordings that speech can be cloned from. This process is their only owner.
+"""The book of saved voices: which there are, which are being written, and what they may be called.
 
-A voice is two files named by its id: `<id>.safetensors` (the recording) and `<id>.json` (all that is said of it).
-The JSON is written last and deleted first, so a voice is whole or not there.
-No part of a path ever comes from a client.
+Owned by the synthesis thread. It writes nothing itself: it says what is to be written (see `voice_writer`),
+and a voice is there, or gone, from when it is told how that went. Only `load` reads the disk (see `voice_files`).
 """
 
-import contextlib
 import logging
-import os
 import secrets
 import time
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
 from typing import Final, Literal
 
-import msgspec
-import numpy as np
 import safetensors
-import safetensors.numpy
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.recordings import check_recording, check_transcript
+from gpu_worker.voice_files import ID_PREFIX, VoiceFiles, VoiceRecord
+from gpu_worker.voice_writer import VoiceWrite, VoiceWritten
 from shared.names import JOINERS, is_printable
-from shared.pcm import SAMPLE_RATE, samples_of
+from shared.pcm import samples_of
 from shared.protocol import SavedVoice
 
 MAX_NAME_CHARS: Final = 64
@@ -33,62 +28,49 @@ MAX_NAME_CHARS: Final = 64
 RECENT: Final = 4
 """Recordings kept at hand, of 3 MB at most: reading one from the disk takes 2.5 ms, in which nobody is served."""
 
-_ID: Final = "voice_"
-_TENSOR: Final = "pcm"
-_PART: Final = ".part"
+MOST_SAVING: Final = 8
+"""Recordings that wait for the disk at once, of 3 MB at most: one that hangs must not fill the memory."""
+
+_RETRY_AFTER_S: Final = 5.0
 
 _log = logging.getLogger(__name__)
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON beside a recording; `samples` at 24 kHz, `created_at` in Unix seconds."""
-
-    id: str
-    name: str
-    kind: Literal["clone", "design"]
-    created_at: int
-    samples: int
-    text: str | None = None
-    description: str = ""
-    consent: str = ""
-
-    def public(self) -> SavedVoice:
-        return SavedVoice(
-            id=self.id,
-            name=self.name,
-            kind=self.kind,
-            created_at=self.created_at,
-            seconds=self.samples / SAMPLE_RATE,
-            in_context=self.text is not None,
-            description=self.description,
-        )
-
-
 class VoiceStore:
-    """The voices in `directory`, at most `max_voices` of them; for one thread.
+    """The voices of `files`, at most `max_voices` of them.
 
     `reserved` are names that mean something else already (preset voices, OpenAI's names).
-    A voice that cannot be read is left where it is, logged and not listed.
     `wall` gives Unix seconds.
     """
 
     def __init__(
         self,
-        directory: Path,
+        files: VoiceFiles,
         max_voices: int,
         reserved: Collection[str] = (),
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._directory = directory
+        self._files = files
         self._max_voices = max_voices
         self._reserved = {_folded(name) for name in reserved}
         self._wall = wall
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, VoiceRecord] = {}
+        self._saving: dict[str, VoiceRecord] = {}
+        self._deleting: list[str] = []  # twice where two asked
         self._recent: OrderedDict[str, Reference] = OrderedDict()
-        self._read_all()
+        for record in files.records():
+            if self.find(record.name) is not None:
+                _log.warning("the saved voice %s is left out: another is called %r", record.id, record.name)
+                continue
+            self._records[record.id] = record
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def writing(self) -> bool:
+        """Whether anything is being written, or waits to be."""
+        return bool(self._saving or self._deleting)
 
     def list(self) -> list[SavedVoice]:
         """Every voice, the oldest first."""
@@ -96,11 +78,8 @@ class VoiceStore:
 
     def find(self, name: str) -> SavedVoice | None:
         """The voice of that id or name, case aside."""
-        wanted = _folded(name)
-        for record in self._records.values():
-            if wanted in (_folded(record.id), _folded(record.name)):
-                return record.public()
-        return None
+        record = _called(name, self._records.values())
+        return None if record is None else record.public()
 
     def create(
         self,
@@ -111,13 +90,12 @@ class VoiceStore:
         text: str | None = None,
         description: str = "",
         consent: str = "",
-    ) -> SavedVoice:
-        """Keep `pcm` (24 kHz mono int16 little-endian) as a voice; it is on the disk when this returns.
+    ) -> VoiceWrite:
+        """What is to be written to keep `pcm` (24 kHz mono int16 little-endian) as a voice; its name is taken now.
 
         With `text`, its transcript, it will be cloned in context, else from its speaker embedding alone.
-        JobError: `invalid_value` where the name will not do or there are too many voices,
-        `invalid_audio` where no voice can be cloned from the recording, `synthesis_failed` where the disk
-        did not take it, or what was designed will not do.
+        JobError: as `check_new`, `invalid_audio` or `invalid_value` where no voice can be cloned from the recording
+        or nobody can have said `text` in it, `synthesis_failed` where that was designed.
         """
         name = self.check_new(name)
         try:
@@ -128,9 +106,8 @@ class VoiceStore:
                 raise
             message = f"the model made no voice of this description ({error.message}); try again"
             raise JobError("synthesis_failed", message) from error
-        voice_id = f"{_ID}{secrets.token_hex(12)}"
-        record = _Record(
-            id=voice_id,
+        record = VoiceRecord(
+            id=f"{ID_PREFIX}{secrets.token_hex(12)}",
             name=name,
             kind=kind,
             created_at=int(self._wall()),
@@ -139,48 +116,56 @@ class VoiceStore:
             description=description,
             consent=consent,
         )
-        recording = safetensors.numpy.save({_TENSOR: np.frombuffer(pcm, dtype="<i2")})
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            _write(self._recording(voice_id), recording)
-            _write(self._description(voice_id), msgspec.json.format(msgspec.json.encode(record)))
-        except OSError as error:
-            _log.exception("the voice %s could not be written", voice_id)
-            self._remove(voice_id)
-            raise JobError("synthesis_failed", f"the voice could not be saved: {error.strerror}") from error
-        self._records[voice_id] = record
-        return record.public()
+        self._saving[record.id] = record
+        return VoiceWrite(kind="save", record=record, pcm=pcm)
 
     def check_new(self, name: str) -> str:
-        """`name` as it would be kept, before anything is made for it; JobError `invalid_value` says why not."""
+        """`name` as it would be kept, before anything is made for it.
+
+        JobError: `invalid_value` where the name will not do or there are too many voices, `queue_full` where
+        too many wait for the disk.
+        """
         name = unicodedata.normalize("NFC", name).strip()
+        count = len(self._records) + len(self._saving)
         if len(name) > MAX_NAME_CHARS or not is_printable(name):
             problem = f"a voice's name has 1 to {MAX_NAME_CHARS} printable characters"
         elif _folded(name) in self._reserved:
             problem = f"{name!r} is the name of a preset voice"
-        elif self.find(name) is not None:
+        elif _called(name, [*self._records.values(), *self._saving.values()]) is not None:
             problem = f"there is a saved voice {name!r} already"
-        elif len(self._records) >= self._max_voices:
-            problem = f"there are {len(self._records)} saved voices already and no more may be kept; delete one first"
+        elif count >= self._max_voices:
+            problem = f"there are {count} saved voices already and no more may be kept; delete one first"
+        elif len(self._saving) >= MOST_SAVING:
+            message = f"{len(self._saving)} voices wait for the disk already"
+            raise JobError("queue_full", message, retry_after_s=_RETRY_AFTER_S)
         else:
             return name
         raise JobError("invalid_value", problem, param="name")
 
-    def delete(self, voice_id: str) -> SavedVoice:
-        """Forget the voice of that id, and say what it was.
-
-        JobError: `voice_not_found`, `synthesis_failed` where the disk kept it.
-        """
+    def delete(self, voice_id: str) -> VoiceWrite:
+        """What is to be written to forget the voice of that id; JobError `voice_not_found`."""
         record = self._record(voice_id)
-        try:
-            self._description(voice_id).unlink(missing_ok=True)
-            _sync(self._directory)
-        except OSError as error:
-            _log.exception("the voice %s could not be deleted", voice_id)
-            raise JobError("synthesis_failed", f"the voice could not be deleted: {error.strerror}") from error
-        del self._records[voice_id]
-        self._recent.pop(voice_id, None)
-        self._remove(voice_id)
+        self._deleting.append(voice_id)
+        return VoiceWrite(kind="delete", record=record)
+
+    def written(self, report: VoiceWritten) -> SavedVoice:
+        """Take note of how a write went: the voice that is there now, or gone.
+
+        JobError: the report's, or `voice_not_found` where another had deleted it before.
+        """
+        record = report.write.record
+        if report.write.kind == "save":
+            del self._saving[record.id]
+            if report.error is not None:
+                raise report.error
+            self._records[record.id] = record
+        else:
+            self._deleting.remove(record.id)
+            if report.error is not None:
+                raise report.error
+            self._record(record.id)
+            del self._records[record.id]
+            self._recent.pop(record.id, None)
         return record.public()
 
     def load(self, voice_id: str) -> Reference:
@@ -194,8 +179,10 @@ class VoiceStore:
             self._recent.move_to_end(voice_id)
             return self._recent[voice_id]
         try:
-            pcm = safetensors.numpy.load_file(self._recording(voice_id))[_TENSOR].astype("<i2").tobytes()
+            pcm = self._files.recording(voice_id)
         except (OSError, KeyError, safetensors.SafetensorError) as error:
+            if voice_id in self._deleting:
+                raise _not_found(voice_id) from error
             _log.exception("the recording of the voice %s cannot be read", voice_id)
             message = f"the recording of the voice {record.name!r} is damaged; delete it and save it again"
             raise JobError("voice_not_found", message, param="voice") from error
@@ -205,83 +192,22 @@ class VoiceStore:
             self._recent.popitem(last=False)
         return reference
 
-    def _record(self, voice_id: str) -> _Record:
+    def _record(self, voice_id: str) -> VoiceRecord:
         record = self._records.get(voice_id)
         if record is None:
-            raise JobError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
+            raise _not_found(voice_id)
         return record
 
-    def _read_all(self) -> None:
-        records = []
-        for path in sorted(self._directory.glob("*.json")):
-            try:
-                records.append(self._read(path))
-            except (OSError, ValueError, safetensors.SafetensorError) as error:
-                _log.warning("the saved voice %s is left out: %s", path.stem, error)
-        orphans = [
-            path for path in self._directory.glob(f"{_ID}*.safetensors") if not path.with_suffix(".json").exists()
-        ]
-        for path in [*self._directory.glob(f"*{_PART}"), *orphans]:
-            # What a process that died was writing, and nobody was told of, or was deleting.
-            with contextlib.suppress(OSError):
-                path.unlink()
-        records.sort(key=lambda record: record.created_at)
-        for record in records:
-            if self.find(record.name) is not None:
-                _log.warning("the saved voice %s is left out: another is called %r", record.id, record.name)
-                continue
-            self._records[record.id] = record
 
-    def _read(self, path: Path) -> _Record:
-        """The record in `path`, its recording looked at but not read; ValueError where they do not fit."""
-        record = msgspec.json.decode(path.read_bytes(), type=_Record)
-        if record.id != path.stem:
-            raise ValueError(f"it says that it is {record.id!r}")
-        with safetensors.safe_open(self._recording(record.id), framework="numpy") as file:
-            if list(file.keys()) != [_TENSOR]:
-                raise ValueError(f"its recording holds {list(file.keys())}")
-            recording = file.get_slice(_TENSOR)
-            if recording.get_dtype() != "I16" or recording.get_shape() != [record.samples]:
-                raise ValueError(f"its recording is {recording.get_dtype()} {recording.get_shape()}")
-        return record
+def _not_found(voice_id: str) -> JobError:
+    return JobError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
 
-    def _remove(self, voice_id: str) -> None:
-        """Take away what there is of a voice's files; what cannot be, the next start leaves out or takes away."""
-        for path in (self._description(voice_id), self._recording(voice_id)):
-            for found in (path, _part_of(path)):
-                with contextlib.suppress(OSError):
-                    found.unlink()
 
-    def _recording(self, voice_id: str) -> Path:
-        return self._directory / f"{voice_id}.safetensors"
-
-    def _description(self, voice_id: str) -> Path:
-        return self._directory / f"{voice_id}.json"
+def _called(name: str, records: Iterable[VoiceRecord]) -> VoiceRecord | None:
+    """The one of that id or name, case aside."""
+    wanted = _folded(name)
+    return next((record for record in records if wanted in (_folded(record.id), _folded(record.name))), None)
 
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).translate(JOINERS).strip().casefold()
-
-
-def _part_of(path: Path) -> Path:
-    return path.with_name(path.name + _PART)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put `data` into `path`: all of it, on the disk, or nothing."""
-    part = _part_of(path)
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    """Have a change of names in `directory` on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,8 +2,9 @@
 
 Every turn it takes commands, moves models, admits what fits, steps every engine that has work, and hands out events.
 It owns all requests and all engines, in one thread; what it shares with the others are the queues they talk through.
-It knows no sockets (see `transport`), loads no weights (see `loader`), sees to no model's files (see `fetcher`)
-and decides nothing about who is next (see `scheduler`) or which model is where (see `residency`).
+It knows no sockets (see `transport`), loads no weights (see `loader`), sees to no model's files (see `fetcher`),
+writes no voices (see `voice_writer`), and decides nothing about who is next (see `scheduler`)
+or which model is where (see `residency`).
 """
 
 import queue
@@ -26,6 +27,7 @@ from gpu_worker.requests import PeerSink, Request
 from gpu_worker.residency import Residency
 from gpu_worker.scheduler import QueueFullError, Scheduler
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
+from gpu_worker.voice_writer import VoiceWriter, VoiceWritten
 from gpu_worker.voices import VoiceStore
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -74,6 +76,7 @@ class Worker:
         loader: Loader,
         fetcher: Fetcher,
         voices: VoiceStore,
+        writer: VoiceWriter,
         reporter: Reporter,
         max_concurrency: int,
         stall_timeout_s: float,
@@ -102,16 +105,24 @@ class Worker:
             specs=self._specs,
             residency=residency,
             voices=voices,
+            writer=writer,
             submit=self._submit,
             require=self._require,
             clock=clock,
         )
 
     def run(self) -> None:
-        """Work until drained. Raises BrokenDeviceError where only a new process can help."""
-        while not self._is_drained():
-            self.turn()
-        self._fail_all(_shutting_down())
+        """Work until drained. Raises BrokenDeviceError where only a new process can help.
+
+        Whatever it raises, whoever waits for anything has been told before.
+        """
+        try:
+            while not self._is_drained():
+                self.turn()
+            self._fail_all(_shutting_down())
+        except Exception as error:
+            self._tell_all(error)
+            raise
 
     def turn(self) -> None:
         """Once around: commands, admission, one step of every engine that has work, and what came of it.
@@ -138,7 +149,7 @@ class Worker:
         except queue.Empty:
             return
 
-    def _obey(self, command: object) -> None:
+    def _obey(self, command: object) -> None:  # noqa: C901 -- one case for every command
         match command:
             case Incoming(peer, message, payload):
                 self._answer(peer, message, payload)
@@ -147,12 +158,13 @@ class Worker:
             case MoveDone() | MoveFailed():
                 self._take_move(command)
             case LoaderFailed(reason):
-                self._fail_all(JobError("synthesis_failed", f"the device of the GPU worker broke: {reason}"))
                 raise BrokenDeviceError(reason)
             case MoveProgress(model=model, detail=detail):
                 self._residency.set_progress(model, detail)
             case Looked() | Fetched():
                 self._take_errand(command)
+            case VoiceWritten():
+                self._calls.voice_written(command)
             case Wake():
                 pass  # it has ended the wait for a command
             case Drain(deadline_s):
@@ -235,9 +247,9 @@ class Worker:
         except QueueFullError as error:
             message = f"the queue is full: {error}"
             raise JobError("queue_full", message, retry_after_s=error.wait_s) from error
+        self._open[request.peer, request.id] = request
         self._residency.acquire(spec.id)
         self._calls.answer_ended()  # an unload that this prevents is told so, even if the request is gone in a moment
-        self._open[request.peer, request.id] = request
         self._admit()
 
     def _require(self, model: str) -> ModelSpec:
@@ -353,8 +365,8 @@ class Worker:
             self._scheduler.put_back(request)
             return
         log.error("an engine could not take a request", model=request.model, request_id=request.id, exc_info=error)
+        self._raise_where_broken(error)
         self._end(request, JobError("synthesis_failed", message))
-        self._end_where_broken(error)
 
     def _can_start(self, model: str) -> bool:
         engine = self._engines.get(model)
@@ -418,16 +430,25 @@ class Worker:
             self._end(youngest, JobError("insufficient_vram", message, retry_after_s=5))
             return
         log.error("an engine failed", model=model, exc_info=error)
+        self._raise_where_broken(error)
         for request in requests:
             self._end(request, JobError("synthesis_failed", f"{model} failed while it was speaking: {error}"))
-        self._end_where_broken(error)
         self._engines.pop(model)
         self._residency.replace(model)
 
-    def _end_where_broken(self, error: Exception) -> None:
+    def _raise_where_broken(self, error: Exception) -> None:
         if is_broken_device(error):
-            self._fail_all(JobError("synthesis_failed", f"the device of the GPU worker broke: {error}"))
             raise BrokenDeviceError(str(error)) from error
+
+    def _tell_all(self, error: Exception) -> None:
+        """Everybody hears what ends this process. Engines and models, which may be what broke, are not touched."""
+        if isinstance(error, BrokenDeviceError):
+            failed = JobError("synthesis_failed", f"the device of the GPU worker broke: {error}")
+        else:
+            failed = JobError("synthesis_failed", f"the GPU worker broke: {type(error).__name__}: {error}")
+        for request in self._open.values():
+            request.sink.failed(failed)
+        self._calls.end(failed)
 
     def _fail_all(self, error: JobError) -> None:
         """Whoever has not heard everything hears that it will not be."""
@@ -450,8 +471,8 @@ class Worker:
         now = self._clock()
         if self._leave_slot(request):
             self._scheduler.finished(now - (request.admitted or now))
-        self._open.pop((request.peer, request.id), None)
         self._let_go(request)
+        self._open.pop((request.peer, request.id), None)
         if error is None:
             self._reporter.count("finished")
         else:
@@ -537,7 +558,9 @@ class Worker:
     def _is_drained(self) -> bool:
         if self._drain_until is None:
             return False
-        return not self._open or self._clock() > self._drain_until
+        if self._clock() > self._drain_until:
+            return True
+        return not self._open and not self._voices.writing
 
 
 def _shutting_down() -> JobError:

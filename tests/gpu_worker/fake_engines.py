@@ -19,14 +19,18 @@ from gpu_worker.requests import Request
 from gpu_worker.residency import Residency
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.transport import Incoming
+from gpu_worker.voice_writer import VoiceWriter
 from gpu_worker.voices import VoiceStore
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
-from shared.protocol import Action, Audio, Call, Cancel, Credit, Message, Ping, Pong, Snapshot, Speak
-from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, a_spec
+from shared.protocol import Action, Audio, Call, Cancel, Credit, Message, Ping, Pong, SavedVoice, Snapshot, Speak
+from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, SlowVoiceFiles, a_spec
 
 WEB = b"web-1"
 """The web worker that speaks where a test does not say which."""
+
+VOICE = b"\3\7" * 12_000
+"""A recording that a voice can be cloned from."""
 
 FAULT = "fault"
 """A word at which a job fails alone."""
@@ -133,7 +137,7 @@ class SpeakingEngine:
 
 
 class _Inbox(queue.SimpleQueue[Any]):
-    """An idle worker waits for the loader and for looks, unless they are held, and never for the clock."""
+    """An idle worker waits for the other threads, unless they are held, and never for the clock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +172,7 @@ class WorkerBench:
     """A Worker with the models of `sizes`, each opened as a SpeakingEngine.
 
     `gate`, cleared, holds the loader. `open_troubles` are raised by the next openings of a model.
-    `files` are what there is of the models. `sent` is everything the worker has said.
+    `files` are what there is of the models, `disk` keeps the voices. `sent` is everything the worker has said.
     """
 
     def __init__(
@@ -207,7 +211,9 @@ class WorkerBench:
         )
         self.loader = Loader(self.specs, self._open, self.device, self.inbox.put)
         self.fetcher = _Fetcher(self.specs, self.files, self.inbox.put)
-        self.voices = VoiceStore(voices_dir, max_voices, reserved={"preset"}, wall=lambda: WALL)
+        self.disk = SlowVoiceFiles(voices_dir)
+        self.writer = VoiceWriter(self.disk, self.inbox.put)
+        self.voices = VoiceStore(self.disk, max_voices, reserved={"preset"}, wall=lambda: WALL)
         self.worker = Worker(
             catalog=self.specs,
             send=lambda peer, message, payload: self.sent.append((peer, message, payload)),
@@ -217,6 +223,7 @@ class WorkerBench:
             loader=self.loader,
             fetcher=self.fetcher,
             voices=self.voices,
+            writer=self.writer,
             reporter=Reporter(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
@@ -233,13 +240,16 @@ class WorkerBench:
         )
         self.loader.start()
         self.fetcher.start()
+        self.writer.start()
 
     def close(self) -> None:
         """End the threads."""
         self.gate.set()
         self.files.gate.set()
+        self.disk.gate.set()
         self.loader.close(10)
         self.fetcher.close(10)
+        self.writer.close(10)
 
     # --- what a web worker says --------------------------------------------------------------------------------------
 
@@ -254,9 +264,9 @@ class WorkerBench:
         plain = Speak(id=request_id, client="alice", model="m", task="Base", text=text, credit=1_000)
         self.tell(msgspec.structs.replace(plain, **changes), payload, peer)
 
-    def call(self, call_id: str, action: Action, payload: bytes | None = None) -> None:
+    def call(self, call_id: str, action: Action, payload: bytes | None = None, peer: bytes = WEB) -> None:
         """Ask for something else."""
-        self.tell(Call(id=call_id, client="alice", action=action), payload)
+        self.tell(Call(id=call_id, client="alice", action=action), payload, peer)
 
     def credit(self, request_id: str, chunks: int) -> None:
         """Give credit."""
@@ -265,6 +275,11 @@ class WorkerBench:
     def cancel(self, request_id: str, peer: bytes = WEB) -> None:
         """Nobody listens any more."""
         self.tell(Cancel(id=request_id), peer=peer)
+
+    def save_voice(self, name: str, text: str | None = None) -> SavedVoice:
+        """A voice that is there already."""
+        write = self.voices.create(name, VOICE, kind="clone", text=text)
+        return self.voices.written(self.writer.carry_out(write))
 
     # --- running it --------------------------------------------------------------------------------------------------
 
@@ -294,6 +309,8 @@ class WorkerBench:
     def expects_report(self) -> bool:
         """Whether something will be reported that is not held."""
         if self.is_moving and self.gate.is_set():
+            return True
+        if self.voices.writing and self.disk.gate.is_set():
             return True
         under_way = self.fetcher.under_way
         return under_way[Look] > 0 or (under_way[Fetch] > 0 and self.files.gate.is_set())

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -11,6 +12,7 @@ from gpu_worker.cleanup import CleanupOptions
 from gpu_worker.engines.base import Event, Job, JobError, Memory
 from gpu_worker.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
 from gpu_worker.residency import Residency
+from gpu_worker.voice_files import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, ModelState
 
@@ -225,6 +227,36 @@ class FakeFiles:
 
     def _note(self, call: str) -> None:
         self.threads.setdefault(call, set()).add(threading.current_thread().name)
+
+
+class SlowVoiceFiles(VoiceFiles):
+    """Voices on the real disk, which takes its time: `gate`, cleared, holds up whoever writes.
+
+    `troubles` are raised by the next writes, one after the other. It notes the threads that wrote.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.troubles: list[Exception] = []
+        self.threads: set[str] = set()
+
+    def save(self, record: VoiceRecord, pcm: bytes) -> None:
+        """Write, in time."""
+        self._wait()
+        super().save(record, pcm)
+
+    def delete(self, record: VoiceRecord) -> None:
+        """Take away, in time."""
+        self._wait()
+        super().delete(record)
+
+    def _wait(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert self.gate.wait(10)
+        if self.troubles:
+            raise self.troubles.pop(0)
 
 
 Report = TypeVar("Report")

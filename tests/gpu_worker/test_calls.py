@@ -24,12 +24,12 @@ from shared.protocol import (
     Reply,
     UnloadModel,
 )
-from tests.gpu_worker.fake_engines import WEB, WorkerBench, pcm_of
+from tests.gpu_worker.fake_engines import VOICE, WEB, WorkerBench, pcm_of
 from tests.gpu_worker.fakes import WALL, FakeDevice, a_spec
 
-MakeBench = Callable[..., WorkerBench]
+OTHER = b"web-2"
 
-RECORDING = b"\1\7\2\7" * 12_000
+MakeBench = Callable[..., WorkerBench]
 
 
 def _done(bench: WorkerBench, action: Action, payload: bytes | None = None, call_id: str = "c") -> Any:
@@ -225,8 +225,8 @@ class TestSavedVoices:
     def test_clone_find_delete(self, bench: WorkerBench) -> None:
         """A recording becomes a voice that is found by name and id, case aside, until it is deleted."""
         action = CloneVoice(name="Ada", text="what it says", description="calm", consent="yes")
-        voice = _done(bench, action, RECORDING).voice
-        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 1.0, True)
+        voice = _done(bench, action, VOICE).voice
+        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 0.5, True)
         for index, name in enumerate(("ada", voice.id.upper())):
             assert _done(bench, FindVoice(name=name), call_id=f"f{index}").voice == voice
         assert bench.snapshot().voices == [voice]
@@ -237,7 +237,7 @@ class TestSavedVoices:
     @pytest.mark.parametrize(
         ("name", "payload", "code"),
         [
-            ("Preset", RECORDING, "invalid_value"),
+            ("Preset", VOICE, "invalid_value"),
             ("Ada", b"\1", "invalid_audio"),
             ("Ada", None, "invalid_audio"),
         ],
@@ -246,6 +246,134 @@ class TestSavedVoices:
         """What will not do is not kept."""
         assert _done(bench, CloneVoice(name=name), payload).code == code
         assert bench.snapshot().voices == []
+
+
+class TestSlowDisk:
+    """A voice is being written, which may take long, and everybody else goes on."""
+
+    def test_nobody_waits(self, bench: WorkerBench) -> None:
+        """Streams speak while a voice is saved and while it is deleted; the calls are answered when it is done."""
+        bench.disk.gate.clear()
+        bench.call("c", CloneVoice(name="Ada"), VOICE)
+        bench.speak("r", "a b c")
+        bench.settle()
+        assert (bench.words("r"), bench.heard("c"), bench.snapshot().voices) == ("a b c", [], [])
+        bench.disk.gate.set()
+        bench.settle()
+        (reply,) = bench.heard("c")
+        assert bench.snapshot().voices == [reply.voice]
+
+        bench.disk.gate.clear()
+        bench.call("d", DeleteVoice(id=reply.voice.id))
+        bench.speak("s", "x y z", voice=reply.voice.id, saved_voice=True)
+        bench.settle()
+        assert (bench.words("s"), bench.heard("d")) == ("x y z", [])
+        bench.disk.gate.set()
+        bench.settle()
+        assert bench.heard("d") == [Reply(id="d", voice=reply.voice)]
+        assert bench.disk.threads == {"voices"}
+
+    def test_gone_with_the_answer(self, bench: WorkerBench) -> None:
+        """A request that comes behind the answer to a deletion does not find the voice, even in the same turn."""
+        voice = bench.save_voice("Ada")
+        bench.disk.gate.clear()
+        bench.call("d", DeleteVoice(id=voice.id))
+        bench.turn()
+        bench.disk.gate.set()
+        bench.writer.close(10)  # the report is in the inbox
+        bench.speak("r", "a", voice=voice.id, saved_voice=True)
+        bench.turn()
+        assert (bench.kinds("d"), bench.answer("r").code) == (["Reply"], "voice_not_found")
+
+    def test_two_of_one_name(self, bench: WorkerBench) -> None:
+        """Of two who save one name at once the first gets it, and the second hears at once that it is taken."""
+        bench.disk.gate.clear()
+        bench.call("c", CloneVoice(name="Ada"), VOICE)
+        bench.call("d", CloneVoice(name="ada"), VOICE)
+        bench.turn()
+        assert (bench.heard("c"), bench.answer("d").param) == ([], "name")
+        bench.disk.gate.set()
+        bench.settle()
+        assert (bench.kinds("c"), bench.kinds("d"), len(bench.voices)) == (["Reply"], ["Failed"], 1)
+
+    def test_one_too_many(self, make_bench: MakeBench) -> None:
+        """No more voices are kept than may be, however many are saved at once."""
+        bench = make_bench(max_voices=2)
+        bench.disk.gate.clear()
+        for name in ("Ada", "Bob", "Cy"):
+            bench.call(name, CloneVoice(name=name), VOICE)
+        bench.turn()
+        bench.disk.gate.set()
+        bench.settle()
+        assert [bench.kinds(name) for name in ("Ada", "Bob", "Cy")] == [["Reply"], ["Reply"], ["Failed"]]
+        assert len(bench.voices) == 2
+
+    def test_deleted_twice(self, bench: WorkerBench) -> None:
+        """Each of two who delete one voice at once is answered, and the second that there is none."""
+        voice = bench.save_voice("Ada")
+        for call_id in ("c", "d"):
+            bench.call(call_id, DeleteVoice(id=voice.id))
+        bench.settle()
+        assert (bench.kinds("c"), [message.code for message in bench.heard("d")]) == (["Reply"], ["voice_not_found"])
+
+    def test_fails(self, bench: WorkerBench) -> None:
+        """A disk that does not take a voice, or keep it from going, is told of, and nothing has changed."""
+        bench.disk.troubles = [OSError(28, "No space left on device")]
+        failed = _done(bench, CloneVoice(name="Ada"), VOICE)
+        assert (failed.code, failed.message) == (
+            "synthesis_failed",
+            "the voice could not be saved: No space left on device",
+        )
+        assert bench.snapshot().voices == []
+        voice = _done(bench, CloneVoice(name="Ada"), VOICE, call_id="d").voice
+        bench.disk.troubles = [OSError(30, "Read-only file system")]
+        failed = _done(bench, DeleteVoice(id=voice.id), call_id="e")
+        assert failed.message == "the voice could not be deleted: Read-only file system"
+        assert bench.snapshot().voices == [voice]
+
+    def test_given_up(self, bench: WorkerBench) -> None:
+        """What was begun is completed; whoever has gone, or does not wait any more, is told nothing, and others are."""
+        bench.disk.gate.clear()
+        bench.call("c", CloneVoice(name="Ada"), VOICE)
+        bench.call("c", CloneVoice(name="Bob"), VOICE, peer=OTHER)
+        bench.call("d", CloneVoice(name="Cy"), VOICE)
+        bench.turn()
+        bench.cancel("c")
+        bench.inbox.put(PeerGone(OTHER))
+        bench.turn()
+        bench.disk.gate.set()
+        bench.settle()
+        assert (bench.heard("c"), bench.heard("c", OTHER), bench.kinds("d")) == ([], [], ["Reply"])
+        assert [voice.name for voice in bench.snapshot().voices] == ["Ada", "Bob", "Cy"]
+
+    def test_drain(self, bench: WorkerBench) -> None:
+        """The end waits for what is being written, and its caller hears how it went; nobody's leaving shortens that."""
+        bench.disk.gate.clear()
+        bench.call("c", CloneVoice(name="Ada"), VOICE)
+        bench.call("d", CloneVoice(name="Bob"), VOICE)
+        bench.inbox.put(Drain(30))
+        bench.turn(3)
+        bench.cancel("d")
+        bench.turn(3)
+        bench.disk.gate.set()
+        bench.worker.run()
+        assert (bench.kinds("c"), bench.heard("d")) == (["Reply"], [])
+        assert [voice.name for voice in bench.voices.list()] == ["Ada", "Bob"]
+
+    def test_drain_ends(self, bench: WorkerBench) -> None:
+        """But not for ever: who still waits then hears that nobody knows how it ends."""
+        voice = bench.save_voice("Bob")
+        bench.disk.gate.clear()
+        bench.call("c", CloneVoice(name="Ada"), VOICE)
+        bench.call("d", DeleteVoice(id=voice.id))
+        bench.inbox.put(Drain(30))
+        bench.turn()
+        bench.clock.advance(31)
+        bench.worker.run()
+        for call_id, done in (("c", "saved"), ("d", "deleted")):
+            (failed,) = bench.heard(call_id)
+            assert failed.code == "shutting_down"
+            assert failed.message.endswith(f"the voice may be {done} all the same")
 
 
 class TestDesign:
@@ -303,6 +431,29 @@ class TestDesign:
         assert bench.snapshot().requests.cancelled == 1
         assert _done(bench, DesignVoice(name="Ada", prompt="p"), call_id="d").voice.name == "Ada"
 
+    def test_given_up_while_it_is_written(self, bench: WorkerBench) -> None:
+        """Once the model has spoken its speech is kept, and the model let go, whatever the disk and the caller do."""
+        bench.disk.gate.clear()
+        bench.call("c", DesignVoice(name="Ada", prompt="p"))
+        bench.settle()
+        assert (bench.heard("c"), bench.references(), bench.voices.writing) == ([], {"designer": 0}, True)
+        bench.cancel("c")
+        bench.turn()
+        bench.disk.gate.set()
+        bench.settle()
+        assert bench.heard("c") == []
+        assert [voice.kind for voice in bench.voices.list()] == ["design"]
+
+    def test_disk_that_is_full(self, bench: WorkerBench) -> None:
+        """What the disk does not take is not kept, and the call is told why."""
+        bench.disk.troubles = [OSError(28, "No space left on device")]
+        failed = _done(bench, DesignVoice(name="Ada", prompt="p"))
+        assert (failed.code, failed.message) == (
+            "synthesis_failed",
+            "the voice could not be saved: No space left on device",
+        )
+        assert len(bench.voices) == 0
+
     def test_of_a_web_worker_that_is_gone(self, bench: WorkerBench) -> None:
         """A web worker that dies takes its calls with it."""
         bench.gate.clear()
@@ -323,7 +474,7 @@ class TestDesign:
         """A name that somebody else took while the model spoke is refused."""
         bench.call("c", DesignVoice(name="Ada", prompt="p"))
         bench.turn(2)
-        bench.call("d", CloneVoice(name="Ada"), RECORDING)
+        bench.call("d", CloneVoice(name="Ada"), VOICE)
         bench.settle()
         assert bench.kinds("d") == ["Reply"]
         assert [message.code for message in bench.heard("c")] == ["invalid_value"]

@@ -9,7 +9,9 @@ import msgspec
 import pytest
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.voices import MAX_NAME_CHARS, RECENT, VoiceStore
+from gpu_worker.voice_files import VoiceFiles
+from gpu_worker.voice_writer import VoiceWriter, VoiceWritten
+from gpu_worker.voices import MAX_NAME_CHARS, MOST_SAVING, RECENT, VoiceStore
 from shared.protocol import SavedVoice
 from tests.gpu_worker.fakes import FakeClock
 
@@ -23,15 +25,32 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
+class Shelf:
+    """The store as a new process finds it, and a disk that takes at once what is given to it."""
+
+    def __init__(self, tmp_path: Path, clock: FakeClock, max_voices: int = 5) -> None:
+        self.files = VoiceFiles(tmp_path / "voices")
+        self.store = VoiceStore(self.files, max_voices, reserved=["Alloy", "ryan"], wall=clock)
+        self.writer = VoiceWriter(self.files, _nobody)
+
+    def save(self, name: str, pcm: bytes, **told: Any) -> SavedVoice:
+        """A voice, from the first word to the disk."""
+        return self.store.written(self.writer.carry_out(self.store.create(name, pcm, **told)))
+
+    def delete(self, voice_id: str) -> SavedVoice:
+        """And off it."""
+        return self.store.written(self.writer.carry_out(self.store.delete(voice_id)))
+
+
+def _nobody(report: VoiceWritten) -> None:
+    """What is carried out at once reports to nobody."""
+    raise AssertionError(report)
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: FakeClock) -> VoiceStore:
+def shelf(tmp_path: Path, clock: FakeClock) -> Shelf:
     """An empty store in a folder that does not exist yet."""
-    return open_store(tmp_path, clock)
-
-
-def open_store(tmp_path: Path, clock: FakeClock, max_voices: int = 5) -> VoiceStore:
-    """The store as a new process finds it."""
-    return VoiceStore(tmp_path / "voices", max_voices, reserved=["Alloy", "ryan"], wall=clock)
+    return Shelf(tmp_path, clock)
 
 
 def files(tmp_path: Path) -> set[str]:
@@ -39,9 +58,9 @@ def files(tmp_path: Path) -> set[str]:
     return {"".join(path.suffixes) for path in (tmp_path / "voices").glob("*")}
 
 
-def test_saved_voice_is_told(store: VoiceStore) -> None:
+def test_saved_voice_is_told(shelf: Shelf) -> None:
     """A voice is described by what was given: its length, its kind, and whether its transcript is known."""
-    voice = store.create("Ada", SECOND, kind="clone", text="Hello.", description="my aunt", consent="yes")
+    voice = shelf.save("Ada", SECOND, kind="clone", text="Hello.", description="my aunt", consent="yes")
     assert voice == SavedVoice(
         id=voice.id,
         name="Ada",
@@ -51,95 +70,99 @@ def test_saved_voice_is_told(store: VoiceStore) -> None:
         in_context=True,
         description="my aunt",
     )
-    assert store.find(voice.id) == voice
-    assert store.list() == [voice]
-    assert len(store) == 1
+    assert shelf.store.find(voice.id) == voice
+    assert shelf.store.list() == [voice]
+    assert len(shelf.store) == 1
 
 
-def test_recording_is_bit_identical(store: VoiceStore) -> None:
+def test_recording_is_bit_identical(shelf: Shelf) -> None:
     """What is loaded is what was saved, keyed by the voice's id; the transcript decides how it is cloned."""
-    in_context = store.create("Ada", SECOND, kind="clone", text="Hello.")
-    embedded = store.create("Bob", SECOND[:24_000], kind="design")
-    assert store.load(in_context.id) == Reference(key=in_context.id, pcm=SECOND, text="Hello.", x_vector_only=False)
-    assert store.load(embedded.id) == Reference(key=embedded.id, pcm=SECOND[:24_000], text=None, x_vector_only=True)
+    in_context = shelf.save("Ada", SECOND, kind="clone", text="Hello.")
+    embedded = shelf.save("Bob", SECOND[:24_000], kind="design")
+    assert shelf.store.load(in_context.id) == Reference(
+        key=in_context.id, pcm=SECOND, text="Hello.", x_vector_only=False
+    )
+    assert shelf.store.load(embedded.id) == Reference(
+        key=embedded.id, pcm=SECOND[:24_000], text=None, x_vector_only=True
+    )
     assert not embedded.in_context
 
 
-def test_survives_a_restart(store: VoiceStore, tmp_path: Path, clock: FakeClock) -> None:
+def test_survives_a_restart(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
     """A new process finds every voice, the oldest first, with all that was said of it."""
     voices = []
     for name in ("Zoe", "Ada", "Mia"):
-        voices.append(store.create(name, SECOND, kind="clone", text="Hello."))
+        voices.append(shelf.save(name, SECOND, kind="clone", text="Hello."))
         clock.advance(1)
-    again = open_store(tmp_path, clock)
-    assert again.list() == voices
-    assert again.load(voices[1].id) == store.load(voices[1].id)
+    again = Shelf(tmp_path, clock)
+    assert again.store.list() == voices
+    assert again.store.load(voices[1].id) == shelf.store.load(voices[1].id)
 
 
-def test_consent_is_kept(store: VoiceStore, tmp_path: Path) -> None:
+def test_consent_is_kept(shelf: Shelf, tmp_path: Path) -> None:
     """What was said of the speaker's consent stays on the disk beside the recording."""
-    voice = store.create("Ada", SECOND, kind="clone", consent="recorded 2026-01-01")
+    voice = shelf.save("Ada", SECOND, kind="clone", consent="recorded 2026-01-01")
     assert "recorded 2026-01-01" in (tmp_path / "voices" / f"{voice.id}.json").read_text()
 
 
-def test_found_by_id_or_name(store: VoiceStore) -> None:
+def test_found_by_id_or_name(shelf: Shelf) -> None:
     """A voice is found by its id and by its name, case aside, and by nothing else."""
-    voice = store.create("Änne", SECOND, kind="clone")
+    voice = shelf.save("Änne", SECOND, kind="clone")
     for name in (voice.id, voice.id.upper(), "änne", " ÄNNE ", "A\u0308nne"):
-        assert store.find(name) == voice
-    assert store.find("Anne") is None
+        assert shelf.store.find(name) == voice
+    assert shelf.store.find("Anne") is None
 
 
 @pytest.mark.parametrize(
     "name",
     ["", "  ", "x" * (MAX_NAME_CHARS + 1), "two\nlines", "nul\0", "\u202eright to left", "\u200d", "alloy", " RYAN "],
 )
-def test_names_that_will_not_do(store: VoiceStore, name: str, tmp_path: Path) -> None:
+def test_names_that_will_not_do(shelf: Shelf, name: str, tmp_path: Path) -> None:
     """A name is short, printable and no preset voice's; a refused one leaves nothing on the disk."""
     with pytest.raises(JobError) as caught:
-        store.create(name, SECOND, kind="clone")
+        shelf.save(name, SECOND, kind="clone")
     assert (caught.value.code, caught.value.param) == ("invalid_value", "name")
     assert not (tmp_path / "voices").exists()
 
 
-def test_names_are_unique(store: VoiceStore) -> None:
+def test_names_are_unique(shelf: Shelf) -> None:
     """Two voices cannot bear one name, case aside, nor one the id of the other."""
-    voice = store.create("Ada", SECOND, kind="clone")
+    voice = shelf.save("Ada", SECOND, kind="clone")
     for name in ("ada", "ADA ", "A\u200dda", voice.id):
         with pytest.raises(JobError, match="already"):
-            store.create(name, SECOND, kind="clone")
+            shelf.save(name, SECOND, kind="clone")
 
 
-def test_names_are_no_paths(store: VoiceStore, tmp_path: Path) -> None:
+def test_names_are_no_paths(shelf: Shelf, tmp_path: Path) -> None:
     """A name that looks like a path is a name, and an id that looks like one is no voice."""
-    voice = store.create("../../evil", SECOND, kind="clone")
+    voice = shelf.save("../../evil", SECOND, kind="clone")
     assert {path.name for path in tmp_path.iterdir()} == {"voices"}
     assert all(path.stem == voice.id for path in (tmp_path / "voices").iterdir())
     with pytest.raises(JobError) as caught:
-        store.load("../../evil")
+        shelf.store.load("../../evil")
     assert caught.value.code == "voice_not_found"
 
 
 def test_bounded_in_number(tmp_path: Path, clock: FakeClock) -> None:
     """No more than so many are kept; deleting one makes room."""
-    store = open_store(tmp_path, clock, max_voices=2)
-    first = store.create("a", SECOND, kind="clone")
-    store.create("b", SECOND, kind="clone")
+    shelf = Shelf(tmp_path, clock, max_voices=2)
+    first = shelf.save("a", SECOND, kind="clone")
+    shelf.save("b", SECOND, kind="clone")
     with pytest.raises(JobError, match="delete one first") as caught:
-        store.create("c", SECOND, kind="clone")
+        shelf.save("c", SECOND, kind="clone")
     assert caught.value.code == "invalid_value"
-    store.delete(first.id)
-    store.create("c", SECOND, kind="clone")
+    shelf.delete(first.id)
+    shelf.save("c", SECOND, kind="clone")
 
 
 @pytest.mark.parametrize(
     "name", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f468\u200d\U0001f469\u200d\U0001f467"]
 )
-def test_names_of_joined_characters(store: VoiceStore, name: str) -> None:
+def test_names_of_joined_characters(shelf: Shelf, name: str) -> None:
     """Persian words and emoji that need an invisible joiner are names, kept as they are written."""
-    voice = store.create(name, SECOND, kind="clone")
+    voice = shelf.save(name, SECOND, kind="clone")
     assert voice.name == name
-    assert store.find(name) == voice
+    assert shelf.store.find(name) == voice
 
 
 @pytest.mark.parametrize(
@@ -154,49 +177,49 @@ def test_names_of_joined_characters(store: VoiceStore, name: str) -> None:
     ],
 )
 def test_recordings_that_no_voice_can_be_cloned_from(
-    store: VoiceStore, pcm: bytes, text: str | None, code: str, param: str
+    shelf: Shelf, pcm: bytes, text: str | None, code: str, param: str
 ) -> None:
     """Nothing, half a sample, a moment, an hour, a click in silence, or a text nobody says so fast: never kept."""
     with pytest.raises(JobError) as caught:
-        store.create("Ada", pcm, kind="clone", text=text)
+        shelf.save("Ada", pcm, kind="clone", text=text)
     assert (caught.value.code, caught.value.param) == (code, param)
-    assert store.list() == []
+    assert shelf.store.list() == []
 
 
-def test_designed_silence_is_the_models_fault(store: VoiceStore) -> None:
+def test_designed_silence_is_the_models_fault(shelf: Shelf) -> None:
     """Where the model said nothing, the client did nothing wrong."""
     with pytest.raises(JobError, match="silent") as caught:
-        store.create("Ada", bytes(48_000), kind="design")
+        shelf.save("Ada", bytes(48_000), kind="design")
     assert caught.value.code == "synthesis_failed"
 
 
-def test_recent_recordings_are_not_read_again(store: VoiceStore, tmp_path: Path) -> None:
+def test_recent_recordings_are_not_read_again(shelf: Shelf, tmp_path: Path) -> None:
     """A voice that speaks often costs the disk nothing, until so many others have spoken since."""
-    voices = [store.create(name, SECOND, kind="clone") for name in "abcde"]
-    loaded = store.load(voices[0].id)
+    voices = [shelf.save(name, SECOND, kind="clone") for name in "abcde"]
+    loaded = shelf.store.load(voices[0].id)
     for path in (tmp_path / "voices").glob("*.safetensors"):
         path.rename(path.with_suffix(".away"))
-    assert store.load(voices[0].id) is loaded
+    assert shelf.store.load(voices[0].id) is loaded
     for path in (tmp_path / "voices").glob("*.away"):
         path.rename(path.with_suffix(".safetensors"))
     for voice in voices[1 : RECENT + 1]:
-        store.load(voice.id)
-    again = store.load(voices[0].id)
+        shelf.store.load(voice.id)
+    again = shelf.store.load(voices[0].id)
     assert again == loaded
     assert again is not loaded
 
 
-def test_deleted(store: VoiceStore, tmp_path: Path, clock: FakeClock) -> None:
+def test_deleted(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
     """A deleted voice is gone from the list, the disk and the next process, and its name is free."""
-    voice = store.create("Ada", SECOND, kind="clone")
-    assert store.delete(voice.id) == voice
-    assert store.list() == open_store(tmp_path, clock).list() == []
+    voice = shelf.save("Ada", SECOND, kind="clone")
+    assert shelf.delete(voice.id) == voice
+    assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == []
     assert files(tmp_path) == set()
-    for act in (store.load, store.delete):
+    for act in (shelf.store.load, shelf.delete):
         with pytest.raises(JobError) as caught:
             act(voice.id)
         assert caught.value.code == "voice_not_found"
-    store.create("Ada", SECOND, kind="clone")
+    shelf.save("Ada", SECOND, kind="clone")
 
 
 def truncated(path: Path) -> None:
@@ -232,52 +255,52 @@ def other_id(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, foreign, missing, not_json, other_length, other_id])
 def test_damaged_voices_are_left_out(
-    store: VoiceStore, tmp_path: Path, clock: FakeClock, damage: Any, caplog: pytest.LogCaptureFixture
+    shelf: Shelf, tmp_path: Path, clock: FakeClock, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A damaged voice is named in the log and left where it is; the others are there."""
-    broken = store.create("Ada", SECOND, kind="clone")
-    whole = store.create("Bob", SECOND, kind="clone")
+    broken = shelf.save("Ada", SECOND, kind="clone")
+    whole = shelf.save("Bob", SECOND, kind="clone")
     damage(tmp_path / "voices" / f"{broken.id}.json")
     with caplog.at_level(logging.WARNING):
-        assert open_store(tmp_path, clock).list() == [whole]
+        assert Shelf(tmp_path, clock).store.list() == [whole]
     assert broken.id in caplog.text
     assert (tmp_path / "voices" / f"{broken.id}.json").exists()
 
 
 @pytest.mark.parametrize("damage", [truncated, foreign, missing])
-def test_damaged_while_running(store: VoiceStore, tmp_path: Path, damage: Any) -> None:
+def test_damaged_while_running(shelf: Shelf, tmp_path: Path, damage: Any) -> None:
     """A recording that is damaged under a running process is an error of that request alone."""
-    voice = store.create("Ada", SECOND, kind="clone")
+    voice = shelf.save("Ada", SECOND, kind="clone")
     damage(tmp_path / "voices" / f"{voice.id}.json")
     with pytest.raises(JobError, match="damaged") as caught:
-        store.load(voice.id)
+        shelf.store.load(voice.id)
     assert caught.value.code == "voice_not_found"
 
 
-def test_two_of_one_name_on_the_disk(store: VoiceStore, tmp_path: Path, clock: FakeClock) -> None:
+def test_two_of_one_name_on_the_disk(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
     """Of two voices that somebody gave one name by hand, the older is there."""
-    first = store.create("Ada", SECOND, kind="clone")
+    first = shelf.save("Ada", SECOND, kind="clone")
     clock.advance(1)
-    second = store.create("Bob", SECOND, kind="clone")
+    second = shelf.save("Bob", SECOND, kind="clone")
     path = tmp_path / "voices" / f"{second.id}.json"
     path.write_text(path.read_text().replace("Bob", "ADA"))
-    assert open_store(tmp_path, clock).list() == [first]
+    assert Shelf(tmp_path, clock).store.list() == [first]
 
 
-def test_death_while_writing(store: VoiceStore, tmp_path: Path, clock: FakeClock) -> None:
+def test_death_while_writing(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
     """What a process left that died while it saved a voice is no voice, and does not stay for ever."""
-    voice = store.create("Ada", SECOND, kind="clone")
+    voice = shelf.save("Ada", SECOND, kind="clone")
     path = tmp_path / "voices" / f"{voice.id}.json"
     path.rename(path.with_name(path.name + ".part"))
-    again = open_store(tmp_path, clock)
-    assert again.list() == []
+    again = Shelf(tmp_path, clock)
+    assert again.store.list() == []
     assert files(tmp_path) == set()
-    again.create("Ada", SECOND, kind="clone")
+    again.save("Ada", SECOND, kind="clone")
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 def test_disk_that_is_full(
-    store: VoiceStore, tmp_path: Path, clock: FakeClock, call: int, monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, tmp_path: Path, clock: FakeClock, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that does not take a voice, at whatever point, leaves none behind: not in the list and not on the disk."""
     calls = 0
@@ -292,9 +315,103 @@ def test_disk_that_is_full(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(JobError, match="No space left") as caught:
-        store.create("Ada", SECOND, kind="clone")
+        shelf.save("Ada", SECOND, kind="clone")
     assert caught.value.code == "synthesis_failed"
-    assert store.list() == open_store(tmp_path, clock).list() == []
+    assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == []
     assert files(tmp_path) == set()
     monkeypatch.undo()
-    store.create("Ada", SECOND, kind="clone")
+    shelf.save("Ada", SECOND, kind="clone")
+
+
+class TestBeingWritten:
+    """Between what is to be written and how it went, while others ask."""
+
+    def test_name_is_taken(self, shelf: Shelf) -> None:
+        """A voice that is being saved is not there yet, but nobody else gets its name."""
+        write = shelf.store.create("Ada", SECOND, kind="clone")
+        assert (shelf.store.find("Ada"), shelf.store.list(), shelf.store.writing) == (None, [], True)
+        with pytest.raises(JobError, match="already") as caught:
+            shelf.store.create("ADA", SECOND, kind="clone")
+        assert caught.value.code == "invalid_value"
+        voice = shelf.store.written(shelf.writer.carry_out(write))
+        assert (shelf.store.find("Ada"), shelf.store.writing) == (voice, False)
+
+    def test_fails(self, shelf: Shelf) -> None:
+        """What could not be saved was never there, and its name is free again."""
+        write = shelf.store.create("Ada", SECOND, kind="clone")
+        with pytest.raises(JobError, match="the disk is gone"):
+            shelf.store.written(VoiceWritten(write=write, error=JobError("synthesis_failed", "the disk is gone")))
+        assert (shelf.store.list(), shelf.store.writing) == ([], False)
+        shelf.save("Ada", SECOND, kind="clone")
+
+    def test_bounded_in_number(self, tmp_path: Path, clock: FakeClock) -> None:
+        """Voices that are being saved count among those that may be kept."""
+        shelf = Shelf(tmp_path, clock, max_voices=2)
+        shelf.save("a", SECOND, kind="clone")
+        write = shelf.store.create("b", SECOND, kind="clone")
+        with pytest.raises(JobError, match="there are 2 saved voices already"):
+            shelf.store.create("c", SECOND, kind="clone")
+        shelf.store.written(shelf.writer.carry_out(write))
+        assert len(shelf.store) == 2
+
+    def test_bounded_in_memory(self, tmp_path: Path, clock: FakeClock) -> None:
+        """A disk that does not keep up is given no more recordings to hold, and whoever comes is told to come back."""
+        shelf = Shelf(tmp_path, clock, max_voices=1000)
+        writes = [shelf.store.create(f"voice {index}", SECOND, kind="clone") for index in range(MOST_SAVING)]
+        with pytest.raises(JobError) as caught:
+            shelf.store.create("Ada", SECOND, kind="clone")
+        assert caught.value.code == "queue_full"
+        assert caught.value.retry_after_s is not None
+        shelf.store.written(shelf.writer.carry_out(writes[0]))
+        shelf.store.create("Ada", SECOND, kind="clone")
+
+    def test_speaks_until_it_is_gone(self, shelf: Shelf) -> None:
+        """A voice that is being deleted is there, and its name taken, until it has been."""
+        voice = shelf.save("Ada", SECOND, kind="clone")
+        write = shelf.store.delete(voice.id)
+        assert (shelf.store.find("Ada"), shelf.store.writing) == (voice, True)
+        assert shelf.store.load(voice.id).pcm == SECOND
+        with pytest.raises(JobError, match="already"):
+            shelf.store.create("Ada", SECOND, kind="clone")
+        assert shelf.store.written(shelf.writer.carry_out(write)) == voice
+        assert (shelf.store.find("Ada"), shelf.store.writing) == (None, False)
+        with pytest.raises(JobError, match="there is no saved voice"):
+            shelf.store.load(voice.id)
+
+    def test_gone_from_the_disk_first(self, shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+        """A voice whose files are gone before anybody has told is not there, rather than damaged."""
+        voice = shelf.save("Ada", SECOND, kind="clone")
+        shelf.writer.carry_out(shelf.store.delete(voice.id))
+        with pytest.raises(JobError, match="there is no saved voice") as caught:
+            shelf.store.load(voice.id)
+        assert caught.value.code == "voice_not_found"
+        assert caplog.records == []
+
+    def test_deleted_twice_at_once(self, shelf: Shelf) -> None:
+        """Of two who delete a voice the second is told that there is none."""
+        voice = shelf.save("Ada", SECOND, kind="clone")
+        first, second = (shelf.writer.carry_out(shelf.store.delete(voice.id)) for _ in range(2))
+        assert shelf.store.written(first) == voice
+        assert shelf.store.writing
+        with pytest.raises(JobError) as caught:
+            shelf.store.written(second)
+        assert caught.value.code == "voice_not_found"
+        assert not shelf.store.writing
+
+    def test_disk_keeps_it(
+        self, shelf: Shelf, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A voice that the disk does not let go of is there as before, also for the next process."""
+
+        def read_only(_path: Path, **_options: object) -> None:
+            raise OSError(30, "Read-only file system")
+
+        voice = shelf.save("Ada", SECOND, kind="clone")
+        monkeypatch.setattr(Path, "unlink", read_only)
+        with pytest.raises(JobError, match="could not be deleted: Read-only file system") as caught:
+            shelf.delete(voice.id)
+        monkeypatch.undo()
+        assert caught.value.code == "synthesis_failed"
+        assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == [voice]
+        assert shelf.store.load(voice.id).pcm == SECOND
+        assert shelf.delete(voice.id) == voice

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -19,8 +20,10 @@ from shared.protocol import (
     VERSION,
     Audio,
     Cleanup,
+    CloneVoice,
     Counters,
     Credit,
+    DesignVoice,
     Failed,
     Finished,
     Hello,
@@ -33,8 +36,8 @@ from shared.protocol import (
     Usage,
     Welcome,
 )
-from tests.gpu_worker.fake_engines import WEB, WorkerBench, pcm_of
-from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.fake_engines import VOICE, WEB, WorkerBench, pcm_of
+from tests.gpu_worker.fakes import FakeDevice, a_spec
 
 OTHER = b"web-2"
 
@@ -106,20 +109,20 @@ class TestSpeaking:
 
     def test_saved_voice(self, bench: WorkerBench) -> None:
         """A saved voice is the reference, and no preset voice is named beside it."""
-        voice = bench.voices.create("Mine", b"\3\7" * 12_000, kind="clone", text="what it says")
+        voice = bench.save_voice("Mine", text="what it says")
         bench.speak("r", "one", voice=voice.id, saved_voice=True)
         bench.speak("x", "one", voice="voice_none", saved_voice=True)
         bench.settle()
         (job,) = bench.engines["m"].admitted
         assert job.voice == ""
         assert job.reference is not None
-        assert (job.reference.pcm, job.reference.text) == (b"\3\7" * 12_000, "what it says")
+        assert (job.reference.pcm, job.reference.text) == (VOICE, "what it says")
         assert (bench.answer("x").code, bench.answer("x").param) == ("voice_not_found", "voice")
 
     def test_saved_voice_without_its_words(self, bench: WorkerBench) -> None:
         """A saved voice can be cloned from its embedding alone; the engine does not take one for the other."""
-        voice = bench.voices.create("Mine", b"\3\7" * 12_000, kind="clone", text="what it says")
-        other = bench.voices.create("Other", b"\3\7" * 12_000, kind="clone")
+        voice = bench.save_voice("Mine", text="what it says")
+        other = bench.save_voice("Other")
         for name, given, alone in (("r", voice, False), ("s", voice, True), ("t", other, True), ("u", other, False)):
             bench.speak(name, "one", voice=given.id, saved_voice=True, x_vector_only=alone)
         bench.settle()
@@ -640,8 +643,8 @@ class TestFaults:
             bench.worker.run()
         for name in ("r", "queued", "t"):
             assert bench.answer(name).code == "synthesis_failed"
+            assert bench.answer(name).message.startswith("the device of the GPU worker broke")
             assert bench.kinds(name).count("Failed") == 1
-        assert bench.references() == {"m": 0, "n": 0}
 
     def test_broken_device_taking_a_job(self, bench: WorkerBench) -> None:
         """Also where it shows while a job is taken."""
@@ -649,7 +652,7 @@ class TestFaults:
         bench.engines["m"].admit_troubles.append(RuntimeError("CUDA error: device-side assert triggered"))
         bench.speak("r", "a b")
         with pytest.raises(BrokenDeviceError):
-            bench.settle()
+            bench.worker.run()
         assert bench.kinds("r") == ["Failed"]
 
     def test_loader_has_ended(self, bench: WorkerBench) -> None:
@@ -658,8 +661,45 @@ class TestFaults:
         bench.speak("r", "a b c")
         bench.inbox.put(LoaderFailed("CUDA error: device-side assert triggered"))
         with pytest.raises(BrokenDeviceError, match="device-side assert"):
-            bench.settle()
+            bench.worker.run()
         assert bench.answer("r").code == "synthesis_failed"
+
+    def test_whatever_ends_it(self, make_bench: MakeBench) -> None:
+        """A fault that nobody foresaw ends the process, after everybody has heard, whatever else it has broken."""
+        designer = msgspec.structs.replace(a_spec("designer"), task="VoiceDesign")
+        bench = _loaded(make_bench(specs=[a_spec("m"), designer], slots=1))
+        bench.disk.gate.clear()
+        bench.gate.clear()
+        bench.speak("speaking", "a b c", credit=1)
+        bench.speak("queued", "a b c", peer=OTHER)
+        bench.call("load", LoadModel(model="designer"))
+        bench.call("design", DesignVoice(name="Ada", prompt="p"))
+        bench.call("clone", CloneVoice(name="Bob"), VOICE)
+        bench.settle()
+        lost = _lost("the GPU is lost")
+        bench.device.host = lost  # type: ignore[method-assign] # the memory probe, which every pong asks
+        bench.engines["m"].cancel = lost  # type: ignore[method-assign] # what a request's end asks for
+        bench.tell(Ping())
+        with pytest.raises(OSError, match="the GPU is lost"):
+            bench.worker.run()
+        names = {"speaking": WEB, "queued": OTHER, "load": WEB, "design": WEB, "clone": WEB}
+        for name, peer in names.items():
+            (failed,) = [message for message in bench.heard(name, peer) if isinstance(message, Failed)]
+            assert failed.code == "synthesis_failed"
+            assert failed.message.startswith("the GPU worker broke: OSError: the GPU is lost")
+
+    @pytest.mark.parametrize("defect", ["acquire", "release"])
+    def test_the_request_at_which_it_ends(
+        self, bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, defect: str
+    ) -> None:
+        """The request hears of it, too, at whose coming or end it happened."""
+        _loaded(bench)
+        monkeypatch.setattr(bench.residency, defect, _lost("no such account"))
+        bench.speak("r", "a")
+        with pytest.raises(OSError, match="no such account"):
+            bench.worker.run()
+        assert bench.kinds("r").count("Failed") == 1
+        assert bench.kinds("r")[-1] == "Failed"
 
     def test_unreachable(self, bench: WorkerBench) -> None:
         """Without its socket the process is of no use to anybody, and ends."""
@@ -679,6 +719,15 @@ class TestFaults:
         bench.inbox.put("hello")
         with pytest.raises(TypeError, match="hello"):
             bench.turn()
+
+
+def _lost(message: str) -> Callable[..., Any]:
+    """Something that does not work any more."""
+
+    def lost(*_arguments: object) -> Any:
+        raise OSError(message)
+
+    return lost
 
 
 class TestOutOfMemory:
@@ -1144,7 +1193,7 @@ class TestTalk:
     def test_ping(self, make_bench: MakeBench) -> None:
         """The loop itself answers, with everything that dashboards read."""
         bench = _loaded(make_bench({"m": 100, "n": 50}, slots=2))
-        voice = bench.voices.create("Mine", b"\3\7" * 12_000, kind="clone")
+        voice = bench.save_voice("Mine")
         bench.speak("r", "a b", credit=1)
         for name in "stu":
             bench.speak(name, "c", credit=0)
