@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from gpu_worker.__main__ import EXIT_ALREADY_RUNNING, EXIT_WRONG_SETTINGS, main
 from gpu_worker.health import check
 from gpu_worker.registry import GPU_EXTRA
-from shared.sockets import AlreadyRunningError, claim
+from shared.protocol import VERSION, Action, Call, CloneVoice, DeleteVoice, Hello, Reply, decode_from_worker, encode
+from shared.sockets import AlreadyRunningError, claim, connect_dealer
 
 WAIT_S = 30
 
@@ -190,6 +192,17 @@ class TestStarts:
         assert "python -m gpu_worker download" in warning or GPU_EXTRA in warning
 
 
+@pytest.mark.usefixtures("running")
+def test_voices_are_kept(process: _Process) -> None:
+    """A voice is on the disk when the answer comes, and off it again when the next does."""
+    voices = process.directory / "voices"
+    kept = _asked(process.url, CloneVoice(name="Ada"), b"\1\7\2\7" * 12_000).voice
+    assert kept is not None
+    assert {path.name for path in voices.iterdir()} == {f"{kept.id}.json", f"{kept.id}.safetensors"}
+    assert _asked(process.url, DeleteVoice(id=kept.id)).voice == kept
+    assert list(voices.iterdir()) == []
+
+
 class TestEnd:
     """How it ends."""
 
@@ -236,6 +249,18 @@ class TestHealth:
         monkeypatch.delenv("TTS_WORKER_TOKEN")
         running.send_signal(signal.SIGSTOP)
         assert main(["health"]) == 1
+
+
+def _asked(url: str, action: Action, payload: bytes | None = None) -> Reply:
+    """What the worker at `url` replies to a call."""
+    with zmq.Context() as context, connect_dealer(context, url) as dealer:
+        dealer.send_multipart(encode(Hello(version=VERSION, token="")))
+        dealer.send_multipart(encode(Call(id="c", client="alice", action=action), payload))
+        while dealer.poll(WAIT_S * 1000):
+            message, _ = decode_from_worker(dealer.recv_multipart())
+            if isinstance(message, Reply):
+                return message
+    raise AssertionError("there was no reply")
 
 
 def _wait_until_free(url: str) -> None:
