@@ -112,8 +112,8 @@ class CpuExecutor:
         self._generator.predictor.forget()
 
     def memory(self) -> dict[str, int]:
-        """See Executor. Scratch memory of a few frames is not counted."""
-        return {}
+        """See Executor."""
+        return {"graphs": self._traces.bytes, "workspace": self._generator.predictor.scratch_bytes}
 
     def _predict(self, used: int) -> None:
         batch = at_least(used, self._batches)

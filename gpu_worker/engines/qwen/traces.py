@@ -19,6 +19,9 @@ from gpu_worker.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
+NODE_BYTES: Final = 6 << 10
+"""Host memory of a recording, for each node of its graph: torch does not tell, this was seen over 4000 nodes."""
+
 _SHAPE: Final = Tensor.shape.__get__  # type: ignore[attr-defined]  # for the type checker it is no property
 
 
@@ -36,6 +39,8 @@ class Traces:
         """
         self._tensors = tensors
         self._functions: dict[int, Callable[[], Any]] = {}
+        self.bytes = 0
+        """Host memory of the recordings, roughly."""
 
     def run(self, key: int, function: Callable[[], None]) -> None:
         """Run what was recorded under `key`; the first time, run the function and record it (0.1 s)."""
@@ -50,6 +55,7 @@ class Traces:
     def clear(self) -> None:
         """Forget all recordings, and with them the tensors that they hold."""
         self._functions.clear()
+        self.bytes = 0
 
     def _record(self, function: Callable[[], None]) -> Callable[[], Any]:
         """The recording; where torch can make none, the function."""
@@ -58,24 +64,30 @@ class Traces:
             # a row would no longer say the same in a batch that is compiled and in one that is not.
             with warnings.catch_warnings(), _as_recorded(), _Sizes():
                 warnings.simplefilter("ignore")  # sizes become constants, it warns: they are
-                return _trace(function, list({id(tensor): tensor for tensor in self._tensors()}.values()))
+                tensors = list({id(tensor): tensor for tensor in self._tensors()}.values())
+                graph = _trace(function, tensors)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             _log.warning("the code predictor cannot be traced here and stays slower", exc_info=error)
             return function
+        self.bytes += NODE_BYTES * sum(1 for _ in graph.nodes())
+        # What torch.jit.trace makes of a graph is kept for as long as the process lives; this goes with its function.
+        return functools.partial(torch._C._create_function_from_graph("traced", graph), *tensors)  # noqa: SLF001 -- as said
 
 
-def _trace(function: Callable[[], None], tensors: list[Tensor]) -> Callable[[], Any]:
-    """Like torch.jit.trace, which would keep all that it ever traced for as long as the process lives."""
+def _trace(function: Callable[[], None], tensors: list[Tensor]) -> torch.Graph:
+    """The operators of `function` as a function of `tensors`."""
 
     def traced(*_: Tensor) -> Tensor:
         function()
         return torch.empty(0)  # something must come back
 
     # The tensors are its arguments, or what it writes into them would count as dead.
-    graph, _ = torch._C._create_graph_by_tracing(traced, tuple(tensors), lambda _: "", True, False)  # noqa: SLF001 -- see above
-    return functools.partial(torch._C._create_function_from_graph("traced", graph), *tensors)  # noqa: SLF001 -- the same
+    graph, _ = torch._C._create_graph_by_tracing(traced, tuple(tensors), lambda _: "", True, False)  # noqa: SLF001 -- torch.jit.trace begins so, too
+    # Each number is there once instead of at every operator that takes it: half the memory.
+    torch._C._jit_pass_constant_pooling(graph)  # type: ignore[attr-defined]  # noqa: SLF001 -- as above
+    return graph
 
 
 class _Sizes(TorchFunctionMode):
