@@ -5,6 +5,7 @@ It must not know HTTP, audio formats or what a request means; it never blocks th
 """
 
 import asyncio
+import math
 import time
 import uuid
 from collections import deque
@@ -82,6 +83,9 @@ class ZmqEngineClient:
         self._refusal: str | None = None
         self._hello_at: float | None = None
         self._heard_at = 0.0
+        # When the question went out whose answer the snapshot is, and that of the ping that is out.
+        self._asked_at = -math.inf
+        self._pinged_at = 0.0
         self._ticked_at = 0.0
         self._ping_out = False
         self._pong_waiters: set[asyncio.Future[None]] = set()
@@ -120,18 +124,16 @@ class ZmqEngineClient:
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
         """A snapshot at most so old; ApiError (`worker_unavailable`) where there is none to be had within a second."""
         self._require_worker()
-        if self._snapshot is None or self._clock() - self._heard_at > max_age_s:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._pong_waiters.add(waiter)
-            self._ping()
-            try:
-                async with asyncio.timeout(_FRESH_WITHIN_S):
-                    await waiter
-            except TimeoutError:
-                raise _unavailable("The GPU worker does not answer.") from None
-            finally:
-                self._pong_waiters.discard(waiter)
-            self._require_worker()
+        wanted_at = self._clock() - max_age_s
+        try:
+            async with asyncio.timeout(_FRESH_WITHIN_S):
+                # The answer to a ping that is out already may be older than what the caller has just been told.
+                while self._asked_at < wanted_at:
+                    self._ping()
+                    await self._next_pong()
+                    self._require_worker()
+        except TimeoutError:
+            raise _unavailable("The GPU worker does not answer.") from None
         if self._snapshot is None:
             raise _unavailable("The GPU worker does not answer.")
         return self._snapshot
@@ -247,7 +249,17 @@ class ZmqEngineClient:
 
     def _ping(self) -> None:
         if not self._ping_out:
+            self._pinged_at = self._clock()
             self._ping_out = self._send(Ping())
+
+    async def _next_pong(self) -> None:
+        """Wait for the worker's next word about itself, or until it is lost."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pong_waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._pong_waiters.discard(waiter)
 
     def _lose(self, why: str) -> None:
         if self._welcome is not None:
@@ -289,7 +301,7 @@ class ZmqEngineClient:
             case Pong():
                 if self._welcome is not None and message.boot_id == self._welcome.boot_id:
                     self._ping_out = False
-                    self._take_snapshot(message.snapshot)
+                    self._take_snapshot(message.snapshot, self._pinged_at)
             case Welcome():
                 self._take_welcome(message)
 
@@ -327,10 +339,11 @@ class ZmqEngineClient:
         self._welcome = welcome
         self._catalog = welcome.catalog
         self._worker_settings = welcome.settings
-        self._take_snapshot(welcome.snapshot)
+        self._take_snapshot(welcome.snapshot, self._hello_at)
 
-    def _take_snapshot(self, snapshot: Snapshot) -> None:
+    def _take_snapshot(self, snapshot: Snapshot, asked_at: float) -> None:
         self._snapshot = snapshot
+        self._asked_at = asked_at
         self._heard_at = self._clock()
         for waiter in self._pong_waiters:
             if not waiter.done():

@@ -87,7 +87,8 @@ class FakeWorker:
     """A GPU worker in a thread: the real socket and the real conversation, canned speech.
 
     Each Speak is answered with `chunks` pieces of `tone`, as credit allows.
-    `hold` keeps requests in the queue (no Started) until `release`; `mute` leaves pings unanswered;
+    `hold` keeps requests in the queue (no Started) until `release`;
+    `mute` leaves pings unanswered, `late` keeps back the answers to them;
     `fail_with` answers every Speak with that Failed, `break_after` does so after as many chunks.
     `on_call` answers Calls. `seen` are the messages that came, except pings.
     """
@@ -102,6 +103,7 @@ class FakeWorker:
         self.token = ""
         self.hold = False
         self.mute = False
+        self.late = False
         self.skip_seq = False
         self.fail_with: Failed | None = None
         self.break_after: int | None = None
@@ -111,6 +113,7 @@ class FakeWorker:
         self.payloads: list[bytes | None] = []
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
+        self.pongs: list[tuple[bytes, Pong]] = []
         self._stop = threading.Event()
         self._context = zmq.Context()
         self._thread: threading.Thread | None = None
@@ -162,13 +165,15 @@ class FakeWorker:
                 peer, *frames = self._router.recv_multipart()
                 message, payload = decode_from_web(frames)
                 self._take(peer, message, payload)
+            while self.pongs and not self.late:
+                self._send(*self.pongs.pop(0))
             self._speak()
         self._router.close()
 
     def _take(self, peer: bytes, message: FromWeb, payload: bytes | None) -> None:
         if isinstance(message, Ping):
             if not self.mute:
-                self._send(peer, Pong(boot_id=self.snapshot.boot_id, snapshot=self.snapshot))
+                self.pongs.append((peer, Pong(boot_id=self.snapshot.boot_id, snapshot=self.snapshot)))
             return
         refused = self.fail_with is not None and self.break_after is None
         if isinstance(message, Speak) and not refused:

@@ -35,7 +35,9 @@ from shared.protocol import (
 from shared.settings import Settings
 
 STATS_MAX_AGE_S: Final = 0.25
-_VRAM_MAX_AGE_S: Final = 1.0
+_VRAM_MAX_AGE_S: Final = 0.0
+"""Whoever has just moved a model looks whether it is there; many who look share one question to the worker."""
+
 _LOAD_TIMEOUT_S: Final = 600.0
 """Loading may have to download first; who waits longer asks again."""
 

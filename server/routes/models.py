@@ -1,5 +1,6 @@
 """What can speak: the catalogue as OpenAI lists models, with what this server knows beyond that."""
 
+from contextlib import suppress
 from typing import Annotated, Final
 
 from litestar import get
@@ -27,6 +28,16 @@ def known(engine: EngineClient) -> Known:
     return engine.catalog, engine.snapshot
 
 
+async def latest(engine: EngineClient) -> Known:
+    """As `known`, with what the worker says now: what any web worker has just changed is in it.
+
+    Where the worker does not answer, its last word is better than none.
+    """
+    with suppress(ApiError):
+        await engine.fresh_snapshot(0)
+    return known(engine)
+
+
 def state_of(spec: ModelSpec, snapshot: Snapshot) -> ModelState:
     """Where a model is; one that the snapshot does not name is absent."""
     named = (state for state in snapshot.models if state.id == spec.id)
@@ -52,7 +63,7 @@ def _model_object(spec: ModelSpec, catalog: list[ModelSpec], snapshot: Snapshot)
 
 
 async def _list(engine: EngineClient) -> ModelList:
-    catalog, snapshot = known(engine)
+    catalog, snapshot = await latest(engine)
     return ModelList(
         data=[_model_object(spec, catalog, snapshot) for spec in catalog],
         models=[ModelId(id=spec.id) for spec in catalog],
@@ -60,7 +71,7 @@ async def _list(engine: EngineClient) -> ModelList:
 
 
 async def _one(engine: EngineClient, name: str) -> ModelObject:
-    catalog, snapshot = known(engine)
+    catalog, snapshot = await latest(engine)
     return _model_object(model_named(name.strip("/"), catalog, snapshot.default_model), catalog, snapshot)
 
 

@@ -11,7 +11,7 @@ from litestar.connection import ASGIConnection
 from litestar.datastructures import UploadFile
 from litestar.enums import RequestEncodingType
 from litestar.handlers import BaseRouteHandler
-from litestar.params import Body, FromPath, QueryParameter
+from litestar.params import Body, PathParameter, QueryParameter
 from msgspec import Meta
 
 from server.auth import client_of
@@ -19,8 +19,8 @@ from server.decoding import MAX_REFERENCE_BYTES
 from server.dependencies import Engine, SentRecordings, ServerSettings
 from server.engine_client import EngineClient
 from server.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
-from server.resolution import model_named
-from server.routes.models import known, state_of
+from server.resolution import find_model, model_named
+from server.routes.models import known, latest, state_of
 from server.saved_voices import find_saved_voice
 from server.schemas import (
     MAX_INSTRUCTIONS,
@@ -41,6 +41,8 @@ _MAKE_TIMEOUT_S: Final = 300.0
 """Making a voice may have to load a model first."""
 
 _DELETE_TIMEOUT_S: Final = 10.0
+
+VoiceName = Annotated[str, PathParameter(description="An id or a name; a name may hold a slash.")]
 
 Text = Annotated[str, Meta(max_length=MAX_NAME)]
 
@@ -89,11 +91,14 @@ async def list_voices(
 
     Without `model` the models that cannot be served are left out.
     """
-    catalog, snapshot = known(engine)
+    catalog, snapshot = await latest(engine)
     named = [model_named(model, catalog, snapshot.default_model)] if model is not None else None
     specs = named or _served(catalog, snapshot)
     voices = [voice for spec in specs for voice in _voices_of(spec)]
-    base = next((spec for spec in specs if spec.task == "Base"), None)
+    default = find_model(snapshot.default_model, catalog)
+    # Of several Base models the one that speech without a model's name goes to.
+    bases = (spec for spec in specs if spec.task == "Base")
+    base = min(bases, key=lambda spec: spec.size != default.size, default=None)
     saved = snapshot.voices if model is None or base is not None else []
     voices += [_saved_as_voice(voice, base) for voice in saved]
     if legacy:
@@ -143,26 +148,26 @@ async def create_voice(
 
 
 @get(
-    "/voices/{voice_id:str}",
+    "/voices/{voice_id:path}",
     operation_id="getVoice",
     summary="One voice",
     tags=["Voices"],
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def get_voice(
-    request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings
+    request: Request[Any, Any, Any], voice_id: VoiceName, engine: Engine, settings: ServerSettings
 ) -> VoiceObject | SavedVoiceObject:
     """The voice of that id or name; where several models have one, that of the first model in the list."""
-    name = voice_id.casefold()
+    name = voice_id.removeprefix("/")
     # No saved voice can have the name of one of these.
     for voice in (voice for spec in _served(*known(engine)) for voice in _voices_of(spec)):
-        if name in (voice.id.casefold(), voice.name.casefold()):
+        if name.casefold() in (voice.id.casefold(), voice.name.casefold()):
             return voice
-    return _saved_object(await _existing(voice_id, engine, client_of(settings, request)))
+    return _saved_object(await _existing(name, engine, client_of(settings, request)))
 
 
 @delete(
-    "/voices/{voice_id:str}",
+    "/voices/{voice_id:path}",
     operation_id="deleteVoice",
     summary="Delete a saved voice",
     tags=["Voices"],
@@ -170,12 +175,16 @@ async def get_voice(
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def delete_voice(
-    request: Request[Any, Any, Any], voice_id: FromPath[str], engine: Engine, settings: ServerSettings
+    request: Request[Any, Any, Any], voice_id: VoiceName, engine: Engine, settings: ServerSettings
 ) -> VoiceDeleted:
     """Forget the saved voice of that id or name."""
     client = client_of(settings, request)
-    voice = await _existing(voice_id, engine, client)
-    await engine.call(DeleteVoice(id=voice.id), client=client, timeout_s=_DELETE_TIMEOUT_S)
+    voice = await _existing(voice_id.removeprefix("/"), engine, client)
+    try:
+        await engine.call(DeleteVoice(id=voice.id), client=client, timeout_s=_DELETE_TIMEOUT_S)
+    except ApiError as error:
+        # Somebody else deleted it meanwhile.
+        raise _no_such_voice() if error.code == "voice_not_found" else error from None
     return VoiceDeleted(id=voice.id)
 
 
@@ -196,11 +205,15 @@ def _served(catalog: list[ModelSpec], snapshot: Snapshot) -> list[ModelSpec]:
 
 
 async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
-    known(engine)
+    await latest(engine)
     voice = await find_saved_voice(name, engine, client)
     if voice is None:
-        raise ApiError("voice_not_found", "There is no saved voice of that id or name.", param="voice_id", status=404)
+        raise _no_such_voice()
     return voice
+
+
+def _no_such_voice() -> ApiError:
+    return ApiError("voice_not_found", "There is no saved voice of that id or name.", param="voice_id", status=404)
 
 
 def _voice_in(voice: SavedVoice | None) -> SavedVoice:

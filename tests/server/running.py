@@ -56,10 +56,10 @@ async def becomes(check: Any, timeout_s: float = 20.0) -> None:
     await until(checked, timeout_s)
 
 
-async def answers(client: httpx.AsyncClient, path: str) -> bool:
-    """Whether a GET of `path` is a 200."""
+async def answers(client: httpx.AsyncClient, path: str, status: int = httpx.codes.OK) -> bool:
+    """Whether a GET of `path` has that status, by default 200."""
     try:
-        return (await client.get(path)).status_code == httpx.codes.OK
+        return (await client.get(path)).status_code == status
     except httpx.TransportError:
         return False
 

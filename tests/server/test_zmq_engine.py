@@ -288,6 +288,17 @@ async def test_the_snapshot_is_kept_fresh(client: ZmqEngineClient, worker: FakeW
     await becomes(lambda: client.snapshot is not None and client.snapshot.running == 4)
 
 
+async def test_an_answer_under_way_is_not_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """What the worker said before it was asked is not taken for its answer, though it arrives later."""
+    worker.late = True
+    await becomes(lambda: worker.pongs)
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, running=3)
+    asking = asyncio.create_task(client.fresh_snapshot(0))
+    await asyncio.sleep(0)  # the question is asked
+    worker.late = False
+    assert (await asking).running == 3
+
+
 def _one_more_ping_is_out(client: ZmqEngineClient) -> None:
     deadline = time.monotonic() + 10
     while not client._ping_out:

@@ -177,6 +177,18 @@ async def test_vram(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     assert fields <= answer["models"][0].keys()
 
 
+async def test_where_a_model_is_now(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Whoever has just moved a model sees it moved, whichever web worker is asked."""
+    for state in ("loading", "resident"):
+        models = [msgspec.structs.replace(model, state=state) for model in worker.snapshot.models]
+        worker.snapshot = msgspec.structs.replace(worker.snapshot, models=models)
+        assert {model["state"] for model in (await client.get("/v1/models")).json()["data"]} == {state}
+        models = [msgspec.structs.replace(model, pinned=state == "resident") for model in models]
+        worker.snapshot = msgspec.structs.replace(worker.snapshot, models=models)
+        pinned = {model["pinned"] for model in (await client.get("/admin/vram")).json()["models"]}
+        assert pinned == {state == "resident"}
+
+
 async def test_cleanup_before_the_first_pass(client: httpx.AsyncClient) -> None:
     """Nothing was freed yet, and nothing is invented."""
     answer = (await client.post("/admin/cleanup")).json()

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from shared.protocol import Call, Cancel, CloneVoice, DeleteVoice, DesignVoice, Failed, Reply, SavedVoice, Speak
 from tests.fakes import FakeWorker
-from tests.server.running import SPEECH, serving
+from tests.server.running import SPEECH, answers, serving, until
 
 VOICES = "/v1/audio/voices"
 SAVED = SavedVoice(
@@ -52,14 +52,16 @@ def a_recording(seconds: float = 2.0) -> bytes:
 
 
 async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """The default model's voices first, OpenAI's names, saved voices; narrowed, and as plain strings."""
+    """The default model's voices first, OpenAI's names, saved voices; narrowed, and as plain strings.
+
+    A voice that was saved a moment ago is among them, with the Base model that it is spoken with by default.
+    """
     worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[SAVED])
-    while not (answer := (await client.get(VOICES)).json())["uploaded_voices"]:
-        pass
+    answer = (await client.get(VOICES)).json()
     first = answer["voices"][0]
     assert (first["id"], first["name"], first["model"], first["kind"]) == ("ryan", "Ryan", LARGE, "preset")
     kinds = {(voice["id"], voice["kind"], voice["model"]) for voice in answer["voices"]}
-    assert {("alloy", "openai", LARGE), ("v1", "clone", "qwen3-tts-0.6b-base")} <= kinds
+    assert {("alloy", "openai", LARGE), ("v1", "clone", "qwen3-tts-1.7b-base")} <= kinds
     assert answer["uploaded_voices"][0]["name"] == "Grandma"
     narrowed = (await client.get(VOICES, params={"model": "espeak"})).json()
     assert {voice["model"] for voice in narrowed["voices"]} == {"espeak-ng"}
@@ -79,6 +81,15 @@ async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
         "in_context": True,
         "object": "audio.voice",
     }
+
+
+async def test_lists_while_the_worker_is_away(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Its last word is better than none."""
+    before = (await client.get(VOICES)).json()
+    worker.stop()
+    await until(lambda: answers(client, "/ready", 503))
+    assert (await client.get(VOICES)).json() == before
+    assert (await client.get("/v1/models")).status_code == 200
 
 
 async def test_one_voice(client: httpx.AsyncClient, worker: FakeWorker) -> None:
@@ -172,3 +183,26 @@ async def test_delete(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     answer = await client.delete(f"{VOICES}/Grandma")
     assert answer.json() == {"id": "v1", "object": "audio.voice.deleted", "deleted": True}
     assert worker.of(Call)[-1].action == DeleteVoice(id="v1")
+
+
+async def test_a_voice_that_is_gone_is_gone_at_once(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """What was deleted a moment ago, here or elsewhere, is a 404 for whoever looks at it or deletes it again."""
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[SAVED])
+    assert (await client.get(f"{VOICES}/v1")).status_code == 200
+    # Deleted by somebody else between the look for it and the deletion.
+    worker.on_call = lambda call, _payload: Failed(id=call.id, code="voice_not_found", message="gone", param="voice")
+    answer = await client.delete(f"{VOICES}/v1")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "voice_id")
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[])
+    assert (await client.get(f"{VOICES}/v1")).status_code == 404
+    assert (await client.delete(f"{VOICES}/v1")).status_code == 404
+
+
+async def test_a_name_may_hold_a_slash(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """A voice that can be saved under a name is found and deleted by it, however the slash is written."""
+    named = msgspec.structs.replace(SAVED, name="AC/DC")
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[named])
+    worker.on_call = lambda call, _payload: Reply(id=call.id)
+    for path in ("AC/DC", "ac%2Fdc"):
+        assert (await client.get(f"{VOICES}/{path}")).json()["name"] == "AC/DC"
+        assert (await client.delete(f"{VOICES}/{path}")).json()["id"] == "v1"
