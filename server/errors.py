@@ -88,6 +88,9 @@ _DOCUMENTED: Final = {
 MISSING_FIELD: Final = re.compile(r"missing required field `(?P<field>\w+)`")
 """What msgspec says, also through Litestar, of a Struct's field that is not there."""
 
+_WITHOUT_V1: Final = "OpenAI's paths begin with /v1, so a client's base URL ends with it"
+"""The commonest mistake of whoever points a client here for the first time."""
+
 _CODE_OF_STATUS: Final = {
     400: "invalid_value",
     401: "invalid_api_key",
@@ -220,13 +223,17 @@ def _in_our_words(request: Request[Any, Any, Any], error: HTTPException) -> ApiE
         status = http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         message = "The form has more than a thousand parts."
     elif status == http.HTTPStatus.NOT_FOUND:
-        message = f"There is nothing at {asked}; /docs lists what there is."
+        message = f"There is nothing at {asked}; {_WITHOUT_V1 if _lacks_v1(request) else '/docs lists what there is'}."
     elif status == http.HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{asked} is not possible; the Allow header says what is."
     elif status == http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         limit_mib = request.app.state.settings.max_body_mb
         message = f"The request's body is larger than the {limit_mib} MiB that this server takes (TTS_MAX_BODY_MB)."
     return ApiError(_CODE_OF_STATUS.get(status, "invalid_value"), message, status=status)
+
+
+def _lacks_v1(request: Request[Any, Any, Any]) -> bool:
+    return str(request.scope["path"]).startswith(("/audio/", "/models"))
 
 
 def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:

@@ -25,6 +25,9 @@ _TRUNCATED: Final = "Input data was truncated"
 _HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 """The first half of a surrogate pair without its second."""
 
+_INVALID_AT: Final = re.compile(r"JSON is malformed: invalid character \(byte (?P<position>\d+)\)")
+"""What msgspec says of a byte that cannot stand where it stands."""
+
 _AT: Final = re.compile(r" - at `\$(?:\.(?P<field>\w+))?.*`$")
 
 
@@ -75,7 +78,15 @@ def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.D
 
 
 def _malformed(said: str, body: bytes) -> str:
-    """What msgspec said of a body that is no JSON; half a character at the end of a string is "truncated" to it."""
+    """What msgspec said of a body that is no JSON.
+
+    Half a character at the end of a string is "truncated" to it, and a line break within one an "invalid character":
+    the commonest mistake of those who put a text of several lines into a template of JSON.
+    """
+    invalid = _INVALID_AT.fullmatch(said)
+    # Between values these are white space: who cannot stand here stands in a string.
+    if invalid is not None and body[int(invalid["position"])] in b"\n\r\t":
+        return f"a line break or a tab (byte {invalid['position']}) stands in a string as it is; write \\n or \\t"
     if said != _TRUNCATED:
         return said.removeprefix("JSON is malformed: ")
     half = _HALF_CHARACTER.search(body)

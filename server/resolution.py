@@ -123,14 +123,16 @@ def keep_alive_s(given: float | str | None) -> float | None:
     if isinstance(given, str):
         match = _DURATION.fullmatch(given.strip())
         if match is None:
-            raise _keep_alive_error()
+            said = "keep_alive: seconds (300), a duration (5m, 1h30m), 0 or -1 is expected."
+            raise ApiError("invalid_value", said, param="keep_alive")
         parts = _PART.findall(match["parts"] or "")
         seconds = float(match["seconds"] or 0) + sum(float(number) * _UNITS[unit] for number, unit in parts)
         seconds = -seconds if match["sign"] == "-" else seconds
     else:
         seconds = float(given)
     if seconds > MAX_KEEP_ALIVE_S:
-        raise _keep_alive_error()
+        said = f"keep_alive: at most {MAX_KEEP_ALIVE_S} seconds, a year; -1 means for ever."
+        raise ApiError("invalid_value", said, param="keep_alive")
     return -1.0 if seconds < 0 else seconds
 
 
@@ -282,12 +284,6 @@ def _sampling(request: SpeechRequest, spec: ModelSpec) -> Sampling:
         top_p=request.top_p,
         repetition_penalty=request.repetition_penalty,
         max_new_tokens=request.max_new_tokens,
-    )
-
-
-def _keep_alive_error() -> ApiError:
-    return ApiError(
-        "invalid_value", "keep_alive: seconds (300), a duration (5m, 1h30m), 0 or -1 is expected.", param="keep_alive"
     )
 
 

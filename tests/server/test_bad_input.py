@@ -224,6 +224,15 @@ async def test_bad_path(client: httpx.AsyncClient, method: str, path: str, statu
     assert answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(("path", "hinted"), [("/audio/speech", True), ("/models", True), ("/audio", False)])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_base_url_without_v1(client: httpx.AsyncClient, path: str, *, hinted: bool) -> None:
+    """Who left /v1 out of a client's base URL is told."""
+    answer = await client.post(path, json={"input": "hello"})
+    assert answer.status_code == 404
+    assert ("/v1" in answer.json()["error"]["message"]) == hinted
+
+
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [

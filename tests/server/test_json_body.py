@@ -42,6 +42,19 @@ def test_what_is_wrong_is_named(body: bytes, code: str, param: str | None) -> No
     assert (caught.value.code, caught.value.param) == (code, param)
 
 
+@pytest.mark.parametrize("body", [b'{"input": "two\nlines"}', b'{"input": "a", "unknown": ["\t"]}', b'{"a\r": 1}'])
+def test_a_line_break_within_a_string_is_named(body: bytes) -> None:
+    """Who puts a text of several lines into a template of JSON is told what to write for them."""
+    with pytest.raises(ApiError, match=r"line break or a tab \(byte \d+\).* write \\n or \\t\.$"):
+        _decoded(body)
+
+
+def test_white_space_between_values_is_not_blamed() -> None:
+    """The same bytes outside a string are no mistake, so another one is named."""
+    with pytest.raises(ApiError, match=r"invalid character \(byte 13\)\.$"):
+        _decoded(b'{"input":\n\t\r\n?}')
+
+
 def test_unknown_fields_cost_nothing() -> None:
     """Two megabytes of empty lists stay bytes: as Python's objects they would take twenty times as much."""
     body = b'{"input": "a", "unknown": [' + b"[]," * 700_000 + b"[]]}"

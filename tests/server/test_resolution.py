@@ -167,6 +167,13 @@ def test_keep_alive_that_means_nothing(given: float | str) -> None:
         keep_alive_s(given)
 
 
+@pytest.mark.parametrize("given", [1_000_000_000, "9000h"])
+def test_keep_alive_of_more_than_a_year(given: float | str) -> None:
+    """Who asks for more than a year is told the limit, and what means for ever."""
+    with pytest.raises(ApiError, match=r"at most 31536000 seconds.*-1"):
+        keep_alive_s(given)
+
+
 @pytest.mark.parametrize("text", ["   ", "\n\t", "\u200b\u200d", "\x01\x02", "a\0b", "x" * 11])
 def test_input_that_cannot_be_said(text: str) -> None:
     """White space, invisible characters, null characters, and more than was allowed."""
