@@ -77,14 +77,14 @@ class CpuExecutor:
     """Calls the functions as they are, but traces the code predictor's, whose shapes a batch size fixes.
 
     A row's result does not depend on its company: see layers.BATCH_MULTIPLE. So rows that nobody waits for
-    make up batches of few sizes, the larger ones those that products are padded to anyway.
+    make up batches of few sizes: one row alone, and what products are padded to anyway.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         state, predictor = generator.state, generator.predictor
         slots = len(state.frame)
-        self._batches = [n for n in range(1, slots + 1) if n in {1, 2, slots} or n % BATCH_MULTIPLE == 0]
+        self._batches = [n for n in range(1, slots + 1) if n in {1, slots} or n % BATCH_MULTIPLE == 0]
         self._traces = Traces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, entries: Sequence[Entry]) -> None:
