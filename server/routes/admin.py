@@ -1,6 +1,6 @@
 """/admin: the settings in force, what the worker does and holds, and residency by hand.
 
-Everything that is only looked at comes from the snapshot, so that watching costs the GPU worker nothing.
+Everything that is only looked at comes with the answer to a ping: watching costs the GPU worker next to nothing.
 """
 
 import os

@@ -71,9 +71,9 @@ class Residents:
         return cast("dict[str, Any]", answer.json())
 
     def vram(self) -> dict[str, Any]:
-        """/admin/vram as the worker sees it now; by itself it may be a second old."""
+        """/admin/vram once the device has been read anew; by itself the device's figures may be 0.2 s old."""
         began = self._uptime_s()
-        # A reading is 250 ms old at most, so one that is younger by more was taken after this call began.
+        # What /admin/stats says is 250 ms old at most: one that is younger by more came after this call began.
         eventually(lambda: self._uptime_s() > began + 0.25, 5, "a new reading")
         return cast("dict[str, Any]", self.service.http.get("/admin/vram").json())
 
@@ -88,7 +88,6 @@ class Residents:
 
     def wait_for(self, holds: Callable[[dict[str, dict[str, Any]]], object], timeout_s: float, what: str) -> float:
         """Wait until the books of now or later say so; how many seconds that took."""
-        self.vram()
 
         def look() -> object:
             entries = self.service.http.get("/admin/vram").json()["models"]
