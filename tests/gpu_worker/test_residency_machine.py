@@ -433,8 +433,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         return model in self.was_preloading and not self.references[model]
 
     def _may_leave(self, model: str) -> bool:
-        waiting = model in self.asked and (self.place[model] != "resident" or model in self.broken)
-        return not self.references[model] and model not in self.pinned and not waiting
+        return not self.references[model] and model not in self.pinned and model not in self.asked
 
     def _evictable(self) -> set[str]:
         """The models on the device that may leave it and whose leaving helps."""
@@ -573,6 +572,8 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def _want(self, model: str) -> None:
         if not self._is_wanted(model):
+            # It makes room for nobody any more, which shows in a moment to those that wait for some.
+            self.bench.clock.advance(2 * ROOM_LOOK_S)
             self.turn[model] = next(self.turns)
             self.wanted_at[model] = self.bench.clock.now
             self.short_since.pop(model, None)
