@@ -98,13 +98,13 @@ class Arrivals:
         self._room_looked_at = -math.inf
 
     def forget_shortages(self) -> None:
-        """A model that found no room is in no trouble any more once there is some, or idle models would make it."""
+        """A model that found no room is in no trouble any more once it could come."""
         now = self._clock()
         for account in self._ledger:
             if account.trouble_looked_at is not None and now - account.trouble_looked_at >= BUSY_RETRY_S:
                 shortage = self._ledger.shortage(account, self._probe.device())
                 account.trouble_looked_at = now
-                if shortage is None or shortage.curable:
+                if shortage is None or shortage.curable or self._room.loads_anew(account, shortage, ()):
                     account.trouble, account.trouble_looked_at = "", None
 
     def next_move(self, refusals: list[Move | Refusal]) -> Move | None:
@@ -151,9 +151,12 @@ class Arrivals:
 
         None: it waits for busy models to become idle.
         """
-        shortage = self._room.shortage(account, self._of_the_start if self._is_for_the_start(account) else ())
+        spared = self._of_the_start if self._is_for_the_start(account) else ()
+        shortage = self._room.shortage(account, spared)
         if shortage is None:
             return Move(model=account.id, kind="load" if account.place == "absent" else "restore")
+        if self._room.loads_anew(account, shortage, spared):
+            return Move(model=account.id, kind="drop")
         if not shortage.curable:
             if account.short_since is None:
                 account.short_since = now

@@ -57,14 +57,20 @@ class Account:
 
     @property
     def device_estimate(self) -> int:
-        """What it will hold on the device once it is there.
+        """What it will hold on the device once it is there; a restore brings back what was measured."""
+        if self.place == "offloaded" and self.measured_bytes is not None:
+            return self.measured_bytes
+        return self.load_estimate
 
-        A restore brings back what was measured.
+    @property
+    def load_estimate(self) -> int:
+        """What it will hold on the device once it is loaded, wherever it is now.
+
         A load begins anew, with as many slots as there is room for: a size it had grown to must not forbid that.
         """
         if self.measured_bytes is None:
             return self._estimated_bytes
-        return self.measured_bytes if self.place == "offloaded" else min(self.measured_bytes, self._estimated_bytes)
+        return min(self.measured_bytes, self._estimated_bytes)
 
     @property
     def wanted(self) -> bool:
@@ -146,12 +152,16 @@ class Ledger:
         """Host RAM that models hold."""
         return sum(account.host_bytes for account in self)
 
-    def shortage(self, account: Account, device: DeviceMemory, spared: Collection[str] = ()) -> Shortage | None:
+    def shortage(
+        self, account: Account, device: DeviceMemory, spared: Collection[str] = (), *, anew: bool = False
+    ) -> Shortage | None:
         """What keeps `account` from coming to the device, which reads as `device` now; None: nothing does.
 
         The models in `spared` are not to leave for it.
+        `anew`: were it dropped from where it is, and loaded.
         """
-        need = max(0, account.device_estimate - account.device_bytes)
+        estimate = account.load_estimate if anew else account.device_estimate
+        need = max(0, estimate - account.device_bytes)
         over_budget = self.held_bytes(device) + need - device.budget_bytes
         # On a CPU, weights that were offloaded lie in the same memory already.
         short = need - (account.host_bytes if device.kind == "cpu" else 0) - device.free_bytes

@@ -9,6 +9,7 @@ None of them knows sockets, tensors or threads, and their time is clocks that ar
                         ^-------restore-------'
 
 A model with a reference (a request queued or running) is never moved away from the device, unless its engine broke.
+One that cannot be restored for lack of room, but could be loaded, is dropped from host RAM for that.
 One move is in flight at a time: each is decided on what was measured after the one before.
 """
 

@@ -64,6 +64,16 @@ class Room:
         self._probe.reclaim(collect=False)
         return self._ledger.shortage(account, self._probe.device(), spared)
 
+    def loads_anew(self, account: Account, shortage: Shortage, spared: Collection[str]) -> bool:
+        """Whether the offloaded `account`, which `shortage` keeps from being restored for good, could be loaded.
+
+        Its slots are as many as there was room for at its last load; a load takes as many as there is room for now.
+        """
+        if account.place != "offloaded" or shortage.curable or shortage.passing:
+            return False
+        anew = self._ledger.shortage(account, self._probe.device(), spared, anew=True)
+        return anew is None or anew.curable or anew.passing
+
     def cure(self, shortage: Shortage) -> Move:
         """The next move against a curable `shortage`."""
         if shortage.of_host_ram:

@@ -5,6 +5,17 @@ from gpu_worker.moves import Move
 from tests.gpu_worker.fakes import Bench, FakeDevice
 
 
+def an_offloaded_bench(device: FakeDevice) -> Bench:
+    """`a` was loaded with twice its estimate of 100 bytes and is offloaded; a load of it would take 100 now."""
+    bench = Bench({"a": 100, "b": 60}, device)
+    bench.sizes["a"] = 200
+    bench.use("a", keep_alive_s=0)
+    bench.settle()
+    bench.sizes["a"] = 100
+    assert bench.states()["a"] == "offloaded"
+    return bench
+
+
 class TestOrder:
     """Who comes first."""
 
@@ -97,6 +108,70 @@ class TestWait:
         bench.clock.advance(1)
         assert bench.settle() == []
         assert bench.states() == {"a": "resident", "b": "resident"}
+
+
+class TestAnew:
+    """Models that are too large to be restored, and would be smaller if they were loaded."""
+
+    def test_is_loaded(self) -> None:
+        """A model whose old size fits no more is dropped from host RAM and loaded: its files are looked at first."""
+        bench = an_offloaded_bench(FakeDevice(total_bytes=250, budget_bytes=250))
+        bench.device.others_bytes = 100
+        looks = bench.looks
+        bench.use("a")
+        assert bench.moves[-2:] == [("drop", "a"), ("load", "a")]
+        assert bench.looks == looks + 1
+        assert bench.states()["a"] == "resident"
+
+    def test_idle_models_leave_for_the_load(self) -> None:
+        """Where even the smaller size needs room, idle models make it."""
+        bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
+        bench.use("b")
+        bench.device.budget_bytes = 120
+        bench.residency.acquire("a")
+        assert bench.settle() == []
+        assert bench.moves[-3:] == [("drop", "a"), ("offload", "b"), ("load", "a")]
+
+    def test_waits_for_the_busy(self) -> None:
+        """Where a busy model is in the way of the smaller size, its end is waited for."""
+        bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
+        bench.residency.acquire("b")
+        bench.settle()
+        bench.device.budget_bytes = 120
+        bench.residency.acquire("a")
+        assert bench.settle() == []
+        assert bench.states() == {"a": "absent", "b": "resident"}
+        bench.residency.release("b", None)
+        assert bench.settle() == []
+        assert bench.states() == {"a": "resident", "b": "offloaded"}
+
+    def test_not_where_a_restore_needs_patience(self) -> None:
+        """A model that fits at its old size once others have left keeps its place in host RAM."""
+        bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
+        bench.residency.acquire("b")
+        bench.settle()
+        bench.residency.acquire("a")
+        assert bench.settle() == []
+        assert bench.states() == {"a": "offloaded", "b": "resident"}
+        bench.residency.release("b", None)
+        assert bench.settle() == []
+        assert bench.moves[-2:] == [("offload", "b"), ("restore", "a")]
+
+    def test_not_where_it_would_not_help(self) -> None:
+        """A model that fits at no size is refused and stays in host RAM; why is told until it could be loaded."""
+        bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
+        bench.device.budget_bytes = 90
+        bench.residency.acquire("a")
+        (refusal,) = bench.settle()
+        assert (refusal.code, refusal.retry_after_s) == ("insufficient_vram", FULL_RETRY_S)
+        bench.residency.abandon("a")
+        bench.clock.advance(BUSY_RETRY_S)
+        bench.settle()
+        assert (bench.model("a").state, bench.model("a").detail) == ("offloaded", refusal.message)
+        bench.device.budget_bytes = 100
+        bench.clock.advance(BUSY_RETRY_S)
+        bench.settle()
+        assert (bench.model("a").state, bench.model("a").detail) == ("offloaded", "")
 
 
 class TestRefusals:

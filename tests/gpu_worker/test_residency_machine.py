@@ -366,6 +366,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert self.bench.found[model].problem
             return
         assert not self._fits(model), f"{refusal.message} But it would fit."
+        assert not self._loads_anew(model), f"{refusal.message} But it could be loaded."
         if self._fits(model, busy=True):
             assert self.bench.clock.now - self.wanted_at[model] >= ROOM_WAIT_S, "it might have waited"
 
@@ -375,6 +376,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         if ARRIVES[move.kind] == "resident":
             assert move.kind == {"absent": "load", "offloaded": "restore"}[place]
             self._check_arrival(model)
+            return
+        if self._loads_anew(model):
+            assert move.kind == "drop"
             return
         assert place == "resident" if move.kind == "offload" else place != "absent"
         expected = self.in_host.get(model, self.size[model]) if move.kind == "offload" else 0
@@ -414,6 +418,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for other in SIZES:
             if self._is_wanted(other) and self.turn[other] < self.turn[model] and not self._waits_for_files(other):
                 assert not self._fits(other), f"{other} has waited for longer than {model}"
+                assert not self._loads_anew(other), f"{other} has waited for longer than {model}, and could be loaded"
 
     def _check_drop(self, model: str) -> None:
         """A model leaves host RAM when its time is over, or as the least recently used one there."""
@@ -444,14 +449,20 @@ class ResidencyMachine(RuleBasedStateMachine):
         away = self.place[model] == "absent"
         return away and (model in self.bench.fetching or found is None or found.remote or bool(found.problem))
 
-    def _need(self, model: str) -> int:
+    def _need(self, model: str, *, anew: bool = False) -> int:
         """What a model is expected to take: restored, what was measured; loaded, no more than the catalogue thinks."""
         measured = self.measured.get(model, SIZES[model])
-        return measured if self.place[model] == "offloaded" else min(measured, SIZES[model])
+        return measured if self.place[model] == "offloaded" and not anew else min(measured, SIZES[model])
 
-    def _fits(self, model: str, *, busy: bool = False) -> bool:
-        """Whether the model could come if all idle models left, with `busy` the busy ones too."""
-        device, need = self.device.device(), self._need(model)
+    def _loads_anew(self, model: str) -> bool:
+        """Whether the model is wanted and fits whoever leaves only if it is loaded, not restored."""
+        if not self._is_wanted(model) or self.place[model] != "offloaded":
+            return False
+        return not self._fits(model, busy=True) and self._fits(model, busy=True, anew=True)
+
+    def _fits(self, model: str, *, busy: bool = False, anew: bool = False) -> bool:
+        """Whether the model could come if all idle models left, with `busy` the busy ones too; `anew`: by a load."""
+        device, need = self.device.device(), self._need(model, anew=anew)
         spared = self.start if self._is_preload(model) else ()
         leaving = sum(
             n_bytes
