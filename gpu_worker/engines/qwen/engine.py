@@ -161,7 +161,7 @@ class QwenEngine:
             self._release(speaking)
         self._settle()
         self._parts.references.close()
-        self._parts.executor.release()
+        self._parts.executor.close()
         self._parts.vocoder.release()
         self._parts.prompts.forget()
         self._parts.residence.close()

@@ -61,8 +61,12 @@ class Executor(Protocol):
         """Forget everything that refers to device memory; `prepare` brings it back."""
         ...
 
+    def close(self) -> None:
+        """Forget everything for good."""
+        ...
+
     def memory(self) -> dict[str, int]:
-        """Device bytes that `release` frees, by purpose."""
+        """Device bytes that `close` frees, by purpose."""
         ...
 
 
@@ -102,11 +106,14 @@ class CpuExecutor:
         self._generator.advance(used, rows, reach=0, wide=wide)
 
     def prepare(self) -> None:
-        """See Executor: 0.1 s for each batch size."""
-        for used in self._batches:
-            self._predict(used)
+        """See Executor."""
+        for batch in self._batches:
+            self._traces.record(batch, functools.partial(self._generator.predict, batch))
 
     def release(self) -> None:
+        """See Executor. Weights stay where they are, so what was recorded stays good."""
+
+    def close(self) -> None:
         """See Executor."""
         self._traces.clear()
         self._generator.predictor.forget()
@@ -184,6 +191,10 @@ class GraphExecutor:
         self._graphs.clear()
         self._inputs.clear()
         self._generator.predictor.forget()
+
+    def close(self) -> None:
+        """See Executor."""
+        self.release()
 
     def memory(self) -> dict[str, int]:
         """See Executor."""

@@ -48,14 +48,14 @@ class Linear(Weights):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self.packed else weight  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
-        self.rows = weight.shape[0]
+        self._outputs = weight.shape[0]
         self.bias = bias
         self._transposed = None if self.packed else self.weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """X: [rows, in] -> [rows, out]."""
         if self._transposed is None:
-            return self._add_packed(x.new_zeros(x.shape[0], self.rows), x)
+            return self._add_packed(x.new_zeros(x.shape[0], self._outputs), x)
         if self.bias is None:
             return torch.mm(x, self._transposed)  # what functional.linear comes to, with a third of its calls
         return torch.addmm(self.bias, x, self._transposed)

@@ -117,6 +117,8 @@ class Residence:
         weights = {"weights": self._weight_bytes} if self._weight_bytes else {}
         if self._resident:
             return Memory(device=weights | held)
+        if self._device.type == "cpu":
+            return Memory(host=weights | held)
         if self._host:
             weights = {"weights": sum(block.nbytes for block in self._host)}
         return Memory(device=held, host=weights)

@@ -42,12 +42,17 @@ class Traces:
         self.bytes = 0
         """Host memory of the recordings, roughly."""
 
-    def run(self, key: int, function: Callable[[], None]) -> None:
-        """Run what was recorded under `key`; the first time, run the function and record it (0.1 s)."""
-        known = self._functions.get(key)
-        if known is None:
+    def record(self, key: int, function: Callable[[], None]) -> None:
+        """Run the function and record it, unless that was done: 0.1 s, and at published sizes half a second."""
+        if key not in self._functions:
             function()  # by itself first: what it makes once and keeps is then there to be recorded
             self._functions[key] = self._record(function)
+
+    def run(self, key: int, function: Callable[[], None]) -> None:
+        """Run what was recorded under `key`; where nothing was, `record`."""
+        known = self._functions.get(key)
+        if known is None:
+            self.record(key, function)
         else:
             with _as_recorded():
                 known()
@@ -69,7 +74,7 @@ class Traces:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            _log.warning("the code predictor cannot be traced here and stays slower", exc_info=error)
+            _log.warning("torch can trace nothing here: every frame takes longer", exc_info=error)
             return function
         self.bytes += NODE_BYTES * sum(1 for _ in graph.nodes())
         # What torch.jit.trace makes of a graph is kept for as long as the process lives; this goes with its function.
