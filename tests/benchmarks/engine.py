@@ -180,7 +180,7 @@ def _print_stages(engine: QwenEngine, job: Callable[[int], Job], arguments: argp
     print(f"and what reading the bytes alone takes, at the {bandwidth / 1e9:.0f} GB/s that a copy reached")
     for streams in arguments.streams:
         result = measure(engine, job, streams, arguments.frames, clock=clock, staged=True)
-        shown = [f"{name.strip()} {value:.2f}" for name, value in result.stages_ms.items()]
+        shown = [f"{name} {value:.2f}" for name, value in result.stages_ms.items()]
         if not cuda:  # there the parts overlap, and their sum is no part of a step
             total = 1000 * result.seconds / len(result.steps_ms)
             inner = sum(value for name, value in result.stages_ms.items() if "of which" not in name)
