@@ -21,6 +21,9 @@ EXACT_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOL
 """Tensors get mappings of their own and give them back: left alone, glibc keeps some for the next ones,
 and what a process holds cannot be read off it."""
 
+STAYS: Final = ("weights", "graphs", "workspace")
+"""What an offloaded model keeps, by purpose: on a CPU it lies in the same RAM either way. The rest is given back."""
+
 _CHECKPOINTS: Final[dict[str, tuple[Kind, Size]]] = {
     SMALL: ("custom_voice", "0b6"),
     LARGE: ("custom_voice", "1b7"),

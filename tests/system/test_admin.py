@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shared.settings import Settings
 from tests.recogniser import SENTENCES
-from tests.system.residents import EXACT_MALLOC, FRAMES, LARGE, SMALL, Residents, checkpoints, model_paths
+from tests.system.residents import EXACT_MALLOC, FRAMES, LARGE, SMALL, STAYS, Residents, checkpoints, model_paths
 from tests.system.service import ROOT, START_TIMEOUT_S, Service, eventually, resident_bytes
 from tests.system.test_faults import slow_reader
 
@@ -130,8 +130,8 @@ class TestCleanup:
         assert done["vram_before_mb"] == pytest.approx(before / MIB, abs=2)
         assert done["vram_after_mb"] == pytest.approx(after / MIB, abs=2)
         assert done["vram_freed_mb"] == round(done["vram_before_mb"] - done["vram_after_mb"], 2)
-        # Offloaded weights stay in the same RAM here; all the rest is given back.
-        assert done["vram_freed_mb"] == pytest.approx((sum(held.values()) - held["weights"]) / MIB, abs=2)
+        given_back = sum(size for what, size in held.items() if what not in STAYS)
+        assert done["vram_freed_mb"] == pytest.approx(given_back / MIB, abs=2)
         last = cleanup(models, trigger="false")
         assert last.keys() == LAST_PASS
         assert last == {**{name: done[name] for name in LAST_PASS}, "status": "disabled"}
@@ -207,14 +207,15 @@ class TestVram:
         assert resident_bytes(worker) - before < 3 * MIB
 
     def test_offloaded(self, models: Residents) -> None:
-        """Offloaded weights are counted as host memory, of the model and in all."""
-        weights = models.do(SMALL, "load")["bytes"]["weights"]
+        """What an offloaded model keeps is counted as host memory, of the model and in all."""
+        held = models.do(SMALL, "load")["bytes"]
+        stays = sum(held[what] for what in STAYS)
         idle(models, SMALL)
         cleanup(models, trigger="true")
         found = models.vram()
         entry = next(entry for entry in found["models"] if entry["id"] == SMALL)
-        assert (entry["state"], entry["bytes"], entry["host_bytes"]) == ("offloaded", {}, weights)
-        assert found["host"]["offloaded_bytes"] == weights
+        assert (entry["state"], entry["bytes"], entry["host_bytes"]) == ("offloaded", {}, stays)
+        assert found["host"]["offloaded_bytes"] == stays
 
     def test_speaking(self, models: Residents) -> None:
         """A model that speaks has references and is not idle; its keep_alive shows afterwards."""

@@ -20,7 +20,17 @@ import zmq
 from shared.protocol import VERSION, Audio, Credit, Finished, Hello, Message, Speak, decode_from_worker, encode
 from shared.sockets import connect_dealer
 from tests.recogniser import SENTENCES
-from tests.system.residents import DESIGN, EXACT_MALLOC, LARGE, MODELS, SMALL, Residents, checkpoints, model_paths
+from tests.system.residents import (
+    DESIGN,
+    EXACT_MALLOC,
+    LARGE,
+    MODELS,
+    SMALL,
+    STAYS,
+    Residents,
+    checkpoints,
+    model_paths,
+)
 from tests.system.service import Service, eventually, resident_bytes, stretched
 from tests.system.test_faults import slow_reader
 
@@ -245,7 +255,7 @@ class TestIdle:
         took_s = models.wait_for(lambda books: books[SMALL]["state"] == "offloaded", 10, "offloaded")
         assert took_s < IDLE_S + CHECK_S + SLACK_S
         books = models.books()[SMALL]
-        assert (books["bytes"], books["host_bytes"]) == ({}, held["weights"])
+        assert (books["bytes"], books["host_bytes"]) == ({}, sum(held[what] for what in STAYS))
         took_s = models.wait_for(lambda books: books[SMALL]["state"] == "absent", 10, "dropped")
         assert took_s < HOST_IDLE_S + CHECK_S + SLACK_S
         assert models.books()[SMALL]["host_bytes"] == 0

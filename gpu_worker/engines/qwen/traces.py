@@ -29,7 +29,7 @@ class Traces:
     """Recorded functions by key.
 
     Such a function takes and returns nothing, calls the same operators on the same tensors whatever is in them,
-    and may be run twice where once is asked.
+    and may be run several times where once is asked.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
@@ -47,9 +47,10 @@ class Traces:
         if key not in self._functions:
             function()  # by itself first: what it makes once and keeps is then there to be recorded
             self._functions[key] = self._record(function)
+            self.run(key, function)  # torch prepares a recording, and takes half of its memory, when it first runs
 
     def run(self, key: int, function: Callable[[], None]) -> None:
-        """Run what was recorded under `key`; where nothing was, `record`."""
+        """Run what was recorded under `key`; where nothing was, `record` it, which runs it, too."""
         known = self._functions.get(key)
         if known is None:
             self.record(key, function)
