@@ -3,6 +3,7 @@
 It decides who is next and nothing else; it knows neither sockets nor tensors nor what a request is made of.
 """
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Final, Generic, Protocol, TypeVar
@@ -35,7 +36,9 @@ class QueueFullError(Exception):
     """
 
     def __init__(self, position: int, wait_s: float) -> None:
-        super().__init__(f"{position - 1} requests are waiting already; a place may be free in about {wait_s:.0f} s")
+        waiting = position - 1
+        before = "1 request is" if waiting == 1 else f"{waiting} requests are"
+        super().__init__(f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s")
         self.position = position
         self.wait_s = wait_s
 

@@ -166,7 +166,15 @@ def _value(name: str, kind: Any, text: str) -> Any:
         allowed = _allowed(kind)
         if allowed:
             raise ValueError(f"one of {', '.join(allowed)} is expected{shown}") from None
-        raise ValueError(f"{str(error)[:1].lower()}{str(error)[1:]}{shown}") from None
+        raise ValueError(f"{_in_words(str(error))}{shown}") from None
+
+
+def _in_words(problem: str) -> str:
+    """What msgspec found, for people who know no Python: "a whole number >= 1 is expected"."""
+    for name, words in (("int", "a whole number"), ("float", "a number")):
+        problem = problem.replace(f"`{name} | null`", words).replace(f"`{name}`", words)
+    expected = problem.removesuffix(", got `str`").removeprefix("Expected ")
+    return problem[:1].lower() + problem[1:] if expected == problem else f"{expected} is expected"
 
 
 def _allowed(kind: Any) -> list[str]:

@@ -103,6 +103,10 @@ class TestBound:
 
     def test_full(self) -> None:
         """One too many is told its place and an estimate; a place that becomes free can be taken."""
+        one = _queue(_Asked("1"), max_queue=1)
+        one.finished(7.1)
+        with pytest.raises(QueueFullError, match=r"1 request is waiting already; a place may be free in about 5 s"):
+            one.submit(_Asked("2"), slots=1)  # 4.44 s: not sooner than its Retry-After
         scheduler = _queue(_Asked("1"), _Asked("2"), max_queue=2)
         with pytest.raises(QueueFullError, match="2 requests are waiting already") as caught:
             scheduler.submit(_Asked("3"), slots=1)

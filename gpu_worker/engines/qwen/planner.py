@@ -116,7 +116,7 @@ class Planner:
         least, trailing = (room - spare, 0) if plan.whole_text else (room, spare)
         if least < min(LEAST_CAP, wanted) or len(prompt.trailing) + trailing > TEXTS:
             field = "ref_text" if voice.codes is not None else "instructions"
-            raise JobError("invalid_value", f"{field} leaves no room for speech; make it shorter", param=field)
+            raise JobError("invalid_value", f"{field}: no room is left for speech; make it shorter", param=field)
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
 
     def _limit(self, job: Job, instructions: str) -> int:

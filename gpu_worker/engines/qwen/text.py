@@ -53,7 +53,7 @@ def clean(text: str) -> str:
     """
     text = tidy(text).strip()
     if not _is_speakable(text):
-        raise JobError("invalid_value", "there is nothing to say: no letter or digit in the text", param="input")
+        raise JobError("invalid_value", "input: there is nothing to say in it, no letter and no digit", param="input")
     return text
 
 
