@@ -31,7 +31,7 @@ from tests.system.residents import (
     checkpoints,
     model_paths,
 )
-from tests.system.service import Service, eventually, resident_bytes, stretched
+from tests.system.service import START_TIMEOUT_S, Service, eventually, resident_bytes, stretched
 from tests.system.test_faults import slow_reader
 
 ESPEAK: Final = "espeak-ng"
@@ -435,7 +435,12 @@ class TestFailedLoad:
         """A load for which the system has no memory is refused as such, frees what it had, and works once there is."""
         # In a fresh process: the heap of one that has moved many models has holes, in which another finds room.
         os.kill(before := models.service.worker_pid(), signal.SIGKILL)
-        eventually(lambda: models.service.is_ready() and models.service.worker_pid() != before, 60, "a fresh worker")
+
+        def fresh() -> bool:
+            stats = models.service.http.get("/admin/stats")
+            return stats.status_code == httpx.codes.OK and stats.json()["worker"]["pid"] != before
+
+        eventually(fresh, START_TIMEOUT_S, "another worker")
         said = models.say(SMALL)
         models.do(SMALL, "unload")
         worker = models.service.worker_pid()

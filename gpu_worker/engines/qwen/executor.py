@@ -12,13 +12,14 @@ import msgspec
 import torch
 from torch import Tensor
 
+from gpu_worker.engines.qwen.config import Shape
 from gpu_worker.engines.qwen.generation import Generator
 from gpu_worker.engines.qwen.graphs import Graphs, Key
 from gpu_worker.engines.qwen.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.prompt import Prompt
 from gpu_worker.engines.qwen.streams import Streams
 from gpu_worker.engines.qwen.talker import Rows
-from gpu_worker.engines.qwen.traces import Traces
+from gpu_worker.engines.qwen.traces import NODE_BYTES, Traces
 from gpu_worker.engines.qwen.transfers import on_device
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -32,6 +33,10 @@ PROMPTS: Final = (1, 4)
 
 TOKENS: Final = (16, 32, 64, 128, 256)
 """Prompt lengths that prefill graphs are captured for; longer ones run uncaptured, at a length of a power of 2."""
+
+
+TRACED_NODES: Final = 55
+"""Nodes of a recording for each layer and forward of the code predictor: 47 to 49 in float32, 65 to 70 in bfloat16."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -77,18 +82,28 @@ def slots_needed(slots: int, device: torch.device) -> int:
     return slots
 
 
+def cpu_batches(slots: int) -> list[int]:
+    """Batch sizes that a CPU computes: one row alone, and what products are padded to anyway."""
+    return [n for n in range(1, slots + 1) if n in {1, slots} or n % BATCH_MULTIPLE == 0]
+
+
+def traced_bytes(shape: Shape, slots: int) -> int:
+    """Host memory of a CPU's recordings of the code predictor, roughly."""
+    forwards = (shape.num_code_groups - 1) * shape.num_hidden_layers
+    return NODE_BYTES * TRACED_NODES * forwards * len(cpu_batches(slots))
+
+
 class CpuExecutor:
     """Calls the functions as they are, but traces the code predictor's, whose shapes a batch size fixes.
 
-    A row's result does not depend on its company: see layers.BATCH_MULTIPLE. So rows that nobody waits for
-    make up batches of few sizes: one row alone, and what products are padded to anyway.
+    A row's result does not depend on its company (see layers.BATCH_MULTIPLE),
+    so rows that nobody waits for make up batches of few sizes.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         state, predictor = generator.state, generator.predictor
-        slots = len(state.frame)
-        self._batches = [n for n in range(1, slots + 1) if n in {1, slots} or n % BATCH_MULTIPLE == 0]
+        self._batches = cpu_batches(len(state.frame))
         self._traces = Traces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, entries: Sequence[Entry]) -> None:

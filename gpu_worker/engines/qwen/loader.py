@@ -20,7 +20,7 @@ from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codecs import Codecs
 from gpu_worker.engines.qwen.config import ModelConfig, TalkerShape
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
-from gpu_worker.engines.qwen.executor import BATCHES, CpuExecutor, Executor, GraphExecutor, slots_needed
+from gpu_worker.engines.qwen.executor import BATCHES, CpuExecutor, Executor, GraphExecutor, slots_needed, traced_bytes
 from gpu_worker.engines.qwen.generation import TEXTS, Generator
 from gpu_worker.engines.qwen.official import load_official
 from gpu_worker.engines.qwen.planner import Planner
@@ -204,7 +204,8 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
     shape = read_config(directory).talker_config
-    return weights + entries_bytes(shape, computed) + slots * slot_bytes(shape, computed, POSITIONS)
+    traced = traced_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
+    return weights + entries_bytes(shape, computed) + traced + slots * slot_bytes(shape, computed, POSITIONS)
 
 
 def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
