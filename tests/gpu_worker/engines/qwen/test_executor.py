@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen import executor as executors
+from gpu_worker.engines.qwen import layers
 from gpu_worker.engines.qwen.executor import (
     BATCHES,
     TOKENS,
@@ -81,6 +82,37 @@ def test_on_cpu_the_code_predictor_is_traced_before_anybody_speaks() -> None:
             assert executor.memory() == held
         executor.close()
         assert executor.memory() == {"graphs": 0, "workspace": 0}
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """How many torch computes with during the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_small_code_predictor_is_computed_by_one_thread(
+    monkeypatch: pytest.MonkeyPatch, threads: int, *, small: bool
+) -> None:
+    """One with products that are worth sharing by all; who comes after it has them all again, if it fails as well."""
+    if not small:
+        monkeypatch.setattr(layers, "PACK_ELEMENTS", 1)
+    ours = Ours("custom_voice", None)
+    executor = CpuExecutor(ours.generator)
+    seen = []
+
+    def fail(used: int) -> None:
+        seen.append((used, torch.get_num_threads()))
+        raise RuntimeError("out of luck")
+
+    ours.generator.predict = fail
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="out of luck"):
+        executor.frame([(0, 20)], wide=False)
+    assert seen == [(1, 1 if small else threads)]
+    assert torch.get_num_threads() == threads
 
 
 class Replayed(Graphs):
