@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final, Literal
 
+import msgspec
+
 from gpu_worker.memory import MemoryProbe
 from gpu_worker.moves import MoveDone, MoveFailed
 from gpu_worker.requests import Request
@@ -25,8 +27,8 @@ from shared.protocol import (
     Snapshot,
 )
 
-DEVICE_READING_S: Final = 0.2
-"""A reading of the driver serves for so long: several web workers ask five times a second each."""
+READING_S: Final = 0.2
+"""A reading of the device's and the host's memory serves for so long: every look at /admin/vram asks for one."""
 
 MOST_STREAMS: Final = 50
 """Streams that a snapshot lists: some hundred bytes each, in every answer to a ping."""
@@ -61,8 +63,8 @@ class Reporter:
         self._started_at = clock()
         self._counts: dict[Outcome, int] = dict.fromkeys(("started", "finished", "failed", "cancelled", "rejected"), 0)
         self._figures: dict[str, _Figures] = {}
-        self._device: DeviceMemory | None = None
-        self._device_read_at = 0.0
+        self._memory: tuple[DeviceMemory, HostMemory] | None = None
+        self._memory_read_at = 0.0
 
     def count(self, outcome: Outcome) -> None:
         """One more request went this way."""
@@ -102,16 +104,20 @@ class Reporter:
         queued: int,
         slots: int,
         models: list[ModelState],
-        host: HostMemory,
+        offloaded_bytes: int,
         cleanup: CleanupPass | None,
         voices: list[SavedVoice],
         requests: Iterable[Request],
         preloading: Sequence[str] = (),
     ) -> Snapshot:
-        """Everything at this moment; of `requests`, all that are open, those with a slot come first."""
+        """Everything at this moment; of `requests`, all that are open, those with a slot come first.
+
+        `offloaded_bytes`: host RAM that models hold.
+        """
         now = self._clock()
-        if self._device is None or now - self._device_read_at >= DEVICE_READING_S:
-            self._device, self._device_read_at = self._probe.device(), now
+        if self._memory is None or now - self._memory_read_at >= READING_S:
+            self._memory, self._memory_read_at = (self._probe.device(), self._probe.host()), now
+        device, host = self._memory
         streams = sorted(requests, key=lambda request: request.admitted is None)
         return Snapshot(
             pid=os.getpid(),
@@ -124,8 +130,8 @@ class Reporter:
             slots=slots,
             requests=Counters(**self._counts),
             models=models,
-            device=self._device,
-            host=host,
+            device=device,
+            host=msgspec.structs.replace(host, offloaded_bytes=offloaded_bytes),
             shared_bytes=self._shared_bytes(),
             voices=voices,
             cleanup=cleanup,

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import msgspec
-
 from gpu_worker.arrivals import BUSY_RETRY_S, FULL_RETRY_S, Arrivals, Refusal
 from gpu_worker.cleanup import Cleanup, CleanupOptions
 from gpu_worker.engines.base import Memory
@@ -28,7 +26,7 @@ from gpu_worker.memory import MemoryProbe
 from gpu_worker.moves import ARRIVES, Fetched, Move, MoveDone, MoveFailed, Place
 from gpu_worker.room import Room
 from shared.catalog import ModelSpec
-from shared.protocol import HostMemory, ModelState, State
+from shared.protocol import ModelState, State
 
 
 class ModelBusyError(Exception):
@@ -55,7 +53,6 @@ class Residency:
         self._ledger = Ledger(specs)
         self._clock = clock
         self._wall = wall
-        self._probe = probe
         self.errands = Errands(self._ledger, clock)
         self.room = Room(self._ledger, probe, clock)
         self.cleanup = Cleanup(self._ledger, self.room, options, probe=probe, clock=clock, wall=wall)
@@ -195,9 +192,9 @@ class Residency:
             for account in self._ledger
         ]
 
-    def host(self) -> HostMemory:
-        """Host RAM as the probe measures it, and what offloaded models hold of it."""
-        return msgspec.structs.replace(self._probe.host(), offloaded_bytes=self._ledger.offloaded_bytes())
+    def offloaded_bytes(self) -> int:
+        """Host RAM that offloaded models hold."""
+        return self._ledger.offloaded_bytes()
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 

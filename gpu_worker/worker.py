@@ -540,7 +540,7 @@ class Worker:
             queued=len(self._scheduler),
             slots=self._slots(),
             models=self._residency.models(),
-            host=self._residency.host(),
+            offloaded_bytes=self._residency.offloaded_bytes(),
             cleanup=self._residency.cleanup.last,
             voices=self._voices.list(),
             requests=self._open.values(),

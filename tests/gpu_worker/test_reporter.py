@@ -8,7 +8,7 @@ import pytest
 
 from gpu_worker.engines.base import Job, JobError, Memory
 from gpu_worker.moves import Move, MoveDone, MoveFailed, MoveKind
-from gpu_worker.reporter import DEVICE_READING_S, MOST_STREAMS, Reporter
+from gpu_worker.reporter import MOST_STREAMS, READING_S, Reporter
 from gpu_worker.requests import PeerSink, Request
 from shared.pcm import bytes_for
 from shared.protocol import (
@@ -18,14 +18,11 @@ from shared.protocol import (
     UNDERRUN_BOUNDS_S,
     Counters,
     Histogram,
-    HostMemory,
     ModelFigures,
     Snapshot,
     StreamState,
 )
 from tests.gpu_worker.fakes import FakeClock, FakeDevice
-
-HOST = HostMemory(total_bytes=9, free_bytes=8, ours_bytes=1, offloaded_bytes=0, budget_bytes=5)
 
 
 def _reporter(device: FakeDevice, clock: FakeClock) -> Reporter:
@@ -73,7 +70,7 @@ def _snapshot(reporter: Reporter, **changes: Any) -> Snapshot:
         "queued": 2,
         "slots": 3,
         "models": [],
-        "host": HOST,
+        "offloaded_bytes": 7,
         "cleanup": None,
         "voices": [],
         "requests": [],
@@ -246,7 +243,7 @@ class TestSnapshot:
         snapshot = _snapshot(reporter, accepting=False)
         assert (snapshot.pid, snapshot.boot_id, snapshot.default_model) == (os.getpid(), "b", "m")
         assert (snapshot.accepting, snapshot.running, snapshot.queued, snapshot.slots) == (False, 1, 2, 3)
-        assert (snapshot.uptime_s, snapshot.host, snapshot.shared_bytes) == (12.5, HOST, {"codec": 3})
+        assert (snapshot.uptime_s, snapshot.host.offloaded_bytes, snapshot.shared_bytes) == (12.5, 7, {"codec": 3})
         assert snapshot.restarts == 3
         assert reporter.settings == {"idle_timeout": 5.0, "default_model": "m"}
 
@@ -258,13 +255,17 @@ class TestSnapshot:
         reporter.began(_request(clock))
         assert msgspec.msgpack.encode(first) == before
 
-    def test_device_is_read_now_and_then(self) -> None:
-        """Many pings cost the driver one reading; what it says is never older than that."""
+    def test_memory_is_read_now_and_then(self) -> None:
+        """Many pings cost the driver and the system one reading; what they say is never older than that."""
         clock, device = FakeClock(), FakeDevice()
         reporter = _reporter(device, clock)
         assert _snapshot(reporter).device.ours_bytes == 0
-        device.on_device["m"] = 100
-        clock.advance(DEVICE_READING_S / 2)
-        assert _snapshot(reporter).device.ours_bytes == 0
-        clock.advance(DEVICE_READING_S / 2)
-        assert _snapshot(reporter).device.ours_bytes == 100
+        before = _snapshot(reporter).host
+        device.on_device["m"] = device.on_host["n"] = 100
+        clock.advance(READING_S / 2)
+        snapshot = _snapshot(reporter)
+        assert (snapshot.device.ours_bytes, snapshot.host) == (0, before)
+        clock.advance(READING_S / 2)
+        snapshot = _snapshot(reporter)
+        assert snapshot.device.ours_bytes == 100
+        assert snapshot.host != before

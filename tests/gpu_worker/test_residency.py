@@ -66,10 +66,10 @@ class TestComing:
         assert bench.states() == {"a": "resident"}
 
     def test_offloaded_bytes_are_told(self) -> None:
-        """The host's figures say what offloaded models hold of it."""
+        """In all, and of each model."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.use("a", "b")
-        assert bench.residency.host().offloaded_bytes == 100
+        assert bench.residency.offloaded_bytes() == 100
         assert bench.model("a").host_bytes == 100
 
 

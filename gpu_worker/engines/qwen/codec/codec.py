@@ -50,11 +50,8 @@ class Codec:
         except KeyError as error:
             raise unavailable(path.parent, f"its weights have no decoder.{error.args[0]}") from error
         self._encoder: Encoder | None = None
-
-    @property
-    def bytes(self) -> int:
+        self.bytes = self._count()
         """Bytes of all weights loaded so far."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def new_state(self, slots: int, *, max_chunk: int = MAX_CHUNK) -> DecoderState:
         """State for `slots` streams that decode up to `max_chunk` frames at once, all at their beginning."""
@@ -108,9 +105,13 @@ class Codec:
         if self._encoder is None:
             codebooks = self._config.encoder_valid_num_quantizers
             self._encoder = Encoder(directory or self._directory, codebooks, self.device)
+            self.bytes = self._count()
         return self._encoder(pcm)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight tensor loaded so far, each once: for whoever moves or counts them."""
         held = [*self._decoder.tensors(), *(self._encoder.tensors() if self._encoder is not None else ())]
         yield from {id(tensor): tensor for tensor in held}.values()
+
+    def _count(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
