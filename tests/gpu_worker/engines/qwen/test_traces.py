@@ -92,6 +92,20 @@ def test_products_with_packed_weights_are_traced() -> None:
     assert torch.equal(y, wanted)
 
 
+def test_sizes_are_numbers_in_a_recording() -> None:
+    """Whoever asks a tensor for them records no more than who knows them."""
+    x, out = torch.ones(4, 6), torch.zeros(24)
+
+    def asks() -> None:
+        rows, columns = x.shape
+        out.copy_(x.view(rows * columns))
+
+    recordings = [traces(x, out), traces(x, out)]
+    for recorded, function in zip(recordings, (asks, lambda: out.copy_(x.view(24))), strict=True):
+        recorded.run(1, function)  # type: ignore[arg-type]
+    assert recordings[0].bytes == recordings[1].bytes > 0
+
+
 def test_what_cannot_be_traced_runs_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Slower, and the log says so, once a function."""
 
