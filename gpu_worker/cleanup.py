@@ -1,6 +1,6 @@
 """The cleanup pass: which models have outlived their time on the device or in host RAM, one after the other.
 
-It runs now and then, or when it is asked for, and decides nothing about models that are to come (see residency.py).
+It runs now and then, or when it is asked for, and decides nothing about models that are to come (see arrivals.py).
 Owned by the synthesis thread alone; its time is clocks that are passed in.
 """
 

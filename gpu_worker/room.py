@@ -1,6 +1,6 @@
 """Who leaves so that there is room, and whether for host RAM or for good.
 
-It does not decide who is to come (see residency.py) nor whose time is over (see cleanup.py),
+It does not decide who is to come (see arrivals.py) nor whose time is over (see cleanup.py),
 and takes nothing from a model with a reference, nor from a pinned one.
 Owned by the synthesis thread alone; its time is a clock that is passed in.
 """
