@@ -17,22 +17,22 @@ from typing import Any, Final
 
 import structlog
 
-from gpu_worker.cleanup import CleanupOptions
-from gpu_worker.faults import BrokenDeviceError
-from gpu_worker.fetcher import Fetcher
+from gpu_worker.engines.factory import GPU_EXTRA, Registry
+from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
-from gpu_worker.loader import Loader
-from gpu_worker.memory import cuda_present, open_probe
-from gpu_worker.moves import MoveProgress
-from gpu_worker.registry import GPU_EXTRA, Registry
-from gpu_worker.reporter import Reporter
 from gpu_worker.requests import Request
-from gpu_worker.residency import Residency
+from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.cleanup import CleanupOptions
+from gpu_worker.residency.manager import Residency
+from gpu_worker.residency.memory import cuda_present, open_probe
+from gpu_worker.residency.mover import Loader
+from gpu_worker.residency.moves import MoveProgress
 from gpu_worker.scheduler import Scheduler
+from gpu_worker.stats import Reporter
 from gpu_worker.transport import Transport
-from gpu_worker.voice_files import VoiceFiles
-from gpu_worker.voice_writer import VoiceWriter
-from gpu_worker.voices import VoiceStore
+from gpu_worker.voices.files import VoiceFiles
+from gpu_worker.voices.store import VoiceStore
+from gpu_worker.voices.writer import VoiceWriter
 from gpu_worker.worker import Drain, Wake, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
@@ -109,7 +109,7 @@ def _no_device(settings: Settings) -> list[str]:
 
 def _download(names: list[str], settings: Settings) -> int:
     try:
-        from gpu_worker.engines.qwen.download import download  # noqa: PLC0415 -- needs the gpu extra
+        from gpu_worker.engines.qwen.checkpoint.download import download  # noqa: PLC0415 -- needs the gpu extra
     except ImportError as error:
         sys.stderr.write(f"{error}; {GPU_EXTRA}\n")
         return EXIT_WRONG_SETTINGS

@@ -14,21 +14,21 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from gpu_worker.arrivals import Refusal
-from gpu_worker.calls import CallDesk
+from gpu_worker.control import CallDesk
 from gpu_worker.engines.base import Done, Engine, Event, Fault, Job, JobError, Pcm, Reference
-from gpu_worker.faults import BrokenDeviceError, is_broken_device
-from gpu_worker.fetcher import Fetcher
-from gpu_worker.loader import Loader
-from gpu_worker.memory import is_out_of_memory
-from gpu_worker.moves import Fetched, LoaderFailed, Looked, MoveDone, MoveFailed, MoveProgress
-from gpu_worker.reporter import Reporter
+from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device
 from gpu_worker.requests import PeerSink, Request
-from gpu_worker.residency import Residency
+from gpu_worker.residency.arrivals import Refusal
+from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.manager import Residency
+from gpu_worker.residency.memory import is_out_of_memory
+from gpu_worker.residency.mover import Loader
+from gpu_worker.residency.moves import Fetched, LoaderFailed, Looked, MoveDone, MoveFailed, MoveProgress
 from gpu_worker.scheduler import QueueFullError, Scheduler
+from gpu_worker.stats import Reporter
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
-from gpu_worker.voice_writer import VoiceWriter, VoiceWritten
-from gpu_worker.voices import VoiceStore
+from gpu_worker.voices.store import VoiceStore
+from gpu_worker.voices.writer import VoiceWriter, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     VERSION,

@@ -7,15 +7,15 @@ from contextlib import asynccontextmanager
 from litestar import Litestar, Router
 from litestar.datastructures import State
 
-from server.auth import require_admin, require_key
+from server.audio.decoder_pool import Recordings
 from server.dependencies import dependencies
-from server.edge import Edge
-from server.errors import exception_handlers
-from server.origins import cors_config
-from server.recordings import Recordings
-from server.request_ids import put_request_id
+from server.engine.zmq import ZmqEngineClient
+from server.http.auth import require_admin, require_key
+from server.http.errors import exception_handlers
+from server.http.middleware import Edge
+from server.http.origins import cors_config
+from server.http.request_ids import put_request_id
 from server.routes import admin, docs, health, metrics, models, speech, voices
-from server.zmq_engine import ZmqEngineClient
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
 

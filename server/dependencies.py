@@ -6,8 +6,8 @@ from litestar.datastructures import State
 from litestar.di import NamedDependency, Provide
 from litestar.params import SkipValidation
 
-from server.engine_client import EngineClient
-from server.recordings import Recordings
+from server.audio.decoder_pool import Recordings
+from server.engine.client import EngineClient
 from shared.settings import Settings
 
 Engine = NamedDependency[SkipValidation[EngineClient]]

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from server.errors import ApiError
+from server.http.errors import ApiError
 from server.schemas import MAX_KEEP_ALIVE_S, SpeechRequest, VoiceRef
 from shared.catalog import OPENAI_VOICES, ModelSpec
 from shared.protocol import Sampling, SavedVoice, Task

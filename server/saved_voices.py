@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from server.engine_client import EngineClient
-from server.errors import ApiError
+from server.engine.client import EngineClient
+from server.http.errors import ApiError
 from shared.protocol import FindVoice, SavedVoice
 
 _TIMEOUT_S: Final = 5.0

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.checkpoint.official import load_official
 
 Kind = Literal["custom_voice", "voice_design", "base"]
 Size = Literal["0b6", "1b7"]

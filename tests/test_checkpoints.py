@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.checkpoint import verify
-from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.checkpoint.official import load_official
+from gpu_worker.engines.qwen.checkpoint.verification import verify
 from tests.checkpoints import Kind, Size, checkpoint_name, codec_config, model_config, tiny
 
 MODELS: list[tuple[Kind, Size]] = [

@@ -10,13 +10,13 @@ import msgspec
 from litestar import Request, get, post
 from litestar.params import FromPath, PathParameter, QueryParameter
 
-from server.auth import client_of
 from server.dependencies import Engine, ServerSettings
-from server.engine_client import EngineClient
-from server.errors import ApiError, documented
+from server.engine.client import EngineClient
+from server.http.auth import client_of
+from server.http.errors import ApiError, documented
+from server.http.streaming import while_there
 from server.resolution import model_named
 from server.routes.models import known
-from server.streams import while_there
 from server.version import VERSION
 from shared.protocol import (
     Action,

@@ -14,11 +14,11 @@ from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.params import FromPath
 
-from server.encoding import CONTENT_TYPES
+from server.audio.encoder import CONTENT_TYPES
 from server.schemas import ALIASES, SpeechRequest
 from server.version import VERSION
 
-_STATIC: Final = Path(__file__).resolve().parent.parent / "static"
+_STATIC: Final = Path(__file__).resolve().parent.parent / "web"
 _SERVED: Final = {
     "swagger-ui-bundle.js": "text/javascript",
     "swagger-ui.css": "text/css",

@@ -7,7 +7,7 @@ from litestar import get
 from litestar.exceptions import NotFoundException
 
 from server.dependencies import Engine, ServerSettings
-from server.errors import ApiError, documented
+from server.http.errors import ApiError, documented
 from server.schemas import Health, Ready, Root, Status
 from server.version import VERSION
 

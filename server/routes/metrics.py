@@ -15,7 +15,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from server.dependencies import Engine
-from server.errors import documented
+from server.http.errors import documented
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
     MOVE_BOUNDS_S,

@@ -7,8 +7,8 @@ from litestar import get
 from litestar.params import PathParameter
 
 from server.dependencies import Engine
-from server.engine_client import EngineClient
-from server.errors import ApiError, documented
+from server.engine.client import EngineClient
+from server.http.errors import ApiError, documented
 from server.resolution import OPENAI_MODELS, model_named
 from server.schemas import ModelId, ModelList, ModelObject
 from shared.catalog import ModelSpec

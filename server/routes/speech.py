@@ -9,19 +9,19 @@ from typing import Any
 from litestar import Request, Response, post
 from litestar.params import JSONBody
 
-from server.answers import Answer
-from server.auth import client_of
+from server.audio.encoder import CONTENT_TYPES, Encoder
 from server.dependencies import Engine, SentRecordings, ServerSettings
-from server.encoding import CONTENT_TYPES, Encoder
-from server.engine_client import INITIAL_CREDIT, EngineClient
-from server.errors import ApiError, documented
-from server.json_body import SpeechJson
-from server.request_ids import request_id_of
+from server.engine.client import INITIAL_CREDIT, EngineClient
+from server.http.auth import client_of
+from server.http.errors import ApiError, documented
+from server.http.json_bodies import SpeechJson
+from server.http.request_ids import request_id_of
+from server.http.speech_response import Answer
+from server.http.streaming import can_break, while_there
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
 from server.routes.models import known
 from server.saved_voices import find_saved_voice
 from server.schemas import SpeechRequest
-from server.streams import can_break, while_there
 from shared.protocol import Speak
 
 

@@ -14,11 +14,12 @@ from litestar.handlers import BaseRouteHandler
 from litestar.params import Body, PathParameter, QueryParameter
 from msgspec import Meta
 
-from server.auth import client_of
-from server.decoding import MAX_REFERENCE_BYTES
+from server.audio.decoder import MAX_REFERENCE_BYTES
 from server.dependencies import Engine, SentRecordings, ServerSettings
-from server.engine_client import EngineClient
-from server.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
+from server.engine.client import EngineClient
+from server.http.auth import client_of
+from server.http.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
+from server.http.streaming import while_there
 from server.resolution import find_model, model_named
 from server.routes.models import known, latest, state_of
 from server.saved_voices import find_saved_voice
@@ -32,7 +33,6 @@ from server.schemas import (
     VoiceNames,
     VoiceObject,
 )
-from server.streams import while_there
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
 from shared.names import is_printable
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot

@@ -17,12 +17,12 @@ import msgspec
 import torch
 
 from gpu_worker.engines.base import Job, Pcm, Sampling
-from gpu_worker.engines.qwen.checkpoint import read_config
-from gpu_worker.engines.qwen.codecs import Codecs
+from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype, open_engine
+from gpu_worker.engines.qwen.checkpoint.verification import read_config
+from gpu_worker.engines.qwen.codec.shared import Codecs
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.loader import QwenOptions, compute_dtype, open_engine
 from gpu_worker.engines.qwen.planner import TASKS
-from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK
+from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
 from tests.benchmarks import machine, stages
 from tests.benchmarks.official import TEXT, frame_ms
 from tests.benchmarks.stages import Clock

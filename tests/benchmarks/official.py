@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import torch
 
-from gpu_worker.engines.qwen.checkpoint import read_config
-from gpu_worker.engines.qwen.loader import compute_dtype
-from gpu_worker.engines.qwen.official import load_official
+from gpu_worker.engines.qwen.build import compute_dtype
+from gpu_worker.engines.qwen.checkpoint.official import load_official
+from gpu_worker.engines.qwen.checkpoint.verification import read_config
 from tests.benchmarks.stages import Clock
 
 TEXT: Final = "Hello world, good morning to the speech of today."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.encoding import Encoder
+from server.audio.encoder import Encoder
 from tests.benchmarks.playback import listen, play
 
 SECOND = bytes(48_000)

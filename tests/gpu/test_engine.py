@@ -7,9 +7,9 @@ import torch
 
 from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.executor import GraphExecutor, slots_needed
-from gpu_worker.engines.qwen.layers import Norm
-from gpu_worker.engines.qwen.state import Choice
+from gpu_worker.engines.qwen.model.kv_slots import Choice
+from gpu_worker.engines.qwen.model.layers import Norm
+from gpu_worker.engines.qwen.runner import GraphExecutor, slots_needed
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate

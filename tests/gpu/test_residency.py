@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import Job, Pcm, Sampling
-from gpu_worker.engines.qwen import graphs
-from gpu_worker.engines.qwen.codecs import Codecs
+from gpu_worker.engines.qwen.build import QwenOptions, open_engine
+from gpu_worker.engines.qwen.codec.shared import Codecs
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
-from gpu_worker.memory import open_probe
+from gpu_worker.engines.qwen.runtime import cuda_graphs
+from gpu_worker.residency.memory import open_probe
 from tests.checkpoints import tiny, write
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take
 
@@ -210,7 +210,7 @@ def test_a_failed_recording_leaves_all_as_before(
     for one in jobs:
         other.admit(one)
     take(other, outcomes, 0)
-    record = graphs._record
+    record = cuda_graphs._record
     recorded = itertools.count()
 
     def failing(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
@@ -222,7 +222,7 @@ def test_a_failed_recording_leaves_all_as_before(
 
         return record(fail if next(recorded) == 3 else function, pool)
 
-    monkeypatch.setattr(graphs, "_record", failing)
+    monkeypatch.setattr(cuda_graphs, "_record", failing)
     with pytest.raises(RuntimeError):
         loader.submit(made.restore).result()
     monkeypatch.undo()

@@ -9,18 +9,18 @@ from typing import Any
 
 import msgspec
 
-from gpu_worker.cleanup import CleanupOptions
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Usage
-from gpu_worker.fetcher import Fetcher
-from gpu_worker.loader import Loader
-from gpu_worker.moves import Fetch, Fetched, Look, Looked, Place
-from gpu_worker.reporter import Reporter
 from gpu_worker.requests import Request
-from gpu_worker.residency import Residency
+from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.cleanup import CleanupOptions
+from gpu_worker.residency.manager import Residency
+from gpu_worker.residency.mover import Loader
+from gpu_worker.residency.moves import Fetch, Fetched, Look, Looked, Place
 from gpu_worker.scheduler import Scheduler
+from gpu_worker.stats import Reporter
 from gpu_worker.transport import Incoming
-from gpu_worker.voice_writer import VoiceWriter
-from gpu_worker.voices import VoiceStore
+from gpu_worker.voices.store import VoiceStore
+from gpu_worker.voices.writer import VoiceWriter
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
 from shared.protocol import Action, Audio, Call, Cancel, Credit, Message, Ping, Pong, SavedVoice, Snapshot, Speak

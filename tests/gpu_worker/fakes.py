@@ -7,12 +7,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
-from gpu_worker.arrivals import Refusal
-from gpu_worker.cleanup import CleanupOptions
 from gpu_worker.engines.base import Event, Job, JobError, Memory
-from gpu_worker.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
-from gpu_worker.residency import Residency
-from gpu_worker.voice_files import VoiceFiles, VoiceRecord
+from gpu_worker.residency.arrivals import Refusal
+from gpu_worker.residency.cleanup import CleanupOptions
+from gpu_worker.residency.manager import Residency
+from gpu_worker.residency.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
+from gpu_worker.voices.files import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, ModelState
 

@@ -12,8 +12,8 @@ import pytest
 import zmq
 
 from gpu_worker.__main__ import EXIT_ALREADY_RUNNING, EXIT_WRONG_SETTINGS, main
+from gpu_worker.engines.factory import GPU_EXTRA
 from gpu_worker.health import check
-from gpu_worker.registry import GPU_EXTRA
 from shared.protocol import VERSION, Action, Call, CloneVoice, DeleteVoice, Hello, Reply, decode_from_worker, encode
 from shared.sockets import AlreadyRunningError, claim, connect_dealer
 
@@ -105,7 +105,7 @@ class TestSettings:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """It says what to install."""
-        monkeypatch.delitem(sys.modules, "gpu_worker.engines.qwen.download", raising=False)
+        monkeypatch.delitem(sys.modules, "gpu_worker.engines.qwen.checkpoint.download", raising=False)
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         assert main(["download", "0.6B-Base"]) == EXIT_WRONG_SETTINGS
         assert GPU_EXTRA in capsys.readouterr().err

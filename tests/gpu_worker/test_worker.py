@@ -8,11 +8,11 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from gpu_worker.arrivals import ROOM_WAIT_S
 from gpu_worker.engines.base import JobError, Pcm
-from gpu_worker.errands import LOOK_S
-from gpu_worker.faults import BrokenDeviceError
-from gpu_worker.moves import LoaderFailed, MoveProgress
+from gpu_worker.engines.faults import BrokenDeviceError
+from gpu_worker.residency.arrivals import ROOM_WAIT_S
+from gpu_worker.residency.errands import LOOK_S
+from gpu_worker.residency.moves import LoaderFailed, MoveProgress
 from gpu_worker.transport import PeerGone, TransportFailed
 from gpu_worker.worker import Drain, Wake
 from shared.pcm import SAMPLE_RATE

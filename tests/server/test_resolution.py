@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.errors import ApiError
+from server.http.errors import ApiError
 from server.resolution import check_input, keep_alive_s, model_named, resolve, saved_voice_name
 from server.schemas import SpeechRequest, VoiceRef
 from shared.catalog import load_catalog

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
-from gpu_worker.engines.qwen.executor import Entry, Executor
+from gpu_worker.engines.faults import is_broken_device
+from gpu_worker.engines.qwen.model.kv_slots import State
+from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
+from gpu_worker.engines.qwen.model.sampling import uniforms
+from gpu_worker.engines.qwen.offload import Residence
 from gpu_worker.engines.qwen.planner import Planner
-from gpu_worker.engines.qwen.prompt import PromptBuilder, Voice
-from gpu_worker.engines.qwen.references import References
-from gpu_worker.engines.qwen.residence import Residence
-from gpu_worker.engines.qwen.sampling import uniforms
-from gpu_worker.engines.qwen.speaking import Speaking, most_urgent_first
-from gpu_worker.engines.qwen.state import State
-from gpu_worker.engines.qwen.transfers import Readback
+from gpu_worker.engines.qwen.reference_cache import References
+from gpu_worker.engines.qwen.runner import Entry, Executor
+from gpu_worker.engines.qwen.runtime.transfers import Readback
+from gpu_worker.engines.qwen.sequence import Speaking, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
-from gpu_worker.faults import is_broken_device
-from gpu_worker.memory import is_out_of_memory
+from gpu_worker.residency.memory import is_out_of_memory
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
 
 PREFILL_TOKENS: Final = 1024

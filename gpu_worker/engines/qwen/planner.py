@@ -11,13 +11,13 @@ from typing import Final
 import msgspec
 
 from gpu_worker.engines.base import Job, JobError, Sampling, Task
-from gpu_worker.engines.qwen.config import GenerationConfig, ModelConfig
-from gpu_worker.engines.qwen.generation import TEXTS
-from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
-from gpu_worker.engines.qwen.speaking import LEAST_CAP, frame_cap
-from gpu_worker.engines.qwen.state import Choice
+from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig, ModelConfig
+from gpu_worker.engines.qwen.model.generation import TEXTS
+from gpu_worker.engines.qwen.model.kv_slots import Choice
+from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
+from gpu_worker.engines.qwen.sequence import LEAST_CAP, frame_cap
 from gpu_worker.engines.qwen.text import HEAD, clean, fits, split, tidy
-from gpu_worker.recordings import check_transcript
+from gpu_worker.voices.checks import check_transcript
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
 

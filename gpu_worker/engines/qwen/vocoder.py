@@ -13,12 +13,12 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.state import Snapshot
-from gpu_worker.engines.qwen.executor import BATCHES, at_least
-from gpu_worker.engines.qwen.graphs import Graphs
-from gpu_worker.engines.qwen.speaking import LONGEST_CHUNK, SCHEDULE, Speaking
-from gpu_worker.engines.qwen.state import RING
-from gpu_worker.engines.qwen.streams import Streams
-from gpu_worker.engines.qwen.transfers import Readback, on_device
+from gpu_worker.engines.qwen.model.kv_slots import RING
+from gpu_worker.engines.qwen.runner import BATCHES, at_least
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Graphs
+from gpu_worker.engines.qwen.runtime.cuda_streams import Streams
+from gpu_worker.engines.qwen.runtime.transfers import Readback, on_device
+from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK, SCHEDULE, Speaking
 
 CHUNKS: Final = sorted(set(SCHEDULE))
 """Chunk lengths that graphs are captured for; the rest of an utterance may be any other."""

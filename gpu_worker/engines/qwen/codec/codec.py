@@ -12,12 +12,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint import SPEECH_TOKENIZER, load_codec_weights
+from gpu_worker.engines.qwen.checkpoint.safetensors import unavailable
+from gpu_worker.engines.qwen.checkpoint.verification import SPEECH_TOKENIZER, load_codec_weights
 from gpu_worker.engines.qwen.codec.config import CodecConfig
 from gpu_worker.engines.qwen.codec.decoder import Decoder
 from gpu_worker.engines.qwen.codec.encoder import Encoder
 from gpu_worker.engines.qwen.codec.state import DecoderState
-from gpu_worker.engines.qwen.weights import unavailable
 
 MAX_CHUNK: Final = 8
 """Frames of the longest chunk a stream decodes at once, unless an engine asks for another."""

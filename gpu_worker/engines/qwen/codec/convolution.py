@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.layers import Linear, Weights
+from gpu_worker.engines.qwen.model.layers import Linear, Weights
 
 UNFOLD_UP_TO_RATE: Final = {"cpu": 160, "cuda": 32}
 """Convolutions over at most this many rows a frame are one matrix product over copied windows, others a direct kernel.

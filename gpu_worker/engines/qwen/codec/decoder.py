@@ -23,7 +23,7 @@ from gpu_worker.engines.qwen.codec.convolution import (
 )
 from gpu_worker.engines.qwen.codec.state import DecoderState
 from gpu_worker.engines.qwen.codec.transformer import Transformer, Window
-from gpu_worker.engines.qwen.layers import Linear, Weights
+from gpu_worker.engines.qwen.model.layers import Linear, Weights
 
 
 class Decoder(Weights):

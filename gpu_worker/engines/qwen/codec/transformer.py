@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.codec.config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import scaled
-from gpu_worker.engines.qwen.layers import Linear, Norm, Weights
+from gpu_worker.engines.qwen.model.layers import Linear, Norm, Weights
 
 
 class Window:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference, Sampling
-from gpu_worker.engines.qwen.codecs import Codecs
+from gpu_worker.engines.qwen.build import QwenOptions, open_engine
+from gpu_worker.engines.qwen.codec.shared import Codecs
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.loader import QwenOptions, open_engine
 from tests.checkpoints import Kind, Size, tiny
 
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.attention import Backend, attention
-from gpu_worker.engines.qwen.checkpoint import load_weights, read_config, read_generation_config
-from gpu_worker.engines.qwen.executor import CpuExecutor, Entry, Executor
-from gpu_worker.engines.qwen.generation import Generator
-from gpu_worker.engines.qwen.official import load_official
-from gpu_worker.engines.qwen.prompt import Prompt, PromptBuilder, Voice
-from gpu_worker.engines.qwen.sampling import uniforms
-from gpu_worker.engines.qwen.state import RING, Choice
+from gpu_worker.engines.qwen.checkpoint.official import load_official
+from gpu_worker.engines.qwen.checkpoint.verification import load_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.model.attention import Backend, attention
+from gpu_worker.engines.qwen.model.generation import Generator
+from gpu_worker.engines.qwen.model.kv_slots import RING, Choice
+from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
+from gpu_worker.engines.qwen.model.sampling import uniforms
+from gpu_worker.engines.qwen.runner import CpuExecutor, Entry, Executor
 from tests.checkpoints import Generation, Kind, Size, tiny
 
 FRAMES = 15

@@ -12,7 +12,7 @@ from gpu_worker.engines.base import Done, Fault, Job, JobError, Reference, Sampl
 from gpu_worker.engines.qwen import engine as engines
 from gpu_worker.engines.qwen import vocoder as vocoders
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.references import MOST_WAITING, EncodedReference
+from gpu_worker.engines.qwen.reference_cache import MOST_WAITING, EncodedReference
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, recording, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, TRANSCRIPT, Ours, expected, official

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.base import Sampling
+from gpu_worker.engines.qwen.model.kv_slots import Choice
 from gpu_worker.engines.qwen.planner import choice_of
-from gpu_worker.engines.qwen.state import Choice
 from tests.checkpoints import Generation, Kind, Size
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate
 

@@ -1,0 +1,244 @@
+"""From a checkpoint's directory to an engine that is ready to speak: the only place where the parts are wired.
+
+It owns the choice of dtype and of the number of slots. Importing it imports torch: do so when a model is to be opened.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import torch
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.checkpoint.config import ModelConfig, TalkerShape
+from gpu_worker.engines.qwen.checkpoint.official import load_official
+from gpu_worker.engines.qwen.checkpoint.safetensors import read_headers, tensor_files
+from gpu_worker.engines.qwen.checkpoint.verification import open_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codec.shared import Codecs
+from gpu_worker.engines.qwen.engine import Parts, QwenEngine
+from gpu_worker.engines.qwen.model.attention import Backend, attention
+from gpu_worker.engines.qwen.model.code_predictor import entries_shape
+from gpu_worker.engines.qwen.model.generation import TEXTS, Generator
+from gpu_worker.engines.qwen.model.prompt import PromptBuilder
+from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
+from gpu_worker.engines.qwen.offload import Residence
+from gpu_worker.engines.qwen.planner import Planner
+from gpu_worker.engines.qwen.reference_cache import EncodedReference, References
+from gpu_worker.engines.qwen.runner import BATCHES, CpuExecutor, Executor, GraphExecutor, slots_needed, traced_bytes
+from gpu_worker.engines.qwen.runtime.cuda_streams import Streams
+from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
+from gpu_worker.engines.qwen.vocoder import Vocoder
+
+CPU_SLOTS: Final = 8
+MOST_SLOTS: Final = 64
+"""Slots where none are configured: on CPU, and at most on CUDA."""
+
+POSITIONS: Final = 2048
+"""Tokens that a slot holds, prompt and frames: 112 KiB each in bfloat16, over two minutes of speech."""
+
+SHARE_OF_FREE: Final = 0.4
+"""Part of the device memory left beside the weights that slots may take: graphs and other models need the rest."""
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Device = Literal["cuda", "cpu"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How engines are opened; one value serves all models of a process.
+
+    `codecs`: the speech tokenizers, on the same device, shared by all engines; and so are the `streams`.
+    `dtype` "auto" is bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
+    `positions`: tokens that a slot holds, prompt and frames.
+    `pause_s`: silence between the utterances of a long text.
+    `room`: bytes of the device that this process may still take, as far as a budget says.
+    `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
+    """
+
+    codecs: Codecs
+    device: Device
+    dtype: DtypeName = "auto"
+    attention_backend: Backend = "sdpa"
+    slots: int | None = None
+    positions: int = POSITIONS
+    pause_s: float = 0.15
+    reference_cache_bytes: int = 256 << 20
+    encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
+    streams: Streams = msgspec.field(default_factory=Streams)
+    room: Callable[[], int] | None = None
+    wake: Callable[[], None] = lambda: None
+
+
+def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
+    """Load a verified checkpoint (see checkpoint.py) and make it ready to speak.
+
+    Raises:
+        JobError: `model_unavailable`, saying what is wrong with the checkpoint or the options;
+            `insufficient_vram` where not even one slot fits beside the weights.
+    """
+    # float32 means float32: cuDNN would round what convolutions read, and the codec's encoder pick other codes.
+    torch.backends.cudnn.allow_tf32 = False
+    stream = options.streams.moves if options.device == "cuda" else None
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        codec = options.codecs.take(directory)
+        try:
+            engine = _open(directory, codec, options)
+        except BaseException:
+            options.codecs.give_back(codec)
+            raise
+    if stream is not None:
+        stream.synchronize()  # engines speak on other streams
+    return engine
+
+
+def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
+    device, dtype = torch.device(options.device), compute_dtype(options.device, options.dtype)
+    config, generation = read_config(directory), read_generation_config(directory)
+    kernel = attention(options.attention_backend, device, dtype)
+    with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
+        size = weights.nbytes + entries_bytes(config.talker_config, dtype)
+        slots = options.slots or slots_that_fit(size, config, codec, options)
+        generator = Generator(
+            weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
+        )
+        prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
+    vocoder = Vocoder(codec, generator.state.ring, slots, options.streams)
+    speaker = None
+    if config.tts_model_type == "base":
+        speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
+    executor: Executor = CpuExecutor(generator)
+    if device.type == "cuda":
+        executor = GraphExecutor(generator, slots, options.positions, options.streams)
+    encode = _reference_encoder(directory, codec, speaker, options)
+    parts = Parts(
+        state=generator.state,
+        executor=executor,
+        prompts=prompts,
+        planner=Planner(config, generation, prompts, positions=options.positions),
+        vocoder=vocoder,
+        references=References(encode, options.reference_cache_bytes, options.wake),
+        residence=Residence(
+            [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
+            {
+                "kv": list(generator.talker.cache.tensors()),
+                "state": list(generator.state.tensors()),
+                "codec_state": list(vocoder.tensors()),
+            },
+            device,
+            stream=options.streams.moves if device.type == "cuda" else None,
+            others=(executor.memory, vocoder.memory),
+            closed=lambda: options.codecs.give_back(codec),
+        ),
+    )
+    executor.prepare()
+    vocoder.prepare()
+    return QwenEngine(parts, slots=slots, pause_s=options.pause_s, cuda=device.type == "cuda")
+
+
+def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
+    """The dtype of weights and caches: what is asked for; "auto" is bfloat16 on CUDA, float32 on CPU.
+
+    Raises:
+        JobError: `model_unavailable` for float16 on CPU, where torch's products need instructions that few have.
+    """
+    if device == "cpu" and name == "float16":
+        raise JobError("model_unavailable", "TTS_DTYPE=float16 is for CUDA; a CPU computes in float32 or bfloat16")
+    if name == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options: QwenOptions) -> int:
+    """Slots where none are configured: on CUDA, what a share of the memory left beside the weights holds.
+
+    Left is what is free and within the budget.
+
+    Raises:
+        JobError: `insufficient_vram`, with the arithmetic.
+    """
+    if options.device == "cpu":
+        return CPU_SLOTS
+    free, _ = torch.cuda.mem_get_info()
+    if options.room is not None:
+        free = min(free, options.room())
+    state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
+    dtype = compute_dtype(options.device, options.dtype)
+    each = slot_bytes(config.talker_config, dtype, options.positions) + state.bytes // 2
+    slots = int((free - weight_bytes) * SHARE_OF_FREE / each)
+    if slots < 1:
+        message = f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB and a slot {each >> 20} MiB"
+        raise JobError("insufficient_vram", message, retry_after_s=30)
+    # Rows come in these numbers (see slots_needed): what lies between two of them would cost memory for nothing.
+    return max(size for size in BATCHES if size <= min(slots, MOST_SLOTS))
+
+
+def slot_bytes(shape: TalkerShape, dtype: torch.dtype, positions: int) -> int:
+    """Bytes of one slot: keys and values, trailing text, randomness."""
+    width = dtype.itemsize
+    kv = 2 * shape.num_hidden_layers * positions * shape.num_key_value_heads * shape.head_dim * width
+    return kv + TEXTS * shape.hidden_size * width + positions * shape.num_code_groups * 4
+
+
+def entries_bytes(shape: TalkerShape, dtype: torch.dtype) -> int:
+    """Bytes of what is computed from the weights at load and kept beside them: 280 MiB in bfloat16, as published."""
+    return math.prod(entries_shape(shape.code_predictor_config)) * dtype.itemsize
+
+
+def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
+    """What the checkpoint in `directory` will take on the device, without reading its weights.
+
+    Weights in the dtype that is computed in, and its slots; where CUDA's free memory decides how many, one.
+
+    Raises:
+        JobError: `model_unavailable`, naming the file at fault.
+    """
+    computed = compute_dtype(device, dtype)
+    headers = read_headers(tensor_files(directory))
+    weights = sum(math.prod(info.shape) for info in headers.values()) * computed.itemsize
+    if slots is None:
+        slots = CPU_SLOTS if device == "cpu" else 1
+    shape = read_config(directory).talker_config
+    traced = traced_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
+    return weights + entries_bytes(shape, computed) + traced + slots * slot_bytes(shape, computed, POSITIONS)
+
+
+def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
+    # Loaded as the official wrapper loads it: the flag changes how some tokenizers split words.
+    try:
+        processor = load_official().Processor.from_pretrained(str(directory), fix_mistral_regex=True)
+    except Exception as error:  # what transformers' own parsing of damaged files runs into is not bounded
+        raise JobError("model_unavailable", f"{directory}: the text tokenizer cannot be loaded: {error}") from error
+    return lambda text: processor.tokenizer(text)["input_ids"]
+
+
+def _reference_encoder(
+    directory: Path, codec: Codec, speaker: SpeakerEncoder | None, options: QwenOptions
+) -> Callable[[np.ndarray, bool], EncodedReference]:
+    stream = options.streams.recordings if options.device == "cuda" else None
+
+    def encode(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- see References
+        if speaker is None:
+            raise JobError("task_mismatch", "this model takes no recording", param="ref_audio")
+        pcm = torch.from_numpy(waveform)
+        with options.encoder_lock, torch.inference_mode(), torch.cuda.stream(stream):
+            encoded = EncodedReference(speaker(pcm))
+            if wants_codes:
+                codes = codec.encode(pcm, directory)
+                state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
+                codec.prime(codes, 0, state)
+                encoded = EncodedReference(encoded.embedding, codes, state.snapshot(0))
+        if stream is not None:
+            stream.synchronize()  # what is handed over is complete
+            for tensor in encoded.tensors():
+                # It may be forgotten while they have still to read it, and the next recording would be put there.
+                tensor.record_stream(torch.cuda.default_stream())
+                tensor.record_stream(options.streams.codec)
+        return encoded
+
+    return encode

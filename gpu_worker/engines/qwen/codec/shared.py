@@ -1,0 +1,44 @@
+"""The speech tokenizers in use: one codec for all checkpoints that bring the same one, as long as an engine uses it."""
+
+from pathlib import Path
+
+import torch
+
+from gpu_worker.engines.qwen.checkpoint.verification import codec_fingerprint
+from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.offload import free
+
+
+class Codecs:
+    """Lends codecs. One thread at a time takes and gives back; `bytes` may be asked from any."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._codecs: dict[bytes, Codec] = {}
+        self._users: dict[bytes, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Device bytes of all codecs in use."""
+        return sum(codec.bytes for codec in list(self._codecs.values()))
+
+    def take(self, directory: Path) -> Codec:
+        """The codec of the checkpoint in `directory`, loaded where nobody uses it yet.
+
+        Raises:
+            JobError: `model_unavailable`, naming the file at fault.
+        """
+        key = codec_fingerprint(directory)
+        if key not in self._codecs:
+            self._codecs[key] = Codec(directory, dtype=self._dtype, device=self._device)
+        self._users[key] = self._users.get(key, 0) + 1
+        return self._codecs[key]
+
+    def give_back(self, codec: Codec) -> None:
+        """One user less; with the last one its memory is freed."""
+        key = next(key for key, held in self._codecs.items() if held is codec)
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key], self._codecs[key]
+            free(codec.tensors())

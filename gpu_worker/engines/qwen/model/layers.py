@@ -1,0 +1,220 @@
+"""Transformer blocks shared by the talker and the code predictor: fused projections, norms, rotary positions.
+
+It owns weights and arithmetic of one block, with the rounding points of the official modules.
+Keys and values go to whoever is passed as `attend`: caches are not this module's business.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpu_worker.engines.qwen.checkpoint.config import Shape
+
+PACK_ELEMENTS: Final = 1 << 18
+"""On CPU, weights of at least this many elements are kept in oneDNN's blocked layout.
+
+Measured on 2 cores of an AMD EPYC (Zen 4), float32: 2 to 3 times faster than MKL from here up at 1 to 16 rows.
+Below, its own overhead shows: 13 µs a call in a loop of nothing else, 40 µs between the other operators of a frame.
+"""
+
+BATCH_MULTIPLE: Final = 4
+"""On CPU, batches are padded to a multiple of this.
+
+MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently;
+with full groups of 4, a row's result does not depend on its company.
+"""
+
+
+class Weights:
+    """Something that holds tensors, lists of tensors, or other Weights, in its attributes."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor held, directly or below; a shared one comes up as often as it is held."""
+        for value in vars(self).values():
+            for item in value if isinstance(value, list) else (value,):
+                if isinstance(item, Tensor):
+                    yield item
+                elif isinstance(item, Weights):
+                    yield from item.tensors()
+
+
+class Linear(Weights):
+    """y = x Wᵀ + b, with W stored as the device computes it fastest."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self.packed else weight  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
+        self._outputs = weight.shape[0]
+        self.bias = bias
+        self._transposed = None if self.packed else self.weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X: [rows, in] -> [rows, out]."""
+        if self._transposed is None:
+            return self._add_packed(x.new_zeros(x.shape[0], self._outputs), x)
+        if self.bias is None:
+            return torch.mm(x, self._transposed)  # what functional.linear comes to, with a third of its calls
+        return torch.addmm(self.bias, x, self._transposed)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The same, where on CPU the rows may be few: each row's result is the same in any company."""
+        padded = pad_rows(x)
+        return self(x) if padded is x else self(padded)[: x.shape[0]]
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The sum of y and x Wᵀ, without bias. Only in float32 may the product include it: that rounds once less."""
+        if x.dtype != torch.float32:
+            return y + self(x)
+        if self._transposed is None:
+            return self._add_packed(y, x)
+        return torch.addmm(y, x, self._transposed)
+
+    def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
+        """The form of oneDNN's product that can be traced (see traces.py): it adds, at no cost."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """On CPU, x with zeros behind its rows up to a multiple of BATCH_MULTIPLE; elsewhere x."""
+    extra = -x.shape[0] % BATCH_MULTIPLE
+    if x.is_cuda or not extra:
+        return x
+    return functional.pad(x, (0, 0) * (x.ndim - 1) + (0, extra))
+
+
+class Norm(Weights):
+    """RMS normalisation over the last axis: float32 inside, rounded to the model's dtype before the weight."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._shape = weight.shape[-1:]
+        self._eps = eps
+        # x / sqrt(mean(x²) + eps) == sqrt(n) x / hypot(norm(x), sqrt(n eps)): torch has no fused kernel for CPU,
+        # and this is a third of the calls of its composite one.
+        self._root = math.sqrt(weight.shape[-1])
+        self._floor = torch.tensor(self._root * math.sqrt(eps), dtype=torch.float32, device=weight.device)
+        rooted = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.weight: Tensor | None = weight * self._root if rooted else weight
+
+    def fold_into(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Put the weight into all the matrices [out, size] that read this norm's output, instead of applying it.
+
+        In float32 alone: elsewhere the official modules round in between, and nothing changes.
+        """
+        if self.weight is None or self.weight.dtype != torch.float32:
+            return matrices
+        matrices = [matrix * self.weight for matrix in matrices]
+        self.weight = None
+        return matrices
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X: [..., size], any float dtype; the same comes back."""
+        if x.is_cuda:
+            # One kernel: it computes in float32, and without a weight rounds where the official modules do.
+            y = functional.rms_norm(x, self._shape, None, self._eps)
+        elif x.dtype == torch.float32:
+            y = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
+        else:
+            y = x.float()
+            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).hypot_(self._floor)
+            y = (y * (self._root / norm)).to(x.dtype)
+        return y if self.weight is None else y * self.weight
+
+
+class Rope(Weights):
+    """Rotary position tables. The three axes of the official mRoPE are equal for speech: plain RoPE."""
+
+    def __init__(self, shape: Shape, positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64, device=device).float() / shape.head_dim
+        angles = torch.arange(positions, device=device).float()[:, None] * (1.0 / shape.rope_theta**half)
+        sin = angles.sin()
+        self.cos = torch.cat((angles.cos(),) * 2, dim=-1).to(dtype)
+        # rotate_half(x) * sin == roll(x, half) * (-sin, sin): negation rounds nothing.
+        self.sin = torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [rows] int64 -> (cos, sin), each [rows, 1, head_dim]."""
+        return self.cos.index_select(0, positions)[:, None], self.sin.index_select(0, positions)[:, None]
+
+    def span(self, start: int, stop: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+        """Positions start..stop of `batch` sequences: (cos, sin), each [batch * (stop - start), 1, head_dim]."""
+        cos, sin = self.cos[start:stop, None], self.sin[start:stop, None]
+        return (cos, sin) if batch == 1 else (cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1))
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries [rows, heads, head_dim], keys and values [rows, kv_heads, head_dim] of one layer."""
+
+
+class Attend(Protocol):
+    """Attention over a cache: takes new queries, keys and values of one layer, returns what they attended to."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim] -> [rows, heads * head_dim]."""
+        ...
+
+
+class Layer(Weights):
+    """One pre-norm block: attention with per-head query and key norms, then SwiGLU."""
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape) -> None:
+        def fused(*names: str, behind: Norm | None = None) -> Linear:
+            matrix = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
+            return Linear(behind.fold_into([matrix])[0] if behind is not None else matrix)
+
+        self.heads = shape.num_attention_heads
+        self.kv_heads = shape.num_key_value_heads
+        self.head_dim = shape.head_dim
+        self.half = shape.head_dim // 2
+        self.inner = shape.intermediate_size
+        self.input_norm = Norm(weights[f"{prefix}input_layernorm.weight"], shape.rms_norm_eps)
+        self.post_norm = Norm(weights[f"{prefix}post_attention_layernorm.weight"], shape.rms_norm_eps)
+        query, key = (weights[f"{prefix}self_attn.{name}_norm.weight"] for name in "qk")
+        self.qk_norm = Norm(
+            torch.cat((query.expand(self.heads, -1), key.expand(self.kv_heads, -1))), shape.rms_norm_eps
+        )
+        self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", behind=self.input_norm)
+        self.out = fused("self_attn.o_proj")
+        self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
+        self.down = fused("mlp.down_proj")
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Projected:
+        """X: [rows, hidden] -> what it attends with."""
+        cos, sin = rope
+        qkv = self.qkv(self.input_norm(x)).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        qk, value = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)  # half as long as split
+        qk = self.qk_norm(qk)
+        turned = qk.roll(self.half, -1)
+        # In one kernel where that rounds no coarser than the official two.
+        qk = torch.addcmul(qk * cos, turned, sin) if qk.dtype == torch.float32 else qk * cos + turned * sin
+        query, key = qk.split_with_sizes((self.heads, self.kv_heads), 1)
+        return query, key, value
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """X [rows, hidden] and what it attended to [rows, heads * head_dim] -> the block's output [rows, hidden]."""
+        x = self.out.add_to(x, attended)
+        gate, up = self.gate_up(self.post_norm(x)).split_with_sizes((self.inner, self.inner), 1)
+        return self.down.add_to(x, functional.silu(gate).mul_(up))
+
+
+class Stack(Weights):
+    """The blocks and the final norm."""
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape) -> None:
+        self.layers = [Layer(weights, f"{prefix}layers.{i}.", shape) for i in range(shape.num_hidden_layers)]
+        self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
+
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """X: [rows, hidden] -> the last layer's output, before the final norm (`norm` takes the rows one needs)."""
+        return self.resume(x, self.layers[0].project(x, rope), rope, attend)
+
+    def resume(self, x: Tensor, projected: Projected, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """The same, where it is known what the first layer projects x to."""
+        for index, layer in enumerate(self.layers):
+            if index:
+                projected = layer.project(x, rope)
+            x = layer.finish(x, attend(index, *projected))
+        return x

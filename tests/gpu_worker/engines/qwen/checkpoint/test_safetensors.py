@@ -1,0 +1,151 @@
+"""safetensors files: damage is seen in the header, tensors arrive in the dtype asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.checkpoint import safetensors as weights
+from gpu_worker.engines.qwen.checkpoint.safetensors import (
+    load_tensors,
+    open_tensors,
+    read_headers,
+    require,
+    tensor_files,
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of three tensors."""
+    path = tmp_path / "model.safetensors"
+    tensors = {"a.x": torch.arange(6.0).view(2, 3), "a.ids": torch.arange(4), "b.y": torch.ones(5)}
+    save_file(tensors, path)
+    return path
+
+
+def test_tensors_of_a_prefix_come_in_the_dtype_asked_for(file: Path) -> None:
+    """Floating point is converted, integers are not, other prefixes stay out."""
+    tensors = load_tensors([file], "a.", dtype=torch.bfloat16)
+
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {"a.x": torch.bfloat16, "a.ids": torch.int64}
+    assert torch.equal(tensors["a.x"].float(), torch.arange(6.0).view(2, 3))
+
+
+def test_none_keeps_the_dtype_of_the_file(file: Path) -> None:
+    """Without a dtype, tensors are as stored."""
+    assert load_tensors([file], "b.", dtype=None)["b.y"].dtype is torch.float32
+
+
+def test_open_tensors_are_read_when_they_are_asked_for(file: Path) -> None:
+    """Their bytes are known before any is read, in the dtype they will come in; two readings are two tensors."""
+    with open_tensors([file], "a.", dtype=torch.bfloat16) as tensors:
+        assert tensors.nbytes == 6 * 2 + 4 * 8
+        assert list(tensors) == ["a.ids", "a.x"]
+        one, other = tensors["a.x"], tensors["a.x"]
+        assert one.dtype is torch.bfloat16
+        one.zero_()
+        assert torch.equal(other.float(), torch.arange(6.0).view(2, 3))
+        with pytest.raises(KeyError):
+            tensors["b.y"]
+    with open_tensors([file], "", dtype=None) as tensors:
+        assert tensors.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_shards_are_found_through_their_index(file: Path, tmp_path: Path) -> None:
+    """Every shard an index names is read once, and a missing one is named."""
+    file.rename(tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"c": torch.zeros(2)}, tmp_path / "model-00002-of-00002.safetensors")
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = {"a.x": shards[0], "a.ids": shards[0], "b.y": shards[0], "c": shards[1]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    assert set(read_headers(tensor_files(tmp_path))) == set(weight_map)
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(JobError, match=r"model-00002-of-00002\.safetensors: missing"):
+        read_headers(tensor_files(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-1], r"has \d+ bytes where its header says \d+"),
+        (lambda raw: raw + b"\0", r"has \d+ bytes where its header says \d+"),
+        (lambda raw: raw[:20], "is not a safetensors file"),
+        (lambda _: b"", "is not a safetensors file"),
+        (lambda _: b"<!DOCTYPE html><html></html>", "is not a safetensors file"),
+        (lambda raw: raw[:8] + b"x" + raw[9:], "header is damaged"),
+        (lambda raw: raw.replace(b'"shape":[5]', b'"shape":[6]'), "damaged header at b.y"),
+        (lambda raw: raw.replace(b'"dtype":"F32"', b'"dtype":"Q32"'), "damaged header"),
+    ],
+)
+def test_damage_is_seen_without_loading(file: Path, damage: object, message: str) -> None:
+    """A cut, grown or overwritten file is an error that names it."""
+    file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator] # each is a function of bytes
+
+    with pytest.raises(JobError, match=rf"model\.safetensors: .*{message}") as caught:
+        read_headers([file])
+    assert caught.value.code == "model_unavailable"
+
+
+def test_missing_and_misshapen_tensors_are_named(file: Path) -> None:
+    """`require` compares shapes; -1 allows any size."""
+    headers = read_headers([file])
+    require(headers, {"a.x": (2, -1), "b.y": (5,)}, file)
+
+    with pytest.raises(JobError, match=r"has no tensor a\.z"):
+        require(headers, {"a.z": (1,)}, file)
+    with pytest.raises(JobError, match=r"a\.x is \[2, 3\], but config\.json makes it \[3, 3\]"):
+        require(headers, {"a.x": (3, 3)}, file)
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    """Between finding and loading, a file may go."""
+    with pytest.raises(JobError, match=r"gone\.safetensors: missing"):
+        load_tensors([tmp_path / "gone.safetensors"], "", dtype=None)
+
+
+def test_a_file_cut_while_it_is_read_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was whole when it was looked at may be cut before it has been read: an error, not the process's death."""
+    seen = weights._read_header(file)
+    monkeypatch.setattr(weights, "_read_header", lambda _: seen)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(JobError, match=r"model\.safetensors: was cut short") as caught:
+        load_tensors([file], "", dtype=None)
+    assert caught.value.code == "model_unavailable"
+
+
+def test_tensors_do_not_depend_on_their_file(file: Path) -> None:
+    """What was loaded stays what it is when the file is overwritten in place."""
+    tensors = load_tensors([file], "", dtype=None)
+    size = file.stat().st_size
+    with file.open("r+b") as overwritten:
+        overwritten.write(b"\xff" * size)
+    assert torch.equal(tensors["a.x"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(tensors["b.y"], torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    ],
+    ids=str,
+)
+def test_every_dtype_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Scalars, empty tensors and others, of each dtype that checkpoints come in."""
+    written = {
+        "scalar": torch.ones((), dtype=dtype),
+        "empty": torch.zeros((0, 3), dtype=dtype),
+        "others": torch.arange(30).view(2, 3, 5).to(dtype),
+    }
+    save_file(written, tmp_path / "model.safetensors")
+    read = load_tensors([tmp_path / "model.safetensors"], "", dtype=None)
+    assert read.keys() == written.keys()
+    for name, tensor in written.items():
+        assert read[name].dtype is dtype
+        assert torch.equal(read[name], tensor)

@@ -1,0 +1,101 @@
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from gpu_worker.engines.base import Done, JobError
+from gpu_worker.engines.qwen.build import QwenOptions, open_engine
+from gpu_worker.engines.qwen.codec.shared import Codecs
+from tests.checkpoints import tiny
+from tests.gpu_worker.engines.qwen.driving import clone, run
+
+DECODER = "speech_tokenizer/model.safetensors"
+
+
+@pytest.fixture
+def codecs() -> Codecs:
+    """None in use."""
+    return Codecs(dtype=torch.float32, device=torch.device("cpu"))
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A checkpoint of its own."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+    return target
+
+
+def retrained(directory: Path) -> Path:
+    """The checkpoint with the last value of its speech tokenizer's first tensors changed: same names, shapes, size."""
+    raw = bytearray((directory / DECODER).read_bytes())
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    raw[begin : begin + 4096] = bytes(value ^ 1 for value in raw[begin : begin + 4096])
+    (directory / DECODER).write_bytes(raw)
+    return directory
+
+
+def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: Codecs, tmp_path: Path) -> None:
+    """Wherever they lie; one that differs in its weights alone is not taken for the first."""
+    first = codecs.take(tiny("custom_voice"))
+    assert codecs.take(tiny("base")) is first
+    assert codecs.take(copy(tiny("base"), tmp_path / "copy")) is first
+    one = codecs.bytes
+    other = codecs.take(retrained(copy(tiny("base"), tmp_path / "other")))
+    assert other is not first
+    assert codecs.bytes == 2 * one
+
+
+def test_a_codec_goes_with_its_last_user(codecs: Codecs) -> None:
+    """Not before, and the next user gets a new one."""
+    first = codecs.take(tiny("custom_voice"))
+    codecs.take(tiny("base"))
+    codecs.give_back(first)
+    assert codecs.bytes == first.bytes > 0
+    codecs.give_back(first)
+    assert codecs.bytes == 0
+    assert codecs.take(tiny("base")) is not first
+
+
+def test_engines_use_it_until_they_close(codecs: Codecs) -> None:
+    """Offloaded or not; the last to close frees it."""
+    options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=256)
+    engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "voice_design")]
+    engines[0].offload()
+    engines[1].close()
+    assert codecs.bytes > 0
+    engines[0].close()
+    assert codecs.bytes == 0
+
+
+def test_a_load_that_fails_leaves_no_codec(codecs: Codecs, tmp_path: Path) -> None:
+    """What was loaded for it is freed; what others use stays."""
+    options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=256)
+    broken = copy(tiny("custom_voice"), tmp_path / "broken")
+    (broken / "tokenizer_config.json").write_text("{")
+    for path in (broken / "vocab.json", broken / "tokenizer.json"):
+        path.unlink(missing_ok=True)
+    with pytest.raises(JobError, match="text tokenizer"):
+        open_engine(broken, options)
+    assert codecs.bytes == 0
+    engine = open_engine(tiny("custom_voice"), options)
+    held = codecs.bytes
+    with pytest.raises(JobError, match="text tokenizer"):
+        open_engine(broken, options)
+    assert codecs.bytes == held
+    engine.close()
+
+
+def test_cloning_needs_no_checkpoint_but_its_own(codecs: Codecs, tmp_path: Path) -> None:
+    """The encoder is loaded late, when the files that the shared decoder came from may be gone."""
+    options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=512)
+    first = open_engine(copy(tiny("custom_voice"), tmp_path / "first"), options)
+    shutil.rmtree(tmp_path / "first")
+    second = open_engine(tiny("base"), options)
+    decoder = codecs.bytes
+    job = clone(1)
+    job = msgspec.structs.replace(job, sampling=msgspec.structs.replace(job.sampling, max_new_tokens=2))
+    assert isinstance(run(second, [job])[job.id].end, Done)
+    assert codecs.bytes > decoder
+    for engine in (first, second):
+        engine.close()

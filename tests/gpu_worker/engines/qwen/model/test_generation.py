@@ -1,0 +1,134 @@
+import pytest
+import torch
+
+from gpu_worker.engines.qwen.model.kv_slots import Choice
+from gpu_worker.engines.qwen.runner import BATCHES, CpuExecutor, GraphExecutor
+from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate, official
+
+SAMPLED = Choice(greedy=False, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.05)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> object:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_prompts_and_codes_equal_the_official_ones(index: int) -> None:
+    """Every layout: the talker's input and trailing text to the last bit, and the same greedy codes."""
+    case, wanted = CASES[index], expected(index)
+    ours = Ours(case.kind, case.size)
+    prompt = ours.prompt(case)
+    assert torch.equal(prompt.embeds, wanted.embeds)
+    assert torch.equal(prompt.trailing, wanted.trailing)
+    (codes,) = generate(ours, [Request(prompt=prompt)])
+    assert torch.equal(codes, wanted.codes[: len(codes)])
+    assert len(codes) >= min(FRAMES, len(wanted.codes))
+
+
+@pytest.mark.parametrize("kind", ["custom_voice", "base"])
+def test_a_mixed_batch_says_what_each_says_alone(kind: str) -> None:
+    """Requests of all layouts join, leave early and take over slots, and every one's codes stay the official ones."""
+    numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
+    ours = Ours(CASES[numbers[0]].kind, None)
+    requests = [
+        Request(prompt=ours.prompt(CASES[number]), join=3 * turn + place % 3, frames=FRAMES if turn < 2 else 4)
+        for turn in range(3)
+        for place, number in enumerate(numbers)
+    ]
+    for request, codes, number in zip(requests, generate(ours, requests), numbers * 3, strict=True):
+        wanted = expected(number).codes[: request.frames]
+        assert torch.equal(codes[: len(wanted)], wanted)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_attention_backends_give_the_same_codes(backend: str) -> None:
+    """Both portable backends follow the official eager one."""
+    ours = Ours("base", None, backend=backend)
+    (codes,) = generate(ours, [Request(prompt=ours.prompt(CASES[12]))])
+    assert torch.equal(codes, expected(12).codes[: len(codes)])
+
+
+def test_a_seed_says_the_same_alone_and_in_company() -> None:
+    """Sampled codes depend on request and seed alone, whatever shares the batch and in whichever slot."""
+    ours = Ours("custom_voice", None)
+    cases = [case for case in CASES if case.kind == "custom_voice" and case.size is None]
+    wide = Choice(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
+    requests = [
+        Request(
+            prompt=ours.prompt(case),
+            seed=10 * turn + place,
+            join=turn + 2 * place,
+            frames=12,
+            choice=(SAMPLED, wide, GREEDY)[(turn + place) % 3],
+        )
+        for turn in range(3)
+        for place, case in enumerate(cases)
+    ]
+    together = generate(ours, requests)
+    for request, codes in zip(requests, together, strict=True):
+        (alone,) = generate(ours, [request])
+        assert torch.equal(codes, alone)
+    other = generate(ours, [Request(prompt=requests[0].prompt, seed=99, frames=12, choice=SAMPLED)])[0]
+    assert not torch.equal(other[: len(together[0])], together[0][: len(other)])
+
+
+def test_fixed_shapes_give_the_same_codes() -> None:
+    """What graphs capture (padded prompts, masked caches, spare rows) says the same as true lengths do."""
+    ours = Ours("custom_voice", None, slots=BATCHES[3] + 1)
+    requests = [
+        Request(prompt=ours.prompt(case), join=place, frames=10)
+        for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
+    ]
+    padded = generate(ours, requests, GraphExecutor(ours.generator, slots=8, positions=256))
+    for codes, wanted in zip(padded, generate(ours, requests, CpuExecutor(ours.generator)), strict=True):
+        assert torch.equal(codes, wanted)
+
+
+def test_a_waiting_row_is_left_as_it_is() -> None:
+    """A slot that is not active says, once it is again, what it would have said without the pause."""
+    ours = Ours("custom_voice", None)
+    state, executor = ours.generator.state, CpuExecutor(ours.generator)
+    prompt = ours.prompt(CASES[0])
+    (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, choice=SAMPLED)])
+    codes = generate(ours, [Request(prompt=prompt, frames=3, choice=SAMPLED)])[0]
+    state.active.zero_()
+    state.active[1] = True
+    before = state.code.clone(), state.hidden.clone(), state.frame.clone()
+    executor.frame([(1, 20)], wide=False)
+    for old, new in zip(before, (state.code, state.hidden, state.frame), strict=True):
+        assert torch.equal(old[0], new[0])
+    state.active[0] = True
+    for frame in range(3, 6):
+        executor.frame([(0, len(prompt.embeds) + frame + 1)], wide=False)
+    assert torch.equal(torch.cat((codes, state.ring[0, 3:6])), wanted)
+
+
+def test_reduced_precision_follows_the_official_rounding() -> None:
+    """bfloat16, teacher-forced: logits are as near to the official bfloat16 ones as rounding allows.
+
+    Rounding in other places than the official modules costs audible quality; their distance to float32 is the measure.
+    """
+    wanted = expected(0)
+    codes = wanted.codes[:10]
+    ours = Ours("custom_voice", None, backend="eager", dtype=torch.bfloat16)
+    exact = Ours("custom_voice", None)
+    inputs = torch.cat((wanted.embeds, exact.generator.embed(codes) + wanted.trailing[:1]))
+
+    def official_logits(dtype: torch.dtype) -> torch.Tensor:
+        talker = official("custom_voice", None, dtype).model.talker
+        return talker.codec_head(talker.model(inputs_embeds=inputs[None].to(dtype)).last_hidden_state)[0]
+
+    reference, theirs = official_logits(torch.float32), official_logits(torch.bfloat16)
+    start = len(wanted.embeds)
+    slot, length = torch.tensor([0]), torch.tensor([start])
+    logits = [ours.generator.talker.prefill(inputs[None, :start].bfloat16(), slot, length)[1]]
+    for position in range(start, len(inputs)):
+        x = inputs[position : position + 1].bfloat16().expand(4, -1)
+        positions = torch.tensor([position, 0, 0, 0])
+        logits.append(ours.generator.talker.step(x, positions, [(0, position + 1)], 0)[1][:1])
+    mine = torch.cat(logits).float()[:, : ours.config.talker_config.codes]
+    reference, theirs = (x[start - 1 :, : mine.shape[1]].float() for x in (reference, theirs))
+    assert (mine - theirs).abs().mean() < 0.1 * (theirs - reference).abs().mean()
+    assert (mine.argmax(1) == theirs.argmax(1)).float().mean() > 0.8

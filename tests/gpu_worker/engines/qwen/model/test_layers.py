@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from gpu_worker.engines.qwen.checkpoint.config import Shape
+from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, Norm, Rope, Weights, pad_rows
+from tests.gpu_worker.engines.qwen.parity import official
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_rounds_where_the_official_one_does(dtype: torch.dtype) -> None:
+    """Equal to the last bit in bfloat16, to rounding in float32."""
+    theirs = type(official("custom_voice", None).model.talker.model.norm)(64).to(dtype)
+    theirs.weight.data.normal_(1, 0.2)
+    x = torch.randn(50, 64).to(dtype)
+    ours = Norm(theirs.weight.data, 1e-6)(x)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs(x).detach(), rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_a_norms_weight_may_be_part_of_what_reads_it() -> None:
+    """In float32 the product is the same, to rounding; in bfloat16 nothing is folded, because that rounds elsewhere."""
+    weight, matrix, x = torch.randn(64), torch.randn(8, 64), torch.randn(5, 64)
+    wanted = Norm(weight, 1e-6)(x) @ matrix.t()
+    norm = Norm(weight, 1e-6)
+    (folded,) = norm.fold_into([matrix])
+    torch.testing.assert_close(norm(x) @ folded.t(), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(norm(x), Norm(weight, 1e-6)(x))
+    reduced = Norm(weight.bfloat16(), 1e-6)
+    (same,) = reduced.fold_into([matrix.bfloat16()])
+    assert torch.equal(same, matrix.bfloat16())
+    assert reduced.weight is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_is_the_official_rotation(dtype: torch.dtype) -> None:
+    """The tables and the rolled product equal cos and sin of the official module, far positions included."""
+    module = official("custom_voice", None).model.talker.code_predictor.model.rotary_emb
+    shape = Shape(
+        hidden_size=64,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=1,
+        num_code_groups=16,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+    )
+    positions = torch.tensor([0, 1, 17, 2000])
+    x = torch.randn(4, 3, 32).to(dtype)
+    cos, sin = (table.transpose(0, 1) for table in module(x, positions[None]))
+    turned = torch.cat((-x[..., 16:], x[..., :16]), -1)
+    our_cos, our_sin = Rope(shape, 2048, dtype, torch.device("cpu")).at(positions)
+    assert torch.equal(x * our_cos + x.roll(16, -1) * our_sin, x * cos + turned * sin)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(64, 192), (128, 64), (512, 512), (1024, 512)])
+def test_a_row_does_not_depend_on_its_company(inner: int, outer: int) -> None:
+    """Padded to full groups, a row's product is the same to the last bit at any batch size and place."""
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(torch.randn(outer, inner, generator=generator))
+    assert linear.packed == (inner * outer >= PACK_ELEMENTS)
+    x = torch.randn(24, inner, generator=generator)
+    alone = torch.cat([linear(pad_rows(row[None]))[:1] for row in x])
+    for batch in (2, 3, 4, 7, 12, 24):
+        together = linear(pad_rows(x[:batch]))[:batch]
+        assert torch.equal(together, alone[:batch])
+    assert torch.allclose(
+        alone, functional.linear(x, linear.weight if not linear.packed else _unpacked(linear)), rtol=1e-3, atol=1e-3
+    )
+
+
+def _unpacked(linear: Linear) -> torch.Tensor:
+    return linear.weight.to_dense()
+
+
+def test_padding_fills_groups_and_only_those() -> None:
+    """Zeros behind the rows, up to a multiple of BATCH_MULTIPLE."""
+    assert pad_rows(torch.ones(BATCH_MULTIPLE, 3)).shape == (BATCH_MULTIPLE, 3)
+    padded = pad_rows(torch.ones(BATCH_MULTIPLE + 1, 3))
+    assert padded.shape == (2 * BATCH_MULTIPLE, 3)
+    assert padded.sum() == 3 * (BATCH_MULTIPLE + 1)
+
+
+def test_weights_are_found_wherever_they_are_held() -> None:
+    """Tensors, lists of them, and those of other Weights."""
+
+    class Inner(Weights):
+        def __init__(self) -> None:
+            self.one = torch.ones(1)
+
+    class Outer(Weights):
+        def __init__(self) -> None:
+            self.list = [torch.ones(2), Inner()]
+            self.other = "not a tensor"
+
+    assert [len(tensor) for tensor in Outer().tensors()] == [2, 1]

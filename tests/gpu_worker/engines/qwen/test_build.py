@@ -1,0 +1,75 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.build import MOST_SLOTS, QwenOptions, _tokenizer, slots_that_fit
+from gpu_worker.engines.qwen.checkpoint.official import load_official
+from gpu_worker.engines.qwen.checkpoint.verification import read_config
+from gpu_worker.engines.qwen.runner import BATCHES
+from tests.checkpoints import tiny
+from tests.gpu_worker.engines.qwen.driving import engine, shared
+
+WEIGHTS = 1 << 30
+
+
+def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None) -> int:
+    """What fits on a made-up GPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
+    codecs = shared().codecs
+    options = QwenOptions(codecs=codecs, device="cuda", room=None if room is None else lambda: room)
+    codec = codecs.take(tiny("custom_voice"))
+    try:
+        return slots_that_fit(WEIGHTS, read_config(tiny("custom_voice")), codec, options)
+    finally:
+        codecs.give_back(codec)
+
+
+def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large card with a small budget, the budget decides; without room for one slot the figures are told."""
+    assert slots(monkeypatch, free=80 << 30) == MOST_SLOTS
+    few = WEIGHTS + (16 << 20)
+    assert slots(monkeypatch, free=80 << 30, room=few) == slots(monkeypatch, free=few) < MOST_SLOTS
+    with pytest.raises(JobError, match="1024 MiB may be taken; weights take 1024 MiB") as refusal:
+        slots(monkeypatch, free=80 << 30, room=WEIGHTS)
+    assert refusal.value.code == "insufficient_vram"
+
+
+def test_slots_waste_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number is always a batch size, since the state has as many rows anyway."""
+    found = {slots(monkeypatch, free=WEIGHTS + (mib << 20)) for mib in range(8, 200, 8)}
+    assert len(found) > 2
+    assert found <= set(BATCHES)
+
+
+def test_float16_is_refused_on_a_cpu() -> None:
+    """The message says what to set instead."""
+    with pytest.raises(JobError, match="a CPU computes in float32 or bfloat16") as refusal:
+        engine("custom_voice", dtype="float16")
+    assert refusal.value.code == "model_unavailable"
+
+
+def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuDNN would round by itself is left alone once an engine is there."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    engine("custom_voice").close()
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_large_vocabularies_are_split_as_officially(tmp_path: Path) -> None:
+    """Words are cut as the official wrapper cuts them, which for vocabularies of published size is a way of its own."""
+    directory = tmp_path / "large"
+    shutil.copytree(tiny("custom_voice"), directory)
+    file = directory / "vocab.json"
+    vocabulary = json.loads(file.read_text())
+    vocabulary |= {f"filler {number}": len(vocabulary) + number for number in range(100_000)}
+    file.write_text(json.dumps(vocabulary))
+    official = load_official()
+    wanted = official.Model.from_pretrained(str(directory), dtype=torch.float32).processor.tokenizer
+    plain = official.Processor.from_pretrained(str(directory)).tokenizer
+    text = "hello'today, hello'voice"
+    assert wanted(text)["input_ids"] != plain(text)["input_ids"]
+    assert _tokenizer(directory)(text) == wanted(text)["input_ids"]

@@ -1,0 +1,92 @@
+"""Files are looked at and fetched on threads of their own, and neither waits for the other."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.moves import Fetch, Fetched, Look, Looked
+from tests.gpu_worker.fakes import FakeFiles, Reports, a_spec
+
+
+class Bench:
+    """A fetcher over files that can be held up."""
+
+    def __init__(self) -> None:
+        self.files = FakeFiles()
+        self.reports: Reports[Looked | Fetched] = Reports()
+        self.fetcher = Fetcher([a_spec("a"), a_spec("b")], self.files, self.reports)
+        self.fetcher.start()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A bench whose threads end with the test."""
+    bench = Bench()
+    yield bench
+    bench.files.gate.set()
+    bench.fetcher.close(10)
+
+
+def test_look(bench: Bench) -> None:
+    """A look tells what is missing, what has to be fetched, and what the files look like."""
+    bench.files.problems["a"] = "there are no weights"
+    bench.files.remote = {"a", "b"}
+    bench.files.stamps["b"] = "new"
+    for model in "ab":
+        bench.fetcher.submit(Look(model))
+    assert bench.reports.wait() == Looked(model="a", problem="there are no weights", remote=False, stamp="as ever")
+    assert bench.reports.wait() == Looked(model="b", problem="", remote=True, stamp="new")
+    assert bench.files.threads == {"problem_of": {"look"}}
+
+
+def test_a_look_does_not_wait_for_a_fetch(bench: Bench) -> None:
+    """While one model is fetched others are looked at; a second fetch waits for the first."""
+    bench.files.remote = {"a", "b"}
+    bench.files.gate.clear()
+    bench.fetcher.submit(Fetch("a"))
+    bench.fetcher.submit(Fetch("b"))
+    bench.fetcher.submit(Look("b"))
+    assert isinstance(bench.reports.wait(), Looked)
+    assert bench.files.remote == {"a", "b"}
+    bench.files.gate.set()
+    assert bench.reports.wait() == Fetched(model="a", error=None)
+    assert bench.reports.wait() == Fetched(model="b", error=None)
+    assert bench.files.remote == set()
+    assert bench.files.threads["fetch"] == {"fetch"}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (JobError("model_unavailable", "the hub is out of reach"), "the hub is out of reach"),
+        (KeyError("siblings"), "fetching a failed: KeyError: 'siblings'"),
+    ],
+)
+def test_failed_fetch(bench: Bench, trouble: Exception, message: str) -> None:
+    """A fetch that fails says why, whatever it was, and the next may try again."""
+    bench.files.fetch_troubles["a"] = [trouble]
+    bench.fetcher.submit(Fetch("a"))
+    report = bench.reports.wait()
+    assert isinstance(report, Fetched)
+    assert report.error is not None
+    assert (report.error.code, report.error.message) == ("model_unavailable", message)
+    bench.fetcher.submit(Fetch("a"))
+    assert bench.reports.wait() == Fetched(model="a", error=None)
+
+
+def test_files_that_cannot_be_looked_at(bench: Bench) -> None:
+    """A disk that does not answer is a model's problem, and the next look is made all the same."""
+
+    def broken(_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    bench.files.stamp_of = broken  # type: ignore[method-assign] # the one thing that differs
+    bench.fetcher.submit(Look("a"))
+    report = bench.reports.wait()
+    assert isinstance(report, Looked)
+    assert "Permission denied" in report.problem
+    bench.files.problems["b"] = "gone"
+    bench.fetcher.submit(Look("b"))
+    assert isinstance(bench.reports.wait(), Looked)

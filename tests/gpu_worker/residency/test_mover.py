@@ -1,0 +1,213 @@
+"""Moves are carried out one after the other, measured, and leave nothing behind where they fail."""
+
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gpu_worker.engines.base import JobError, Memory
+from gpu_worker.residency.mover import Loader
+from gpu_worker.residency.moves import LoaderFailed, Move, MoveDone, MoveFailed, MoveKind
+from shared.catalog import ModelSpec
+from tests.gpu_worker.fakes import FakeDevice, FakeEngine, Reports, a_spec
+
+
+class Bench:
+    """A loader over a fake device, whose opener can be told to fail."""
+
+    def __init__(self) -> None:
+        self.device = FakeDevice()
+        self.reports: Reports[MoveDone | MoveFailed | LoaderFailed] = Reports()
+        self.engines: list[FakeEngine] = []
+        self.before_open: Callable[[], None] = lambda: None
+        self.loader = Loader([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)
+        self.loader.start()
+
+    def _open(self, spec: ModelSpec) -> FakeEngine:
+        self.before_open()
+        self.engines.append(FakeEngine(spec.id, self.device, spec.estimated_bytes))
+        return self.engines[-1]
+
+    def move(self, kind: MoveKind, model: str = "a") -> MoveDone:
+        """Have it moved, successfully."""
+        self.loader.submit(Move(model=model, kind=kind))
+        report = self.reports.wait()
+        assert isinstance(report, MoveDone), report
+        assert report.move == Move(model=model, kind=kind)
+        return report
+
+    def fail(self, kind: MoveKind, model: str = "a") -> MoveFailed:
+        """Have it moved, in vain."""
+        self.loader.submit(Move(model=model, kind=kind))
+        report = self.reports.wait()
+        assert isinstance(report, MoveFailed), report
+        assert report.move == Move(model=model, kind=kind)
+        return report
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A bench whose loader ends with the test."""
+    bench = Bench()
+    yield bench
+    bench.loader.close(10)
+
+
+def test_the_way_there_and_back(bench: Bench) -> None:
+    """Each kind of move does its work on the loader's thread and tells what was measured before and after it."""
+    loaded = bench.move("load")
+    assert (loaded.before_bytes, loaded.after_bytes) == (0, 100)
+    assert loaded.memory == Memory(device={"weights": 100})
+    assert loaded.engine is bench.engines[0]
+    assert loaded.seconds >= 0
+    offloaded = bench.move("offload")
+    assert (offloaded.before_bytes, offloaded.after_bytes) == (100, 0)
+    assert offloaded.memory == Memory(host={"weights": 100})
+    assert offloaded.engine is None
+    restored = bench.move("restore")
+    assert restored.engine is bench.engines[0]
+    assert restored.memory == Memory(device={"weights": 100})
+    dropped = bench.move("drop")
+    assert (dropped.before_bytes, dropped.after_bytes) == (100, 0)
+    assert (dropped.engine, dropped.memory) == (None, Memory())
+    assert bench.engines[0].calls == ["offload", "restore", "close"]
+    assert bench.engines[0].threads == {"loader"}
+
+
+def test_memory_is_given_back_after_every_move(bench: Bench) -> None:
+    """What a move freed is back with its owner before the measuring; garbage is collected only after a drop."""
+    bench.move("load")
+    bench.move("offload")
+    bench.move("restore")
+    assert (bench.device.reclaimed, bench.device.collected) == (3, 0)
+    bench.move("drop")
+    assert (bench.device.reclaimed, bench.device.collected) == (4, 1)
+
+
+def test_one_after_the_other(bench: Bench) -> None:
+    """Moves end in the order in which they were submitted."""
+    moves = [Move(model="a", kind="load"), Move(model="b", kind="load"), Move(model="a", kind="drop")]
+    for move in moves:
+        bench.loader.submit(move)
+    reports = [bench.reports.wait() for _ in moves]
+    assert [report.move for report in reports if not isinstance(report, LoaderFailed)] == moves
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            JobError("model_unavailable", "a.safetensors is missing", retry_after_s=9),
+            "model_unavailable",
+            "a.safetensors",
+        ),
+        (JobError("insufficient_vram", "no room"), "insufficient_vram", "no room"),
+        (MemoryError(), "insufficient_vram", "memory ran out during the load of a"),
+        (OSError(2, "No such file"), "model_unavailable", "the load of a failed: FileNotFoundError: "),
+        (KeyError(), "model_unavailable", "the load of a failed: KeyError"),
+    ],
+)
+def test_failed_load(bench: Bench, error: Exception, code: str, message: str) -> None:
+    """A load that fails says why in the contract's words, leaves nothing behind, and the next may try again."""
+
+    def fail() -> None:
+        raise error
+
+    bench.before_open = fail
+    report = bench.fail("load")
+    assert report.error.code == code
+    assert message in report.error.message
+    assert report.error.retry_after_s == (9 if "missing" in report.error.message else None)
+    assert report.left == "absent"
+    assert bench.device.device().ours_bytes == 0
+    assert bench.device.collected == 1
+    bench.before_open = lambda: None
+    assert bench.move("load").engine is bench.engines[0]
+
+
+@pytest.mark.parametrize("error_type", [RuntimeError, MemoryError, JobError])
+def test_half_a_load_is_freed(bench: Bench, error_type: type[Exception]) -> None:
+    """What a failed load had made before it failed is gone when the failure is told, whoever keeps the error."""
+
+    class Weights:
+        pass
+
+    half: list[weakref.ref[Weights]] = []
+
+    def fail() -> None:
+        weights = Weights()
+        half.append(weakref.ref(weights))
+        try:
+            read()
+        except OSError as error:
+            raise (JobError("model_unavailable", "broken") if error_type is JobError else error_type()) from error
+
+    def read() -> None:
+        buffer = Weights()
+        half.append(weakref.ref(buffer))
+        raise OSError("the disk is gone")
+
+    bench.before_open = fail
+    report = bench.fail("load")
+    assert [weights() for weights in half] == [None, None]
+    assert report.error.__traceback__ is None
+    assert report.error.__cause__ is None
+
+
+def test_failed_restore(bench: Bench) -> None:
+    """A restore that fails half way is undone: the model is offloaded as before, and can be restored later."""
+    bench.move("load")
+    bench.move("offload")
+    bench.engines[0].troubles["restore"] = MemoryError()
+    report = bench.fail("restore")
+    assert (report.error.code, report.left) == ("insufficient_vram", "offloaded")
+    assert bench.engines[0].calls[-2:] == ["restore", "offload"]
+    bench.engines[0].troubles.clear()
+    assert bench.move("restore").memory == Memory(device={"weights": 100})
+
+
+def test_restore_that_cannot_be_undone(bench: Bench) -> None:
+    """A model that can be neither restored nor offloaded is dropped, and loaded afresh the next time."""
+    bench.move("load")
+    bench.move("offload")
+    bench.engines[0].troubles.update(restore=MemoryError(), offload=RuntimeError())
+    assert bench.fail("restore").left == "absent"
+    assert bench.engines[0].calls[-1] == "close"
+    assert bench.move("load").engine is bench.engines[1]
+
+
+def test_failed_offload(bench: Bench) -> None:
+    """A model that cannot be offloaded is dropped: it had to leave, and nobody uses it."""
+    bench.move("load")
+    bench.engines[0].troubles["offload"] = MemoryError()
+    report = bench.fail("offload")
+    assert (report.error.code, report.left) == ("insufficient_vram", "absent")
+    assert bench.device.device().ours_bytes == 0
+
+
+def test_broken_device(bench: Bench) -> None:
+    """A device lost to this process is told as such: every further move would wait or fail for ever."""
+    bench.move("load")
+    bench.engines[0].troubles["offload"] = RuntimeError("CUDA error: an illegal memory access was encountered")
+    bench.loader.submit(Move(model="a", kind="offload"))
+    report = bench.reports.wait()
+    assert isinstance(report, LoaderFailed)
+    assert "illegal memory access" in report.reason
+
+
+def test_engine_that_will_not_close(bench: Bench) -> None:
+    """An engine whose closing fails is forgotten all the same: a drop always works."""
+    bench.move("load")
+    bench.engines[0].troubles["close"] = RuntimeError()
+    assert bench.move("drop").memory == Memory()
+    assert bench.move("load").engine is bench.engines[1]
+
+
+def test_close(bench: Bench) -> None:
+    """At the end the moves submitted before are carried out, every engine is closed, and the thread ends."""
+    bench.move("load")
+    bench.loader.submit(Move(model="b", kind="load"))
+    bench.loader.close(10)
+    assert isinstance(bench.reports.wait(), MoveDone)
+    assert [engine.calls for engine in bench.engines] == [["close"], ["close"]]
+    assert bench.device.device().ours_bytes == 0

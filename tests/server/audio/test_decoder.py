@@ -1,0 +1,356 @@
+"""Recordings of strangers: what is speech comes through, everything else is refused, opens nothing and stays small."""
+
+import array
+import contextlib
+import io
+import itertools
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import av
+import pytest
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from server.audio.decoder import CPU_S, MAX_REFERENCE_BYTES, MEMORY_BYTES, REFUSED, InvalidAudioError, decode_reference
+from server.audio.encoder import Encoder, Format
+from shared.pcm import SAMPLE_RATE, samples_of, seconds_of
+from tests.audio import peak, tone
+
+VOICE = tone(2.5, fade_s=0.01)
+
+
+def file_of(
+    container: str,
+    codec: str,
+    rate: int = 44_100,
+    layout: str = "stereo",
+    pcm: bytes = VOICE,
+    *,
+    options: Mapping[str, str] = MappingProxyType({}),
+    title: str = "",
+) -> bytes:
+    """`pcm` as somebody else's encoder writes it."""
+    target = io.BytesIO()
+    with av.open(target, "w", format=container) as output:
+        output.metadata["title"] = title
+        stream = output.add_stream(codec, rate=rate, layout=layout, options=dict(options))
+        assert isinstance(stream, AudioStream)
+        frame = AudioFrame(format="s16", layout="mono", samples=samples_of(pcm), align=1)
+        frame.planes[0].update(pcm)
+        frame.sample_rate = SAMPLE_RATE
+        resampler = av.AudioResampler(stream.codec_context.format, layout, rate)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            piece.pts = None
+            output.mux(stream.encode(piece))
+        output.mux(stream.encode(None))
+    return target.getvalue()
+
+
+def of_ours(audio_format: Format, *, streaming: bool = False) -> bytes:
+    """A file that this server itself has written."""
+    encoder = Encoder(audio_format, streaming=streaming)
+    return encoder.feed(VOICE) + encoder.finish()
+
+
+FILES: dict[str, bytes] = {
+    "wav": file_of("wav", "pcm_s16le"),
+    "wav-24bit-96k": file_of("wav", "pcm_s24le", 96_000),
+    "wav-ulaw-8k": file_of("wav", "pcm_mulaw", 8_000, "mono"),
+    "flac": file_of("flac", "flac", 48_000),
+    "mp3": file_of("mp3", "libmp3lame"),
+    "ogg-opus": file_of("ogg", "libopus", 48_000),
+    "m4a": file_of("ipod", "aac"),
+    "m4a-alac": file_of("ipod", "alac"),
+    "webm": file_of("webm", "libopus", 48_000),
+    "aiff": file_of("aiff", "pcm_s16be"),
+    "our-streamed-wav": of_ours("wav", streaming=True),
+    "our-streamed-mp3": of_ours("mp3", streaming=True),
+    "our-aac": of_ours("aac"),
+}
+TELL_THEIR_LENGTH = ["wav", "wav-24bit-96k", "wav-ulaw-8k", "flac", "mp3", "m4a", "m4a-alac", "webm", "aiff"]
+
+
+def decoded(data: bytes, *, min_seconds: float = 1, max_seconds: float = 60) -> bytes:
+    """What the service would keep of `data`."""
+    return decode_reference(data, min_seconds=min_seconds, max_seconds=max_seconds)
+
+
+BARE_KB = 40 * 1024
+"""Resident memory of the program that decodes next to nothing: 34 MB."""
+
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(code, used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)
+"""
+"""Runs a program from a small process: a child begins with the peak of the one that started it."""
+
+
+class Ended(NamedTuple):
+    """How the program ended, and what it took."""
+
+    code: int
+    output: bytes
+    kilobytes: int
+    cpu_s: float
+
+
+def program(data: bytes) -> Ended:
+    """What `python -m server.audio.decoder` makes of `data`."""
+    command = [sys.executable, "-S", "-c", MEASURED, sys.executable, "-m", "server.audio.decoder", "1", "60"]
+    ended = subprocess.run(command, input=data, capture_output=True, check=True)
+    code, kilobytes, cpu_s = ended.stderr.split()[-3:]
+    return Ended(int(code), ended.stdout, int(kilobytes), float(cpu_s))
+
+
+def with_video(container: str, audio: str, video: str, voice_s: float, pictures_s: int) -> bytes:
+    """A clip whose pictures go on when nothing is said any more."""
+    target = io.BytesIO()
+    with av.open(target, "w", format=container) as output:
+        pictures = output.add_stream(video, rate=5, width=32, height=32, pix_fmt="yuv420p")
+        stream = output.add_stream(audio, rate=48_000, layout="mono")
+        assert isinstance(pictures, VideoStream)
+        assert isinstance(stream, AudioStream)
+        for _ in range(5 * pictures_s):
+            output.mux(pictures.encode(VideoFrame(32, 32, "yuv420p")))
+        output.mux(pictures.encode(None))
+        frame = AudioFrame(format="s16", layout="mono", samples=samples_of(tone(voice_s)), align=1)
+        frame.planes[0].update(tone(voice_s))
+        frame.sample_rate = SAMPLE_RATE
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", 48_000)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            piece.pts = None
+            output.mux(stream.encode(piece))
+        output.mux(stream.encode(None))
+    return target.getvalue()
+
+
+def png(side: int) -> bytes:
+    """A black square of eight bytes a pixel."""
+    packer = zlib.compressobj(9)
+    rows = [packer.compress(bytes(1 + 8 * side)) for _ in range(side)]
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, 6, 0, 0, 0)), (b"IDAT", b"".join(rows) + packer.flush())]
+    chunks = [
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in [*parts, (b"IEND", b"")]
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def with_cover(flac: bytes, picture: bytes) -> bytes:
+    """A FLAC file with cover art behind its first block, which is 42 bytes with the file's mark."""
+    block = struct.pack(">II9sIIIIII", 3, 9, b"image/png", 0, 0, 0, 0, 0, len(picture)) + picture
+    first = bytes([flac[4] & 0x7F])  # it is not the last one any more
+    return flac[:4] + first + flac[5:42] + b"\x06" + len(block).to_bytes(3, "big") + block + flac[42:]
+
+
+def with_samples(mp4: bytes, count: int) -> bytes:
+    """An MP4 file whose tables tell of `count` samples of one byte."""
+    data = bytearray(mp4)
+    struct.pack_into(">II", data, data.index(b"stsz") + 8, 1, count)
+    struct.pack_into(">I", data, data.index(b"stts") + 12, count)
+    struct.pack_into(">I", data, data.index(b"stsc") + 16, count)
+    return bytes(data)
+
+
+def fragmented(count: int) -> bytes:
+    """A fragmented MP4 file whose first fragment tells of `count` samples without a word about any."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as output:
+        stream = output.add_stream("aac", rate=48_000, layout="mono")
+        assert isinstance(stream, AudioStream)
+        for _ in range(50):
+            frame = AudioFrame(format="fltp", layout="mono", samples=1024)
+            frame.planes[0].update(bytes(4096))
+            frame.sample_rate = 48_000
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    data = bytearray(target.getvalue())
+    run = data.index(b"trun")
+    # No field a sample, so that none of them takes a byte of the file.
+    struct.pack_into(">II", data, run + 4, 1, count)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_recordings_come_through(name: str) -> None:
+    """Every kind of file becomes 24 kHz mono PCM of the right length, level and pitch."""
+    pcm = decoded(FILES[name])
+    assert seconds_of(pcm) == pytest.approx(2.5, abs=0.07)
+    assert 5_500 < peak(pcm) < 11_500  # FFmpeg makes two channels of one 3 dB quieter
+    inside = array.array("h", pcm)[SAMPLE_RATE // 2 : SAMPLE_RATE * 2]
+    rising = sum(before < 0 <= after for before, after in itertools.pairwise(inside))
+    assert rising == pytest.approx(1.5 * 300, abs=2)
+
+
+@pytest.mark.parametrize("name", TELL_THEIR_LENGTH)
+def test_truncated_files_are_refused(name: str) -> None:
+    """A file that lost its second half is not taken for a shorter recording."""
+    with pytest.raises(InvalidAudioError, match=r"cut off|damaged or incomplete"):
+        decoded(FILES[name][: len(FILES[name]) // 2])
+
+
+@pytest.mark.parametrize(
+    ("container", "audio", "video"),
+    [("webm", "libopus", "libvpx"), ("mp4", "aac", "mpeg4")],
+)
+def test_only_the_voice_tells_how_long_it_is(container: str, audio: str, video: str) -> None:
+    """Pictures that go on for two seconds do not make the recording one that was cut off; a cut one still is."""
+    clip = with_video(container, audio, video, 4.0, 6)
+    assert seconds_of(decoded(clip)) == pytest.approx(4.0, abs=0.07)
+    without_tags = clip.replace(b"DURATION", b"HOW_LONG")
+    assert seconds_of(decoded(without_tags)) == pytest.approx(4.0, abs=0.07)
+    with pytest.raises(InvalidAudioError, match=r"cut off|damaged or incomplete"):
+        decoded(clip[: len(clip) // 2])
+
+
+def test_a_title_is_no_header() -> None:
+    """The word that begins an MP3 file's header says nothing in a tag, where FFmpeg would estimate the length."""
+    hum_then_noise = tone(4.0) + random.Random(1).randbytes(2 * 2 * SAMPLE_RATE)  # noqa: S311 - a test's dice
+    variable = {"flags": "+qscale", "global_quality": str(5 * 118)}
+    said = file_of("mp3", "libmp3lame", SAMPLE_RATE, "mono", hum_then_noise, options=variable, title="Info for you")
+    headless = said.replace(b"Xing", bytes(4))
+    with av.open(io.BytesIO(headless)) as container:
+        stream = container.streams.audio[0]
+        assert stream.duration is not None
+        assert stream.time_base is not None
+        assert stream.duration * stream.time_base > 7  # the beginning is simple, and so is FFmpeg's estimate
+    assert seconds_of(decoded(headless)) == pytest.approx(6.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"R",
+        b"hello, this is text" * 100,
+        bytes(20_000),
+        b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/secret.wav\n",
+        b"ffconcat version 1.0\nfile '/etc/passwd'\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(1000),
+        b"RIFF\x00\x00\x00\x00WAVE",
+        b"OggS" + bytes(500),
+        b"\xff\xfb\x90\x00" * 2_000,
+        b"\x00\x00\x00\x18ftypM4A " + bytes(500),
+        b"\x1a\x45\xdf\xa3" + bytes(500),
+        random.Random(7).randbytes(50_000),  # noqa: S311 - a test's dice
+    ],
+    ids=range(13),
+)
+def test_what_is_no_audio_is_refused(data: bytes) -> None:
+    """Text, pictures, playlists, noise and bare headers are an error that says so."""
+    with pytest.raises(
+        InvalidAudioError, match=r"no audio|damaged or incomplete|too short|sample_rate|is not a recording"
+    ):
+        decoded(data)
+
+
+def test_codecs_off_the_list_are_refused() -> None:
+    """FFmpeg's hundreds of other decoders stay out of reach."""
+    with pytest.raises(InvalidAudioError, match="recordings in ac3 are not understood"):
+        decoded(file_of("matroska", "ac3", 48_000))
+
+
+@pytest.mark.parametrize("rate", [4_000, 384_000])
+def test_odd_sample_rates_are_refused(rate: int) -> None:
+    """What no voice was recorded at is refused before it is resampled."""
+    with pytest.raises(InvalidAudioError, match="not a recording of a voice"):
+        decoded(file_of("wav", "pcm_s16le", rate))
+
+
+def test_too_short() -> None:
+    """The message says how long it was and how long it must be."""
+    with pytest.raises(InvalidAudioError, match=r"too short: 2\.50 s, at least 3 s"):
+        decoded(FILES["wav"], min_seconds=3)
+
+
+def test_too_long() -> None:
+    """A recording over the limit is refused, not cut."""
+    with pytest.raises(InvalidAudioError, match="longer than 2 s"):
+        decoded(FILES["flac"], max_seconds=2)
+
+
+def test_small_files_do_not_become_large() -> None:
+    """Ten minutes of silence in half a megabyte of FLAC: decoding ends at the limit, and so does what it takes."""
+    encoder = Encoder("flac")
+    bomb = encoder.feed(bytes(600 * SAMPLE_RATE * 2)) + encoder.finish()
+    assert len(bomb) < 600_000
+    ended = program(bomb)
+    assert (ended.code, ended.output) == (REFUSED, b"the recording is longer than 60 s")
+    assert ended.kilobytes < BARE_KB + 16 * 1024  # ten minutes are 28 MB
+
+
+def test_pictures_are_not_looked_at() -> None:
+    """Cover art that unpacks to 128 MB is left packed, and the recording around it is fine."""
+    ended = program(with_cover(FILES["flac"], png(4_000)))
+    assert ended.code == 0
+    assert seconds_of(ended.output) == pytest.approx(2.5, abs=0.07)
+    assert ended.kilobytes < BARE_KB + 16 * 1024
+
+
+@pytest.mark.parametrize("name", ["m4a", "m4a-alac"])
+def test_tables_larger_than_their_file_are_refused(name: str) -> None:
+    """An MP4 that tells of a hundred million samples is refused before FFmpeg makes an index of them."""
+    ended = program(with_samples(FILES[name], 100_000_000))
+    assert ended.code == REFUSED
+    assert ended.output == b"the recording is damaged: it tells of more samples than it has bytes"
+    assert ended.kilobytes < BARE_KB + 16 * 1024
+
+
+def test_whatever_takes_more_is_ended_by_the_kernel() -> None:
+    """A fragment of a few bytes that tells of twelve million samples: the limits hold for what no check foresaw."""
+    ended = program(fragmented(12_000_000))
+    assert ended.code == REFUSED or ended.code < 0
+    assert len(ended.output) < 200
+    assert ended.kilobytes < MEMORY_BYTES // 1024
+    assert ended.cpu_s < CPU_S + 1
+
+
+def test_the_program_takes_the_largest_recordings() -> None:
+    """Ten megabytes of eight channels at 192 kHz are no reason to refuse one."""
+    recording = file_of("wav", "pcm_s16le", 192_000, "7.1", tone(3.4))
+    assert MAX_REFERENCE_BYTES - 2**18 < len(recording) < MAX_REFERENCE_BYTES
+    ended = program(recording)
+    assert ended.code == 0
+    assert seconds_of(ended.output) == pytest.approx(3.4, abs=0.07)
+
+
+def test_the_program_imports_nothing_of_the_web() -> None:
+    """Each recording waits for its start."""
+    check = "import sys, server.audio.decoder; print({'litestar', 'asyncio', 'numpy', 'ssl'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", check], check=True, capture_output=True).stdout == b"set()\n"
+
+
+def test_too_many_bytes() -> None:
+    """Over 10 MiB nothing is even looked at."""
+    with pytest.raises(InvalidAudioError, match="larger than 10 MiB"):
+        decoded(FILES["wav"] + bytes(MAX_REFERENCE_BYTES))
+
+
+@pytest.mark.parametrize("amplitude", [0.0, 40.0])
+def test_silence_is_refused(amplitude: float) -> None:
+    """A muted microphone gives no voice."""
+    with pytest.raises(InvalidAudioError, match="silent"):
+        decoded(file_of("wav", "pcm_s16le", SAMPLE_RATE, "mono", tone(2.0, amplitude=amplitude)))
+
+
+@pytest.mark.parametrize("name", ["wav", "flac", "mp3", "ogg-opus", "m4a", "webm"])
+def test_damaged_files_are_an_error_or_audio(name: str) -> None:
+    """However bytes are changed, the answer is bounded PCM or an InvalidAudioError, never anything else."""
+    chance = random.Random(name)  # noqa: S311 - a test's dice
+    for _ in range(40):
+        data = bytearray(FILES[name])
+        for _ in range(chance.choice([1, 4, 64])):
+            data[chance.randrange(min(len(data), chance.choice([64, 4_096, len(data)])))] = chance.randrange(256)
+        with contextlib.suppress(InvalidAudioError):
+            assert seconds_of(decoded(bytes(data), max_seconds=5)) <= 5

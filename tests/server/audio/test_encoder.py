@@ -1,0 +1,248 @@
+"""What clients hear must be what was spoken: complete, in time, in every format."""
+
+import array
+import gc
+import io
+import resource
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from server.audio.encoder import CONTENT_TYPES, Encoder, Format
+from shared.pcm import bytes_for, samples_of, seconds_of
+from tests.audio import decode, tone
+
+FORMATS: list[Format] = ["mp3", "opus", "aac", "flac", "wav", "pcm"]
+EXACT: list[Format] = ["opus", "flac", "wav", "pcm"]
+SPEECH = tone(2.5)
+
+
+def encoded(
+    pcm: bytes, audio_format: Format, *, speed: float = 1.0, streaming: bool = True, piece: int = 4801
+) -> bytes:
+    """`pcm` through an Encoder, in pieces that also cut through samples."""
+    encoder = Encoder(audio_format, speed=speed, streaming=streaming)
+    parts = [encoder.feed(pcm[start : start + piece]) for start in range(0, len(pcm), piece)]
+    return b"".join([*parts, encoder.finish()])
+
+
+def rising_zero_crossings(pcm: bytes) -> int:
+    """How many periods a tone has."""
+    return sum(before < 0 <= after for before, after in pairwise(array.array("h", pcm)))
+
+
+def likeness(heard: bytes, spoken: bytes) -> float:
+    """Normalised correlation of the first second, at the shift (up to 80 ms) where it is best."""
+    wanted = np.frombuffer(spoken, "<i2")[:24_000].astype(np.float64)
+    got = np.frombuffer(heard, "<i2").astype(np.float64)[: wanted.size + 1_920]
+    energy = np.convolve(got**2, np.ones(wanted.size), "valid") * (wanted**2).sum()
+    return float((np.correlate(got, wanted, "valid") / np.sqrt(energy)).max())
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("speed", [0.25, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_length_is_kept(audio_format: Format, speed: float, *, streaming: bool) -> None:
+    """The decoded answer is as long as the speech divided by the speed; MP3 streams and AAC to two packets."""
+    heard = decode(encoded(SPEECH, audio_format, speed=speed, streaming=streaming), audio_format)
+    surplus = samples_of(heard) - round(samples_of(SPEECH) / speed)
+    if audio_format in EXACT:
+        assert surplus == 0
+    elif audio_format == "mp3" and not streaming:
+        assert abs(surplus) <= 24
+    else:
+        packet, longest = {"mp3": (576, 1_249), "aac": (1_024, 1_936)}[audio_format]
+        assert -packet / 2 <= surplus <= longest
+
+
+@pytest.mark.parametrize("audio_format", ["mp3", "aac"])
+def test_quiet_padding_is_cut(audio_format: Format) -> None:
+    """Where speech ends in silence, as it does, MP3 and AAC streams are at most half a packet off."""
+    heard = decode(encoded(tone(2.0) + bytes(bytes_for(0.15)), audio_format), audio_format)
+    packet = {"mp3": 576, "aac": 1024}[audio_format]
+    assert abs(samples_of(heard) - samples_of(SPEECH) * 2.15 / 2.5) <= packet / 2
+
+
+@pytest.mark.parametrize("audio_format", ["mp3", "aac"])
+def test_loud_end_is_not_cut(audio_format: Format) -> None:
+    """Speech that breaks off at full level is heard to its last 10 ms, and the answer is not much longer."""
+    lead_in, packet = {"mp3": (913, 576), "aac": (1152, 1024)}[audio_format]
+    for samples in range(24_000, 24_000 + packet, 48):
+        heard = decode(encoded(tone(samples / 24_000, fade_s=0.001), audio_format), audio_format)
+        assert -240 <= samples_of(heard) - samples - lead_in <= packet - 240
+        periods = rising_zero_crossings(heard[: 2 * (samples + lead_in)])
+        assert periods >= (samples - 240) // 80 - 1
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_the_first_frame_decodes_alone(audio_format: Format) -> None:
+    """What has left after 80 ms of speech, a frame of Qwen3-TTS, opens by itself, and after 100 ms too."""
+    for first in (bytes_for(0.08), bytes_for(0.1)):
+        sent = Encoder(audio_format).feed(SPEECH[:first])
+        assert 0.02 <= seconds_of(decode(sent, audio_format)) <= first / bytes_for(1.0) + 0.001
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_every_chunk_sent_is_decodable_or_nothing(audio_format: Format) -> None:
+    """However little comes in at a time, the first bytes that leave already open, 80 ms after the start at most."""
+    encoder = Encoder(audio_format)
+    for start in range(0, bytes_for(0.08), 480):
+        if sent := encoder.feed(SPEECH[start : start + 480]):
+            assert seconds_of(decode(sent, audio_format)) > 0
+            return
+    pytest.fail("nothing left in time")
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_sound_is_that_of_the_speech(audio_format: Format) -> None:
+    """What is heard follows what was spoken, from its beginning."""
+    spoken = tone(1.0, hertz=150) + tone(0.4, hertz=800)
+    assert likeness(decode(encoded(spoken, audio_format), audio_format), spoken) > 0.95
+
+
+@pytest.mark.parametrize("speed", [0.25, 0.4, 0.5, 1.5, 4.0])
+def test_speed_keeps_the_pitch(speed: float) -> None:
+    """Twice as fast is half as long and not an octave higher."""
+    heard = encoded(tone(4.0, hertz=200, fade_s=0.01), "pcm", speed=speed)
+    assert rising_zero_crossings(heard) / seconds_of(heard) == pytest.approx(200, rel=0.03)
+
+
+def test_speed_works_while_streaming() -> None:
+    """Sound leaves long before the speech has ended, 0.4 s after it began at the latest."""
+    encoder = Encoder("pcm", speed=0.5)
+    assert len(encoder.feed(SPEECH[: bytes_for(0.4)])) > 0
+
+
+@pytest.mark.parametrize("speed", [0.25, 0.77, 1.0, 3.1])
+@pytest.mark.parametrize("milliseconds", [0, 1, 20, 100])
+def test_tiny_answers_are_complete(milliseconds: int, speed: float) -> None:
+    """Even a millisecond of speech has its exact length, at any speed."""
+    pcm = tone(milliseconds / 1000)
+    assert samples_of(encoded(pcm, "pcm", speed=speed)) == round(samples_of(pcm) / speed)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("silent", [True, False])
+@pytest.mark.parametrize("samples", [0, 1, 24, 216, 480, 960, 2400])
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_tiny_answers_decode(audio_format: Format, samples: int, *, silent: bool, streaming: bool) -> None:
+    """A full stop is an answer of 9 ms: whatever its format, and even if it is silence, it opens and holds sound."""
+    pcm = bytes(samples * 2) if silent else tone(0.5)[: samples * 2]
+    heard = samples_of(decode(encoded(pcm, audio_format, streaming=streaming), audio_format))
+    if audio_format in {"wav", "pcm"}:
+        assert heard == samples
+    elif samples >= 24:
+        # Opus is four samples short of so little; half a packet of silence may be cut from MP3 and AAC.
+        short = {"opus": 4, "flac": 0, "mp3": 288, "aac": 512}[audio_format]
+        assert heard > 0
+        assert heard >= samples - (short if silent or audio_format == "opus" else 0)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_cuts_do_not_matter(audio_format: Format, *, streaming: bool) -> None:
+    """Bytes may be fed in any pieces, single ones included; what is heard is the same."""
+    pcm = SPEECH[: bytes_for(0.3)]
+    whole = encoded(pcm, audio_format, streaming=streaming, piece=len(pcm))
+    assert decode(encoded(pcm, audio_format, streaming=streaming, piece=7), audio_format) == decode(whole, audio_format)
+
+
+def test_pcm_is_untouched() -> None:
+    """At speed 1, pcm is the speech itself and FLAC gives it back bit by bit."""
+    assert encoded(SPEECH, "pcm") == SPEECH
+    assert decode(encoded(SPEECH, "flac"), "flac") == SPEECH
+
+
+def test_streamed_wav_says_that_its_size_is_unknown() -> None:
+    """Both sizes are 0xFFFFFFFF, and the header comes with the first sound."""
+    first = Encoder("wav").feed(SPEECH[:4800])
+    assert first[:4] == b"RIFF"
+    assert first[8:16] == b"WAVEfmt "
+    assert struct.unpack("<I", first[4:8]) == struct.unpack("<I", first[40:44]) == (0xFFFFFFFF,)
+    assert first[44:] == SPEECH[:4800]
+
+
+def test_whole_wav_tells_its_true_size() -> None:
+    """An independent reader finds 24 kHz, mono, 16 bit and every sample."""
+    data = encoded(SPEECH, "wav", streaming=False)
+    assert struct.unpack("<I", data[4:8]) == (len(data) - 8,)
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        assert (file.samplerate, file.channels, file.subtype) == (24_000, 1, "PCM_16")
+        assert file.frames == samples_of(SPEECH)
+
+
+@pytest.mark.parametrize("audio_format", ["mp3", "opus", "flac"])
+def test_whole_files_tell_their_length(audio_format: Format) -> None:
+    """A reader that is not FFmpeg sees the exact length of a whole answer."""
+    data = encoded(SPEECH, audio_format, streaming=False)
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        assert file.frames / file.samplerate == pytest.approx(seconds_of(SPEECH), abs=0.0005)
+
+
+def test_whole_answers_come_at_the_end() -> None:
+    """Not streaming, nothing leaves before the header can tell the truth."""
+    for audio_format in FORMATS:
+        encoder = Encoder(audio_format, streaming=False)
+        assert encoder.feed(SPEECH) == b""
+        assert encoder.finish()
+
+
+@pytest.mark.parametrize("speed", [0.24, 4.01, 0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_speeds_are_refused(speed: float) -> None:
+    """Speeds out of range are an error at once, not silence later."""
+    with pytest.raises(ValueError, match="speed is between"):
+        Encoder("mp3", speed=speed)
+
+
+def test_unknown_formats_are_refused() -> None:
+    """A format that there is not is an error."""
+    with pytest.raises(ValueError, match="no audio format 'ogg'"):
+        Encoder("ogg")  # type: ignore[arg-type]  # the point of the test
+
+
+def test_half_a_sample_is_an_error() -> None:
+    """PCM that ends inside a sample was cut, and is not passed off as complete."""
+    encoder = Encoder("pcm")
+    encoder.feed(b"\0\0\0")
+    with pytest.raises(ValueError, match="inside a sample"):
+        encoder.finish()
+
+
+def test_every_format_has_a_content_type() -> None:
+    """The table of content types is that of the formats."""
+    assert list(CONTENT_TYPES) == FORMATS
+
+
+def resident_bytes() -> int:
+    """What this process has in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("rounds", [300, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_encoders_leave_nothing_behind(rounds: int) -> None:
+    """However many answers are encoded, memory stays flat."""
+
+    def use(times: int) -> int:
+        for count in range(times):
+            encoded(SPEECH[:9600], FORMATS[count % len(FORMATS)], speed=(1.0, 1.5)[count % 4 // 2])
+        return resident_bytes()
+
+    settled = use(100)
+    assert use(rounds) - settled < 24 * 2**20
+
+
+def test_dropped_encoders_leave_nothing_behind() -> None:
+    """An answer whose client has left is just dropped: its 7 MB go at once, not when the collector finds the cycle."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = resident_bytes()
+        for _ in range(20):
+            Encoder("flac").feed(SPEECH[:9600])
+        assert resident_bytes() - before < 40 * 2**20
+    finally:
+        gc.enable()

@@ -1,0 +1,76 @@
+"""The web workers' deaths: answered with another start, or, where none can ever start, with the end of the service."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ports import free_port
+
+ROOT = str(Path(__file__).parents[3])
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import server.commands.serve as serve
+from server.__main__ import main
+
+{application}
+sys.exit(main())
+"""
+
+CANNOT_START = """
+def broken():
+    raise ImportError("a web worker lacks something")
+serve.from_environment = broken
+"""
+
+STARTS_AT_THE_FIFTH_ATTEMPT = """
+def late(real=serve.from_environment):
+    attempts = Path("attempts")
+    attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+    if len(attempts.read_text()) < 5:
+        os.kill(os.getpid(), 9)
+    application = real()
+    application.on_startup.append(lambda: os.kill(os.getppid(), 15))
+    return application
+serve.from_environment = late
+"""
+
+
+def serve(directory: Path, application: str) -> tuple[int, str]:
+    """The exit code and the log of a service whose web workers load their application like that."""
+    settings = {"TTS_PORT": str(free_port()), "TTS_WORKER_URL": f"ipc://{directory}/run/worker.ipc"}
+    environ = {**os.environ, **settings, "PYTHONPATH": ROOT}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(application=application)],
+        cwd=directory,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("web_workers", [1, 2])
+def test_web_workers_that_can_never_start_end_the_service(
+    tmp_path: Path, web_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three attempts, the reason each time, then one clear line and exit code 1: no silent loop."""
+    monkeypatch.setenv("TTS_WEB_WORKERS", str(web_workers))
+    code, said = serve(tmp_path, CANNOT_START)
+    assert code == 1
+    assert 3 <= said.count("ImportError: a web worker lacks something") <= 3 * web_workers
+    assert said.count("no web worker can start") == 1
+
+
+def test_killed_starts_are_no_failed_ones(tmp_path: Path) -> None:
+    """Web workers killed from outside before they serve (memory is short, say) are started for as long as it takes."""
+    code, said = serve(tmp_path, STARTS_AT_THE_FIFTH_ATTEMPT)
+    assert code == 0
+    assert said.count("a web worker died; it is started again") == 4
+    assert "cause=SIGKILL" in said
