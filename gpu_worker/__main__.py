@@ -17,18 +17,18 @@ from typing import Any, Final
 
 import structlog
 
-from gpu_worker.engines.factory import GPU_EXTRA, Registry
+from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.requests import Request
-from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.checkpoints import Checkpoints
 from gpu_worker.residency.cleanup import CleanupOptions
 from gpu_worker.residency.manager import Residency
 from gpu_worker.residency.memory import cuda_present, open_probe
-from gpu_worker.residency.mover import Loader
-from gpu_worker.residency.moves import MoveProgress
+from gpu_worker.residency.mover import Mover
+from gpu_worker.residency.moves import Progress
 from gpu_worker.scheduler import Scheduler
-from gpu_worker.stats import Reporter
+from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
 from gpu_worker.voices.files import VoiceFiles
 from gpu_worker.voices.store import VoiceStore
@@ -163,7 +163,7 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
 
 def build_worker(
     settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]", *, restarts: int
-) -> tuple[Worker, Loader, Fetcher, VoiceWriter]:
+) -> tuple[Worker, Mover, Checkpoints, VoiceWriter]:
     """The only place where the worker's parts are wired together; the caller starts those that have a thread."""
     catalog = load_catalog()
     device = settings.default_device
@@ -174,17 +174,17 @@ def build_worker(
         budget_bytes=_bytes(settings.vram_budget_mb),
         host_budget_bytes=_bytes(settings.host_budget_mb),
     )
-    registry = Registry(
+    registry = EngineFactory(
         settings,
         catalog,
         device,
-        progress=lambda model, detail: inbox.put(MoveProgress(model=model, detail=detail)),
+        progress=lambda model, detail: inbox.put(Progress(model=model, detail=detail)),
         room=lambda: _room(probe.device()),
         start_device=probe.start,
         wake=lambda: inbox.put(Wake()),
     )
-    loader = Loader(catalog, registry.open, probe, inbox.put)
-    fetcher = Fetcher(catalog, registry, inbox.put)
+    loader = Mover(catalog, registry.open, probe, inbox.put)
+    fetcher = Checkpoints(catalog, registry, inbox.put)
     voice_files = VoiceFiles(settings.voices_dir)
     writer = VoiceWriter(voice_files, inbox.put)
     default_model = registry.default_model()
@@ -211,7 +211,7 @@ def build_worker(
         fetcher=fetcher,
         voices=VoiceStore(voice_files, settings.max_voices, reserved=_reserved_voices(catalog)),
         writer=writer,
-        reporter=Reporter(
+        reporter=Stats(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,
             settings={**settings.of_worker(), "default_device": device},

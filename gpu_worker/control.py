@@ -26,7 +26,7 @@ from shared.protocol import (
     FindVoice,
     LoadModel,
     Message,
-    ModelState,
+    ModelStatus,
     PinModel,
     Reply,
     UnloadModel,
@@ -56,7 +56,7 @@ class _Pending(msgspec.Struct):
     answer: Answer
 
 
-class CallDesk:
+class ControlHandler:
     """Takes calls and answers each exactly once, unless whoever asked has left."""
 
     def __init__(
@@ -207,7 +207,7 @@ class CallDesk:
             return failed_message(pending.call_id, JobError("model_busy", message, param="model"))
         return None
 
-    def _state_of(self, model: str) -> ModelState:
+    def _state_of(self, model: str) -> ModelStatus:
         return next(state for state in self._residency.models() if state.id == model)
 
     def _design(self, peer: bytes, call: Call, action: DesignVoice, answer: Answer) -> None:

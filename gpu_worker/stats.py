@@ -10,7 +10,7 @@ import msgspec
 
 from gpu_worker.requests import Request
 from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import MoveDone, MoveFailed
+from gpu_worker.residency.moves import TransitionDone, TransitionFailed
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
     MOVE_BOUNDS_S,
@@ -22,7 +22,7 @@ from shared.protocol import (
     Histogram,
     HostMemory,
     ModelFigures,
-    ModelState,
+    ModelStatus,
     SavedVoice,
     Snapshot,
 )
@@ -36,7 +36,7 @@ MOST_STREAMS: Final = 50
 Outcome = Literal["started", "finished", "failed", "cancelled", "rejected"]
 
 
-class Reporter:
+class Stats:
     """Counts what happens and puts snapshots together.
 
     `settings` are the worker's in force, under their public names; `restarts` is what its supervisor told it.
@@ -82,10 +82,10 @@ class Reporter:
             took_s = self._clock() - request.admitted - playback.held_s
             figures.real_time_factor.add(took_s / playback.audio_s)
 
-    def moved(self, report: MoveDone | MoveFailed) -> None:
+    def moved(self, report: TransitionDone | TransitionFailed) -> None:
         """A model was moved, or could not be."""
         figures, kind = self._of(report.move.model), report.move.kind
-        if isinstance(report, MoveDone):
+        if isinstance(report, TransitionDone):
             figures.moves_s.setdefault(kind, _Distribution(MOVE_BOUNDS_S)).add(report.seconds)
             return
         figures.failed_moves[kind] = figures.failed_moves.get(kind, 0) + 1
@@ -103,7 +103,7 @@ class Reporter:
         running: int,
         queued: int,
         slots: int,
-        models: list[ModelState],
+        models: list[ModelStatus],
         offloaded_bytes: int,
         cleanup: CleanupPass | None,
         voices: list[SavedVoice],

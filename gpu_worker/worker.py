@@ -14,18 +14,18 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from gpu_worker.control import CallDesk
+from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Engine, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device
 from gpu_worker.requests import PeerSink, Request
 from gpu_worker.residency.arrivals import Refusal
-from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.checkpoints import Checkpoints
 from gpu_worker.residency.manager import Residency
 from gpu_worker.residency.memory import is_out_of_memory
-from gpu_worker.residency.mover import Loader
-from gpu_worker.residency.moves import Fetched, LoaderFailed, Looked, MoveDone, MoveFailed, MoveProgress
+from gpu_worker.residency.mover import Mover
+from gpu_worker.residency.moves import Downloaded, FilesChecked, MoverFailed, Progress, TransitionDone, TransitionFailed
 from gpu_worker.scheduler import QueueFullError, Scheduler
-from gpu_worker.stats import Reporter
+from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
 from gpu_worker.voices.store import VoiceStore
 from gpu_worker.voices.writer import VoiceWriter, VoiceWritten
@@ -73,11 +73,11 @@ class Worker:
         inbox: "queue.SimpleQueue[Any]",
         scheduler: Scheduler[Request],
         residency: Residency,
-        loader: Loader,
-        fetcher: Fetcher,
+        loader: Mover,
+        fetcher: Checkpoints,
         voices: VoiceStore,
         writer: VoiceWriter,
-        reporter: Reporter,
+        reporter: Stats,
         max_concurrency: int,
         stall_timeout_s: float,
         clock: Callable[[], float],
@@ -101,7 +101,7 @@ class Worker:
         self._out_of_memory: set[str] = set()
         self._drain_until: float | None = None
         residency.preload(preload)
-        self._calls = CallDesk(
+        self._calls = ControlHandler(
             specs=self._specs,
             residency=residency,
             voices=voices,
@@ -155,13 +155,13 @@ class Worker:
                 self._answer(peer, message, payload)
             case PeerGone(peer):
                 self._forget_peer(peer)
-            case MoveDone() | MoveFailed():
+            case TransitionDone() | TransitionFailed():
                 self._take_move(command)
-            case LoaderFailed(reason):
+            case MoverFailed(reason):
                 raise BrokenDeviceError(reason)
-            case MoveProgress(model=model, detail=detail):
+            case Progress(model=model, detail=detail):
                 self._residency.set_progress(model, detail)
-            case Looked() | Fetched():
+            case FilesChecked() | Downloaded():
                 self._take_errand(command)
             case VoiceWritten():
                 self._calls.voice_written(command)
@@ -296,17 +296,17 @@ class Worker:
                 self._engines.pop(decision.model, None)
                 self._loader.submit(decision)
 
-    def _take_errand(self, report: Looked | Fetched) -> None:
-        if isinstance(report, Looked):
+    def _take_errand(self, report: FilesChecked | Downloaded) -> None:
+        if isinstance(report, FilesChecked):
             self._residency.errands.looked(report)
             return
         refusal = self._residency.fetched(report)
         if refusal is not None:
             self._refuse(refusal)
 
-    def _take_move(self, report: MoveDone | MoveFailed) -> None:
+    def _take_move(self, report: TransitionDone | TransitionFailed) -> None:
         self._reporter.moved(report)
-        if isinstance(report, MoveFailed):
+        if isinstance(report, TransitionFailed):
             refusal = self._residency.failed(report)
             if refusal is not None:
                 self._refuse(refusal)

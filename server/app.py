@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from litestar import Litestar, Router
 from litestar.datastructures import State
 
-from server.audio.decoder_pool import Recordings
+from server.audio.decoder_pool import DecoderPool
 from server.dependencies import dependencies
 from server.engine.zmq import ZmqEngineClient
 from server.http.auth import require_admin, require_key
@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> Litestar:
         # Here and not earlier: granian forks, and neither sockets nor an event loop survive that.
         async with ZmqEngineClient(url, settings.worker_token) as engine:
             app.state.engine = engine
-            app.state.recordings = Recordings(allow_urls=settings.allow_ref_urls)
+            app.state.recordings = DecoderPool(allow_urls=settings.allow_ref_urls)
             yield
 
     cors = cors_config(settings)

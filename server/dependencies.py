@@ -6,13 +6,13 @@ from litestar.datastructures import State
 from litestar.di import NamedDependency, Provide
 from litestar.params import SkipValidation
 
-from server.audio.decoder_pool import Recordings
+from server.audio.decoder_pool import DecoderPool
 from server.engine.client import EngineClient
 from shared.settings import Settings
 
 Engine = NamedDependency[SkipValidation[EngineClient]]
 ServerSettings = NamedDependency[SkipValidation[Settings]]
-SentRecordings = NamedDependency[SkipValidation[Recordings]]
+RecordingDecoder = NamedDependency[SkipValidation[DecoderPool]]
 
 
 def _engine(state: State) -> Any:

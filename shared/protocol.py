@@ -203,7 +203,7 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
 
 
-class ModelState(msgspec.Struct, frozen=True, kw_only=True):
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Where one model is, and what it holds there (bytes by purpose, as measured).
 
     `detail` says why a model is unavailable, or how far its loading or download has come.
@@ -335,7 +335,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     slots: int
     requests: Counters
-    models: list[ModelState]
+    models: list[ModelStatus]
     device: DeviceMemory
     host: HostMemory
     shared_bytes: dict[str, int]
@@ -404,7 +404,7 @@ class Reply(Message, frozen=True, kw_only=True):
 
     id: str
     voice: SavedVoice | None = None
-    model: ModelState | None = None
+    model: ModelStatus | None = None
     cleanup: CleanupPass | None = None
 
 

@@ -25,7 +25,7 @@ from shared.protocol import (
     Hello,
     HostMemory,
     Message,
-    ModelState,
+    ModelStatus,
     Ping,
     Pong,
     Reply,
@@ -61,7 +61,9 @@ def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
         slots=8,
         requests=Counters(started=5, finished=3, failed=1, cancelled=1),
         models=[
-            ModelState(id=spec.id, state="resident" if spec.engine == "espeak" else "absent", last_used=1.0, idle_s=2.0)
+            ModelStatus(
+                id=spec.id, state="resident" if spec.engine == "espeak" else "absent", last_used=1.0, idle_s=2.0
+            )
             for spec in catalog
         ],
         device=DeviceMemory(

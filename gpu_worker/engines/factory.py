@@ -25,7 +25,7 @@ GPU_EXTRA: Final = 'install the "gpu" extra: pip install "qwen3-tts-server[gpu]"
 _KIND_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
 
 
-class Registry:
+class EngineFactory:
     """Opens engines for the models of the catalogue, on one device.
 
     Engines are opened by one thread at a time; everything else may be asked from any.
@@ -211,12 +211,12 @@ class Registry:
             import torch  # noqa: PLC0415 -- two seconds that only this engine is worth
 
             from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype  # noqa: PLC0415 -- imports torch
-            from gpu_worker.engines.qwen.codec.shared import Codecs  # noqa: PLC0415 -- imports torch
+            from gpu_worker.engines.qwen.codec.shared import SharedCodecs  # noqa: PLC0415 -- imports torch
 
             self._start_device()
             dtype = compute_dtype(self._device, self._settings.dtype)
             self._options = QwenOptions(
-                codecs=Codecs(dtype=dtype, device=torch.device(self._device)),
+                codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device)),
                 device=self._device,
                 dtype=self._settings.dtype,
                 attention_backend=self._settings.attention_backend,

@@ -12,9 +12,9 @@ from typing import Final, Literal
 import msgspec
 
 from gpu_worker.residency.errands import Errands
-from gpu_worker.residency.ledger import Account, Ledger
+from gpu_worker.residency.ledger import ModelEntry, ModelTable
 from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import Move
+from gpu_worker.residency.moves import Transition
 from gpu_worker.residency.room import Room
 
 BUSY_RETRY_S: Final = 5.0
@@ -53,7 +53,7 @@ class Arrivals:
     """
 
     def __init__(
-        self, ledger: Ledger, errands: Errands, room: Room, probe: MemoryProbe, clock: Callable[[], float]
+        self, ledger: ModelTable, errands: Errands, room: Room, probe: MemoryProbe, clock: Callable[[], float]
     ) -> None:
         self._ledger = ledger
         self._errands = errands
@@ -75,7 +75,7 @@ class Arrivals:
         if model in self.expected:
             self.expected.remove(model)
 
-    def want(self, account: Account) -> None:
+    def want(self, account: ModelEntry) -> None:
         """Somebody is about to want the model: where nobody did, it queues up behind those that wait."""
         if not account.wanted:
             account.wanted_turn = next(self._turns)
@@ -83,7 +83,7 @@ class Arrivals:
             account.retried = False
             self._errands.look_again(account.id)
 
-    def arrived(self, account: Account) -> None:
+    def arrived(self, account: ModelEntry) -> None:
         """The model is on the device."""
         account.asked = None if account.asked == "load" else account.asked
         account.trouble, account.trouble_looked_at = "", None
@@ -107,7 +107,7 @@ class Arrivals:
                 if shortage is None or shortage.curable or self._room.loads_anew(account, shortage, ()):
                     account.trouble, account.trouble_looked_at = "", None
 
-    def next_move(self, refusals: list[Move | Refusal]) -> Move | None:
+    def next_move(self, refusals: list[Transition | Refusal]) -> Transition | None:
         """The next move towards a wanted model, the longest waiting first; what cannot come goes to `refusals`."""
         now = self._clock()
         looks = now - self._room_looked_at >= ROOM_LOOK_S
@@ -121,7 +121,7 @@ class Arrivals:
             if account.short_since is not None and not looks:
                 continue
             decision = self._fit(account, now)
-            if isinstance(decision, Move):
+            if isinstance(decision, Transition):
                 return decision
             if decision is not None:
                 refusals.append(decision)
@@ -130,7 +130,7 @@ class Arrivals:
 
     def refuse(
         self,
-        account: Account,
+        account: ModelEntry,
         code: Literal["insufficient_vram", "model_unavailable"],
         message: str,
         retry_after_s: float,
@@ -146,7 +146,7 @@ class Arrivals:
         self.expect_no_longer(account.id)
         return Refusal(model=account.id, code=code, message=message, retry_after_s=retry_after_s)
 
-    def _fit(self, account: Account, now: float) -> Move | Refusal | None:
+    def _fit(self, account: ModelEntry, now: float) -> Transition | Refusal | None:
         """Bring the model to the device, or evict what has to leave before, or say why that does not help.
 
         None: it waits for busy models to become idle.
@@ -154,9 +154,9 @@ class Arrivals:
         spared = self._of_the_start if self._is_for_the_start(account) else ()
         shortage = self._room.shortage(account, spared)
         if shortage is None:
-            return Move(model=account.id, kind="load" if account.place == "absent" else "restore")
+            return Transition(model=account.id, kind="load" if account.place == "absent" else "restore")
         if self._room.loads_anew(account, shortage, spared):
-            return Move(model=account.id, kind="drop")
+            return Transition(model=account.id, kind="drop")
         if not shortage.curable:
             if account.short_since is None:
                 account.short_since = now
@@ -166,6 +166,6 @@ class Arrivals:
             return self.refuse(account, "insufficient_vram", shortage.message, retry_after_s)
         return self._room.cure(shortage)
 
-    def _is_for_the_start(self, account: Account) -> bool:
+    def _is_for_the_start(self, account: ModelEntry) -> bool:
         """Whether nobody but the start wants the model."""
         return account.id in self.expected and account.references == 0

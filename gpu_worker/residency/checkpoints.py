@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.residency.moves import Fetch, Fetched, Look, Looked
+from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked
 from shared.catalog import ModelSpec
 
 _log = logging.getLogger(__name__)
@@ -37,13 +37,15 @@ class Files(Protocol):
         ...
 
 
-class Fetcher:
+class Checkpoints:
     """Looks at and fetches the files of `specs`, each on a daemon thread of its own, one model after the other.
 
     `report` is called from those threads. The process may end in the middle of a download, which is resumed later.
     """
 
-    def __init__(self, specs: Sequence[ModelSpec], files: Files, report: Callable[[Looked | Fetched], None]) -> None:
+    def __init__(
+        self, specs: Sequence[ModelSpec], files: Files, report: Callable[[FilesChecked | Downloaded], None]
+    ) -> None:
         self._specs = {spec.id: spec for spec in specs}
         self._files = files
         self._report = report
@@ -59,9 +61,9 @@ class Fetcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, errand: Look | Fetch) -> None:
+    def submit(self, errand: CheckFiles | Download) -> None:
         """Look or fetch, as soon as those before it have ended."""
-        (self._looks if isinstance(errand, Look) else self._fetches).put(errand.model)
+        (self._looks if isinstance(errand, CheckFiles) else self._fetches).put(errand.model)
 
     def close(self, timeout_s: float) -> None:
         """End the threads behind what was submitted, waiting for each for `timeout_s` at most."""
@@ -69,7 +71,7 @@ class Fetcher:
             models.put(None)
             thread.join(timeout_s)
 
-    def look(self, model: str) -> Looked:
+    def look(self, model: str) -> FilesChecked:
         """What there is of the model's files now. Reads the disk, for some milliseconds."""
         spec = self._specs[model]
         try:
@@ -78,23 +80,25 @@ class Fetcher:
             stamp = self._files.stamp_of(spec)
         except Exception as error:  # noqa: BLE001 -- whatever the disk does is this model's problem and no more
             _log.exception("the files of %s cannot be looked at", model)
-            return Looked(model=model, problem=f"{type(error).__name__}: {error}", remote=False, stamp="")
-        return Looked(model=model, problem=problem, remote=remote, stamp=stamp)
+            return FilesChecked(model=model, problem=f"{type(error).__name__}: {error}", remote=False, stamp="")
+        return FilesChecked(model=model, problem=problem, remote=remote, stamp=stamp)
 
-    def _fetch(self, model: str) -> Fetched:
+    def _fetch(self, model: str) -> Downloaded:
         try:
             self._files.fetch(self._specs[model])
         except JobError as error:
             _log.warning("fetching %s failed: %s", model, error.message)
-            return Fetched(model=model, error=error)
+            return Downloaded(model=model, error=error)
         except Exception as error:  # noqa: BLE001 -- a library's own surprise is this model's failure and no more
             _log.exception("fetching %s failed", model)
             problem = JobError("model_unavailable", f"fetching {model} failed: {type(error).__name__}: {error}")
-            return Fetched(model=model, error=problem)
-        return Fetched(model=model, error=None)
+            return Downloaded(model=model, error=problem)
+        return Downloaded(model=model, error=None)
 
     def _run(
-        self, models: "queue.SimpleQueue[str | None]", carry_out: Callable[[str], Looked] | Callable[[str], Fetched]
+        self,
+        models: "queue.SimpleQueue[str | None]",
+        carry_out: Callable[[str], FilesChecked] | Callable[[str], Downloaded],
     ) -> None:
         while (model := models.get()) is not None:
             self._report(carry_out(model))

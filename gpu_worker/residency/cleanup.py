@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpu_worker.residency.ledger import Account, Ledger
+from gpu_worker.residency.ledger import ModelEntry, ModelTable
 from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import Move
+from gpu_worker.residency.moves import Transition
 from gpu_worker.residency.room import Room
 from shared.protocol import CleanupPass
 
@@ -52,7 +52,7 @@ class Cleanup:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: ModelTable,
         room: Room,
         options: CleanupOptions,
         *,
@@ -80,7 +80,7 @@ class Cleanup:
         """Whether a pass is asked for or has begun."""
         return self._asked or self._pass is not None
 
-    def next_move(self) -> Move | None:
+    def next_move(self) -> Transition | None:
         """The next move of the pass; a pass with none left ends. To be asked for while no move is in flight."""
         now = self._clock()
         due = self._options.cleanup_enabled and now >= self._next_pass
@@ -107,13 +107,13 @@ class Cleanup:
         self._end(current)
         return None
 
-    def _outlived(self, account: Account, now: float) -> Move | None:
+    def _outlived(self, account: ModelEntry, now: float) -> Transition | None:
         """How to evict `account`, where its time is over."""
         kept = account.keep_alive_s is not None and account.keep_alive_s < 0
         if not account.movable or kept or account.broken or account.asked == "unload":
             return None
         if account.place == "offloaded" and now - account.offloaded_since >= self._options.host_idle_timeout_s:
-            return Move(model=account.id, kind="drop")
+            return Transition(model=account.id, kind="drop")
         keep_s = self._options.idle_timeout_s if account.keep_alive_s is None else account.keep_alive_s
         if account.place == "resident" and now - account.last_used >= keep_s:
             return self._room.evict(account)

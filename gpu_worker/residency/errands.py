@@ -7,8 +7,8 @@ Owned by the synthesis thread alone; its time is a clock that is passed in.
 from collections.abc import Callable
 from typing import Final
 
-from gpu_worker.residency.ledger import Ledger
-from gpu_worker.residency.moves import Fetch, Fetched, Look, Looked
+from gpu_worker.residency.ledger import ModelTable
+from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked
 
 LOOK_S: Final = 5.0
 """How often the files of models that are not loaded are looked at: weights are copied in and deleted by hand."""
@@ -37,35 +37,35 @@ class Errands:
     The synthesis loop hands what is `due` to the fetcher, and tells the outcome with `looked` or `Residency.fetched`.
     """
 
-    def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
+    def __init__(self, ledger: ModelTable, clock: Callable[[], float]) -> None:
         self._ledger = ledger
         self._clock = clock
         self._files = {account.id: _Files() for account in ledger}
         self._next_look = clock() + LOOK_S
 
-    def due(self) -> list[Look | Fetch]:
+    def due(self) -> list[CheckFiles | Download]:
         """What is to be done now; in flight from here on, one fetch at a time."""
         overdue = self._clock() >= self._next_look
         if overdue:
             self._next_look = self._clock() + LOOK_S
-        errands: list[Look | Fetch] = []
+        errands: list[CheckFiles | Download] = []
         for account in self._ledger:
             files = self._files[account.id]
             wanted = account.wanted and not files.current
             idle = not (files.looking or files.fetching or self._ledger.is_moving(account))
             if account.place == "absent" and idle and (overdue or wanted):
                 files.looking = True
-                errands.append(Look(account.id))
+                errands.append(CheckFiles(account.id))
         if not any(files.fetching for files in self._files.values()):
             for account in self._ledger.waiting():
                 files = self._files[account.id]
                 if account.place == "absent" and files.current and files.remote:
                     files.fetching = True
-                    errands.append(Fetch(account.id))
+                    errands.append(Download(account.id))
                     break
         return errands
 
-    def looked(self, found: Looked) -> None:
+    def looked(self, found: FilesChecked) -> None:
         """What there is of the model's files."""
         files = self._files[found.model]
         files.looking = False
@@ -77,7 +77,7 @@ class Errands:
             account.trouble = ""  # it was with other files
         files.stamp = found.stamp
 
-    def fetched(self, fetched: Fetched) -> None:
+    def fetched(self, fetched: Downloaded) -> None:
         """The model's files are here, or cannot be had."""
         files = self._files[fetched.model]
         files.fetching = False

@@ -9,12 +9,12 @@ from typing import Literal
 import msgspec
 
 from gpu_worker.engines.base import Memory
-from gpu_worker.residency.moves import Move, Place
+from gpu_worker.residency.moves import Place, Transition
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory
 
 
-class Account:
+class ModelEntry:
     """The books of one model. Times are the clock's; `used_at` is Unix seconds.
 
     `wanted_turn` numbers the models in the order in which they began to be wanted;
@@ -107,36 +107,36 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     `message` has the figures.
     """
 
-    evictable: list[Account]
-    droppable: list[Account]
+    evictable: list[ModelEntry]
+    droppable: list[ModelEntry]
     of_host_ram: bool
     curable: bool
     passing: bool
     message: str
 
 
-class Ledger:
+class ModelTable:
     """The accounts of all models, in the catalogue's order. `moving` is the move in flight."""
 
     def __init__(self, specs: Sequence[ModelSpec]) -> None:
-        self._accounts = {spec.id: Account(spec) for spec in specs}
-        self.moving: Move | None = None
+        self._accounts = {spec.id: ModelEntry(spec) for spec in specs}
+        self.moving: Transition | None = None
 
-    def __getitem__(self, model: str) -> Account:
+    def __getitem__(self, model: str) -> ModelEntry:
         return self._accounts[model]
 
-    def __iter__(self) -> Iterator[Account]:
+    def __iter__(self) -> Iterator[ModelEntry]:
         return iter(self._accounts.values())
 
-    def is_moving(self, account: Account) -> bool:
+    def is_moving(self, account: ModelEntry) -> bool:
         """Whether the move in flight is the model's."""
         return self.moving is not None and self.moving.model == account.id
 
-    def waiting(self) -> list[Account]:
+    def waiting(self) -> list[ModelEntry]:
         """The wanted models, the longest waiting first."""
         return sorted((account for account in self if account.wanted), key=lambda account: account.wanted_turn)
 
-    def lru(self, place: Place) -> list[Account]:
+    def lru(self, place: Place) -> list[ModelEntry]:
         """The models in `place` that may be moved, the least recently used first."""
         there = (account for account in self if account.place == place and account.movable)
         return sorted(there, key=lambda account: account.last_used)
@@ -153,7 +153,7 @@ class Ledger:
         return sum(account.host_bytes for account in self)
 
     def shortage(
-        self, account: Account, device: DeviceMemory, spared: Collection[str] = (), *, anew: bool = False
+        self, account: ModelEntry, device: DeviceMemory, spared: Collection[str] = (), *, anew: bool = False
     ) -> Shortage | None:
         """What keeps `account` from coming to the device, which reads as `device` now; None: nothing does.
 
@@ -186,7 +186,7 @@ class Ledger:
         )
 
     def _arithmetic(
-        self, account: Account, need: int, device: DeviceMemory, evictable_bytes: int, spared: Collection[str]
+        self, account: ModelEntry, need: int, device: DeviceMemory, evictable_bytes: int, spared: Collection[str]
     ) -> str:
         holders = []
         for other in self:

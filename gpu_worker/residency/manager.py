@@ -21,12 +21,12 @@ from gpu_worker.engines.base import Memory
 from gpu_worker.residency.arrivals import BUSY_RETRY_S, FULL_RETRY_S, Arrivals, Refusal
 from gpu_worker.residency.cleanup import Cleanup, CleanupOptions
 from gpu_worker.residency.errands import Errands
-from gpu_worker.residency.ledger import Account, Ledger
+from gpu_worker.residency.ledger import ModelEntry, ModelTable
 from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import ARRIVES, Fetched, Move, MoveDone, MoveFailed, Place
+from gpu_worker.residency.moves import ARRIVES, Downloaded, Place, Transition, TransitionDone, TransitionFailed
 from gpu_worker.residency.room import Room
 from shared.catalog import ModelSpec
-from shared.protocol import ModelState, State
+from shared.protocol import ModelStatus, State
 
 
 class ModelBusyError(Exception):
@@ -50,7 +50,7 @@ class Residency:
         probe: MemoryProbe,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._ledger = Ledger(specs)
+        self._ledger = ModelTable(specs)
         self._clock = clock
         self._wall = wall
         self.errands = Errands(self._ledger, clock)
@@ -122,7 +122,7 @@ class Residency:
         self._ledger[model].broken = True
         self.errands.look_again(model)
 
-    def fetched(self, fetched: Fetched) -> Refusal | None:
+    def fetched(self, fetched: Downloaded) -> Refusal | None:
         """A fetch has ended. Where it failed, the model's requests and calls are to fail with the Refusal."""
         self.errands.fetched(fetched)
         if fetched.error is None:
@@ -159,7 +159,7 @@ class Residency:
         return account.place
 
     @property
-    def moving(self) -> Move | None:
+    def moving(self) -> Transition | None:
         """The move in flight."""
         return self._ledger.moving
 
@@ -173,11 +173,11 @@ class Residency:
         account = self._ledger[model]
         return not account.broken and not self._ledger.is_moving(account)
 
-    def models(self) -> list[ModelState]:
+    def models(self) -> list[ModelStatus]:
         """Where every model is and what it holds, in the catalogue's order."""
         now = self._clock()
         return [
-            ModelState(
+            ModelStatus(
                 id=account.id,
                 state=self.state(account.id),
                 detail=self._detail(account),
@@ -198,12 +198,12 @@ class Residency:
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Move | Refusal]:
+    def plan(self) -> list[Transition | Refusal]:
         """What to do now: refusals to hand out, and at most one move to start; it is in flight from here on."""
         if self._ledger.moving is not None:
             return []
         self._arrivals.forget_shortages()
-        refusals: list[Move | Refusal] = []
+        refusals: list[Transition | Refusal] = []
         move = (
             self.cleanup.next_move()
             or self._unload()
@@ -216,7 +216,7 @@ class Residency:
             self._ledger[move.model].progress = ""
         return [*refusals, move] if move is not None else refusals
 
-    def moved(self, done: MoveDone) -> None:
+    def moved(self, done: TransitionDone) -> None:
         """The move in flight worked."""
         account = self._landed(done.move, ARRIVES[done.move.kind])
         account.measure(done.memory, self._clock())
@@ -226,7 +226,7 @@ class Residency:
             account.last_used = self._clock()
             self._arrivals.arrived(account)
 
-    def failed(self, failure: MoveFailed) -> Refusal | None:
+    def failed(self, failure: TransitionFailed) -> Refusal | None:
         """The move in flight did not work. With a Refusal the model's requests and calls are to fail.
 
         None: they keep waiting, or there are none. Out of memory is tried once more after evicting what is idle.
@@ -245,29 +245,29 @@ class Residency:
         )
         return self._arrivals.refuse(account, code, failure.error.message, failure.error.retry_after_s or BUSY_RETRY_S)
 
-    def _unload(self) -> Move | None:
+    def _unload(self) -> Transition | None:
         """Drop what was asked to be dropped, and what is broken."""
         for account in self._ledger:
             if account.broken:
-                return Move(model=account.id, kind="drop")
+                return Transition(model=account.id, kind="drop")
             if account.asked == "unload" and account.place == "absent":
                 account.asked = None
             elif account.asked == "unload":
-                return Move(model=account.id, kind="drop")
+                return Transition(model=account.id, kind="drop")
         return None
 
     # --- the books ---------------------------------------------------------------------------------------------------
 
-    def _detail(self, account: Account) -> str:
+    def _detail(self, account: ModelEntry) -> str:
         """For people to read: how far the model has come on its way, or why it cannot come."""
         problem = self.errands.problem(account.id) if account.place == "absent" else ""
         return account.progress or problem or account.trouble
 
-    def _used(self, account: Account) -> None:
+    def _used(self, account: ModelEntry) -> None:
         account.last_used = self._clock()
         account.used_at = self._wall()
 
-    def _landed(self, move: Move, place: Place) -> Account:
+    def _landed(self, move: Transition, place: Place) -> ModelEntry:
         if move != self._ledger.moving:
             raise ValueError(f"{move} is not in flight, but {self._ledger.moving}")
         self._ledger.moving = None

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from gpu_worker.engines.base import Engine, JobError, Memory
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device
 from gpu_worker.residency.memory import MemoryProbe, is_out_of_memory
-from gpu_worker.residency.moves import LoaderFailed, Move, MoveDone, MoveFailed, Place
+from gpu_worker.residency.moves import MoverFailed, Place, Transition, TransitionDone, TransitionFailed
 from shared.catalog import ModelSpec
 
 _log = logging.getLogger(__name__)
 
 
-class Loader:
+class Mover:
     """Carries out one move after the other on a thread of its own.
 
     `open_engine` makes the engine of one of `specs`; a JobError it raises is reported as it is.
@@ -32,21 +32,21 @@ class Loader:
         specs: Sequence[ModelSpec],
         open_engine: Callable[[ModelSpec], Engine],
         probe: MemoryProbe,
-        report: Callable[[MoveDone | MoveFailed | LoaderFailed], None],
+        report: Callable[[TransitionDone | TransitionFailed | MoverFailed], None],
     ) -> None:
         self._specs = {spec.id: spec for spec in specs}
         self._open_engine = open_engine
         self._probe = probe
         self._report = report
         self._engines: dict[str, Engine] = {}
-        self._moves: queue.SimpleQueue[Move | None] = queue.SimpleQueue()
+        self._moves: queue.SimpleQueue[Transition | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, move: Move) -> None:
+    def submit(self, move: Transition) -> None:
         """Carry out `move` as soon as those before it have ended."""
         self._moves.put(move)
 
@@ -65,24 +65,24 @@ class Loader:
             except Exception as error:  # noqa: BLE001 -- whatever it was, somebody has to hear that no move will end
                 # A broken device, which no other move would get any further with, or a probe that cannot measure.
                 _log.exception("%s of %s has ended the loader", move.kind, move.model)
-                self._report(LoaderFailed(_words(error)))
+                self._report(MoverFailed(_words(error)))
                 return
             self._report(report)
         for model in list(self._engines):
             self._close(model)
 
-    def _carry_out(self, move: Move) -> MoveDone | MoveFailed:
+    def _carry_out(self, move: Transition) -> TransitionDone | TransitionFailed:
         began = time.monotonic()
         before_bytes = self._probe.device().ours_bytes
         failed = self._attempt(move)
         if failed is not None:
             left = self._undo(move)
             self._probe.reclaim(collect=True)
-            return MoveFailed(move=move, error=failed, left=left)
+            return TransitionFailed(move=move, error=failed, left=left)
         # Only what is closed can leave garbage in cycles; the others' streams need not pay for a collection otherwise.
         self._probe.reclaim(collect=move.kind == "drop")
         engine = self._engines.get(move.model)
-        return MoveDone(
+        return TransitionDone(
             move=move,
             engine=engine if move.kind in {"load", "restore"} else None,
             memory=engine.memory() if engine is not None else Memory(),
@@ -91,7 +91,7 @@ class Loader:
             seconds=time.monotonic() - began,
         )
 
-    def _attempt(self, move: Move) -> JobError | None:
+    def _attempt(self, move: Transition) -> JobError | None:
         try:
             self._move(move)
         except JobError as error:
@@ -108,7 +108,7 @@ class Loader:
             return JobError("model_unavailable", f"the {move.kind} of {move.model} failed: {_words(error)}")
         return None
 
-    def _move(self, move: Move) -> None:
+    def _move(self, move: Transition) -> None:
         match move.kind:
             case "load":
                 self._engines[move.model] = self._open_engine(self._specs[move.model])
@@ -119,7 +119,7 @@ class Loader:
             case "drop":
                 self._close(move.model)
 
-    def _undo(self, move: Move) -> Place:
+    def _undo(self, move: Transition) -> Place:
         """Bring a model whose move failed to a place that is known, and say which."""
         engine = self._engines.get(move.model)
         if engine is not None and move.kind == "restore":

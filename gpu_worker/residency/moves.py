@@ -9,36 +9,41 @@ import msgspec
 
 from gpu_worker.engines.base import Engine, JobError, Memory
 
-MoveKind = Literal["load", "restore", "offload", "drop"]
+TransitionKind = Literal["load", "restore", "offload", "drop"]
 """load: from disk to the device; restore: from host RAM to the device; offload: the way back; drop: give all up."""
 
 Place = Literal["absent", "resident", "offloaded"]
 """Where a model is while nothing moves it."""
 
-ARRIVES: dict[MoveKind, Place] = {"load": "resident", "restore": "resident", "offload": "offloaded", "drop": "absent"}
+ARRIVES: dict[TransitionKind, Place] = {
+    "load": "resident",
+    "restore": "resident",
+    "offload": "offloaded",
+    "drop": "absent",
+}
 """Where a move that works takes its model."""
 
 
-class Move(msgspec.Struct, frozen=True, kw_only=True):
+class Transition(msgspec.Struct, frozen=True, kw_only=True):
     """One model is to change its place."""
 
     model: str
-    kind: MoveKind
+    kind: TransitionKind
 
 
-class Look(msgspec.Struct, frozen=True):
+class CheckFiles(msgspec.Struct, frozen=True):
     """A model's files are to be looked at."""
 
     model: str
 
 
-class Fetch(msgspec.Struct, frozen=True):
+class Download(msgspec.Struct, frozen=True):
     """A model's files are to be fetched."""
 
     model: str
 
 
-class Looked(msgspec.Struct, frozen=True, kw_only=True):
+class FilesChecked(msgspec.Struct, frozen=True, kw_only=True):
     """What was found of a model's files.
 
     `problem` says why it cannot be loaded, or is empty; `remote`: it can, once its files have been fetched.
@@ -51,21 +56,21 @@ class Looked(msgspec.Struct, frozen=True, kw_only=True):
     stamp: str
 
 
-class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+class Downloaded(msgspec.Struct, frozen=True, kw_only=True):
     """A fetch has ended: the model's files are here, or `error` says why they are not."""
 
     model: str
     error: JobError | None
 
 
-class MoveProgress(msgspec.Struct, frozen=True, kw_only=True):
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """A model is on its way; `detail` says how far, for people to read."""
 
     model: str
     detail: str
 
 
-class MoveDone(msgspec.Struct, frozen=True, kw_only=True):
+class TransitionDone(msgspec.Struct, frozen=True, kw_only=True):
     """A move worked.
 
     `engine` is the model's engine after a load or restore, else None.
@@ -74,7 +79,7 @@ class MoveDone(msgspec.Struct, frozen=True, kw_only=True):
     `seconds` is how long the move took.
     """
 
-    move: Move
+    move: Transition
     engine: Engine | None
     memory: Memory
     before_bytes: int
@@ -82,18 +87,18 @@ class MoveDone(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class LoaderFailed(msgspec.Struct, frozen=True):
+class MoverFailed(msgspec.Struct, frozen=True):
     """The loader's thread has ended by a fault of the device or its own: no model can be moved any more."""
 
     reason: str
 
 
-class MoveFailed(msgspec.Struct, frozen=True, kw_only=True):
+class TransitionFailed(msgspec.Struct, frozen=True, kw_only=True):
     """A move did not work and holds nothing that was not held before it; `left` is where the model is now.
 
     The error's code is `insufficient_vram` or `model_unavailable`.
     """
 
-    move: Move
+    move: Transition
     error: JobError
     left: Place

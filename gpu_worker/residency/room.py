@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Collection
 from typing import Final
 
-from gpu_worker.residency.ledger import Account, Ledger, Shortage
+from gpu_worker.residency.ledger import ModelEntry, ModelTable, Shortage
 from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import ARRIVES, Move
+from gpu_worker.residency.moves import ARRIVES, Transition
 
 RECLAIM_S: Final = 5.0
 """How often at most caches are emptied for a model that finds no room."""
@@ -20,7 +20,7 @@ RECLAIM_S: Final = 5.0
 class Room:
     """The room for the models of `ledger`, as `probe` measures it: each move is decided on what is there then."""
 
-    def __init__(self, ledger: Ledger, probe: MemoryProbe, clock: Callable[[], float]) -> None:
+    def __init__(self, ledger: ModelTable, probe: MemoryProbe, clock: Callable[[], float]) -> None:
         self._ledger = ledger
         self._probe = probe
         self._clock = clock
@@ -46,7 +46,7 @@ class Room:
         coming = self._ledger.moving is not None and ARRIVES[self._ledger.moving.kind] == "resident"
         return bool(self._leaving) and not coming
 
-    def leave(self, account: Account) -> None:
+    def leave(self, account: ModelEntry) -> None:
         """`account` is to leave the device, unless somebody needs it before its turn has come."""
         self._leaving.append(account.id)
 
@@ -54,7 +54,7 @@ class Room:
         """A model may leave, or has another size, that was not so before: `trim` is to read the figures again."""
         self._check_budgets = True
 
-    def shortage(self, account: Account, spared: Collection[str]) -> Shortage | None:
+    def shortage(self, account: ModelEntry, spared: Collection[str]) -> Shortage | None:
         """What keeps `account` from coming, though caches were emptied for it; the models in `spared` stay."""
         shortage = self._ledger.shortage(account, self._probe.device(), spared)
         now = self._clock()
@@ -64,7 +64,7 @@ class Room:
         self._probe.reclaim(collect=False)
         return self._ledger.shortage(account, self._probe.device(), spared)
 
-    def loads_anew(self, account: Account, shortage: Shortage, spared: Collection[str]) -> bool:
+    def loads_anew(self, account: ModelEntry, shortage: Shortage, spared: Collection[str]) -> bool:
         """Whether the offloaded `account`, which `shortage` keeps from being restored for good, could be loaded.
 
         Its slots are as many as there was room for at its last load; a load takes as many as there is room for now.
@@ -74,13 +74,13 @@ class Room:
         anew = self._ledger.shortage(account, self._probe.device(), spared, anew=True)
         return anew is None or anew.curable or anew.passing
 
-    def cure(self, shortage: Shortage) -> Move:
+    def cure(self, shortage: Shortage) -> Transition:
         """The next move against a curable `shortage`."""
         if shortage.of_host_ram:
-            return Move(model=[*shortage.droppable, *shortage.evictable][0].id, kind="drop")
+            return Transition(model=[*shortage.droppable, *shortage.evictable][0].id, kind="drop")
         return self.evict(shortage.evictable[0])
 
-    def next_leaving(self) -> Move | None:
+    def next_leaving(self) -> Transition | None:
         """The next move of what is to leave by `make` or `leave`."""
         while self._leaving:
             account = self._ledger[self._leaving[0]]
@@ -89,7 +89,7 @@ class Room:
             self._leaving.pop(0)
         return None
 
-    def trim(self) -> Move | None:
+    def trim(self) -> Transition | None:
         """The next move of what asked not to be kept, and of what a budget has no room for after all."""
         for account in self._ledger.lru("resident"):
             if account.keep_alive_s == 0:
@@ -104,13 +104,13 @@ class Room:
         if self._ledger.offloaded_bytes() > self._probe.host().budget_bytes:
             for account in self._ledger.lru("offloaded"):
                 if account.host_bytes:
-                    return Move(model=account.id, kind="drop")
+                    return Transition(model=account.id, kind="drop")
         self._check_budgets = False
         return None
 
-    def evict(self, account: Account) -> Move:
+    def evict(self, account: ModelEntry) -> Transition:
         """The move that takes `account` from the device: to host RAM where there is room or an older model makes it."""
-        offload = Move(model=account.id, kind="offload")
+        offload = Transition(model=account.id, kind="offload")
         more = account.offloaded_bytes - account.host_bytes
         host = self._probe.host()
         short = self._ledger.offloaded_bytes() + more - host.budget_bytes
@@ -124,5 +124,5 @@ class Room:
             if other.host_bytes and other.last_used <= account.last_used
         ]
         if short <= sum(other.host_bytes for other in older):
-            return Move(model=older[0].id, kind="drop")
-        return Move(model=account.id, kind="drop")
+            return Transition(model=older[0].id, kind="drop")
+        return Transition(model=account.id, kind="drop")

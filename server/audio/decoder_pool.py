@@ -36,7 +36,7 @@ _RETRY_AFTER_S: Final = 5.0
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Recordings:
+class DecoderPool:
     """Decodes the recordings that one web process is sent, a few at a time."""
 
     def __init__(

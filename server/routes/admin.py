@@ -26,7 +26,7 @@ from shared.protocol import (
     DeviceMemory,
     HostMemory,
     LoadModel,
-    ModelState,
+    ModelStatus,
     PinModel,
     State,
     StreamState,
@@ -243,7 +243,7 @@ async def _move(
     return _memory_of(reply.model)
 
 
-def _memory_of(model: ModelState) -> ModelMemory:
+def _memory_of(model: ModelStatus) -> ModelMemory:
     return ModelMemory(**msgspec.structs.asdict(model))
 
 

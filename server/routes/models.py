@@ -12,7 +12,7 @@ from server.http.errors import ApiError, documented
 from server.resolution import OPENAI_MODELS, model_named
 from server.schemas import ModelId, ModelList, ModelObject
 from shared.catalog import ModelSpec
-from shared.protocol import ModelState, Snapshot
+from shared.protocol import ModelStatus, Snapshot
 
 Known = tuple[list[ModelSpec], Snapshot]
 
@@ -38,10 +38,10 @@ async def latest(engine: EngineClient) -> Known:
     return known(engine)
 
 
-def state_of(spec: ModelSpec, snapshot: Snapshot) -> ModelState:
+def state_of(spec: ModelSpec, snapshot: Snapshot) -> ModelStatus:
     """Where a model is; one that the snapshot does not name is absent."""
     named = (state for state in snapshot.models if state.id == spec.id)
-    return next(named, ModelState(id=spec.id, state="absent"))
+    return next(named, ModelStatus(id=spec.id, state="absent"))
 
 
 def _model_object(spec: ModelSpec, catalog: list[ModelSpec], snapshot: Snapshot) -> ModelObject:

@@ -10,7 +10,7 @@ from litestar import Request, Response, post
 from litestar.params import JSONBody
 
 from server.audio.encoder import CONTENT_TYPES, Encoder
-from server.dependencies import Engine, SentRecordings, ServerSettings
+from server.dependencies import Engine, RecordingDecoder, ServerSettings
 from server.engine.client import INITIAL_CREDIT, EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
@@ -41,7 +41,7 @@ async def create_speech(
     data: JSONBody[SpeechRequest],
     engine: Engine,
     settings: ServerSettings,
-    recordings: SentRecordings,
+    recordings: RecordingDecoder,
 ) -> Response[Any]:
     """Speak `data`; see the module's first lines for what holds."""
     check_input(data.input, settings.max_input_chars)

@@ -15,7 +15,7 @@ from litestar.params import Body, PathParameter, QueryParameter
 from msgspec import Meta
 
 from server.audio.decoder import MAX_REFERENCE_BYTES
-from server.dependencies import Engine, SentRecordings, ServerSettings
+from server.dependencies import Engine, RecordingDecoder, ServerSettings
 from server.engine.client import EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
@@ -121,7 +121,7 @@ async def create_voice(
     data: Annotated[VoiceForm, Body(media_type=RequestEncodingType.MULTI_PART)],
     engine: Engine,
     settings: ServerSettings,
-    recordings: SentRecordings,
+    recordings: RecordingDecoder,
 ) -> SavedVoiceObject:
     """Clone a voice from a recording (1 to 60 s, at most 10 MiB), or let a description make one."""
     name = data.name.strip()

@@ -19,7 +19,7 @@ import torch
 from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype, open_engine
 from gpu_worker.engines.qwen.checkpoint.verification import read_config
-from gpu_worker.engines.qwen.codec.shared import Codecs
+from gpu_worker.engines.qwen.codec.shared import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.planner import TASKS
 from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
@@ -76,7 +76,7 @@ def measure(
 
 def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
     options = QwenOptions(
-        codecs=Codecs(dtype=_codec_dtype(arguments), device=torch.device(arguments.device)),
+        codecs=SharedCodecs(dtype=_codec_dtype(arguments), device=torch.device(arguments.device)),
         device=arguments.device,
         dtype=arguments.dtype,
         attention_backend=arguments.attention,

@@ -7,9 +7,9 @@ import torch
 
 from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.model.kv_slots import Choice
+from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
 from gpu_worker.engines.qwen.model.layers import Norm
-from gpu_worker.engines.qwen.runner import GraphExecutor, slots_needed
+from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, slots_needed
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate
@@ -46,7 +46,7 @@ def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
     with torch.inference_mode():
         ours = Ours(kind, None, slots=slots_needed(8, torch.device("cuda")), device="cuda")
-        executor = GraphExecutor(ours.generator, slots=8, positions=256)
+        executor = CudaGraphModelRunner(ours.generator, slots=8, positions=256)
         if graphs:
             executor.prepare()
         requests = [
@@ -60,12 +60,12 @@ def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
 
 def test_captured_and_uncaptured_bfloat16_agree() -> None:
     """The same kernels at the same sizes: graphs change nothing, sampled or greedy."""
-    sampled = Choice(greedy=False, temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.05)
+    sampled = SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.05)
     spoken = []
     with torch.inference_mode():
         for graphs in (False, True):
             ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16, device="cuda")
-            executor = GraphExecutor(ours.generator, slots=8, positions=256)
+            executor = CudaGraphModelRunner(ours.generator, slots=8, positions=256)
             if graphs:
                 executor.prepare()
             requests = [

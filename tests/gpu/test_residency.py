@@ -12,7 +12,7 @@ import torch
 
 from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
-from gpu_worker.engines.qwen.codec.shared import Codecs
+from gpu_worker.engines.qwen.codec.shared import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.runtime import cuda_graphs
 from gpu_worker.residency.memory import open_probe
@@ -56,7 +56,7 @@ def used(device: Device) -> int:
 
 def cuda_options(checkpoint: Path) -> QwenOptions:
     """As the worker opens engines on a GPU, the checkpoint's codec being there and staying."""
-    codecs = Codecs(dtype=torch.bfloat16, device=torch.device("cuda"))
+    codecs = SharedCodecs(dtype=torch.bfloat16, device=torch.device("cuda"))
     codecs.take(checkpoint)
     return QwenOptions(codecs=codecs, device="cuda", slots=8)
 
@@ -240,7 +240,7 @@ def test_a_failed_recording_leaves_all_as_before(
 @on_both
 def test_the_codec_goes_with_the_last_engine(device: Device) -> None:
     """And is not counted with any of them."""
-    codecs = Codecs(dtype=torch.float32, device=torch.device(device))
+    codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))
     options = QwenOptions(codecs=codecs, device=device, slots=1, positions=256, streams=shared(device).streams)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "base")]
     assert codecs.bytes > 0

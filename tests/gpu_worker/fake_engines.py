@@ -11,13 +11,13 @@ import msgspec
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Usage
 from gpu_worker.requests import Request
-from gpu_worker.residency.checkpoints import Fetcher
+from gpu_worker.residency.checkpoints import Checkpoints
 from gpu_worker.residency.cleanup import CleanupOptions
 from gpu_worker.residency.manager import Residency
-from gpu_worker.residency.mover import Loader
-from gpu_worker.residency.moves import Fetch, Fetched, Look, Looked, Place
+from gpu_worker.residency.mover import Mover
+from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked, Place
 from gpu_worker.scheduler import Scheduler
-from gpu_worker.stats import Reporter
+from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
 from gpu_worker.voices.store import VoiceStore
 from gpu_worker.voices.writer import VoiceWriter
@@ -151,19 +151,19 @@ class _Inbox(queue.SimpleQueue[Any]):
         return self._noted(super().get_nowait())
 
     def _noted(self, command: Any) -> Any:
-        if isinstance(command, (Looked, Fetched)):
-            self.bench.fetcher.under_way[Look if isinstance(command, Looked) else Fetch] -= 1
+        if isinstance(command, (FilesChecked, Downloaded)):
+            self.bench.fetcher.under_way[CheckFiles if isinstance(command, FilesChecked) else Download] -= 1
         return command
 
 
-class _Fetcher(Fetcher):
+class _Fetcher(Checkpoints):
     """Counts what is under way: submitted, and not yet taken note of by the worker."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.under_way: Counter[type] = Counter()
 
-    def submit(self, errand: Look | Fetch) -> None:
+    def submit(self, errand: CheckFiles | Download) -> None:
         self.under_way[type(errand)] += 1
         super().submit(errand)
 
@@ -209,7 +209,7 @@ class WorkerBench:
         self.residency = Residency(
             self.specs, CleanupOptions(**options), self.clock, self.device, wall=lambda: WALL + self.clock.now
         )
-        self.loader = Loader(self.specs, self._open, self.device, self.inbox.put)
+        self.loader = Mover(self.specs, self._open, self.device, self.inbox.put)
         self.fetcher = _Fetcher(self.specs, self.files, self.inbox.put)
         self.disk = SlowVoiceFiles(voices_dir)
         self.writer = VoiceWriter(self.disk, self.inbox.put)
@@ -224,7 +224,7 @@ class WorkerBench:
             fetcher=self.fetcher,
             voices=self.voices,
             writer=self.writer,
-            reporter=Reporter(
+            reporter=Stats(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
                 settings={"idle_timeout": 300.0},
@@ -313,7 +313,7 @@ class WorkerBench:
         if self.voices.writing and self.disk.gate.is_set():
             return True
         under_way = self.fetcher.under_way
-        return under_way[Look] > 0 or (under_way[Fetch] > 0 and self.files.gate.is_set())
+        return under_way[CheckFiles] > 0 or (under_way[Download] > 0 and self.files.gate.is_set())
 
     # --- what came of it ---------------------------------------------------------------------------------------------
 

@@ -11,10 +11,20 @@ from gpu_worker.engines.base import Event, Job, JobError, Memory
 from gpu_worker.residency.arrivals import Refusal
 from gpu_worker.residency.cleanup import CleanupOptions
 from gpu_worker.residency.manager import Residency
-from gpu_worker.residency.moves import ARRIVES, Fetch, Fetched, Look, Looked, Move, MoveDone, MoveFailed, Place
+from gpu_worker.residency.moves import (
+    ARRIVES,
+    CheckFiles,
+    Download,
+    Downloaded,
+    FilesChecked,
+    Place,
+    Transition,
+    TransitionDone,
+    TransitionFailed,
+)
 from gpu_worker.voices.files import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
-from shared.protocol import DeviceMemory, HostMemory, ModelState
+from shared.protocol import DeviceMemory, HostMemory, ModelStatus
 
 WALL = 1_700_000_000.0
 """What the wall clock shows when a FakeClock shows 0."""
@@ -178,14 +188,16 @@ class FakeEngine:
         self._memory = self._device.place(self._model, place, self._n_bytes)
 
 
-def done(move: Move, memory: Memory) -> MoveDone:
+def done(move: Transition, memory: Memory) -> TransitionDone:
     """The report of a move that worked; what residency does not look at is left plain."""
-    return MoveDone(move=move, engine=None, memory=memory, before_bytes=0, after_bytes=0, seconds=0.0)
+    return TransitionDone(move=move, engine=None, memory=memory, before_bytes=0, after_bytes=0, seconds=0.0)
 
 
-def failed(move: Move, left: Place, code: str = "model_unavailable", message: str = "it broke") -> MoveFailed:
+def failed(
+    move: Transition, left: Place, code: str = "model_unavailable", message: str = "it broke"
+) -> TransitionFailed:
     """The report of a move that did not."""
-    return MoveFailed(move=move, error=JobError(code, message), left=left)
+    return TransitionFailed(move=move, error=JobError(code, message), left=left)
 
 
 class FakeFiles:
@@ -302,7 +314,7 @@ class Bench:
         self.problems: dict[str, str] = {}
         self.remote: set[str] = set()
         self.stamps: dict[str, str] = {}
-        self.found: dict[str, Looked] = {}
+        self.found: dict[str, FilesChecked] = {}
         self.looks = 0
         self.fetching: list[str] = []
 
@@ -311,11 +323,11 @@ class Bench:
         while errands := self.residency.errands.due():
             for errand in errands:
                 match errand:
-                    case Look(model):
+                    case CheckFiles(model):
                         self.looks += 1
                         self.found[model] = self._seen(model)
                         self.residency.errands.looked(self.found[model])
-                    case Fetch(model):
+                    case Download(model):
                         self.fetching.append(model)
 
     def fetched(self, model: str, error: JobError | None = None) -> Refusal | None:
@@ -324,14 +336,14 @@ class Bench:
         if error is None:
             self.remote.discard(model)
             self.found[model] = msgspec.structs.replace(self.found[model], remote=False)
-        return self.residency.fetched(Fetched(model=model, error=error))
+        return self.residency.fetched(Downloaded(model=model, error=error))
 
-    def plan(self) -> list[Move | Refusal]:
+    def plan(self) -> list[Transition | Refusal]:
         """What to do now, as far as files are concerned."""
         self.see_to_files()
         return self.residency.plan()
 
-    def finish(self, move: Move) -> None:
+    def finish(self, move: Transition) -> None:
         """The move works."""
         self.moves.append((move.kind, move.model))
         memory = self.device.place(move.model, ARRIVES[move.kind], self.sizes[move.model])
@@ -341,16 +353,16 @@ class Bench:
         """Carry out all there is to do; the refusals that came of it, whose requests are still there."""
         for _ in range(50):
             decisions = self.plan()
-            moves = [decision for decision in decisions if isinstance(decision, Move)]
+            moves = [decision for decision in decisions if isinstance(decision, Transition)]
             if not moves:
                 return [decision for decision in decisions if isinstance(decision, Refusal)]
             self.finish(moves[0])
         raise AssertionError(f"it does not come to rest: {self.moves[-6:]}")
 
-    def next_move(self) -> Move:
+    def next_move(self) -> Transition:
         """The one move to start now."""
         (move,) = self.plan()
-        assert isinstance(move, Move)
+        assert isinstance(move, Transition)
         return move
 
     def use(self, *models: str, keep_alive_s: float | None = None) -> None:
@@ -365,12 +377,12 @@ class Bench:
         """Where each model is."""
         return {model.id: model.state for model in self.residency.models()}
 
-    def model(self, model: str) -> ModelState:
+    def model(self, model: str) -> ModelStatus:
         """What is told of one model."""
         return next(state for state in self.residency.models() if state.id == model)
 
-    def _seen(self, model: str) -> Looked:
-        return Looked(
+    def _seen(self, model: str) -> FilesChecked:
+        return FilesChecked(
             model=model,
             problem=self.problems.get(model, ""),
             remote=model in self.remote,

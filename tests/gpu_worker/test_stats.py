@@ -8,8 +8,8 @@ import pytest
 
 from gpu_worker.engines.base import Job, JobError, Memory
 from gpu_worker.requests import PeerSink, Request
-from gpu_worker.residency.moves import Move, MoveDone, MoveFailed, MoveKind
-from gpu_worker.stats import MOST_STREAMS, READING_S, Reporter
+from gpu_worker.residency.moves import Transition, TransitionDone, TransitionFailed, TransitionKind
+from gpu_worker.stats import MOST_STREAMS, READING_S, Stats
 from shared.pcm import bytes_for
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
@@ -25,8 +25,8 @@ from shared.protocol import (
 from tests.gpu_worker.fakes import FakeClock, FakeDevice
 
 
-def _reporter(device: FakeDevice, clock: FakeClock) -> Reporter:
-    return Reporter(
+def _reporter(device: FakeDevice, clock: FakeClock) -> Stats:
+    return Stats(
         boot_id="b",
         default_model="m",
         settings={"idle_timeout": 5.0, "default_model": "auto"},
@@ -44,7 +44,7 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def reporter(clock: FakeClock) -> Reporter:
+def reporter(clock: FakeClock) -> Stats:
     """A reporter of a worker that has just started."""
     return _reporter(FakeDevice(), clock)
 
@@ -63,7 +63,7 @@ def _request(clock: FakeClock, request_id: str = "r", *, model: str = "m", credi
     )
 
 
-def _snapshot(reporter: Reporter, **changes: Any) -> Snapshot:
+def _snapshot(reporter: Stats, **changes: Any) -> Snapshot:
     given: dict[str, Any] = {
         "accepting": True,
         "running": 1,
@@ -78,7 +78,7 @@ def _snapshot(reporter: Reporter, **changes: Any) -> Snapshot:
     return reporter.snapshot(**{**given, **changes})
 
 
-def _figures(reporter: Reporter, model: str = "m") -> ModelFigures:
+def _figures(reporter: Stats, model: str = "m") -> ModelFigures:
     return _snapshot(reporter).figures[model]
 
 
@@ -92,13 +92,13 @@ def _bucket(histogram: Histogram, bounds: tuple[float, ...]) -> float:
 class TestRequests:
     """Which way they went, and how they sounded."""
 
-    def test_counters(self, reporter: Reporter) -> None:
+    def test_counters(self, reporter: Stats) -> None:
         """Each outcome is counted for itself."""
         for outcome in ("started", "started", "started", "finished", "failed", "cancelled", "cancelled", "rejected"):
             reporter.count(outcome)
         assert _snapshot(reporter).requests == Counters(started=3, finished=1, failed=1, cancelled=2, rejected=1)
 
-    def test_first_audio(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_first_audio(self, reporter: Stats, clock: FakeClock) -> None:
         """The time to first audio counts from the arrival, the wait for a slot included."""
         request = _request(clock)
         clock.advance(0.4)
@@ -107,14 +107,14 @@ class TestRequests:
         assert told.sum == pytest.approx(0.4)
         assert _bucket(told, FIRST_AUDIO_BOUNDS_S) == 0.5
 
-    def test_on_a_bound(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_on_a_bound(self, reporter: Stats, clock: FakeClock) -> None:
         """A value that is a bound lies in the bucket that ends there, as Prometheus' `le` says."""
         request = _request(clock)
         clock.advance(2.0)
         reporter.began(request)
         assert _bucket(_figures(reporter).first_audio_s, FIRST_AUDIO_BOUNDS_S) == 2.0
 
-    def test_spoken_in_time(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_spoken_in_time(self, reporter: Stats, clock: FakeClock) -> None:
         """The real-time factor is synthesis by audio, from admission on; a stream without a gap is no underrun."""
         request = _request(clock)
         clock.advance(7)
@@ -128,7 +128,7 @@ class TestRequests:
         assert _bucket(figures.real_time_factor, REAL_TIME_FACTOR_BOUNDS) == 0.3
         assert _bucket(figures.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
 
-    def test_spoken_too_slowly(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_spoken_too_slowly(self, reporter: Stats, clock: FakeClock) -> None:
         """A stream whose player ran dry is an underrun, of as many seconds in all."""
         request = _request(clock)
         request.admitted = clock()
@@ -141,7 +141,7 @@ class TestRequests:
         assert figures.underrun_s.sum == pytest.approx(0.4)
         assert _bucket(figures.underrun_s, UNDERRUN_BOUNDS_S) == 0.5
 
-    def test_reader_that_is_late(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_reader_that_is_late(self, reporter: Stats, clock: FakeClock) -> None:
         """What its reader held up is neither an underrun nor slow synthesis."""
         request = _request(clock, credit=1)
         assert isinstance(request.sink, PeerSink)
@@ -158,14 +158,14 @@ class TestRequests:
         assert figures.real_time_factor.sum == pytest.approx(0.5)
         assert _bucket(figures.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
 
-    def test_nothing_said(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_nothing_said(self, reporter: Stats, clock: FakeClock) -> None:
         """A stream without sound has no real-time factor."""
         request = _request(clock)
         request.admitted = clock()
         reporter.spoken(request)
         assert _figures(reporter).real_time_factor == Histogram()
 
-    def test_models_apart(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_models_apart(self, reporter: Stats, clock: FakeClock) -> None:
         """Each model has figures of its own; one that did nothing has none."""
         reporter.began(_request(clock, model="m"))
         reporter.began(_request(clock, model="n"))
@@ -176,12 +176,12 @@ class TestModels:
     """Where they were taken, and what went wrong."""
 
     @pytest.mark.parametrize("kind", ["load", "restore", "offload", "drop"])
-    def test_moved(self, reporter: Reporter, kind: MoveKind) -> None:
+    def test_moved(self, reporter: Stats, kind: TransitionKind) -> None:
         """Each kind of move is counted for itself, with its seconds."""
         for seconds in (0.2, 40.0):
             reporter.moved(
-                MoveDone(
-                    move=Move(model="m", kind=kind),
+                TransitionDone(
+                    move=Transition(model="m", kind=kind),
                     engine=None,
                     memory=Memory(),
                     before_bytes=0,
@@ -196,13 +196,13 @@ class TestModels:
         assert (figures.failed_moves, figures.out_of_memory) == ({}, 0)
 
     @pytest.mark.parametrize(("code", "short"), [("model_unavailable", 0), ("insufficient_vram", 1)])
-    def test_failed(self, reporter: Reporter, code: str, short: int) -> None:
+    def test_failed(self, reporter: Stats, code: str, short: int) -> None:
         """A failed move is no move; whether memory was the reason is known."""
-        move = Move(model="m", kind="load")
-        reporter.moved(MoveFailed(move=move, error=JobError(code, "it broke"), left="absent"))
+        move = Transition(model="m", kind="load")
+        reporter.moved(TransitionFailed(move=move, error=JobError(code, "it broke"), left="absent"))
         assert _figures(reporter) == ModelFigures(failed_moves={"load": 1}, out_of_memory=short)
 
-    def test_out_of_memory(self, reporter: Reporter) -> None:
+    def test_out_of_memory(self, reporter: Stats) -> None:
         """Every time counts."""
         reporter.ran_out_of_memory("m")
         reporter.ran_out_of_memory("m")
@@ -212,7 +212,7 @@ class TestModels:
 class TestStreams:
     """What is told of the requests that are open."""
 
-    def test_states(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_states(self, reporter: Stats, clock: FakeClock) -> None:
         """Those with a slot come first; nothing of what they say is told, nor more of a client than its beginning."""
         waiting, speaking, stalled = (_request(clock, name, credit=1) for name in ("a", "b", "c"))
         clock.advance(2)
@@ -226,7 +226,7 @@ class TestStreams:
         ]
         assert b"secret" not in msgspec.msgpack.encode(streams)
 
-    def test_bounded(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_bounded(self, reporter: Stats, clock: FakeClock) -> None:
         """However many there are, a snapshot stays small enough to be sent all the time."""
         requests = [_request(clock, f"{number:032x}.{number:08x}") for number in range(1_000)]
         snapshot = _snapshot(reporter, requests=requests)
@@ -237,7 +237,7 @@ class TestStreams:
 class TestSnapshot:
     """All of it together."""
 
-    def test_what_is_passed_on(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_what_is_passed_on(self, reporter: Stats, clock: FakeClock) -> None:
         """The snapshot says who this is and what it was given."""
         clock.advance(12.5)
         snapshot = _snapshot(reporter, accepting=False)
@@ -247,7 +247,7 @@ class TestSnapshot:
         assert snapshot.restarts == 3
         assert reporter.settings == {"idle_timeout": 5.0, "default_model": "m"}
 
-    def test_later_figures_do_not_reach_it(self, reporter: Reporter, clock: FakeClock) -> None:
+    def test_later_figures_do_not_reach_it(self, reporter: Stats, clock: FakeClock) -> None:
         """A snapshot stays as it was taken."""
         reporter.began(_request(clock))
         first = _snapshot(reporter)

@@ -12,7 +12,7 @@ from gpu_worker.engines.base import JobError, Pcm
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.residency.arrivals import ROOM_WAIT_S
 from gpu_worker.residency.errands import LOOK_S
-from gpu_worker.residency.moves import LoaderFailed, MoveProgress
+from gpu_worker.residency.moves import MoverFailed, Progress
 from gpu_worker.transport import PeerGone, TransportFailed
 from gpu_worker.worker import Drain, Wake
 from shared.pcm import SAMPLE_RATE
@@ -659,7 +659,7 @@ class TestFaults:
         """A process that can move no model any more ends, after everybody has heard."""
         _loaded(bench)
         bench.speak("r", "a b c")
-        bench.inbox.put(LoaderFailed("CUDA error: device-side assert triggered"))
+        bench.inbox.put(MoverFailed("CUDA error: device-side assert triggered"))
         with pytest.raises(BrokenDeviceError, match="device-side assert"):
             bench.worker.run()
         assert bench.answer("r").code == "synthesis_failed"
@@ -938,7 +938,7 @@ class TestModels:
         bench.files.gate.clear()
         bench.speak("r", "one", model="far")
         bench.settle()
-        bench.inbox.put(MoveProgress(model="far", detail="fetching file 3 of 9"))
+        bench.inbox.put(Progress(model="far", detail="fetching file 3 of 9"))
         bench.speak("s", "two", model="n")
         bench.settle()
         assert (bench.words("s"), bench.kinds("r")) == ("two", [])

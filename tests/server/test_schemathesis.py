@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.app import create_app
-from shared.protocol import Call, CleanupPass, Failed, FindVoice, ModelState, Reply, SavedVoice
+from shared.protocol import Call, CleanupPass, Failed, FindVoice, ModelStatus, Reply, SavedVoice
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.running import listening
@@ -41,7 +41,7 @@ def _answer(call: Call, _payload: bytes | None) -> Reply | Failed:
     """Everything works, but there is no voice of any name that is looked for."""
     if isinstance(call.action, FindVoice):
         return Failed(id=call.id, code="voice_not_found", message="no")
-    return Reply(id=call.id, cleanup=PASS, voice=VOICE, model=ModelState(id="espeak-ng", state="resident"))
+    return Reply(id=call.id, cleanup=PASS, voice=VOICE, model=ModelStatus(id="espeak-ng", state="resident"))
 
 
 @pytest.fixture(scope="module")

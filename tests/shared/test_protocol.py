@@ -24,7 +24,7 @@ from shared.protocol import (
     Histogram,
     LoadModel,
     ModelFigures,
-    ModelState,
+    ModelStatus,
     Ping,
     PinModel,
     Pong,
@@ -107,7 +107,7 @@ FROM_WORKER = [
     ),
     Failed(id="r", code="queue_full", message="m", param="input", retry_after_s=1.5),
     Reply(id="c"),
-    Reply(id="c", voice=VOICE, model=ModelState(id="m", state="resident", bytes={"weights": 5}), cleanup=PASS),
+    Reply(id="c", voice=VOICE, model=ModelStatus(id="m", state="resident", bytes={"weights": 5}), cleanup=PASS),
     Pong(boot_id="b", snapshot=a_snapshot(load_catalog(), cleanup=PASS)),
     Pong(
         boot_id="b",

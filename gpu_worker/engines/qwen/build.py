@@ -19,18 +19,25 @@ from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.checkpoint.safetensors import read_headers, tensor_files
 from gpu_worker.engines.qwen.checkpoint.verification import open_weights, read_config, read_generation_config
 from gpu_worker.engines.qwen.codec import Codec
-from gpu_worker.engines.qwen.codec.shared import Codecs
+from gpu_worker.engines.qwen.codec.shared import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.code_predictor import entries_shape
-from gpu_worker.engines.qwen.model.generation import TEXTS, Generator
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder
+from gpu_worker.engines.qwen.model.qwen3_tts import TEXTS, Qwen3TTSModel
 from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
-from gpu_worker.engines.qwen.offload import Residence
+from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
-from gpu_worker.engines.qwen.reference_cache import EncodedReference, References
-from gpu_worker.engines.qwen.runner import BATCHES, CpuExecutor, Executor, GraphExecutor, slots_needed, traced_bytes
-from gpu_worker.engines.qwen.runtime.cuda_streams import Streams
+from gpu_worker.engines.qwen.reference_cache import EncodedReference, ReferenceCache
+from gpu_worker.engines.qwen.runner import (
+    BATCHES,
+    CpuModelRunner,
+    CudaGraphModelRunner,
+    ModelRunner,
+    slots_needed,
+    traced_bytes,
+)
+from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
 from gpu_worker.engines.qwen.vocoder import Vocoder
 
@@ -61,7 +68,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
     """
 
-    codecs: Codecs
+    codecs: SharedCodecs
     device: Device
     dtype: DtypeName = "auto"
     attention_backend: Backend = "sdpa"
@@ -70,7 +77,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float = 0.15
     reference_cache_bytes: int = 256 << 20
     encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
-    streams: Streams = msgspec.field(default_factory=Streams)
+    streams: CudaStreams = msgspec.field(default_factory=CudaStreams)
     room: Callable[[], int] | None = None
     wake: Callable[[], None] = lambda: None
 
@@ -104,7 +111,7 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
         size = weights.nbytes + entries_bytes(config.talker_config, dtype)
         slots = options.slots or slots_that_fit(size, config, codec, options)
-        generator = Generator(
+        generator = Qwen3TTSModel(
             weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
         )
         prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
@@ -112,9 +119,9 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     speaker = None
     if config.tts_model_type == "base":
         speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
-    executor: Executor = CpuExecutor(generator)
+    executor: ModelRunner = CpuModelRunner(generator)
     if device.type == "cuda":
-        executor = GraphExecutor(generator, slots, options.positions, options.streams)
+        executor = CudaGraphModelRunner(generator, slots, options.positions, options.streams)
     encode = _reference_encoder(directory, codec, speaker, options)
     parts = Parts(
         state=generator.state,
@@ -122,8 +129,8 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
         prompts=prompts,
         planner=Planner(config, generation, prompts, positions=options.positions),
         vocoder=vocoder,
-        references=References(encode, options.reference_cache_bytes, options.wake),
-        residence=Residence(
+        references=ReferenceCache(encode, options.reference_cache_bytes, options.wake),
+        residence=WeightOffloader(
             [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
             {
                 "kv": list(generator.talker.cache.tensors()),

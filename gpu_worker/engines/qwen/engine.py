@@ -22,12 +22,12 @@ from gpu_worker.engines.faults import is_broken_device
 from gpu_worker.engines.qwen.model.kv_slots import State
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import uniforms
-from gpu_worker.engines.qwen.offload import Residence
+from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
-from gpu_worker.engines.qwen.reference_cache import References
-from gpu_worker.engines.qwen.runner import Entry, Executor
-from gpu_worker.engines.qwen.runtime.transfers import Readback
-from gpu_worker.engines.qwen.sequence import Speaking, most_urgent_first
+from gpu_worker.engines.qwen.reference_cache import ReferenceCache
+from gpu_worker.engines.qwen.runner import Entry, ModelRunner
+from gpu_worker.engines.qwen.runtime.transfers import HostCopy
+from gpu_worker.engines.qwen.sequence import RunningJob, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from gpu_worker.residency.memory import is_out_of_memory
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
@@ -45,13 +45,13 @@ _log = logging.getLogger(__name__)
 class Frame(msgspec.Struct, frozen=True):
     """Who took part in a frame, and with which of its utterances."""
 
-    members: list[tuple[Speaking, int]]
+    members: list[tuple[RunningJob, int]]
 
 
 class Closing(msgspec.Struct, frozen=True):
     """An utterance's PCM is complete; `final`: and so is the job's."""
 
-    speaking: Speaking
+    speaking: RunningJob
     final: bool
 
 
@@ -59,12 +59,12 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is assembled from."""
 
     state: State
-    executor: Executor
+    executor: ModelRunner
     prompts: PromptBuilder
     planner: Planner
     vocoder: Vocoder
-    references: References
-    residence: Residence
+    references: ReferenceCache
+    residence: WeightOffloader
 
 
 class QwenEngine:
@@ -80,10 +80,10 @@ class QwenEngine:
         self._pause = bytes(bytes_for(pause_s))
         self._cuda = cuda
         self._free = list(range(slots))
-        self._jobs: dict[str, Speaking] = {}
+        self._jobs: dict[str, RunningJob] = {}
         self._active: set[int] = set()
-        self._frames: deque[Readback[Frame]] = deque()
-        self._deliveries: deque[Readback[list[Speaking]] | Closing] = deque()
+        self._frames: deque[HostCopy[Frame]] = deque()
+        self._deliveries: deque[HostCopy[list[RunningJob]] | Closing] = deque()
         self._events: list[Event] = []
         """What no step has returned yet: one that runs out of memory keeps it for the next."""
 
@@ -93,7 +93,7 @@ class QwenEngine:
 
     def admit(self, job: Job) -> None:
         """See Engine."""
-        speaking = Speaking(job, min(self._free), self._parts.planner.plan(job))
+        speaking = RunningJob(job, min(self._free), self._parts.planner.plan(job))
         if job.reference is not None:
             speaking.reference = self._parts.references.request(job.reference)
         else:
@@ -178,7 +178,7 @@ class QwenEngine:
         if self._cuda:
             torch.cuda.synchronize()
 
-    def _take_references(self, jobs: Iterable[Speaking]) -> None:
+    def _take_references(self, jobs: Iterable[RunningJob]) -> None:
         """Jobs whose recording is encoded begin; where that failed, they end, unless the device itself is broken.
 
         Where memory ran out, the step does as well, once: whoever called it makes room, and the next one asks again.
@@ -204,7 +204,7 @@ class QwenEngine:
         if exhausted is not None:
             raise exhausted
 
-    def _begin(self, speaking: Speaking) -> None:
+    def _begin(self, speaking: RunningJob) -> None:
         """Make the next utterance's prompt."""
         encoded, plan = speaking.encoded, speaking.plan
         voice = Voice(name=speaking.job.voice)
@@ -212,9 +212,9 @@ class QwenEngine:
             voice = Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=plan.transcript)
         speaking.begin(self._parts.planner.utterance(speaking.job, plan, speaking.text, voice, left=speaking.left))
 
-    def _read_prompts(self, jobs: Iterable[Speaking]) -> None:
+    def _read_prompts(self, jobs: Iterable[RunningJob]) -> None:
         tokens = 0
-        chosen: list[Speaking] = []
+        chosen: list[RunningJob] = []
         for speaking in jobs:
             if speaking.prompt is None or (chosen and tokens + speaking.length > PREFILL_TOKENS):
                 continue
@@ -236,13 +236,13 @@ class QwenEngine:
         for speaking in chosen:
             speaking.start()
 
-    def _launch(self, members: list[Speaking]) -> bool:
+    def _launch(self, members: list[RunningJob]) -> bool:
         """Begin a frame for `members`; whether there was one."""
         if not members:
             return False
         self._activate({speaking.slot for speaking in members})
         rows = [(speaking.slot, speaking.length + speaking.launched + 1) for speaking in members]
-        readback = Readback(self._parts.state.code, Frame([(speaking, speaking.utterance) for speaking in members]))
+        readback = HostCopy(self._parts.state.code, Frame([(speaking, speaking.utterance) for speaking in members]))
         self._parts.vocoder.fence()
         self._parts.executor.frame(rows, wide=any(speaking.plan.choice.wide for speaking in members))
         readback.start()
@@ -260,7 +260,7 @@ class QwenEngine:
         active.copy_(mask, non_blocking=True)
         self._active = slots
 
-    def _land(self, readback: Readback[Frame]) -> None:
+    def _land(self, readback: HostCopy[Frame]) -> None:
         """Take note of a frame: what was made is speech, and the code made with it tells whether more follows."""
         following = readback.wait().tolist()
         for speaking, utterance in readback.note.members:
@@ -291,7 +291,7 @@ class QwenEngine:
                     self._hand_out(speaking, samples)
             self._deliveries.popleft()
 
-    def _hand_out(self, speaking: Speaking, samples: np.ndarray) -> None:
+    def _hand_out(self, speaking: RunningJob, samples: np.ndarray) -> None:
         if speaking.alive:
             speaking.hear(samples, FRAME_SAMPLES)
             self._emit(speaking, samples.tobytes())
@@ -311,15 +311,15 @@ class QwenEngine:
         if self._pause:
             self._emit(speaking, self._pause)
 
-    def _emit(self, speaking: Speaking, pcm: bytes) -> None:
+    def _emit(self, speaking: RunningJob, pcm: bytes) -> None:
         speaking.plays(seconds_of(pcm), self._clock())
         self._events.append(Pcm(speaking.job.id, pcm))
 
-    def _fail(self, speaking: Speaking, error: JobError) -> None:
+    def _fail(self, speaking: RunningJob, error: JobError) -> None:
         self._release(speaking)
         self._events.append(Fault(speaking.job.id, error))
 
-    def _release(self, speaking: Speaking) -> None:
+    def _release(self, speaking: RunningJob) -> None:
         speaking.alive = False
         if speaking.reference is not None and speaking.job.reference is not None:
             self._parts.references.give_up(speaking.job.reference.key, speaking.reference)
@@ -335,6 +335,6 @@ def _not_encoded(error: Exception) -> JobError:
     return JobError("synthesis_failed", f"ref_audio could not be encoded: {error}", param="ref_audio")
 
 
-def _arrived(speaking: Speaking) -> bool:
+def _arrived(speaking: RunningJob) -> bool:
     """Whether the job's recording is encoded, or failed to be."""
     return speaking.reference is not None and speaking.utterance < 0 and speaking.reference.done()

@@ -20,7 +20,7 @@ A block takes 1.3 ms at 25 GB/s, and small copies of those who speak get in betw
 """
 
 
-class Residence:
+class WeightOffloader:
     """Moves weights to the host and back, bit for bit; scratch memory is freed, and comes back as zeros.
 
     It empties and refills the tensors' storages, so tensors and views of them stay what they are.

@@ -12,9 +12,9 @@ import msgspec
 
 from gpu_worker.engines.base import Job, JobError, Sampling, Task
 from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig, ModelConfig
-from gpu_worker.engines.qwen.model.generation import TEXTS
-from gpu_worker.engines.qwen.model.kv_slots import Choice
+from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
+from gpu_worker.engines.qwen.model.qwen3_tts import TEXTS
 from gpu_worker.engines.qwen.sequence import LEAST_CAP, frame_cap
 from gpu_worker.engines.qwen.text import HEAD, clean, fits, split, tidy
 from gpu_worker.voices.checks import check_transcript
@@ -42,7 +42,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     texts: Iterator[str]
     longest: int
-    choice: Choice
+    choice: SamplingParams
     seed: int
     max_new_tokens: int | None
     whole_text: bool
@@ -162,7 +162,7 @@ class Planner:
             check_transcript(transcript, job.reference.pcm)
 
 
-def choice_of(sampling: Sampling, generation: GenerationConfig) -> Choice:
+def choice_of(sampling: Sampling, generation: GenerationConfig) -> SamplingParams:
     """What a request asks for, where it does not the checkpoint's own parameters."""
     temperature = generation.temperature if sampling.temperature is None else sampling.temperature
     top_k = generation.top_k if sampling.top_k is None else sampling.top_k
@@ -171,7 +171,7 @@ def choice_of(sampling: Sampling, generation: GenerationConfig) -> Choice:
         # The talker's alone: the code predictor of the official package asks subtalker_dosample.
         greedy, top_k = not generation.subtalker_dosample, 1
     penalty = sampling.repetition_penalty
-    return Choice(
+    return SamplingParams(
         greedy=greedy,
         greedy_codes=not generation.subtalker_dosample,
         temperature=temperature,

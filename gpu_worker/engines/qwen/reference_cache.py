@@ -56,7 +56,7 @@ class _Waiting(msgspec.Struct):
     jobs: int = 1
 
 
-class References:
+class ReferenceCache:
     """Encodes references in one background thread and remembers them by their keys."""
 
     def __init__(

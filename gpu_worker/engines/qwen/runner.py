@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.config import Shape
-from gpu_worker.engines.qwen.model.generation import Generator
 from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.model.prompt import Prompt
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.model.talker import Rows
-from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, Traces
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Graphs, Key
-from gpu_worker.engines.qwen.runtime.cuda_streams import Streams
+from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces
+from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs, Key
+from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import on_device
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, frozen=True):
     wide: bool
 
 
-class Executor(Protocol):
+class ModelRunner(Protocol):
     """Runs prefills and frames on the device; returns before they are done where the device allows it."""
 
     def prefill(self, entries: Sequence[Entry]) -> None:
@@ -93,21 +93,21 @@ def traced_bytes(shape: Shape, slots: int) -> int:
     return NODE_BYTES * TRACED_NODES * forwards * len(cpu_batches(slots))
 
 
-class CpuExecutor:
+class CpuModelRunner:
     """Calls the functions as they are, but traces the code predictor's, whose shapes a batch size fixes.
 
     A row's result does not depend on its company (see layers.BATCH_MULTIPLE),
     so rows that nobody waits for make up batches of few sizes.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Qwen3TTSModel) -> None:
         self._generator = generator
         state, predictor = generator.state, generator.predictor
         self._batches = cpu_batches(len(state.frame))
         # Where every product is small, threads that share one cost more than they save:
         # with two, a frame of one stream took 4.3 ms instead of 3.3, and one of 16 streams 7.5 instead of 7.1.
         self._small = not any(tensor.is_mkldnn for tensor in predictor.tensors())
-        self._traces = Traces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
+        self._traces = CpuTraces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, entries: Sequence[Entry]) -> None:
         """See Executor. One prompt at a time at its own length: nothing is padded."""
@@ -151,14 +151,16 @@ class CpuExecutor:
             torch.set_num_threads(threads)
 
 
-class GraphExecutor:
+class CudaGraphModelRunner:
     """Replays graphs by batch size and cache length.
 
     In float32, the dtype in which a seed promises the same speech in any company, there is one batch size,
     one cache length, and prompts are read alone: kernels chosen by size round differently.
     """
 
-    def __init__(self, generator: Generator, slots: int, positions: int, streams: Streams | None = None) -> None:
+    def __init__(
+        self, generator: Qwen3TTSModel, slots: int, positions: int, streams: CudaStreams | None = None
+    ) -> None:
         """`slots`: requests served at once; the row behind the largest batch size is there for padding."""
         exact = generator.table.dtype == torch.float32
         largest = at_least(slots, BATCHES)
@@ -169,8 +171,8 @@ class GraphExecutor:
         self._tokens = [size for size in TOKENS if size < positions]
         self._positions = positions
         self._spare = largest
-        self._streams = streams or Streams()
-        self._graphs = Graphs()
+        self._streams = streams or CudaStreams()
+        self._graphs = CudaGraphs()
         self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def prefill(self, entries: Sequence[Entry]) -> None:

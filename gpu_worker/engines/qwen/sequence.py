@@ -37,7 +37,7 @@ SILENCE_PEAK: Final = 33
 """An int16 peak at or below this (-60 dB of full scale) is near silence."""
 
 
-class Speaking:
+class RunningJob:
     """A job in its slot.
 
     `text` is what it says next, "" where nothing follows.
@@ -145,7 +145,7 @@ class Speaking:
         self.reason = "length"
 
 
-def most_urgent_first(groups: list[list[Speaking]]) -> list[list[Speaking]]:
+def most_urgent_first(groups: list[list[RunningJob]]) -> list[list[RunningJob]]:
     """Chunks to decode together, in the order in which the first player of each group runs dry."""
     return sorted(groups, key=lambda group: min(speaking.dry_at for speaking in group))
 

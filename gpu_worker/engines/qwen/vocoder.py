@@ -15,10 +15,10 @@ from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.state import Snapshot
 from gpu_worker.engines.qwen.model.kv_slots import RING
 from gpu_worker.engines.qwen.runner import BATCHES, at_least
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Graphs
-from gpu_worker.engines.qwen.runtime.cuda_streams import Streams
-from gpu_worker.engines.qwen.runtime.transfers import Readback, on_device
-from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK, SCHEDULE, Speaking
+from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs
+from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
+from gpu_worker.engines.qwen.runtime.transfers import HostCopy, on_device
+from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK, SCHEDULE, RunningJob
 
 CHUNKS: Final = sorted(set(SCHEDULE))
 """Chunk lengths that graphs are captured for; the rest of an utterance may be any other."""
@@ -29,7 +29,7 @@ _PEAK: Final = 32767
 class Vocoder:
     """Decodes chunks of several slots in one call."""
 
-    def __init__(self, codec: Codec, ring: Tensor, slots: int, streams: Streams) -> None:
+    def __init__(self, codec: Codec, ring: Tensor, slots: int, streams: CudaStreams) -> None:
         """ring: int64 [slots or more, RING, groups], where frames arrive."""
         self._codec = codec
         self._ring = ring
@@ -39,7 +39,7 @@ class Vocoder:
         self._stream = streams.codec if self._cuda else None
         self._begun: torch.cuda.Event | None = None
         self._batches = [size for size in BATCHES if size < at_least(slots, BATCHES)] + [at_least(slots, BATCHES)]
-        self._graphs = Graphs()
+        self._graphs = CudaGraphs()
         self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def fence(self) -> None:
@@ -61,19 +61,19 @@ class Vocoder:
             if primed is not None:
                 self.state.restore(slot, primed)
 
-    def groups(self, due: Sequence[Speaking]) -> list[list[Speaking]]:
+    def groups(self, due: Sequence[RunningJob]) -> list[list[RunningJob]]:
         """Chunks that may be decoded together: those of one length.
 
         On CPU, the rest of an utterance (CHUNKS has no such length) is decoded alone: threads that share a product
         may cut its rows where some of them round differently (seen at 3 frames, with 2 threads).
         """
-        groups: dict[tuple[int, int], list[Speaking]] = {}
+        groups: dict[tuple[int, int], list[RunningJob]] = {}
         for speaking in due:
             alone = not self._cuda and speaking.pending not in CHUNKS
             groups.setdefault((speaking.pending, speaking.slot if alone else -1), []).append(speaking)
         return list(groups.values())
 
-    def decode(self, group: list[Speaking]) -> Readback[list[Speaking]]:
+    def decode(self, group: list[RunningJob]) -> HostCopy[list[RunningJob]]:
         """The pending frames of a group, all of them as many, as int16 PCM [len(group), samples] on its way.
 
         Changes the slots' state as a whole or, where it raises, not at all.
@@ -84,7 +84,7 @@ class Vocoder:
         if self._stream is None:
             where, pcm = self._new_inputs(len(group), chunk)
             where.copy_(torch.tensor([slots, starts]))
-            readback = Readback(pcm, group)
+            readback = HostCopy(pcm, group)
             self._decode_or_nothing(where, chunk, pcm)
             readback.start()
             return readback
@@ -95,7 +95,7 @@ class Vocoder:
             where, pcm = self._inputs.get((batch, chunk)) or self._new_inputs(batch, chunk)
             numbers = [*slots, *[self.state.scratch] * spare, *starts, *[0] * spare]
             where.copy_(on_device(numbers, where.device).view(2, batch), non_blocking=True)
-            readback = Readback(pcm[: len(group)], group)
+            readback = HostCopy(pcm[: len(group)], group)
             self._graphs.run(("decode", batch, chunk), functools.partial(self._decode_or_nothing, where, chunk, pcm))
             readback.start()
             return readback

@@ -12,7 +12,7 @@ import pytest
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.espeak import EspeakEngine
-from gpu_worker.engines.factory import Registry
+from gpu_worker.engines.factory import EngineFactory
 from shared.catalog import ModelSpec, load_catalog
 from shared.settings import SettingsError, load_settings
 from tests.checkpoints import tiny
@@ -25,8 +25,8 @@ def catalog() -> list[ModelSpec]:
     return load_catalog()
 
 
-def _registry(catalog: list[ModelSpec], device: Literal["cuda", "cpu"] = "cpu", **variables: str) -> Registry:
-    return Registry(load_settings({f"TTS_{name}": value for name, value in variables.items()}), catalog, device)
+def _registry(catalog: list[ModelSpec], device: Literal["cuda", "cpu"] = "cpu", **variables: str) -> EngineFactory:
+    return EngineFactory(load_settings({f"TTS_{name}": value for name, value in variables.items()}), catalog, device)
 
 
 def _espeak(catalog: list[ModelSpec]) -> ModelSpec:
@@ -111,7 +111,7 @@ class TestQwen:
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
         started: list[dict[str, int]] = []
         settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}"})
-        registry = Registry(settings, catalog, "cpu", start_device=lambda: started.append(registry.shared_bytes()))
+        registry = EngineFactory(settings, catalog, "cpu", start_device=lambda: started.append(registry.shared_bytes()))
         registry.prepare()
         assert started == []
         engines = [registry.open(spec) for _ in range(2)]
@@ -127,7 +127,7 @@ class TestQwen:
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
         settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('base', '0b6')}"})
         woken = threading.Event()
-        engine = Registry(settings, catalog, "cpu", wake=woken.set).open(spec)
+        engine = EngineFactory(settings, catalog, "cpu", wake=woken.set).open(spec)
         engine.admit(clone(1))
         assert woken.wait(60)
         assert engine.runnable(())

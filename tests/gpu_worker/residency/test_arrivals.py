@@ -1,7 +1,7 @@
 """Who comes to the device next, who waits for room, and who is refused."""
 
 from gpu_worker.residency.arrivals import BUSY_RETRY_S, FULL_RETRY_S, ROOM_WAIT_S, Refusal
-from gpu_worker.residency.moves import Move
+from gpu_worker.residency.moves import Transition
 from tests.gpu_worker.fakes import Bench, FakeDevice
 
 
@@ -37,7 +37,7 @@ class TestOrder:
         refusal, move = bench.plan()
         assert isinstance(refusal, Refusal)
         assert refusal.model == "a"
-        assert move == Move(model="b", kind="load")
+        assert move == Transition(model="b", kind="load")
 
     def test_waits_for_the_busy_and_others_do_not(self) -> None:
         """Behind a model that waits for room, one that fits is loaded."""
@@ -246,7 +246,7 @@ class TestStart:
         refusals = []
         while decisions := bench.plan():
             for decision in decisions:
-                (bench.finish if isinstance(decision, Move) else refusals.append)(decision)
+                (bench.finish if isinstance(decision, Transition) else refusals.append)(decision)
         assert bench.moves == [("load", "b"), ("load", "c")]
         (refusal,) = refusals
         assert (refusal.model, refusal.code) == ("a", "insufficient_vram")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.residency.checkpoints import Fetcher
-from gpu_worker.residency.moves import Fetch, Fetched, Look, Looked
+from gpu_worker.residency.checkpoints import Checkpoints
+from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked
 from tests.gpu_worker.fakes import FakeFiles, Reports, a_spec
 
 
@@ -15,8 +15,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.files = FakeFiles()
-        self.reports: Reports[Looked | Fetched] = Reports()
-        self.fetcher = Fetcher([a_spec("a"), a_spec("b")], self.files, self.reports)
+        self.reports: Reports[FilesChecked | Downloaded] = Reports()
+        self.fetcher = Checkpoints([a_spec("a"), a_spec("b")], self.files, self.reports)
         self.fetcher.start()
 
 
@@ -35,9 +35,11 @@ def test_look(bench: Bench) -> None:
     bench.files.remote = {"a", "b"}
     bench.files.stamps["b"] = "new"
     for model in "ab":
-        bench.fetcher.submit(Look(model))
-    assert bench.reports.wait() == Looked(model="a", problem="there are no weights", remote=False, stamp="as ever")
-    assert bench.reports.wait() == Looked(model="b", problem="", remote=True, stamp="new")
+        bench.fetcher.submit(CheckFiles(model))
+    assert bench.reports.wait() == FilesChecked(
+        model="a", problem="there are no weights", remote=False, stamp="as ever"
+    )
+    assert bench.reports.wait() == FilesChecked(model="b", problem="", remote=True, stamp="new")
     assert bench.files.threads == {"problem_of": {"look"}}
 
 
@@ -45,14 +47,14 @@ def test_a_look_does_not_wait_for_a_fetch(bench: Bench) -> None:
     """While one model is fetched others are looked at; a second fetch waits for the first."""
     bench.files.remote = {"a", "b"}
     bench.files.gate.clear()
-    bench.fetcher.submit(Fetch("a"))
-    bench.fetcher.submit(Fetch("b"))
-    bench.fetcher.submit(Look("b"))
-    assert isinstance(bench.reports.wait(), Looked)
+    bench.fetcher.submit(Download("a"))
+    bench.fetcher.submit(Download("b"))
+    bench.fetcher.submit(CheckFiles("b"))
+    assert isinstance(bench.reports.wait(), FilesChecked)
     assert bench.files.remote == {"a", "b"}
     bench.files.gate.set()
-    assert bench.reports.wait() == Fetched(model="a", error=None)
-    assert bench.reports.wait() == Fetched(model="b", error=None)
+    assert bench.reports.wait() == Downloaded(model="a", error=None)
+    assert bench.reports.wait() == Downloaded(model="b", error=None)
     assert bench.files.remote == set()
     assert bench.files.threads["fetch"] == {"fetch"}
 
@@ -67,13 +69,13 @@ def test_a_look_does_not_wait_for_a_fetch(bench: Bench) -> None:
 def test_failed_fetch(bench: Bench, trouble: Exception, message: str) -> None:
     """A fetch that fails says why, whatever it was, and the next may try again."""
     bench.files.fetch_troubles["a"] = [trouble]
-    bench.fetcher.submit(Fetch("a"))
+    bench.fetcher.submit(Download("a"))
     report = bench.reports.wait()
-    assert isinstance(report, Fetched)
+    assert isinstance(report, Downloaded)
     assert report.error is not None
     assert (report.error.code, report.error.message) == ("model_unavailable", message)
-    bench.fetcher.submit(Fetch("a"))
-    assert bench.reports.wait() == Fetched(model="a", error=None)
+    bench.fetcher.submit(Download("a"))
+    assert bench.reports.wait() == Downloaded(model="a", error=None)
 
 
 def test_files_that_cannot_be_looked_at(bench: Bench) -> None:
@@ -83,10 +85,10 @@ def test_files_that_cannot_be_looked_at(bench: Bench) -> None:
         raise PermissionError(13, "Permission denied")
 
     bench.files.stamp_of = broken  # type: ignore[method-assign] # the one thing that differs
-    bench.fetcher.submit(Look("a"))
+    bench.fetcher.submit(CheckFiles("a"))
     report = bench.reports.wait()
-    assert isinstance(report, Looked)
+    assert isinstance(report, FilesChecked)
     assert "Permission denied" in report.problem
     bench.files.problems["b"] = "gone"
-    bench.fetcher.submit(Look("b"))
-    assert isinstance(bench.reports.wait(), Looked)
+    bench.fetcher.submit(CheckFiles("b"))
+    assert isinstance(bench.reports.wait(), FilesChecked)

@@ -4,7 +4,7 @@ import pytest
 
 from gpu_worker.residency.arrivals import FULL_RETRY_S
 from gpu_worker.residency.manager import ModelBusyError
-from gpu_worker.residency.moves import Move
+from gpu_worker.residency.moves import Transition
 from tests.gpu_worker.fakes import Bench, FakeDevice, done, failed
 
 
@@ -17,7 +17,7 @@ class TestComing:
         assert bench.states() == {"a": "absent"}
         bench.residency.acquire("a")
         move = bench.next_move()
-        assert move == Move(model="a", kind="load")
+        assert move == Transition(model="a", kind="load")
         assert bench.states() == {"a": "loading"}
         bench.finish(move)
         assert bench.states() == {"a": "resident"}
@@ -32,7 +32,7 @@ class TestComing:
         move = bench.next_move()
         assert bench.plan() == []
         bench.finish(move)
-        assert bench.next_move() == Move(model="b", kind="load")
+        assert bench.next_move() == Transition(model="b", kind="load")
 
     def test_asked_for(self) -> None:
         """A model is loaded because somebody asked, without a request; asking again changes nothing."""
@@ -216,7 +216,7 @@ class TestTrouble:
         bench.residency.acquire("a")
         assert bench.residency.failed(failed(bench.next_move(), "absent", "insufficient_vram")) is None
         move = bench.next_move()
-        assert move == Move(model="b", kind="offload")
+        assert move == Transition(model="b", kind="offload")
         bench.finish(move)
         bench.residency.release("c", None)
         refusal = bench.residency.failed(failed(bench.next_move(), "absent", "insufficient_vram"))
@@ -273,4 +273,4 @@ class TestTrouble:
         """A report that does not belong to the move in flight is a mistake that is said."""
         bench = Bench({"a": 100})
         with pytest.raises(ValueError, match="not in flight"):
-            bench.residency.moved(done(Move(model="a", kind="load"), bench.device.place("a", "resident", 1)))
+            bench.residency.moved(done(Transition(model="a", kind="load"), bench.device.place("a", "resident", 1)))

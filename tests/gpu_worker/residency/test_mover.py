@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from gpu_worker.engines.base import JobError, Memory
-from gpu_worker.residency.mover import Loader
-from gpu_worker.residency.moves import LoaderFailed, Move, MoveDone, MoveFailed, MoveKind
+from gpu_worker.residency.mover import Mover
+from gpu_worker.residency.moves import MoverFailed, Transition, TransitionDone, TransitionFailed, TransitionKind
 from shared.catalog import ModelSpec
 from tests.gpu_worker.fakes import FakeDevice, FakeEngine, Reports, a_spec
 
@@ -17,10 +17,10 @@ class Bench:
 
     def __init__(self) -> None:
         self.device = FakeDevice()
-        self.reports: Reports[MoveDone | MoveFailed | LoaderFailed] = Reports()
+        self.reports: Reports[TransitionDone | TransitionFailed | MoverFailed] = Reports()
         self.engines: list[FakeEngine] = []
         self.before_open: Callable[[], None] = lambda: None
-        self.loader = Loader([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)
+        self.loader = Mover([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)
         self.loader.start()
 
     def _open(self, spec: ModelSpec) -> FakeEngine:
@@ -28,20 +28,20 @@ class Bench:
         self.engines.append(FakeEngine(spec.id, self.device, spec.estimated_bytes))
         return self.engines[-1]
 
-    def move(self, kind: MoveKind, model: str = "a") -> MoveDone:
+    def move(self, kind: TransitionKind, model: str = "a") -> TransitionDone:
         """Have it moved, successfully."""
-        self.loader.submit(Move(model=model, kind=kind))
+        self.loader.submit(Transition(model=model, kind=kind))
         report = self.reports.wait()
-        assert isinstance(report, MoveDone), report
-        assert report.move == Move(model=model, kind=kind)
+        assert isinstance(report, TransitionDone), report
+        assert report.move == Transition(model=model, kind=kind)
         return report
 
-    def fail(self, kind: MoveKind, model: str = "a") -> MoveFailed:
+    def fail(self, kind: TransitionKind, model: str = "a") -> TransitionFailed:
         """Have it moved, in vain."""
-        self.loader.submit(Move(model=model, kind=kind))
+        self.loader.submit(Transition(model=model, kind=kind))
         report = self.reports.wait()
-        assert isinstance(report, MoveFailed), report
-        assert report.move == Move(model=model, kind=kind)
+        assert isinstance(report, TransitionFailed), report
+        assert report.move == Transition(model=model, kind=kind)
         return report
 
 
@@ -86,11 +86,11 @@ def test_memory_is_given_back_after_every_move(bench: Bench) -> None:
 
 def test_one_after_the_other(bench: Bench) -> None:
     """Moves end in the order in which they were submitted."""
-    moves = [Move(model="a", kind="load"), Move(model="b", kind="load"), Move(model="a", kind="drop")]
+    moves = [Transition(model="a", kind="load"), Transition(model="b", kind="load"), Transition(model="a", kind="drop")]
     for move in moves:
         bench.loader.submit(move)
     reports = [bench.reports.wait() for _ in moves]
-    assert [report.move for report in reports if not isinstance(report, LoaderFailed)] == moves
+    assert [report.move for report in reports if not isinstance(report, MoverFailed)] == moves
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_broken_device(bench: Bench) -> None:
     """A device lost to this process is told as such: every further move would wait or fail for ever."""
     bench.move("load")
     bench.engines[0].troubles["offload"] = RuntimeError("CUDA error: an illegal memory access was encountered")
-    bench.loader.submit(Move(model="a", kind="offload"))
+    bench.loader.submit(Transition(model="a", kind="offload"))
     report = bench.reports.wait()
-    assert isinstance(report, LoaderFailed)
+    assert isinstance(report, MoverFailed)
     assert "illegal memory access" in report.reason
 
 
@@ -206,8 +206,8 @@ def test_engine_that_will_not_close(bench: Bench) -> None:
 def test_close(bench: Bench) -> None:
     """At the end the moves submitted before are carried out, every engine is closed, and the thread ends."""
     bench.move("load")
-    bench.loader.submit(Move(model="b", kind="load"))
+    bench.loader.submit(Transition(model="b", kind="load"))
     bench.loader.close(10)
-    assert isinstance(bench.reports.wait(), MoveDone)
+    assert isinstance(bench.reports.wait(), TransitionDone)
     assert [engine.calls for engine in bench.engines] == [["close"], ["close"]]
     assert bench.device.device().ours_bytes == 0

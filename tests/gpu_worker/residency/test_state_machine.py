@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gpu_worker.engines.base import JobError
 from gpu_worker.residency.arrivals import ROOM_LOOK_S, ROOM_WAIT_S, Refusal
 from gpu_worker.residency.manager import ModelBusyError
-from gpu_worker.residency.moves import ARRIVES, Move, Place
+from gpu_worker.residency.moves import ARRIVES, Place, Transition
 from tests.gpu_worker.fakes import WALL, Bench, FakeDevice, done, failed
 
 SIZES = {"a": 100, "b": 70, "c": 40, "d": 0}
@@ -77,7 +77,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.offloaded_at = dict.fromkeys(SIZES, -math.inf)
         self.keep: dict[str, float | None] = dict.fromkeys(SIZES)
         self.place: dict[str, Place] = dict.fromkeys(SIZES, "absent")
-        self.moving: Move | None = None
+        self.moving: Transition | None = None
         self.asked: set[str] = set()
         self.unloading: set[str] = set()
         self.broken: set[str] = set()
@@ -370,7 +370,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         if self._fits(model, busy=True):
             assert self.bench.clock.now - self.wanted_at[model] >= ROOM_WAIT_S, "it might have waited"
 
-    def _check_move(self, move: Move) -> None:
+    def _check_move(self, move: Transition) -> None:
         """Nothing with a reference leaves, pinned models only by hand, the least recently used before others."""
         model, place = move.model, self.place[move.model]
         if ARRIVES[move.kind] == "resident":
@@ -511,7 +511,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.was_making_room = self.residency.room.making
         self.was_preloading = self.residency.preloading
         self.decided = self.bench.plan()
-        moves = [decision for decision in self.decided if isinstance(decision, Move)]
+        moves = [decision for decision in self.decided if isinstance(decision, Transition)]
         refusals = [decision for decision in self.decided if isinstance(decision, Refusal)]
         assert len(moves) <= 1
         for refusal in refusals:

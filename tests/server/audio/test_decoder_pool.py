@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.audio.decoder_pool import AT_ONCE, MAX_WAITING, Recordings
+from server.audio.decoder_pool import AT_ONCE, MAX_WAITING, DecoderPool
 from server.audio.encoder import Encoder
 from server.http.errors import ApiError
 from shared.pcm import seconds_of
@@ -62,14 +62,14 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     made.close()
 
 
-def saying(script: str) -> Recordings:
+def saying(script: str) -> DecoderPool:
     """Recordings whose decoder is a script."""
-    return Recordings(allow_urls=False, command=[sys.executable, "-c", script])
+    return DecoderPool(allow_urls=False, command=[sys.executable, "-c", script])
 
 
 async def test_a_recording_becomes_pcm() -> None:
     """In base64, in a data URL and as a file: the same PCM, through the program."""
-    recordings = Recordings(allow_urls=False)
+    recordings = DecoderPool(allow_urls=False)
     encoder = Encoder("flac")
     file = encoder.feed(tone(2.5)) + encoder.finish()
     pcm = await recordings.pcm_of(file, "audio_sample")
@@ -92,7 +92,7 @@ async def test_a_recording_becomes_pcm() -> None:
 async def test_what_is_no_recording_is_refused(ref_audio: str, code: str, said: str) -> None:
     """The error names the field and says why."""
     with pytest.raises(ApiError, match=said) as refusal:
-        await Recordings(allow_urls=False).pcm_in(ref_audio)
+        await DecoderPool(allow_urls=False).pcm_in(ref_audio)
     assert (refusal.value.code, refusal.value.param) == (code, "ref_audio")
 
 
@@ -118,7 +118,7 @@ async def test_keys_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_few_at_a_time(gate: Gate) -> None:
     """The third waits until one of the first two is gone, and everyone gets what is theirs."""
-    recordings = Recordings(allow_urls=False, command=gate.command)
+    recordings = DecoderPool(allow_urls=False, command=gate.command)
     work = [asyncio.create_task(recordings.pcm_of(bytes([number]), "a")) for number in range(5)]
     await becomes(lambda: len(gate.steps()) == AT_ONCE)
     gate.open(5)
@@ -131,7 +131,7 @@ async def test_a_few_at_a_time(gate: Gate) -> None:
 
 async def test_too_many_are_told_to_come_back(gate: Gate) -> None:
     """When enough wait, another one is a 429 at once; when they are through it is welcome."""
-    recordings = Recordings(allow_urls=False, command=gate.command)
+    recordings = DecoderPool(allow_urls=False, command=gate.command)
     work = [asyncio.create_task(recordings.pcm_of(b"x", "a")) for _ in range(AT_ONCE + MAX_WAITING)]
     await becomes(lambda: len(gate.steps()) == AT_ONCE)
     with pytest.raises(ApiError, match="too many recordings") as refusal:
@@ -156,7 +156,7 @@ async def test_fetching_is_bounded_too() -> None:
         finally:
             fetching.remove(url)
 
-    recordings = Recordings(allow_urls=True, fetch=fetch)
+    recordings = DecoderPool(allow_urls=True, fetch=fetch)
     urls = [f"https://site.test/{number}" for number in range(AT_ONCE + MAX_WAITING)]
     work = [asyncio.create_task(recordings.pcm_in(url)) for url in urls]
     await becomes(lambda: len(fetching) == len(urls))
@@ -173,7 +173,7 @@ async def test_fetching_is_bounded_too() -> None:
 
 async def test_a_cancelled_request_takes_its_process_along(gate: Gate) -> None:
     """Nobody decodes what nobody waits for, and the next one has its turn."""
-    recordings = Recordings(allow_urls=False, command=gate.command)
+    recordings = DecoderPool(allow_urls=False, command=gate.command)
     work = asyncio.create_task(recordings.pcm_of(b"x", "a"))
     await becomes(gate.steps)
     work.cancel()
@@ -186,7 +186,7 @@ async def test_a_client_that_leaves_takes_its_process_along(gate: Gate, tmp_path
     """Over HTTP: the process is gone soon after the connection is."""
     app = create_app(Settings(worker_url=f"ipc://{tmp_path}/nobody.ipc"))
     async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
-        app.state.recordings = Recordings(allow_urls=False, command=gate.command)
+        app.state.recordings = DecoderPool(allow_urls=False, command=gate.command)
         form = {"data": {"name": "me"}, "files": {"audio_sample": b"x"}}
         sending = asyncio.create_task(client.post("/v1/audio/voices", **form))
         await becomes(gate.steps)
@@ -198,7 +198,7 @@ async def test_a_client_that_leaves_takes_its_process_along(gate: Gate, tmp_path
 async def test_a_decoder_that_gets_nowhere_is_ended(gate: Gate) -> None:
     """Its processor time has a limit of its own, so the machine is busy: a 429, and no process stays."""
     with pytest.raises(ApiError, match="too much to do") as refusal:
-        await Recordings(allow_urls=False, command=gate.command, timeout_s=0.5).pcm_of(b"x", "a")
+        await DecoderPool(allow_urls=False, command=gate.command, timeout_s=0.5).pcm_of(b"x", "a")
     assert refusal.value.code == "queue_full"
     assert not any(map(exists, gate.steps()))
 
@@ -206,7 +206,7 @@ async def test_a_decoder_that_gets_nowhere_is_ended(gate: Gate) -> None:
 async def test_no_process_to_be_had() -> None:
     """A machine that starts no more processes is busy too."""
     with pytest.raises(ApiError, match="just now") as refusal:
-        await Recordings(allow_urls=False, command=["/nowhere"]).pcm_of(b"x", "a")
+        await DecoderPool(allow_urls=False, command=["/nowhere"]).pcm_of(b"x", "a")
     assert refusal.value.code == "queue_full"
 
 

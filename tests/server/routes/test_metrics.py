@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared.protocol import FIRST_AUDIO_BOUNDS_S, MOVE_BOUNDS_S, UNDERRUN_BOUNDS_S, Histogram, ModelFigures, ModelState
+from shared.protocol import FIRST_AUDIO_BOUNDS_S, MOVE_BOUNDS_S, UNDERRUN_BOUNDS_S, Histogram, ModelFigures, ModelStatus
 from tests.fakes import FakeWorker
 from tests.server.running import serving
 
@@ -44,7 +44,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> FakeWorker:
     """A worker that has done this and that."""
     path: Path = tmp_path_factory.mktemp("metrics")
     fake = FakeWorker(path / "w.ipc", figures=FIGURES, restarts=3, running=2, queued=1)
-    models = [*fake.snapshot.models, ModelState(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
+    models = [*fake.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
     fake.snapshot = msgspec.structs.replace(fake.snapshot, models=models)
     return fake
 

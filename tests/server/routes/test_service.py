@@ -14,7 +14,7 @@ from shared.protocol import (
     CleanupPass,
     Failed,
     LoadModel,
-    ModelState,
+    ModelStatus,
     PinModel,
     Reply,
     StreamState,
@@ -91,7 +91,7 @@ async def test_not_ready(
     """A worker that is there but cannot serve the default model is a 503 with the reason."""
     before = worker.snapshot
     states = [
-        ModelState(id=state.id, state="unavailable", detail="the weights are missing") if "base" in state.id else state
+        ModelStatus(id=state.id, state="unavailable", detail="the weights are missing") if "base" in state.id else state
         for state in before.models
     ]
     worker.snapshot = msgspec.structs.replace(before, models=states, uptime_s=99.0, **changes)
@@ -249,7 +249,7 @@ async def test_moving_a_model(
     client: httpx.AsyncClient, worker: FakeWorker, name: str, verb: str, action: object
 ) -> None:
     """Each verb reaches the worker, by id and by Hugging Face id, and the answer says where the model is then."""
-    state = ModelState(id="qwen3-tts-1.7b-customvoice", state="resident", pinned=True)
+    state = ModelStatus(id="qwen3-tts-1.7b-customvoice", state="resident", pinned=True)
     worker.on_call = lambda call, _payload: Reply(id=call.id, model=state)
     answer = await client.post(f"/admin/models/{name}/{verb}")
     assert answer.json()["state"] == "resident"

@@ -9,7 +9,7 @@ from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.offload import free
 
 
-class Codecs:
+class SharedCodecs:
     """Lends codecs. One thread at a time takes and gives back; `bytes` may be asked from any."""
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:

@@ -70,7 +70,7 @@ class FrameCache:
         return self._attention.decode(query, keys, values, None)
 
 
-class Predictor(Weights):
+class CodePredictor(Weights):
     """Weights of the code predictor, and the frame's loop."""
 
     def __init__(

@@ -22,7 +22,7 @@ MIN_FRAMES: Final = 2
 """The official package forbids the end before this many frames (`min_new_tokens`)."""
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one utterance is sampled; `top_k` 0 looks at every id.
 
     `greedy` takes the best at both levels, `greedy_codes` in the code predictor alone.
@@ -83,7 +83,7 @@ class State(Weights):
         self.wide = torch.zeros(slots, dtype=torch.bool, device=device)
         self.min_frames = torch.zeros(slots, dtype=torch.int64, device=device)
 
-    def write(self, slot: int, prompt: Prompt, pad: Tensor, choice: Choice, randomness: np.ndarray) -> None:
+    def write(self, slot: int, prompt: Prompt, pad: Tensor, choice: SamplingParams, randomness: np.ndarray) -> None:
         """Put an utterance into a row. `pad` [1, hidden] stands for text behind the end; randomness: see `uniforms`."""
         length = len(prompt.trailing)
         self.trailing[slot, :length] = prompt.trailing

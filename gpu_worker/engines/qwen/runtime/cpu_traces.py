@@ -25,7 +25,7 @@ NODE_BYTES: Final = 6 << 10
 _SHAPE: Final = Tensor.shape.__get__  # type: ignore[attr-defined]  # for the type checker it is no property
 
 
-class Traces:
+class CpuTraces:
     """Recorded functions by key.
 
     Such a function takes and returns nothing, calls the same operators on the same tensors whatever is in them,

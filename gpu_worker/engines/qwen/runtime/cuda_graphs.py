@@ -13,7 +13,7 @@ Key = tuple[str, int, int]
 """What a function does, and two sizes."""
 
 
-class Graphs:
+class CudaGraphs:
     """Recorded functions by key, in one memory pool.
 
     See streams.py for where they may be replayed.

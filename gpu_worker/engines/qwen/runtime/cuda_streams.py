@@ -19,7 +19,7 @@ from torch.nn import functional
 _RECORDING_PRIORITY: Final = -1
 
 
-class Streams:
+class CudaStreams:
     """Made where the first one is asked for, in the thread that opens and moves engines: workspaces are a thread's."""
 
     @functools.cached_property

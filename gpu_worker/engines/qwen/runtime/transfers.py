@@ -21,7 +21,7 @@ def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-class Readback(Generic[T]):
+class HostCopy(Generic[T]):
     """A tensor's values as they were at `start`, and a note of what they are for."""
 
     def __init__(self, tensor: Tensor, note: T) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
-from gpu_worker.engines.qwen.codec.shared import Codecs
+from gpu_worker.engines.qwen.codec.shared import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from tests.checkpoints import Kind, Size, tiny
 
@@ -32,7 +32,7 @@ class Outcome(msgspec.Struct):
 @functools.cache
 def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
     """What all engines on a device share: streams, and the speech tokenizer of all small checkpoints, which stays."""
-    codecs = Codecs(dtype=torch.float32, device=torch.device(device))
+    codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))
     codecs.take(tiny("custom_voice"))
     return QwenOptions(codecs=codecs, device=device)
 

@@ -18,17 +18,17 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.checkpoint.verification import load_weights, read_config, read_generation_config
 from gpu_worker.engines.qwen.model.attention import Backend, attention
-from gpu_worker.engines.qwen.model.generation import Generator
-from gpu_worker.engines.qwen.model.kv_slots import RING, Choice
+from gpu_worker.engines.qwen.model.kv_slots import RING, SamplingParams
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.model.sampling import uniforms
-from gpu_worker.engines.qwen.runner import CpuExecutor, Entry, Executor
+from gpu_worker.engines.qwen.runner import CpuModelRunner, Entry, ModelRunner
 from tests.checkpoints import Generation, Kind, Size, tiny
 
 FRAMES = 15
 """Frames of every greedy comparison: enough for text to end and padding to follow."""
 
-GREEDY = Choice(greedy=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.05)
+GREEDY = SamplingParams(greedy=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.05)
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,7 +148,7 @@ class Ours:
         self.config = read_config(directory)
         self.generation = read_generation_config(directory)
         kernel = attention(backend, torch.device(device), dtype)
-        self.generator = Generator(weights, self.config, self.generation, kernel, slots=slots, positions=256)
+        self.generator = Qwen3TTSModel(weights, self.config, self.generation, kernel, slots=slots, positions=256)
         tokenizer = official(kind, size).processor.tokenizer
         self.prompts = PromptBuilder(
             weights, self.config, lambda text: tokenizer(text)["input_ids"], self.generator.embed
@@ -181,15 +181,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Prompt
     join: int = 0
     frames: int = FRAMES
-    choice: Choice = GREEDY
+    choice: SamplingParams = GREEDY
     seed: int = 0
 
 
-def generate(ours: Ours, requests: Sequence[Request], executor: Executor | None = None) -> list[Tensor]:
+def generate(ours: Ours, requests: Sequence[Request], executor: ModelRunner | None = None) -> list[Tensor]:
     """Codes of requests that share the slots, taking the lowest free one, [frames, groups] each."""
     generator = ours.generator
     state = generator.state
-    executor = executor or CpuExecutor(generator)
+    executor = executor or CpuModelRunner(generator)
     codes: list[list[Tensor]] = [[] for _ in requests]
     slots: dict[int, int] = {}
     free = list(range(8))

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.offload import Residence, to_device, to_host
+from gpu_worker.engines.qwen.offload import WeightOffloader, to_device, to_host
 
 
 def test_scratch_is_freed_and_comes_back_empty() -> None:
     """On CPU the weights stay where they are; scratch memory goes, and views of it survive."""
     weight, scratch = torch.arange(10.0), torch.ones(4, 8)
     view = scratch[:, 2:3]
-    residence = Residence([weight, weight, scratch], {"kv": [scratch]}, torch.device("cpu"))
+    residence = WeightOffloader([weight, weight, scratch], {"kv": [scratch]}, torch.device("cpu"))
     assert residence.memory(references=5).device == {"weights": 40, "kv": 128, "references": 5}
     residence.offload()
     assert scratch.untyped_storage().nbytes() == 0
@@ -28,7 +28,7 @@ def test_scratch_is_freed_and_comes_back_empty() -> None:
 def test_a_failed_restore_leaves_everything_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory runs out midway, nothing is held, and the next restore can succeed."""
     tensors = [torch.ones(4), torch.ones(8)]
-    residence = Residence([], {"a": tensors[:1], "b": tensors[1:]}, torch.device("cpu"))
+    residence = WeightOffloader([], {"a": tensors[:1], "b": tensors[1:]}, torch.device("cpu"))
     residence.offload()
     resize = torch.UntypedStorage.resize_
 
@@ -53,7 +53,7 @@ def test_a_failed_restore_leaves_everything_offloaded(monkeypatch: pytest.Monkey
 def test_a_restore_that_fails_late_leaves_everything_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all memory was there, and it was filling it that failed."""
     scratch = torch.ones(4)
-    residence = Residence([], {"kv": [scratch]}, torch.device("cpu"))
+    residence = WeightOffloader([], {"kv": [scratch]}, torch.device("cpu"))
     residence.offload()
 
     def failing(_tensor: torch.Tensor) -> None:
@@ -87,7 +87,7 @@ def test_closing_ends_where_weights_cannot_be_taken_from_their_holders() -> None
     """Those that numpy has seen, as all that a CPU computes with in the dtype of the file: what can be is given up."""
     seen, scratch = torch.from_numpy(np.ones(4, dtype=np.float32)), torch.ones(4)
     closed: list[str] = []
-    residence = Residence([seen], {"kv": [scratch]}, torch.device("cpu"), closed=lambda: closed.append("closed"))
+    residence = WeightOffloader([seen], {"kv": [scratch]}, torch.device("cpu"), closed=lambda: closed.append("closed"))
     residence.close()
     assert closed == ["closed"]
     assert scratch.untyped_storage().nbytes() == 0
@@ -97,7 +97,7 @@ def test_closing_ends_where_weights_cannot_be_taken_from_their_holders() -> None
 def test_what_others_hold_is_counted_with_it() -> None:
     """By purpose, added up where several hold the same; what holds nothing is not mentioned. Closing is told, once."""
     closed: list[str] = []
-    residence = Residence(
+    residence = WeightOffloader(
         [torch.ones(2)],
         {},
         torch.device("cpu"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.engines.qwen.reference_cache import MOST_WAITING, EncodedReference, References
+from gpu_worker.engines.qwen.reference_cache import MOST_WAITING, EncodedReference, ReferenceCache
 from tests.gpu_worker.engines.qwen.driving import recording
 
 
@@ -38,7 +38,7 @@ def reference(seed: int) -> Reference:
 def test_a_reference_is_encoded_once_and_remembered() -> None:
     """Requests that come meanwhile share the work; later ones find it done."""
     encoder = Encoder()
-    references = References(encoder, 1000)
+    references = ReferenceCache(encoder, 1000)
     encoder.go.clear()
     futures = [references.request(reference(1)) for _ in range(3)]
     encoder.go.set()
@@ -53,7 +53,7 @@ def test_a_reference_is_encoded_once_and_remembered() -> None:
 def test_the_oldest_goes_when_the_budget_is_spent() -> None:
     """Bytes kept never exceed the budget, and use keeps a reference young."""
     encoder = Encoder()
-    references = References(encoder, 250)
+    references = ReferenceCache(encoder, 250)
     for seed in (1, 2, 1, 3):
         references.request(reference(seed)).result()
     assert references.bytes == 200
@@ -66,7 +66,7 @@ def test_the_oldest_goes_when_the_budget_is_spent() -> None:
 def test_what_nobody_waits_for_is_not_encoded() -> None:
     """The last job that gives up takes a queued recording along; one that is begun, or shared, goes on."""
     encoder = Encoder()
-    references = References(encoder, 1000)
+    references = ReferenceCache(encoder, 1000)
     encoder.go.clear()
     begun, shared, again, alone = (references.request(reference(seed)) for seed in (1, 2, 2, 3))
     while not begun.running():
@@ -84,7 +84,7 @@ def test_what_nobody_waits_for_is_not_encoded() -> None:
 def test_one_recording_in_two_modes_is_two_references() -> None:
     """With and without codes are kept apart; the transcript makes no difference."""
     encoder = Encoder()
-    references = References(encoder, 1000)
+    references = ReferenceCache(encoder, 1000)
     pcm = recording(0.6)
     for text, x_vector_only in (("x", False), (None, True), ("something else", False)):
         wanted = Reference.of(pcm, text=text, x_vector_only=x_vector_only)
@@ -96,7 +96,7 @@ def test_one_recording_in_two_modes_is_two_references() -> None:
 def test_no_more_than_so_many_wait() -> None:
     """Recordings cannot pile up: the next one is refused until there is room."""
     encoder = Encoder()
-    references = References(encoder, 1_000_000)
+    references = ReferenceCache(encoder, 1_000_000)
     encoder.go.clear()
     futures = [references.request(reference(seed)) for seed in range(MOST_WAITING)]
     with pytest.raises(JobError) as refused:
@@ -112,7 +112,7 @@ def test_no_more_than_so_many_wait() -> None:
 def test_a_failure_is_the_requests_own_and_not_remembered() -> None:
     """The future raises it, and the next request tries again."""
     encoder = Encoder()
-    references = References(encoder, 1000)
+    references = ReferenceCache(encoder, 1000)
     encoder.error = RuntimeError("made up")
     with pytest.raises(RuntimeError, match="made up"):
         references.request(reference(1)).result()
@@ -130,7 +130,7 @@ def test_a_failure_holds_no_memory() -> None:
         made.append(weakref.ref(half))
         raise torch.OutOfMemoryError("made up")
 
-    references = References(failing, 1000)
+    references = ReferenceCache(failing, 1000)
     error = references.request(reference(1)).exception()
     assert isinstance(error, torch.OutOfMemoryError)
     assert made[0]() is None
@@ -140,7 +140,7 @@ def test_a_failure_holds_no_memory() -> None:
 def test_clearing_waits_for_what_is_being_encoded() -> None:
     """Weights may be moved behind it: one recording is finished, the next is never begun, and none is kept."""
     encoder = Encoder()
-    references = References(encoder, 1000)
+    references = ReferenceCache(encoder, 1000)
     encoder.go.clear()
     first, second = (references.request(reference(seed)) for seed in (1, 2))
     while not first.running():
@@ -164,7 +164,7 @@ def test_clearing_waits_for_what_is_being_encoded() -> None:
 def test_what_holds_no_voice_is_refused_at_once(pcm: bytes) -> None:
     """Empty, torn, short, long, silent and nearly silent recordings never reach the encoder."""
     encoder = Encoder()
-    references = References(encoder, 1000)
+    references = ReferenceCache(encoder, 1000)
     with pytest.raises(JobError) as refusal:
         references.request(Reference(key="k", pcm=pcm, text="a"))
     assert (refusal.value.code, refusal.value.param) == ("invalid_audio", "ref_audio")

@@ -11,13 +11,13 @@ from gpu_worker.engines.qwen.model.code_predictor import entries_shape
 from gpu_worker.engines.qwen.runner import (
     BATCHES,
     TOKENS,
-    CpuExecutor,
+    CpuModelRunner,
+    CudaGraphModelRunner,
     Entry,
-    GraphExecutor,
     at_least,
     slots_needed,
 )
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Graphs, Key
+from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs, Key
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
 
@@ -37,7 +37,7 @@ def test_the_state_has_rows_for_padding_where_batches_are_fixed() -> None:
 def test_prompts_of_one_length_bucket_are_read_together() -> None:
     """In groups of the captured sizes, float32 alone, spare rows pointing at the spare slot."""
     ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16)
-    executor = GraphExecutor(ours.generator, slots=8, positions=256)
+    executor = CudaGraphModelRunner(ours.generator, slots=8, positions=256)
     calls: list[tuple[int, int, list[int]]] = []
     prefill = ours.generator.prefill
 
@@ -58,7 +58,7 @@ def test_prompts_of_one_length_bucket_are_read_together() -> None:
 def test_on_cpu_the_code_predictor_is_traced_before_anybody_speaks() -> None:
     """For every number of requests at once, so that none of their frames is late; a release does not undo it."""
     ours = Ours("custom_voice", None, slots=6)
-    executor = CpuExecutor(ours.generator)
+    executor = CpuModelRunner(ours.generator)
     predict, called = ours.generator.predict, []
 
     def seen(used: int) -> None:
@@ -101,7 +101,7 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
     if not small:
         monkeypatch.setattr(layers, "PACK_ELEMENTS", 1)
     ours = Ours("custom_voice", None)
-    executor = CpuExecutor(ours.generator)
+    executor = CpuModelRunner(ours.generator)
     seen = []
 
     def fail(used: int) -> None:
@@ -115,7 +115,7 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
     assert torch.get_num_threads() == threads
 
 
-class Replayed(Graphs):
+class Replayed(CudaGraphs):
     """Graphs without a GPU: keeps the functions that it is to record, and calls those where they would be replayed."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(executors, "Graphs", Replayed)
     streams: Any = SimpleNamespace(frames="frames", moves="moves")
     ours = Ours("custom_voice", None, slots=9)
-    executor = GraphExecutor(ours.generator, 8, 256, streams)
+    executor = CudaGraphModelRunner(ours.generator, 8, 256, streams)
     shape = ours.config.talker_config
     predictor = shape.code_predictor_config
     cached = predictor.num_hidden_layers * 2 * 16 * predictor.num_key_value_heads * predictor.head_dim
@@ -155,7 +155,7 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert executor.memory() == {"graphs": 0, "workspace": 0}
     with torch.inference_mode():
         requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
-        eager = CpuExecutor(ours.generator)
+        eager = CpuModelRunner(ours.generator)
         wanted = generate(ours, requests, eager)
         eager.close()
         for _ in range(2):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.base import Sampling
-from gpu_worker.engines.qwen.model.kv_slots import Choice
+from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
 from gpu_worker.engines.qwen.planner import choice_of
 from tests.checkpoints import Generation, Kind, Size
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate
@@ -64,7 +64,7 @@ def wanted(run: int) -> Tensor:
 def request(ours: Ours, run: int, join: int = 0) -> Request:
     """The same as a request to us."""
     index, parameters = RUNS[run]
-    choice = Choice(greedy=False, **parameters)
+    choice = SamplingParams(greedy=False, **parameters)
     return Request(prompt=ours.prompt(CASES[index]), join=join, frames=FRAMES, choice=choice, seed=run)
 
 
@@ -95,7 +95,7 @@ def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -
 def test_speech_does_not_end_before_it_begins(seed: int) -> None:
     """Where the model would end in its first two frames, it goes on as the official one does."""
     ours = Ours(LAYOUT.kind, LAYOUT.size)
-    choice = Choice(greedy=False, **PUBLISHED)
+    choice = SamplingParams(greedy=False, **PUBLISHED)
     impatient = msgspec.structs.replace(choice, min_frames=0)
     codes, short = (
         generate(ours, [Request(prompt=ours.prompt(LAYOUT), frames=6, choice=asking, seed=seed)])[0]

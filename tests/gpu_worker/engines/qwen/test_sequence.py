@@ -5,7 +5,7 @@ import torch
 from gpu_worker.engines.base import Job
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.planner import Plan, Utterance
-from gpu_worker.engines.qwen.sequence import SILENCE_FRAMES, Speaking, frame_cap, most_urgent_first
+from gpu_worker.engines.qwen.sequence import SILENCE_FRAMES, RunningJob, frame_cap, most_urgent_first
 from tests.gpu_worker.engines.qwen.parity import GREEDY
 
 
@@ -14,12 +14,12 @@ def utterance(cap: int) -> Utterance:
     return Utterance(Prompt(torch.zeros(5, 2), torch.zeros(0, 2)), 7, cap)
 
 
-def speaking(cap: int = 100, max_new_tokens: int | None = None) -> Speaking:
+def speaking(cap: int = 100, max_new_tokens: int | None = None) -> RunningJob:
     """A job of two utterances, the first of which has begun."""
     plan = Plan(
         texts=iter(["a", "b"]), longest=7, choice=GREEDY, seed=0, max_new_tokens=max_new_tokens, whole_text=True
     )
-    made = Speaking(Job(id="j", task="CustomVoice", text="a"), 0, plan)
+    made = RunningJob(Job(id="j", task="CustomVoice", text="a"), 0, plan)
     made.begin(utterance(cap))
     made.start()
     return made

@@ -7,7 +7,7 @@ import torch
 
 from gpu_worker.engines.base import Done, JobError
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
-from gpu_worker.engines.qwen.codec.shared import Codecs
+from gpu_worker.engines.qwen.codec.shared import SharedCodecs
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import clone, run
 
@@ -15,9 +15,9 @@ DECODER = "speech_tokenizer/model.safetensors"
 
 
 @pytest.fixture
-def codecs() -> Codecs:
+def codecs() -> SharedCodecs:
     """None in use."""
-    return Codecs(dtype=torch.float32, device=torch.device("cpu"))
+    return SharedCodecs(dtype=torch.float32, device=torch.device("cpu"))
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -35,7 +35,7 @@ def retrained(directory: Path) -> Path:
     return directory
 
 
-def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: Codecs, tmp_path: Path) -> None:
+def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: SharedCodecs, tmp_path: Path) -> None:
     """Wherever they lie; one that differs in its weights alone is not taken for the first."""
     first = codecs.take(tiny("custom_voice"))
     assert codecs.take(tiny("base")) is first
@@ -46,7 +46,7 @@ def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: Codecs, tmp_p
     assert codecs.bytes == 2 * one
 
 
-def test_a_codec_goes_with_its_last_user(codecs: Codecs) -> None:
+def test_a_codec_goes_with_its_last_user(codecs: SharedCodecs) -> None:
     """Not before, and the next user gets a new one."""
     first = codecs.take(tiny("custom_voice"))
     codecs.take(tiny("base"))
@@ -57,7 +57,7 @@ def test_a_codec_goes_with_its_last_user(codecs: Codecs) -> None:
     assert codecs.take(tiny("base")) is not first
 
 
-def test_engines_use_it_until_they_close(codecs: Codecs) -> None:
+def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
     """Offloaded or not; the last to close frees it."""
     options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=256)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "voice_design")]
@@ -68,7 +68,7 @@ def test_engines_use_it_until_they_close(codecs: Codecs) -> None:
     assert codecs.bytes == 0
 
 
-def test_a_load_that_fails_leaves_no_codec(codecs: Codecs, tmp_path: Path) -> None:
+def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path) -> None:
     """What was loaded for it is freed; what others use stays."""
     options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=256)
     broken = copy(tiny("custom_voice"), tmp_path / "broken")
@@ -86,7 +86,7 @@ def test_a_load_that_fails_leaves_no_codec(codecs: Codecs, tmp_path: Path) -> No
     engine.close()
 
 
-def test_cloning_needs_no_checkpoint_but_its_own(codecs: Codecs, tmp_path: Path) -> None:
+def test_cloning_needs_no_checkpoint_but_its_own(codecs: SharedCodecs, tmp_path: Path) -> None:
     """The encoder is loaded late, when the files that the shared decoder came from may be gone."""
     options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=512)
     first = open_engine(copy(tiny("custom_voice"), tmp_path / "first"), options)

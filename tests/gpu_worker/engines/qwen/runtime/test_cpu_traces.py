@@ -12,7 +12,7 @@ from torch import Tensor
 from gpu_worker.engines.qwen.model.attention import Backend
 from gpu_worker.engines.qwen.model.layers import PACK_ELEMENTS, Linear
 from gpu_worker.engines.qwen.runtime import cpu_traces as traces_module
-from gpu_worker.engines.qwen.runtime.cpu_traces import Traces
+from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces
 from gpu_worker.residency.memory import is_out_of_memory, read_ram, trim_host
 from tests.checkpoints import Size
 from tests.gpu_worker.engines.qwen.parity import Ours
@@ -24,9 +24,9 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def traces(*tensors: Tensor) -> Traces:
+def traces(*tensors: Tensor) -> CpuTraces:
     """Of functions that have these."""
-    return Traces(lambda: tensors)
+    return CpuTraces(lambda: tensors)
 
 
 def counted(function: Callable[[], None]) -> tuple[Callable[[], None], list[None]]:
@@ -47,7 +47,7 @@ def test_a_traced_frame_is_the_same_to_the_last_bit(size: Size, backend: Backend
     """All that the code predictor writes, for 1 to 8 slots, again and again with other contents; Python runs once."""
     generator = Ours("custom_voice", size, backend=backend, dtype=dtype).generator
     state = generator.state
-    recorded = Traces(lambda: (*state.tensors(), *generator.predictor.tensors(), *generator.predictor.scratch()))
+    recorded = CpuTraces(lambda: (*state.tensors(), *generator.predictor.tensors(), *generator.predictor.scratch()))
     random = torch.Generator().manual_seed(1)
 
     def outcome(run: Callable[[], None], number: int) -> list[Tensor]:
@@ -160,7 +160,7 @@ def test_forgotten_recordings_hold_no_memory() -> None:
     held = weakref.ref(array)
     tensors = [torch.from_numpy(array), torch.zeros(4)]
     del array
-    recorded = Traces(lambda: tensors)
+    recorded = CpuTraces(lambda: tensors)
     recorded.run(1, lambda: tensors[1].copy_(tensors[0] * 2))  # type: ignore[arg-type]
     tensors.clear()
     assert held() is not None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Graphs
+from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs
 
 POOL = (0, 7)
 
@@ -119,7 +119,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def capture(graphs: Graphs, cuda: FakeCuda, **functions: Callable[[], None]) -> None:
+def capture(graphs: CudaGraphs, cuda: FakeCuda, **functions: Callable[[], None]) -> None:
     """Capture functions by name."""
     streams: Any = {name: FakeStream(name, cuda.calls) for name in ("recording", "warming")}
     graphs.capture({(name, 1, 0): function for name, function in functions.items()}, **streams)
@@ -127,7 +127,7 @@ def capture(graphs: Graphs, cuda: FakeCuda, **functions: Callable[[], None]) -> 
 
 def test_all_are_warmed_up_then_recorded(cuda: FakeCuda) -> None:
     """Memory is given back once, nobody else's stream waits, and nothing runs where it is recorded but recordings."""
-    graphs = Graphs()
+    graphs = CudaGraphs()
     capture(graphs, cuda, a=cuda.function("a"), b=cuda.function("b"))
     assert cuda.calls == [
         "warming waits for default",
@@ -143,7 +143,7 @@ def test_all_are_warmed_up_then_recorded(cuda: FakeCuda) -> None:
 
 def test_what_was_recorded_is_replayed(cuda: FakeCuda) -> None:
     """Under its key; anything else is called, and everything is once the graphs are forgotten."""
-    graphs = Graphs()
+    graphs = CudaGraphs()
     capture(graphs, cuda, a=cuda.function("a"))
     cuda.calls.clear()
     graphs.run(("a", 1, 0), cuda.function("a"))
@@ -158,7 +158,7 @@ def test_what_was_recorded_is_replayed(cuda: FakeCuda) -> None:
 @pytest.mark.parametrize("given_up", [False, True])
 def test_a_failed_recording_leaves_nothing(cuda: FakeCuda, *, given_up: bool) -> None:
     """No graph, no recording under way, no pool that the allocator believes to be in use."""
-    graphs = Graphs()
+    graphs = CudaGraphs()
     function = cuda.function("b", torch.OutOfMemoryError("made up"))
 
     def failing() -> None:

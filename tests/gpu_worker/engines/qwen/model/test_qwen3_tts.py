@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.model.kv_slots import Choice
-from gpu_worker.engines.qwen.runner import BATCHES, CpuExecutor, GraphExecutor
+from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
+from gpu_worker.engines.qwen.runner import BATCHES, CpuModelRunner, CudaGraphModelRunner
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate, official
 
-SAMPLED = Choice(greedy=False, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.05)
+SAMPLED = SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.05)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_a_seed_says_the_same_alone_and_in_company() -> None:
     """Sampled codes depend on request and seed alone, whatever shares the batch and in whichever slot."""
     ours = Ours("custom_voice", None)
     cases = [case for case in CASES if case.kind == "custom_voice" and case.size is None]
-    wide = Choice(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
+    wide = SamplingParams(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
     requests = [
         Request(
             prompt=ours.prompt(case),
@@ -81,15 +81,15 @@ def test_fixed_shapes_give_the_same_codes() -> None:
         Request(prompt=ours.prompt(case), join=place, frames=10)
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
     ]
-    padded = generate(ours, requests, GraphExecutor(ours.generator, slots=8, positions=256))
-    for codes, wanted in zip(padded, generate(ours, requests, CpuExecutor(ours.generator)), strict=True):
+    padded = generate(ours, requests, CudaGraphModelRunner(ours.generator, slots=8, positions=256))
+    for codes, wanted in zip(padded, generate(ours, requests, CpuModelRunner(ours.generator)), strict=True):
         assert torch.equal(codes, wanted)
 
 
 def test_a_waiting_row_is_left_as_it_is() -> None:
     """A slot that is not active says, once it is again, what it would have said without the pause."""
     ours = Ours("custom_voice", None)
-    state, executor = ours.generator.state, CpuExecutor(ours.generator)
+    state, executor = ours.generator.state, CpuModelRunner(ours.generator)
     prompt = ours.prompt(CASES[0])
     (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, choice=SAMPLED)])
     codes = generate(ours, [Request(prompt=prompt, frames=3, choice=SAMPLED)])[0]

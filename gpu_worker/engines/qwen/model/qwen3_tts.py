@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.code_predictor import Predictor
+from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_slots import RING, State
 from gpu_worker.engines.qwen.model.layers import Weights
 from gpu_worker.engines.qwen.model.sampling import WIDTH, penalise, sample
@@ -23,7 +23,7 @@ TEXTS: Final = 512
 """Text tokens that may trail a prompt, one a frame; more text than that is split into utterances before."""
 
 
-class Generator(Weights):
+class Qwen3TTSModel(Weights):
     """Talker, code predictor and the state of all slots."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Generator(Weights):
         starts = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
         self.starts = torch.tensor(starts, device=self.table.device)
         self.talker = Talker(weights, shape, attention, self.table, slots=slots, positions=positions)
-        self.predictor = Predictor(weights, shape, generation, attention, self.table)
+        self.predictor = CodePredictor(weights, shape, generation, attention, self.table)
         self.state = State(
             slots,
             hidden=shape.hidden_size,
