@@ -8,7 +8,6 @@ several jobs therefore speak side by side, and a cancelled one is gone before it
 """
 
 import ctypes
-import unicodedata
 from collections.abc import Collection
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ import soxr
 from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm, Usage
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
+from shared.speakable import NO_SPEAKABLE_TEXT, is_speakable
 
 SLOTS: Final = 32
 """Jobs side by side; each holds no more than one clause of audio."""
@@ -160,8 +160,8 @@ class EspeakEngine:
 
     def admit(self, job: Job) -> None:
         """Take a job; JobError where there is nothing in its text that could be said."""
-        if all(unicodedata.category(char)[0] in "CZ" for char in job.text):
-            raise JobError("invalid_value", "there is nothing in the input that could be spoken", param="input")
+        if not is_speakable(job.text):
+            raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
         self._speaking[job.id] = _Speaking(job, self._voice_of(job), self._library.rate)
 
     def runnable(self, stalled: Collection[str]) -> bool:

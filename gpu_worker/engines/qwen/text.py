@@ -12,6 +12,7 @@ from typing import Final
 import sentencex
 
 from gpu_worker.engines.base import JobError
+from shared.speakable import NO_SPEAKABLE_TEXT, is_speakable
 
 _LANGUAGE_CODES: Final = {
     "chinese": "zh",
@@ -52,8 +53,8 @@ def clean(text: str) -> str:
         JobError: `invalid_value` where no letter or digit of any script is left to say.
     """
     text = tidy(text).strip()
-    if not _is_speakable(text):
-        raise JobError("invalid_value", "input: there is nothing to say in it, no letter and no digit", param="input")
+    if not is_speakable(text, needs_word=True):
+        raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
     return text
 
 
@@ -87,12 +88,12 @@ def split(text: str, language: str, limit: int, count: Callable[[str], int]) -> 
             tokens = count(utterance or ".")
             most = tokens + len(joined.encode()) - len(utterance.encode())
             if tokens > limit:
-                if _is_speakable(current):
+                if is_speakable(current, needs_word=True):
                     yield current.strip()
                 joined = piece
                 most = len(piece.encode())
         current = joined
-    if _is_speakable(current):
+    if is_speakable(current, needs_word=True):
         yield current.strip()
 
 
@@ -109,11 +110,6 @@ def _pieces(text: str, language: str, limit: int, count: Callable[[str], int]) -
             # A token is at least one byte of UTF-8, so this many characters are within the limit.
             step = len(part) if fits(part.strip(), limit, count) else max(1, limit // 4)
             yield from (part[i : i + step] for i in range(0, len(part), max(step, 1)))
-
-
-def _is_speakable(text: str) -> bool:
-    """Whether there is a letter or a digit of any script in it."""
-    return any(unicodedata.category(character)[0] in "LN" for character in set(text))
 
 
 def _is_control(character: str) -> bool:

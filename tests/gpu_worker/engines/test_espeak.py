@@ -275,7 +275,7 @@ class TestOddText:
     @pytest.mark.parametrize("text", ["", " \n\t", "\0", "\u200b\u200d\ufeff", "\x01\x1b", "\u00a0\u3000"])
     def test_nothing_to_say(self, engine: EspeakEngine, text: str) -> None:
         """Blanks and control characters are refused, and hold no slot."""
-        with pytest.raises(JobError, match="nothing in the input") as caught:
+        with pytest.raises(JobError, match="no speakable text") as caught:
             engine.admit(_job(text))
         assert (caught.value.code, caught.value.param) == ("invalid_value", "input")
         assert engine.capacity() == SLOTS
