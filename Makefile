@@ -42,8 +42,8 @@ gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## what only a GPU can tell: its
 		&& $(BIN)/python -m tests.benchmarks.load --device cuda --size $$size || exit 1; \
 	done
 
-soak: install ## the long runs that `make test` leaves out
-	$(BIN)/python -m pytest -m soak --timeout 3600
+soak: install ## the long runs that `make test` leaves out, and a long search by Hypothesis
+	$(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile soak --timeout 3600
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
