@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from litestar import Litestar, Router
 from litestar.datastructures import State
 
-from server.audio.decoder_pool import DecoderPool
+from server.audio import DecoderPool
 from server.dependencies import dependencies
-from server.engine.zmq import ZmqEngineClient
+from server.engine import ZmqEngineClient
 from server.http.auth import require_admin, require_key
 from server.http.errors import exception_handlers
 from server.http.middleware import Edge

@@ -6,8 +6,8 @@ from litestar.datastructures import State
 from litestar.di import NamedDependency, Provide
 from litestar.params import SkipValidation
 
-from server.audio.decoder_pool import DecoderPool
-from server.engine.client import EngineClient
+from server.audio import DecoderPool
+from server.engine import EngineClient
 from shared.settings import Settings
 
 Engine = NamedDependency[SkipValidation[EngineClient]]

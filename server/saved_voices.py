@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from server.engine.client import EngineClient
+from server.engine import EngineClient
 from server.http.errors import ApiError
 from shared.protocol import FindVoice, SavedVoice
 

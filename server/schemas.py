@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from server.audio.encoder import MAX_SPEED, MIN_SPEED, Format
+from server.audio import MAX_SPEED, MIN_SPEED, Format
 from shared.protocol import State, Task
 
 MAX_INSTRUCTIONS: Final = 4096

@@ -1,0 +1,28 @@
+"""Audio on the web side: answers are encoded, uploads are decoded in a process pool, ref_audio URLs are fetched.
+
+Outsiders import the names below, never a module of the package.
+Each name loads its module on first use, because `python -m server.audio.decoder` imports this file too:
+a decoding process starts for each upload and must be ready in 80 ms.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from server.audio.decoder import MAX_REFERENCE_BYTES
+    from server.audio.decoder_pool import DecoderPool
+    from server.audio.encoder import CONTENT_TYPES, MAX_SPEED, MIN_SPEED, Encoder, Format
+else:
+    _MODULE_OF = {
+        "MAX_REFERENCE_BYTES": "decoder",
+        "DecoderPool": "decoder_pool",
+        **dict.fromkeys(("CONTENT_TYPES", "MAX_SPEED", "MIN_SPEED", "Encoder", "Format"), "encoder"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+__all__ = ["CONTENT_TYPES", "MAX_REFERENCE_BYTES", "MAX_SPEED", "MIN_SPEED", "DecoderPool", "Encoder", "Format"]

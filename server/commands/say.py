@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.audio.encoder import CONTENT_TYPES
+from server.audio import CONTENT_TYPES
 from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageError, add_service_arguments, client_of
 
 _FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".ogg": "opus", ".raw": "pcm"}

@@ -31,8 +31,7 @@ from granian.log import LogLevels
 from litestar import Litestar
 
 from server.app import from_environment
-from server.processes.web_workers import WebServer
-from server.processes.worker_supervisor import Supervisor
+from server.processes import Supervisor, WebServer
 from shared.catalog import CatalogError
 from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
 from shared.log import set_up_logging

@@ -1,0 +1,9 @@
+"""The web side's end of the conversation with the GPU worker: speech requests, admin calls and snapshots.
+
+Outsiders import the names below, never a module of the package.
+"""
+
+from server.engine.client import INITIAL_CREDIT, EngineClient, Speech
+from server.engine.zmq import ZmqEngineClient
+
+__all__ = ["INITIAL_CREDIT", "EngineClient", "Speech", "ZmqEngineClient"]

@@ -14,8 +14,8 @@ import msgspec
 import structlog
 from litestar import Request, Response
 
-from server.audio.encoder import Encoder
-from server.engine.client import Speech
+from server.audio import Encoder
+from server.engine import Speech
 from server.http.errors import ApiError, envelope
 from server.http.request_ids import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, until_gone, while_there

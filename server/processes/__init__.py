@@ -1,0 +1,9 @@
+"""The service's child processes: the GPU worker and its supervisor, and granian's web workers.
+
+Outsiders import the names below, never a module of the package.
+"""
+
+from server.processes.web_workers import WebServer
+from server.processes.worker_supervisor import Supervisor
+
+__all__ = ["Supervisor", "WebServer"]

@@ -11,7 +11,7 @@ from litestar import Request, get, post
 from litestar.params import FromPath, PathParameter, QueryParameter
 
 from server.dependencies import Engine, ServerSettings
-from server.engine.client import EngineClient
+from server.engine import EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.streaming import while_there

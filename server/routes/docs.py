@@ -14,7 +14,7 @@ from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.params import FromPath
 
-from server.audio.encoder import CONTENT_TYPES
+from server.audio import CONTENT_TYPES
 from server.schemas import ALIASES, SpeechRequest
 from server.version import VERSION
 

@@ -7,7 +7,7 @@ from litestar import get
 from litestar.params import PathParameter
 
 from server.dependencies import Engine
-from server.engine.client import EngineClient
+from server.engine import EngineClient
 from server.http.errors import ApiError, documented
 from server.resolution import OPENAI_MODELS, model_named
 from server.schemas import ModelId, ModelList, ModelObject

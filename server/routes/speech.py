@@ -9,9 +9,9 @@ from typing import Any
 from litestar import Request, Response, post
 from litestar.params import JSONBody
 
-from server.audio.encoder import CONTENT_TYPES, Encoder
+from server.audio import CONTENT_TYPES, Encoder
 from server.dependencies import Engine, RecordingDecoder, ServerSettings
-from server.engine.client import INITIAL_CREDIT, EngineClient
+from server.engine import INITIAL_CREDIT, EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.json_bodies import SpeechJson

@@ -14,9 +14,9 @@ from litestar.handlers import BaseRouteHandler
 from litestar.params import Body, PathParameter, QueryParameter
 from msgspec import Meta
 
-from server.audio.decoder import MAX_REFERENCE_BYTES
+from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import Engine, RecordingDecoder, ServerSettings
-from server.engine.client import EngineClient
+from server.engine import EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
 from server.http.streaming import while_there

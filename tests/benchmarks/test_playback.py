@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.audio.encoder import Encoder
+from server.audio import Encoder
 from tests.benchmarks.playback import listen, play
 
 SECOND = bytes(48_000)
