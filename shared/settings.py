@@ -7,12 +7,13 @@ Both processes read the same variables, so the web side and the worker can be co
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from shared.sockets import AddressError, ipc_path
+from shared.validation_messages import choices_in, one_of, reword
 
 PREFIX: Final = "TTS_"
 
@@ -151,7 +152,7 @@ def _value(name: str, kind: Any, text: str) -> Any:
     raw: Any = text
     if kind is bool:
         if text.lower() not in _TRUE | _FALSE:
-            raise ValueError(f"true or false is expected, not {text!r}")
+            raise ValueError(f"must be true or false, not {text!r}")
         raw = text.lower() in _TRUE
     elif get_origin(kind) is list:
         raw = [part.strip() for part in text.split(",") if part.strip()]
@@ -162,23 +163,9 @@ def _value(name: str, kind: Any, text: str) -> Any:
     try:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_path)
     except msgspec.ValidationError as error:
-        shown = "" if name in _SECRET else f", not {text!r}"
-        allowed = _allowed(kind)
-        if allowed:
-            raise ValueError(f"one of {', '.join(allowed)} is expected{shown}") from None
-        raise ValueError(f"{_in_words(str(error))}{shown}") from None
-
-
-def _in_words(problem: str) -> str:
-    """What msgspec found, for people who know no Python: "a whole number >= 1 is expected"."""
-    for name, words in (("int", "a whole number"), ("float", "a number")):
-        problem = problem.replace(f"`{name} | null`", words).replace(f"`{name}`", words)
-    expected = problem.removesuffix(", got `str`").removeprefix("Expected ")
-    return problem[:1].lower() + problem[1:] if expected == problem else f"{expected} is expected"
-
-
-def _allowed(kind: Any) -> list[str]:
-    return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+        choices = choices_in(kind)
+        problem = one_of(choices) if choices else reword(str(error), from_text=True)
+        raise ValueError(problem if name in _SECRET else f"{problem}, not {text!r}") from None
 
 
 def _pairs(text: str) -> dict[str, str]:

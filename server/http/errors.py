@@ -6,7 +6,6 @@ is raised, and only this module knows what that is in HTTP.
 
 import http
 import math
-import re
 from typing import Any, Final, get_type_hints
 
 import msgspec
@@ -17,7 +16,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap
 
 from server.http.request_ids import request_id_of
-from server.http.validation_messages import choices_in, plain
+from shared.validation_messages import choices_in, missing_field, reword
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -71,6 +70,9 @@ _STALLED: Final = "The rest of the body did not come in time."
 _TOO_MANY_PARTS: Final = "Request Entity Too Large"
 """What Litestar says, with status 400, of a form with more parts than it reads (a thousand)."""
 
+_UNSUPPORTED_TYPE: Final = "Unsupported type: "
+"""What Litestar says of a form's field that is text where a file is expected."""
+
 _DOCUMENTED: Final = {
     400: "A field is wrong: `param` names it, `message` says what to do.",
     401: "No API key, or one that is not known (`invalid_api_key`).",
@@ -84,9 +86,6 @@ _DOCUMENTED: Final = {
     500: "The server made a mistake; trying again is of no use.",
     503: "No GPU worker, no memory or no weights now, or shutting down; `Retry-After` says when to try again.",
 }
-
-MISSING_FIELD: Final = re.compile(r"missing required field `(?P<field>\w+)`")
-"""What msgspec says, also through Litestar, of a Struct's field that is not there."""
 
 _WITHOUT_V1: Final = "OpenAI's paths begin with /v1, so a client's base URL ends with it"
 """The commonest mistake of whoever points a client here for the first time."""
@@ -249,12 +248,13 @@ def _first_problem(request: Request[Any, Any, Any], error: ValidationException) 
     first = error.extra[0] if isinstance(error.extra, list) and error.extra else {}
     said = str(first.get("message") or error.detail)
     field = first.get("key")
-    missing = MISSING_FIELD.search(said)
-    if missing:
-        field = missing["field"]
+    if missing := missing_field(said):
+        field = missing
         said = "is missing"
+    elif _UNSUPPORTED_TYPE in said:
+        said = "must be a file"
     else:
-        said = plain(said, _choices_of(request, field), from_text=True)
+        said = reword(said, _choices_of(request, field), from_text=True)
     if field == "data":
         # Litestar's name of the body.
         return ApiError("invalid_json", "The body is missing.")

@@ -4,31 +4,21 @@ Litestar's own way converts leniently ("1" is a number) and hides which field wa
 which takes over the decoding and leaves everything else, the OpenAPI included, to Litestar.
 """
 
-import re
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_type_hints
 
 import msgspec
 from litestar.dto import AbstractDTO, DTOConfig
 from litestar.typing import FieldDefinition
 
-from server.http.errors import MISSING_FIELD, ApiError
-from server.http.validation_messages import choices_in, plain
+from server.http.errors import ApiError
 from server.schemas import ALIASES, SpeechRequest
+from shared.validation_messages import choices_in, missing_field, reword, reword_malformed_json, split_path
 
 if TYPE_CHECKING:
     from litestar._openapi.schema_generation import SchemaCreator
     from litestar.openapi.spec import Reference, Schema
 
 T = TypeVar("T")
-
-_TRUNCATED: Final = "Input data was truncated"
-_HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
-"""The first half of a surrogate pair without its second."""
-
-_INVALID_AT: Final = re.compile(r"JSON is malformed: invalid character \(byte (?P<position>\d+)\)")
-"""What msgspec says of a byte that cannot stand where it stands."""
-
-_AT: Final = re.compile(r" - at `\$(?:\.(?P<field>\w+))?.*`$")
 
 
 def outline_of(kind: type[msgspec.Struct], aliases: dict[str, str]) -> "msgspec.json.Decoder[Any]":
@@ -60,7 +50,8 @@ def decode_json(
     except msgspec.ValidationError as error:
         raise _of_field(str(error), kind) from None
     except msgspec.DecodeError as error:
-        raise ApiError("invalid_json", f"The body is not valid JSON: {_malformed(str(error), body)}.") from None
+        problem = reword_malformed_json(str(error), body)
+        raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
 
 
 def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.Decoder[Any]") -> bytes:
@@ -77,34 +68,15 @@ def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.D
     return b"{%s}" % b",".join(b'"%s":%s' % (field.encode(), value) for field, value in fields.items())
 
 
-def _malformed(said: str, body: bytes) -> str:
-    """What msgspec said of a body that is no JSON.
-
-    Half a character at the end of a string is "truncated" to it, and a line break within one an "invalid character":
-    the commonest mistake of those who put a text of several lines into a template of JSON.
-    """
-    invalid = _INVALID_AT.fullmatch(said)
-    # Between values these are white space: who cannot stand here stands in a string.
-    if invalid is not None and body[int(invalid["position"])] in b"\n\r\t":
-        return f"a line break or a tab (byte {invalid['position']}) stands in a string as it is; write \\n or \\t"
-    if said != _TRUNCATED:
-        return said.removeprefix("JSON is malformed: ")
-    half = _HALF_CHARACTER.search(body)
-    return f"{half[0].decode()} is half of a character" if half else "it ends too early"
-
-
-def _of_field(said: str, kind: Any) -> ApiError:
-    """What msgspec said of a `kind` as an error of ours: `Expected ... - at `$.speed`` is about speed."""
-    at = _AT.search(said)
-    missing = MISSING_FIELD.search(said)
-    if missing and at is None:
-        return ApiError("invalid_value", f"{missing['field']} is missing.", param=missing["field"])
-    what = _AT.sub("", said)
-    if at is None or at["field"] is None:
-        return ApiError("invalid_value", f"The body is wrong: {plain(what)}.")
-    field = at["field"]
+def _of_field(message: str, kind: Any) -> ApiError:
+    """The error for a body that is no `kind`, by msgspec's message: `Expected ... - at `$.speed`` is about speed."""
+    problem, field = split_path(message)
+    if not field and (missing := missing_field(problem)):
+        return ApiError("invalid_value", f"{missing} is missing.", param=missing)
+    if not field:
+        return ApiError("invalid_value", f"The body is wrong: {reword(problem)}.")
     choices = choices_in(get_type_hints(kind, include_extras=True)[field])
-    return ApiError("invalid_value", f"{field}: {plain(what, choices)}.", param=field)
+    return ApiError("invalid_value", f"{field}: {reword(problem, choices)}.", param=field)
 
 
 class StrictJson(AbstractDTO[T], Generic[T]):
