@@ -29,7 +29,7 @@ from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, SlowV
 WEB = b"web-1"
 """The web worker that speaks where a test does not say which."""
 
-VOICE = b"\3\7" * 12_000
+VOICE = b"\3\7" * 24_000
 """A recording that a voice can be cloned from."""
 
 FAULT = "fault"
@@ -101,7 +101,7 @@ class SpeakingEngine:
                 events.append(Fault(job_id, JobError("invalid_audio", "this one cannot be said", param="ref_audio")))
                 continue
             job = next(job for job in self.admitted if job.id == job_id)
-            drawl = 100 if job.task == "VoiceDesign" else 1  # what is kept as a voice lasts half a second
+            drawl = 200 if job.task == "VoiceDesign" else 1  # what is kept as a voice lasts a second
             events.append(Pcm(job_id, pcm_of(word) * drawl))
             if not words:
                 self.cancel(job_id)

@@ -226,7 +226,7 @@ class TestSavedVoices:
         """A recording becomes a voice that is found by name and id, case aside, until it is deleted."""
         action = CloneVoice(name="Ada", text="what it says", description="calm", consent="yes")
         voice = _done(bench, action, VOICE).voice
-        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 0.5, True)
+        assert (voice.name, voice.kind, voice.seconds, voice.in_context) == ("Ada", "clone", 1.0, True)
         for index, name in enumerate(("ada", voice.id.upper())):
             assert _done(bench, FindVoice(name=name), call_id=f"f{index}").voice == voice
         assert bench.snapshot().voices == [voice]
@@ -395,7 +395,7 @@ class TestDesign:
         assert (job.task, job.text, job.instructions) == ("VoiceDesign", DESIGN_TEXT, "an old sailor")
         assert job.sampling.max_new_tokens == DESIGN_MAX_FRAMES
         reference = bench.voices.load(reply.voice.id)
-        said = b"".join(pcm_of(word) * 100 for word in DESIGN_TEXT.split())
+        said = b"".join(pcm_of(word) * 200 for word in DESIGN_TEXT.split())
         assert (reference.text, reference.pcm) == (DESIGN_TEXT, said)
         assert bench.references() == {"designer": 0}
 

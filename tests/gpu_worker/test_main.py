@@ -196,7 +196,7 @@ class TestStarts:
 def test_voices_are_kept(process: _Process) -> None:
     """A voice is on the disk when the answer comes, and off it again when the next does."""
     voices = process.directory / "voices"
-    kept = _asked(process.url, CloneVoice(name="Ada"), b"\1\7\2\7" * 12_000).voice
+    kept = _asked(process.url, CloneVoice(name="Ada"), b"\1\7\2\7" * 24_000).voice
     assert kept is not None
     assert {path.name for path in voices.iterdir()} == {f"{kept.id}.json", f"{kept.id}.safetensors"}
     assert _asked(process.url, DeleteVoice(id=kept.id)).voice == kept

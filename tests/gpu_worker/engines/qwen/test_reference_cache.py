@@ -32,7 +32,7 @@ class Encoder:
 
 def reference(seed: int) -> Reference:
     """A recording of its own."""
-    return Reference.of(recording(0.6, seed), text="a", x_vector_only=False)
+    return Reference.of(recording(1.0, seed), text="a", x_vector_only=False)
 
 
 def test_a_reference_is_encoded_once_and_remembered() -> None:
@@ -85,7 +85,7 @@ def test_one_recording_in_two_modes_is_two_references() -> None:
     """With and without codes are kept apart; the transcript makes no difference."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
-    pcm = recording(0.6)
+    pcm = recording(1.0)
     for text, x_vector_only in (("x", False), (None, True), ("something else", False)):
         wanted = Reference.of(pcm, text=text, x_vector_only=x_vector_only)
         assert (references.request(wanted).result().codes is None) == x_vector_only
@@ -159,7 +159,7 @@ def test_clearing_waits_for_what_is_being_encoded() -> None:
 
 
 @pytest.mark.parametrize(
-    "pcm", [b"", b"\x00", recording(0.3), recording(0.6)[:-1], recording(60.1), bytes(48_000), b"\x01\x00" * 24_000]
+    "pcm", [b"", b"\x00", recording(0.3), recording(1.0)[:-1], recording(60.1), bytes(48_000), b"\x01\x00" * 24_000]
 )
 def test_what_holds_no_voice_is_refused_at_once(pcm: bytes) -> None:
     """Empty, torn, short, long, silent and nearly silent recordings never reach the encoder."""
