@@ -1,4 +1,7 @@
-"""What handlers ask for by name: the engine client, the settings and the decoding of recordings, provided by app.py."""
+"""The dependencies that route handlers name in their parameters; app.py puts the objects into the application's state.
+
+Each alias below is the annotation of the parameter `engine`, `settings` or `decoder_pool`.
+"""
 
 from typing import Any
 
@@ -10,9 +13,9 @@ from server.audio import DecoderPool
 from server.engine import EngineClient
 from shared.settings import Settings
 
-Engine = NamedDependency[SkipValidation[EngineClient]]
-ServerSettings = NamedDependency[SkipValidation[Settings]]
-RecordingDecoder = NamedDependency[SkipValidation[DecoderPool]]
+EngineDependency = NamedDependency[SkipValidation[EngineClient]]
+SettingsDependency = NamedDependency[SkipValidation[Settings]]
+DecoderPoolDependency = NamedDependency[SkipValidation[DecoderPool]]
 
 
 def _engine(state: State) -> Any:
@@ -23,14 +26,14 @@ def _settings(state: State) -> Any:
     return state.settings
 
 
-def _recordings(state: State) -> Any:
-    return state.recordings
+def _decoder_pool(state: State) -> Any:
+    return state.decoder_pool
 
 
-def dependencies() -> dict[str, Provide]:
-    """The providers; `state` holds what app.py put there."""
+def providers() -> dict[str, Provide]:
+    """Litestar's providers, by the name of the parameter."""
     return {
         "engine": Provide(_engine, sync_to_thread=False),
         "settings": Provide(_settings, sync_to_thread=False),
-        "recordings": Provide(_recordings, sync_to_thread=False),
+        "decoder_pool": Provide(_decoder_pool, sync_to_thread=False),
     }

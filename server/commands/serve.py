@@ -28,9 +28,9 @@ from typing import Any, Final, NoReturn
 import structlog
 from granian.constants import Interfaces
 from granian.log import LogLevels
-from litestar import Litestar
 
 from server.app import from_environment
+from server.http.middleware import HttpMiddleware
 from server.processes import Supervisor, WebServer
 from shared.catalog import CatalogError
 from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
@@ -91,14 +91,14 @@ def run(_arguments: argparse.Namespace) -> int:
         return EXIT_WRONG_SETTINGS
 
 
-def load_application(main_pid: int, served: ctypes.c_bool) -> Litestar:
+def load_application(main_pid: int, served: ctypes.c_bool) -> HttpMiddleware:
     """The web application of one web worker, which ends when granian's main process is gone.
 
     `served` is set once it serves.
     """
     threading.Thread(target=_leave_with_parent, args=(main_pid,), name="parent", daemon=True).start()
     application = from_environment()
-    application.on_startup.append(partial(_serving_soon, served))
+    application.app.on_startup.append(partial(_serving_soon, served))
     return application
 
 

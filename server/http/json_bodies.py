@@ -1,7 +1,7 @@
-"""How a JSON body becomes a Struct: strictly, with aliases of field names, and with an error that names the field.
+"""JSON body -> Struct: strict types, aliases of field names, and an error that names the wrong field.
 
-Litestar's own way converts leniently ("1" is a number) and hides which field was wrong; hence this DTO,
-which takes over the decoding and leaves everything else, the OpenAPI included, to Litestar.
+Litestar's own decoding is lenient ("1" is a number) and hides which field was wrong.
+The DTO of this module replaces the decoding and leaves everything else, the OpenAPI included, to Litestar.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_type_hints
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 def outline_of(kind: type[msgspec.Struct], aliases: dict[str, str]) -> "msgspec.json.Decoder[Any]":
-    """Takes a body apart into the fields of `kind` and their aliases, each still JSON, and makes nothing of the rest.
+    """A decoder that splits a body into the fields of `kind` and their aliases, each still JSON, and skips the rest.
 
-    Whole, 16 MB of empty lists in a field that nobody knows would hold the event loop for 1.5 s and take 500 MB.
+    Decoding the whole body could block the event loop: 16 MB of empty lists in an unknown field take 1.5 s and 500 MB.
     """
     fields = [(name, msgspec.Raw, msgspec.Raw(b"")) for name in (*kind.__struct_fields__, *aliases)]
     return msgspec.json.Decoder(msgspec.defstruct("Outline", fields))
@@ -33,15 +33,15 @@ def outline_of(kind: type[msgspec.Struct], aliases: dict[str, str]) -> "msgspec.
 def decode_json(
     body: bytes, content_type: str, kind: type[T], aliases: dict[str, str], outline: "msgspec.json.Decoder[Any]"
 ) -> T:
-    """`body` as a `kind`; ApiError (`unsupported_media_type`, `invalid_json`, `invalid_value`) where it is none.
+    """Decode `body` as a `kind`. Raises ApiError: `unsupported_media_type`, `invalid_json`, `invalid_value`.
 
-    An alias counts where the field itself is missing or null; of a key written twice the last counts.
-    `outline` is that of `kind` and `aliases`.
+    An alias counts if the field itself is missing or null; of a repeated key the last counts.
+    `outline` is `outline_of(kind, aliases)`.
     """
     if content_type not in {"", "application/json"} and not content_type.endswith("+json"):
         raise ApiError("unsupported_media_type", "Send the body as JSON, with Content-Type: application/json.")
     try:
-        body.decode()  # msgspec looks at no text that it does not keep
+        body.decode()  # msgspec does not check the text of fields that it skips
         return msgspec.json.decode(_known_fields(body, aliases, outline), type=kind)
     except UnicodeDecodeError:
         raise ApiError("invalid_json", "The body is not UTF-8.") from None
@@ -55,12 +55,12 @@ def decode_json(
 
 
 def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.Decoder[Any]") -> bytes:
-    """The JSON object `body` with nothing in it but known fields, each under its own name."""
+    """The JSON object `body` reduced to the known fields, each under its own name."""
     try:
-        taken = outline.decode(body)
+        split = outline.decode(body)
     except msgspec.ValidationError:
         raise ApiError("invalid_json", "The body must be a JSON object.") from None
-    fields = {name: value for name in taken.__struct_fields__ if (value := bytes(getattr(taken, name)))}
+    fields = {name: value for name in split.__struct_fields__ if (value := bytes(getattr(split, name)))}
     for alias, field in aliases.items():
         value = fields.pop(alias, b"null")
         if value != b"null" and fields.get(field, b"null") == b"null":
@@ -80,7 +80,7 @@ def _of_field(message: str, kind: Any) -> ApiError:
 
 
 class StrictJson(AbstractDTO[T], Generic[T]):
-    """Decodes the `data` of a handler with `decode_json`; the schema stays the Struct's own."""
+    """The DTO that decodes a handler's `data` with `decode_json`; the OpenAPI schema is the Struct's own."""
 
     config: ClassVar[DTOConfig] = DTOConfig()
     kind: ClassVar[type[Any]]
@@ -88,18 +88,18 @@ class StrictJson(AbstractDTO[T], Generic[T]):
     outline: ClassVar["msgspec.json.Decoder[Any]"]
 
     def decode_bytes(self, value: bytes) -> Any:
-        """The Struct that the body describes."""
+        """Decode the body; Litestar's hook."""
         content_type, _parameters = self.asgi_connection.content_type  # type: ignore[attr-defined] # it is a Request
         return decode_json(value, content_type, self.kind, self.aliases, self.outline)
 
     @classmethod
     def is_supported_model_type_field(cls, field_definition: FieldDefinition) -> bool:
-        """Whether the handler's annotation is the Struct that this class decodes."""
+        """True if the handler's annotation is the Struct that this class decodes."""
         return field_definition.annotation is cls.kind
 
     @classmethod
     def create_for_field_definition(cls, *_args: Any, **_kwargs: Any) -> None:
-        """No transfer model stands between body and Struct."""
+        """Litestar's hook; there is no transfer model between body and Struct."""
 
     @classmethod
     def create_openapi_schema(
@@ -111,7 +111,7 @@ class StrictJson(AbstractDTO[T], Generic[T]):
 
 
 class SpeechJson(StrictJson[SpeechRequest]):
-    """The body of a request for speech."""
+    """The DTO of `POST /v1/audio/speech`."""
 
     kind = SpeechRequest
     aliases = ALIASES

@@ -1,7 +1,8 @@
-"""What every HTTP request passes before Litestar routes it, and every answer on its way out.
+"""The ASGI middleware around the Litestar application: rules that hold for every HTTP request, whatever its path.
 
-HEAD as GET, bodies that stall or are packed, preflights that are refused, refusals that a client who is still sending
-gets to read, and a line in the log for each of them. It knows no path and no field.
+It gives each response a request id, answers HEAD like GET, refuses compressed bodies and foreign preflights,
+bounds the wait for a body, lets a client that is still sending read its refusal, and logs each refusal.
+It knows no path and no field.
 """
 
 import asyncio
@@ -10,62 +11,62 @@ from typing import Any, Final
 
 import msgspec
 import structlog
-from litestar import Request
-from litestar.config.cors import CORSConfig
-from litestar.datastructures import Headers
+from litestar import Litestar, Request
+from litestar.datastructures import Headers, MutableScopeHeaders
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope, Send
+from litestar.types import HTTPReceiveMessage, Message, Receive, Scope, Send
 
-from server.http.errors import BODY_STALLED, ApiError, ErrorEnvelope, answer, shown_path
+from server.http.errors import ApiError, ErrorEnvelope, error_response
 from server.http.origins import foreign_origin
-from server.http.request_ids import request_id_of
+from server.http.request_scope import BODY_STALLED, printable_path, request_id_of
 
-_log = structlog.stdlib.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 BODY_TIMEOUT_S: Final = 60.0
-"""How long a body that is not complete may bring nothing: clients pause for seconds, stalled ones for ever."""
+"""The longest pause within a body: clients pause for seconds, stalled ones for ever."""
 
 _MAX_DRAINED_BYTES: Final = 256 * 1024 * 1024
 _MAX_DRAIN_S: Final = 10.0
 
 
-class Edge:
-    """The ASGI application around another one; `cors` says whose preflights are refused."""
+class HttpMiddleware:
+    """The outermost ASGI application; `app` is the Litestar application within it."""
 
-    def __init__(self, inner: ASGIApp, cors: CORSConfig | None) -> None:
-        self._inner = inner
-        self._cors = cors
+    def __init__(self, app: Litestar) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request. Scopes other than HTTP (lifespan) pass through."""
         if scope["type"] != ScopeType.HTTP:
-            await self._inner(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        body = _Body(scope, receive)
-        reply = _Reply(scope, body, send)
+        body = _RequestBody(scope, receive)
+        response = _ResponseSender(scope, body, send)
         error = self._objection(scope, body)
         if error is not None:
-            await _answer(error, scope, body.receive, reply.send)
+            refusal = error_response(error).to_asgi_response(app=None, request=Request(scope))
+            await refusal(scope, body.receive, response.send)
             return
-        if reply.method == "HEAD":
-            # The answer is that to a GET; granian leaves its body out.
+        if response.method == "HEAD":
+            # The response is the one to a GET; granian leaves its body out.
             scope["method"] = "GET"
-        await self._inner(scope, body.receive, reply.send)
+        await self.app(scope, body.receive, response.send)
 
-    def _objection(self, scope: Any, body: "_Body") -> ApiError | None:
+    def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
         """What is wrong with a request by its headers alone."""
         headers = Headers.from_scope(scope)
         if body.announced and headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
             return ApiError("unsupported_media_type", "Send the body as it is, without a Content-Encoding.")
         origin = headers.get("origin")
-        # Litestar would refuse in plain text.
-        if scope["method"] == "OPTIONS" and origin and self._cors and not self._cors.is_origin_allowed(origin):
+        cors = self.app.cors_config
+        # Litestar would refuse a preflight in plain text.
+        if scope["method"] == "OPTIONS" and origin and cors and not cors.is_origin_allowed(origin):
             return foreign_origin(origin)
         return None
 
 
-class _Body:
-    """A request's body on its way in: whether all of it has come, and that it does not keep anyone waiting for ever."""
+class _RequestBody:
+    """A request's body on its way in: whether it is complete, and a bound on how long it may pause."""
 
     def __init__(self, scope: Any, receive: Receive) -> None:
         headers = Headers.from_scope(scope)
@@ -75,7 +76,7 @@ class _Body:
         self._receive = receive
 
     async def receive(self) -> HTTPReceiveMessage:
-        """The next message; a body that stalls is taken for one whose sender has left."""
+        """The next message. A body that stalls counts as one whose client has left."""
         if self._complete:
             return await self._receive()  # type: ignore[return-value]  # it is an HTTP request
         try:
@@ -83,15 +84,16 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             self._complete = True
-            self._scope["state"][BODY_STALLED] = True
+            self._scope.setdefault("state", {})[BODY_STALLED] = True
             return {"type": "http.disconnect"}
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message  # type: ignore[return-value]  # it is an HTTP request
 
     async def drain(self) -> None:
-        """Read what is still to come, within bounds, and throw it away.
+        """Read the rest of the body, within bounds, and throw it away.
 
-        A client that is still sending when the connection is closed sees a reset and not the answer.
+        If the connection were closed while the client is still sending, the client would see a reset
+        instead of the response.
         """
         drained = 0
         try:
@@ -100,13 +102,13 @@ class _Body:
                     message = await self.receive()
                     drained += len(message["body"]) if message["type"] == "http.request" else 0
         except TimeoutError:
-            pass  # who sends so slowly gets the reset after all
+            pass  # a client that sends so slowly gets the reset
 
 
-class _Reply:
-    """An answer on its way out: a refusal waits until the client has finished sending, and is logged."""
+class _ResponseSender:
+    """A response on its way out: it gets the request's id; a refusal waits for the body's end, and is logged."""
 
-    def __init__(self, scope: Any, body: _Body, send: Send) -> None:
+    def __init__(self, scope: Any, body: _RequestBody, send: Send) -> None:
         self._scope = scope
         self._body = body
         self._send = send
@@ -115,32 +117,29 @@ class _Reply:
 
     async def send(self, message: Message) -> None:
         """Pass a message on."""
-        if message["type"] == "http.response.start" and message["status"] >= http.HTTPStatus.BAD_REQUEST:
-            self._refused = message["status"]
-            await self._body.drain()
+        if message["type"] == "http.response.start":
+            MutableScopeHeaders(message)["x-request-id"] = request_id_of(self._scope)
+            if message["status"] >= http.HTTPStatus.BAD_REQUEST:
+                self._refused = message["status"]
+                await self._body.drain()
         elif message["type"] == "http.response.body" and self._refused is not None:
             self._log(self._refused, message["body"])
             self._refused = None
         await self._send(message)
 
     def _log(self, status: int, body: bytes) -> None:
-        """The message stays out of the log: it may quote what a client sent."""
+        """Log a refusal without its message, which may quote what the client sent."""
         try:
             code = msgspec.json.decode(body, type=ErrorEnvelope).error.code
         except msgspec.DecodeError:
             code = None
-        # A 503 passes, and whoever waits for /ready makes many of them: a 500 is what somebody has to look at.
-        write = _log.warning if status == http.HTTPStatus.INTERNAL_SERVER_ERROR else _log.info
+        # A 503 is temporary, and each client that polls /ready causes many: only a 500 needs an operator's eye.
+        write = log.warning if status == http.HTTPStatus.INTERNAL_SERVER_ERROR else log.info
         write(
-            "refused",
+            "request_refused",
             request_id=request_id_of(self._scope),
             method=self.method,
-            path=shown_path(self._scope),
+            path=printable_path(self._scope),
             status=status,
             code=code,
         )
-
-
-async def _answer(error: ApiError, scope: Any, receive: Receive, send: Send) -> None:
-    request: Request[Any, Any, Any] = Request(scope)
-    await answer(error).to_asgi_response(app=None, request=request)(scope, receive, send)

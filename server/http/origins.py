@@ -1,7 +1,7 @@
-"""Scripts of web pages: which sites may call this server, and how those are kept out that CORS does not stop.
+"""Web pages as clients: which sites' pages may call this server, and the refusal of requests that CORS lets through.
 
-A page of any site can make a browser send a POST whose answer it cannot read; the GPU would have worked all the same.
-Where a key is needed, such a request has none. Where none is, its Origin decides; what is no browser sends none.
+CORS only hides responses: a page of any site can make a browser send a POST, and the GPU would work for it.
+If keys are configured, such a request lacks one. Without keys its Origin header decides; other clients send none.
 """
 
 import ipaddress
@@ -14,13 +14,15 @@ from server.http.errors import ApiError
 from shared.settings import Settings
 
 _EXPOSED: Final = ["x-request-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"]
-"""Headers of ours that a browser's script may read."""
+"""Response headers that a script of another site may read."""
 
-_READING: Final = {"GET", "HEAD", "OPTIONS"}
+_READING_METHODS: Final = {"GET", "HEAD", "OPTIONS"}
+_LONGEST_ORIGIN: Final = 200
+"""Characters of an origin that an error message repeats."""
 
 
 def cors_config(settings: Settings) -> CORSConfig | None:
-    """Which other sites' scripts may call: none by default, and with `*` none that carry credentials."""
+    """Litestar's CORS for TTS_CORS_ORIGINS: by default no other site, with `*` every site without credentials."""
     if not settings.cors_origins:
         return None
     return CORSConfig(
@@ -32,16 +34,16 @@ def cors_config(settings: Settings) -> CORSConfig | None:
 
 
 def refuse_foreign(connection: ASGIConnection[Any, Any, Any, Any]) -> None:
-    """ApiError (`foreign_origin`) where a browser says that another site's page sent this request.
+    """Raise ApiError (`foreign_origin`) if the page of another site sent this request.
 
-    Our own pages may, but only where they were found by address: to a page whose name was made to point here
-    ("DNS rebinding"), this server is the same origin.
+    Our own pages (same origin) may call, but only if the Host header is an IP address or localhost:
+    with DNS rebinding, a foreign page's own host name points to this server, which makes the two the same origin.
     """
     origin = connection.headers.get("origin")
     if origin is None:
-        # Browsers tell more than one way; old ones sent no Origin with some requests.
+        # Old browsers send some requests without Origin.
         site = connection.headers.get("sec-fetch-site", "")
-        if site == "cross-site" and connection.scope.get("method") not in _READING:
+        if site == "cross-site" and connection.scope.get("method") not in _READING_METHODS:
             raise foreign_origin("another site")
         return
     cors = connection.app.cors_config
@@ -53,16 +55,16 @@ def refuse_foreign(connection: ASGIConnection[Any, Any, Any, Any]) -> None:
 
 
 def foreign_origin(origin: str) -> ApiError:
-    """What a page of `origin` is told."""
-    shown = origin if len(origin) <= 200 else origin[:200] + "…"  # noqa: PLR2004 - long enough for any that is meant
+    """The error for a page of `origin`."""
+    shown = origin if len(origin) <= _LONGEST_ORIGIN else origin[:_LONGEST_ORIGIN] + "…"
     return ApiError(
         "foreign_origin",
-        f"Pages of {shown} may not call this server; to let them, list their origin in TTS_CORS_ORIGINS.",
+        f"Pages of {shown} may not call this server; to allow them, list their origin in TTS_CORS_ORIGINS.",
     )
 
 
 def _is_address(host: str) -> bool:
-    """Whether a Host header names this server by an IP address, or as localhost: no DNS answer leads there."""
+    """True if a Host header is an IP address or localhost, which no DNS record can point elsewhere."""
     name, _, port = host.rpartition(":")
     name = name if name and port.isdigit() else host
     if name.lower() == "localhost":

@@ -1,7 +1,7 @@
-"""The answer to one request for speech, in its three forms: whole, bytes as they are made, server-sent events.
+"""The response to one speech request, in its three forms: a whole body, streamed audio, server-sent events.
 
-It owns the life of a request between the client and the engine: nothing is spoken for a client that has left,
-every failure before the first byte is a status, and none after it ends cleanly.
+It owns the request between the client and the engine. It aborts the speech when the client disconnects.
+A failure before the first byte is an HTTP status; after a later one the response never ends cleanly.
 """
 
 import asyncio
@@ -17,28 +17,28 @@ from litestar import Request, Response
 from server.audio import Encoder
 from server.engine import Speech
 from server.http.errors import ApiError, envelope
-from server.http.request_ids import request_id_of
-from server.http.streaming import BrokenTransferError, ClosingStream, until_gone, while_there
+from server.http.request_scope import request_id_of
+from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
 from server.schemas import SpeechDelta, SpeechDone, SpeechUsage
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Finished, Timings
 
-_log = structlog.stdlib.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 KEEPALIVE_S: Final = 5.0
-"""Between two SSE comments while the queue holds a request: well below the 30 s after which proxies give up."""
+"""The pause between two SSE comments while the request is queued; proxies give up after 30 s of silence."""
 
 SSE_GRACE_S: Final = 0.5
-"""How long an SSE answer waits for its first sound before the status goes out: refusals are statuses there, too."""
+"""How long an SSE response waits for the first audio before it sends status 200: a refusal within it is a status."""
 
 MAX_WHOLE_BYTES: Final = 512 * 1024 * 1024
-"""What one whole-body answer may hold in memory: three hours of PCM."""
+"""PCM that one whole body may hold in memory: three hours."""
 
 _encode = msgspec.json.Encoder().encode
 
 
-class Answer:
-    """One request's answer, in one of three forms."""
+class SpeechResponse:
+    """The response to one request; one of `whole`, `audio` and `events` is called, once."""
 
     def __init__(
         self, request: Request[Any, Any, Any], speech: Speech, encoder: Encoder, *, model: str, media_type: str
@@ -56,29 +56,29 @@ class Answer:
         }
 
     async def whole(self) -> Response[bytes]:
-        """The body at once, with its length and where the time went."""
-        body, finished = await while_there(self._request, self._gather())
-        self._log("spoken", finished)
+        """The whole body, with Content-Length, finish reason and Server-Timing."""
+        body, finished = await cancel_on_disconnect(self._request, self._gather())
+        self._log("speech_finished", finished)
         timing = {"x-finish-reason": finished.reason, "Server-Timing": _server_timing(finished.timings)}
         return Response(body, media_type=self._media_type, headers=self._headers | timing, status_code=200)
 
     async def audio(self) -> ClosingStream:
-        """The bytes as they are made; what fails before the first of them raises here."""
+        """A stream of audio bytes; a failure before the first of them is raised here."""
         first = self._first_chunk()
-        await until_gone(self._request, first)
+        await wait_while_connected(self._request, first)
         first.result()
         return self._stream(self._as_audio(first), first, self._media_type)
 
     async def events(self) -> ClosingStream:
-        """Server-sent events; what fails within the grace raises here, what fails later is an event."""
+        """A stream of server-sent events; a failure within SSE_GRACE_S is raised here, a later one is an event."""
         first = self._first_chunk()
-        if await until_gone(self._request, first, SSE_GRACE_S):
+        if await wait_while_connected(self._request, first, SSE_GRACE_S):
             first.result()
         return self._stream(self._as_events(first), first, "text/event-stream")
 
     def _first_chunk(self) -> asyncio.Task[bytes | None]:
         first = asyncio.create_task(self._speech.chunk())
-        # A client may leave before anyone asks for the outcome.
+        # Retrieves the error of a task whose client disconnects before its result is used; asyncio would log it.
         first.add_done_callback(lambda task: task.cancelled() or task.exception())
         return first
 
@@ -88,9 +88,10 @@ class Answer:
         def close() -> None:
             first.cancel()
             self._speech.abort()
-            # A cancelled stream lies in a reference cycle of anyio's until it is collected: not with 7 MB of FLAC.
+            # A cancelled stream stays in a reference cycle of anyio's until the garbage collector comes:
+            # without this line, 7 MB of FLAC would stay with it.
             del self._encoder
-            self._log("spoken" if self._speech.finished else "broken off", self._speech.finished)
+            self._log("speech_finished" if self._speech.finished else "speech_broken_off", self._speech.finished)
 
         return ClosingStream(content, on_close=close, media_type=media_type, headers=self._headers, status_code=200)
 
@@ -136,11 +137,11 @@ class Answer:
 
     def _finished(self) -> Finished:
         if self._speech.finished is None:
-            raise ApiError("synthesis_failed", "The speech ended without an end.")
+            raise ApiError("synthesis_failed", "The GPU worker sent no final message.")
         return self._speech.finished
 
     def _log(self, event: str, finished: Finished | None) -> None:
-        _log.info(
+        log.info(
             event,
             request_id=request_id_of(self._request.scope),
             model=self._headers["x-model"],
@@ -156,7 +157,7 @@ def _event(data: Any) -> bytes:
 
 
 def _server_timing(timings: Timings) -> str:
-    """Where the time went, in milliseconds, as browsers' tools show it."""
+    """The Server-Timing header: durations in milliseconds, which browsers' developer tools display."""
     parts = {
         "queue": timings.queue_s,
         "load": timings.load_s,

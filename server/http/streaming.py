@@ -1,6 +1,6 @@
-"""Answers that leave while they are made: a client that goes away, and a transfer that must not end cleanly.
+"""Responses that leave while they are made: a client that disconnects, and a transfer that must not end cleanly.
 
-It owns what ASGI and Litestar do around a stream; it knows nothing of audio.
+It owns the ASGI and Litestar side of a stream; it knows nothing of audio.
 """
 
 import asyncio
@@ -17,14 +17,25 @@ T = TypeVar("T")
 
 
 class BrokenTransferError(Exception):
-    """Raised inside a stream: the client must see that the rest is missing."""
+    """Raised inside a stream: the client must notice that the rest is missing."""
 
 
-async def until_gone(request: Request[Any, Any, Any], work: "asyncio.Task[T]", timeout_s: float | None = None) -> bool:
-    """Wait for `work`; whether it is done, once `timeout_s` is over. Its result or error is the caller's to take.
+async def cancel_on_disconnect(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. If the client disconnects first, `work` is cancelled and ApiError (499) is raised.
 
-    A client that goes away meanwhile cancels the work and raises ApiError (499, which nobody reads):
-    Litestar by itself lets a handler run on for a client that has left.
+    Litestar by itself lets a handler run on after its client has disconnected.
+    """
+    task = asyncio.create_task(work)
+    await wait_while_connected(request, task)
+    return task.result()
+
+
+async def wait_while_connected(
+    request: Request[Any, Any, Any], work: "asyncio.Task[T]", timeout_s: float | None = None
+) -> bool:
+    """Wait until `work` is done (True) or `timeout_s` is over (False). The caller takes the result or the error.
+
+    If the client disconnects first, `work` is cancelled and ApiError (499) is raised.
     """
     gone = asyncio.create_task(_disconnected(request))
     try:
@@ -38,15 +49,8 @@ async def until_gone(request: Request[Any, Any, Any], work: "asyncio.Task[T]", t
         return True
     if gone.done():
         work.cancel()
-        raise ApiError("client_gone", "The client went away.", status=CLIENT_GONE)
+        raise ApiError("client_gone", "The client disconnected.", status=CLIENT_GONE)
     return False
-
-
-async def while_there(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; ApiError as of `until_gone` where the client goes away before."""
-    task = asyncio.create_task(work)
-    await until_gone(request, task)
-    return task.result()
 
 
 async def _disconnected(request: Request[Any, Any, Any]) -> None:
@@ -55,19 +59,19 @@ async def _disconnected(request: Request[Any, Any, Any]) -> None:
 
 
 def can_break(request: Request[Any, Any, Any]) -> bool:
-    """Whether the client can tell a broken transfer from a complete one where no length was announced.
+    """True if the client can tell a broken transfer from a complete one without a Content-Length.
 
-    HTTP/1.0 has no chunks: there the end of the connection is the end of the body, also when its maker has died.
+    HTTP/1.0 has no chunks: the end of the connection is the end of the body, also after a failure.
     """
     # The ASGI specification says "1.0"; granian says "1".
     return str(request.scope["http_version"]) not in {"1.0", "1"}
 
 
 class ClosingStream(Stream):
-    """A Stream that calls `on_close` (synchronous) however it ends, even where its iterator was never begun.
+    """A Stream that calls the synchronous `on_close` at its end, even if its iterator never began.
 
-    A BrokenTransferError of the iterator leaves the body without its end: no last chunk of the chunked encoding is
-    sent and the connection is closed, so that no client can take it for complete.
+    A BrokenTransferError of the iterator leaves the body without its end: the last chunk of the chunked encoding
+    is not sent and the connection is closed, so that no client can take the body for complete.
     """
 
     def __init__(self, content: AsyncIterator[bytes], *, on_close: Callable[[], None], **kwargs: Any) -> None:

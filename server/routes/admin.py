@@ -10,11 +10,11 @@ import msgspec
 from litestar import Request, get, post
 from litestar.params import FromPath, PathParameter, QueryParameter
 
-from server.dependencies import Engine, ServerSettings
+from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
-from server.http.streaming import while_there
+from server.http.streaming import cancel_on_disconnect
 from server.resolution import model_named
 from server.routes.models import known
 from server.version import VERSION
@@ -120,7 +120,7 @@ class Vram(msgspec.Struct, frozen=True, kw_only=True):
     tags=["Admin"],
     responses=documented(401, 403, 500),
 )
-async def config(engine: Engine, settings: ServerSettings) -> dict[str, Any]:
+async def config(engine: EngineDependency, settings: SettingsDependency) -> dict[str, Any]:
     """All settings but the secret ones; what the worker acts by is as the worker has it, once it has been met."""
     return {"api_version": VERSION, **_in_force(engine, settings)}
 
@@ -132,7 +132,7 @@ async def config(engine: Engine, settings: ServerSettings) -> dict[str, Any]:
     tags=["Admin"],
     responses=documented(401, 403, 500, 503),
 )
-async def stats(engine: Engine) -> Stats:
+async def stats(engine: EngineDependency) -> Stats:
     """Requests running, queued and done, at most 250 ms old."""
     snapshot = await engine.fresh_snapshot(STATS_MAX_AGE_S)
     return Stats(
@@ -157,7 +157,7 @@ async def stats(engine: Engine) -> Stats:
     tags=["Admin"],
     responses=documented(401, 403, 500, 503),
 )
-async def vram(engine: Engine) -> Vram:
+async def vram(engine: EngineDependency) -> Vram:
     """The device's figures are its driver's."""
     snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
     return Vram(
@@ -178,8 +178,8 @@ async def vram(engine: Engine) -> Vram:
 )
 async def cleanup(
     request: Request[Any, Any, Any],
-    engine: Engine,
-    settings: ServerSettings,
+    engine: EngineDependency,
+    settings: SettingsDependency,
     *,
     trigger: Annotated[bool, QueryParameter(description="Run a pass now instead of reporting the last one.")] = False,
 ) -> CleanupReport:
@@ -188,7 +188,7 @@ async def cleanup(
         snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
         return _report(_in_force(engine, settings), snapshot.cleanup, completed=False)
     cleaning = engine.call(Cleanup(), client=client_of(settings, request), timeout_s=_CLEANUP_TIMEOUT_S)
-    reply = await while_there(request, cleaning)
+    reply = await cancel_on_disconnect(request, cleaning)
     return _report(_in_force(engine, settings), reply.cleanup, completed=True)
 
 
@@ -204,8 +204,8 @@ async def move_model(
     request: Request[Any, Any, Any],
     model_id: FromPath[str],
     action: Annotated[ModelAction, PathParameter(description="What to do with the model.")],
-    engine: Engine,
-    settings: ServerSettings,
+    engine: EngineDependency,
+    settings: SettingsDependency,
 ) -> ModelMemory:
     """Residency by hand; the answer says where the model is then. A busy model is not unloaded (409)."""
     return await _move(request, model_id, action, engine, settings)
@@ -218,8 +218,8 @@ async def move_model_of_hub(
     owner: FromPath[str],
     name: FromPath[str],
     action: FromPath[ModelAction],
-    engine: Engine,
-    settings: ServerSettings,
+    engine: EngineDependency,
+    settings: SettingsDependency,
 ) -> ModelMemory:
     """The same by Hugging Face id, which holds a slash."""
     return await _move(request, f"{owner}/{name}", action, engine, settings)
@@ -237,7 +237,7 @@ async def _move(
         "unpin": PinModel(model=model, pinned=False),
     }
     moving = engine.call(actions[action], client=client_of(settings, request), timeout_s=_LOAD_TIMEOUT_S)
-    reply = await while_there(request, moving)
+    reply = await cancel_on_disconnect(request, moving)
     if reply.model is None:
         raise ApiError("internal_error", "The GPU worker did not say where the model is.")
     return _memory_of(reply.model)

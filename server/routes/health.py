@@ -6,14 +6,14 @@ from typing import Any
 from litestar import get
 from litestar.exceptions import NotFoundException
 
-from server.dependencies import Engine, ServerSettings
+from server.dependencies import EngineDependency, SettingsDependency
 from server.http.errors import ApiError, documented
 from server.schemas import Health, Ready, Root, Status
 from server.version import VERSION
 
 
 @get("/", operation_id="getRoot", summary="What this is", tags=["Service"])
-async def root(settings: ServerSettings) -> Root:
+async def root(settings: SettingsDependency) -> Root:
     """Name, version and the way to the rest."""
     return Root(
         status="ok",
@@ -37,7 +37,7 @@ async def health() -> Health:
     tags=["Service"],
     responses=documented(500, 503),
 )
-async def ready(engine: Engine) -> Ready:
+async def ready(engine: EngineDependency) -> Ready:
     """200 while the synthesis loop answers pings and the default model can be served; else 503 with the reason."""
     trouble = engine.trouble()
     snapshot = engine.snapshot

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from server.dependencies import Engine
+from server.dependencies import EngineDependency
 from server.http.errors import documented
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
@@ -41,7 +41,7 @@ Labels = tuple[str, ...]
     media_type="text/plain",
     responses=documented(401, 403, 500),
 )
-async def metrics(engine: Engine) -> Response[bytes]:
+async def metrics(engine: EngineDependency) -> Response[bytes]:
     """Requests, speech, models and memory; `tts_worker_up` alone while there is no worker."""
     snapshot = engine.snapshot if engine.trouble() is None else None
     return Response(generate_latest(_Figures(snapshot)), media_type=_CONTENT_TYPE)

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 from litestar import get
 from litestar.params import PathParameter
 
-from server.dependencies import Engine
+from server.dependencies import EngineDependency
 from server.engine import EngineClient
 from server.http.errors import ApiError, documented
 from server.resolution import OPENAI_MODELS, model_named
@@ -76,7 +76,7 @@ async def _one(engine: EngineClient, name: str) -> ModelObject:
 
 
 @get("/models", operation_id="listModels", summary="All models", tags=["Models"], responses=_LIST_ERRORS)
-async def list_models(engine: Engine) -> ModelList:
+async def list_models(engine: EngineDependency) -> ModelList:
     """Every model of the catalogue; `state` says where it is now."""
     return await _list(engine)
 
@@ -88,7 +88,7 @@ async def list_models(engine: Engine) -> ModelList:
     tags=["Models"],
     responses=_LIST_ERRORS,
 )
-async def list_audio_models(engine: Engine) -> ModelList:
+async def list_audio_models(engine: EngineDependency) -> ModelList:
     """The same as /v1/models, where some clients look for it."""
     return await _list(engine)
 
@@ -97,7 +97,7 @@ ModelName = Annotated[str, PathParameter(description="An id, an alias or a Huggi
 
 
 @get("/models/{model_id:path}", operation_id="getModel", summary="One model", tags=["Models"], responses=_ONE_ERRORS)
-async def get_model(engine: Engine, model_id: ModelName) -> ModelObject:
+async def get_model(engine: EngineDependency, model_id: ModelName) -> ModelObject:
     """The model of that id, alias or Hugging Face id."""
     return await _one(engine, model_id)
 
@@ -109,6 +109,6 @@ async def get_model(engine: Engine, model_id: ModelName) -> ModelObject:
     tags=["Models"],
     responses=_ONE_ERRORS,
 )
-async def get_audio_model(engine: Engine, model_id: ModelName) -> ModelObject:
+async def get_audio_model(engine: EngineDependency, model_id: ModelName) -> ModelObject:
     """The same as /v1/models/{id}."""
     return await _one(engine, model_id)

@@ -1,6 +1,6 @@
-"""POST /v1/audio/speech: what a request means is made of its fields, and the engine is asked for it.
+"""POST /v1/audio/speech: resolve the request's fields and send them to the engine as one `Speak`.
 
-How the answer leaves is answers.py's.
+speech_response.py sends the speech to the client.
 """
 
 import uuid
@@ -10,14 +10,14 @@ from litestar import Request, Response, post
 from litestar.params import JSONBody
 
 from server.audio import CONTENT_TYPES, Encoder
-from server.dependencies import Engine, RecordingDecoder, ServerSettings
+from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
 from server.engine import INITIAL_CREDIT, EngineClient
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.json_bodies import SpeechJson
-from server.http.request_ids import request_id_of
-from server.http.speech_response import Answer
-from server.http.streaming import can_break, while_there
+from server.http.request_scope import request_id_of
+from server.http.speech_response import SpeechResponse
+from server.http.streaming import can_break, cancel_on_disconnect
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
 from server.routes.models import known
 from server.saved_voices import find_saved_voice
@@ -39,11 +39,11 @@ from shared.protocol import Speak
 async def create_speech(
     request: Request[Any, Any, Any],
     data: JSONBody[SpeechRequest],
-    engine: Engine,
-    settings: ServerSettings,
-    recordings: RecordingDecoder,
+    engine: EngineDependency,
+    settings: SettingsDependency,
+    decoder_pool: DecoderPoolDependency,
 ) -> Response[Any]:
-    """Speak `data`; see the module's first lines for what holds."""
+    """Speak `data`."""
     check_input(data.input, settings.max_input_chars)
     if data.stream is False and data.stream_format == "sse":
         raise ApiError("invalid_value", "stream: false and stream_format: sse contradict each other.", param="stream")
@@ -52,16 +52,16 @@ async def create_speech(
     resolved = await _resolve(data, engine, client)
     reference = None
     if data.ref_audio is not None:
-        reference = await while_there(request, recordings.pcm_in(data.ref_audio))
+        reference = await cancel_on_disconnect(request, decoder_pool.pcm_in(data.ref_audio))
     speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
     try:
         audio_format = data.response_format or "mp3"
         encoder = Encoder(audio_format, speed=data.speed or 1.0, streaming=not whole)
         media_type = CONTENT_TYPES[audio_format]
-        answer = Answer(request, speech, encoder, model=resolved.model.id, media_type=media_type)
+        response = SpeechResponse(request, speech, encoder, model=resolved.model.id, media_type=media_type)
         if whole:
-            return await answer.whole()
-        return await (answer.events() if data.stream_format == "sse" else answer.audio())
+            return await response.whole()
+        return await (response.events() if data.stream_format == "sse" else response.audio())
     except BaseException:
         speech.abort()
         raise
@@ -76,7 +76,7 @@ async def _resolve(data: JSONBody[SpeechRequest], engine: EngineClient, client: 
 
 def _speak(data: SpeechRequest, resolved: Resolved, client: str, request_id: str) -> Speak:
     return Speak(
-        # The client's own id may come twice; both sides' log lines are found by it all the same.
+        # Unique although a client may reuse its id, and still found by that id in the logs of both sides.
         id=f"{request_id}.{uuid.uuid4().hex[:8]}",
         client=client,
         model=resolved.model.id,

@@ -15,11 +15,12 @@ from litestar.params import Body, PathParameter, QueryParameter
 from msgspec import Meta
 
 from server.audio import MAX_REFERENCE_BYTES
-from server.dependencies import Engine, RecordingDecoder, ServerSettings
+from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
 from server.engine import EngineClient
 from server.http.auth import client_of
-from server.http.errors import ApiError, ErrorEnvelope, answer, documented, unexpected
-from server.http.streaming import while_there
+from server.http.error_handlers import handle_unexpected
+from server.http.errors import ApiError, ErrorEnvelope, documented, error_response
+from server.http.streaming import cancel_on_disconnect
 from server.resolution import find_model, model_named
 from server.routes.models import known, latest, state_of
 from server.saved_voices import find_saved_voice
@@ -68,8 +69,8 @@ def _needs_form(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRo
 def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
     """Litestar's parser lets text in a wrong encoding, and encodings that there are not, pass as Python's errors."""
     if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
-        return answer(ApiError("invalid_value", "The form holds text that is not UTF-8."))
-    return unexpected(request, error)
+        return error_response(ApiError("invalid_value", "The form holds text that is not UTF-8."))
+    return handle_unexpected(request, error)
 
 
 @get(
@@ -80,7 +81,7 @@ def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def list_voices(
-    engine: Engine,
+    engine: EngineDependency,
     *,
     model: Annotated[
         str | None, QueryParameter(description="Only the voices of this model.", max_length=MAX_NAME)
@@ -119,9 +120,9 @@ async def list_voices(
 async def create_voice(
     request: Request[Any, Any, Any],
     data: Annotated[VoiceForm, Body(media_type=RequestEncodingType.MULTI_PART)],
-    engine: Engine,
-    settings: ServerSettings,
-    recordings: RecordingDecoder,
+    engine: EngineDependency,
+    settings: SettingsDependency,
+    decoder_pool: DecoderPoolDependency,
 ) -> SavedVoiceObject:
     """Clone a voice from a recording (1 to 60 s, at most 10 MiB), or let a description make one."""
     name = data.name.strip()
@@ -135,7 +136,7 @@ async def create_voice(
         action = DesignVoice(name=name, prompt=data.prompt or "", description=data.description or "")
     else:
         sample = await _sample(data.audio_sample)
-        pcm = await while_there(request, recordings.pcm_of(sample, "audio_sample"))
+        pcm = await cancel_on_disconnect(request, decoder_pool.pcm_of(sample, "audio_sample"))
         action = CloneVoice(
             name=name,
             text=(data.ref_text or "").strip() or None,
@@ -143,7 +144,7 @@ async def create_voice(
             consent=data.consent or "",
         )
     making = engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
-    reply = await while_there(request, making)
+    reply = await cancel_on_disconnect(request, making)
     return _saved_object(_voice_in(reply.voice))
 
 
@@ -155,7 +156,7 @@ async def create_voice(
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def get_voice(
-    request: Request[Any, Any, Any], voice_id: VoiceName, engine: Engine, settings: ServerSettings
+    request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceObject | SavedVoiceObject:
     """The voice of that id or name; where several models have one, that of the first model in the list."""
     name = voice_id.removeprefix("/")
@@ -175,7 +176,7 @@ async def get_voice(
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def delete_voice(
-    request: Request[Any, Any, Any], voice_id: VoiceName, engine: Engine, settings: ServerSettings
+    request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceDeleted:
     """Forget the saved voice of that id or name."""
     client = client_of(settings, request)

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 from granian.constants import Interfaces
 from granian.server.embed import Server
-from litestar import Litestar
 
 from server.app import create_app
+from server.http.middleware import HttpMiddleware
 from shared.settings import Settings
 from tests.ports import free_port
 
@@ -27,7 +27,7 @@ async def serving(url: str, *, ready: bool = True, **settings: Any) -> AsyncIter
 
 
 @asynccontextmanager
-async def listening(app: Litestar) -> AsyncIterator[str]:
+async def listening(app: HttpMiddleware) -> AsyncIterator[str]:
     """The base URL of `app`, served by granian."""
     port = free_port()
     server = Server(app, port=port, interface=Interfaces.ASGI, log_enabled=False, websockets=False)

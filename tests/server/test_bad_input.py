@@ -178,7 +178,7 @@ async def test_bad_speech_request(client: httpx.AsyncClient, caplog: pytest.LogC
     assert not [word for word in OF_PYTHON if word in error["message"]]
     assert answer.headers["x-request-id"]
     assert not caplog.records
-    assert [(line["event"], line["log_level"]) for line in logged] == [("refused", "info")]
+    assert [(line["event"], line["log_level"]) for line in logged] == [("request_refused", "info")]
 
 
 @pytest.mark.parametrize(("name", "request_"), FINE, ids=[case[0] for case in FINE])

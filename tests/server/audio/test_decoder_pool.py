@@ -186,7 +186,7 @@ async def test_a_client_that_leaves_takes_its_process_along(gate: Gate, tmp_path
     """Over HTTP: the process is gone soon after the connection is."""
     app = create_app(Settings(worker_url=f"ipc://{tmp_path}/nobody.ipc"))
     async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
-        app.state.recordings = DecoderPool(allow_urls=False, command=gate.command)
+        app.app.state.decoder_pool = DecoderPool(allow_urls=False, command=gate.command)
         form = {"data": {"name": "me"}, "files": {"audio_sample": b"x"}}
         sending = asyncio.create_task(client.post("/v1/audio/voices", **form))
         await becomes(gate.steps)

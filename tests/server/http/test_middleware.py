@@ -119,7 +119,7 @@ async def test_a_path_cannot_steer_the_terminal(worker: FakeWorker) -> None:
     async with serving(worker.url) as client:
         with structlog.testing.capture_logs() as logged:
             await client.get("/no%1B[2J%0Athing")
-    assert [line["path"] for line in logged if line["event"] == "refused"] == ["/no%1B[2J%0Athing"]
+    assert [line["path"] for line in logged if line["event"] == "request_refused"] == ["/no%1B[2J%0Athing"]
 
 
 async def test_refusals_are_logged(worker: FakeWorker) -> None:
@@ -131,9 +131,9 @@ async def test_refusals_are_logged(worker: FakeWorker) -> None:
             worker.fail_with = Failed(id="", code="synthesis_failed", message="the text could not be spoken")
             await client.post(SPEECH, json={"input": "the text", "stream": False}, headers=headers)
             await client.get("/health")
-    refused, failed = [line for line in logged if line["event"] == "refused"]
+    refused, failed = [line for line in logged if line["event"] == "request_refused"]
     assert refused == {
-        "event": "refused",
+        "event": "request_refused",
         "log_level": "info",
         "request_id": "abc-1",
         "method": "POST",

@@ -34,7 +34,7 @@ def late(real=serve.from_environment):
     if len(attempts.read_text()) < 5:
         os.kill(os.getpid(), 9)
     application = real()
-    application.on_startup.append(lambda: os.kill(os.getppid(), 15))
+    application.app.on_startup.append(lambda: os.kill(os.getppid(), 15))
     return application
 serve.from_environment = late
 """

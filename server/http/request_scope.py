@@ -1,0 +1,34 @@
+"""Facts about one request that are kept in its ASGI scope or derived from it: its id and its path for log lines."""
+
+import uuid
+from typing import Final
+
+from litestar.datastructures import Headers
+from litestar.types import Scope
+
+from shared.log import sane_request_id
+
+BODY_STALLED: Final = "body_stalled"
+"""The key in `scope["state"]` that middleware.py sets when it gives up waiting for the rest of a body."""
+
+_LONGEST_PATH: Final = 200
+"""Characters of a path that are logged: more than any path of this server has."""
+
+
+def request_id_of(scope: Scope) -> str:
+    """The request's id: the client's own `x-request-id` if it is sane, else a new one; the same at each call."""
+    state = scope.setdefault("state", {})
+    if "request_id" not in state:
+        given = Headers.from_scope(scope).get("x-request-id")
+        state["request_id"] = sane_request_id(given) or uuid.uuid4().hex
+    return str(state["request_id"])
+
+
+def printable_path(scope: Scope) -> str:
+    """The request's path for log lines and messages: shortened, with unprintable characters in hexadecimal.
+
+    A client may send a path of any length, with escape sequences that would steer a terminal.
+    """
+    path = str(scope["path"])
+    shown = path if len(path) <= _LONGEST_PATH else path[:_LONGEST_PATH] + "…"
+    return "".join(char if char.isprintable() else f"%{ord(char):02X}" for char in shown)
