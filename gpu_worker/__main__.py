@@ -28,11 +28,10 @@ from gpu_worker.residency.memory import cuda_present, open_probe
 from gpu_worker.residency.mover import Mover
 from gpu_worker.residency.moves import Progress
 from gpu_worker.scheduler import Scheduler
+from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
-from gpu_worker.voices.files import VoiceFiles
-from gpu_worker.voices.store import VoiceStore
-from gpu_worker.voices.writer import VoiceWriter
+from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Drain, Wake, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
@@ -163,7 +162,7 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
 
 def build_worker(
     settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]", *, restarts: int
-) -> tuple[Worker, Mover, Checkpoints, VoiceWriter]:
+) -> tuple[Worker, Mover, Checkpoints, SerialThread[VoiceWrite]]:
     """The only place where the worker's parts are wired together; the caller starts those that have a thread."""
     catalog = load_catalog()
     device = settings.default_device
@@ -186,7 +185,7 @@ def build_worker(
     loader = Mover(catalog, registry.open, probe, inbox.put)
     fetcher = Checkpoints(catalog, registry, inbox.put)
     voice_files = VoiceFiles(settings.voices_dir)
-    writer = VoiceWriter(voice_files, inbox.put)
+    writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
     default_model = registry.default_model()
     registry.prepare()
     options = CleanupOptions(
@@ -209,8 +208,7 @@ def build_worker(
         residency=residency,
         loader=loader,
         fetcher=fetcher,
-        voices=VoiceStore(voice_files, settings.max_voices, reserved=_reserved_voices(catalog)),
-        writer=writer,
+        voices=VoiceStore(voice_files, writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
         reporter=Stats(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,

@@ -1,21 +1,19 @@
-"""The calls: what a web worker can ask for besides speech, answered at once or when what was begun has ended.
+"""Admin calls: everything a web worker can ask for besides speech, and the callers that wait for an end.
 
-Owned by the synthesis thread; it moves no model, speaks no word and writes no voice itself,
-but asks `residency`, submits requests and hands `voice_writer` what is to be written.
+Owned by the synthesis thread. ControlHandler moves no model, synthesizes nothing and writes no file:
+it asks Residency, submits Requests and hands voices to VoiceStore.
 """
 
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Final, Literal
+from typing import Final, assert_never
 
 import msgspec
-import structlog
 
 from gpu_worker.engines.base import Job, JobError, Sampling
 from gpu_worker.requests import CollectingSink, Request, failed_message
 from gpu_worker.residency.manager import ModelBusyError, Residency
-from gpu_worker.voices.store import VoiceStore
-from gpu_worker.voices.writer import VoiceWrite, VoiceWriter, VoiceWritten
+from gpu_worker.voices import VoiceStore, VoiceWrite, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     Call,
@@ -36,28 +34,57 @@ DESIGN_TEXT: Final = (
     "This is how I sound when I speak at my ease. I take my time, I breathe between the words, "
     "and I try to let every sentence come out clear and natural."
 )
-"""What a designed voice says once; the recording is the reference that it is cloned from ever after."""
+"""The text that a designed voice speaks once; the recording of it is then cloned like any other."""
 
 DESIGN_MAX_FRAMES: Final = 375
-"""30 s: three times what the text takes, so a model that does not stop is no voice of half an hour."""
-
-log = structlog.get_logger(__name__)
+"""30 s, three times what the text takes: a model that does not stop makes no voice of half an hour."""
 
 Answer = Callable[[Message], None]
 
 
-class _Pending(msgspec.Struct):
-    """A call that waits until `model` is where it is to be; with "" for a model, until its pass or write has ended."""
+class _Caller(msgspec.Struct, frozen=True):
+    """The web worker that made a call; `answer` sends its only answer."""
 
     peer: bytes
     call_id: str
-    model: str
-    goal: Literal["resident", "absent", "clean"] | VoiceWrite
     answer: Answer
+
+    def fail(self, error: JobError) -> None:
+        self.answer(failed_message(self.call_id, error))
+
+
+class _PendingLoad(msgspec.Struct, frozen=True):
+    """Done when `model` is resident."""
+
+    caller: _Caller
+    model: str
+
+
+class _PendingUnload(msgspec.Struct, frozen=True):
+    """Done when `model` is absent."""
+
+    caller: _Caller
+    model: str
+
+
+class _PendingCleanup(msgspec.Struct, frozen=True):
+    """Done when the cleanup pass has ended."""
+
+    caller: _Caller
+
+
+class _PendingVoiceWrite(msgspec.Struct, frozen=True):
+    """Done when the report of `write` is there."""
+
+    caller: _Caller
+    write: VoiceWrite
+
+
+_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingVoiceWrite
 
 
 class ControlHandler:
-    """Takes calls and answers each exactly once, unless whoever asked has left."""
+    """Handles calls. It answers each call exactly once, or never if its web worker has cancelled it or is gone."""
 
     def __init__(
         self,
@@ -65,159 +92,174 @@ class ControlHandler:
         specs: Mapping[str, ModelSpec],
         residency: Residency,
         voices: VoiceStore,
-        writer: VoiceWriter,
         submit: Callable[[Request], None],
         require: Callable[[str], ModelSpec],
         clock: Callable[[], float],
     ) -> None:
+        """`submit` queues a request and `require` looks a model up; both raise JobError while the worker drains."""
         self._specs = specs
         self._residency = residency
         self._voices = voices
-        self._writer = writer
         self._submit = submit
         self._require = require
         self._clock = clock
         self._pending: list[_Pending] = []
 
-    def take(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> None:
-        """Do what `call` of the web worker `peer` asks for; `answer` is called now or later, once."""
+    def handle(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> None:
+        """Carry out `call` of the web worker `peer`. `answer` is called once, now or when the call has ended."""
+        caller = _Caller(peer, call.id, answer)
         try:
-            reply = self._do(peer, call, payload, answer)
+            reply = self._dispatch(caller, call, payload)
         except JobError as error:
-            answer(failed_message(call.id, error))
+            caller.fail(error)
             return
         if reply is not None:
             answer(reply)
 
     def forget(self, peer: bytes, call_id: str | None = None) -> None:
-        """Nobody waits for that call any more, or for any call of `peer`; what it began goes on.
+        """Never answer that call, or any call of `peer` if there is no `call_id`. What the call started goes on.
 
-        The speech of a design is a request of `peer` by the call's id, and is dropped like any other.
+        The request that designs a voice has the call's peer and id, so the worker cancels it like any other request.
         """
         self._pending = [
             pending
             for pending in self._pending
-            if pending.peer != peer or (call_id is not None and pending.call_id != call_id)
+            if pending.caller.peer != peer or (call_id is not None and pending.caller.call_id != call_id)
         ]
 
-    def answer_ended(self) -> None:
-        """Answer the calls whose model or pass has come to an end."""
+    def answer_finished(self) -> None:
+        """Answer the calls whose model transition or cleanup pass has ended."""
         for pending in list(self._pending):
-            outcome = self._outcome(pending)
-            if outcome is not None:
+            result = self._result_of(pending)
+            if result is not None:
                 self._pending.remove(pending)
-                pending.answer(outcome)
+                pending.caller.answer(result)
 
-    def end(self, error: JobError) -> None:
-        """Nothing is going to happen any more: every call that waits fails."""
+    def fail_pending(self, error: JobError) -> None:
+        """Fail every pending call: the process ends."""
         for pending in self._pending:
-            failed = failed_message(pending.call_id, error)
-            if isinstance(pending.goal, VoiceWrite):  # whose end nobody will hear of
-                message = f"{error.message}; the voice may be {pending.goal.done} all the same"
+            failed = failed_message(pending.caller.call_id, error)
+            if isinstance(pending, _PendingVoiceWrite):  # the disk may still take it
+                message = f"{error.message}; the voice may be {pending.write.participle} all the same"
                 failed = msgspec.structs.replace(failed, message=message)
-            pending.answer(failed)
+            pending.caller.answer(failed)
         self._pending.clear()
 
-    def voice_written(self, report: VoiceWritten) -> None:
-        """The write is on the disk or has failed: take note of it, and answer who still waits for it."""
-        pending = next((pending for pending in self._pending if pending.goal is report.write), None)
-        call_id = pending.call_id if pending is not None else ""
-        outcome: Message
+    def on_voice_written(self, report: VoiceWritten) -> None:
+        """Record the end of a voice's write, and answer its call if that is still pending."""
+        error: JobError | None = None
         try:
-            outcome = Reply(id=call_id, voice=self._voices.written(report))
-        except JobError as error:
-            outcome = failed_message(call_id, error)
-        if pending is not None:
-            self._pending.remove(pending)
-            pending.answer(outcome)
+            voice = self._voices.on_written(report)
+        except JobError as raised:
+            error = raised
+        for pending in list(self._pending):
+            if isinstance(pending, _PendingVoiceWrite) and pending.write is report.write:
+                self._pending.remove(pending)
+                if error is None:
+                    pending.caller.answer(Reply(id=pending.caller.call_id, voice=voice))
+                else:
+                    pending.caller.fail(error)
 
-    def model_refused(self, model: str, error: JobError) -> None:
-        """The model could not be brought to the device: calls that wait for it fail with the reason."""
-        self._fail(model, "resident", error)
+    def on_model_refused(self, model: str, error: JobError) -> None:
+        """Fail the pending loads of a model that cannot be brought to the device."""
+        self._fail(_PendingLoad, model, error)
 
-    def _do(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> Reply | None:
+    def _dispatch(self, caller: _Caller, call: Call, payload: bytes | None) -> Reply | None:
+        """Carry out the action; None if the answer comes later."""
         match call.action:
             case LoadModel(model=model):
-                self._require(model)
-                self._residency.ask_load(model)
-                # Of a load and an unload that meet, the later one counts.
-                self._fail(
-                    model, "absent", JobError("model_busy", f"{model} was to be loaded meanwhile", param="model")
-                )
-                self._pending.append(_Pending(peer, call.id, model, "resident", answer))
+                self._load(caller, model)
             case UnloadModel(model=model):
-                self._unload(model)
-                self._fail(model, "resident", JobError("model_busy", f"{model} was unloaded meanwhile", param="model"))
-                self._pending.append(_Pending(peer, call.id, model, "absent", answer))
+                self._unload(caller, model)
             case PinModel(model=model, pinned=pinned):
-                self._known(model)
+                self._check_known(model)
                 self._residency.pin(model, pinned)
-                return Reply(id=call.id, model=self._state_of(model))
+                return Reply(id=call.id, model=self._status_of(model))
             case Cleanup():
                 self._residency.cleanup.start()
-                self._pending.append(_Pending(peer, call.id, "", "clean", answer))
+                self._pending.append(_PendingCleanup(caller))
             case FindVoice(name=name):
                 return Reply(id=call.id, voice=self._voices.find(name))
             case CloneVoice(name=name, text=text, description=description, consent=consent):
                 write = self._voices.create(
                     name=name, kind="clone", pcm=payload or b"", text=text, description=description, consent=consent
                 )
-                self._write(peer, call.id, write, answer)
-            case DesignVoice():
-                self._design(peer, call, call.action, answer)
+                self._pending.append(_PendingVoiceWrite(caller, write))
+            case DesignVoice() as action:
+                self._design(caller, call.client, action)
             case DeleteVoice(id=voice_id):
-                self._write(peer, call.id, self._voices.delete(voice_id), answer)
+                self._pending.append(_PendingVoiceWrite(caller, self._voices.delete(voice_id)))
+            case _:
+                assert_never(call.action)
         return None
 
-    def _write(self, peer: bytes, call_id: str, write: VoiceWrite, answer: Answer) -> None:
-        """Have it written, and the call answered when it has been."""
-        self._pending.append(_Pending(peer, call_id, "", write, answer))
-        self._writer.submit(write)
+    def _load(self, caller: _Caller, model: str) -> None:
+        self._require(model)
+        self._residency.ask_load(model)
+        # The later of a load and an unload wins.
+        self._fail(_PendingUnload, model, JobError("model_busy", f"{model} was to be loaded meanwhile", param="model"))
+        self._pending.append(_PendingLoad(caller, model))
 
-    def _unload(self, model: str) -> None:
-        self._known(model)
+    def _unload(self, caller: _Caller, model: str) -> None:
+        self._check_known(model)
         try:
             self._residency.ask_unload(model)
         except ModelBusyError as error:
             raise JobError("model_busy", str(error), param="model") from error
+        self._fail(_PendingLoad, model, JobError("model_busy", f"{model} was unloaded meanwhile", param="model"))
+        self._pending.append(_PendingUnload(caller, model))
 
-    def _known(self, model: str) -> None:
+    def _check_known(self, model: str) -> None:
         if model not in self._specs:
             raise JobError("model_not_found", f"there is no model {model!r}", param="model")
 
-    def _fail(self, model: str, goal: str, error: JobError) -> None:
-        """What this goal needs is not going to happen."""
-        for pending in [pending for pending in self._pending if (pending.model, pending.goal) == (model, goal)]:
-            self._pending.remove(pending)
-            pending.answer(failed_message(pending.call_id, error))
+    def _fail(self, kind: type[_PendingLoad | _PendingUnload], model: str, error: JobError) -> None:
+        """Fail the pending loads, or unloads, of `model`."""
+        for pending in list(self._pending):
+            if isinstance(pending, kind) and pending.model == model:
+                self._pending.remove(pending)
+                pending.caller.fail(error)
 
-    def _outcome(self, pending: _Pending) -> Message | None:
-        """The answer, once there is one."""
-        if pending.goal == "clean":
-            cleanup = self._residency.cleanup
-            return None if cleanup.under_way else Reply(id=pending.call_id, cleanup=cleanup.last)
-        if isinstance(pending.goal, VoiceWrite) or not self._residency.is_settled(pending.model):
+    def _result_of(self, pending: _Pending) -> Message | None:
+        """The answer to a pending call, or None while it has not ended."""
+        call_id = pending.caller.call_id
+        match pending:
+            case _PendingCleanup():
+                cleanup = self._residency.cleanup
+                return None if cleanup.under_way else Reply(id=call_id, cleanup=cleanup.last)
+            case _PendingLoad(model=model):
+                status = self._status_of(model)
+                loaded = self._residency.is_settled(model) and status.state == "resident"
+                return Reply(id=call_id, model=status) if loaded else None
+            case _PendingUnload(model=model):
+                return self._result_of_unload(call_id, model)
+            case _PendingVoiceWrite():
+                return None  # see on_voice_written
+            case _:
+                assert_never(pending)
+
+    def _result_of_unload(self, call_id: str, model: str) -> Message | None:
+        status = self._status_of(model)
+        if not self._residency.is_settled(model):
             return None
-        found = self._state_of(pending.model)
-        # An absent model whose weights are not there is called unavailable.
-        if found.state == pending.goal or (pending.goal, found.state) == ("absent", "unavailable"):
-            return Reply(id=pending.call_id, model=found)
-        if pending.goal == "absent" and found.references:
-            message = f"{pending.model} was asked to speak before it could be unloaded"
-            return failed_message(pending.call_id, JobError("model_busy", message, param="model"))
+        if status.state in {"absent", "unavailable"}:  # unavailable: absent, and its weights are not on the disk either
+            return Reply(id=call_id, model=status)
+        if status.references:
+            message = f"{model} was asked to speak before it could be unloaded"
+            return failed_message(call_id, JobError("model_busy", message, param="model"))
         return None
 
-    def _state_of(self, model: str) -> ModelStatus:
-        return next(state for state in self._residency.models() if state.id == model)
+    def _status_of(self, model: str) -> ModelStatus:
+        return next(status for status in self._residency.models() if status.id == model)
 
-    def _design(self, peer: bytes, call: Call, action: DesignVoice, answer: Answer) -> None:
-        """Let the voice-design model speak, and keep what it said."""
+    def _design(self, caller: _Caller, client: str, action: DesignVoice) -> None:
+        """Let the voice-design model speak DESIGN_TEXT, and save the recording as a voice."""
         spec = next((spec for spec in self._specs.values() if spec.task == "VoiceDesign"), None)
         if spec is None:
             raise JobError("model_unavailable", "no model of the catalogue designs voices", retry_after_s=60)
         self._voices.check_new(action.name)
 
-        def done(result: bytes | JobError) -> None:
+        def save(result: bytes | JobError) -> None:
             try:
                 if isinstance(result, JobError):
                     raise result
@@ -229,17 +271,17 @@ class ControlHandler:
                     description=action.description or action.prompt,
                 )
             except JobError as error:
-                answer(failed_message(call.id, error))
+                caller.fail(error)
             else:
-                self._write(peer, call.id, write, answer)
+                self._pending.append(_PendingVoiceWrite(caller, write))
 
         self._submit(
             Request(
-                peer=peer,
-                request_id=call.id,
-                client=call.client,
+                peer=caller.peer,
+                request_id=caller.call_id,
+                client=client,
                 model=spec.id,
-                sink=CollectingSink(done),
+                sink=CollectingSink(save),
                 keep_alive_s=None,
                 arrived=self._clock(),
                 job=Job(

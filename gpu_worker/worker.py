@@ -27,8 +27,7 @@ from gpu_worker.residency.moves import Downloaded, FilesChecked, MoverFailed, Pr
 from gpu_worker.scheduler import QueueFullError, Scheduler
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
-from gpu_worker.voices.store import VoiceStore
-from gpu_worker.voices.writer import VoiceWriter, VoiceWritten
+from gpu_worker.voices import VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     VERSION,
@@ -76,7 +75,6 @@ class Worker:
         loader: Mover,
         fetcher: Checkpoints,
         voices: VoiceStore,
-        writer: VoiceWriter,
         reporter: Stats,
         max_concurrency: int,
         stall_timeout_s: float,
@@ -105,7 +103,6 @@ class Worker:
             specs=self._specs,
             residency=residency,
             voices=voices,
-            writer=writer,
             submit=self._submit,
             require=self._require,
             clock=clock,
@@ -135,7 +132,7 @@ class Worker:
         self._step()
         self._end_stalled()
         self._move_models()
-        self._calls.answer_ended()
+        self._calls.answer_finished()
 
     # --- commands --------------------------------------------------------------------------------------------------
 
@@ -164,7 +161,7 @@ class Worker:
             case FilesChecked() | Downloaded():
                 self._take_errand(command)
             case VoiceWritten():
-                self._calls.voice_written(command)
+                self._calls.on_voice_written(command)
             case Wake():
                 pass  # it has ended the wait for a command
             case Drain(deadline_s):
@@ -197,7 +194,7 @@ class Worker:
             case Cancel(id=request_id):
                 self._cancel(peer, request_id)
             case Call():
-                self._calls.take(peer, message, payload, lambda reply: self._send(peer, reply, None))
+                self._calls.handle(peer, message, payload, lambda reply: self._send(peer, reply, None))
 
     def _speak(self, peer: bytes, speak: Speak, payload: bytes | None) -> None:
         sink = PeerSink(speak.id, lambda message, pcm: self._send(peer, message, pcm), speak.credit)
@@ -249,7 +246,7 @@ class Worker:
             raise JobError("queue_full", message, retry_after_s=error.wait_s) from error
         self._open[request.peer, request.id] = request
         self._residency.acquire(spec.id)
-        self._calls.answer_ended()  # an unload that this prevents is told so, even if the request is gone in a moment
+        self._calls.answer_finished()  # fail the unloads that the request prevents, even if it is over in a moment
         self._admit()
 
     def _require(self, model: str) -> ModelSpec:
@@ -322,7 +319,7 @@ class Worker:
         if report.engine is not None:
             self._engines[report.move.model] = report.engine
         self._residency.moved(report)
-        self._calls.answer_ended()  # before the next decision takes the model elsewhere
+        self._calls.answer_finished()  # before the next decision takes the model elsewhere
         for request in self._scheduler:
             if request.model == report.move.model:
                 request.model_ready = self._clock()
@@ -333,7 +330,7 @@ class Worker:
         error = JobError(refusal.code, refusal.message, param="model", retry_after_s=refusal.retry_after_s)
         for request in self._scheduler.remove(lambda request: request.model == refusal.model):
             self._end(request, error)
-        self._calls.model_refused(refusal.model, error)
+        self._calls.on_model_refused(refusal.model, error)
 
     # --- speaking --------------------------------------------------------------------------------------------------
 
@@ -448,14 +445,14 @@ class Worker:
             failed = JobError("synthesis_failed", f"the GPU worker broke: {type(error).__name__}: {error}")
         for request in self._open.values():
             request.sink.failed(failed)
-        self._calls.end(failed)
+        self._calls.fail_pending(failed)
 
     def _fail_all(self, error: JobError) -> None:
         """Whoever has not heard everything hears that it will not be."""
         self._scheduler.remove(lambda _: True)
         for request in list(self._open.values()):
             self._fail(request, error)
-        self._calls.end(error)
+        self._calls.fail_pending(error)
 
     def _fail(self, request: Request, error: JobError) -> None:
         """The request, no longer queued, does not get any further."""

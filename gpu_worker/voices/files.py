@@ -1,12 +1,11 @@
-"""Saved voices on the disk. This process is their only owner.
+"""The files of saved voices. Only this process writes them.
 
-A voice is two files named by its id: `<id>.safetensors` (the recording) and `<id>.json` (all that is said of it).
-The JSON is written last and deleted first, so a voice is whole or not there.
+A voice is two files named by its id: `<id>.safetensors` (the recording) and `<id>.json` (its VoiceRecord).
+The JSON file is written last and deleted first, so a voice is either whole or not there.
 No part of a path ever comes from a client.
 """
 
 import contextlib
-import logging
 import os
 from pathlib import Path
 from typing import Final, Literal
@@ -15,7 +14,9 @@ import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
+import structlog
 
+from gpu_worker.engines.base import JobError
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import SavedVoice
 
@@ -24,11 +25,11 @@ ID_PREFIX: Final = "voice_"
 _TENSOR: Final = "pcm"
 _PART: Final = ".part"
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON beside a recording; `samples` at 24 kHz, `created_at` in Unix seconds."""
+    """The JSON file beside a recording; `samples` at 24 kHz, `created_at` in Unix seconds."""
 
     id: str
     name: str
@@ -39,8 +40,8 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     consent: str = ""
 
-    def public(self) -> SavedVoice:
-        """What everybody may know of it."""
+    def to_public(self) -> SavedVoice:
+        """The part of the record that clients may see."""
         return SavedVoice(
             id=self.id,
             name=self.name,
@@ -52,81 +53,117 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
+    """A pending change of the disk: save `record` with its recording `pcm` (24 kHz mono int16), or delete it."""
+
+    kind: Literal["save", "delete"]
+    record: VoiceRecord
+    pcm: bytes = b""
+
+    @property
+    def participle(self) -> str:
+        """The state of the voice after a successful write, for messages."""
+        return "saved" if self.kind == "save" else "deleted"
+
+
+class VoiceWritten(msgspec.Struct, frozen=True, kw_only=True):
+    """The report of a write: `error` is None if the disk has taken it."""
+
+    write: VoiceWrite
+    error: JobError | None
+
+
 class VoiceFiles:
-    """The files in `directory`. Nothing is kept in memory: one thread may write while another reads."""
+    """Reads and writes the files in `directory`. It keeps nothing in memory: one thread may write while another reads.
+
+    A write syncs the disk, which takes 100 ms and more on a network volume: it never runs on the synthesis thread.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def records(self) -> list[VoiceRecord]:
-        """Every voice that is whole, the oldest first; what a process that died left behind is taken away.
+        """The records of all whole voices, the oldest first. A voice that cannot be read stays on the disk, unlisted.
 
-        A voice that cannot be read is left where it is and logged.
+        Files that a dying process left half-written or half-deleted are removed.
         """
         records = []
         for path in sorted(self._directory.glob("*.json")):
             try:
                 records.append(self._read(path))
             except (OSError, ValueError, safetensors.SafetensorError) as error:
-                _log.warning("the saved voice %s is left out: %s", path.stem, error)
+                log.warning("saved_voice_unreadable", voice=path.stem, reason=str(error))
         orphans = [
             path for path in self._directory.glob(f"{ID_PREFIX}*.safetensors") if not path.with_suffix(".json").exists()
         ]
         for path in [*self._directory.glob(f"*{_PART}"), *orphans]:
-            # What a process that died was writing, and nobody was told of, or was deleting.
             with contextlib.suppress(OSError):
                 path.unlink()
         return sorted(records, key=lambda record: record.created_at)
 
     def recording(self, voice_id: str) -> bytes:
-        """The voice's recording; OSError, KeyError or SafetensorError where it is damaged or gone."""
-        samples = safetensors.numpy.load_file(self._recording(voice_id))[_TENSOR]
+        """The voice's recording; OSError, KeyError or SafetensorError if it is damaged or gone."""
+        samples = safetensors.numpy.load_file(self._recording_path(voice_id))[_TENSOR]
         return samples.astype("<i2").tobytes()
 
-    def save(self, record: VoiceRecord, pcm: bytes) -> None:
-        """Keep `pcm` (24 kHz mono int16 little-endian) as that voice; it is on the disk when this returns.
+    def write(self, write: VoiceWrite) -> VoiceWritten:
+        """Carry out `write`. Every error is part of the report: it fails this voice and nothing else."""
+        try:
+            if write.kind == "save":
+                self.save(write.record, write.pcm)
+            else:
+                self.delete(write.record)
+        except Exception as error:
+            log.exception("voice_write_failed", voice=write.record.id, kind=write.kind)
+            reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+            message = f"the voice could not be {write.participle}: {reason}"
+            return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
+        return VoiceWritten(write=write, error=None)
 
-        Raises OSError where the disk did not take it, and then leaves nothing of it.
+    def save(self, record: VoiceRecord, pcm: bytes) -> None:
+        """Write `pcm` (24 kHz mono int16 little-endian) and its record; both are synced when this returns.
+
+        Raises OSError if the disk did not take them, and then leaves no file of the voice.
         """
         recording = safetensors.numpy.save({_TENSOR: np.frombuffer(pcm, dtype="<i2")})
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            _write(self._recording(record.id), recording)
-            _write(self._description(record.id), msgspec.json.format(msgspec.json.encode(record)))
+            _write_file(self._recording_path(record.id), recording)
+            _write_file(self._record_path(record.id), msgspec.json.format(msgspec.json.encode(record)))
         except Exception:
             self._remove(record.id)
             raise
 
     def delete(self, record: VoiceRecord) -> None:
-        """Have that voice gone from the disk when this returns; OSError where the disk kept it."""
-        self._description(record.id).unlink(missing_ok=True)
+        """Delete the voice's files, synced when this returns; OSError if the disk kept the record."""
+        self._record_path(record.id).unlink(missing_ok=True)
         _sync(self._directory)
         self._remove(record.id)
 
     def _read(self, path: Path) -> VoiceRecord:
-        """The record in `path`, its recording looked at but not read; ValueError where they do not fit."""
+        """The record in `path`; ValueError if it does not fit its recording, of which only the header is read."""
         record = msgspec.json.decode(path.read_bytes(), type=VoiceRecord)
         if record.id != path.stem:
-            raise ValueError(f"it says that it is {record.id!r}")
-        with safetensors.safe_open(self._recording(record.id), framework="numpy") as file:
+            raise ValueError(f"the record names another voice: {record.id!r}")
+        with safetensors.safe_open(self._recording_path(record.id), framework="numpy") as file:
             if list(file.keys()) != [_TENSOR]:
-                raise ValueError(f"its recording holds {list(file.keys())}")
+                raise ValueError(f"the recording's file holds {list(file.keys())}")
             recording = file.get_slice(_TENSOR)
             if recording.get_dtype() != "I16" or recording.get_shape() != [record.samples]:
-                raise ValueError(f"its recording is {recording.get_dtype()} {recording.get_shape()}")
+                raise ValueError(f"the recording is {recording.get_dtype()} {recording.get_shape()}")
         return record
 
     def _remove(self, voice_id: str) -> None:
-        """Take away what there is of a voice's files; what cannot be, the next start leaves out or takes away."""
-        for path in (self._description(voice_id), self._recording(voice_id)):
+        """Remove all files of a voice, as far as the disk allows; `records` handles the rest at the next start."""
+        for path in (self._record_path(voice_id), self._recording_path(voice_id)):
             for found in (path, _part_of(path)):
                 with contextlib.suppress(OSError):
                     found.unlink()
 
-    def _recording(self, voice_id: str) -> Path:
+    def _recording_path(self, voice_id: str) -> Path:
         return self._directory / f"{voice_id}.safetensors"
 
-    def _description(self, voice_id: str) -> Path:
+    def _record_path(self, voice_id: str) -> Path:
         return self._directory / f"{voice_id}.json"
 
 
@@ -134,8 +171,8 @@ def _part_of(path: Path) -> Path:
     return path.with_name(path.name + _PART)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Put `data` into `path`: all of it, on the disk, or nothing."""
+def _write_file(path: Path, data: bytes) -> None:
+    """Write all of `data` to `path`, synced, or leave `path` as it was."""
     part = _part_of(path)
     with part.open("wb") as file:
         file.write(data)
@@ -146,7 +183,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Have a change of names in `directory` on the disk."""
+    """Sync the names of files in `directory` to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,9 @@
-"""The book of saved voices: which there are, which are being written, and what they may be called.
+"""The list of saved voices: which exist, which are being written, and which names are free.
 
-Owned by the synthesis thread. It writes nothing itself: it says what is to be written (see `voice_writer`),
-and a voice is there, or gone, from when it is told how that went. Only `load` reads the disk (see `voice_files`).
+Owned by the synthesis thread. VoiceStore writes no file: it submits VoiceWrites to a thread of the caller,
+and a voice appears or disappears when `on_written` gets the report. Only `load` reads the disk.
 """
 
-import logging
 import secrets
 import time
 import unicodedata
@@ -13,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final, Literal
 
 import safetensors
+import structlog
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.voices.checks import check_recording, check_transcript
-from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord
-from gpu_worker.voices.writer import VoiceWrite, VoiceWritten
+from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.names import JOINERS, is_printable
 from shared.pcm import samples_of
 from shared.protocol import SavedVoice
@@ -25,61 +24,59 @@ from shared.protocol import SavedVoice
 MAX_NAME_CHARS: Final = 64
 """Characters of a voice's name."""
 
-RECENT: Final = 4
-"""Recordings kept at hand, of 3 MB at most: reading one from the disk takes 2.5 ms, in which nobody is served."""
+CACHED_RECORDINGS: Final = 4
+"""Recordings kept in memory, of 3 MB at most: reading one holds up the synthesis thread for 2.5 ms."""
 
-MOST_SAVING: Final = 8
-"""Recordings that wait for the disk at once, of 3 MB at most: one that hangs must not fill the memory."""
+MAX_SAVING: Final = 8
+"""Voices that wait for the disk at once, of 3 MB at most: a disk that hangs must not fill the memory."""
 
 _RETRY_AFTER_S: Final = 5.0
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class VoiceStore:
-    """The voices of `files`, at most `max_voices` of them.
+    """The voices of `files`, at most `max_voices` of them. `submit` hands a write to the thread that writes.
 
-    `reserved` are names that mean something else already (preset voices, OpenAI's names).
-    `wall` gives Unix seconds.
+    `reserved` are names with another meaning (preset voices, OpenAI's names). `wall` gives Unix seconds.
     """
 
     def __init__(
         self,
         files: VoiceFiles,
+        submit: Callable[[VoiceWrite], None],
         max_voices: int,
         reserved: Collection[str] = (),
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._files = files
+        self._submit = submit
         self._max_voices = max_voices
         self._reserved = {_folded(name) for name in reserved}
         self._wall = wall
         self._records: dict[str, VoiceRecord] = {}
         self._saving: dict[str, VoiceRecord] = {}
-        self._deleting: list[str] = []  # twice where two asked
-        self._recent: OrderedDict[str, Reference] = OrderedDict()
+        self._deleting: list[str] = []  # an id stands here once for every pending delete of it
+        self._recordings: OrderedDict[str, Reference] = OrderedDict()
         for record in files.records():
             if self.find(record.name) is not None:
-                _log.warning("the saved voice %s is left out: another is called %r", record.id, record.name)
+                log.warning("saved_voice_name_taken", voice=record.id, name=record.name)
                 continue
             self._records[record.id] = record
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     @property
     def writing(self) -> bool:
-        """Whether anything is being written, or waits to be."""
+        """True while a write is pending."""
         return bool(self._saving or self._deleting)
 
     def list(self) -> list[SavedVoice]:
         """Every voice, the oldest first."""
-        return [record.public() for record in self._records.values()]
+        return [record.to_public() for record in self._records.values()]
 
     def find(self, name: str) -> SavedVoice | None:
-        """The voice of that id or name, case aside."""
-        record = _called(name, self._records.values())
-        return None if record is None else record.public()
+        """The voice with that id or name, ignoring case."""
+        record = _find(name, self._records.values())
+        return None if record is None else record.to_public()
 
     def create(
         self,
@@ -91,11 +88,13 @@ class VoiceStore:
         description: str = "",
         consent: str = "",
     ) -> VoiceWrite:
-        """What is to be written to keep `pcm` (24 kHz mono int16 little-endian) as a voice; its name is taken now.
+        """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a voice. Its name is taken from now on.
 
-        With `text`, its transcript, it will be cloned in context, else from its speaker embedding alone.
-        JobError: as `check_new`, `invalid_audio` or `invalid_value` where no voice can be cloned from the recording
-        or nobody can have said `text` in it, `synthesis_failed` where that was designed.
+        With `text`, its transcript, the voice will be cloned in context, else from its speaker embedding alone.
+
+        Raises:
+            JobError: as `check_new`. `invalid_audio` or `invalid_value` if no voice can be cloned from the recording
+                or `text` is too long to be its transcript; `synthesis_failed` instead if the recording was designed.
         """
         name = self.check_new(name)
         try:
@@ -117,13 +116,16 @@ class VoiceStore:
             consent=consent,
         )
         self._saving[record.id] = record
-        return VoiceWrite(kind="save", record=record, pcm=pcm)
+        write = VoiceWrite(kind="save", record=record, pcm=pcm)
+        self._submit(write)
+        return write
 
     def check_new(self, name: str) -> str:
-        """`name` as it would be kept, before anything is made for it.
+        """`name` in the form in which a new voice would get it.
 
-        JobError: `invalid_value` where the name will not do or there are too many voices, `queue_full` where
-        too many wait for the disk.
+        Raises:
+            JobError: `invalid_value` if the name is not allowed or there are too many voices,
+                `queue_full` if too many voices wait for the disk.
         """
         name = unicodedata.normalize("NFC", name).strip()
         count = len(self._records) + len(self._saving)
@@ -131,11 +133,11 @@ class VoiceStore:
             problem = f"a voice's name has 1 to {MAX_NAME_CHARS} printable characters"
         elif _folded(name) in self._reserved:
             problem = f"{name!r} is the name of a preset voice"
-        elif _called(name, [*self._records.values(), *self._saving.values()]) is not None:
+        elif _find(name, [*self._records.values(), *self._saving.values()]) is not None:
             problem = f"there is a saved voice {name!r} already"
         elif count >= self._max_voices:
             problem = f"there are {count} saved voices already and no more may be kept; delete one first"
-        elif len(self._saving) >= MOST_SAVING:
+        elif len(self._saving) >= MAX_SAVING:
             message = f"{len(self._saving)} voices wait for the disk already"
             raise JobError("queue_full", message, retry_after_s=_RETRY_AFTER_S)
         else:
@@ -143,15 +145,16 @@ class VoiceStore:
         raise JobError("invalid_value", problem, param="name")
 
     def delete(self, voice_id: str) -> VoiceWrite:
-        """What is to be written to forget the voice of that id; JobError `voice_not_found`."""
-        record = self._record(voice_id)
+        """Submit a write that deletes the voice with that id; JobError `voice_not_found`."""
+        write = VoiceWrite(kind="delete", record=self._record(voice_id))
         self._deleting.append(voice_id)
-        return VoiceWrite(kind="delete", record=record)
+        self._submit(write)
+        return write
 
-    def written(self, report: VoiceWritten) -> SavedVoice:
-        """Take note of how a write went: the voice that is there now, or gone.
+    def on_written(self, report: VoiceWritten) -> SavedVoice:
+        """Add or remove the voice of a finished write, and return it.
 
-        JobError: the report's, or `voice_not_found` where another had deleted it before.
+        Raises JobError: the report's own, or `voice_not_found` if an earlier write has already deleted the voice.
         """
         record = report.write.record
         if report.write.kind == "save":
@@ -165,31 +168,30 @@ class VoiceStore:
                 raise report.error
             self._record(record.id)
             del self._records[record.id]
-            self._recent.pop(record.id, None)
-        return record.public()
+            self._recordings.pop(record.id, None)
+        return record.to_public()
 
     def load(self, voice_id: str) -> Reference:
-        """The recording of the voice of that id, ready to be cloned; JobError `voice_not_found`.
+        """The recording of the voice with that id. Ids are never reused, so the id is the `key` of the Reference.
 
-        Also where it has been damaged since: `voice_not_found`, and the log says what is wrong.
-        Ids are never used twice, so the reference's `key` is the id.
+        Raises JobError `voice_not_found`, also if the recording was damaged since the start; the log has the cause.
         """
         record = self._record(voice_id)
-        if voice_id in self._recent:
-            self._recent.move_to_end(voice_id)
-            return self._recent[voice_id]
+        if voice_id in self._recordings:
+            self._recordings.move_to_end(voice_id)
+            return self._recordings[voice_id]
         try:
             pcm = self._files.recording(voice_id)
         except (OSError, KeyError, safetensors.SafetensorError) as error:
             if voice_id in self._deleting:
                 raise _not_found(voice_id) from error
-            _log.exception("the recording of the voice %s cannot be read", voice_id)
+            log.exception("saved_voice_damaged", voice=voice_id)
             message = f"the recording of the voice {record.name!r} is damaged; delete it and save it again"
             raise JobError("voice_not_found", message, param="voice") from error
         reference = Reference(key=record.id, pcm=pcm, text=record.text, x_vector_only=record.text is None)
-        self._recent[voice_id] = reference
-        if len(self._recent) > RECENT:
-            self._recent.popitem(last=False)
+        self._recordings[voice_id] = reference
+        if len(self._recordings) > CACHED_RECORDINGS:
+            self._recordings.popitem(last=False)
         return reference
 
     def _record(self, voice_id: str) -> VoiceRecord:
@@ -203,8 +205,8 @@ def _not_found(voice_id: str) -> JobError:
     return JobError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
 
 
-def _called(name: str, records: Iterable[VoiceRecord]) -> VoiceRecord | None:
-    """The one of that id or name, case aside."""
+def _find(name: str, records: Iterable[VoiceRecord]) -> VoiceRecord | None:
+    """The record with that id or name, ignoring case."""
     wanted = _folded(name)
     return next((record for record in records if wanted in (_folded(record.id), _folded(record.name))), None)
 

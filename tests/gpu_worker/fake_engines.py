@@ -17,13 +17,26 @@ from gpu_worker.residency.manager import Residency
 from gpu_worker.residency.mover import Mover
 from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked, Place
 from gpu_worker.scheduler import Scheduler
+from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
-from gpu_worker.voices.store import VoiceStore
-from gpu_worker.voices.writer import VoiceWriter
+from gpu_worker.voices import VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
-from shared.protocol import Action, Audio, Call, Cancel, Credit, Message, Ping, Pong, SavedVoice, Snapshot, Speak
+from shared.protocol import (
+    Action,
+    Audio,
+    Call,
+    Cancel,
+    CloneVoice,
+    Credit,
+    Message,
+    Ping,
+    Pong,
+    SavedVoice,
+    Snapshot,
+    Speak,
+)
 from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, SlowVoiceFiles, a_spec
 
 WEB = b"web-1"
@@ -212,8 +225,8 @@ class WorkerBench:
         self.loader = Mover(self.specs, self._open, self.device, self.inbox.put)
         self.fetcher = _Fetcher(self.specs, self.files, self.inbox.put)
         self.disk = SlowVoiceFiles(voices_dir)
-        self.writer = VoiceWriter(self.disk, self.inbox.put)
-        self.voices = VoiceStore(self.disk, max_voices, reserved={"preset"}, wall=lambda: WALL)
+        self.writer = SerialThread[VoiceWrite]("voices", lambda write: self.inbox.put(self.disk.write(write)))
+        self.voices = VoiceStore(self.disk, self.writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL)
         self.worker = Worker(
             catalog=self.specs,
             send=lambda peer, message, payload: self.sent.append((peer, message, payload)),
@@ -223,7 +236,6 @@ class WorkerBench:
             loader=self.loader,
             fetcher=self.fetcher,
             voices=self.voices,
-            writer=self.writer,
             reporter=Stats(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
@@ -278,8 +290,11 @@ class WorkerBench:
 
     def save_voice(self, name: str, text: str | None = None) -> SavedVoice:
         """A voice that is there already."""
-        write = self.voices.create(name, VOICE, kind="clone", text=text)
-        return self.voices.written(self.writer.carry_out(write))
+        self.call(f"save-{name}", CloneVoice(name=name, text=text), VOICE)
+        self.settle()
+        voice = self.answer(f"save-{name}").voice
+        assert isinstance(voice, SavedVoice)
+        return voice
 
     # --- running it --------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from gpu_worker.residency.moves import (
     TransitionDone,
     TransitionFailed,
 )
-from gpu_worker.voices.files import VoiceFiles, VoiceRecord
+from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, ModelStatus
 

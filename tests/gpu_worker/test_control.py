@@ -294,7 +294,7 @@ class TestSlowDisk:
         assert (bench.heard("c"), bench.answer("d").param) == ([], "name")
         bench.disk.gate.set()
         bench.settle()
-        assert (bench.kinds("c"), bench.kinds("d"), len(bench.voices)) == (["Reply"], ["Failed"], 1)
+        assert (bench.kinds("c"), bench.kinds("d"), len(bench.voices.list())) == (["Reply"], ["Failed"], 1)
 
     def test_one_too_many(self, make_bench: MakeBench) -> None:
         """No more voices are kept than may be, however many are saved at once."""
@@ -306,7 +306,7 @@ class TestSlowDisk:
         bench.disk.gate.set()
         bench.settle()
         assert [bench.kinds(name) for name in ("Ada", "Bob", "Cy")] == [["Reply"], ["Reply"], ["Failed"]]
-        assert len(bench.voices) == 2
+        assert len(bench.voices.list()) == 2
 
     def test_deleted_twice(self, bench: WorkerBench) -> None:
         """Each of two who delete one voice at once is answered, and the second that there is none."""
@@ -410,7 +410,7 @@ class TestDesign:
         assert _done(bench, DesignVoice(name="Ada", prompt="p")) == Failed(
             id="c", code="model_unavailable", message="a shard is damaged", param="model", retry_after_s=5.0
         )
-        assert len(bench.voices) == 0
+        assert len(bench.voices.list()) == 0
 
     @pytest.mark.parametrize("speaking", [False, True])
     def test_given_up(self, bench: WorkerBench, *, speaking: bool) -> None:
@@ -426,7 +426,7 @@ class TestDesign:
         bench.gate.set()
         bench.settle()
         assert bench.heard("c") == []
-        assert len(bench.voices) == 0
+        assert len(bench.voices.list()) == 0
         assert bench.references() == {"designer": 0}
         assert bench.snapshot().requests.cancelled == 1
         assert _done(bench, DesignVoice(name="Ada", prompt="p"), call_id="d").voice.name == "Ada"
@@ -452,7 +452,7 @@ class TestDesign:
             "synthesis_failed",
             "the voice could not be saved: No space left on device",
         )
-        assert len(bench.voices) == 0
+        assert len(bench.voices.list()) == 0
 
     def test_of_a_web_worker_that_is_gone(self, bench: WorkerBench) -> None:
         """A web worker that dies takes its calls with it."""
@@ -463,7 +463,7 @@ class TestDesign:
         bench.gate.set()
         bench.settle()
         assert bench.heard("c") == []
-        assert len(bench.voices) == 0
+        assert len(bench.voices.list()) == 0
 
     def test_name_taken_first(self, bench: WorkerBench) -> None:
         """A name that will not do is refused before anybody speaks."""

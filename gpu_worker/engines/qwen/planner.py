@@ -17,7 +17,7 @@ from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.qwen3_tts import TEXTS
 from gpu_worker.engines.qwen.sequence import LEAST_CAP, frame_cap
 from gpu_worker.engines.qwen.text import HEAD, clean, fits, split, tidy
-from gpu_worker.voices.checks import check_transcript
+from gpu_worker.voices import check_transcript
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.engines.qwen.codec.state import Snapshot
-from gpu_worker.voices.checks import check_recording
+from gpu_worker.voices import check_recording
 
 
 class EncodedReference(msgspec.Struct, frozen=True):

@@ -1,22 +1,21 @@
-"""Saved voices are on the disk whole or not at all, and found again after a restart."""
+"""VoiceStore over real files: a voice is on the disk whole or not at all, and a restart finds it again."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.voices.files import VoiceFiles
-from gpu_worker.voices.store import MAX_NAME_CHARS, MOST_SAVING, RECENT, VoiceStore
-from gpu_worker.voices.writer import VoiceWriter, VoiceWritten
+from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite, VoiceWritten
+from gpu_worker.voices.store import CACHED_RECORDINGS, MAX_NAME_CHARS, MAX_SAVING
 from shared.protocol import SavedVoice
 from tests.gpu_worker.fakes import FakeClock
 
 SECOND = bytes(range(240)) * 200
-"""One second of sound that is not silence: 24,000 samples."""
+"""One second of sound, 24,000 samples, not silent."""
 
 
 @pytest.fixture
@@ -26,40 +25,41 @@ def clock() -> FakeClock:
 
 
 class Shelf:
-    """The store as a new process finds it, and a disk that takes at once what is given to it."""
+    """A VoiceStore over real files. Its writes wait in `submitted` until a test carries them out."""
 
     def __init__(self, tmp_path: Path, clock: FakeClock, max_voices: int = 5) -> None:
         self.files = VoiceFiles(tmp_path / "voices")
-        self.store = VoiceStore(self.files, max_voices, reserved=["Alloy", "ryan"], wall=clock)
-        self.writer = VoiceWriter(self.files, _nobody)
+        self.submitted: list[VoiceWrite] = []
+        self.store = VoiceStore(self.files, self.submitted.append, max_voices, reserved=["Alloy", "ryan"], wall=clock)
 
-    def save(self, name: str, pcm: bytes, **told: Any) -> SavedVoice:
-        """A voice, from the first word to the disk."""
-        return self.store.written(self.writer.carry_out(self.store.create(name, pcm, **told)))
+    def save(self, name: str, pcm: bytes, **fields: Any) -> SavedVoice:
+        """Create a voice and write it at once."""
+        self.store.create(name, pcm, **fields)
+        return self.write()
 
     def delete(self, voice_id: str) -> SavedVoice:
-        """And off it."""
-        return self.store.written(self.writer.carry_out(self.store.delete(voice_id)))
+        """Delete a voice, also from the disk, at once."""
+        self.store.delete(voice_id)
+        return self.write()
 
-
-def _nobody(report: VoiceWritten) -> None:
-    """What is carried out at once reports to nobody."""
-    raise AssertionError(report)
+    def write(self) -> SavedVoice:
+        """Carry out the oldest submitted write and report it."""
+        return self.store.on_written(self.files.write(self.submitted.pop(0)))
 
 
 @pytest.fixture
 def shelf(tmp_path: Path, clock: FakeClock) -> Shelf:
-    """An empty store in a folder that does not exist yet."""
+    """An empty store whose folder does not exist yet."""
     return Shelf(tmp_path, clock)
 
 
 def files(tmp_path: Path) -> set[str]:
-    """The endings of what lies in the store's folder."""
+    """The suffixes of the files in the store's folder."""
     return {"".join(path.suffixes) for path in (tmp_path / "voices").glob("*")}
 
 
-def test_saved_voice_is_told(shelf: Shelf) -> None:
-    """A voice is described by what was given: its length, its kind, and whether its transcript is known."""
+def test_saved_voice_has_the_given_fields(shelf: Shelf) -> None:
+    """A voice shows its length, its kind, and whether its transcript is known."""
     voice = shelf.save("Ada", SECOND, kind="clone", text="Hello.", description="my aunt", consent="yes")
     assert voice == SavedVoice(
         id=voice.id,
@@ -72,11 +72,11 @@ def test_saved_voice_is_told(shelf: Shelf) -> None:
     )
     assert shelf.store.find(voice.id) == voice
     assert shelf.store.list() == [voice]
-    assert len(shelf.store) == 1
+    assert len(shelf.store.list()) == 1
 
 
 def test_recording_is_bit_identical(shelf: Shelf) -> None:
-    """What is loaded is what was saved, keyed by the voice's id; the transcript decides how it is cloned."""
+    """`load` returns the saved bytes under the voice's id; the transcript decides how the voice is cloned."""
     in_context = shelf.save("Ada", SECOND, kind="clone", text="Hello.")
     embedded = shelf.save("Bob", SECOND[::-1], kind="design")
     assert shelf.store.load(in_context.id) == Reference(
@@ -87,7 +87,7 @@ def test_recording_is_bit_identical(shelf: Shelf) -> None:
 
 
 def test_survives_a_restart(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
-    """A new process finds every voice, the oldest first, with all that was said of it."""
+    """A new process finds every voice with all its fields, the oldest first."""
     voices = []
     for name in ("Zoe", "Ada", "Mia"):
         voices.append(shelf.save(name, SECOND, kind="clone", text="Hello."))
@@ -98,13 +98,13 @@ def test_survives_a_restart(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> N
 
 
 def test_consent_is_kept(shelf: Shelf, tmp_path: Path) -> None:
-    """What was said of the speaker's consent stays on the disk beside the recording."""
+    """The note on the speaker's consent is on the disk beside the recording."""
     voice = shelf.save("Ada", SECOND, kind="clone", consent="recorded 2026-01-01")
     assert "recorded 2026-01-01" in (tmp_path / "voices" / f"{voice.id}.json").read_text()
 
 
 def test_found_by_id_or_name(shelf: Shelf) -> None:
-    """A voice is found by its id and by its name, case aside, and by nothing else."""
+    """`find` takes an id or a name, ignores case, and takes nothing else."""
     voice = shelf.save("Änne", SECOND, kind="clone")
     for name in (voice.id, voice.id.upper(), "änne", " ÄNNE ", "A\u0308nne"):
         assert shelf.store.find(name) == voice
@@ -115,8 +115,8 @@ def test_found_by_id_or_name(shelf: Shelf) -> None:
     "name",
     ["", "  ", "x" * (MAX_NAME_CHARS + 1), "two\nlines", "nul\0", "\u202eright to left", "\u200d", "alloy", " RYAN "],
 )
-def test_names_that_will_not_do(shelf: Shelf, name: str, tmp_path: Path) -> None:
-    """A name is short, printable and no preset voice's; a refused one leaves nothing on the disk."""
+def test_refused_names(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    """A name is short, printable and not the name of a preset voice; a refused one leaves nothing on the disk."""
     with pytest.raises(JobError) as caught:
         shelf.save(name, SECOND, kind="clone")
     assert (caught.value.code, caught.value.param) == ("invalid_value", "name")
@@ -124,15 +124,15 @@ def test_names_that_will_not_do(shelf: Shelf, name: str, tmp_path: Path) -> None
 
 
 def test_names_are_unique(shelf: Shelf) -> None:
-    """Two voices cannot bear one name, case aside, nor one the id of the other."""
+    """A new name must not equal the name or id of another voice, ignoring case."""
     voice = shelf.save("Ada", SECOND, kind="clone")
     for name in ("ada", "ADA ", "A\u200dda", voice.id):
         with pytest.raises(JobError, match="already"):
             shelf.save(name, SECOND, kind="clone")
 
 
-def test_names_are_no_paths(shelf: Shelf, tmp_path: Path) -> None:
-    """A name that looks like a path is a name, and an id that looks like one is no voice."""
+def test_names_are_not_paths(shelf: Shelf, tmp_path: Path) -> None:
+    """A name that looks like a path stays a name; an id that looks like a path is not found."""
     voice = shelf.save("../../evil", SECOND, kind="clone")
     assert {path.name for path in tmp_path.iterdir()} == {"voices"}
     assert all(path.stem == voice.id for path in (tmp_path / "voices").iterdir())
@@ -142,7 +142,7 @@ def test_names_are_no_paths(shelf: Shelf, tmp_path: Path) -> None:
 
 
 def test_bounded_in_number(tmp_path: Path, clock: FakeClock) -> None:
-    """No more than so many are kept; deleting one makes room."""
+    """The store takes at most `max_voices`; deleting one makes room."""
     shelf = Shelf(tmp_path, clock, max_voices=2)
     first = shelf.save("a", SECOND, kind="clone")
     shelf.save("b", SECOND, kind="clone")
@@ -157,7 +157,7 @@ def test_bounded_in_number(tmp_path: Path, clock: FakeClock) -> None:
     "name", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f468\u200d\U0001f469\u200d\U0001f467"]
 )
 def test_names_of_joined_characters(shelf: Shelf, name: str) -> None:
-    """Persian words and emoji that need an invisible joiner are names, kept as they are written."""
+    """Persian words and emoji with an invisible joiner are allowed and kept unchanged."""
     voice = shelf.save(name, SECOND, kind="clone")
     assert voice.name == name
     assert shelf.store.find(name) == voice
@@ -174,25 +174,23 @@ def test_names_of_joined_characters(shelf: Shelf, name: str) -> None:
         (SECOND, "word " * 100, "invalid_value", "ref_text"),
     ],
 )
-def test_recordings_that_no_voice_can_be_cloned_from(
-    shelf: Shelf, pcm: bytes, text: str | None, code: str, param: str
-) -> None:
-    """Nothing, half a sample, a moment, an hour, a click in silence, or a text nobody says so fast: never kept."""
+def test_refused_recordings(shelf: Shelf, pcm: bytes, text: str | None, code: str, param: str) -> None:
+    """No sound, half a sample, too short, too long, a click in silence, a transcript too long: none is saved."""
     with pytest.raises(JobError) as caught:
         shelf.save("Ada", pcm, kind="clone", text=text)
     assert (caught.value.code, caught.value.param) == (code, param)
     assert shelf.store.list() == []
 
 
-def test_designed_silence_is_the_models_fault(shelf: Shelf) -> None:
-    """Where the model said nothing, the client did nothing wrong."""
+def test_silent_design_is_an_error_of_the_model(shelf: Shelf) -> None:
+    """If the model was silent, the error is `synthesis_failed`, not the client's `invalid_audio`."""
     with pytest.raises(JobError, match="silent") as caught:
         shelf.save("Ada", bytes(48_000), kind="design")
     assert caught.value.code == "synthesis_failed"
 
 
-def test_recent_recordings_are_not_read_again(shelf: Shelf, tmp_path: Path) -> None:
-    """A voice that speaks often costs the disk nothing, until so many others have spoken since."""
+def test_recent_recordings_are_cached(shelf: Shelf, tmp_path: Path) -> None:
+    """A voice in use is read once, until CACHED_RECORDINGS other voices have been loaded since."""
     voices = [shelf.save(name, SECOND, kind="clone") for name in "abcde"]
     loaded = shelf.store.load(voices[0].id)
     for path in (tmp_path / "voices").glob("*.safetensors"):
@@ -200,7 +198,7 @@ def test_recent_recordings_are_not_read_again(shelf: Shelf, tmp_path: Path) -> N
     assert shelf.store.load(voices[0].id) is loaded
     for path in (tmp_path / "voices").glob("*.away"):
         path.rename(path.with_suffix(".safetensors"))
-    for voice in voices[1 : RECENT + 1]:
+    for voice in voices[1 : CACHED_RECORDINGS + 1]:
         shelf.store.load(voice.id)
     again = shelf.store.load(voices[0].id)
     assert again == loaded
@@ -208,7 +206,7 @@ def test_recent_recordings_are_not_read_again(shelf: Shelf, tmp_path: Path) -> N
 
 
 def test_deleted(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
-    """A deleted voice is gone from the list, the disk and the next process, and its name is free."""
+    """A deleted voice is gone from the list and the disk, also after a restart, and its name is free."""
     voice = shelf.save("Ada", SECOND, kind="clone")
     assert shelf.delete(voice.id) == voice
     assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == []
@@ -221,53 +219,51 @@ def test_deleted(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
 
 
 def truncated(path: Path) -> None:
-    """The recording's end is missing."""
+    """Cut off the end of the recording."""
     path.with_suffix(".safetensors").write_bytes(path.with_suffix(".safetensors").read_bytes()[:-9])
 
 
 def foreign(path: Path) -> None:
-    """The recording is something else."""
+    """Replace the recording by another kind of file."""
     path.with_suffix(".safetensors").write_bytes(b"RIFF" * 100)
 
 
 def missing(path: Path) -> None:
-    """There is no recording."""
+    """Remove the recording."""
     path.with_suffix(".safetensors").unlink()
 
 
 def not_json(path: Path) -> None:
-    """The description cannot be read."""
+    """Cut off the end of the record."""
     path.write_bytes(path.read_bytes()[:20])
 
 
 def other_length(path: Path) -> None:
-    """The description belongs to another recording."""
+    """Give the record another length than the recording."""
     path.write_bytes(msgspec.json.encode({**msgspec.json.decode(path.read_bytes()), "samples": 17}))
 
 
 def other_id(path: Path) -> None:
-    """The description says that it is another voice's."""
+    """Give the record the id of another voice."""
     other = next(found for found in path.parent.glob("*.json") if found != path)
     path.write_bytes(msgspec.json.encode({**msgspec.json.decode(path.read_bytes()), "id": other.stem}))
 
 
 @pytest.mark.parametrize("damage", [truncated, foreign, missing, not_json, other_length, other_id])
-def test_damaged_voices_are_left_out(
-    shelf: Shelf, tmp_path: Path, clock: FakeClock, damage: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A damaged voice is named in the log and left where it is; the others are there."""
+def test_damaged_voices_are_left_out(shelf: Shelf, tmp_path: Path, clock: FakeClock, damage: Any) -> None:
+    """A damaged voice is logged and stays on the disk, unlisted; the others are listed."""
     broken = shelf.save("Ada", SECOND, kind="clone")
     whole = shelf.save("Bob", SECOND, kind="clone")
     damage(tmp_path / "voices" / f"{broken.id}.json")
-    with caplog.at_level(logging.WARNING):
+    with capture_logs() as logs:
         assert Shelf(tmp_path, clock).store.list() == [whole]
-    assert broken.id in caplog.text
+    assert [(entry["event"], entry["voice"]) for entry in logs] == [("saved_voice_unreadable", broken.id)]
     assert (tmp_path / "voices" / f"{broken.id}.json").exists()
 
 
 @pytest.mark.parametrize("damage", [truncated, foreign, missing])
 def test_damaged_while_running(shelf: Shelf, tmp_path: Path, damage: Any) -> None:
-    """A recording that is damaged under a running process is an error of that request alone."""
+    """A recording damaged while the process runs fails the request that loads it."""
     voice = shelf.save("Ada", SECOND, kind="clone")
     damage(tmp_path / "voices" / f"{voice.id}.json")
     with pytest.raises(JobError, match="damaged") as caught:
@@ -275,8 +271,8 @@ def test_damaged_while_running(shelf: Shelf, tmp_path: Path, damage: Any) -> Non
     assert caught.value.code == "voice_not_found"
 
 
-def test_two_of_one_name_on_the_disk(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
-    """Of two voices that somebody gave one name by hand, the older is there."""
+def test_two_voices_with_one_name_on_the_disk(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
+    """Of two voices that were renamed by hand to one name, the older is listed."""
     first = shelf.save("Ada", SECOND, kind="clone")
     clock.advance(1)
     second = shelf.save("Bob", SECOND, kind="clone")
@@ -286,7 +282,7 @@ def test_two_of_one_name_on_the_disk(shelf: Shelf, tmp_path: Path, clock: FakeCl
 
 
 def test_death_while_writing(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
-    """What a process left that died while it saved a voice is no voice, and does not stay for ever."""
+    """Files of a process that died while it saved a voice are removed at the next start."""
     voice = shelf.save("Ada", SECOND, kind="clone")
     path = tmp_path / "voices" / f"{voice.id}.json"
     path.rename(path.with_name(path.name + ".part"))
@@ -300,7 +296,7 @@ def test_death_while_writing(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> 
 def test_disk_that_is_full(
     shelf: Shelf, tmp_path: Path, clock: FakeClock, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that does not take a voice, at whatever point, leaves none behind: not in the list and not on the disk."""
+    """A failing disk, at whichever sync, leaves no voice: neither in the list nor on the disk."""
     calls = 0
     sync = os.fsync
 
@@ -321,85 +317,87 @@ def test_disk_that_is_full(
     shelf.save("Ada", SECOND, kind="clone")
 
 
-class TestBeingWritten:
-    """Between what is to be written and how it went, while others ask."""
+class TestPendingWrites:
+    """Between the submission of a write and its report."""
 
     def test_name_is_taken(self, shelf: Shelf) -> None:
-        """A voice that is being saved is not there yet, but nobody else gets its name."""
-        write = shelf.store.create("Ada", SECOND, kind="clone")
+        """A voice that is being saved is not listed yet, but its name is taken."""
+        shelf.store.create("Ada", SECOND, kind="clone")
         assert (shelf.store.find("Ada"), shelf.store.list(), shelf.store.writing) == (None, [], True)
         with pytest.raises(JobError, match="already") as caught:
             shelf.store.create("ADA", SECOND, kind="clone")
         assert caught.value.code == "invalid_value"
-        voice = shelf.store.written(shelf.writer.carry_out(write))
+        voice = shelf.write()
         assert (shelf.store.find("Ada"), shelf.store.writing) == (voice, False)
 
     def test_fails(self, shelf: Shelf) -> None:
-        """What could not be saved was never there, and its name is free again."""
+        """A voice that could not be saved is not listed, and its name is free again."""
         write = shelf.store.create("Ada", SECOND, kind="clone")
         with pytest.raises(JobError, match="the disk is gone"):
-            shelf.store.written(VoiceWritten(write=write, error=JobError("synthesis_failed", "the disk is gone")))
+            shelf.store.on_written(VoiceWritten(write=write, error=JobError("synthesis_failed", "the disk is gone")))
+        shelf.submitted.clear()
         assert (shelf.store.list(), shelf.store.writing) == ([], False)
         shelf.save("Ada", SECOND, kind="clone")
 
     def test_bounded_in_number(self, tmp_path: Path, clock: FakeClock) -> None:
-        """Voices that are being saved count among those that may be kept."""
+        """Voices that are being saved count towards `max_voices`."""
         shelf = Shelf(tmp_path, clock, max_voices=2)
         shelf.save("a", SECOND, kind="clone")
-        write = shelf.store.create("b", SECOND, kind="clone")
+        shelf.store.create("b", SECOND, kind="clone")
         with pytest.raises(JobError, match="there are 2 saved voices already"):
             shelf.store.create("c", SECOND, kind="clone")
-        shelf.store.written(shelf.writer.carry_out(write))
-        assert len(shelf.store) == 2
+        shelf.write()
+        assert len(shelf.store.list()) == 2
 
     def test_bounded_in_memory(self, tmp_path: Path, clock: FakeClock) -> None:
-        """A disk that does not keep up is given no more recordings to hold, and whoever comes is told to come back."""
+        """At most MAX_SAVING recordings wait for a slow disk; the next one is refused with a time to retry."""
         shelf = Shelf(tmp_path, clock, max_voices=1000)
-        writes = [shelf.store.create(f"voice {index}", SECOND, kind="clone") for index in range(MOST_SAVING)]
+        for index in range(MAX_SAVING):
+            shelf.store.create(f"voice {index}", SECOND, kind="clone")
         with pytest.raises(JobError) as caught:
             shelf.store.create("Ada", SECOND, kind="clone")
         assert caught.value.code == "queue_full"
         assert caught.value.retry_after_s is not None
-        shelf.store.written(shelf.writer.carry_out(writes[0]))
+        shelf.write()
         shelf.store.create("Ada", SECOND, kind="clone")
 
-    def test_speaks_until_it_is_gone(self, shelf: Shelf) -> None:
-        """A voice that is being deleted is there, and its name taken, until it has been."""
+    def test_usable_until_deleted(self, shelf: Shelf) -> None:
+        """A voice that is being deleted is listed and usable, and its name taken, until the report."""
         voice = shelf.save("Ada", SECOND, kind="clone")
-        write = shelf.store.delete(voice.id)
+        shelf.store.delete(voice.id)
         assert (shelf.store.find("Ada"), shelf.store.writing) == (voice, True)
         assert shelf.store.load(voice.id).pcm == SECOND
         with pytest.raises(JobError, match="already"):
             shelf.store.create("Ada", SECOND, kind="clone")
-        assert shelf.store.written(shelf.writer.carry_out(write)) == voice
+        assert shelf.write() == voice
         assert (shelf.store.find("Ada"), shelf.store.writing) == (None, False)
         with pytest.raises(JobError, match="there is no saved voice"):
             shelf.store.load(voice.id)
 
-    def test_gone_from_the_disk_first(self, shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
-        """A voice whose files are gone before anybody has told is not there, rather than damaged."""
+    def test_files_gone_before_the_report(self, shelf: Shelf) -> None:
+        """A voice whose files are deleted before the report is not found; it is not logged as damaged."""
         voice = shelf.save("Ada", SECOND, kind="clone")
-        shelf.writer.carry_out(shelf.store.delete(voice.id))
-        with pytest.raises(JobError, match="there is no saved voice") as caught:
+        shelf.files.write(shelf.store.delete(voice.id))
+        with capture_logs() as logs, pytest.raises(JobError, match="there is no saved voice") as caught:
             shelf.store.load(voice.id)
         assert caught.value.code == "voice_not_found"
-        assert caplog.records == []
+        assert logs == []
 
-    def test_deleted_twice_at_once(self, shelf: Shelf) -> None:
-        """Of two who delete a voice the second is told that there is none."""
+    def test_two_pending_deletes(self, shelf: Shelf) -> None:
+        """Of two pending deletes of one voice the second fails: there is no voice any more."""
         voice = shelf.save("Ada", SECOND, kind="clone")
-        first, second = (shelf.writer.carry_out(shelf.store.delete(voice.id)) for _ in range(2))
-        assert shelf.store.written(first) == voice
+        first, second = (shelf.files.write(shelf.store.delete(voice.id)) for _ in range(2))
+        assert shelf.store.on_written(first) == voice
         assert shelf.store.writing
         with pytest.raises(JobError) as caught:
-            shelf.store.written(second)
+            shelf.store.on_written(second)
         assert caught.value.code == "voice_not_found"
         assert not shelf.store.writing
 
-    def test_disk_keeps_it(
+    def test_delete_fails(
         self, shelf: Shelf, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A voice that the disk does not let go of is there as before, also for the next process."""
+        """A voice that the disk could not delete is listed and usable as before, also after a restart."""
 
         def read_only(_path: Path, **_options: object) -> None:
             raise OSError(30, "Read-only file system")

@@ -1,4 +1,4 @@
-"""The writer carries out one write after the other on its own thread, and tells how each went."""
+"""VoiceFiles carries out writes on a SerialThread and reports how each went."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.voices.files import VoiceRecord
-from gpu_worker.voices.writer import VoiceWrite, VoiceWriter, VoiceWritten
+from gpu_worker.serial_thread import SerialThread
+from gpu_worker.voices import VoiceRecord, VoiceWrite, VoiceWritten
 from tests.gpu_worker.fakes import Reports, SlowVoiceFiles
 
 PCM = b"\1\0" * 100
@@ -15,20 +15,20 @@ PCM = b"\1\0" * 100
 
 @pytest.fixture
 def files(tmp_path: Path) -> SlowVoiceFiles:
-    """A disk that takes its time where it is told to."""
+    """A real folder on a disk that a test can hold up."""
     return SlowVoiceFiles(tmp_path / "voices")
 
 
 @pytest.fixture
 def reports() -> Reports[VoiceWritten]:
-    """What the writer told."""
+    """The reports of finished writes."""
     return Reports()
 
 
 @pytest.fixture
-def writer(files: SlowVoiceFiles, reports: Reports[VoiceWritten]) -> Iterator[VoiceWriter]:
-    """A writer that runs."""
-    writer = VoiceWriter(files, reports)
+def writer(files: SlowVoiceFiles, reports: Reports[VoiceWritten]) -> Iterator[SerialThread[VoiceWrite]]:
+    """The thread that writes, wired as in the process."""
+    writer = SerialThread[VoiceWrite]("voices", lambda write: reports(files.write(write)))
     writer.start()
     yield writer
     files.gate.set()
@@ -36,18 +36,20 @@ def writer(files: SlowVoiceFiles, reports: Reports[VoiceWritten]) -> Iterator[Vo
 
 
 def a_save(name: str) -> VoiceWrite:
-    """A voice of that name is to be put on the disk."""
+    """A write that saves a voice of that name."""
     record = VoiceRecord(id=f"voice_{name}", name=name, kind="clone", created_at=1, samples=len(PCM) // 2)
     return VoiceWrite(kind="save", record=record, pcm=PCM)
 
 
 def a_delete(save: VoiceWrite) -> VoiceWrite:
-    """That voice is to be taken from it."""
+    """A write that deletes the voice of `save`."""
     return VoiceWrite(kind="delete", record=save.record)
 
 
-def test_in_order_and_elsewhere(writer: VoiceWriter, files: SlowVoiceFiles, reports: Reports[VoiceWritten]) -> None:
-    """Nobody who submits waits for the disk; what was submitted is done in that order, on the writer's thread."""
+def test_writes_in_order_on_the_thread(
+    writer: SerialThread[VoiceWrite], files: SlowVoiceFiles, reports: Reports[VoiceWritten]
+) -> None:
+    """Submitting does not wait for the disk; writes are carried out in order, on the thread."""
     files.gate.clear()
     ada, bob = a_save("ada"), a_save("bob")
     writes = [ada, bob, a_delete(ada)]
@@ -68,10 +70,14 @@ def test_in_order_and_elsewhere(writer: VoiceWriter, files: SlowVoiceFiles, repo
     ("trouble", "reason"),
     [(OSError(28, "No space left on device"), "No space left on device"), (ValueError("a defect"), "a defect")],
 )
-def test_fails(
-    writer: VoiceWriter, files: SlowVoiceFiles, reports: Reports[VoiceWritten], trouble: Exception, reason: str
+def test_an_error_is_reported(
+    writer: SerialThread[VoiceWrite],
+    files: SlowVoiceFiles,
+    reports: Reports[VoiceWritten],
+    trouble: Exception,
+    reason: str,
 ) -> None:
-    """Whatever goes wrong is told in the words of the disk, and the next write is carried out."""
+    """An error fails its own write, with the disk's message; the next writes are carried out."""
     ada = a_save("ada")
     files.troubles = [trouble]
     writer.submit(ada)
@@ -83,16 +89,3 @@ def test_fails(
     assert error.message.startswith("the voice could not be saved: ")
     assert reason in error.message
     assert [reports.wait().error, reports.wait().error] == [None, None]
-
-
-def test_close(writer: VoiceWriter, files: SlowVoiceFiles, reports: Reports[VoiceWritten]) -> None:
-    """The end waits for what was submitted, but for a disk that hangs no longer than it is told to."""
-    files.gate.clear()
-    ada = a_save("ada")
-    writer.submit(ada)
-    writer.close(timeout_s=0.0)
-    assert files.records() == []
-    files.gate.set()
-    writer.close(timeout_s=10)
-    assert reports.wait().error is None
-    assert files.records() == [ada.record]
