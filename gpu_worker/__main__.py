@@ -108,12 +108,12 @@ def _no_device(settings: Settings) -> list[str]:
 
 def _download(names: list[str], settings: Settings) -> int:
     try:
-        from gpu_worker.engines.qwen.checkpoint.download import download  # noqa: PLC0415 -- needs the gpu extra
+        from gpu_worker.engines.qwen.checkpoint.download import download_models  # noqa: PLC0415 -- needs the gpu extra
     except ImportError as error:
         sys.stderr.write(f"{error}; {GPU_EXTRA}\n")
         return EXIT_WRONG_SETTINGS
     try:
-        return download(names, load_catalog(), settings.models_dir)
+        return download_models(names, load_catalog(), settings.models_dir)
     except LookupError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS

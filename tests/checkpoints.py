@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from gpu_worker.engines.qwen.checkpoint.official import load_official
+from tests.official_package import official_package
 
 Kind = Literal["custom_voice", "voice_design", "base"]
 Size = Literal["0b6", "1b7"]
@@ -132,7 +132,7 @@ def tiny(kind: Kind, size: Size | None = None, seed: int = 0, generation: Genera
         if generation == "published":
             write(scratch, kind, size, full=False, seed=seed)
         else:
-            shutil.copytree(tiny(kind, size, seed), scratch, copy_function=os.link)
+            hard_linked_copy(tiny(kind, size, seed), scratch)
             (scratch / "generation_config.json").unlink()
             _write_json(scratch / "generation_config.json", GENERATIONS[generation])
         try:
@@ -149,12 +149,17 @@ def checkpoint_name(kind: Kind, size: Size) -> str:
     return f"Qwen3-TTS-12Hz-{SIZES[size]}-{NAMES[kind]}"
 
 
+def hard_linked_copy(source: Path, target: Path) -> Path:
+    """Copy a checkpoint by hard links: replace its files, never write into them."""
+    return shutil.copytree(source, target, copy_function=os.link)
+
+
 def write(directory: Path, kind: Kind, size: Size, *, full: bool, seed: int = 0) -> None:
     """Write a whole checkpoint into a new directory: published shapes if `full`, else small ones.
 
     The model is bfloat16 and the speech tokenizer float32, as published.
     """
-    official = load_official()
+    official = official_package()
     config = model_config(kind, size, full=full)
     directory.mkdir(parents=True)
     _write_json(directory / "config.json", config)

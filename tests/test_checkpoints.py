@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.checkpoint.verification import verify
 from tests.checkpoints import Kind, Size, checkpoint_name, codec_config, model_config, tiny
+from tests.official_package import official_package
 
 MODELS: list[tuple[Kind, Size]] = [
     ("custom_voice", "0b6"),
@@ -27,7 +27,7 @@ MODELS: list[tuple[Kind, Size]] = [
 @pytest.mark.parametrize(("kind", "size"), MODELS)
 def test_the_official_package_speaks_with_them(kind: Kind, size: Size) -> None:
     """Every official call of the type gives audible, unclipped speech of whole frames."""
-    model = load_official().Model.from_pretrained(str(tiny(kind, size)), dtype=torch.float32)
+    model = official_package().Model.from_pretrained(str(tiny(kind, size)), dtype=torch.float32)
     recording = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 24_000)
     common: dict[str, Any] = {"text": "Hello world, good morning.", "language": "English", "max_new_tokens": 6}
     torch.manual_seed(2)
@@ -84,7 +84,7 @@ def test_odd_ones_differ_in_every_number() -> None:
 @pytest.mark.parametrize(("size", "millions"), [("0b6", 906), ("1b7", 1917)])
 def test_full_sizes_are_the_published_ones(size: Size, millions: int) -> None:
     """Parameters in all, as published; counted without making them."""
-    official = load_official()
+    official = official_package()
     with torch.device("meta"):
         model = official.ForConditionalGeneration(official.Config(**model_config("custom_voice", size, full=True)))
         codec = official.TokenizerModel(official.TokenizerConfig(**codec_config(full=True)))

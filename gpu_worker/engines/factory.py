@@ -190,7 +190,8 @@ class EngineFactory:
 
         A whole checkpoint of another type than the catalogue says is refused as well.
         """
-        from gpu_worker.engines.qwen.checkpoint.verification import locate, read_config  # noqa: PLC0415 -- of the gpu extra
+        from gpu_worker.engines.qwen.checkpoint.location import locate  # noqa: PLC0415 -- of the gpu extra
+        from gpu_worker.engines.qwen.checkpoint.model_config import read_config  # noqa: PLC0415 -- of the gpu extra
 
         directory = locate(
             spec.hf_id,
@@ -211,7 +212,7 @@ class EngineFactory:
             import torch  # noqa: PLC0415 -- two seconds that only this engine is worth
 
             from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype  # noqa: PLC0415 -- imports torch
-            from gpu_worker.engines.qwen.codec.shared import SharedCodecs  # noqa: PLC0415 -- imports torch
+            from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs  # noqa: PLC0415 -- imports torch
 
             self._start_device()
             dtype = compute_dtype(self._device, self._settings.dtype)

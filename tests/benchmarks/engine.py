@@ -18,8 +18,8 @@ import torch
 
 from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype, open_engine
-from gpu_worker.engines.qwen.checkpoint.verification import read_config
-from gpu_worker.engines.qwen.codec.shared import SharedCodecs
+from gpu_worker.engines.qwen.checkpoint.model_config import read_config
+from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.planner import TASKS
 from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK

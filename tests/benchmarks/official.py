@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 
 from gpu_worker.engines.qwen.build import compute_dtype
-from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.checkpoint.verification import read_config
+from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from tests.benchmarks.stages import Clock
+from tests.official_package import official_package
 
 TEXT: Final = "Hello world, good morning to the speech of today."
 RUNS: Final = 2
@@ -23,7 +23,7 @@ RUNS: Final = 2
 
 def frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, clock: Clock) -> float:
     """Milliseconds a frame of one stream, codec included, over runs of so many forced frames."""
-    model = load_official().Model.from_pretrained(
+    model = official_package().Model.from_pretrained(
         str(directory), dtype=dtype, attn_implementation="sdpa", device_map=device
     )
     config = read_config(directory)

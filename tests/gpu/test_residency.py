@@ -12,7 +12,7 @@ import torch
 
 from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
-from gpu_worker.engines.qwen.codec.shared import SharedCodecs
+from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.runtime import cuda_graphs
 from gpu_worker.residency.memory import open_probe

@@ -14,12 +14,17 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.checkpoint.config import ModelConfig, TalkerShape
+from gpu_worker.engines.qwen.checkpoint.model_config import (
+    ModelConfig,
+    TalkerShape,
+    read_config,
+    read_generation_config,
+)
 from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.checkpoint.safetensors import read_headers, tensor_files
-from gpu_worker.engines.qwen.checkpoint.verification import open_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, read_headers
+from gpu_worker.engines.qwen.checkpoint.weights import open_weights
 from gpu_worker.engines.qwen.codec import Codec
-from gpu_worker.engines.qwen.codec.shared import SharedCodecs
+from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.code_predictor import entries_shape
@@ -206,7 +211,7 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
         JobError: `model_unavailable`, naming the file at fault.
     """
     computed = compute_dtype(device, dtype)
-    headers = read_headers(tensor_files(directory))
+    headers = read_headers(find_tensor_files(directory))
     weights = sum(math.prod(info.shape) for info in headers.values()) * computed.itemsize
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1

@@ -11,12 +11,12 @@ from typing import Final
 import msgspec
 
 from gpu_worker.engines.base import Job, JobError, Sampling, Task
-from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig, ModelConfig
+from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.qwen3_tts import TEXTS
 from gpu_worker.engines.qwen.sequence import LEAST_CAP, frame_cap
-from gpu_worker.engines.qwen.text import HEAD, clean, fits, split, tidy
+from gpu_worker.engines.qwen.text_splitting import HEAD, clean, fits, split, tidy
 from gpu_worker.voices import check_transcript
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}

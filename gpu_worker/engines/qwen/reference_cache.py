@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.engines.qwen.codec.state import Snapshot
+from gpu_worker.engines.qwen.codec.decoder_state import Snapshot
 from gpu_worker.voices import check_recording
 
 

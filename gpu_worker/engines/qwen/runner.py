@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint.config import Shape
+from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel

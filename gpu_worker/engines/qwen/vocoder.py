@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
-from gpu_worker.engines.qwen.codec.state import Snapshot
+from gpu_worker.engines.qwen.codec.decoder_state import Snapshot
 from gpu_worker.engines.qwen.model.kv_slots import RING
 from gpu_worker.engines.qwen.runner import BATCHES, at_least
 from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs

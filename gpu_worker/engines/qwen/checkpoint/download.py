@@ -1,6 +1,6 @@
-"""Fetching published checkpoints from the Hugging Face hub into TTS_MODELS_DIR: resumable, sizes verified.
+"""Download of published checkpoints from the Hugging Face hub into TTS_MODELS_DIR: resumable, with checked sizes.
 
-It decides nothing about when a download is allowed, and loads no weights.
+This module does not decide when a download is allowed, and loads no weights.
 """
 
 import shutil
@@ -17,25 +17,27 @@ from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint.verification import verify
 from shared.catalog import ModelSpec
 
-_WANTED: Final = (".json", ".txt", ".safetensors")
-"""Suffixes of the files that a checkpoint consists of; README, pictures and the like stay where they are."""
+_CHECKPOINT_SUFFIXES: Final = (".json", ".txt", ".safetensors")
+"""Files with these suffixes make up a checkpoint. Others (README, pictures) are not downloaded."""
 
 
-def download(names: Sequence[str], specs: Sequence[ModelSpec], models_dir: Path, *, endpoint: str | None = None) -> int:
-    """The command line's work: fetch each named model, with progress bars, and say what became of it.
+def download_models(
+    names: Sequence[str], specs: Sequence[ModelSpec], models_dir: Path, *, endpoint: str | None = None
+) -> int:
+    """The command `download`: download each named model, with progress bars, and report each result on stderr.
 
-    A name is a model's id, alias or Hugging Face id, or its size and task ("0.6B-CustomVoice"); case does not matter.
-    What an earlier, interrupted run has fetched is not fetched again.
-    Returns the exit code: 0 when everything is there, else 1.
+    A name is a model's id, alias or Hugging Face id, or its size and task ("0.6B-CustomVoice"), in any case.
+    Files that an interrupted run has downloaded are not downloaded again.
+    Returns the exit code: 0 if all models are complete, else 1.
 
     Raises:
-        LookupError: a name that is no model with published weights; nothing has been fetched then.
+        LookupError: a name is no model with published weights. Nothing has been downloaded then.
     """
     failures = 0
-    for spec in [_find(name, specs) for name in names]:
+    for spec in [_published_model(name, specs) for name in names]:
         target = models_dir / spec.hf_id.rpartition("/")[2]
         try:
-            fetch(spec.hf_id, target, endpoint=endpoint)
+            download_checkpoint(spec.hf_id, target, endpoint=endpoint)
             verify(target)
         except JobError as error:
             sys.stderr.write(f"{spec.hf_id}: {error.message}\n")
@@ -45,22 +47,22 @@ def download(names: Sequence[str], specs: Sequence[ModelSpec], models_dir: Path,
     return 1 if failures else 0
 
 
-def fetch(
+def download_checkpoint(
     hf_id: str, target: Path, *, endpoint: str | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Bring every file of a repository into `target`, resuming what is partly there.
+    """Download every file of a repository into `target`. Files that are already complete are kept.
 
-    `progress` hears, before each file, which one it is.
+    `progress` is called with a sentence before each file.
 
     Raises:
-        JobError: `model_unavailable`: the hub is out of reach or refuses, the disk is too small,
-            or a file arrived with another size than the hub says.
+        JobError: `model_unavailable`: the hub cannot be reached or refuses, the disk is too small,
+            or a file has another size than the hub lists.
     """
     try:
-        sizes = _sizes(hf_id, endpoint)
-        _require_room(sizes, target)
+        sizes = _file_sizes(hf_id, endpoint)
+        _require_disk_space(sizes, target)
         for count, name in enumerate(sorted(sizes, key=lambda name: (sizes[name], name)), start=1):
-            progress(f"fetching {name} ({sizes[name] / 1e9:.1f} GB), file {count} of {len(sizes)}")
+            progress(f"downloading {name} ({sizes[name] / 1e9:.1f} GB), file {count} of {len(sizes)}")
             hf_hub_download(hf_id, name, local_dir=target, endpoint=endpoint)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, requests.RequestException) as error:
         raise JobError("model_unavailable", _explain(hf_id, error)) from error
@@ -72,7 +74,7 @@ def fetch(
             raise JobError("model_unavailable", f"{target / name} has {found} bytes where the hub says {size}")
 
 
-def _find(name: str, specs: Sequence[ModelSpec]) -> ModelSpec:
+def _published_model(name: str, specs: Sequence[ModelSpec]) -> ModelSpec:
     published = [spec for spec in specs if spec.hf_id]
     ending = f"-{name}".casefold()
     for spec in published:
@@ -82,13 +84,13 @@ def _find(name: str, specs: Sequence[ModelSpec]) -> ModelSpec:
     raise LookupError(f"there are no weights to download for {name!r}; there are {known}")
 
 
-def _sizes(hf_id: str, endpoint: str | None) -> dict[str, int]:
-    """Bytes of each wanted file, by its name in the repository."""
+def _file_sizes(hf_id: str, endpoint: str | None) -> dict[str, int]:
+    """Bytes of each file of the checkpoint, by its name in the repository."""
     listed = HfApi(endpoint=endpoint).model_info(hf_id, files_metadata=True).siblings or []
-    return {file.rfilename: file.size or 0 for file in listed if file.rfilename.endswith(_WANTED)}
+    return {file.rfilename: file.size or 0 for file in listed if file.rfilename.endswith(_CHECKPOINT_SUFFIXES)}
 
 
-def _require_room(sizes: dict[str, int], target: Path) -> None:
+def _require_disk_space(sizes: dict[str, int], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     here = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     missing = sum(sizes.values()) - here
@@ -101,11 +103,11 @@ def _require_room(sizes: dict[str, int], target: Path) -> None:
 
 
 def _explain(hf_id: str, error: Exception) -> str:
-    # While a file is located, the hub's client keeps its answer as the cause of an error about the local cache.
+    # The hub's client reports a failed look-up of a file as an error about the local cache, caused by the real error.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     if isinstance(cause, HfHubHTTPError):
         return f"the Hugging Face hub refuses {hf_id}: {cause}"
     return (
-        f"the Hugging Face hub is out of reach, so {hf_id} cannot be fetched ({type(cause).__name__}: {cause}); "
+        f"the Hugging Face hub is out of reach, so {hf_id} cannot be downloaded ({type(cause).__name__}: {cause}); "
         "download it elsewhere and copy it here, or set HF_ENDPOINT to a mirror"
     )

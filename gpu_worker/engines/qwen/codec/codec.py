@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint.safetensors import unavailable
-from gpu_worker.engines.qwen.checkpoint.verification import SPEECH_TOKENIZER, load_codec_weights
-from gpu_worker.engines.qwen.codec.config import CodecConfig
+from gpu_worker.engines.qwen.checkpoint.json_files import read_json, unavailable
+from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, load_codec_weights
+from gpu_worker.engines.qwen.codec.codec_config import CodecConfig
 from gpu_worker.engines.qwen.codec.decoder import Decoder
+from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.encoder import Encoder
-from gpu_worker.engines.qwen.codec.state import DecoderState
 
 MAX_CHUNK: Final = 8
 """Frames of the longest chunk a stream decodes at once, unless an engine asks for another."""
@@ -36,10 +35,7 @@ class Codec:
         self.dtype = dtype
         self._directory = directory
         path = directory / SPEECH_TOKENIZER / "config.json"
-        try:
-            self._config = msgspec.json.decode(path.read_bytes(), type=CodecConfig)
-        except (OSError, msgspec.DecodeError) as error:
-            raise unavailable(path, f"cannot be used: {error}") from error
+        self._config = read_json(path, CodecConfig)
         weights = load_codec_weights(directory, "decoder.", dtype=dtype, device=device)
         # Codebooks are quotients of stored sums and counts: taken in float32, rounded afterwards.
         weights |= load_codec_weights(directory, "decoder.quantizer.", dtype=torch.float32, device=device)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.codec.config import DecoderShape
+from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import (
     CausalConv,
     ConvNeXt,
@@ -21,7 +21,7 @@ from gpu_worker.engines.qwen.codec.convolution import (
     UpsamplingBlock,
     receptive_frames,
 )
-from gpu_worker.engines.qwen.codec.state import DecoderState
+from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.transformer import Transformer, Window
 from gpu_worker.engines.qwen.model.layers import Linear, Weights
 

@@ -12,10 +12,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from gpu_worker.engines.qwen.checkpoint.json_files import unavailable
 from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.checkpoint.safetensors import unavailable
-from gpu_worker.engines.qwen.checkpoint.verification import SPEECH_TOKENIZER, load_codec_weights
-from gpu_worker.engines.qwen.codec.config import FRAME_SAMPLES
+from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, load_codec_weights
+from gpu_worker.engines.qwen.codec.codec_config import FRAME_SAMPLES
 
 
 class Encoder:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.codec.config import DecoderShape
+from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import scaled
 from gpu_worker.engines.qwen.model.layers import Linear, Norm, Weights
 

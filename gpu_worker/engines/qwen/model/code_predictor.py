@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig, Shape, TalkerShape
+from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Shape, TalkerShape
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import Linear, Projected, Rope, Stack, Weights, pad_rows
 from gpu_worker.engines.qwen.model.sampling import sample_fixed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.checkpoint.config import Shape
+from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 
 PACK_ELEMENTS: Final = 1 << 18
 """On CPU, weights of at least this many elements are kept in oneDNN's blocked layout.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.checkpoint.config import ModelConfig
+from gpu_worker.engines.qwen.checkpoint.model_config import ModelConfig
 from gpu_worker.engines.qwen.model.layers import Weights
 from gpu_worker.engines.qwen.runtime.transfers import on_device
 

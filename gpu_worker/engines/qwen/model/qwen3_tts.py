@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig, ModelConfig
+from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_slots import RING, State

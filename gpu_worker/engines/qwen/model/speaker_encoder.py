@@ -11,9 +11,9 @@ import msgspec
 import torch
 from torch import Tensor
 
+from gpu_worker.engines.qwen.checkpoint.json_files import unavailable
 from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.checkpoint.safetensors import unavailable
-from gpu_worker.engines.qwen.checkpoint.verification import load_weights
+from gpu_worker.engines.qwen.checkpoint.weights import load_weights
 
 
 class SpeakerEncoder:

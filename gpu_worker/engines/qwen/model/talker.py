@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.checkpoint.config import TalkerShape
+from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, Weights, pad_rows
 

@@ -11,7 +11,7 @@ import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
-from gpu_worker.engines.qwen.codec.shared import SharedCodecs
+from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from tests.checkpoints import Kind, Size, tiny
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.checkpoint.verification import load_weights, read_config, read_generation_config
+from gpu_worker.engines.qwen.checkpoint.model_config import read_config, read_generation_config
+from gpu_worker.engines.qwen.checkpoint.weights import load_weights
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.kv_slots import RING, SamplingParams
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
@@ -24,6 +24,7 @@ from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.model.sampling import uniforms
 from gpu_worker.engines.qwen.runner import CpuModelRunner, Entry, ModelRunner
 from tests.checkpoints import Generation, Kind, Size, tiny
+from tests.official_package import official_package
 
 FRAMES = 15
 """Frames of every greedy comparison: enough for text to end and padding to follow."""
@@ -82,7 +83,7 @@ def official(
 ) -> Any:
     """The official model, with eager attention."""
     directory = tiny(kind, size, generation=generation)
-    return load_official().Model.from_pretrained(str(directory), dtype=dtype, attn_implementation="eager")
+    return official_package().Model.from_pretrained(str(directory), dtype=dtype, attn_implementation="eager")
 
 
 def recording(case: Case) -> tuple[Tensor, Tensor | None]:

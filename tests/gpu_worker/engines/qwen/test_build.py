@@ -7,11 +7,12 @@ import torch
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.build import MOST_SLOTS, QwenOptions, _tokenizer, slots_that_fit
+from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.checkpoint.verification import read_config
 from gpu_worker.engines.qwen.runner import BATCHES
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import engine, shared
+from tests.official_package import official_package
 
 WEIGHTS = 1 << 30
 
@@ -67,9 +68,8 @@ def test_large_vocabularies_are_split_as_officially(tmp_path: Path) -> None:
     vocabulary = json.loads(file.read_text())
     vocabulary |= {f"filler {number}": len(vocabulary) + number for number in range(100_000)}
     file.write_text(json.dumps(vocabulary))
-    official = load_official()
-    wanted = official.Model.from_pretrained(str(directory), dtype=torch.float32).processor.tokenizer
-    plain = official.Processor.from_pretrained(str(directory)).tokenizer
+    wanted = official_package().Model.from_pretrained(str(directory), dtype=torch.float32).processor.tokenizer
+    plain = load_official().Processor.from_pretrained(str(directory)).tokenizer
     text = "hello'today, hello'voice"
     assert wanted(text)["input_ids"] != plain(text)["input_ids"]
     assert _tokenizer(directory)(text) == wanted(text)["input_ids"]

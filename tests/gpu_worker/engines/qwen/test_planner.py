@@ -3,7 +3,7 @@
 import pytest
 
 from gpu_worker.engines.base import Sampling
-from gpu_worker.engines.qwen.checkpoint.config import GenerationConfig
+from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig
 from gpu_worker.engines.qwen.planner import choice_of
 
 OWN = GenerationConfig(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec, DecoderState
-from tests.checkpoints import tiny
+from tests.checkpoints import hard_linked_copy, tiny
 from tests.gpu_worker.engines.qwen.parity import official
 
 CPU = torch.device("cpu")
@@ -199,8 +198,7 @@ def test_bytes_count_what_is_loaded() -> None:
 
 def damaged_copy(target: Path, change: dict[str, object]) -> Path:
     """A checkpoint whose codec config has other values in its decoder's part."""
-    shutil.copytree(tiny("base"), target, copy_function=lambda a, b: Path(b).hardlink_to(a))
-    path = target / "speech_tokenizer" / "config.json"
+    path = hard_linked_copy(tiny("base"), target) / "speech_tokenizer" / "config.json"
     content = json.loads(path.read_text())
     content["decoder_config"] |= change
     path.unlink()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.checkpoint.config import Shape
+from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, Norm, Rope, Weights, pad_rows
 from tests.gpu_worker.engines.qwen.parity import official
 

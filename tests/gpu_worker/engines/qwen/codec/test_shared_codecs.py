@@ -7,7 +7,7 @@ import torch
 
 from gpu_worker.engines.base import Done, JobError
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
-from gpu_worker.engines.qwen.codec.shared import SharedCodecs
+from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import clone, run
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_worker.engines.qwen.checkpoint.verification import codec_fingerprint
+from gpu_worker.engines.qwen.checkpoint.weights import codec_fingerprint
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.offload import free
 

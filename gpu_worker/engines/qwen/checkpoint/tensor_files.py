@@ -1,9 +1,10 @@
-"""safetensors files: whether they are whole, what is in them, and their tensors on a device.
+"""safetensors files: their headers, whether they are whole, and their tensors.
 
-It never unpickles anything, and knows neither of models nor of where checkpoints lie.
+This module never unpickles anything. It knows neither models nor the layout of a checkpoint.
 
-Tensors are read, not mapped: who overwrote or cut a mapped file would change a model that speaks or kill the process.
-(safetensors' own reader maps, and loses 64 bytes a tensor: 5 KiB a load, measured with 0.8.0.)
+Tensors are read into memory of their own, not mapped. If a mapped file were overwritten or cut, a model would change
+while it speaks, or the process would die. (The reader of the safetensors library maps; it also loses 64 bytes a tensor,
+5 KiB a load, measured with 0.8.0.)
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.checkpoint.json_files import read_json, unavailable
 
-if TYPE_CHECKING:  # finding a checkpoint must not cost the seconds that importing torch takes
+if TYPE_CHECKING:  # importing torch takes seconds, and looking for a checkpoint must not
     import torch
     from torch import Tensor
 
@@ -48,29 +49,29 @@ _TORCH_NAMES: Final = {
     "BOOL": "bool",
 }
 _MAX_HEADER_BYTES: Final = 100_000_000
-"""The limit of the safetensors format itself."""
+"""The limit of the safetensors format."""
 
-_SAMPLE_BYTES: Final = 1024
+_FINGERPRINT_BYTES: Final = 1024
+"""Bytes of each tensor that a fingerprint covers."""
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """One tensor as a safetensors header describes it; offsets count from the end of the header."""
+    """The header's entry of one tensor. `data_offsets` (begin, end) count from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
 
-def unavailable(path: Path, problem: str) -> JobError:
-    """The error for a file that keeps a model from being loaded."""
-    return JobError("model_unavailable", f"{path}: {problem}")
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
 
 
-def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of `directory`: `<stem>.safetensors`, or the shards that its index names.
+def find_tensor_files(directory: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of `directory`: `<stem>.safetensors`, or else the shards that its index names.
 
     Raises:
-        JobError: `model_unavailable` when there are neither, or when the index cannot be read.
+        JobError: `model_unavailable`: there is neither, or the index cannot be read.
     """
     single = directory / f"{stem}.safetensors"
     index = directory / f"{stem}.safetensors.index.json"
@@ -78,18 +79,14 @@ def tensor_files(directory: Path, stem: str = "model") -> list[Path]:
         return [single]
     if not index.is_file():
         raise unavailable(single, "missing")
-    try:
-        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError) as error:
-        raise unavailable(index, f"cannot be read: {error}") from error
-    return [directory / name for name in sorted(set(weight_map.values()))]
+    return [directory / name for name in sorted(set(read_json(index, _Index).weight_map.values()))]
 
 
 def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
-    """What the files hold, by tensor name, after checking that none of them is cut short.
+    """The header entries of all files, by tensor name. Checks that every file has the length that its header implies.
 
     Raises:
-        JobError: `model_unavailable` naming the file that is missing, damaged or of the wrong length.
+        JobError: `model_unavailable`, naming the file that is missing, damaged or of the wrong length.
     """
     tensors: dict[str, TensorInfo] = {}
     for path in files:
@@ -97,11 +94,11 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def require(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Check that every expected tensor is there in its shape; -1 in a shape stands for any size.
+def require_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Check that every expected tensor exists in its expected shape. -1 in an expected shape allows any size.
 
     Raises:
-        JobError: `model_unavailable` naming `where` and the tensor.
+        JobError: `model_unavailable`, naming `where` and the tensor.
     """
     for name, shape in expected.items():
         if name not in tensors:
@@ -114,12 +111,12 @@ def require(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int,
 def load_tensors(
     files: list[Path], prefix: str, *, dtype: "torch.dtype | None", device: "torch.device | str" = "cpu"
 ) -> "dict[str, Tensor]":
-    """Every tensor whose name begins with `prefix`, under its full name, on `device`.
+    """Every tensor whose name begins with `prefix`, by its full name, on `device`.
 
-    Floating-point tensors come in `dtype` (None keeps the file's).
+    Floating-point tensors are converted to `dtype`; None keeps the dtype of the file.
 
     Raises:
-        JobError: `model_unavailable` naming a file that vanished or cannot be read.
+        JobError: `model_unavailable`, naming the file that is missing or cannot be read.
     """
     with open_tensors(files, prefix, dtype=dtype, device=device) as tensors:
         return dict(tensors)
@@ -128,25 +125,25 @@ def load_tensors(
 @contextlib.contextmanager
 def open_tensors(
     files: list[Path], prefix: str, *, dtype: "torch.dtype | None", device: "torch.device | str" = "cpu"
-) -> "Iterator[Stored]":
-    """As `load_tensors`, to be read one by one while the files are open."""
+) -> "Iterator[LazyTensors]":
+    """As `load_tensors`, but a tensor is read when it is looked up. The files are open within the context."""
     with contextlib.ExitStack() as stack:
         places: dict[str, _Place] = {}
         for path in files:
-            tensors, begin = _read_header(path)
+            tensors, data_start = _read_header(path)
             try:
                 file = stack.enter_context(path.open("rb"))
             except OSError as error:
                 raise unavailable(path, f"cannot be read: {error.strerror}") from error
             names = (name for name in tensors if name.startswith(prefix))
-            places |= {name: _Place(path, file, begin, tensors[name]) for name in names}
-        yield Stored(places, dtype=dtype, device=device)
+            places |= {name: _Place(path, file, data_start, tensors[name]) for name in names}
+        yield LazyTensors(places, dtype=dtype, device=device)
 
 
-class Stored(Mapping[str, "Tensor"]):
-    """Tensors of open files by name, each read when it is asked for: a model never lies in RAM as a whole.
+class LazyTensors(Mapping[str, "Tensor"]):
+    """The tensors of open files by name. Each lookup reads the tensor anew, so a model is never whole in memory twice.
 
-    Looking one up raises as `load_tensors` does; KeyError where there is none of that name.
+    A lookup raises as `load_tensors` does, and KeyError for an unknown name.
     """
 
     def __init__(
@@ -158,7 +155,7 @@ class Stored(Mapping[str, "Tensor"]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, in the dtype that they come in."""
+        """Bytes of all tensors together, after their conversion."""
         return sum(
             math.prod(place.info.shape)
             * (self._dtype.itemsize if self._dtype and place.info.dtype in _FLOATS else _DTYPE_BYTES[place.info.dtype])
@@ -168,7 +165,7 @@ class Stored(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> "Tensor":
         place = self._places[name]
         try:
-            place.file.seek(place.begin + place.info.data_offsets[0])
+            place.file.seek(place.data_start + place.info.data_offsets[0])
             tensor = _read_tensor(place.file, place.info)
         except OSError as error:
             raise unavailable(place.path, f"cannot be read: {error.strerror}") from error
@@ -184,43 +181,39 @@ class Stored(Mapping[str, "Tensor"]):
 
 
 def fingerprint(files: list[Path]) -> bytes:
-    """A digest of the names, shapes and first values of all tensors: 1 KiB of each, where reading all takes seconds.
+    """A digest of the names, shapes and first 1024 bytes of all tensors. Reading all bytes would take seconds.
 
-    Training changes the whole of a tensor or nothing of it.
+    The first bytes are enough: training changes all of a tensor or nothing of it.
 
     Raises:
-        JobError: `model_unavailable` naming a file that is missing, damaged or cannot be read.
+        JobError: `model_unavailable`, naming the file that is missing, damaged or cannot be read.
     """
     digest = hashlib.sha256()
     for path in files:
-        tensors, begin = _read_header(path)
+        tensors, data_start = _read_header(path)
         try:
             with path.open("rb") as file:
                 for name, info in tensors.items():
                     start, end = info.data_offsets
-                    file.seek(begin + start)
+                    file.seek(data_start + start)
                     digest.update(msgspec.msgpack.encode((name, info)))
-                    digest.update(file.read(min(end - start, _SAMPLE_BYTES)))
+                    digest.update(file.read(min(end - start, _FINGERPRINT_BYTES)))
         except OSError as error:
             raise unavailable(path, f"cannot be read: {error.strerror}") from error
     return digest.digest()
 
 
 class _Place(NamedTuple):
-    """Where a tensor is; `begin` is where what the header describes begins in the file."""
+    """Where a tensor is. `data_start`: the offset in the file from which `info.data_offsets` count."""
 
     path: Path
     file: BufferedReader
-    begin: int
+    data_start: int
     info: TensorInfo
 
 
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
-
-
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """What the header says, and where what it describes begins in the file."""
+    """The header's entries by tensor name, and the offset of the first byte behind the header."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -250,8 +243,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
 
 
 def _read_tensor(file: BufferedReader, info: TensorInfo) -> "Tensor":
-    """The tensor that begins here; EOFError where the file ends before it does."""
-    import torch  # noqa: PLC0415 -- finding a checkpoint must not cost the seconds that importing torch takes
+    """The tensor at the current offset of `file`. Raises EOFError if the file ends within the tensor."""
+    import torch  # noqa: PLC0415 -- importing torch takes seconds, and looking for a checkpoint must not
 
     tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH_NAMES[info.dtype]))
     if tensor.numel() and file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:

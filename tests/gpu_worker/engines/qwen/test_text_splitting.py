@@ -1,7 +1,7 @@
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.text import clean, fits, split, tidy
+from gpu_worker.engines.qwen.text_splitting import clean, fits, split, tidy
 
 
 def tokens(text: str) -> int:

@@ -1,4 +1,4 @@
-"""safetensors files: damage is seen in the header, tensors arrive in the dtype asked for."""
+"""safetensors files: the header shows damage, and tensors come in the requested dtype."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.checkpoint import safetensors as weights
-from gpu_worker.engines.qwen.checkpoint.safetensors import (
+from gpu_worker.engines.qwen.checkpoint.tensor_files import (
+    find_tensor_files,
     load_tensors,
     open_tensors,
     read_headers,
-    require,
-    tensor_files,
+    require_tensors,
 )
 
 
@@ -27,8 +26,8 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_tensors_of_a_prefix_come_in_the_dtype_asked_for(file: Path) -> None:
-    """Floating point is converted, integers are not, other prefixes stay out."""
+def test_tensors_of_a_prefix_come_in_the_requested_dtype(file: Path) -> None:
+    """Floating-point tensors are converted, integers are not, and other prefixes are left out."""
     tensors = load_tensors([file], "a.", dtype=torch.bfloat16)
 
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {"a.x": torch.bfloat16, "a.ids": torch.int64}
@@ -36,12 +35,12 @@ def test_tensors_of_a_prefix_come_in_the_dtype_asked_for(file: Path) -> None:
 
 
 def test_none_keeps_the_dtype_of_the_file(file: Path) -> None:
-    """Without a dtype, tensors are as stored."""
+    """Without a dtype, tensors keep the dtype of the file."""
     assert load_tensors([file], "b.", dtype=None)["b.y"].dtype is torch.float32
 
 
-def test_open_tensors_are_read_when_they_are_asked_for(file: Path) -> None:
-    """Their bytes are known before any is read, in the dtype they will come in; two readings are two tensors."""
+def test_open_tensors_are_read_at_each_lookup(file: Path) -> None:
+    """`nbytes` needs no reading and counts the converted dtype; two lookups give two tensors."""
     with open_tensors([file], "a.", dtype=torch.bfloat16) as tensors:
         assert tensors.nbytes == 6 * 2 + 4 * 8
         assert list(tensors) == ["a.ids", "a.x"]
@@ -56,17 +55,17 @@ def test_open_tensors_are_read_when_they_are_asked_for(file: Path) -> None:
 
 
 def test_shards_are_found_through_their_index(file: Path, tmp_path: Path) -> None:
-    """Every shard an index names is read once, and a missing one is named."""
+    """All shards that the index names are read, and the error names a missing one."""
     file.rename(tmp_path / "model-00001-of-00002.safetensors")
     save_file({"c": torch.zeros(2)}, tmp_path / "model-00002-of-00002.safetensors")
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     weight_map = {"a.x": shards[0], "a.ids": shards[0], "b.y": shards[0], "c": shards[1]}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
-    assert set(read_headers(tensor_files(tmp_path))) == set(weight_map)
+    assert set(read_headers(find_tensor_files(tmp_path))) == set(weight_map)
     (tmp_path / shards[1]).unlink()
     with pytest.raises(JobError, match=r"model-00002-of-00002\.safetensors: missing"):
-        read_headers(tensor_files(tmp_path))
+        read_headers(find_tensor_files(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,8 @@ def test_shards_are_found_through_their_index(file: Path, tmp_path: Path) -> Non
         (lambda raw: raw.replace(b'"dtype":"F32"', b'"dtype":"Q32"'), "damaged header"),
     ],
 )
-def test_damage_is_seen_without_loading(file: Path, damage: object, message: str) -> None:
-    """A cut, grown or overwritten file is an error that names it."""
+def test_damage_is_detected_without_loading(file: Path, damage: object, message: str) -> None:
+    """The error names the file that was cut, extended or overwritten."""
     file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator] # each is a function of bytes
 
     with pytest.raises(JobError, match=rf"model\.safetensors: .*{message}") as caught:
@@ -92,34 +91,33 @@ def test_damage_is_seen_without_loading(file: Path, damage: object, message: str
 
 
 def test_missing_and_misshapen_tensors_are_named(file: Path) -> None:
-    """`require` compares shapes; -1 allows any size."""
+    """`require_tensors` compares shapes; -1 in an expected shape allows any size."""
     headers = read_headers([file])
-    require(headers, {"a.x": (2, -1), "b.y": (5,)}, file)
+    require_tensors(headers, {"a.x": (2, -1), "b.y": (5,)}, file)
 
     with pytest.raises(JobError, match=r"has no tensor a\.z"):
-        require(headers, {"a.z": (1,)}, file)
+        require_tensors(headers, {"a.z": (1,)}, file)
     with pytest.raises(JobError, match=r"a\.x is \[2, 3\], but config\.json makes it \[3, 3\]"):
-        require(headers, {"a.x": (3, 3)}, file)
+        require_tensors(headers, {"a.x": (3, 3)}, file)
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
-    """Between finding and loading, a file may go."""
+    """A file may be deleted between verification and loading."""
     with pytest.raises(JobError, match=r"gone\.safetensors: missing"):
         load_tensors([tmp_path / "gone.safetensors"], "", dtype=None)
 
 
-def test_a_file_cut_while_it_is_read_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was whole when it was looked at may be cut before it has been read: an error, not the process's death."""
-    seen = weights._read_header(file)
-    monkeypatch.setattr(weights, "_read_header", lambda _: seen)
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(JobError, match=r"model\.safetensors: was cut short") as caught:
-        load_tensors([file], "", dtype=None)
+def test_a_file_that_is_cut_while_open_is_named(file: Path) -> None:
+    """A file may be cut after its header was read: reading a tensor is then an error, not the end of the process."""
+    with open_tensors([file], "", dtype=None) as tensors:
+        file.write_bytes(file.read_bytes()[:-4])
+        with pytest.raises(JobError, match=r"model\.safetensors: was cut short") as caught:
+            dict(tensors)
     assert caught.value.code == "model_unavailable"
 
 
 def test_tensors_do_not_depend_on_their_file(file: Path) -> None:
-    """What was loaded stays what it is when the file is overwritten in place."""
+    """Loaded tensors keep their values when the file is overwritten in place."""
     tensors = load_tensors([file], "", dtype=None)
     size = file.stat().st_size
     with file.open("r+b") as overwritten:
@@ -137,7 +135,7 @@ def test_tensors_do_not_depend_on_their_file(file: Path) -> None:
     ids=str,
 )
 def test_every_dtype_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Scalars, empty tensors and others, of each dtype that checkpoints come in."""
+    """Scalars, empty tensors and others, in each dtype of published checkpoints."""
     written = {
         "scalar": torch.ones((), dtype=dtype),
         "empty": torch.zeros((0, 3), dtype=dtype),

@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.codec.config import DecoderShape
+from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 
 
 class Snapshot(msgspec.Struct, frozen=True):
