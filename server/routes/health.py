@@ -39,10 +39,10 @@ async def health() -> Health:
 )
 async def ready(engine: EngineDependency) -> Ready:
     """200 while the synthesis loop answers pings and the default model can be served; else 503 with the reason."""
-    trouble = engine.trouble()
+    reason = engine.unavailable_reason()
     snapshot = engine.snapshot
-    if trouble is not None or snapshot is None:
-        raise ApiError("worker_unavailable", trouble or "The GPU worker has not said anything yet.")
+    if reason is not None or snapshot is None:
+        raise ApiError("worker_unavailable", reason or "The GPU worker has not said anything yet.")
     if not snapshot.accepting:
         raise ApiError("shutting_down", "The GPU worker is shutting down.")
     default = next((model for model in snapshot.models if model.id == snapshot.default_model), None)

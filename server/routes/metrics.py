@@ -43,7 +43,7 @@ Labels = tuple[str, ...]
 )
 async def metrics(engine: EngineDependency) -> Response[bytes]:
     """Requests, speech, models and memory; `tts_worker_up` alone while there is no worker."""
-    snapshot = engine.snapshot if engine.trouble() is None else None
+    snapshot = engine.snapshot if engine.unavailable_reason() is None else None
     return Response(generate_latest(_Figures(snapshot)), media_type=_CONTENT_TYPE)
 
 

@@ -24,7 +24,7 @@ _UNKNOWN: Final = "The GPU worker has not told yet what it can speak with."
 def known(engine: EngineClient) -> Known:
     """The catalogue and the last snapshot; ApiError (`worker_unavailable`) before the worker was first met."""
     if engine.snapshot is None or not engine.catalog:
-        raise ApiError("worker_unavailable", engine.trouble() or _UNKNOWN)
+        raise ApiError("worker_unavailable", engine.unavailable_reason() or _UNKNOWN)
     return engine.catalog, engine.snapshot
 
 

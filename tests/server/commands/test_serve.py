@@ -105,7 +105,7 @@ def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
         lines = []
         for line in service.stderr:
             lines.append(line)
-            if "GPU worker met" in line:
+            if "worker_connected" in line:
                 break
         assert [path.stat().st_mode & 0o777 for path in tmp_path.glob("tts-*")] == [0o700]
         service.send_signal(signal.SIGTERM)

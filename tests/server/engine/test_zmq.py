@@ -1,4 +1,4 @@
-"""The conversation with the GPU worker, over the real socket: meeting, losing and distrusting it."""
+"""ZmqEngineClient against a fake GPU worker over the real socket: handshake, speech, calls, pings and losses."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ from tests.system.service import stretched
 
 
 class Clock:
-    """Time that passes when it is told to, beside the real one."""
+    """The real time, plus what a test adds to it."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -56,9 +56,9 @@ def clock() -> Clock:
 
 @pytest_asyncio.fixture
 async def client(worker: FakeWorker, clock: Clock) -> AsyncIterator[ZmqEngineClient]:
-    """A client that has met the worker."""
+    """A client that is connected to the worker."""
     async with ZmqEngineClient(worker.url, "", clock=clock) as engine:
-        await becomes(lambda: engine.trouble() is None)
+        await becomes(lambda: engine.unavailable_reason() is None)
         yield engine
 
 
@@ -68,10 +68,9 @@ def _request(number: int = 1) -> Speak:
     )
 
 
-async def test_speech_is_pulled(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Started, then the sound in order, then None and how it ended."""
+async def test_chunks_come_in_order(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """The chunks come in order, then None; then `finished` tells how the request ended."""
     speech = client.speak(_request())
-    assert (await speech.started()).sample_rate == 24_000
     chunks = []
     while (chunk := await speech.chunk()) is not None:
         chunks.append(chunk)
@@ -82,11 +81,10 @@ async def test_speech_is_pulled(client: ZmqEngineClient, worker: FakeWorker) -> 
     assert not worker.of(Cancel)
 
 
-async def test_a_consumer_that_takes_nothing_holds_the_worker_back(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Credit is granted only for what was taken, so at most the first credit waits in memory."""
+async def test_a_slow_consumer_holds_the_worker_back(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """Credit is granted only for chunks that were taken, so memory holds at most the initial credit."""
     worker.chunks = 100
     speech = client.speak(_request())
-    await speech.started()
     await client.fresh_snapshot(0)
     await client.fresh_snapshot(0)
     assert not worker.of(Credit)
@@ -95,10 +93,10 @@ async def test_a_consumer_that_takes_nothing_holds_the_worker_back(client: ZmqEn
     assert sum(credit.chunks for credit in await asyncio.to_thread(worker.wait_for, Credit, 10)) == 40
 
 
-async def test_before_there_is_a_worker(tmp_path: Path) -> None:
-    """A client without a worker starts, says so, and refuses at once."""
+async def test_without_a_worker(tmp_path: Path) -> None:
+    """The client starts, gives a reason, and refuses every request at once."""
     async with ZmqEngineClient(f"ipc://{tmp_path}/none.ipc", "") as engine:
-        assert engine.trouble() is not None
+        assert engine.unavailable_reason() is not None
         assert engine.catalog == []
         began = time.monotonic()
         with pytest.raises(ApiError) as caught:
@@ -111,18 +109,18 @@ async def test_before_there_is_a_worker(tmp_path: Path) -> None:
         assert time.monotonic() - began < stretched(0.5)
 
 
-async def test_a_worker_that_comes_later_is_met(tmp_path: Path) -> None:
-    """The order in which both start does not matter."""
+async def test_a_worker_may_start_later(tmp_path: Path) -> None:
+    """Client and worker may start in any order."""
     fake = FakeWorker(tmp_path / "w.ipc")
     async with ZmqEngineClient(fake.url, "") as engine:
         with fake:
-            await becomes(lambda: engine.trouble() is None)
+            await becomes(lambda: engine.unavailable_reason() is None)
             assert [spec.id for spec in engine.catalog] == [spec.id for spec in fake.catalog]
             assert engine.worker_settings == fake.settings
 
 
-async def test_death_fails_everything_in_flight(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Speeches and calls fail at once, the catalogue stays known, and the next worker is met."""
+async def test_a_dead_worker_fails_everything_in_flight(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """Speeches and calls fail at once, the catalogue stays known, and the client connects to the next worker."""
     worker.hold = True
     speech = client.speak(_request())
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
@@ -136,46 +134,46 @@ async def test_death_fails_everything_in_flight(client: ZmqEngineClient, worker:
     with pytest.raises(ApiError):
         await calling
     assert time.monotonic() - began < stretched(1)
-    assert client.trouble() is not None
+    assert client.unavailable_reason() is not None
     assert client.catalog
     worker.restart("boot-2")
-    await becomes(lambda: client.trouble() is None)
+    await becomes(lambda: client.unavailable_reason() is None)
     assert client.snapshot is not None
     assert client.snapshot.boot_id == "boot-2"
 
 
-async def test_a_worker_of_another_version_is_not_used(tmp_path: Path) -> None:
-    """Both sides talk only when they speak the same version."""
+async def test_another_protocol_version_is_refused(tmp_path: Path) -> None:
+    """Requests are refused where the worker has another protocol version."""
     with FakeWorker(tmp_path / "w.ipc") as fake:
         fake.version = 999
         async with ZmqEngineClient(fake.url, "") as engine:
-            await becomes(lambda: "version" in (engine.trouble() or ""))
+            await becomes(lambda: "version" in (engine.unavailable_reason() or ""))
             with pytest.raises(ApiError, match="999"):
                 engine.speak(_request())
 
 
-async def test_a_wrong_token_is_told(tmp_path: Path) -> None:
-    """A worker that refuses the Hello is trouble with a reason."""
+async def test_a_wrong_token_is_a_reason(tmp_path: Path) -> None:
+    """If the worker refuses the Hello, `unavailable_reason` gives its message."""
     with FakeWorker(tmp_path / "w.ipc") as fake:
         fake.token = "right"  # noqa: S105 - a test's token
         async with ZmqEngineClient(fake.url, "wrong") as engine:
-            await becomes(lambda: "wrong token" in (engine.trouble() or ""))
+            await becomes(lambda: "wrong token" in (engine.unavailable_reason() or ""))
             assert fake.of(Hello)[0].token == "wrong"  # noqa: S105 - a test's token
 
 
 async def test_silence_refuses_new_requests(client: ZmqEngineClient, worker: FakeWorker, clock: Clock) -> None:
-    """Without a Pong for five seconds the worker is not ready; with the next Pong it is again."""
+    """Requests are refused after five seconds without a Pong."""
     worker.mute = True
     await asyncio.to_thread(_one_more_ping_is_out, client)
     clock.ahead += STALE_AFTER_S + 0.1
-    assert "has not answered" in (client.trouble() or "")
+    assert "has not answered" in (client.unavailable_reason() or "")
     with pytest.raises(ApiError) as caught:
         client.speak(_request())
     assert caught.value.code == "worker_unavailable"
 
 
 async def test_long_silence_fails_what_is_in_flight(client: ZmqEngineClient, worker: FakeWorker, clock: Clock) -> None:
-    """A worker that stays silent does not let requests hang, and is told to forget them."""
+    """After 20 s without a Pong, requests fail and are cancelled at the worker."""
     worker.hold = worker.mute = True
     speech = client.speak(_request())
     await asyncio.to_thread(worker.wait_for, Speak)
@@ -189,22 +187,22 @@ async def test_long_silence_fails_what_is_in_flight(client: ZmqEngineClient, wor
     await asyncio.to_thread(worker.wait_for, Cancel)
 
 
-async def test_a_pause_of_its_own_is_not_the_workers_silence(
+async def test_a_pause_of_this_process_is_not_silence(
     client: ZmqEngineClient, worker: FakeWorker, clock: Clock
 ) -> None:
-    """After this process was stopped for long, requests in flight are not given up before the socket was read."""
+    """After a pause of this process, requests do not fail before the waiting messages were read."""
     worker.hold = True
     speech = client.speak(_request())
     clock.ahead += LOST_AFTER_S + 60
     client._tick()
-    await becomes(lambda: client.trouble() is None)
+    await becomes(lambda: client.unavailable_reason() is None)
     client._tick()
     worker.hold = False
     assert await speech.chunk() is not None
 
 
 async def test_a_gap_is_an_error(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """A sequence number that is missing fails the request and cancels it."""
+    """A missing sequence number fails the request and cancels it at the worker."""
     worker.skip_seq = True
     speech = client.speak(_request())
     assert await speech.chunk() is not None
@@ -215,12 +213,11 @@ async def test_a_gap_is_an_error(client: ZmqEngineClient, worker: FakeWorker) ->
 
 
 async def test_abort_is_synchronous_and_idempotent(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """One Cancel goes out however often it is said, and whoever still pulls is told."""
+    """Any number of aborts sends one Cancel; a consumer that still waits gets an ApiError."""
     worker.hold = True
     speech = client.speak(_request())
     speech.abort()
     speech.abort()
-    client.abort("never heard of")
     with pytest.raises(ApiError):
         await speech.chunk()
     await client.fresh_snapshot(0)
@@ -228,17 +225,17 @@ async def test_abort_is_synchronous_and_idempotent(client: ZmqEngineClient, work
 
 
 async def test_closing_cancels(worker: FakeWorker) -> None:
-    """What is still being spoken when the web worker ends is not spoken on."""
+    """Closing the client cancels the requests in flight at the worker."""
     worker.hold = True
     async with ZmqEngineClient(worker.url, "") as engine:
-        await becomes(lambda: engine.trouble() is None)
+        await becomes(lambda: engine.unavailable_reason() is None)
         engine.speak(_request())
         await asyncio.to_thread(worker.wait_for, Speak)
     await asyncio.to_thread(worker.wait_for, Cancel)
 
 
-async def test_calls_are_answered(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """A Reply answers its own call, a Failed raises with the worker's code."""
+async def test_calls_get_their_own_reply(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """A Reply goes to the call with its id; a Failed raises an ApiError with its code."""
     done = CleanupPass(timestamp=1.0, vram_before_bytes=2, vram_after_bytes=1, models_checked=[], models_unloaded=[])
     voice = SavedVoice(id="v", name="V", kind="clone", created_at=1, seconds=2.0, in_context=True)
     worker.on_call = lambda call, _payload: (
@@ -255,8 +252,8 @@ async def test_calls_are_answered(client: ZmqEngineClient, worker: FakeWorker) -
     assert (caught.value.status, caught.value.retry_after_s) == (409, 4)
 
 
-async def test_a_call_that_nobody_answers_ends(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """After its own time a call fails; it never hangs."""
+async def test_a_call_times_out(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """A call without a reply fails after `timeout_s` and is cancelled at the worker."""
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
     with pytest.raises(ApiError) as caught:
         await client.call(Cleanup(), client="me", timeout_s=0.05)
@@ -265,8 +262,8 @@ async def test_a_call_that_nobody_answers_ends(client: ZmqEngineClient, worker: 
     assert cancel.id == worker.of(Call)[0].id
 
 
-async def test_a_call_that_is_given_up_is_told(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """The worker hears that nobody waits for a call any more; of one that was answered it hears nothing."""
+async def test_a_cancelled_call_is_cancelled_at_the_worker(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """A call whose caller was cancelled sends a Cancel; a call that was answered sends none."""
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
     calling = asyncio.create_task(client.call(Cleanup(), client="me", timeout_s=30))
     await asyncio.to_thread(worker.wait_for, Call)
@@ -281,20 +278,20 @@ async def test_a_call_that_is_given_up_is_told(client: ZmqEngineClient, worker: 
 
 
 async def test_the_snapshot_is_kept_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Pings bring what the worker says about itself without anyone asking; `fresh_snapshot` asks now."""
+    """Regular pings renew `snapshot`; `fresh_snapshot` pings at once."""
     worker.snapshot = msgspec.structs.replace(worker.snapshot, running=3)
     assert (await client.fresh_snapshot(0)).running == 3
     worker.snapshot = msgspec.structs.replace(worker.snapshot, running=4)
     await becomes(lambda: client.snapshot is not None and client.snapshot.running == 4)
 
 
-async def test_an_answer_under_way_is_not_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """What the worker said before it was asked is not taken for its answer, though it arrives later."""
+async def test_a_pong_to_an_older_ping_is_not_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """`fresh_snapshot` ignores a Pong that arrives later but answers a ping from before the call."""
     worker.late = True
     await becomes(lambda: worker.pongs)
     worker.snapshot = msgspec.structs.replace(worker.snapshot, running=3)
     asking = asyncio.create_task(client.fresh_snapshot(0))
-    await asyncio.sleep(0)  # the question is asked
+    await asyncio.sleep(0)  # `asking` runs until it waits
     worker.late = False
     assert (await asking).running == 3
 
@@ -303,4 +300,4 @@ def _one_more_ping_is_out(client: ZmqEngineClient) -> None:
     deadline = time.monotonic() + 10
     while not client._ping_out:
         assert time.monotonic() < deadline, "no ping was sent"
-        time.sleep(0.01)  # between two looks at another thread
+        time.sleep(0.01)  # the other thread runs meanwhile
