@@ -81,7 +81,7 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
         dtype=arguments.dtype,
         attention_backend=arguments.attention,
         slots=max(arguments.streams),
-        positions=512,
+        max_model_len=512,
     )
     engine = open_engine(directory, options)
     planner = engine._parts.planner

@@ -22,7 +22,12 @@ COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 256 << 20}
 
 WARM_UP_STEPS: Final = 8
 
-_GRAPHS: Final = {"predict": "code predictor", "advance": "talker", "prefill": "prefill", "decode": "codec"}
+_GRAPHS: Final = {
+    "code_predictor_step": "code predictor",
+    "talker_step": "talker",
+    "prefill": "prefill",
+    "decode": "codec",
+}
 """What captured functions are called in the table."""
 
 
@@ -37,13 +42,13 @@ def staged(engine: QwenEngine, clock: Clock) -> Iterator[dict[str, float]]:
 @contextmanager
 def _calls(engine: QwenEngine, stages: dict[str, float], clock: Clock) -> Iterator[None]:
     parts = engine._parts
-    executor: Any = parts.executor
-    generator = executor._generator
+    runner: Any = parts.runner
+    model = runner._model
     spots: Sequence[tuple[Any, str, str]] = (
-        (generator, "prefill", "prefill"),
-        (executor, "_predict", "code predictor"),
-        (generator, "advance", "talker"),
-        (generator, "_sample", "of which sampling"),
+        (model, "prefill", "prefill"),
+        (runner, "_predict", "code predictor"),
+        (model, "talker_step", "talker"),
+        (model, "_sample", "of which sampling"),
         (parts.vocoder, "decode", "codec"),
     )
     for owner, name, stage in spots:
@@ -72,8 +77,8 @@ def _timed(function: Callable[..., Any], stages: dict[str, float], stage: str, c
 def _events(engine: QwenEngine, stages: dict[str, float]) -> Iterator[None]:
     """Events around every replay, on the stream that it runs on; read when all is over, so nothing waits for them."""
     parts = engine._parts
-    executor: Any = parts.executor
-    graphs = (executor._graphs, parts.vocoder._graphs)
+    runner: Any = parts.runner
+    graphs = (runner._graphs, parts.vocoder._graphs)
     spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
     for owner in graphs:
         replay = owner.run
@@ -116,9 +121,9 @@ def floors_ms(engine: QwenEngine, streams: int, context: int, *, chunk: int, ban
     `context`: tokens that each stream's cache holds; `chunk`: frames a decoder call makes of each stream.
     """
     parts = engine._parts
-    executor: Any = parts.executor
-    generator = executor._generator
-    talker, predictor = generator.talker, generator.predictor
+    runner: Any = parts.runner
+    model = runner._model
+    talker, predictor = model.talker, model.code_predictor
     cache = list(talker.cache.tensors())
     token = sum(_bytes([tensor]) // (tensor.shape[0] * tensor.shape[1]) for tensor in cache)
     heads = _bytes(tensor for head in predictor.heads for tensor in head.tensors())

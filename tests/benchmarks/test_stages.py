@@ -46,7 +46,7 @@ def test_the_floor_counts_what_a_frame_reads(engine: QwenEngine) -> None:
     many = stages.floors_ms(engine, 4, 100, chunk=4, bandwidth=1e9)
     assert many["code predictor"] == alone["code predictor"]
     assert many["codec"] == 2 * alone["codec"]
-    shape = engine._parts.executor._generator.talker.cache.keys[0].shape  # type: ignore[attr-defined]
+    shape = engine._parts.runner._model.talker.cache.keys[0].shape  # type: ignore[attr-defined]
     token = 2 * 2 * shape[2] * shape[3] * 4  # keys and values of two layers, float32
     assert many["talker"] - alone["talker"] == pytest.approx(3 * 100 * token / 1e9 * 1000)
 

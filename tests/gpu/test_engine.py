@@ -7,9 +7,9 @@ import torch
 
 from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
 from gpu_worker.engines.qwen.model.layers import Norm
-from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, slots_needed
+from gpu_worker.engines.qwen.model.sampling import SamplingParams
+from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate
@@ -45,15 +45,15 @@ def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
     """Every layout, joining and leaving a mixed batch, captured and not: the official package's greedy codes."""
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
     with torch.inference_mode():
-        ours = Ours(kind, None, slots=slots_needed(8, torch.device("cuda")), device="cuda")
-        executor = CudaGraphModelRunner(ours.generator, slots=8, positions=256)
+        ours = Ours(kind, None, slots=rows_needed(8, torch.device("cuda")), device="cuda")
+        runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
         if graphs:
-            executor.prepare()
+            runner.prepare()
         requests = [
             Request(prompt=ours.prompt(CASES[number]), join=2 * place, frames=FRAMES)
             for place, number in enumerate([*numbers, *numbers])
         ]
-        spoken = generate(ours, requests, executor)
+        spoken = generate(ours, requests, runner)
     for codes, number in zip(spoken, [*numbers, *numbers], strict=True):
         assert torch.equal(codes, expected(number).codes)
 
@@ -65,14 +65,14 @@ def test_captured_and_uncaptured_bfloat16_agree() -> None:
     with torch.inference_mode():
         for graphs in (False, True):
             ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16, device="cuda")
-            executor = CudaGraphModelRunner(ours.generator, slots=8, positions=256)
+            runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
             if graphs:
-                executor.prepare()
+                runner.prepare()
             requests = [
                 Request(prompt=ours.prompt(CASES[place % 5]), seed=place, choice=(sampled, GREEDY)[place % 2])
                 for place in range(8)
             ]
-            spoken.append(generate(ours, requests, executor))
+            spoken.append(generate(ours, requests, runner))
     for one, other in zip(*spoken, strict=True):
         assert torch.equal(one, other)
 
@@ -144,7 +144,7 @@ def test_a_newcomer_makes_nobody_wait_for_the_device(speaker: QwenEngine) -> Non
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        speaker._parts.prompts.forget()
+        speaker._parts.prompts.clear_cache()
         speaker.admit(job(2))
         while not all(outcome.end for outcome in outcomes.values()):
             take(speaker, outcomes, 0)

@@ -241,7 +241,7 @@ def test_a_failed_recording_leaves_all_as_before(
 def test_the_codec_goes_with_the_last_engine(device: Device) -> None:
     """And is not counted with any of them."""
     codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))
-    options = QwenOptions(codecs=codecs, device=device, slots=1, positions=256, streams=shared(device).streams)
+    options = QwenOptions(codecs=codecs, device=device, slots=1, max_model_len=256, streams=shared(device).streams)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "base")]
     assert codecs.bytes > 0
     allocated = torch.cuda.memory_allocated()

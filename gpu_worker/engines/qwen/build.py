@@ -27,19 +27,19 @@ from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.model.attention import Backend, attention
-from gpu_worker.engines.qwen.model.code_predictor import entries_shape
+from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_shape
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder
-from gpu_worker.engines.qwen.model.qwen3_tts import TEXTS, Qwen3TTSModel
+from gpu_worker.engines.qwen.model.qwen3_tts import MAX_TRAILING_TOKENS, Qwen3TTSModel
 from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import EncodedReference, ReferenceCache
 from gpu_worker.engines.qwen.runner import (
-    BATCHES,
+    BATCH_SIZES,
     CpuModelRunner,
     CudaGraphModelRunner,
     ModelRunner,
-    slots_needed,
+    rows_needed,
     traced_bytes,
 )
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
@@ -50,7 +50,7 @@ CPU_SLOTS: Final = 8
 MOST_SLOTS: Final = 64
 """Slots where none are configured: on CPU, and at most on CUDA."""
 
-POSITIONS: Final = 2048
+MAX_MODEL_LEN: Final = 2048
 """Tokens that a slot holds, prompt and frames: 112 KiB each in bfloat16, over two minutes of speech."""
 
 SHARE_OF_FREE: Final = 0.4
@@ -67,7 +67,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `codecs`: the speech tokenizers, on the same device, shared by all engines; and so are the `streams`.
     `dtype` "auto" is bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
-    `positions`: tokens that a slot holds, prompt and frames.
+    `max_model_len`: tokens that a slot holds, prompt and frames.
     `pause_s`: silence between the utterances of a long text.
     `room`: bytes of the device that this process may still take, as far as a budget says.
     `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
@@ -78,7 +78,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DtypeName = "auto"
     attention_backend: Backend = "sdpa"
     slots: int | None = None
-    positions: int = POSITIONS
+    max_model_len: int = MAX_MODEL_LEN
     pause_s: float = 0.15
     reference_cache_bytes: int = 256 << 20
     encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
@@ -96,7 +96,7 @@ def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
     """
     # float32 means float32: cuDNN would round what convolutions read, and the codec's encoder pick other codes.
     torch.backends.cudnn.allow_tf32 = False
-    stream = options.streams.moves if options.device == "cuda" else None
+    stream = options.streams.transfer if options.device == "cuda" else None
     with torch.inference_mode(), torch.cuda.stream(stream):
         codec = options.codecs.take(directory)
         try:
@@ -114,41 +114,41 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
     config, generation = read_config(directory), read_generation_config(directory)
     kernel = attention(options.attention_backend, device, dtype)
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
-        size = weights.nbytes + entries_bytes(config.talker_config, dtype)
+        size = weights.nbytes + first_layer_inputs_bytes(config.talker_config, dtype)
         slots = options.slots or slots_that_fit(size, config, codec, options)
-        generator = Qwen3TTSModel(
-            weights, config, generation, kernel, slots=slots_needed(slots, device), positions=options.positions
+        model = Qwen3TTSModel(
+            weights, config, generation, kernel, slots=rows_needed(slots, device), max_model_len=options.max_model_len
         )
-        prompts = PromptBuilder(weights, config, _tokenizer(directory), generator.embed)
-    vocoder = Vocoder(codec, generator.state.ring, slots, options.streams)
+        prompts = PromptBuilder(weights, config, _tokenizer(directory), model.embed_codes)
+    vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
     speaker = None
     if config.tts_model_type == "base":
         speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
-    executor: ModelRunner = CpuModelRunner(generator)
+    runner: ModelRunner = CpuModelRunner(model)
     if device.type == "cuda":
-        executor = CudaGraphModelRunner(generator, slots, options.positions, options.streams)
+        runner = CudaGraphModelRunner(model, slots, options.max_model_len, options.streams)
     encode = _reference_encoder(directory, codec, speaker, options)
     parts = Parts(
-        state=generator.state,
-        executor=executor,
+        state=model.state,
+        runner=runner,
         prompts=prompts,
-        planner=Planner(config, generation, prompts, positions=options.positions),
+        planner=Planner(config, generation, prompts, max_model_len=options.max_model_len),
         vocoder=vocoder,
         references=ReferenceCache(encode, options.reference_cache_bytes, options.wake),
-        residence=WeightOffloader(
-            [*generator.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
+        offloader=WeightOffloader(
+            [*model.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
             {
-                "kv": list(generator.talker.cache.tensors()),
-                "state": list(generator.state.tensors()),
+                "kv": list(model.talker.cache.tensors()),
+                "state": list(model.state.tensors()),
                 "codec_state": list(vocoder.tensors()),
             },
             device,
-            stream=options.streams.moves if device.type == "cuda" else None,
-            others=(executor.memory, vocoder.memory),
+            stream=options.streams.transfer if device.type == "cuda" else None,
+            others=(runner.memory, vocoder.memory),
             closed=lambda: options.codecs.give_back(codec),
         ),
     )
-    executor.prepare()
+    runner.prepare()
     vocoder.prepare()
     return QwenEngine(parts, slots=slots, pause_s=options.pause_s, cuda=device.type == "cuda")
 
@@ -181,25 +181,25 @@ def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options
         free = min(free, options.room())
     state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
     dtype = compute_dtype(options.device, options.dtype)
-    each = slot_bytes(config.talker_config, dtype, options.positions) + state.bytes // 2
+    each = slot_bytes(config.talker_config, dtype, options.max_model_len) + state.bytes // 2
     slots = int((free - weight_bytes) * SHARE_OF_FREE / each)
     if slots < 1:
         message = f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB and a slot {each >> 20} MiB"
         raise JobError("insufficient_vram", message, retry_after_s=30)
-    # Rows come in these numbers (see slots_needed): what lies between two of them would cost memory for nothing.
-    return max(size for size in BATCHES if size <= min(slots, MOST_SLOTS))
+    # Rows come in these numbers (see rows_needed): what lies between two of them would cost memory for nothing.
+    return max(size for size in BATCH_SIZES if size <= min(slots, MOST_SLOTS))
 
 
-def slot_bytes(shape: TalkerShape, dtype: torch.dtype, positions: int) -> int:
+def slot_bytes(shape: TalkerShape, dtype: torch.dtype, max_model_len: int) -> int:
     """Bytes of one slot: keys and values, trailing text, randomness."""
     width = dtype.itemsize
-    kv = 2 * shape.num_hidden_layers * positions * shape.num_key_value_heads * shape.head_dim * width
-    return kv + TEXTS * shape.hidden_size * width + positions * shape.num_code_groups * 4
+    kv = 2 * shape.num_hidden_layers * max_model_len * shape.num_key_value_heads * shape.head_dim * width
+    return kv + MAX_TRAILING_TOKENS * shape.hidden_size * width + max_model_len * shape.num_code_groups * 4
 
 
-def entries_bytes(shape: TalkerShape, dtype: torch.dtype) -> int:
+def first_layer_inputs_bytes(shape: TalkerShape, dtype: torch.dtype) -> int:
     """Bytes of what is computed from the weights at load and kept beside them: 280 MiB in bfloat16, as published."""
-    return math.prod(entries_shape(shape.code_predictor_config)) * dtype.itemsize
+    return math.prod(first_layer_inputs_shape(shape.code_predictor_config)) * dtype.itemsize
 
 
 def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
@@ -217,7 +217,12 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
         slots = CPU_SLOTS if device == "cpu" else 1
     shape = read_config(directory).talker_config
     traced = traced_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
-    return weights + entries_bytes(shape, computed) + traced + slots * slot_bytes(shape, computed, POSITIONS)
+    return (
+        weights
+        + first_layer_inputs_bytes(shape, computed)
+        + traced
+        + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
+    )
 
 
 def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
@@ -232,7 +237,7 @@ def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
 def _reference_encoder(
     directory: Path, codec: Codec, speaker: SpeakerEncoder | None, options: QwenOptions
 ) -> Callable[[np.ndarray, bool], EncodedReference]:
-    stream = options.streams.recordings if options.device == "cuda" else None
+    stream = options.streams.encode if options.device == "cuda" else None
 
     def encode(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- see References
         if speaker is None:

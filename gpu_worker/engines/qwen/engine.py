@@ -19,13 +19,13 @@ import torch
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.faults import is_broken_device
-from gpu_worker.engines.qwen.model.kv_slots import State
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import uniforms
+from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
-from gpu_worker.engines.qwen.runner import Entry, ModelRunner
+from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy
 from gpu_worker.engines.qwen.sequence import RunningJob, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
@@ -58,13 +58,13 @@ class Closing(msgspec.Struct, frozen=True):
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is assembled from."""
 
-    state: State
-    executor: ModelRunner
+    state: SlotState
+    runner: ModelRunner
     prompts: PromptBuilder
     planner: Planner
     vocoder: Vocoder
     references: ReferenceCache
-    residence: WeightOffloader
+    offloader: WeightOffloader
 
 
 class QwenEngine:
@@ -76,7 +76,7 @@ class QwenEngine:
         """`pause_s`: silence between the utterances of a job. `clock` gives seconds."""
         self._parts = parts
         self._clock = clock
-        self._end = parts.state.codes
+        self._end = parts.state.eos_code
         self._pause = bytes(bytes_for(pause_s))
         self._cuda = cuda
         self._free = list(range(slots))
@@ -141,18 +141,18 @@ class QwenEngine:
     def offload(self) -> None:
         """See Engine."""
         self._settle()
-        self._parts.executor.release()
+        self._parts.runner.release()
         self._parts.vocoder.release()
-        self._parts.prompts.forget()
+        self._parts.prompts.clear_cache()
         self._parts.references.clear()
-        self._parts.residence.offload()
+        self._parts.offloader.offload()
 
     def restore(self) -> None:
         """See Engine."""
         with torch.inference_mode():
-            self._parts.residence.restore()
+            self._parts.offloader.restore()
             self._active.clear()
-            self._parts.executor.prepare()
+            self._parts.runner.prepare()
             self._parts.vocoder.prepare()
 
     def close(self) -> None:
@@ -161,14 +161,14 @@ class QwenEngine:
             self._release(speaking)
         self._settle()
         self._parts.references.close()
-        self._parts.executor.close()
+        self._parts.runner.close()
         self._parts.vocoder.release()
-        self._parts.prompts.forget()
-        self._parts.residence.close()
+        self._parts.prompts.clear_cache()
+        self._parts.offloader.close()
 
     def memory(self) -> Memory:
         """See Engine."""
-        return self._parts.residence.memory(references=self._parts.references.bytes)
+        return self._parts.offloader.memory(references=self._parts.references.bytes)
 
     def _settle(self) -> None:
         """Forget what was begun for jobs since gone; when this returns the device works on none of it."""
@@ -225,14 +225,14 @@ class QwenEngine:
             if speaking.prompt is None:
                 continue
             plan = speaking.plan
-            randomness = uniforms(plan.seed, speaking.utterance, speaking.cap, self._parts.state.ring.shape[2])
+            randomness = uniforms(plan.seed, speaking.utterance, speaking.cap, self._parts.state.ring_buffer.shape[2])
             self._parts.state.write(
                 speaking.slot, speaking.prompt, self._parts.prompts.padding(), plan.choice, randomness
             )
             self._parts.vocoder.begin(speaking.slot, speaking.encoded.primed if speaking.encoded else None)
-            entries.append(Entry(speaking.slot, speaking.prompt, plan.choice.wide))
+            entries.append(PrefillInput(speaking.slot, speaking.prompt, plan.choice.full_vocab))
         if entries:
-            self._parts.executor.prefill(entries)
+            self._parts.runner.prefill(entries)
         for speaking in chosen:
             speaking.start()
 
@@ -242,9 +242,11 @@ class QwenEngine:
             return False
         self._activate({speaking.slot for speaking in members})
         rows = [(speaking.slot, speaking.length + speaking.launched + 1) for speaking in members]
-        readback = HostCopy(self._parts.state.code, Frame([(speaking, speaking.utterance) for speaking in members]))
+        readback = HostCopy(
+            self._parts.state.next_codebook0, Frame([(speaking, speaking.utterance) for speaking in members])
+        )
         self._parts.vocoder.fence()
-        self._parts.executor.frame(rows, wide=any(speaking.plan.choice.wide for speaking in members))
+        self._parts.runner.decode_step(rows, full_vocab=any(speaking.plan.choice.full_vocab for speaking in members))
         readback.start()
         self._frames.append(readback)
         for speaking in members:
@@ -263,7 +265,7 @@ class QwenEngine:
     def _land(self, readback: HostCopy[Frame]) -> None:
         """Take note of a frame: what was made is speech, and the code made with it tells whether more follows."""
         following = readback.wait().tolist()
-        for speaking, utterance in readback.note.members:
+        for speaking, utterance in readback.record.members:
             if speaking.alive and speaking.utterance == utterance and not speaking.ended:
                 speaking.land(last=following[speaking.slot] == self._end)
 
@@ -287,7 +289,7 @@ class QwenEngine:
             else:
                 if len(self._deliveries) <= behind and not head.ready():
                     return
-                for speaking, samples in zip(head.note, head.wait().numpy(), strict=True):
+                for speaking, samples in zip(head.record, head.wait().numpy(), strict=True):
                     self._hand_out(speaking, samples)
             self._deliveries.popleft()
 

@@ -65,7 +65,7 @@ class WeightOffloader:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
-                host = to_host([_bytes(storage) for storage, _ in self._weights], pinned=True)
+                host = offload_bytes([_bytes(storage) for storage, _ in self._weights], pinned=True)
             self._stream.synchronize()
             self._host = host
             _shrink(self._weights)
@@ -84,7 +84,7 @@ class WeightOffloader:
                     storage.resize_(size)
                 for storage, _ in storages:
                     _bytes(storage).zero_()
-                to_device(self._host, [_bytes(storage) for storage, _ in moved])
+                restore_bytes(self._host, [_bytes(storage) for storage, _ in moved])
             if self._stream is not None:
                 self._stream.synchronize()
         except BaseException:
@@ -124,7 +124,7 @@ class WeightOffloader:
         return Memory(device=held, host=weights)
 
 
-def free(tensors: Iterable[Tensor]) -> None:
+def release_storage(tensors: Iterable[Tensor]) -> None:
     """Give up the memory of tensors that nobody will use again, whoever still holds them.
 
     What numpy has seen (weights on CPU, as they were read) cannot be taken from its holders, and goes with the last.
@@ -132,7 +132,7 @@ def free(tensors: Iterable[Tensor]) -> None:
     _give_up(_storages(tensors))
 
 
-def to_host(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> list[Tensor]:
+def offload_bytes(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> list[Tensor]:
     """Begin to copy `parts` (uint8, of one dimension), one behind the other, into blocks of `block_bytes`.
 
     The last block is the smallest power of two that holds the rest.
@@ -145,8 +145,8 @@ def to_host(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = BLOCK_B
     return blocks
 
 
-def to_device(blocks: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Begin to copy back into `parts` what `to_host` made of them."""
+def restore_bytes(blocks: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Begin to copy back into `parts` what `offload_bytes` made of them."""
     for block, part in _pieces(blocks, parts, len(blocks[0]) if blocks else 0):
         part.copy_(block, non_blocking=True)
 

@@ -12,9 +12,9 @@ import msgspec
 
 from gpu_worker.engines.base import Job, JobError, Sampling, Task
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
-from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
-from gpu_worker.engines.qwen.model.qwen3_tts import TEXTS
+from gpu_worker.engines.qwen.model.qwen3_tts import MAX_TRAILING_TOKENS
+from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.sequence import LEAST_CAP, frame_cap
 from gpu_worker.engines.qwen.text_splitting import HEAD, clean, fits, split, tidy
 from gpu_worker.voices import check_transcript
@@ -62,13 +62,13 @@ class Planner:
     """Checks jobs and makes their prompts."""
 
     def __init__(
-        self, config: ModelConfig, generation: GenerationConfig, prompts: PromptBuilder, *, positions: int
+        self, config: ModelConfig, generation: GenerationConfig, prompts: PromptBuilder, *, max_model_len: int
     ) -> None:
-        """`positions`: tokens that a slot holds."""
+        """`max_model_len`: tokens that a slot holds."""
         self._config = config
         self._generation = generation
         self._prompts = prompts
-        self._positions = positions
+        self._max_model_len = max_model_len
 
     def plan(self, job: Job) -> Plan:
         """Check a job and begin to split its text.
@@ -111,10 +111,10 @@ class Planner:
         tokens = self._prompts.count(text)
         spare = plan.longest - tokens
         # The last position stays free: until its slot is taken again, a row that has ended is computed with the others.
-        room = self._positions - len(prompt.embeds) - 1
+        room = self._max_model_len - len(prompt.embeds) - 1
         wanted = self._generation.max_new_tokens if left is None else left
         least, trailing = (room - spare, 0) if plan.whole_text else (room, spare)
-        if least < min(LEAST_CAP, wanted) or len(prompt.trailing) + trailing > TEXTS:
+        if least < min(LEAST_CAP, wanted) or len(prompt.trailing) + trailing > MAX_TRAILING_TOKENS:
             field = "ref_text" if voice.codes is not None else "instructions"
             raise JobError("invalid_value", f"{field}: no room is left for speech; make it shorter", param=field)
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
@@ -124,7 +124,7 @@ class Planner:
         if job.task != "VoiceDesign":
             return UTTERANCE_TOKENS
         used = self._prompts.count(instructions) if instructions else 0
-        return max(UTTERANCE_TOKENS, min(TEXTS, (self._positions - used) // (ROOM_PER_TOKEN + 1)))
+        return max(UTTERANCE_TOKENS, min(MAX_TRAILING_TOKENS, (self._max_model_len - used) // (ROOM_PER_TOKEN + 1)))
 
     def _too_long(self, text: str, limit: int) -> JobError:
         """A described voice is another one each time it is made: its text cannot go on in a second utterance."""

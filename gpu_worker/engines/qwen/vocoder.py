@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.decoder_state import Snapshot
-from gpu_worker.engines.qwen.model.kv_slots import RING
-from gpu_worker.engines.qwen.runner import BATCHES, at_least
+from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
+from gpu_worker.engines.qwen.runner import BATCH_SIZES, smallest_bucket
 from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
-from gpu_worker.engines.qwen.runtime.transfers import HostCopy, on_device
+from gpu_worker.engines.qwen.runtime.transfers import HostCopy, to_device
 from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK, SCHEDULE, RunningJob
 
 CHUNKS: Final = sorted(set(SCHEDULE))
@@ -30,7 +30,7 @@ class Vocoder:
     """Decodes chunks of several slots in one call."""
 
     def __init__(self, codec: Codec, ring: Tensor, slots: int, streams: CudaStreams) -> None:
-        """ring: int64 [slots or more, RING, groups], where frames arrive."""
+        """ring: int64 [slots or more, RING_FRAMES, groups], where frames arrive."""
         self._codec = codec
         self._ring = ring
         self._cuda = ring.is_cuda
@@ -38,14 +38,16 @@ class Vocoder:
         self._streams = streams
         self._stream = streams.codec if self._cuda else None
         self._begun: torch.cuda.Event | None = None
-        self._batches = [size for size in BATCHES if size < at_least(slots, BATCHES)] + [at_least(slots, BATCHES)]
+        self._batches = [size for size in BATCH_SIZES if size < smallest_bucket(slots, BATCH_SIZES)] + [
+            smallest_bucket(slots, BATCH_SIZES)
+        ]
         self._graphs = CudaGraphs()
         self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def fence(self) -> None:
         """Before each frame: it waits for the decodes that began before the frame ahead of it.
 
-        A frame overwrites the codes of RING frames ago, which a slow decode may still have to read;
+        A frame overwrites the codes of RING_FRAMES frames ago, which a slow decode may still have to read;
         waiting for the latest decodes as well would take turns where the two streams should run side by side.
         """
         if self._stream is None:
@@ -90,11 +92,11 @@ class Vocoder:
             return readback
         # Its frames have landed: the device is done with them, and this need not wait for the one it is making now.
         with torch.cuda.stream(self._stream):
-            batch = at_least(len(group), self._batches)
+            batch = smallest_bucket(len(group), self._batches)
             spare = batch - len(group)
             where, pcm = self._inputs.get((batch, chunk)) or self._new_inputs(batch, chunk)
             numbers = [*slots, *[self.state.scratch] * spare, *starts, *[0] * spare]
-            where.copy_(on_device(numbers, where.device).view(2, batch), non_blocking=True)
+            where.copy_(to_device(numbers, where.device).view(2, batch), non_blocking=True)
             readback = HostCopy(pcm[: len(group)], group)
             self._graphs.run(("decode", batch, chunk), functools.partial(self._decode_or_nothing, where, chunk, pcm))
             readback.start()
@@ -113,7 +115,7 @@ class Vocoder:
             ("decode", batch, chunk): functools.partial(self._decode_into, where, chunk, pcm)
             for (batch, chunk), (where, pcm) in self._inputs.items()
         }
-        self._graphs.capture(functions, recording=self._streams.decodes, warming=self._streams.moves)
+        self._graphs.capture(functions, recording=self._streams.codec_capture, warming=self._streams.transfer)
 
     def memory(self) -> dict[str, int]:
         """Device bytes by purpose, beside the slots' state."""
@@ -139,7 +141,7 @@ class Vocoder:
 
     def _decode_into(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
         slots, starts = where
-        frames = (starts[:, None] + torch.arange(chunk, device=starts.device)) % RING
+        frames = (starts[:, None] + torch.arange(chunk, device=starts.device)) % RING_FRAMES
         waveform = self._codec.decode(self._ring[slots[:, None], frames], slots, self.state)
         pcm.copy_((waveform * _PEAK).round_())
 

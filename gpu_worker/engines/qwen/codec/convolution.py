@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.model.layers import Linear, Weights
+from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder
 
 UNFOLD_UP_TO_RATE: Final = {"cpu": 160, "cuda": 32}
 """Convolutions over at most this many rows a frame are one matrix product over copied windows, others a direct kernel.
@@ -61,7 +61,7 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (scale.float()[:, None] * weight.float()).to(weight.dtype)
 
 
-class Snake(Weights):
+class Snake(TensorHolder):
     """SnakeBeta: x + sin(x·e^alpha)² / e^beta, by channel. The exponentials are taken once, here.
 
     Where channels are few, several rows are taken as one: the parameters are repeated as often.
@@ -80,7 +80,7 @@ class Snake(Weights):
         return torch.addcmul(rows, wave.square_(), self.magnitude, out=wave).view(x.shape)
 
 
-class CausalConv(Weights):
+class CausalConv(TensorHolder):
     """A convolution over time that sees its row and the `rows` before it.
 
     `rate` is how many rows there are to a frame.
@@ -107,7 +107,7 @@ class CausalConv(Weights):
             if isinstance(self.kernel, Linear):
                 x = windows(x, self.taps, self.dilation).flatten(2)
         if isinstance(self.kernel, Linear):
-            return self.kernel.of_rows(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return self.kernel.batch_invariant(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self._convolve(x.transpose(1, 2)[:, :, None], self.kernel)[:, :, 0].transpose(1, 2)
 
     def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class CausalConv(Weights):
         return functional.conv2d(x, kernel, self.bias, dilation=(1, self.dilation))
 
 
-class Upsample(Weights):
+class Upsample(TensorHolder):
     """A transposed convolution over time, trimmed on the right as the official one is.
 
     Each input row makes `stride` output rows, together with the `taps - 1` input rows before it:
@@ -140,11 +140,11 @@ class Upsample(Weights):
         batch, time, channels_in = x.shape
         if self.taps > 1:
             x = windows(history.extend(x, self.taps - 1), self.taps, 1)
-        y = self.product.of_rows(x.reshape(batch * time, self.taps * channels_in))
+        y = self.product.batch_invariant(x.reshape(batch * time, self.taps * channels_in))
         return y.view(batch, time * self.stride, self.channels)
 
 
-class ConvNeXt(Weights):
+class ConvNeXt(TensorHolder):
     """A depthwise convolution of 7 rows, then a two-layer perceptron by row, added to the input."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
@@ -166,11 +166,11 @@ class ConvNeXt(Weights):
         """[batch, time, channels] -> the same."""
         y = (windows(history.extend(x, self.rows), self.rows + 1, 1) * self.depthwise).sum(2) + self.depthwise_bias
         y = functional.layer_norm(y, y.shape[2:], self.norm_weight, self.norm_bias, 1e-6)
-        y = self.narrow.of_rows(functional.gelu(self.widen.of_rows(y.flatten(0, 1))))
+        y = self.narrow.batch_invariant(functional.gelu(self.widen.batch_invariant(y.flatten(0, 1))))
         return y.view_as(x) + x
 
 
-class ResidualUnit(Weights):
+class ResidualUnit(TensorHolder):
     """Snake, dilated convolution of 7 rows, Snake, convolution of 1 row, added to the input."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int) -> None:
@@ -187,7 +187,7 @@ class ResidualUnit(Weights):
         return self.mix(y, history).add_(x)
 
 
-class UpsamplingBlock(Weights):
+class UpsamplingBlock(TensorHolder):
     """Snake, a transposed convolution, and three residual units of growing dilation."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int) -> None:
@@ -208,7 +208,7 @@ class UpsamplingBlock(Weights):
         return x
 
 
-class ToMono(Weights):
+class ToMono(TensorHolder):
     """The last convolution, to one channel.
 
     Every row is projected onto the taps once, and the projections are summed along the diagonals:

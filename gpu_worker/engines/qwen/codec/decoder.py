@@ -23,10 +23,10 @@ from gpu_worker.engines.qwen.codec.convolution import (
 )
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.transformer import Transformer, Window
-from gpu_worker.engines.qwen.model.layers import Linear, Weights
+from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder
 
 
-class Decoder(Weights):
+class Decoder(TensorHolder):
     """Codebooks, transformer and convolutions, from the checkpoint's "decoder." tensors."""
 
     def __init__(self, weights: Mapping[str, Tensor], shape: DecoderShape) -> None:
@@ -100,7 +100,7 @@ class Decoder(Weights):
         return self.mono(self.snake(x), rest).float().clamp_(-1, 1)
 
 
-class Codebooks(Weights):
+class Codebooks(TensorHolder):
     """One vector a code, summed over the codebooks and projected: the first codebook apart from the other fifteen.
 
     A checkpoint keeps sums of the vectors assigned to an entry and their number; they are divided once, here.
@@ -125,4 +125,4 @@ class Codebooks(Weights):
         batch, chunk, books = codes.shape
         ids = codes.clamp(0, self.size - 1) + self.offsets
         vectors = self.table.index_select(0, ids.flatten()).view(batch * chunk, books, -1)
-        return self.project.of_rows(torch.cat((vectors[:, 0], vectors[:, 1:].sum(1)), 1)).view(batch, chunk, -1)
+        return self.project.batch_invariant(torch.cat((vectors[:, 0], vectors[:, 1:].sum(1)), 1)).view(batch, chunk, -1)

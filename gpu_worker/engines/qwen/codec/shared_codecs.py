@@ -6,7 +6,7 @@ import torch
 
 from gpu_worker.engines.qwen.checkpoint.weights import codec_fingerprint
 from gpu_worker.engines.qwen.codec import Codec
-from gpu_worker.engines.qwen.offload import free
+from gpu_worker.engines.qwen.offload import release_storage
 
 
 class SharedCodecs:
@@ -41,4 +41,4 @@ class SharedCodecs:
         self._users[key] -= 1
         if not self._users[key]:
             del self._users[key], self._codecs[key]
-            free(codec.tensors())
+            release_storage(codec.tensors())

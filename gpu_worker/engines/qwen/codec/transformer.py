@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import scaled
-from gpu_worker.engines.qwen.model.layers import Linear, Norm, Weights
+from gpu_worker.engines.qwen.model.layers import Linear, Norm, TensorHolder
 
 
 class Window:
@@ -48,7 +48,7 @@ class Window:
         return zeros.masked_fill_(hidden, float("-inf"))[:, None]
 
 
-class Layer(Weights):
+class Layer(TensorHolder):
     """Attention and SwiGLU, each scaled by channel; the scales are folded into the weights."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape) -> None:
@@ -69,7 +69,9 @@ class Layer(Weights):
 
     def __call__(self, x: Tensor, index: int, window: Window, mask: Tensor) -> Tensor:
         """X: [batch * chunk, hidden] -> the same; writes the chunk's keys and values into ring `index`."""
-        qkv = self.qkv.of_rows(self.input_norm(x)).view(window.batch, window.chunk, 3, self.heads, self.head_dim)
+        qkv = self.qkv.batch_invariant(self.input_norm(x)).view(
+            window.batch, window.chunk, 3, self.heads, self.head_dim
+        )
         turned = qkv[:, :, :2]
         turned = torch.addcmul(turned * window.cos, turned.roll(self.half, -1), window.sin)
         ring = window.rings[index]
@@ -81,12 +83,12 @@ class Layer(Weights):
             # The keys of a single query are shared out among threads, and into how many parts depends on the batch.
             query, mask = query.expand(-1, -1, 2, -1), mask.expand(-1, -1, 2, -1)
         seen = functional.scaled_dot_product_attention(query, key, value, mask)[:, :, : window.chunk]
-        x = x + self.out.of_rows(seen.transpose(1, 2).reshape(x.shape[0], -1))
-        gate, up = self.gate_up.of_rows(self.post_norm(x)).chunk(2, -1)
-        return x + self.down.of_rows(functional.silu(gate) * up)
+        x = x + self.out.batch_invariant(seen.transpose(1, 2).reshape(x.shape[0], -1))
+        gate, up = self.gate_up.batch_invariant(self.post_norm(x)).chunk(2, -1)
+        return x + self.down.batch_invariant(functional.silu(gate) * up)
 
 
-class Transformer(Weights):
+class Transformer(TensorHolder):
     """Projection in, the layers, norm, projection out."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape) -> None:
@@ -106,8 +108,8 @@ class Transformer(Weights):
 
     def __call__(self, x: Tensor, window: Window) -> Tensor:
         """X: [batch * chunk, latent] -> the same."""
-        x = self.into.of_rows(x)
+        x = self.into.batch_invariant(x)
         mask = window.mask(self.span)
         for index, layer in enumerate(self.layers):
             x = layer(x, index, window, mask)
-        return self.back.of_rows(self.norm(x))
+        return self.back.batch_invariant(self.norm(x))

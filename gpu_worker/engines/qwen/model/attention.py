@@ -1,6 +1,6 @@
 """Attention kernels behind one small interface: eager, SDPA or FlashAttention 2.
 
-It owns the choice of backend and its arithmetic, not the caches it reads.
+Owns the choice of the backend and its arithmetic. It holds no caches.
 """
 
 import importlib
@@ -17,32 +17,31 @@ BACKENDS: Final = ("eager", "sdpa", "flash_attention_2")
 
 
 class Attention(Protocol):
-    """Causal attention of new tokens, and of one token a row over a cache."""
+    """Causal attention of whole prompts, and of one new token a row over a cache."""
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
         ...
 
-    def spans(self, lengths: Tensor, tokens: int) -> Tensor:
-        """What `decode` asks of rows that read their first `lengths` (int64 [rows]) of `tokens` cached ones.
+    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+        """What makes `decode` read the first `lengths` (int64 [rows]) of `tokens` cached tokens, in its backend's form.
 
-        Made once for all layers of a step: 2 kernels less in each.
+        It is made once for all layers of a step: 2 kernels less in each layer.
         """
         ...
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor | None) -> Tensor:
-        """One query a row over the cached tokens that `spans` gives it, or over all of them if None.
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with one query a row over the cached tokens that a `length_mask` leaves, or over all of them if None.
 
-        [rows, heads, dim] over [rows, kv_heads, tokens, dim], strided as it likes -> [rows, heads * dim].
+        [rows, heads, dim] over [rows, kv_heads, tokens, dim] of any strides -> [rows, heads * dim].
         """
         ...
 
 
 class Eager:
-    """The official eager path: scores, float32 softmax, sum; each step a kernel of its own."""
+    """The official eager path: scores, float32 softmax, sum, each as a kernel of its own."""
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See Attention."""
         tokens, groups = query.shape[1], query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (key, value))
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
@@ -50,39 +49,36 @@ class Eager:
         weights = functional.softmax(scores.masked_fill(future, float("-inf")), dim=-1, dtype=torch.float32)
         return torch.matmul(weights.to(query.dtype), value).transpose(1, 2)
 
-    def spans(self, lengths: Tensor, tokens: int) -> Tensor:
-        """See Attention. True beyond the span, bool [rows, 1, 1, tokens]."""
+    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+        """True for tokens beyond the length, bool [rows, 1, 1, tokens]."""
         return (torch.arange(tokens, device=lengths.device) >= lengths[:, None])[:, None, None]
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor | None) -> Tensor:
-        """See Attention."""
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         rows, kv_heads, _, dim = key.shape
         scores = torch.matmul(query.reshape(rows, kv_heads, -1, dim), key.transpose(2, 3)) * dim**-0.5
-        if spans is not None:
-            scores = scores.masked_fill(spans, float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
         weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, value).reshape(rows, -1)
 
 
 class Sdpa:
-    """torch's fused kernels; the query heads of a KV head go in as if they were tokens, so no head is repeated."""
+    """torch's fused kernels. The query heads of a KV head go in as tokens, so no KV head is repeated."""
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See Attention."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
             1, 2
         )
 
-    def spans(self, lengths: Tensor, tokens: int) -> Tensor:
-        """See Attention. True within the span, bool [rows, 1, 1, tokens]."""
+    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+        """True for tokens within the length, bool [rows, 1, 1, tokens]."""
         return (torch.arange(tokens, device=lengths.device) < lengths[:, None])[:, None, None]
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor | None) -> Tensor:
-        """See Attention."""
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         rows, kv_heads, _, dim = key.shape
         query = query.reshape(rows, kv_heads, -1, dim)
-        return functional.scaled_dot_product_attention(query, key, value, spans).reshape(rows, -1)
+        return functional.scaled_dot_product_attention(query, key, value, mask).reshape(rows, -1)
 
 
 class Flash:
@@ -92,27 +88,25 @@ class Flash:
         self._package = package
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See Attention."""
         return self._package.flash_attn_func(query, key, value, causal=True)
 
-    def spans(self, lengths: Tensor, tokens: int) -> Tensor:
-        """See Attention. The lengths, int32 [rows]: there is nothing to mask."""
+    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+        """The lengths, int32 [rows]: the kernel needs no mask."""
         del tokens
         return lengths.to(torch.int32)
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor | None) -> Tensor:
-        """See Attention."""
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
-        seqlens = key.shape[1] if spans is None else spans
+        seqlens = key.shape[1] if mask is None else mask
         out = self._package.flash_attn_with_kvcache(query[:, None], key, value, cache_seqlens=seqlens)
         return out.flatten(1)
 
 
 def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend asked for.
+    """The attention of `backend`.
 
     Raises:
-        JobError: `model_unavailable` where it cannot run here; another one is never taken in its place.
+        JobError: `model_unavailable` where it cannot run here. Another backend is never taken instead.
     """
     if backend == "eager":
         return Eager()

@@ -1,7 +1,7 @@
 """Transformer blocks shared by the talker and the code predictor: fused projections, norms, rotary positions.
 
-It owns weights and arithmetic of one block, with the rounding points of the official modules.
-Keys and values go to whoever is passed as `attend`: caches are not this module's business.
+Owns the weights and the arithmetic of a block, with the rounding points of the official modules.
+It holds no caches: keys and values go to the Attend that the caller passes.
 """
 
 import math
@@ -15,35 +15,35 @@ from torch.nn import functional
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 
 PACK_ELEMENTS: Final = 1 << 18
-"""On CPU, weights of at least this many elements are kept in oneDNN's blocked layout.
+"""On CPU, weights of at least this many elements are kept in oneDNN's blocked layout ("packed").
 
-Measured on 2 cores of an AMD EPYC (Zen 4), float32: 2 to 3 times faster than MKL from here up at 1 to 16 rows.
-Below, its own overhead shows: 13 µs a call in a loop of nothing else, 40 µs between the other operators of a frame.
+Measured on 2 cores of an AMD EPYC (Zen 4), float32: from here up it is 2 to 3 times faster than MKL at 1 to 16 rows.
+Below, its overhead costs more: 13 µs a call in a loop of nothing else, 40 µs between the other operators of a frame.
 """
 
 BATCH_MULTIPLE: Final = 4
 """On CPU, batches are padded to a multiple of this.
 
-MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently;
-with full groups of 4, a row's result does not depend on its company.
+MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
+With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
 """
 
 
-class Weights:
-    """Something that holds tensors, lists of tensors, or other Weights, in its attributes."""
+class TensorHolder:
+    """Finds the tensors in its attributes, in lists there, and in the TensorHolders there."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor held, directly or below; a shared one comes up as often as it is held."""
+        """Every tensor held, directly or below; a tensor held twice comes twice."""
         for value in vars(self).values():
             for item in value if isinstance(value, list) else (value,):
                 if isinstance(item, Tensor):
                     yield item
-                elif isinstance(item, Weights):
+                elif isinstance(item, TensorHolder):
                     yield from item.tensors()
 
 
-class Linear(Weights):
-    """y = x Wᵀ + b, with W stored as the device computes it fastest."""
+class Linear(TensorHolder):
+    """y = x Wᵀ + b, with W in the layout that the device computes fastest with."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
@@ -53,20 +53,20 @@ class Linear(Weights):
         self._transposed = None if self.packed else self.weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """X: [rows, in] -> [rows, out]."""
+        """`x`: [rows, in] -> [rows, out]."""
         if self._transposed is None:
             return self._add_packed(x.new_zeros(x.shape[0], self._outputs), x)
         if self.bias is None:
-            return torch.mm(x, self._transposed)  # what functional.linear comes to, with a third of its calls
+            return torch.mm(x, self._transposed)  # what functional.linear calls in the end, in a third of the calls
         return torch.addmm(self.bias, x, self._transposed)
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """The same, where on CPU the rows may be few: each row's result is the same in any company."""
+    def batch_invariant(self, x: Tensor) -> Tensor:
+        """The same for any number of rows: on CPU they are padded, so that a row's bits do not depend on the others."""
         padded = pad_rows(x)
         return self(x) if padded is x else self(padded)[: x.shape[0]]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """The sum of y and x Wᵀ, without bias. Only in float32 may the product include it: that rounds once less."""
+        """Y + x Wᵀ, without bias. Only float32 adds within the product: that rounds once less than the official sum."""
         if x.dtype != torch.float32:
             return y + self(x)
         if self._transposed is None:
@@ -74,20 +74,20 @@ class Linear(Weights):
         return torch.addmm(y, x, self._transposed)
 
     def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
-        """The form of oneDNN's product that can be traced (see traces.py): it adds, at no cost."""
+        """Y + x Wᵀ + b: the form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """On CPU, x with zeros behind its rows up to a multiple of BATCH_MULTIPLE; elsewhere x."""
+    """On CPU, x with rows of zeros behind it up to a multiple of BATCH_MULTIPLE; elsewhere x."""
     extra = -x.shape[0] % BATCH_MULTIPLE
     if x.is_cuda or not extra:
         return x
     return functional.pad(x, (0, 0) * (x.ndim - 1) + (0, extra))
 
 
-class Norm(Weights):
-    """RMS normalisation over the last axis: float32 inside, rounded to the model's dtype before the weight."""
+class Norm(TensorHolder):
+    """RMSNorm over the last axis, computed in float32 and rounded to the model's dtype before the weight."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._shape = weight.shape[-1:]
@@ -100,9 +100,9 @@ class Norm(Weights):
         self.weight: Tensor | None = weight * self._root if rooted else weight
 
     def fold_into(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Put the weight into all the matrices [out, size] that read this norm's output, instead of applying it.
+        """Multiply the weight into all matrices [out, size] that read this norm's output, and apply it no longer.
 
-        In float32 alone: elsewhere the official modules round in between, and nothing changes.
+        In float32 only: in other dtypes the official modules round in between, so the matrices come back unchanged.
         """
         if self.weight is None or self.weight.dtype != torch.float32:
             return matrices
@@ -111,9 +111,9 @@ class Norm(Weights):
         return matrices
 
     def __call__(self, x: Tensor) -> Tensor:
-        """X: [..., size], any float dtype; the same comes back."""
+        """`x`: [..., size] in any float dtype -> the same shape and dtype."""
         if x.is_cuda:
-            # One kernel: it computes in float32, and without a weight rounds where the official modules do.
+            # One kernel. It computes in float32 and, without a weight, rounds where the official modules do.
             y = functional.rms_norm(x, self._shape, None, self._eps)
         elif x.dtype == torch.float32:
             y = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
@@ -124,41 +124,44 @@ class Norm(Weights):
         return y if self.weight is None else y * self.weight
 
 
-class Rope(Weights):
-    """Rotary position tables. The three axes of the official mRoPE are equal for speech: plain RoPE."""
+class Rope(TensorHolder):
+    """Tables of rotary position embeddings. The three axes of the official mRoPE are equal for speech: plain RoPE."""
 
-    def __init__(self, shape: Shape, positions: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Shape, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64, device=device).float() / shape.head_dim
-        angles = torch.arange(positions, device=device).float()[:, None] * (1.0 / shape.rope_theta**half)
+        angles = torch.arange(max_positions, device=device).float()[:, None] * (1.0 / shape.rope_theta**half)
         sin = angles.sin()
         self.cos = torch.cat((angles.cos(),) * 2, dim=-1).to(dtype)
         # rotate_half(x) * sin == roll(x, half) * (-sin, sin): negation rounds nothing.
         self.sin = torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [rows] int64 -> (cos, sin), each [rows, 1, head_dim]."""
+        """`positions`: int64 [rows] -> (cos, sin), each [rows, 1, head_dim]."""
         return self.cos.index_select(0, positions)[:, None], self.sin.index_select(0, positions)[:, None]
 
     def span(self, start: int, stop: int, batch: int = 1) -> tuple[Tensor, Tensor]:
-        """Positions start..stop of `batch` sequences: (cos, sin), each [batch * (stop - start), 1, head_dim]."""
+        """Positions start to stop - 1 of `batch` sequences: (cos, sin), each [batch * (stop - start), 1, head_dim]."""
         cos, sin = self.cos[start:stop, None], self.sin[start:stop, None]
         return (cos, sin) if batch == 1 else (cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1))
 
 
-Projected = tuple[Tensor, Tensor, Tensor]
+QKV = tuple[Tensor, Tensor, Tensor]
 """Queries [rows, heads, head_dim], keys and values [rows, kv_heads, head_dim] of one layer."""
 
 
 class Attend(Protocol):
-    """Attention over a cache: takes new queries, keys and values of one layer, returns what they attended to."""
+    """Attention over a cache, layer by layer."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim] -> [rows, heads * head_dim]."""
+        """Write the new keys and values to the cache, and attend.
+
+        query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim] -> [rows, heads * head_dim].
+        """
         ...
 
 
-class Layer(Weights):
-    """One pre-norm block: attention with per-head query and key norms, then SwiGLU."""
+class Layer(TensorHolder):
+    """One pre-norm block: attention with a norm of each head's query and key, then SwiGLU."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape) -> None:
         def fused(*names: str, behind: Norm | None = None) -> Linear:
@@ -181,26 +184,26 @@ class Layer(Weights):
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
         self.down = fused("mlp.down_proj")
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Projected:
-        """X: [rows, hidden] -> what it attends with."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> QKV:
+        """`x`: [rows, hidden] -> its queries, keys and values."""
         cos, sin = rope
         qkv = self.qkv(self.input_norm(x)).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        qk, value = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)  # half as long as split
+        qk, value = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)  # half the time of split
         qk = self.qk_norm(qk)
-        turned = qk.roll(self.half, -1)
+        rotated = qk.roll(self.half, -1)
         # In one kernel where that rounds no coarser than the official two.
-        qk = torch.addcmul(qk * cos, turned, sin) if qk.dtype == torch.float32 else qk * cos + turned * sin
+        qk = torch.addcmul(qk * cos, rotated, sin) if qk.dtype == torch.float32 else qk * cos + rotated * sin
         query, key = qk.split_with_sizes((self.heads, self.kv_heads), 1)
         return query, key, value
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """X [rows, hidden] and what it attended to [rows, heads * head_dim] -> the block's output [rows, hidden]."""
+        """`x` [rows, hidden] and attention's output [rows, heads * head_dim] -> the block's output [rows, hidden]."""
         x = self.out.add_to(x, attended)
         gate, up = self.gate_up(self.post_norm(x)).split_with_sizes((self.inner, self.inner), 1)
         return self.down.add_to(x, functional.silu(gate).mul_(up))
 
 
-class Stack(Weights):
+class Stack(TensorHolder):
     """The blocks and the final norm."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape) -> None:
@@ -208,13 +211,13 @@ class Stack(Weights):
         self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """X: [rows, hidden] -> the last layer's output, before the final norm (`norm` takes the rows one needs)."""
-        return self.resume(x, self.layers[0].project(x, rope), rope, attend)
+        """`x`: [rows, hidden] -> the last layer's output [rows, hidden]. Apply `norm` to the rows that are needed."""
+        return self.from_qkv(x, self.layers[0].project(x, rope), rope, attend)
 
-    def resume(self, x: Tensor, projected: Projected, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """The same, where it is known what the first layer projects x to."""
+    def from_qkv(self, x: Tensor, qkv: QKV, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """The same, where the first layer's queries, keys and values of x are known."""
         for index, layer in enumerate(self.layers):
             if index:
-                projected = layer.project(x, rope)
-            x = layer.finish(x, attend(index, *projected))
+                qkv = layer.project(x, rope)
+            x = layer.finish(x, attend(index, *qkv))
         return x

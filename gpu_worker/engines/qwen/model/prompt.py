@@ -1,6 +1,6 @@
-"""Prompts: the embeddings that a request begins with, and the text that follows frame by frame.
+"""Prompts: the embeddings that an utterance begins with, and the text embeddings that follow one a frame.
 
-It owns the official layouts of all tasks, equal to the last bit, and caches their constant parts.
+Owns the official layouts of all tasks, equal to the last bit, and a cache of their constant parts.
 It knows nothing of slots, sampling or audio: references come as codes and a speaker embedding.
 """
 
@@ -15,31 +15,31 @@ from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import ModelConfig
-from gpu_worker.engines.qwen.model.layers import Weights
-from gpu_worker.engines.qwen.runtime.transfers import on_device
+from gpu_worker.engines.qwen.model.layers import TensorHolder
+from gpu_worker.engines.qwen.runtime.transfers import to_device
 
-PREFIXES: Final = 256
-"""Constant prefixes kept: speakers times languages of every published model fit."""
+MAX_CACHED_PREFIXES: Final = 256
+"""Constant prefixes kept: the speakers times the languages of every published model fit."""
 
-_ROLE = 3
+_ROLE_TOKENS: Final = 3
 """Tokens of "<|im_start|>assistant\\n"."""
-_TAIL = 5
+_TAIL_TOKENS: Final = 5
 """Tokens of "<|im_end|>\\n<|im_start|>assistant\\n"."""
-_REFERENCE_TAIL = 2
+_REFERENCE_TAIL_TOKENS: Final = 2
 """Tokens of "<|im_end|>\\n"."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """`embeds` [tokens, hidden] go in at once; `trailing` [frames, hidden] one a frame, then padding for ever."""
+    """`embeds` [tokens, hidden] are read at once, `trailing` [frames, hidden] one a frame, padding after them."""
 
     embeds: Tensor
     trailing: Tensor
 
 
 class Voice(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose voice: a preset by name, or a recording's embedding, with its codes and transcript for ICL, or neither.
+    """The voice to speak with: a preset's name, or a recording's speaker `embedding` [hidden], or neither.
 
-    `embedding` [hidden]; `codes` int64 [frames, groups].
+    In-context cloning (ICL) also takes the recording's `codes`, int64 [frames, groups], and its `transcript`.
     """
 
     name: str = ""
@@ -48,7 +48,7 @@ class Voice(msgspec.Struct, frozen=True, kw_only=True):
     transcript: str = ""
 
 
-class PromptBuilder(Weights):
+class PromptBuilder(TensorHolder):
     """Builds prompts from text; holds the text embedding and its projection."""
 
     def __init__(
@@ -58,9 +58,9 @@ class PromptBuilder(Weights):
         tokenize: Callable[[str], Sequence[int]],
         embed_codes: Callable[[Tensor], Tensor],
     ) -> None:
-        """`weights`: the checkpoint's, on the device; `tokenize` as the checkpoint's processor does;
+        """`weights`: the checkpoint's, on the device. `tokenize`: the checkpoint's processor.
 
-        `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of a frame's embeddings.
+        `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of each frame's code embeddings.
         """
         projection = "talker.text_projection.linear_fc"
         self._config = config
@@ -71,17 +71,20 @@ class PromptBuilder(Weights):
         self.fc1 = [weights[f"{projection}1.weight"], weights[f"{projection}1.bias"]]
         self.fc2 = [weights[f"{projection}2.weight"], weights[f"{projection}2.bias"]]
         self._prefixes: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
-        self._constants: tuple[Tensor, Tensor, Tensor] | None = None
+        self._control_embeddings: tuple[Tensor, Tensor, Tensor] | None = None
 
     def count(self, text: str) -> int:
-        """Tokens of a text."""
+        """Tokens of `text`, without those of the chat template."""
         return len(self._text_ids(text))
 
     def build(self, text: str, voice: Voice, *, language: str, instructions: str, whole_text: bool) -> Prompt:
         """The prompt of one utterance.
 
-        `language`: "auto" or a name that the model knows. `whole_text`: the layout in which all text
-        comes before the first frame (`non_streaming_mode`).
+        `language`: "auto" or a name that the model knows.
+        `whole_text`: the layout in which all text comes before the first frame (`non_streaming_mode`).
+
+        Raises:
+            JobError: `invalid_value` where `text` has no tokens.
         """
         _, eos, pad = self._controls()
         ids = self._text_ids(text)
@@ -91,7 +94,7 @@ class PromptBuilder(Weights):
         parts.append(self._prefix(voice, language))
         if voice.codes is not None:
             reference = self._tokenize(f"<|im_start|>assistant\n{voice.transcript}<|im_end|>\n")
-            texts = torch.cat((self._project([*reference[_ROLE:-_REFERENCE_TAIL], *ids]), eos))
+            texts = torch.cat((self._project([*reference[_ROLE_TOKENS:-_REFERENCE_TAIL_TOKENS], *ids]), eos))
             context, trailing = self._in_context(texts, voice.codes, pad, whole_text=whole_text)
             parts.append(context)
         elif whole_text:
@@ -105,13 +108,13 @@ class PromptBuilder(Weights):
         return Prompt(torch.cat(parts), trailing)
 
     def padding(self) -> Tensor:
-        """The embedding of silence on the text track, [1, hidden]."""
+        """The text embedding of frames behind the text's end, [1, hidden]."""
         return self._controls()[2]
 
-    def forget(self) -> None:
-        """Drop what is cached on the device."""
+    def clear_cache(self) -> None:
+        """Free the cached prefixes and control embeddings; the next `build` makes them again."""
         self._prefixes.clear()
-        self._constants = None
+        self._control_embeddings = None
 
     def _in_context(self, texts: Tensor, codes: Tensor, pad: Tensor, *, whole_text: bool) -> tuple[Tensor, Tensor]:
         """The reference's text and codes, and the text to speak, as one track (`generate_icl_prompt`)."""
@@ -124,14 +127,14 @@ class PromptBuilder(Weights):
         return torch.cat((texts, pad.expand(len(frames) - len(texts), -1))) + frames, pad
 
     def _prefix(self, voice: Voice, language: str) -> Tensor:
-        """Role, language, speaker and the beginning of text: constant for a preset voice and a language."""
+        """Embeddings of role, language, speaker and text begin: constant for a preset voice and a language."""
         if voice.embedding is not None:
             return self._make_prefix(voice.embedding[None], language)
         key = (voice.name, language)
         if key not in self._prefixes:
             speaker = self._codec(self._config.talker_config.spk_id[voice.name]) if voice.name else None
             self._prefixes[key] = self._make_prefix(speaker, self._dialect(voice.name, language))
-            if len(self._prefixes) > PREFIXES:
+            if len(self._prefixes) > MAX_CACHED_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
         return self._prefixes[key]
@@ -146,39 +149,41 @@ class PromptBuilder(Weights):
         codec = [self._codec(*think), *([] if speaker is None else [speaker]), self._codec(shape.codec_pad_id)]
         track = torch.cat(codec)
         bos, _, pad = self._controls()
-        role = self._project(self._tokenize("<|im_start|>assistant\n")[:_ROLE])
+        role = self._project(self._tokenize("<|im_start|>assistant\n")[:_ROLE_TOKENS])
         return torch.cat((role, torch.cat((pad.expand(len(track) - 1, -1), bos)) + track))
 
     def _dialect(self, name: str, language: str) -> str:
-        """Speakers of a dialect speak it wherever Chinese, or nothing, was asked for."""
+        """The language to prompt with: a dialect's speaker uses the dialect where "chinese" or "auto" is requested."""
         dialect = self._config.talker_config.spk_is_dialect.get(name, False)
         return dialect if isinstance(dialect, str) and language in ("auto", "chinese") else language
 
     def _controls(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Beginning, end and padding of the text track, each [1, hidden]."""
-        if self._constants is None:
+        """Embeddings of the text's begin, end and padding tokens, each [1, hidden]."""
+        if self._control_embeddings is None:
             config = self._config
             bos, eos, pad = self._project(
                 [config.tts_bos_token_id, config.tts_eos_token_id, config.tts_pad_token_id]
             ).chunk(3)
-            self._constants = (bos, eos, pad)
-        return self._constants
+            self._control_embeddings = (bos, eos, pad)
+        return self._control_embeddings
 
     def _text_ids(self, text: str) -> Sequence[int]:
-        ids = self._tokenize(f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n")[_ROLE:-_TAIL]
+        ids = self._tokenize(f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n")[
+            _ROLE_TOKENS:-_TAIL_TOKENS
+        ]
         if not ids:
             raise JobError("invalid_value", "there is nothing to say in this text", param="input")
         return ids
 
     def _codec(self, *ids: int) -> Tensor:
         """Rows of the codec embedding, [ids, hidden]."""
-        return self.codec_embedding[on_device(ids, self.codec_embedding.device)]
+        return self.codec_embedding[to_device(ids, self.codec_embedding.device)]
 
     def _project(self, ids: Sequence[int]) -> Tensor:
-        """Text tokens -> [tokens, hidden].
+        """Text tokens -> embeddings [tokens, hidden].
 
-        Called for the same runs of tokens as in the official package:
-        a matrix product of other height may round differently.
+        It is called for the same runs of tokens as in the official package:
+        a matrix product with another number of rows may round differently.
         """
-        rows = self.text_embedding[on_device(ids, self.text_embedding.device)][None]
+        rows = self.text_embedding[to_device(ids, self.text_embedding.device)][None]
         return functional.linear(functional.silu(functional.linear(rows, *self.fc1)), *self.fc2)[0]

@@ -1,8 +1,8 @@
-"""The model as functions over the slots: `prefill` reads prompts, `predict` and `advance` make 80 ms for every slot.
+"""The model as functions over the slots: `prefill`, and the two halves of a decode step, which makes an 80 ms frame.
 
-It owns the arithmetic of a frame from state to state, and nothing that happens between frames.
-The functions have fixed shapes for fixed arguments and never look at the host: an executor may run them
-as they are (CPU) or capture them (CUDA).
+Owns the arithmetic from one frame's state to the next. It decides nothing about requests.
+For fixed arguments the functions have fixed shapes and never wait for the device, so a ModelRunner may call,
+trace or capture them.
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,20 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
-from gpu_worker.engines.qwen.model.kv_slots import RING, State
-from gpu_worker.engines.qwen.model.layers import Weights
-from gpu_worker.engines.qwen.model.sampling import WIDTH, penalise, sample
-from gpu_worker.engines.qwen.model.talker import END, Rows, Talker
+from gpu_worker.engines.qwen.model.kv_cache import SlotLengths
+from gpu_worker.engines.qwen.model.layers import TensorHolder
+from gpu_worker.engines.qwen.model.sampling import CANDIDATES, apply_repetition_penalty, sample
+from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES, SlotState
+from gpu_worker.engines.qwen.model.talker import EOS_INDEX, Talker
 
-TEXTS: Final = 512
-"""Text tokens that may trail a prompt, one a frame; more text than that is split into utterances before."""
+MAX_TRAILING_TOKENS: Final = 512
+"""Text tokens that may trail a prompt, one a frame; longer texts are split into utterances."""
+
+MIN_FRAMES: Final = 2
+"""The official package forbids the end before this many frames (`min_new_tokens`)."""
 
 
-class Qwen3TTSModel(Weights):
+class Qwen3TTSModel(TensorHolder):
     """Talker, code predictor and the state of all slots."""
 
     def __init__(
@@ -34,87 +38,93 @@ class Qwen3TTSModel(Weights):
         attention: Attention,
         *,
         slots: int,
-        positions: int,
+        max_model_len: int,
     ) -> None:
-        """`weights`: the checkpoint's, on the device, in the compute dtype. `positions`: tokens that a slot holds."""
+        """`weights`: the checkpoint's, on the device, in the compute dtype.
+
+        `slots`: rows of state and cache. `max_model_len`: tokens that a slot holds, prompt and frames.
+        """
         shape = config.talker_config
         groups = shape.num_code_groups
         tables = ["talker.model.codec_embedding.weight"]
         tables += [f"talker.code_predictor.model.codec_embedding.{i}.weight" for i in range(groups - 1)]
-        self.table = torch.cat([weights[name] for name in tables])
-        starts = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
-        self.starts = torch.tensor(starts, device=self.table.device)
-        self.talker = Talker(weights, shape, attention, self.table, slots=slots, positions=positions)
-        self.predictor = CodePredictor(weights, shape, generation, attention, self.table)
-        self.state = State(
+        self.codec_table = torch.cat([weights[name] for name in tables])
+        offsets = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
+        self.table_offsets = torch.tensor(offsets, device=self.codec_table.device)
+        self.talker = Talker(weights, shape, attention, self.codec_table, slots=slots, max_model_len=max_model_len)
+        self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table)
+        self.state = SlotState(
             slots,
             hidden=shape.hidden_size,
             codes=shape.codes,
             groups=groups,
-            texts=TEXTS,
-            frames=positions,
-            like=self.table,
+            trailing_tokens=MAX_TRAILING_TOKENS,
+            frames=max_model_len,
+            like=self.codec_table,
         )
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Frames of codes, int64 [frames, groups] -> the sum of their embeddings [frames, hidden]."""
-        rows = self.table.index_select(0, (codes + self.starts).flatten())
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """The sum of each frame's code embeddings: int64 [frames, groups] -> [frames, hidden]."""
+        rows = self.codec_table.index_select(0, (codes + self.table_offsets).flatten())
         return rows.view(*codes.shape, -1).sum(1)
 
-    def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor, *, wide: bool) -> None:
-        """Read prompts into their slots and choose their first codebook 0; arguments as for Talker.prefill.
+    def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor, *, full_vocab: bool) -> None:
+        """Read prompts into their slots and sample their first codebook 0; the tensors are as for Talker.prefill.
 
-        `wide`: whether one of them needs more candidates than WIDTH.
+        `full_vocab`: whether the sampling parameters of any of them need the full vocabulary (SamplingParams).
         """
         state = self.state
         hidden, logits = self.talker.prefill(embeds, slots, lengths)
         frame = torch.zeros_like(slots)
-        code = self._sample(logits, slots, state.first.index_select(0, slots), frame, wide=wide)
+        uniform = state.first_uniform.index_select(0, slots)
+        code = self._sample(logits, slots, uniform, frame, full_vocab=full_vocab)
         state.hidden.index_copy_(0, slots, hidden)
-        state.code.index_copy_(0, slots, code)
+        state.next_codebook0.index_copy_(0, slots, code)
 
-    def predict(self, used: int) -> None:
-        """First half of a frame for the first `used` slots: all its codes, into `state.ring`.
+    def code_predictor_step(self, batch: int) -> None:
+        """First half of a decode step, for slots 0 to batch - 1: all codes of the frame, into `state.ring_buffer`.
 
-        Their embeddings and the frame's text become the talker's input, `state.input`.
+        The sum of their embeddings and of the frame's text embedding becomes `state.talker_input`.
         """
-        state, part = self.state, slice(0, used)
+        state, part = self.state, slice(0, batch)
         frame = state.frame[part]
-        index = torch.arange(used, device=frame.device)
-        codes = self.predictor(state.hidden[part], state.code[part], state.uniform[part][index, frame])
-        state.ring[part].index_put_((index, frame % RING), codes)
-        text = state.trailing[part][index, torch.minimum(frame, state.trailing_length[part])]
-        torch.add(self.embed(codes), text, out=state.input[part])
+        index = torch.arange(batch, device=frame.device)
+        codes = self.code_predictor(state.hidden[part], state.next_codebook0[part], state.uniform[part][index, frame])
+        state.ring_buffer[part].index_put_((index, frame % RING_FRAMES), codes)
+        text = state.trailing[part][index, torch.minimum(frame, state.trailing_len[part])]
+        torch.add(self.embed_codes(codes), text, out=state.talker_input[part])
 
-    def advance(self, used: int, rows: Rows, reach: int, *, wide: bool) -> None:
-        """Second half: the talker reads the frame and chooses the next codebook 0, into `state.code`.
+    def talker_step(self, batch: int, slot_lengths: SlotLengths, kv_len: int, *, full_vocab: bool) -> None:
+        """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.
 
-        See Decode for `rows` and `reach`, `prefill` for `wide`.
-        Rows that are not active are computed and not kept, so a frame that failed midway can simply be made again.
+        `slot_lengths`, `kv_len`: see DecodeAttend; `full_vocab`: see `prefill`.
+        Rows that are not active are computed and not kept, so a frame that failed midway can be made again.
         """
-        state, part = self.state, slice(0, used)
-        frame, code, active = state.frame[part], state.code[part], state.active[part]
-        index = torch.arange(used, device=frame.device)
-        hidden, logits = self.talker.step(state.input[part], state.start[part] + frame, rows, reach)
+        state, part = self.state, slice(0, batch)
+        frame, code, active = state.frame[part], state.next_codebook0[part], state.active[part]
+        index = torch.arange(batch, device=frame.device)
+        positions = state.prompt_len[part] + frame
+        hidden, logits = self.talker.decode(state.talker_input[part], positions, slot_lengths, kv_len)
         state.seen[part].index_put_((index, code), torch.ones_like(active))
         uniform = state.uniform[part][index, frame, -1:]
-        chosen = self._sample(logits, part, uniform, frame + 1, wide=wide)
+        sampled = self._sample(logits, part, uniform, frame + 1, full_vocab=full_vocab)
         hidden = torch.where(active[:, None], hidden, state.hidden[part])
-        chosen = torch.where(active, chosen, code)
-        following = frame + active
+        sampled = torch.where(active, sampled, code)
+        next_frame = frame + active
         # Nothing below allocates: a step that runs out of memory has changed all of this or nothing.
         state.hidden[part].copy_(hidden)
-        code.copy_(chosen)
-        frame.copy_(following)
+        code.copy_(sampled)
+        frame.copy_(next_frame)
 
-    def _sample(self, logits: Tensor, rows: slice | Tensor, uniform: Tensor, frame: Tensor, *, wide: bool) -> Tensor:
-        """The codebook 0 that begins `frame`."""
+    def _sample(
+        self, logits: Tensor, rows: slice | Tensor, uniform: Tensor, frame: Tensor, *, full_vocab: bool
+    ) -> Tensor:
+        """The codebook 0 of `frame`, int64 [rows]."""
         state = self.state
-        parameters = state.parameters(rows, uniform)
-        scores = penalise(logits.float(), state.seen[rows], parameters.penalty)
-        early = frame < state.min_frames[rows]
-        scores[:, END] = scores[:, END].masked_fill(early, float("-inf"))
-        chosen = sample(scores, parameters, min(WIDTH, scores.shape[1]))
-        if wide:
-            chosen = torch.where(state.wide[rows], sample(scores, parameters, scores.shape[1]), chosen)
-        return chosen
+        tensors = state.sampling_tensors(rows, uniform)
+        scores = apply_repetition_penalty(logits.float(), state.seen[rows], tensors.penalty)
+        scores[:, EOS_INDEX] = scores[:, EOS_INDEX].masked_fill(frame < MIN_FRAMES, float("-inf"))
+        sampled = sample(scores, tensors, min(CANDIDATES, scores.shape[1]))
+        if full_vocab:
+            sampled = torch.where(state.full_vocab[rows], sample(scores, tensors, scores.shape[1]), sampled)
+        return sampled

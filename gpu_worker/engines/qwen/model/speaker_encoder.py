@@ -1,6 +1,6 @@
-"""Speaker embeddings (x-vectors) of recordings, through the official modules.
+"""The speaker encoder: speaker embeddings (x-vectors) of recordings, computed by the official modules.
 
-Base checkpoints alone have a speaker encoder. It caches nothing and knows neither jobs nor voices.
+Owns the encoder's weights. Only Base checkpoints have one. It caches nothing and knows neither jobs nor voices.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class SpeakerEncoder:
     """The speaker encoder of one Base checkpoint, on one device."""
 
     def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Load it.
+        """Load the encoder of the checkpoint in `directory`.
 
         Raises:
             JobError: `model_unavailable`, naming the file at fault.
@@ -48,9 +48,9 @@ class SpeakerEncoder:
 
     @torch.inference_mode()
     def __call__(self, pcm: Tensor) -> Tensor:
-        """pcm: float32 [samples] at 24 kHz mono, on the CPU, at least 385 samples -> [talker hidden], in `dtype`.
+        """`pcm`: float32 [samples] at 24 kHz mono, on the CPU, at least 385 samples -> [talker hidden], in `dtype`.
 
-        The spectrogram's parameters are those of the official `extract_speaker_embedding`.
+        The mel spectrogram's parameters are those of the official `extract_speaker_embedding`.
         """
         mel = self._mel(
             pcm[None], n_fft=1024, num_mels=128, sampling_rate=24_000, hop_size=256, win_size=1024, fmin=0, fmax=12_000

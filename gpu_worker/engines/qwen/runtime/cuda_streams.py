@@ -4,7 +4,7 @@ torch deals out 32 streams of each priority in turn: engines with streams of the
 That must not be, since a thread has one cuBLAS workspace for each stream, and graphs recorded on a stream share it:
 
 - Graphs recorded on one stream never run at the same time.
-  Those of `frames` are replayed on the default stream, those of `decodes` on `codec`, one after the other.
+  Those of `frame_capture` are replayed on the default stream, those of `codec_capture` on `codec`, one after the other.
 - On a recording stream nothing runs but the products that make its workspace, before anything is recorded there.
   A warm-up there would write into the workspace that some model's graph is just using.
 - Work runs on streams of the other priority: on one shared with a recording, it would be recorded instead of done.
@@ -23,7 +23,7 @@ class CudaStreams:
     """Made where the first one is asked for, in the thread that opens and moves engines: workspaces are a thread's."""
 
     @functools.cached_property
-    def moves(self) -> torch.cuda.Stream:
+    def transfer(self) -> torch.cuda.Stream:
         """Where models are loaded, moved and warmed up, beside those that speak."""
         return torch.cuda.Stream()
 
@@ -33,17 +33,17 @@ class CudaStreams:
         return torch.cuda.Stream()
 
     @functools.cached_property
-    def recordings(self) -> torch.cuda.Stream:
+    def encode(self) -> torch.cuda.Stream:
         """Where recordings are encoded: memory freed on a stream is kept for that stream, so it is one for all."""
         return torch.cuda.Stream()
 
     @functools.cached_property
-    def frames(self) -> torch.cuda.Stream:
+    def frame_capture(self) -> torch.cuda.Stream:
         """Where graphs of frames and prompts are recorded."""
         return _recording_stream()
 
     @functools.cached_property
-    def decodes(self) -> torch.cuda.Stream:
+    def codec_capture(self) -> torch.cuda.Stream:
         """Where graphs of the codec are recorded."""
         return _recording_stream()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Numbers as int64 [numbers], on their way to the device.
 
     From memory that is not pinned, they would wait for all that the device has still to do on this stream:
@@ -22,11 +22,11 @@ def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 class HostCopy(Generic[T]):
-    """A tensor's values as they were at `start`, and a note of what they are for."""
+    """A tensor's values as they were at `start`, and a record of what they are for."""
 
-    def __init__(self, tensor: Tensor, note: T) -> None:
+    def __init__(self, tensor: Tensor, record: T) -> None:
         """Take the host memory, before the values are made: making them again would not give the same."""
-        self.note = note
+        self.record = record
         self._tensor = tensor
         self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._event = torch.cuda.Event() if tensor.is_cuda else None

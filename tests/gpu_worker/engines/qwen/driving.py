@@ -39,7 +39,7 @@ def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
 
 def engine(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> QwenEngine:
     """A new engine, float32 unless told otherwise."""
-    options = {"slots": 4, "positions": 512, "dtype": "float32", **options}
+    options = {"slots": 4, "max_model_len": 512, "dtype": "float32", **options}
     return open_engine(tiny(kind, size), msgspec.structs.replace(shared(device), **options))
 
 

@@ -2,7 +2,7 @@
 
 Greedily, or sampled: then its draws are made from the uniforms that are ours for the same seed.
 
-And the same requests through our own prompt builder, generator and executor.
+And the same requests through our own prompt builder, model and runner.
 """
 
 import functools
@@ -18,11 +18,11 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config, read_generation_config
 from gpu_worker.engines.qwen.checkpoint.weights import load_weights
 from gpu_worker.engines.qwen.model.attention import Backend, attention
-from gpu_worker.engines.qwen.model.kv_slots import RING, SamplingParams
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
-from gpu_worker.engines.qwen.model.sampling import uniforms
-from gpu_worker.engines.qwen.runner import CpuModelRunner, Entry, ModelRunner
+from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
+from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
+from gpu_worker.engines.qwen.runner import CpuModelRunner, ModelRunner, PrefillInput
 from tests.checkpoints import Generation, Kind, Size, tiny
 from tests.official_package import official_package
 
@@ -131,7 +131,7 @@ def asked(case: Case, *, seed: int = 0, frames: int = FRAMES, **parameters: floa
 
 
 class Ours:
-    """Our generator for one checkpoint, with its prompt builder."""
+    """Our model of one checkpoint, with its prompt builder."""
 
     def __init__(
         self,
@@ -149,17 +149,17 @@ class Ours:
         self.config = read_config(directory)
         self.generation = read_generation_config(directory)
         kernel = attention(backend, torch.device(device), dtype)
-        self.generator = Qwen3TTSModel(weights, self.config, self.generation, kernel, slots=slots, positions=256)
+        self.model = Qwen3TTSModel(weights, self.config, self.generation, kernel, slots=slots, max_model_len=256)
         tokenizer = official(kind, size).processor.tokenizer
         self.prompts = PromptBuilder(
-            weights, self.config, lambda text: tokenizer(text)["input_ids"], self.generator.embed
+            weights, self.config, lambda text: tokenizer(text)["input_ids"], self.model.embed_codes
         )
 
     def prompt(self, case: Case) -> Prompt:
         """The prompt of a case."""
         voice = Voice(name=case.voice)
         if case.recording is not None:
-            device = self.generator.table.device
+            device = self.model.codec_table.device
             embedding, codes = (None if x is None else x.to(device) for x in recording(case))
             voice = Voice(embedding=embedding, codes=codes, transcript=TRANSCRIPT)
         return self.prompts.build(
@@ -186,11 +186,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
-def generate(ours: Ours, requests: Sequence[Request], executor: ModelRunner | None = None) -> list[Tensor]:
+def generate(ours: Ours, requests: Sequence[Request], runner: ModelRunner | None = None) -> list[Tensor]:
     """Codes of requests that share the slots, taking the lowest free one, [frames, groups] each."""
-    generator = ours.generator
-    state = generator.state
-    executor = executor or CpuModelRunner(generator)
+    model = ours.model
+    state = model.state
+    runner = runner or CpuModelRunner(model)
     codes: list[list[Tensor]] = [[] for _ in requests]
     slots: dict[int, int] = {}
     free = list(range(8))
@@ -203,15 +203,15 @@ def generate(ours: Ours, requests: Sequence[Request], executor: ModelRunner | No
             free.remove(slot)
             waiting.remove(number)
             state.write(slot, request.prompt, ours.prompts.padding(), request.choice, randomness(request.seed))
-            executor.prefill([Entry(slot, request.prompt, request.choice.wide)])
+            runner.prefill([PrefillInput(slot, request.prompt, request.choice.full_vocab)])
         if slots:
             state.active.zero_()
             state.active[list(slots.values())] = True
             rows = [(slot, len(requests[n].prompt.embeds) + len(codes[n]) + 1) for n, slot in slots.items()]
-            executor.frame(rows, wide=any(requests[n].choice.wide for n in slots))
+            runner.decode_step(rows, full_vocab=any(requests[n].choice.full_vocab for n in slots))
             for number, slot in list(slots.items()):
-                codes[number].append(state.ring[slot, len(codes[number]) % RING].clone().cpu())
-                ended = state.code[slot].item() == state.codes
+                codes[number].append(state.ring_buffer[slot, len(codes[number]) % RING_FRAMES].clone().cpu())
+                ended = state.next_codebook0[slot].item() == state.eos_code
                 if ended or len(codes[number]) == requests[number].frames:
                     free.append(slots.pop(number))
         moment += 1

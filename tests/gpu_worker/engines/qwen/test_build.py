@@ -9,7 +9,7 @@ from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.build import MOST_SLOTS, QwenOptions, _tokenizer, slots_that_fit
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.runner import BATCHES
+from gpu_worker.engines.qwen.runner import BATCH_SIZES
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import engine, shared
 from tests.official_package import official_package
@@ -43,7 +43,7 @@ def test_slots_waste_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number is always a batch size, since the state has as many rows anyway."""
     found = {slots(monkeypatch, free=WEIGHTS + (mib << 20)) for mib in range(8, 200, 8)}
     assert len(found) > 2
-    assert found <= set(BATCHES)
+    assert found <= set(BATCH_SIZES)
 
 
 def test_float16_is_refused_on_a_cpu() -> None:

@@ -158,7 +158,7 @@ def test_a_cap_is_reported_as_length(speaker: QwenEngine) -> None:
 
 def test_a_slot_filled_to_its_end_harms_no_neighbour() -> None:
     """A job that takes every frame its slot has room for ends with `length`, and whoever still speaks goes on."""
-    speaker = engine("custom_voice", positions=256)
+    speaker = engine("custom_voice", max_model_len=256)
     speaker._end = -1  # no code means the end
     endless = Sampling(seed=1, max_new_tokens=250)
     filling = job(1, "Hello world, good morning. See you then.", sampling=endless)
@@ -211,7 +211,7 @@ def test_a_stalled_job_waits_and_misses_nothing(speaker: QwenEngine) -> None:
 
 def test_a_described_voice_speaks_in_one_piece_or_not_at_all() -> None:
     """It would be another voice in the next utterance: what is too long is refused, and the message helps."""
-    speaker = engine("voice_design", slots=1, positions=2048)
+    speaker = engine("voice_design", slots=1, max_model_len=2048)
     fields = {"task": "VoiceDesign", "voice": "", "instructions": "a deep voice"}
     limit = 341 - speaker._parts.prompts.count("a deep voice") // 6
     words = "hello world " * 400
@@ -385,14 +385,14 @@ def test_running_out_of_memory_anywhere_leaves_the_step_repeatable() -> None:
         speaker.admit(one)
     weary = [
         _Weary(parts.prompts, "build", every=2),
-        _Weary(parts.executor, "prefill"),
-        _Weary(parts.executor, "frame"),
-        _Weary(parts.executor._generator.talker.stack, "norm"),
-        _Weary(parts.executor._generator, "_sample"),
+        _Weary(parts.runner, "prefill"),
+        _Weary(parts.runner, "decode_step"),
+        _Weary(parts.runner._model.talker.stack, "norm"),
+        _Weary(parts.runner._model, "_sample"),
         _Weary(parts.vocoder, "decode"),
         _Weary(parts.vocoder._codec._decoder, "mono"),
-        _Weary(engines, "Readback"),
-        _Weary(vocoders, "Readback"),
+        _Weary(engines, "HostCopy"),
+        _Weary(vocoders, "HostCopy"),
     ]
     outcomes = {one.id: Outcome() for one in jobs}
     failures = 0
@@ -438,13 +438,13 @@ def test_a_fault_is_heard_although_the_step_ran_out_of_memory(cloner: QwenEngine
     for one in jobs:
         cloner.admit(one)
     wait([held.reference for held in cloner._jobs.values() if held.reference])
-    prefill = cloner._parts.executor.prefill
-    cloner._parts.executor.prefill = _exhausted
+    prefill = cloner._parts.runner.prefill
+    cloner._parts.runner.prefill = _exhausted
     try:
         with pytest.raises(torch.OutOfMemoryError):
             cloner.step(())
     finally:
-        cloner._parts.executor.prefill = prefill
+        cloner._parts.runner.prefill = prefill
     assert cloner.runnable([one.id for one in jobs])
     cloner.cancel("job 2")
     assert [event.job_id for event in cloner.step(()) if isinstance(event, Fault)] == ["job 1"]

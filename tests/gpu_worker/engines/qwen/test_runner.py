@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen import runner as executors
+from gpu_worker.engines.qwen import runner as runner_module
 from gpu_worker.engines.qwen.model import layers
-from gpu_worker.engines.qwen.model.code_predictor import entries_shape
+from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_shape
 from gpu_worker.engines.qwen.runner import (
-    BATCHES,
-    TOKENS,
+    BATCH_SIZES,
+    PREFILL_LENGTHS,
     CpuModelRunner,
     CudaGraphModelRunner,
-    Entry,
-    at_least,
-    slots_needed,
+    PrefillInput,
+    rows_needed,
+    smallest_bucket,
 )
 from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs, Key
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
@@ -23,34 +23,34 @@ from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
 def test_sizes_are_rounded_up_to_what_was_captured() -> None:
     """The smallest that holds it; more than the largest is a mistake of the caller."""
-    assert [at_least(number, BATCHES) for number in (1, 3, 17, 128)] == [1, 4, 24, 128]
+    assert [smallest_bucket(number, BATCH_SIZES) for number in (1, 3, 17, 128)] == [1, 4, 24, 128]
     with pytest.raises(ValueError, match="129"):
-        at_least(129, BATCHES)
+        smallest_bucket(129, BATCH_SIZES)
 
 
 def test_the_state_has_rows_for_padding_where_batches_are_fixed() -> None:
     """On CUDA the largest batch and a spare row; on CPU what is used."""
-    assert slots_needed(6, torch.device("cpu")) == 6
-    assert slots_needed(6, torch.device("cuda")) == 9
+    assert rows_needed(6, torch.device("cpu")) == 6
+    assert rows_needed(6, torch.device("cuda")) == 9
 
 
 def test_prompts_of_one_length_bucket_are_read_together() -> None:
     """In groups of the captured sizes, float32 alone, spare rows pointing at the spare slot."""
     ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16)
-    executor = CudaGraphModelRunner(ours.generator, slots=8, positions=256)
+    runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
     calls: list[tuple[int, int, list[int]]] = []
-    prefill = ours.generator.prefill
+    prefill = ours.model.prefill
 
-    def seen(embeds: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, *, wide: bool) -> None:
+    def seen(embeds: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, *, full_vocab: bool) -> None:
         calls.append((embeds.shape[0], embeds.shape[1], slots.tolist()))
-        prefill(embeds, slots, lengths, wide=wide)
+        prefill(embeds, slots, lengths, full_vocab=full_vocab)
 
-    ours.generator.prefill = seen
+    ours.model.prefill = seen
     with torch.inference_mode():
         prompts = [ours.prompt(case) for case in CASES[:2]]
-        executor.prefill([Entry(slot, prompts[slot % 2], wide=False) for slot in range(7)])
-    short, long = sorted({at_least(len(prompt.embeds), (16, 32, 64, 128)) for prompt in prompts})
-    even = at_least(len(prompts[0].embeds), (16, 32, 64, 128))
+        runner.prefill([PrefillInput(slot, prompts[slot % 2], full_vocab=False) for slot in range(7)])
+    short, long = sorted({smallest_bucket(len(prompt.embeds), (16, 32, 64, 128)) for prompt in prompts})
+    even = smallest_bucket(len(prompts[0].embeds), (16, 32, 64, 128))
     odd = short if even == long else long
     assert calls == [(4, even, [0, 2, 4, 6]), (4, odd, [1, 3, 5, 8])]
 
@@ -58,30 +58,30 @@ def test_prompts_of_one_length_bucket_are_read_together() -> None:
 def test_on_cpu_the_code_predictor_is_traced_before_anybody_speaks() -> None:
     """For every number of requests at once, so that none of their frames is late; a release does not undo it."""
     ours = Ours("custom_voice", None, slots=6)
-    executor = CpuModelRunner(ours.generator)
-    predict, called = ours.generator.predict, []
+    runner = CpuModelRunner(ours.model)
+    predict, called = ours.model.code_predictor_step, []
 
     def seen(used: int) -> None:
         called.append(used)
         predict(used)
 
-    ours.generator.predict = seen
+    ours.model.code_predictor_step = seen
     with torch.inference_mode():
-        executor.prepare()
+        runner.prepare()
         assert set(called) == {1, 4, 6}
-        held = executor.memory()
+        held = runner.memory()
         assert held["graphs"] > 0
         del called[:]
         for _ in range(2):
             requests = [Request(prompt=ours.prompt(CASES[0]), join=place, frames=7) for place in range(6)]
-            first, *others = generate(ours, requests, executor)
+            first, *others = generate(ours, requests, runner)
             assert all(torch.equal(codes, first) for codes in others)
-            executor.release()
-            executor.prepare()
+            runner.release()
+            runner.prepare()
             assert not called
-            assert executor.memory() == held
-        executor.close()
-        assert executor.memory() == {"graphs": 0, "workspace": 0}
+            assert runner.memory() == held
+        runner.close()
+        assert runner.memory() == {"graphs": 0, "workspace": 0}
 
 
 @pytest.fixture
@@ -101,16 +101,16 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
     if not small:
         monkeypatch.setattr(layers, "PACK_ELEMENTS", 1)
     ours = Ours("custom_voice", None)
-    executor = CpuModelRunner(ours.generator)
+    runner = CpuModelRunner(ours.model)
     seen = []
 
     def fail(used: int) -> None:
         seen.append((used, torch.get_num_threads()))
         raise RuntimeError("out of luck")
 
-    ours.generator.predict = fail
+    ours.model.code_predictor_step = fail
     with torch.inference_mode(), pytest.raises(RuntimeError, match="out of luck"):
-        executor.frame([(0, 20)], wide=False)
+        runner.decode_step([(0, 20)], full_vocab=False)
     assert seen == [(1, 1 if small else threads)]
     assert torch.get_num_threads() == threads
 
@@ -125,7 +125,7 @@ class Replayed(CudaGraphs):
 
     def capture(self, functions: Mapping[Key, Callable[[], None]], *, recording: Any, warming: Any) -> None:
         """Run each, as a warm-up does."""
-        assert (recording, warming) == ("frames", "moves")
+        assert (recording, warming) == ("frame_capture", "transfer")
         for function in functions.values():
             function()
         self.functions = dict(functions)
@@ -144,31 +144,31 @@ class Replayed(CudaGraphs):
 
 def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured functions read their inputs where they were at the capture; released and prepared again as well."""
-    monkeypatch.setattr(executors, "Graphs", Replayed)
-    streams: Any = SimpleNamespace(frames="frames", moves="moves")
+    monkeypatch.setattr(runner_module, "CudaGraphs", Replayed)
+    streams: Any = SimpleNamespace(frame_capture="frame_capture", transfer="transfer")
     ours = Ours("custom_voice", None, slots=9)
-    executor = CudaGraphModelRunner(ours.generator, 8, 256, streams)
+    runner = CudaGraphModelRunner(ours.model, 8, 256, streams)
     shape = ours.config.talker_config
     predictor = shape.code_predictor_config
     cached = predictor.num_hidden_layers * 2 * 16 * predictor.num_key_value_heads * predictor.head_dim
-    graphs: Any = executor._graphs
-    assert executor.memory() == {"graphs": 0, "workspace": 0}
+    graphs: Any = runner._graphs
+    assert runner.memory() == {"graphs": 0, "workspace": 0}
     with torch.inference_mode():
         requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
-        eager = CpuModelRunner(ours.generator)
+        eager = CpuModelRunner(ours.model)
         wanted = generate(ours, requests, eager)
         eager.close()
         for _ in range(2):
-            executor.prepare()
-            memory = executor.memory()
+            runner.prepare()
+            memory = runner.memory()
             assert memory["graphs"] == 7
             # Inputs of a prompt of each captured length; and of one batch size, the code predictor's cache,
             # what a forward begins with, and cosines and sines of the first one's two tokens.
-            inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in TOKENS if tokens < 256)
-            scratch = cached + entries_shape(predictor)[1] + 2 * 2 * predictor.head_dim
+            inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in PREFILL_LENGTHS if tokens < 256)
+            scratch = cached + first_layer_inputs_shape(predictor)[1] + 2 * 2 * predictor.head_dim
             assert memory["workspace"] == inputs + 8 * 4 * scratch
-            for codes, expected in zip(generate(ours, requests, executor), wanted, strict=True):
+            for codes, expected in zip(generate(ours, requests, runner), wanted, strict=True):
                 assert torch.equal(codes, expected)
-            executor.release()
-            assert executor.memory() == {"graphs": 0, "workspace": 0}
+            runner.release()
+            assert runner.memory() == {"graphs": 0, "workspace": 0}
     assert graphs.replayed > 2 * (3 + 2 * 6)

@@ -27,7 +27,7 @@ def test_a_row_reads_its_own_length_and_no_further() -> None:
     query, key, value = torch.randn(3, 4, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)
     lengths = torch.tensor([1, 7, 10])
     for kernel in kernels():
-        masked = kernel.decode(query, key, value, kernel.spans(lengths, 10))
+        masked = kernel.decode(query, key, value, kernel.length_mask(lengths, 10))
         assert masked.shape == (3, 64)
         for row, length in enumerate(lengths.tolist()):
             one = slice(row, row + 1)

@@ -3,7 +3,15 @@ import torch
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
-from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, Norm, Rope, Weights, pad_rows
+from gpu_worker.engines.qwen.model.layers import (
+    BATCH_MULTIPLE,
+    PACK_ELEMENTS,
+    Linear,
+    Norm,
+    Rope,
+    TensorHolder,
+    pad_rows,
+)
 from tests.gpu_worker.engines.qwen.parity import official
 
 
@@ -85,13 +93,13 @@ def test_padding_fills_groups_and_only_those() -> None:
 
 
 def test_weights_are_found_wherever_they_are_held() -> None:
-    """Tensors, lists of them, and those of other Weights."""
+    """Tensors, lists of them, and those of other TensorHolder."""
 
-    class Inner(Weights):
+    class Inner(TensorHolder):
         def __init__(self) -> None:
             self.one = torch.ones(1)
 
-    class Outer(Weights):
+    class Outer(TensorHolder):
         def __init__(self) -> None:
             self.list = [torch.ones(2), Inner()]
             self.other = "not a tensor"

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.model.kv_slots import SamplingParams
-from gpu_worker.engines.qwen.runner import BATCHES, CpuModelRunner, CudaGraphModelRunner
+from gpu_worker.engines.qwen.model.sampling import SamplingParams
+from gpu_worker.engines.qwen.runner import BATCH_SIZES, CpuModelRunner, CudaGraphModelRunner
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate, official
 
 SAMPLED = SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.05)
@@ -54,14 +54,14 @@ def test_a_seed_says_the_same_alone_and_in_company() -> None:
     """Sampled codes depend on request and seed alone, whatever shares the batch and in whichever slot."""
     ours = Ours("custom_voice", None)
     cases = [case for case in CASES if case.kind == "custom_voice" and case.size is None]
-    wide = SamplingParams(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
+    full_vocab = SamplingParams(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
     requests = [
         Request(
             prompt=ours.prompt(case),
             seed=10 * turn + place,
             join=turn + 2 * place,
             frames=12,
-            choice=(SAMPLED, wide, GREEDY)[(turn + place) % 3],
+            choice=(SAMPLED, full_vocab, GREEDY)[(turn + place) % 3],
         )
         for turn in range(3)
         for place, case in enumerate(cases)
@@ -76,33 +76,33 @@ def test_a_seed_says_the_same_alone_and_in_company() -> None:
 
 def test_fixed_shapes_give_the_same_codes() -> None:
     """What graphs capture (padded prompts, masked caches, spare rows) says the same as true lengths do."""
-    ours = Ours("custom_voice", None, slots=BATCHES[3] + 1)
+    ours = Ours("custom_voice", None, slots=BATCH_SIZES[3] + 1)
     requests = [
         Request(prompt=ours.prompt(case), join=place, frames=10)
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
     ]
-    padded = generate(ours, requests, CudaGraphModelRunner(ours.generator, slots=8, positions=256))
-    for codes, wanted in zip(padded, generate(ours, requests, CpuModelRunner(ours.generator)), strict=True):
+    padded = generate(ours, requests, CudaGraphModelRunner(ours.model, slots=8, max_model_len=256))
+    for codes, wanted in zip(padded, generate(ours, requests, CpuModelRunner(ours.model)), strict=True):
         assert torch.equal(codes, wanted)
 
 
 def test_a_waiting_row_is_left_as_it_is() -> None:
     """A slot that is not active says, once it is again, what it would have said without the pause."""
     ours = Ours("custom_voice", None)
-    state, executor = ours.generator.state, CpuModelRunner(ours.generator)
+    state, runner = ours.model.state, CpuModelRunner(ours.model)
     prompt = ours.prompt(CASES[0])
     (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, choice=SAMPLED)])
     codes = generate(ours, [Request(prompt=prompt, frames=3, choice=SAMPLED)])[0]
     state.active.zero_()
     state.active[1] = True
-    before = state.code.clone(), state.hidden.clone(), state.frame.clone()
-    executor.frame([(1, 20)], wide=False)
-    for old, new in zip(before, (state.code, state.hidden, state.frame), strict=True):
+    before = state.next_codebook0.clone(), state.hidden.clone(), state.frame.clone()
+    runner.decode_step([(1, 20)], full_vocab=False)
+    for old, new in zip(before, (state.next_codebook0, state.hidden, state.frame), strict=True):
         assert torch.equal(old[0], new[0])
     state.active[0] = True
     for frame in range(3, 6):
-        executor.frame([(0, len(prompt.embeds) + frame + 1)], wide=False)
-    assert torch.equal(torch.cat((codes, state.ring[0, 3:6])), wanted)
+        runner.decode_step([(0, len(prompt.embeds) + frame + 1)], full_vocab=False)
+    assert torch.equal(torch.cat((codes, state.ring_buffer[0, 3:6])), wanted)
 
 
 def test_reduced_precision_follows_the_official_rounding() -> None:
@@ -114,7 +114,7 @@ def test_reduced_precision_follows_the_official_rounding() -> None:
     codes = wanted.codes[:10]
     ours = Ours("custom_voice", None, backend="eager", dtype=torch.bfloat16)
     exact = Ours("custom_voice", None)
-    inputs = torch.cat((wanted.embeds, exact.generator.embed(codes) + wanted.trailing[:1]))
+    inputs = torch.cat((wanted.embeds, exact.model.embed_codes(codes) + wanted.trailing[:1]))
 
     def official_logits(dtype: torch.dtype) -> torch.Tensor:
         talker = official("custom_voice", None, dtype).model.talker
@@ -123,11 +123,11 @@ def test_reduced_precision_follows_the_official_rounding() -> None:
     reference, theirs = official_logits(torch.float32), official_logits(torch.bfloat16)
     start = len(wanted.embeds)
     slot, length = torch.tensor([0]), torch.tensor([start])
-    logits = [ours.generator.talker.prefill(inputs[None, :start].bfloat16(), slot, length)[1]]
+    logits = [ours.model.talker.prefill(inputs[None, :start].bfloat16(), slot, length)[1]]
     for position in range(start, len(inputs)):
         x = inputs[position : position + 1].bfloat16().expand(4, -1)
         positions = torch.tensor([position, 0, 0, 0])
-        logits.append(ours.generator.talker.step(x, positions, [(0, position + 1)], 0)[1][:1])
+        logits.append(ours.model.talker.decode(x, positions, [(0, position + 1)], 0)[1][:1])
     mine = torch.cat(logits).float()[:, : ours.config.talker_config.codes]
     reference, theirs = (x[start - 1 :, : mine.shape[1]].float() for x in (reference, theirs))
     assert (mine - theirs).abs().mean() < 0.1 * (theirs - reference).abs().mean()

@@ -9,14 +9,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gpu_worker.engines.qwen.model.sampling import Parameters, best, penalise, sample, sample_fixed, uniforms
+from gpu_worker.engines.qwen.model.sampling import (
+    SamplingTensors,
+    apply_repetition_penalty,
+    sample,
+    sample_fixed,
+    topk,
+    uniforms,
+)
 
 VOCABULARY = 2049
 
 
-def parameters(rows: int, *, temperature: float, top_k: int, top_p: float, uniform: torch.Tensor) -> Parameters:
+def parameters(rows: int, *, temperature: float, top_k: int, top_p: float, uniform: torch.Tensor) -> SamplingTensors:
     """The same parameters for every row."""
-    return Parameters(
+    return SamplingTensors(
         torch.full((rows, 1), temperature),
         torch.full((rows, 1), top_k - 1),
         torch.full((rows, 1), top_p),
@@ -40,32 +47,34 @@ def inverse(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return ids.gather(1, torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True))[:, 0]
 
 
-@pytest.mark.parametrize("width", [64, VOCABULARY])
+@pytest.mark.parametrize("candidates", [64, VOCABULARY])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(0.9, 50, 1.0), (0.7, 1, 1.0), (1.3, 20, 0.8), (0.2, 64, 0.5), (1.0, 5, 0.01)]
 )
 def test_the_choice_is_that_of_transformers_processors(
-    width: int, temperature: float, top_k: int, top_p: float
+    candidates: int, temperature: float, top_k: int, top_p: float
 ) -> None:
     """For fixed uniforms the id is the one whose share of Transformers' distribution the uniform falls in."""
     generator = torch.Generator().manual_seed(top_k)
     scores = torch.randn(200, VOCABULARY, generator=generator) * 4
     uniform = torch.rand(200, 1, generator=generator)
-    ours = sample(scores, parameters(200, temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform), width)
+    ours = sample(
+        scores, parameters(200, temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform), candidates
+    )
     wanted = inverse(official(scores, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
     assert (ours == wanted).float().mean() > 0.99  # a uniform may fall within rounding of a boundary
 
 
-@pytest.mark.parametrize("width", [64, VOCABULARY])
+@pytest.mark.parametrize("candidates", [64, VOCABULARY])
 @pytest.mark.parametrize(("top_k", "chosen"), [(10, False), (11, True)])
-def test_the_end_stands_in_line_for_top_k(width: int, top_k: int, chosen: bool) -> None:  # noqa: FBT001 - a column
+def test_the_end_stands_in_line_for_top_k(candidates: int, top_k: int, chosen: bool) -> None:  # noqa: FBT001 - a column
     """The end is an id like any other: 11th best, it is never chosen among ten, and is among eleven."""
     draws = 500
     scores = torch.full((draws, VOCABULARY), -5.0)
     scores[:, :10] = torch.linspace(1.0, 0.9, 10)
     scores[:, -1] = 0.8
     uniform = torch.from_numpy(uniforms(3, 0, draws, 1)[:draws, None])
-    ours = sample(scores, parameters(draws, temperature=1.0, top_k=top_k, top_p=1.0, uniform=uniform), width)
+    ours = sample(scores, parameters(draws, temperature=1.0, top_k=top_k, top_p=1.0, uniform=uniform), candidates)
     assert bool((ours == VOCABULARY - 1).any()) is chosen
 
 
@@ -134,16 +143,16 @@ def test_repetition_is_penalised_as_transformers_does() -> None:
     ids = torch.randint(0, VOCABULARY, (4, 30), generator=torch.Generator().manual_seed(9))
     seen = torch.zeros(4, VOCABULARY, dtype=torch.bool).scatter_(1, torch.cat((ids, ids), 1), value=True)
     wanted = RepetitionPenaltyLogitsProcessor(1.05)(ids, scores)
-    assert torch.equal(penalise(scores, seen, torch.full((4, 1), 1.05)), wanted)
+    assert torch.equal(apply_repetition_penalty(scores, seen, torch.full((4, 1), 1.05)), wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("vocabulary", [2048, 2049, 100])
-def test_best_is_topk(rows: int, vocabulary: int) -> None:
+def test_topk_is_that_of_torch(rows: int, vocabulary: int) -> None:
     """Selecting groups first changes nothing, also where the vocabulary is no multiple of a group."""
     scores = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(rows))
     scores[:, -1] = 9.0
-    for ours, wanted in zip(best(scores, 50), scores.topk(50), strict=True):
+    for ours, wanted in zip(topk(scores, 50), scores.topk(50), strict=True):
         assert torch.equal(ours, wanted)
 
 

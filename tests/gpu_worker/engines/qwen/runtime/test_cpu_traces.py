@@ -45,30 +45,30 @@ def counted(function: Callable[[], None]) -> tuple[Callable[[], None], list[None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_traced_frame_is_the_same_to_the_last_bit(size: Size, backend: Backend, dtype: torch.dtype) -> None:
     """All that the code predictor writes, for 1 to 8 slots, again and again with other contents; Python runs once."""
-    generator = Ours("custom_voice", size, backend=backend, dtype=dtype).generator
-    state = generator.state
-    recorded = CpuTraces(lambda: (*state.tensors(), *generator.predictor.tensors(), *generator.predictor.scratch()))
+    model = Ours("custom_voice", size, backend=backend, dtype=dtype).model
+    state = model.state
+    recorded = CpuTraces(lambda: (*state.tensors(), *model.code_predictor.tensors(), *model.code_predictor.scratch()))
     random = torch.Generator().manual_seed(1)
 
     def outcome(run: Callable[[], None], number: int) -> list[Tensor]:
         random.manual_seed(number)
         state.hidden.normal_(generator=random)
         state.trailing.normal_(generator=random)
-        state.code.random_(0, state.codes, generator=random)
+        state.next_codebook0.random_(0, state.eos_code, generator=random)
         state.uniform.uniform_(generator=random)
         state.frame.random_(0, state.uniform.shape[1], generator=random)
-        state.ring.zero_()
-        state.input.zero_()
+        state.ring_buffer.zero_()
+        state.talker_input.zero_()
         run()
         return [tensor.clone() for tensor in state.tensors()]
 
     for used in (1, 2, 3, 5, 8):
-        predict, runs = counted(functools.partial(generator.predict, used))
+        predict, runs = counted(functools.partial(model.code_predictor_step, used))
         recorded.run(used, predict)
         assert len(runs) == 2  # as it is, and to be recorded
         for number in range(5):
             wanted = outcome(predict, number)
-            assert (state.ring[:used] != 0).any()
+            assert (state.ring_buffer[:used] != 0).any()
             del runs[:]
             got = outcome(functools.partial(recorded.run, used, predict), number)
             assert not runs
