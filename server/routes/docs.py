@@ -1,6 +1,6 @@
-"""/openapi.json and the two pages that show it, with every script served from here.
+"""/openapi.json and the two pages that show it, Swagger UI at /docs and ReDoc at /redoc.
 
-The pages' Content-Security-Policy lets them load nothing from anywhere else.
+The pages and their libraries are served from server/web; the pages' Content-Security-Policy allows no other origin.
 """
 
 from pathlib import Path
@@ -18,13 +18,17 @@ from server.audio import CONTENT_TYPES
 from server.schemas import ALIASES, SpeechRequest
 from server.version import VERSION
 
-_STATIC: Final = Path(__file__).resolve().parent.parent / "web"
-_SERVED: Final = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-    "swagger-start.js": "text/javascript",
-    "redoc.standalone.js": "text/javascript",
+_WEB: Final = Path(__file__).resolve().parent.parent / "web"
+_STATIC_FILES: Final = {
+    path.name: path
+    for path in (
+        _WEB / "docs" / "swagger-start.js",
+        _WEB / "vendor" / "swagger-ui-bundle.js",
+        _WEB / "vendor" / "swagger-ui.css",
+        _WEB / "vendor" / "redoc.standalone.js",
+    )
 }
+_MEDIA_TYPES: Final = {".js": "text/javascript", ".css": "text/css"}
 _POLICY: Final = (
     "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -46,38 +50,42 @@ Every error has OpenAI's shape: `{"error": {"message", "type", "param", "code"}}
 
 
 class _SwaggerPage(OpenAPIRenderPlugin):
-    """Swagger UI at the root of Litestar's own router for such pages."""
+    """Swagger UI at the root of Litestar's own router for documentation pages."""
 
     def __init__(self) -> None:
         super().__init__(path="/")
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        """The page; the schema is fetched by its script."""
+        """The page; its script fetches the OpenAPI document."""
         _ = request, openapi_schema
-        return _page("swagger.html")
+        return (_WEB / "docs" / "swagger.html").read_bytes()
 
 
 def openapi_config(title: str) -> OpenAPIConfig:
-    """What Litestar is told about the OpenAPI, and where it serves Swagger UI."""
+    """Litestar's OpenAPI settings, with Swagger UI at /docs."""
     return OpenAPIConfig(
         title=title,
         version=VERSION,
         description=_DESCRIPTION,
         use_handler_docstrings=True,
         render_plugins=[_SwaggerPage()],
-        openapi_router=Router("/docs", route_handlers=[], include_in_schema=False, after_request=_refine),
+        openapi_router=Router("/docs", route_handlers=[], include_in_schema=False, after_request=_finish_docs_response),
         components=Components(
             security_schemes={
-                "apiKey": SecurityScheme(type="http", scheme="bearer", description="If keys are configured.")
+                "apiKey": SecurityScheme(type="http", scheme="bearer", description="Only if keys are configured.")
             }
         ),
         security=[{}, {"apiKey": []}],
         tags=[
             Tag(name="Speech", description="Text in, audio out."),
-            Tag(name="Voices", description="What to speak with, and voices of one's own."),
-            Tag(name="Models", description="What there is to speak with."),
-            Tag(name="Service", description="Is it there, is it well?"),
-            Tag(name="Admin", description="What it does and holds; with keys configured, for admin keys only."),
+            Tag(name="Voices", description="Preset voices, and saved voices: list, make and delete them."),
+            Tag(name="Models", description="The models that can speak."),
+            Tag(name="Service", description="Is the service running, and is it ready?"),
+            Tag(
+                name="Admin",
+                description="Settings, figures and models in memory. If keys are configured, only "
+                "an admin key may call these.",
+            ),
         ],
     )
 
@@ -89,18 +97,18 @@ async def openapi_json(request: Request[Any, Any, Any]) -> dict[str, Any]:
 
 
 def openapi_document(app: Litestar) -> dict[str, Any]:
-    """What Litestar makes of the handlers, with the things that it cannot know.
+    """Litestar's OpenAPI document, completed.
 
-    The limits inside optional fields, which its own schema of a Struct leaves out (msgspec's has them),
-    the limit of the text, which is a setting, the names that other servers have for fields, the format that null means,
-    and that an answer of speech comes in six formats or as events.
+    Litestar's schema of a Struct lacks the limits inside optional fields, which msgspec's schema has.
+    It cannot know the limit of the text (a setting), the aliases of fields, the default format,
+    and that a speech response has one of six formats or is a stream of events.
     """
     document = app.openapi_schema.to_schema()
     _, components = msgspec.json.schema_components([SpeechRequest], ref_template="#/components/schemas/{name}")
     document["components"]["schemas"].update(components)
     _complete(document["components"]["schemas"]["SpeechRequest"], app.state.settings.max_input_chars)
-    sound = {"schema": {"type": "string", "format": "binary"}}
-    content = dict.fromkeys(CONTENT_TYPES.values(), sound) | {"text/event-stream": {"schema": _EVENT}}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content = dict.fromkeys(CONTENT_TYPES.values(), binary) | {"text/event-stream": {"schema": _EVENT}}
     document["paths"]["/v1/audio/speech"]["post"]["responses"]["200"] = {
         "description": "The speech, in `response_format` (mp3 by default) or as server-sent events.",
         "content": content,
@@ -109,37 +117,36 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
 
 
 def _complete(speech: dict[str, Any], max_input_chars: int) -> None:
-    """What the schema of a request for speech does not say by itself."""
+    """Add to the schema of SpeechRequest the facts that its annotations lack."""
     fields = speech["properties"]
     fields["input"]["maxLength"] = max_input_chars
     fields["response_format"]["default"] = "mp3"
     for alias, field in ALIASES.items():
-        fields[alias] = fields[field] | {"description": f"The same as `{field}`, where that is missing."}
+        fields[alias] = fields[field] | {"description": f"Another name of `{field}`; counts if `{field}` is missing."}
     del speech["required"]
     speech["anyOf"] = [{"required": ["input"]}, {"required": ["text"]}]
 
 
 @get("/redoc", include_in_schema=False, media_type="text/html")
 async def redoc() -> Response[bytes]:
-    """ReDoc."""
-    return Response(_page("redoc.html"), media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+    """The ReDoc page."""
+    page = (_WEB / "docs" / "redoc.html").read_bytes()
+    return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
 
 @get("/docs/static/{name:str}", include_in_schema=False, sync_to_thread=True)
 def static_file(name: FromPath[str]) -> Response[bytes]:
-    """One of the files that the pages need, and no other."""
-    if name not in _SERVED:
+    """One of the files that the pages load, and no other."""
+    path = _STATIC_FILES.get(name)
+    if path is None:
         raise NotFoundException
-    return Response(_page(name), media_type=_SERVED[name], headers={"Cache-Control": "public, max-age=86400"})
+    headers = {"Cache-Control": "public, max-age=86400"}
+    return Response(path.read_bytes(), media_type=_MEDIA_TYPES[path.suffix], headers=headers)
 
 
-def _refine(response: Response[Any]) -> Response[Any]:
-    """Litestar answers an unknown page below /docs in HTML of its own; here it is a 404 like any other."""
+def _finish_docs_response(response: Response[Any]) -> Response[Any]:
+    """Add the policy to a page; turn Litestar's own HTML answer for unknown pages below /docs into a usual 404."""
     if response.status_code == 404:  # noqa: PLR2004 - Not Found
         raise NotFoundException
     response.headers["Content-Security-Policy"] = _POLICY
     return response
-
-
-def _page(name: str) -> bytes:
-    return (_STATIC / name).read_bytes()
