@@ -21,12 +21,7 @@ from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.requests import Request
-from gpu_worker.residency.checkpoints import Checkpoints
-from gpu_worker.residency.cleanup import CleanupOptions
-from gpu_worker.residency.manager import Residency
-from gpu_worker.residency.memory import cuda_present, open_probe
-from gpu_worker.residency.mover import Mover
-from gpu_worker.residency.moves import Progress
+from gpu_worker.residency import Checkpoints, Mover, Progress, Residency, ResidencyOptions, cuda_present, open_probe
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
@@ -188,15 +183,22 @@ def build_worker(
     writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
     default_model = registry.default_model()
     registry.prepare()
-    options = CleanupOptions(
+    options = ResidencyOptions(
         idle_timeout_s=settings.idle_timeout_s,
         host_idle_timeout_s=settings.host_idle_timeout_s,
         cleanup_interval_s=settings.cleanup_interval_s,
         cleanup_enabled=settings.cleanup_enabled,
     )
-    residency = Residency([registry.estimated(spec) for spec in catalog], options, time.monotonic, probe)
+    residency = Residency(
+        [registry.estimated(spec) for spec in catalog],
+        options,
+        probe=probe,
+        move=loader.submit,
+        see_to_files=fetcher.submit,
+        clock=time.monotonic,
+    )
     for spec in catalog:
-        residency.errands.looked(fetcher.look(spec.id))
+        residency.handle(fetcher.check(spec.id))
     log.info("default model", model=default_model, device=probe.device().name)
     if problem := registry.problem_of(next(spec for spec in catalog if spec.id == default_model)):
         log.warning("the default model cannot speak, so the service is not ready", model=default_model, reason=problem)
@@ -206,8 +208,6 @@ def build_worker(
         inbox=inbox,
         scheduler=Scheduler[Request](settings.max_queue),
         residency=residency,
-        loader=loader,
-        fetcher=fetcher,
         voices=VoiceStore(voice_files, writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
         reporter=Stats(
             boot_id=uuid.uuid4().hex,

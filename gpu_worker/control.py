@@ -12,7 +12,7 @@ import msgspec
 
 from gpu_worker.engines.base import Job, JobError, Sampling
 from gpu_worker.requests import CollectingSink, Request, failed_message
-from gpu_worker.residency.manager import ModelBusyError, Residency
+from gpu_worker.residency import ModelBusyError, Residency
 from gpu_worker.voices import VoiceStore, VoiceWrite, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -24,7 +24,6 @@ from shared.protocol import (
     FindVoice,
     LoadModel,
     Message,
-    ModelStatus,
     PinModel,
     Reply,
     UnloadModel,
@@ -174,9 +173,9 @@ class ControlHandler:
             case PinModel(model=model, pinned=pinned):
                 self._check_known(model)
                 self._residency.pin(model, pinned)
-                return Reply(id=call.id, model=self._status_of(model))
+                return Reply(id=call.id, model=self._residency.status(model))
             case Cleanup():
-                self._residency.cleanup.start()
+                self._residency.start_cleanup()
                 self._pending.append(_PendingCleanup(caller))
             case FindVoice(name=name):
                 return Reply(id=call.id, voice=self._voices.find(name))
@@ -195,7 +194,7 @@ class ControlHandler:
 
     def _load(self, caller: _Caller, model: str) -> None:
         self._require(model)
-        self._residency.ask_load(model)
+        self._residency.load(model)
         # The later of a load and an unload wins.
         self._fail(_PendingUnload, model, JobError("model_busy", f"{model} was to be loaded meanwhile", param="model"))
         self._pending.append(_PendingLoad(caller, model))
@@ -203,7 +202,7 @@ class ControlHandler:
     def _unload(self, caller: _Caller, model: str) -> None:
         self._check_known(model)
         try:
-            self._residency.ask_unload(model)
+            self._residency.unload(model)
         except ModelBusyError as error:
             raise JobError("model_busy", str(error), param="model") from error
         self._fail(_PendingLoad, model, JobError("model_busy", f"{model} was unloaded meanwhile", param="model"))
@@ -225,10 +224,10 @@ class ControlHandler:
         call_id = pending.caller.call_id
         match pending:
             case _PendingCleanup():
-                cleanup = self._residency.cleanup
-                return None if cleanup.under_way else Reply(id=call_id, cleanup=cleanup.last)
+                running = self._residency.cleanup_running
+                return None if running else Reply(id=call_id, cleanup=self._residency.last_cleanup)
             case _PendingLoad(model=model):
-                status = self._status_of(model)
+                status = self._residency.status(model)
                 loaded = self._residency.is_settled(model) and status.state == "resident"
                 return Reply(id=call_id, model=status) if loaded else None
             case _PendingUnload(model=model):
@@ -239,7 +238,7 @@ class ControlHandler:
                 assert_never(pending)
 
     def _result_of_unload(self, call_id: str, model: str) -> Message | None:
-        status = self._status_of(model)
+        status = self._residency.status(model)
         if not self._residency.is_settled(model):
             return None
         if status.state in {"absent", "unavailable"}:  # unavailable: absent, and its weights are not on the disk either
@@ -248,9 +247,6 @@ class ControlHandler:
             message = f"{model} was asked to speak before it could be unloaded"
             return failed_message(call_id, JobError("model_busy", message, param="model"))
         return None
-
-    def _status_of(self, model: str) -> ModelStatus:
-        return next(status for status in self._residency.models() if status.id == model)
 
     def _design(self, caller: _Caller, client: str, action: DesignVoice) -> None:
         """Let the voice-design model speak DESIGN_TEXT, and save the recording as a voice."""

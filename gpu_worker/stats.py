@@ -9,8 +9,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from gpu_worker.requests import Request
-from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import TransitionDone, TransitionFailed
+from gpu_worker.residency import MemoryProbe, TransitionDone, TransitionFailed
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
     MOVE_BOUNDS_S,
@@ -84,13 +83,13 @@ class Stats:
 
     def moved(self, report: TransitionDone | TransitionFailed) -> None:
         """A model was moved, or could not be."""
-        figures, kind = self._of(report.move.model), report.move.kind
+        figures, kind = self._of(report.transition.model), report.transition.kind
         if isinstance(report, TransitionDone):
             figures.moves_s.setdefault(kind, _Distribution(MOVE_BOUNDS_S)).add(report.seconds)
             return
         figures.failed_moves[kind] = figures.failed_moves.get(kind, 0) + 1
         if report.error.code == "insufficient_vram":
-            self.ran_out_of_memory(report.move.model)
+            self.ran_out_of_memory(report.transition.model)
 
     def ran_out_of_memory(self, model: str) -> None:
         """The device had no more memory for the model."""

@@ -15,15 +15,20 @@ import msgspec
 import structlog
 
 from gpu_worker.control import ControlHandler
-from gpu_worker.engines.base import Done, Engine, Event, Fault, Job, JobError, Pcm, Reference
-from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device
+from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
+from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
 from gpu_worker.requests import PeerSink, Request
-from gpu_worker.residency.arrivals import Refusal
-from gpu_worker.residency.checkpoints import Checkpoints
-from gpu_worker.residency.manager import Residency
-from gpu_worker.residency.memory import is_out_of_memory
-from gpu_worker.residency.mover import Mover
-from gpu_worker.residency.moves import Downloaded, FilesChecked, MoverFailed, Progress, TransitionDone, TransitionFailed
+from gpu_worker.residency import (
+    Downloaded,
+    FilesChecked,
+    MoverFailed,
+    Progress,
+    Refusal,
+    Report,
+    Residency,
+    TransitionDone,
+    TransitionFailed,
+)
 from gpu_worker.scheduler import QueueFullError, Scheduler
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportFailed
@@ -72,8 +77,6 @@ class Worker:
         inbox: "queue.SimpleQueue[Any]",
         scheduler: Scheduler[Request],
         residency: Residency,
-        loader: Mover,
-        fetcher: Checkpoints,
         voices: VoiceStore,
         reporter: Stats,
         max_concurrency: int,
@@ -86,14 +89,11 @@ class Worker:
         self._inbox = inbox
         self._scheduler = scheduler
         self._residency = residency
-        self._loader = loader
-        self._fetcher = fetcher
         self._voices = voices
         self._reporter = reporter
         self._max_concurrency = max_concurrency
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
-        self._engines: dict[str, Engine] = {}
         self._running: dict[str, Request] = {}
         self._open: dict[tuple[bytes, str], Request] = {}
         self._out_of_memory: set[str] = set()
@@ -146,20 +146,18 @@ class Worker:
         except queue.Empty:
             return
 
-    def _obey(self, command: object) -> None:  # noqa: C901 -- one case for every command
+    def _obey(self, command: object) -> None:
         match command:
             case Incoming(peer, message, payload):
                 self._answer(peer, message, payload)
             case PeerGone(peer):
                 self._forget_peer(peer)
             case TransitionDone() | TransitionFailed():
-                self._take_move(command)
+                self._transition_ended(command)
             case MoverFailed(reason):
                 raise BrokenDeviceError(reason)
-            case Progress(model=model, detail=detail):
-                self._residency.set_progress(model, detail)
-            case FilesChecked() | Downloaded():
-                self._take_errand(command)
+            case FilesChecked() | Downloaded() | Progress():
+                self._take_report(command)
             case VoiceWritten():
                 self._calls.on_voice_written(command)
             case Wake():
@@ -284,44 +282,31 @@ class Worker:
     # --- models ----------------------------------------------------------------------------------------------------
 
     def _move_models(self) -> None:
-        for errand in self._residency.errands.due():
-            self._fetcher.submit(errand)
-        for decision in self._residency.plan():
-            if isinstance(decision, Refusal):
-                self._refuse(decision)
-            else:
-                self._engines.pop(decision.model, None)
-                self._loader.submit(decision)
+        for refusal in self._residency.advance():
+            self._refuse(refusal)
 
-    def _take_errand(self, report: FilesChecked | Downloaded) -> None:
-        if isinstance(report, FilesChecked):
-            self._residency.errands.looked(report)
-            return
-        refusal = self._residency.fetched(report)
+    def _take_report(self, report: Report) -> None:
+        refusal = self._residency.handle(report)
         if refusal is not None:
             self._refuse(refusal)
 
-    def _take_move(self, report: TransitionDone | TransitionFailed) -> None:
+    def _transition_ended(self, report: TransitionDone | TransitionFailed) -> None:
         self._reporter.moved(report)
+        self._take_report(report)
         if isinstance(report, TransitionFailed):
-            refusal = self._residency.failed(report)
-            if refusal is not None:
-                self._refuse(refusal)
             return
+        model = report.transition.model
         log.info(
-            "a model was moved",
-            model=report.move.model,
-            move=report.move.kind,
+            "transition_done",
+            model=model,
+            kind=report.transition.kind,
             seconds=round(report.seconds, 3),
             before_mb=round(report.before_bytes / 2**20),
             after_mb=round(report.after_bytes / 2**20),
         )
-        if report.engine is not None:
-            self._engines[report.move.model] = report.engine
-        self._residency.moved(report)
         self._calls.answer_finished()  # before the next decision takes the model elsewhere
         for request in self._scheduler:
-            if request.model == report.move.model:
+            if request.model == model:
                 request.model_ready = self._clock()
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -337,7 +322,7 @@ class Worker:
     def _admit(self) -> None:
         while (request := self._scheduler.next(self._can_start)) is not None:
             try:
-                self._engines[request.model].admit(request.job)
+                self._residency.engines[request.model].admit(request.job)
             except Exception as error:  # noqa: BLE001 -- whatever an engine does must not end the service
                 self._not_admitted(request, error)
                 continue
@@ -358,7 +343,7 @@ class Worker:
                 return
             log.warning("out of device memory; evicting idle models and trying again", model=request.model)
             request.tried_again = True
-            self._residency.room.make()
+            self._residency.evict_idle()
             self._scheduler.put_back(request)
             return
         log.error("an engine could not take a request", model=request.model, request_id=request.id, exc_info=error)
@@ -366,10 +351,10 @@ class Worker:
         self._end(request, JobError("synthesis_failed", message))
 
     def _can_start(self, model: str) -> bool:
-        engine = self._engines.get(model)
-        if engine is None or self._residency.state(model) != "resident":
+        engine = self._residency.engines.get(model)
+        if engine is None:
             return False
-        if model in self._out_of_memory or self._residency.room.making:
+        if model in self._out_of_memory or self._residency.evicting:
             return False  # it would take what is being given back
         return len(self._running) < self._max_concurrency and engine.capacity() > 0
 
@@ -377,7 +362,7 @@ class Worker:
         stalled = self._stalled()
         for model in self._runnable(stalled):
             try:
-                events = self._engines[model].step(stalled)
+                events = self._residency.engines[model].step(stalled)
             except Exception as error:  # noqa: BLE001 -- whatever an engine does must not end the service
                 self._survive(model, error)
                 continue
@@ -419,7 +404,7 @@ class Worker:
             if model not in self._out_of_memory:
                 log.warning("out of device memory; evicting idle models and trying again", model=model)
                 self._out_of_memory.add(model)
-                self._residency.room.make()
+                self._residency.evict_idle()
                 return
             youngest = max(requests, key=lambda request: request.admitted or 0.0)
             log.warning("out of device memory; one request has to go", model=model, request_id=youngest.id)
@@ -430,8 +415,7 @@ class Worker:
         self._raise_where_broken(error)
         for request in requests:
             self._end(request, JobError("synthesis_failed", f"{model} failed while it was speaking: {error}"))
-        self._engines.pop(model)
-        self._residency.replace(model)
+        self._residency.replace_engine(model)
 
     def _raise_where_broken(self, error: Exception) -> None:
         if is_broken_device(error):
@@ -497,8 +481,8 @@ class Worker:
         if self._running.pop(request.job.id, None) is None:
             return False
         model = request.model
-        self._engines[model].cancel(request.job.id)
-        self._residency.measured(model, self._engines[model].memory())
+        self._residency.engines[model].cancel(request.job.id)
+        self._residency.measured(model, self._residency.engines[model].memory())
         if all(other.model != model for other in self._running.values()):
             self._out_of_memory.discard(model)  # no step is left to try once more
         return True
@@ -522,13 +506,17 @@ class Worker:
 
     def _runnable(self, stalled: set[str]) -> list[str]:
         """The models whose engine would do work now; one that ran out of memory waits until there is room."""
-        waiting = self._out_of_memory if self._residency.room.making else ()
-        return [model for model, engine in self._engines.items() if model not in waiting and engine.runnable(stalled)]
+        waiting = self._out_of_memory if self._residency.evicting else ()
+        return [
+            model
+            for model, engine in self._residency.engines.items()
+            if model not in waiting and engine.runnable(stalled)
+        ]
 
     def _slots(self) -> int:
         """How many requests can hold a slot at once, as far as the engines that are open tell."""
-        room = sum(engine.capacity() for engine in self._engines.values()) + len(self._running)
-        return min(self._max_concurrency, room) if self._engines else self._max_concurrency
+        room = sum(engine.capacity() for engine in self._residency.engines.values()) + len(self._running)
+        return min(self._max_concurrency, room) if self._residency.engines else self._max_concurrency
 
     def _snapshot(self) -> Snapshot:
         return self._reporter.snapshot(
@@ -536,9 +524,9 @@ class Worker:
             running=len(self._running),
             queued=len(self._scheduler),
             slots=self._slots(),
-            models=self._residency.models(),
+            models=self._residency.statuses(),
             offloaded_bytes=self._residency.offloaded_bytes(),
-            cleanup=self._residency.cleanup.last,
+            cleanup=self._residency.last_cleanup,
             voices=self._voices.list(),
             requests=self._open.values(),
             preloading=self._residency.preloading,

@@ -1,8 +1,21 @@
 """Which faults end the process: told from the others without importing torch."""
 
+import sys
 from typing import Final
 
-from gpu_worker.residency.memory import is_out_of_memory
+_OUT_OF_MEMORY: Final = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUFFT_ALLOC_FAILED",
+)
+"""How torch's plain RuntimeErrors say it: the CPU's allocator, what CUDA itself allocates (pinned memory, graphs),
+and the libraries that allocate beside torch. cuBLAS calls itself not initialized where its handle finds no room."""
 
 _STICKY: Final = (
     "CUDA-capable device(s) is/are busy or unavailable",
@@ -39,3 +52,13 @@ def is_broken_device(error: BaseException) -> bool:
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return any(words in str(error) for words in _BROKEN)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: Python's, CUDA's or the CPU allocator's of torch."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -1,278 +1,568 @@
-"""Which model is where, and which is to move next. Owned by the synthesis thread alone, so it needs no lock.
+"""Residency: which model is where, and which moves next. Owned by the synthesis thread alone, so no locks.
 
-It takes what is asked for and what came of it, and puts its parts in order: who comes is decided in arrivals.py,
-who leaves for others in room.py, whose time is over in cleanup.py, what is done with files in errands.py;
-the books are in ledger.py. The loader moves, the probe measures.
-None of them knows sockets, tensors or threads, and their time is clocks that are passed in.
+`Residency` is the only writer of every ModelEntry. It decides nothing itself: policy.py says which transition is next.
+It moves nothing itself: the mover and the checkpoint threads do, and their reports come back through `handle`.
 
-    absent --load--> resident --offload--> offloaded --drop--> absent
-                        ^-------restore-------'
-
-A model with a reference (a request queued or running) is never moved away from the device, unless its engine broke.
-One that cannot be restored for lack of room, but could be loaded, is dropped from host RAM for that.
-One move is in flight at a time: each is decided on what was measured after the one before.
+One transition is in flight at a time, so each is decided on what was measured after the one before.
+A model with a reference (a request queued or running) never leaves the device, unless its engine broke.
 """
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Final, assert_never
 
-from gpu_worker.engines.base import Memory
-from gpu_worker.residency.arrivals import BUSY_RETRY_S, FULL_RETRY_S, Arrivals, Refusal
-from gpu_worker.residency.cleanup import Cleanup, CleanupOptions
-from gpu_worker.residency.errands import Errands
-from gpu_worker.residency.ledger import ModelEntry, ModelTable
+import msgspec
+
+from gpu_worker.engines.base import Engine, Memory
+from gpu_worker.residency import policy
 from gpu_worker.residency.memory import MemoryProbe
-from gpu_worker.residency.moves import ARRIVES, Downloaded, Place, Transition, TransitionDone, TransitionFailed
-from gpu_worker.residency.room import Room
+from gpu_worker.residency.models import (
+    ARRIVING,
+    MOVING,
+    STATE_DURING,
+    TARGET_STATE,
+    CheckFiles,
+    Download,
+    Downloaded,
+    FilesChecked,
+    ModelEntry,
+    ModelState,
+    Progress,
+    Refusal,
+    Report,
+    Transition,
+    TransitionDone,
+    TransitionFailed,
+)
 from shared.catalog import ModelSpec
-from shared.protocol import ModelStatus, State
+from shared.protocol import CleanupPass, DeviceMemory, HostMemory, ModelStatus, State
+
+FILE_CHECK_S: Final = 5.0
+"""How often the files of absent models are checked."""
+
+SHORTAGE_RECHECK_S: Final = 0.2
+"""How often the figures are read again while a model waits for room: NVML takes a millisecond."""
+
+RECLAIM_S: Final = 5.0
+"""How often at most caches are emptied for a model that finds no room."""
+
+
+_PUBLIC_STATES: Final[dict[ModelState, State]] = {
+    ModelState.ABSENT: "absent",
+    ModelState.LOADING: "loading",
+    ModelState.RESIDENT: "resident",
+    ModelState.OFFLOADING: "offloaded",
+    ModelState.OFFLOADED: "offloaded",
+    ModelState.RESTORING: "loading",
+    ModelState.DROPPING: "absent",
+}
 
 
 class ModelBusyError(Exception):
-    """The model has requests, so it is not moved."""
+    """The model has requests, so it is not unloaded."""
+
+
+class ResidencyOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """When idle models leave; byte budgets belong to the probe.
+
+    Idle for `idle_timeout_s`, a model leaves the device for host RAM; there for `host_idle_timeout_s`, it is dropped.
+    A cleanup pass checks both every `cleanup_interval_s`, unless `cleanup_enabled` is false.
+    """
+
+    idle_timeout_s: float = 300.0
+    host_idle_timeout_s: float = 3600.0
+    cleanup_interval_s: float = 30.0
+    cleanup_enabled: bool = True
 
 
 class Residency:
-    """Where each model of `specs` is. `clock` gives monotonic seconds, `wall` Unix seconds.
+    """Which of `specs` is on the device, in host RAM, or nowhere.
 
-    The synthesis loop calls `plan` in every turn, hands the moves to the loader and the refusals to the requests,
-    and tells the outcome of each move with `moved` or `failed`.
-    A model's requests may start only while its `state` is "resident". An unknown model is a KeyError everywhere.
-    `errands`, `room` and `cleanup` are the parts that others talk to themselves.
+    `move` starts a transition, `see_to_files` a check or a download; both return at once.
+    `clock` gives monotonic seconds, `wall` Unix seconds.
+    The synthesis loop calls `advance` in every turn and passes every Report to `handle`.
+    `engines` holds the engines of resident models: a request may start only on one of these.
+    An unknown model is a KeyError everywhere.
     """
 
     def __init__(
         self,
         specs: Sequence[ModelSpec],
-        options: CleanupOptions,
-        clock: Callable[[], float],
+        options: ResidencyOptions,
+        *,
         probe: MemoryProbe,
+        move: Callable[[Transition], None],
+        see_to_files: Callable[[CheckFiles | Download], None],
+        clock: Callable[[], float],
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._ledger = ModelTable(specs)
+        self._entries = {spec.id: ModelEntry(id=spec.id, estimated_bytes=spec.estimated_bytes) for spec in specs}
+        self._all = list(self._entries.values())
+        self._engines: dict[str, Engine] = {}
+        self._options = options
+        self._timeouts = policy.IdleTimeouts(device_s=options.idle_timeout_s, host_s=options.host_idle_timeout_s)
+        self._probe = probe
+        self._move = move
+        self._see_to_files = see_to_files
         self._clock = clock
         self._wall = wall
-        self.errands = Errands(self._ledger, clock)
-        self.room = Room(self._ledger, probe, clock)
-        self.cleanup = Cleanup(self._ledger, self.room, options, probe=probe, clock=clock, wall=wall)
-        self._arrivals = Arrivals(self._ledger, self.errands, self.room, probe, clock)
+        self._queue_numbers = itertools.count(1)
+        self._moving: Transition | None = None
+        self._changed = True
+        self._recheck_at = math.inf
+        self._reclaimed_at = -math.inf
+        self._files_checked_at = clock()
+        self._cleanup: _RunningCleanup | None = None
+        self._cleanup_requested = False
+        self._next_cleanup_at = clock() + options.cleanup_interval_s
+        self._last_cleanup: CleanupPass | None = None
 
-    # --- what the synthesis loop tells -------------------------------------------------------------------------------
+    # --- requests ----------------------------------------------------------------------------------------------------
 
     def acquire(self, model: str) -> None:
-        """A request needs the model, from now until `release`: it is brought to the device and not moved."""
-        account = self._ledger[model]
-        self._arrivals.want(account)
-        account.references += 1
-        if account.asked == "unload":
-            account.asked = None
-        self._used(account)
+        """A request needs the model until `release` or `abandon`: load it if need be, and do not move it."""
+        entry = self._entries[model]
+        self._enqueue(entry)
+        entry.references += 1
+        if entry.requested == "unload":
+            entry.requested = None
+        self._touch(entry)
 
     def release(self, model: str, keep_alive_s: float | None) -> None:
-        """That request has spoken, to its end or not; ValueError where there was none.
+        """A request that held a slot has ended; ValueError if the model has no reference.
 
-        `keep_alive_s`: how long the model stays from now on if nobody else asks: negative: until others need the room;
-        0: not at all; None: as configured.
+        `keep_alive_s`: how long the model stays from now on; negative: until others need the room; 0: not at all;
+        None: as configured.
         """
         self.abandon(model)
-        self._ledger[model].keep_alive_s = keep_alive_s
+        self._entries[model].keep_alive_s = keep_alive_s
 
     def abandon(self, model: str) -> None:
-        """That request is over without having spoken, so how long the model stays is still what others said."""
-        account = self._ledger[model]
-        if account.references == 0:
+        """A request has ended without a slot: it does not change how long the model stays."""
+        entry = self._entries[model]
+        if entry.references == 0:
             raise ValueError(f"{model} has no reference to release")
-        account.references -= 1
-        self._used(account)
-        self._arrivals.figures_changed()
-
-    def pin(self, model: str, pinned: bool) -> None:  # noqa: FBT001 -- pin(model, True) reads as it says
-        """Keep the model from being evicted wherever it is, or let it go again. Unloading by hand stays possible."""
-        self._ledger[model].pinned = pinned
-        self._arrivals.figures_changed()
-
-    def preload(self, models: Sequence[str]) -> None:
-        """Bring the models of the start to the device, in this order; none of them leaves for another of them."""
-        self._arrivals.expect(models)
-        for model in models:
-            self.ask_load(model)
-
-    def ask_load(self, model: str) -> None:
-        """Bring the model to the device; done when its state is "resident", or at a Refusal."""
-        account = self._ledger[model]
-        self._arrivals.want(account)
-        account.asked = "load" if account.place != "resident" or not self.is_settled(model) else None
-        account.keep_alive_s = None
-        self._used(account)
-
-    def ask_unload(self, model: str) -> None:
-        """Drop the model from the device and host RAM; done when its state is "absent".
-
-        ModelBusyError where it has requests; one that comes before the drop began prevents it.
-        """
-        account = self._ledger[model]
-        if account.references:
-            raise ModelBusyError(f"{model} has {account.references} request(s), queued or running")
-        account.asked = "unload" if account.place != "absent" or self._ledger.is_moving(account) else None
-        self._arrivals.expect_no_longer(model)
-
-    def replace(self, model: str) -> None:
-        """The model's engine is broken: drop it, whoever waits for the model, and load it afresh where anybody does."""
-        self._ledger[model].broken = True
-        self.errands.look_again(model)
-
-    def fetched(self, fetched: Downloaded) -> Refusal | None:
-        """A fetch has ended. Where it failed, the model's requests and calls are to fail with the Refusal."""
-        self.errands.fetched(fetched)
-        if fetched.error is None:
-            return None
-        account, error = self._ledger[fetched.model], fetched.error
-        return self._arrivals.refuse(account, "model_unavailable", error.message, error.retry_after_s or FULL_RETRY_S)
-
-    def set_progress(self, model: str, detail: str) -> None:
-        """How far the model's loading or download has come, for people to read."""
-        self._ledger[model].progress = detail
+        entry.references -= 1
+        self._touch(entry)
 
     def measured(self, model: str, memory: Memory) -> None:
-        """What the model holds now (its caches grow with use); counts for its next load too."""
-        account = self._ledger[model]
-        if not self._ledger.is_moving(account) and account.place == "resident":
-            account.measure(memory, self._clock())
-            self._arrivals.figures_changed()
-
-    # --- what it answers ---------------------------------------------------------------------------------------------
-
-    def state(self, model: str) -> State:
-        """Where the model is. One that is being taken away counts as gone already, so that nothing starts on it."""
-        account = self._ledger[model]
-        moving = self._ledger.moving
-        if moving is not None and moving.model == model:
-            arrives = ARRIVES[moving.kind]
-            return "loading" if arrives == "resident" else arrives
-        if account.broken:
-            return "loading" if account.references else "absent"
-        if account.place == "absent" and self.errands.problem(model):
-            return "unavailable"
-        if account.wanted and self.errands.is_fetching(model):
-            return "loading"
-        return account.place
+        """Record what a resident model holds now: its caches grow with use."""
+        entry = self._entries[model]
+        if entry.state is ModelState.RESIDENT:
+            self._measure(entry, memory)
 
     @property
-    def moving(self) -> Transition | None:
-        """The move in flight."""
-        return self._ledger.moving
+    def engines(self) -> Mapping[str, Engine]:
+        """The engines of resident models, without broken ones."""
+        return self._engines
+
+    # --- admin calls -------------------------------------------------------------------------------------------------
+
+    def load(self, model: str) -> None:
+        """Make the model resident; done when its status says "resident", or with a Refusal."""
+        entry = self._entries[model]
+        self._enqueue(entry)
+        entry.requested = None if entry.state is ModelState.RESIDENT and not entry.broken else "load"
+        entry.keep_alive_s = None
+        self._touch(entry)
+
+    def unload(self, model: str) -> None:
+        """Drop the model from the device and host RAM; done when its status says "absent".
+
+        ModelBusyError if the model has requests; a request that comes before the drop begins prevents it.
+        """
+        entry = self._entries[model]
+        if entry.references:
+            raise ModelBusyError(f"{model} has {entry.references} request(s), queued or running")
+        entry.requested = None if entry.state is ModelState.ABSENT else "unload"
+        entry.preload_pending = False
+        self._changed = True
+
+    def pin(self, model: str, pinned: bool) -> None:  # noqa: FBT001 -- pin(model, True) reads as it says
+        """Keep the model from being evicted, or allow it again. An admin's unload stays possible."""
+        self._entries[model].pinned = pinned
+        self._changed = True
+
+    def preload(self, models: Sequence[str]) -> None:
+        """Load the models of the start in this order; none of them is evicted for another of them."""
+        for model in models:
+            entry = self._entries[model]
+            entry.preload = entry.preload_pending = True
+            self.load(model)
+
+    def start_cleanup(self) -> None:
+        """Run a cleanup pass now, also if `cleanup_enabled` is false."""
+        self._cleanup_requested = self._cleanup_requested or self._cleanup is None
+
+    @property
+    def cleanup_running(self) -> bool:
+        """Whether a cleanup pass is requested or under way."""
+        return self._cleanup_requested or self._cleanup is not None
+
+    @property
+    def last_cleanup(self) -> CleanupPass | None:
+        """The result of the cleanup pass that ended last."""
+        return self._last_cleanup
+
+    # --- faults ------------------------------------------------------------------------------------------------------
+
+    def replace_engine(self, model: str) -> None:
+        """Drop the broken engine even if requests wait for the model; reload it if any do."""
+        entry = self._entries[model]
+        entry.broken = True
+        entry.files.current = False
+        self._engines.pop(model, None)
+        self._changed = True
+
+    def evict_idle(self) -> bool:
+        """Evict every idle model, as the device ran out of memory; False if there is none.
+
+        The caller tries once more when `evicting` is False again.
+        """
+        on_device = {ModelState.RESIDENT, ModelState.OFFLOADING, ModelState.DROPPING}
+        victims = [entry for entry in self._all if entry.state in on_device and entry.evictable and entry.device_bytes]
+        for entry in victims:
+            entry.evict = True
+        self._changed = True
+        return bool(victims)
+
+    @property
+    def evicting(self) -> bool:
+        """Whether models marked by `evict_idle` are still on the device.
+
+        False while another model arrives: an arrival takes seconds, and running streams must not wait for it.
+        """
+        arriving = self._moving is not None and STATE_DURING[self._moving.kind] in ARRIVING
+        return not arriving and any(entry.evict for entry in self._all)
+
+    # --- what dashboards and the loop read ---------------------------------------------------------------------------
+
+    def status(self, model: str) -> ModelStatus:
+        """The state of one model, and what it holds."""
+        entry = self._entries[model]
+        idle = entry.used_at is not None and not entry.references
+        return ModelStatus(
+            id=entry.id,
+            state=_public_state(entry),
+            detail=entry.progress
+            or (entry.files.problem if entry.state is ModelState.ABSENT else "")
+            or entry.last_error,
+            bytes=entry.memory.device,
+            host_bytes=entry.host_bytes,
+            last_used=entry.used_at,
+            idle_s=self._clock() - entry.last_used if idle else None,
+            references=entry.references,
+            pinned=entry.pinned,
+            keep_alive_s=entry.keep_alive_s,
+        )
+
+    def statuses(self) -> list[ModelStatus]:
+        """The status of every model, in the catalogue's order."""
+        return [self.status(model) for model in self._entries]
+
+    def is_settled(self, model: str) -> bool:
+        """Whether the model's status will stay: no transition under way, and no broken engine about to be dropped."""
+        entry = self._entries[model]
+        return not entry.broken and entry.state not in MOVING
 
     @property
     def preloading(self) -> list[str]:
-        """The models of the start that are still to come: not there yet, not refused, and not unloaded by hand."""
-        return list(self._arrivals.expected)
-
-    def is_settled(self, model: str) -> bool:
-        """Whether the model is where its state says: not on its way, nor about to be dropped with its engine."""
-        account = self._ledger[model]
-        return not account.broken and not self._ledger.is_moving(account)
-
-    def models(self) -> list[ModelStatus]:
-        """Where every model is and what it holds, in the catalogue's order."""
-        now = self._clock()
-        return [
-            ModelStatus(
-                id=account.id,
-                state=self.state(account.id),
-                detail=self._detail(account),
-                bytes=account.memory.device,
-                host_bytes=account.host_bytes,
-                last_used=account.used_at,
-                idle_s=now - account.last_used if account.used_at is not None and not account.references else None,
-                references=account.references,
-                pinned=account.pinned,
-                keep_alive_s=account.keep_alive_s,
-            )
-            for account in self._ledger
-        ]
+        """The models of the start that are still to come: neither resident yet, nor refused, nor unloaded by hand."""
+        pending = (entry for entry in self._all if entry.preload_pending)
+        return [entry.id for entry in sorted(pending, key=lambda entry: entry.queue_number)]
 
     def offloaded_bytes(self) -> int:
-        """Host RAM that offloaded models hold."""
-        return self._ledger.offloaded_bytes()
+        """Bytes of host RAM that models hold."""
+        return policy.offloaded_bytes(self._all)
 
-    # --- deciding ----------------------------------------------------------------------------------------------------
+    # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Transition | Refusal]:
-        """What to do now: refusals to hand out, and at most one move to start; it is in flight from here on."""
-        if self._ledger.moving is not None:
-            return []
-        self._arrivals.forget_shortages()
-        refusals: list[Transition | Refusal] = []
-        move = (
-            self.cleanup.next_move()
-            or self._unload()
-            or self.room.next_leaving()
-            or self._arrivals.next_move(refusals)
-            or self.room.trim()
-        )
-        if move is not None:
-            self._ledger.moving = move
-            self._ledger[move.model].progress = ""
-        return [*refusals, move] if move is not None else refusals
+    def advance(self) -> list[Refusal]:
+        """Start the file checks, the download and the one transition that are due; return the models to refuse.
 
-    def moved(self, done: TransitionDone) -> None:
-        """The move in flight worked."""
-        account = self._landed(done.move, ARRIVES[done.move.kind])
-        account.measure(done.memory, self._clock())
-        account.progress = ""
-        if account.place == "resident":
-            # Ready, not used: but an idle time that began before the load would end before the first request.
-            account.last_used = self._clock()
-            self._arrivals.arrived(account)
-
-    def failed(self, failure: TransitionFailed) -> Refusal | None:
-        """The move in flight did not work. With a Refusal the model's requests and calls are to fail.
-
-        None: they keep waiting, or there are none. Out of memory is tried once more after evicting what is idle.
+        Cheap while nothing has changed: memory is read only after a change, and now and then while a model waits.
         """
-        account = self._landed(failure.move, failure.left)
-        account.progress = ""
-        if account.place == "absent":
-            account.memory = Memory()
-        if ARRIVES[failure.move.kind] != "resident":
-            return None
-        if failure.error.code == "insufficient_vram" and not account.retried and self.room.make():
-            account.retried = True
-            return None
-        code: Literal["insufficient_vram", "model_unavailable"] = (
-            "insufficient_vram" if failure.error.code == "insufficient_vram" else "model_unavailable"
-        )
-        return self._arrivals.refuse(account, code, failure.error.message, failure.error.retry_after_s or BUSY_RETRY_S)
+        now = self._clock()
+        overdue = now - self._files_checked_at >= FILE_CHECK_S
+        if overdue:
+            self._files_checked_at = now
+        if overdue or self._changed:
+            self._start_file_work(overdue=overdue)
+        if self._moving is not None:
+            return []
+        self._begin_cleanup(now)
+        if not self._changed and now < self._recheck_at and self._cleanup is None:
+            return []
+        return self._carry_out(self._plan(now), now)
 
-    def _unload(self) -> Transition | None:
-        """Drop what was asked to be dropped, and what is broken."""
-        for account in self._ledger:
-            if account.broken:
-                return Transition(model=account.id, kind="drop")
-            if account.asked == "unload" and account.place == "absent":
-                account.asked = None
-            elif account.asked == "unload":
-                return Transition(model=account.id, kind="drop")
+    def handle(self, report: Report) -> Refusal | None:
+        """Record what a thread reports. With a Refusal the model's requests and admin calls fail."""
+        match report:
+            case TransitionFailed():
+                return self._transition_failed(report)
+            case Downloaded():
+                return self._downloaded(report)
+            case TransitionDone():
+                self._transition_done(report)
+            case FilesChecked():
+                self._files_checked(report)
+            case Progress(model=model, detail=detail):
+                self._entries[model].progress = detail
+            case _:
+                assert_never(report)
         return None
 
-    # --- the books ---------------------------------------------------------------------------------------------------
+    def _start_file_work(self, *, overdue: bool) -> None:
+        while pending := policy.pending_file_work(self._all, overdue=overdue):
+            for work in pending:
+                files = self._entries[work.model].files
+                if isinstance(work, Download):
+                    files.downloading = True
+                else:
+                    files.checking = True
+                self._see_to_files(work)
+            overdue = False
 
-    def _detail(self, account: ModelEntry) -> str:
-        """For people to read: how far the model has come on its way, or why it cannot come."""
-        problem = self.errands.problem(account.id) if account.place == "absent" else ""
-        return account.progress or problem or account.trouble
+    def _plan(self, now: float) -> policy.Plan:
+        """What to do now; before a model is refused or waits for lack of room, caches are emptied for it."""
+        self._clear_shortages(now)
+        for entry in self._all:
+            entry.evict = entry.evict and entry.state is ModelState.RESIDENT and entry.evictable
+        plan = policy.next_transition(self._all, _Reading(self._probe), now, self._timeouts)
+        if plan.short and now - self._reclaimed_at >= RECLAIM_S:
+            self._reclaimed_at = now
+            self._probe.reclaim(collect=False)
+            plan = policy.next_transition(self._all, _Reading(self._probe), now, self._timeouts)
+        return plan
 
-    def _used(self, account: ModelEntry) -> None:
-        account.last_used = self._clock()
-        account.used_at = self._wall()
+    def _carry_out(self, plan: policy.Plan, now: float) -> list[Refusal]:
+        for model in plan.short:
+            entry = self._entries[model]
+            entry.short_since = now if entry.short_since is None else entry.short_since
+        for refusal in plan.refusals:
+            self._refuse(refusal)
+        self._continue_cleanup(plan)
+        self._changed = bool(plan.refusals)
+        rechecks = [now + SHORTAGE_RECHECK_S] if plan.short else []
+        rechecks += [
+            entry.shortage_checked_at + policy.BUSY_RETRY_S
+            for entry in self._all
+            if entry.shortage_checked_at is not None
+        ]
+        self._recheck_at = min(rechecks, default=math.inf)
+        if plan.transition is not None:
+            self._start(plan.transition)
+        return list(plan.refusals)
 
-    def _landed(self, move: Transition, place: Place) -> ModelEntry:
-        if move != self._ledger.moving:
-            raise ValueError(f"{move} is not in flight, but {self._ledger.moving}")
-        self._ledger.moving = None
-        self._arrivals.figures_changed()
-        account = self._ledger[move.model]
-        account.place = place
-        account.broken = account.broken and place != "absent"
-        return account
+    def _start(self, transition: Transition) -> None:
+        entry = self._entries[transition.model]
+        entry.state = STATE_DURING[transition.kind]
+        entry.progress = ""
+        self._engines.pop(entry.id, None)
+        self._moving = transition
+        self._move(transition)
+
+    # --- reports -----------------------------------------------------------------------------------------------------
+
+    def _transition_done(self, done: TransitionDone) -> None:
+        entry = self._end_transition(done.transition, TARGET_STATE[done.transition.kind])
+        self._measure(entry, done.memory)
+        if entry.state is not ModelState.RESIDENT:
+            return
+        if done.engine is not None:
+            self._engines[entry.id] = done.engine
+        # Ready, not used: but an idle time that began before the load would end before the first request.
+        entry.last_used = self._clock()
+        entry.requested = None if entry.requested == "load" else entry.requested
+        entry.last_error, entry.shortage_checked_at = "", None
+        device = self._probe.device()
+        if entry.only_for_start and policy.held_bytes(self._all, device) > device.budget_bytes:
+            entry.evict = True  # larger than estimated: this model leaves, not those that came before it
+        entry.preload_pending = False
+
+    def _transition_failed(self, failure: TransitionFailed) -> Refusal | None:
+        """Out of memory is tried once more after evicting what is idle."""
+        entry = self._end_transition(failure.transition, failure.state)
+        if entry.state is ModelState.ABSENT:
+            entry.memory = Memory()
+        if TARGET_STATE[failure.transition.kind] is not ModelState.RESIDENT:
+            return None
+        out_of_memory = failure.error.code == "insufficient_vram"
+        if out_of_memory and not entry.retried and self.evict_idle():
+            entry.retried = True
+            return None
+        return self._refuse(
+            Refusal(
+                model=entry.id,
+                code="insufficient_vram" if out_of_memory else "model_unavailable",
+                message=failure.error.message,
+                retry_after_s=failure.error.retry_after_s or policy.BUSY_RETRY_S,
+            )
+        )
+
+    def _end_transition(self, transition: Transition, state: ModelState) -> ModelEntry:
+        if transition != self._moving:
+            raise ValueError(f"{transition} is not in flight, but {self._moving}")
+        self._moving = None
+        self._changed = True
+        entry = self._entries[transition.model]
+        entry.state = state
+        entry.progress = ""
+        if state is ModelState.ABSENT:
+            entry.broken = False
+            entry.requested = None if entry.requested == "unload" else entry.requested
+        return entry
+
+    def _files_checked(self, found: FilesChecked) -> None:
+        self._changed = True
+        entry = self._entries[found.model]
+        files = entry.files
+        if files.stamp not in {None, found.stamp} and entry.shortage_checked_at is None:
+            entry.last_error = ""  # the error was about other files
+        files.checking, files.current = False, True
+        files.problem, files.remote, files.stamp = found.problem, found.remote, found.stamp
+
+    def _downloaded(self, downloaded: Downloaded) -> Refusal | None:
+        self._changed = True
+        entry = self._entries[downloaded.model]
+        entry.files.downloading = False
+        entry.progress = ""
+        error = downloaded.error
+        if error is None:
+            entry.files.remote = False
+            return None
+        entry.files.stamp = None  # a partial download has changed the files, and mends nothing
+        return self._refuse(
+            Refusal(
+                model=entry.id,
+                code="model_unavailable",
+                message=error.message,
+                retry_after_s=error.retry_after_s or policy.FULL_RETRY_S,
+            )
+        )
+
+    # --- entries -----------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, entry: ModelEntry) -> None:
+        """Put the model at the end of the load queue, unless it is in the queue."""
+        if not entry.wanted:
+            entry.queue_number = next(self._queue_numbers)
+            entry.short_since = None
+            entry.retried = False
+            entry.files.current = False
+
+    def _refuse(self, refusal: Refusal) -> Refusal:
+        """Forget that the model was wanted; its requests are ended by the caller."""
+        entry = self._entries[refusal.model]
+        entry.requested = None if entry.requested == "load" else entry.requested
+        entry.retried = False
+        entry.short_since = None
+        entry.last_error = "" if entry.files.problem else refusal.message
+        entry.shortage_checked_at = self._clock() if refusal.code == "insufficient_vram" else None
+        entry.files.current = False
+        entry.preload_pending = False
+        self._changed = True
+        return refusal
+
+    def _clear_shortages(self, now: float) -> None:
+        """Forget that a model found no room once it would find some."""
+        for entry in self._all:
+            if entry.shortage_checked_at is None or now - entry.shortage_checked_at < policy.BUSY_RETRY_S:
+                continue
+            entry.shortage_checked_at = now
+            if policy.fits_again(entry, self._all, self._probe.device()):
+                entry.last_error, entry.shortage_checked_at = "", None
+
+    def _measure(self, entry: ModelEntry, memory: Memory) -> None:
+        entry.memory = memory
+        if entry.state is ModelState.RESIDENT:
+            entry.measured_bytes = entry.device_bytes
+        elif entry.state is ModelState.OFFLOADED:
+            entry.measured_host_bytes = entry.host_bytes
+            entry.offloaded_since = self._clock()
+        self._changed = True
+
+    def _touch(self, entry: ModelEntry) -> None:
+        entry.last_used = self._clock()
+        entry.used_at = self._wall()
+        self._changed = True
+
+    # --- the cleanup pass --------------------------------------------------------------------------------------------
+
+    def _begin_cleanup(self, now: float) -> None:
+        due = self._options.cleanup_enabled and now >= self._next_cleanup_at
+        if self._cleanup is not None or not (due or self._cleanup_requested):
+            return
+        checked = [entry for entry in self._all if entry.state is not ModelState.ABSENT]
+        for entry in checked:
+            entry.idle_check = True
+        self._cleanup = _RunningCleanup(
+            timestamp=self._wall(),
+            before_bytes=self._probe.device().ours_bytes,
+            checked=[entry.id for entry in checked],
+            by_hand=self._cleanup_requested,
+        )
+        self._cleanup_requested = False
+        self._next_cleanup_at = now + self._options.cleanup_interval_s
+
+    def _continue_cleanup(self, plan: policy.Plan) -> None:
+        for model in plan.idle_checked:
+            self._entries[model].idle_check = False
+        if self._cleanup is None:
+            return
+        if plan.by_cleanup and plan.transition is not None:
+            self._cleanup.transitions.append(plan.transition)
+            return
+        ended, self._cleanup = self._cleanup, None
+        busy = any(entry.references for entry in self._all)
+        if not ended.transitions and (ended.by_hand or not busy):
+            # Every transition gives caches back, but there was none; running streams would have to allocate them again.
+            self._probe.reclaim(collect=False)
+        self._last_cleanup = CleanupPass(
+            timestamp=ended.timestamp,
+            vram_before_bytes=ended.before_bytes,
+            vram_after_bytes=self._probe.device().ours_bytes,
+            models_checked=ended.checked,
+            models_unloaded=list(dict.fromkeys(transition.model for transition in ended.transitions)),
+            models_dropped=[transition.model for transition in ended.transitions if transition.kind == "drop"],
+        )
+
+
+class _RunningCleanup(msgspec.Struct, kw_only=True):
+    """The cleanup pass under way; `by_hand`: an admin asked for it."""
+
+    timestamp: float
+    before_bytes: int
+    checked: list[str]
+    by_hand: bool
+    transitions: list[Transition] = msgspec.field(default_factory=list)
+
+
+class _Reading:
+    """Memory as it is when a rule of the policy first asks, and the same for the rest of that decision."""
+
+    def __init__(self, probe: MemoryProbe) -> None:
+        self._probe = probe
+
+    @cached_property
+    def device(self) -> DeviceMemory:
+        return self._probe.device()
+
+    @cached_property
+    def host(self) -> HostMemory:
+        return self._probe.host()
+
+
+def _public_state(entry: ModelEntry) -> State:
+    """The state as clients see it. A model that is leaving counts as gone already, so nothing starts on it."""
+    state: State = _PUBLIC_STATES[entry.state]
+    if entry.state in MOVING:
+        return state
+    if entry.broken:
+        return "loading" if entry.references else "absent"
+    if entry.state is ModelState.ABSENT and entry.files.problem:
+        return "unavailable"
+    return "loading" if entry.wanted and entry.files.downloading else state

@@ -15,7 +15,7 @@ from gpu_worker.engines.qwen.build import QwenOptions, open_engine
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.runtime import cuda_graphs
-from gpu_worker.residency.memory import open_probe
+from gpu_worker.residency import open_probe
 from tests.checkpoints import tiny, write
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take
 

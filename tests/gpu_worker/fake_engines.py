@@ -11,11 +11,17 @@ import msgspec
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Usage
 from gpu_worker.requests import Request
-from gpu_worker.residency.checkpoints import Checkpoints
-from gpu_worker.residency.cleanup import CleanupOptions
-from gpu_worker.residency.manager import Residency
-from gpu_worker.residency.mover import Mover
-from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked, Place
+from gpu_worker.residency import (
+    Checkpoints,
+    Downloaded,
+    FilesChecked,
+    Mover,
+    Residency,
+    ResidencyOptions,
+    TransitionDone,
+    TransitionFailed,
+)
+from gpu_worker.residency.models import CheckFiles, Download, ModelState, Transition
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
@@ -67,8 +73,8 @@ class SpeakingEngine:
         self._clock = clock
         self._slots = slots
         self.n_bytes = n_bytes
-        self.place: Place = "resident"
-        self._memory = device.place(model, "resident", n_bytes)
+        self.state = ModelState.RESIDENT
+        self._memory = device.put(model, ModelState.RESIDENT, n_bytes)
         self._words: dict[str, deque[str]] = {}
         self.admit_troubles: deque[Exception | None] = deque()
         self.step_troubles: deque[Exception | None] = deque()
@@ -87,7 +93,7 @@ class SpeakingEngine:
 
     def admit(self, job: Job) -> None:
         """Take a job; one more than there are slots is a defect of who asks."""
-        assert self.place == "resident"
+        assert self.state is ModelState.RESIDENT
         assert self.capacity() > 0
         assert job.id not in self._words
         _raise_next(self.admit_troubles)
@@ -100,7 +106,7 @@ class SpeakingEngine:
 
     def step(self, stalled: Collection[str]) -> list[Event]:
         """One word of every job that may go on."""
-        assert self.place == "resident"
+        assert self.state is ModelState.RESIDENT
         self.steps += 1
         _raise_next(self.step_troubles)
         self._clock.advance(self.step_s)
@@ -128,24 +134,24 @@ class SpeakingEngine:
 
     def offload(self) -> None:
         """Move to the host; with a job in a slot that is a defect of who asks."""
-        self._move("offloaded")
+        self._move(ModelState.OFFLOADED)
 
     def restore(self) -> None:
         """Move back."""
-        self._move("resident")
+        self._move(ModelState.RESIDENT)
 
     def close(self) -> None:
         """Give everything up."""
-        self._move("absent")
+        self._move(ModelState.ABSENT)
 
     def memory(self) -> Memory:
         """`n_bytes` wherever it is."""
-        self._memory = self._device.place(self._model, self.place, self.n_bytes)
+        self._memory = self._device.put(self._model, self.state, self.n_bytes)
         return self._memory
 
-    def _move(self, place: Place) -> None:
+    def _move(self, state: ModelState) -> None:
         assert not self._words
-        self.place = place
+        self.state = state
         self.memory()
 
 
@@ -165,11 +171,13 @@ class _Inbox(queue.SimpleQueue[Any]):
 
     def _noted(self, command: Any) -> Any:
         if isinstance(command, (FilesChecked, Downloaded)):
-            self.bench.fetcher.under_way[CheckFiles if isinstance(command, FilesChecked) else Download] -= 1
+            self.bench.checkpoints.under_way[CheckFiles if isinstance(command, FilesChecked) else Download] -= 1
+        if isinstance(command, (TransitionDone, TransitionFailed)):
+            self.bench.in_transition = None
         return command
 
 
-class _Fetcher(Checkpoints):
+class _CountingCheckpoints(Checkpoints):
     """Counts what is under way: submitted, and not yet taken note of by the worker."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -184,7 +192,8 @@ class _Fetcher(Checkpoints):
 class WorkerBench:
     """A Worker with the models of `sizes`, each opened as a SpeakingEngine.
 
-    `gate`, cleared, holds the loader. `open_troubles` are raised by the next openings of a model.
+    `gate`, cleared, holds the mover in a load. With `loses_transitions` no transition ends.
+    `open_troubles` are raised by the next openings of a model.
     `files` are what there is of the models, `disk` keeps the voices. `sent` is everything the worker has said.
     """
 
@@ -219,11 +228,19 @@ class WorkerBench:
         self.inbox = _Inbox()
         self.inbox.bench = self
         options.setdefault("cleanup_enabled", False)
+        self.mover = Mover(self.specs, self._open, self.device, self.inbox.put)
+        self.checkpoints = _CountingCheckpoints(self.specs, self.files, self.inbox.put)
+        self.in_transition: Transition | None = None
+        self.loses_transitions = False
         self.residency = Residency(
-            self.specs, CleanupOptions(**options), self.clock, self.device, wall=lambda: WALL + self.clock.now
+            self.specs,
+            ResidencyOptions(**options),
+            probe=self.device,
+            move=self._move,
+            see_to_files=self.checkpoints.submit,
+            clock=self.clock,
+            wall=lambda: WALL + self.clock.now,
         )
-        self.loader = Mover(self.specs, self._open, self.device, self.inbox.put)
-        self.fetcher = _Fetcher(self.specs, self.files, self.inbox.put)
         self.disk = SlowVoiceFiles(voices_dir)
         self.writer = SerialThread[VoiceWrite]("voices", lambda write: self.inbox.put(self.disk.write(write)))
         self.voices = VoiceStore(self.disk, self.writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL)
@@ -233,8 +250,6 @@ class WorkerBench:
             inbox=self.inbox,
             scheduler=Scheduler[Request](max_queue),
             residency=self.residency,
-            loader=self.loader,
-            fetcher=self.fetcher,
             voices=self.voices,
             reporter=Stats(
                 boot_id="boot-1",
@@ -250,8 +265,8 @@ class WorkerBench:
             stall_timeout_s=stall_timeout_s,
             clock=self.clock,
         )
-        self.loader.start()
-        self.fetcher.start()
+        self.mover.start()
+        self.checkpoints.start()
         self.writer.start()
 
     def close(self) -> None:
@@ -259,8 +274,8 @@ class WorkerBench:
         self.gate.set()
         self.files.gate.set()
         self.disk.gate.set()
-        self.loader.close(10)
-        self.fetcher.close(10)
+        self.mover.close(10)
+        self.checkpoints.close(10)
         self.writer.close(10)
 
     # --- what a web worker says --------------------------------------------------------------------------------------
@@ -318,16 +333,16 @@ class WorkerBench:
     @property
     def is_moving(self) -> bool:
         """Whether a model is on its way."""
-        return self.residency.moving is not None
+        return self.in_transition is not None
 
     @property
     def expects_report(self) -> bool:
         """Whether something will be reported that is not held."""
-        if self.is_moving and self.gate.is_set():
+        if self.is_moving and self.gate.is_set() and not self.loses_transitions:
             return True
         if self.voices.writing and self.disk.gate.is_set():
             return True
-        under_way = self.fetcher.under_way
+        under_way = self.checkpoints.under_way
         return under_way[CheckFiles] > 0 or (under_way[Download] > 0 and self.files.gate.is_set())
 
     # --- what came of it ---------------------------------------------------------------------------------------------
@@ -361,14 +376,19 @@ class WorkerBench:
 
     def states(self) -> dict[str, str]:
         """Where each model is."""
-        return {model.id: model.state for model in self.residency.models()}
+        return {model.id: model.state for model in self.residency.statuses()}
 
     def references(self) -> dict[str, int]:
         """How many requests each model has."""
-        return {model.id: model.references for model in self.residency.models()}
+        return {model.id: model.references for model in self.residency.statuses()}
 
     def _progress(self) -> tuple[int, int, dict[str, str]]:
         return len(self.sent), sum(engine.steps for engine in self.opened), self.states()
+
+    def _move(self, transition: Transition) -> None:
+        self.in_transition = transition
+        if not self.loses_transitions:
+            self.mover.submit(transition)
 
     def _open(self, spec: ModelSpec) -> SpeakingEngine:
         assert self.gate.wait(10)

@@ -1,30 +1,14 @@
 """Stand-ins for what moves and measures models: a clock, a device that keeps count, an engine that only holds bytes."""
 
 import threading
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
-import msgspec
-
-from gpu_worker.engines.base import Event, Job, JobError, Memory
-from gpu_worker.residency.arrivals import Refusal
-from gpu_worker.residency.cleanup import CleanupOptions
-from gpu_worker.residency.manager import Residency
-from gpu_worker.residency.moves import (
-    ARRIVES,
-    CheckFiles,
-    Download,
-    Downloaded,
-    FilesChecked,
-    Place,
-    Transition,
-    TransitionDone,
-    TransitionFailed,
-)
+from gpu_worker.engines.base import Memory
+from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
-from shared.protocol import DeviceMemory, HostMemory, ModelStatus
+from shared.protocol import DeviceMemory, HostMemory
 
 WALL = 1_700_000_000.0
 """What the wall clock shows when a FakeClock shows 0."""
@@ -116,88 +100,17 @@ class FakeDevice:
         self.reclaimed += 1
         self.collected += collect
 
-    def place(self, model: str, place: Place, n_bytes: int) -> Memory:
-        """Put a model of `n_bytes` into `place`, and say what it holds there."""
+    def put(self, model: str, state: ModelState, n_bytes: int) -> Memory:
+        """Hold a model of `n_bytes` where `state` says, and nowhere else; returns what it holds."""
         self.on_device.pop(model, None)
         self.on_host.pop(model, None)
-        if place == "resident":
+        if state is ModelState.RESIDENT:
             self.on_device[model] = n_bytes
             return Memory(device={"weights": n_bytes})
-        if place == "offloaded":
+        if state is ModelState.OFFLOADED:
             self.on_host[model] = n_bytes
             return Memory(host={"weights": n_bytes})
         return Memory()
-
-
-class FakeEngine:
-    """An engine that holds `n_bytes` of a FakeDevice and fails where it is told to.
-
-    `troubles` maps a method's name to what it raises. It notes its calls and the thread they came from.
-    """
-
-    def __init__(self, model: str, device: FakeDevice, n_bytes: int) -> None:
-        self._model = model
-        self._device = device
-        self._n_bytes = n_bytes
-        self._memory = device.place(model, "resident", n_bytes)
-        self.troubles: dict[str, Exception] = {}
-        self.calls: list[str] = []
-        self.threads: set[str] = set()
-
-    def capacity(self) -> int:
-        """No room for jobs: these tests run none."""
-        return 0
-
-    def admit(self, job: Job) -> None:
-        """Never asked."""
-        raise AssertionError(job)
-
-    def runnable(self, stalled: Collection[str]) -> bool:
-        """Nothing to do."""
-        return bool(stalled) and False
-
-    def step(self, stalled: Collection[str]) -> list[Event]:
-        """Never asked."""
-        raise AssertionError(stalled)
-
-    def cancel(self, job_id: str) -> None:
-        """Never asked."""
-        raise AssertionError(job_id)
-
-    def offload(self) -> None:
-        """Move the bytes to the host."""
-        self._call("offload", "offloaded")
-
-    def restore(self) -> None:
-        """Move them back."""
-        self._call("restore", "resident")
-
-    def close(self) -> None:
-        """Give them up."""
-        self._call("close", "absent")
-
-    def memory(self) -> Memory:
-        """What it holds."""
-        return self._memory
-
-    def _call(self, name: str, place: Place) -> None:
-        self.calls.append(name)
-        self.threads.add(threading.current_thread().name)
-        if name in self.troubles:
-            raise self.troubles[name]
-        self._memory = self._device.place(self._model, place, self._n_bytes)
-
-
-def done(move: Transition, memory: Memory) -> TransitionDone:
-    """The report of a move that worked; what residency does not look at is left plain."""
-    return TransitionDone(move=move, engine=None, memory=memory, before_bytes=0, after_bytes=0, seconds=0.0)
-
-
-def failed(
-    move: Transition, left: Place, code: str = "model_unavailable", message: str = "it broke"
-) -> TransitionFailed:
-    """The report of a move that did not."""
-    return TransitionFailed(move=move, error=JobError(code, message), left=left)
 
 
 class FakeFiles:
@@ -290,101 +203,3 @@ class Reports(Generic[Report]):
         """The oldest report not yet taken; AssertionError where none comes in time."""
         assert self._arrived.acquire(timeout=timeout_s), "no report came"
         return self._reports.pop(0)
-
-
-class Bench:
-    """A residency over a fake device, a fetcher that looks at once, and a loader that carries moves out at once.
-
-    `problems` are what is missing for a model, `found` is what was seen of its files the last time;
-    the models in `remote` have to be fetched first, and those in `fetching` are under way.
-    """
-
-    def __init__(self, sizes: dict[str, int], device: FakeDevice | None = None, **options: Any) -> None:
-        self.sizes = dict(sizes)
-        self.device = device or FakeDevice()
-        self.clock = FakeClock()
-        self.residency = Residency(
-            [a_spec(model, size) for model, size in sizes.items()],
-            CleanupOptions(**options),
-            self.clock,
-            self.device,
-            wall=lambda: WALL + self.clock.now,
-        )
-        self.moves: list[tuple[str, str]] = []
-        self.problems: dict[str, str] = {}
-        self.remote: set[str] = set()
-        self.stamps: dict[str, str] = {}
-        self.found: dict[str, FilesChecked] = {}
-        self.looks = 0
-        self.fetching: list[str] = []
-
-    def see_to_files(self) -> None:
-        """Do the errands: the looks have ended, and the fetches have begun."""
-        while errands := self.residency.errands.due():
-            for errand in errands:
-                match errand:
-                    case CheckFiles(model):
-                        self.looks += 1
-                        self.found[model] = self._seen(model)
-                        self.residency.errands.looked(self.found[model])
-                    case Download(model):
-                        self.fetching.append(model)
-
-    def fetched(self, model: str, error: JobError | None = None) -> Refusal | None:
-        """A fetch has ended."""
-        self.fetching.remove(model)
-        if error is None:
-            self.remote.discard(model)
-            self.found[model] = msgspec.structs.replace(self.found[model], remote=False)
-        return self.residency.fetched(Downloaded(model=model, error=error))
-
-    def plan(self) -> list[Transition | Refusal]:
-        """What to do now, as far as files are concerned."""
-        self.see_to_files()
-        return self.residency.plan()
-
-    def finish(self, move: Transition) -> None:
-        """The move works."""
-        self.moves.append((move.kind, move.model))
-        memory = self.device.place(move.model, ARRIVES[move.kind], self.sizes[move.model])
-        self.residency.moved(done(move, memory))
-
-    def settle(self) -> list[Refusal]:
-        """Carry out all there is to do; the refusals that came of it, whose requests are still there."""
-        for _ in range(50):
-            decisions = self.plan()
-            moves = [decision for decision in decisions if isinstance(decision, Transition)]
-            if not moves:
-                return [decision for decision in decisions if isinstance(decision, Refusal)]
-            self.finish(moves[0])
-        raise AssertionError(f"it does not come to rest: {self.moves[-6:]}")
-
-    def next_move(self) -> Transition:
-        """The one move to start now."""
-        (move,) = self.plan()
-        assert isinstance(move, Transition)
-        return move
-
-    def use(self, *models: str, keep_alive_s: float | None = None) -> None:
-        """A request of each model in turn, a second each, from its arrival to its end."""
-        for model in models:
-            self.residency.acquire(model)
-            assert self.settle() == []
-            self.clock.advance(1)
-            self.residency.release(model, keep_alive_s)
-
-    def states(self) -> dict[str, str]:
-        """Where each model is."""
-        return {model.id: model.state for model in self.residency.models()}
-
-    def model(self, model: str) -> ModelStatus:
-        """What is told of one model."""
-        return next(state for state in self.residency.models() if state.id == model)
-
-    def _seen(self, model: str) -> FilesChecked:
-        return FilesChecked(
-            model=model,
-            problem=self.problems.get(model, ""),
-            remote=model in self.remote,
-            stamp=self.stamps.get(model, "as ever"),
-        )

@@ -8,7 +8,7 @@ import pytest
 
 from gpu_worker.control import DESIGN_MAX_FRAMES, DESIGN_TEXT
 from gpu_worker.engines.base import JobError
-from gpu_worker.residency.errands import LOOK_S
+from gpu_worker.residency.manager import FILE_CHECK_S
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import (
@@ -128,7 +128,7 @@ class TestUnload:
     def test_unavailable(self, bench: WorkerBench) -> None:
         """A model whose weights are not on the disk is as good as unloaded, and called unavailable."""
         bench.files.problems["m"] = "gone"
-        bench.clock.advance(LOOK_S)
+        bench.clock.advance(FILE_CHECK_S)
         bench.settle()
         assert _done(bench, UnloadModel(model="m"), call_id="d").model.state == "unavailable"
 

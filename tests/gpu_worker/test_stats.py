@@ -8,7 +8,7 @@ import pytest
 
 from gpu_worker.engines.base import Job, JobError, Memory
 from gpu_worker.requests import PeerSink, Request
-from gpu_worker.residency.moves import Transition, TransitionDone, TransitionFailed, TransitionKind
+from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
 from gpu_worker.stats import MOST_STREAMS, READING_S, Stats
 from shared.pcm import bytes_for
 from shared.protocol import (
@@ -181,7 +181,7 @@ class TestModels:
         for seconds in (0.2, 40.0):
             reporter.moved(
                 TransitionDone(
-                    move=Transition(model="m", kind=kind),
+                    transition=Transition(model="m", kind=kind),
                     engine=None,
                     memory=Memory(),
                     before_bytes=0,
@@ -199,7 +199,7 @@ class TestModels:
     def test_failed(self, reporter: Stats, code: str, short: int) -> None:
         """A failed move is no move; whether memory was the reason is known."""
         move = Transition(model="m", kind="load")
-        reporter.moved(TransitionFailed(move=move, error=JobError(code, "it broke"), left="absent"))
+        reporter.moved(TransitionFailed(transition=move, error=JobError(code, "it broke"), state=ModelState.ABSENT))
         assert _figures(reporter) == ModelFigures(failed_moves={"load": 1}, out_of_memory=short)
 
     def test_out_of_memory(self, reporter: Stats) -> None:

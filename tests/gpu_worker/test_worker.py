@@ -10,9 +10,10 @@ from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError, Pcm
 from gpu_worker.engines.faults import BrokenDeviceError
-from gpu_worker.residency.arrivals import ROOM_WAIT_S
-from gpu_worker.residency.errands import LOOK_S
-from gpu_worker.residency.moves import MoverFailed, Progress
+from gpu_worker.residency import MoverFailed, Progress
+from gpu_worker.residency.manager import FILE_CHECK_S
+from gpu_worker.residency.models import ModelState
+from gpu_worker.residency.policy import SHORTAGE_WAIT_S
 from gpu_worker.transport import PeerGone, TransportFailed
 from gpu_worker.worker import Drain, Wake
 from shared.pcm import SAMPLE_RATE
@@ -265,7 +266,7 @@ class TestRefusals:
         for name in "rs":
             bench.speak(name, "one")
             bench.settle()
-        assert bench.files.threads["problem_of"] == {"look"}
+        assert bench.files.threads["problem_of"] == {"check-files"}
 
 
 class TestQueue:
@@ -609,7 +610,7 @@ class TestFaults:
         assert bench.answer("r0").code == "synthesis_failed"
         assert [bench.words(f"r{index}") for index in range(1, 5)] == ["x y z"] * 4
         assert bench.words("late") == "a b"
-        assert (broken.place, broken.steps, len(bench.opened)) == ("absent", 4 + 1 - 3, 2)
+        assert (broken.state, broken.steps, len(bench.opened)) == (ModelState.ABSENT, 4 + 1 - 3, 2)
 
     def test_broken_while_another_loads(self, make_bench: MakeBench) -> None:
         """A broken engine takes nobody while it waits to be dropped, and is asked for by hand like an absent model."""
@@ -787,8 +788,8 @@ class TestOutOfMemory:
         bench.speak("r", "a b c")
         bench.speak("t", "x y z", model="n")
         bench.turn()
-        bench.gate.clear()
-        bench.residency.plan()  # the eviction begins, and nobody reports its end
+        bench.loses_transitions = True
+        bench.residency.advance()  # the eviction begins and does not end
         steps = bench.engines["m"].steps
         bench.speak("s", "d")
         bench.turn(3)
@@ -924,8 +925,8 @@ class TestModels:
         """What was moved, how long it took, and what the process held before and after."""
         with capture_logs() as logs:
             _loaded(bench)
-        (moved,) = [entry for entry in logs if entry["event"] == "a model was moved"]
-        assert (moved["model"], moved["move"], moved["log_level"]) == ("m", "load", "info")
+        (moved,) = [entry for entry in logs if entry["event"] == "transition_done"]
+        assert (moved["model"], moved["kind"], moved["log_level"]) == ("m", "load", "info")
         assert {"seconds", "before_mb", "after_mb"} <= moved.keys()
 
     def test_a_download_holds_up_nobody(self, make_bench: MakeBench) -> None:
@@ -955,7 +956,7 @@ class TestModels:
         bench.settle()
         assert bench.words("r") == "one"
         assert bench.snapshot().models[2].detail == ""
-        assert bench.files.threads["fetch"] == {"fetch"}
+        assert bench.files.threads["fetch"] == {"download"}
 
     def test_a_download_that_fails(self, bench: WorkerBench) -> None:
         """Who waits for the model hears why, the model's entry tells it until a load works, and the next may try."""
@@ -978,12 +979,12 @@ class TestModels:
     def test_weights_that_come_and_go(self, bench: WorkerBench) -> None:
         """What is copied in or deleted shows within seconds, though nobody asks for the model."""
         bench.files.problems["m"] = "its weights are not there"
-        bench.clock.advance(LOOK_S)
+        bench.clock.advance(FILE_CHECK_S)
         bench.settle()
         (model,) = bench.snapshot().models
         assert (model.state, model.detail) == ("unavailable", "its weights are not there")
         bench.files.problems.clear()
-        bench.clock.advance(LOOK_S)
+        bench.clock.advance(FILE_CHECK_S)
         bench.settle()
         (model,) = bench.snapshot().models
         assert (model.state, model.detail) == ("absent", "")
@@ -994,7 +995,7 @@ class TestModels:
         bench.speak("r", "a b c", credit=1)
         bench.speak("s", "x", model="n")
         bench.settle()
-        bench.clock.advance(ROOM_WAIT_S - 1)
+        bench.clock.advance(SHORTAGE_WAIT_S - 1)
         bench.settle()
         assert bench.heard("s") == []
         bench.credit("r", 9)
@@ -1028,7 +1029,7 @@ class TestModels:
         bench.speak("r", "a b c", credit=1)
         bench.speak("s", "x", model="n")
         bench.settle()
-        bench.clock.advance(ROOM_WAIT_S)
+        bench.clock.advance(SHORTAGE_WAIT_S)
         bench.settle()
         (failed,) = bench.heard("s")
         assert failed.code == "insufficient_vram"

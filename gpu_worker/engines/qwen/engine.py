@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
-from gpu_worker.engines.faults import is_broken_device
+from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import uniforms
 from gpu_worker.engines.qwen.model.slot_state import SlotState
@@ -29,7 +29,6 @@ from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy
 from gpu_worker.engines.qwen.sequence import RunningJob, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
-from gpu_worker.residency.memory import is_out_of_memory
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
 
 PREFILL_TOKENS: Final = 1024

@@ -1,9 +1,12 @@
 """Which faults end the process."""
 
+import sys
+
 import pytest
 import torch
 
-from gpu_worker.engines.faults import is_broken_device
+from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
+from tests.gpu_worker.residency.fake_drivers import FakeTorch
 
 SUFFIX = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 """What torch puts behind every CUDA error."""
@@ -63,3 +66,43 @@ def test_sticky(words: str) -> None:
 def test_not_sticky(error: Exception) -> None:
     """These cost a request, or an engine, but not the process; memory that ran out least of all."""
     assert not is_broken_device(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    ],
+)
+def test_out_of_memory(error: Exception) -> None:
+    """Python's, torch's CPU allocator's, CUDA's and its libraries' ways to say that memory ran out are known."""
+    assert is_out_of_memory(error)
+
+
+def test_torch_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises itself is known whatever it says."""
+    monkeypatch.setitem(sys.modules, "torch", FakeTorch())  # type: ignore[arg-type] -- stands in for the module
+    assert is_out_of_memory(FakeTorch.OutOfMemoryError("CUDA out of memory."))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm( handle, opa, opb)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx( handle, opa, opb)`"),
+        ValueError("CUDA error: out of memory"),
+    ],
+)
+def test_not_out_of_memory(error: Exception) -> None:
+    """Other errors are none, nor are the same words of somebody else."""
+    assert not is_out_of_memory(error)

@@ -6,7 +6,7 @@ import pytest
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.residency.checkpoints import Checkpoints
-from gpu_worker.residency.moves import CheckFiles, Download, Downloaded, FilesChecked
+from gpu_worker.residency.models import CheckFiles, Download, Downloaded, FilesChecked
 from tests.gpu_worker.fakes import FakeFiles, Reports, a_spec
 
 
@@ -16,8 +16,8 @@ class Bench:
     def __init__(self) -> None:
         self.files = FakeFiles()
         self.reports: Reports[FilesChecked | Downloaded] = Reports()
-        self.fetcher = Checkpoints([a_spec("a"), a_spec("b")], self.files, self.reports)
-        self.fetcher.start()
+        self.checkpoints = Checkpoints([a_spec("a"), a_spec("b")], self.files, self.reports)
+        self.checkpoints.start()
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
     bench.files.gate.set()
-    bench.fetcher.close(10)
+    bench.checkpoints.close(10)
 
 
 def test_look(bench: Bench) -> None:
@@ -35,46 +35,46 @@ def test_look(bench: Bench) -> None:
     bench.files.remote = {"a", "b"}
     bench.files.stamps["b"] = "new"
     for model in "ab":
-        bench.fetcher.submit(CheckFiles(model))
+        bench.checkpoints.submit(CheckFiles(model))
     assert bench.reports.wait() == FilesChecked(
         model="a", problem="there are no weights", remote=False, stamp="as ever"
     )
     assert bench.reports.wait() == FilesChecked(model="b", problem="", remote=True, stamp="new")
-    assert bench.files.threads == {"problem_of": {"look"}}
+    assert bench.files.threads == {"problem_of": {"check-files"}}
 
 
 def test_a_look_does_not_wait_for_a_fetch(bench: Bench) -> None:
     """While one model is fetched others are looked at; a second fetch waits for the first."""
     bench.files.remote = {"a", "b"}
     bench.files.gate.clear()
-    bench.fetcher.submit(Download("a"))
-    bench.fetcher.submit(Download("b"))
-    bench.fetcher.submit(CheckFiles("b"))
+    bench.checkpoints.submit(Download("a"))
+    bench.checkpoints.submit(Download("b"))
+    bench.checkpoints.submit(CheckFiles("b"))
     assert isinstance(bench.reports.wait(), FilesChecked)
     assert bench.files.remote == {"a", "b"}
     bench.files.gate.set()
     assert bench.reports.wait() == Downloaded(model="a", error=None)
     assert bench.reports.wait() == Downloaded(model="b", error=None)
     assert bench.files.remote == set()
-    assert bench.files.threads["fetch"] == {"fetch"}
+    assert bench.files.threads["fetch"] == {"download"}
 
 
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
         (JobError("model_unavailable", "the hub is out of reach"), "the hub is out of reach"),
-        (KeyError("siblings"), "fetching a failed: KeyError: 'siblings'"),
+        (KeyError("siblings"), "downloading a failed: KeyError: 'siblings'"),
     ],
 )
 def test_failed_fetch(bench: Bench, trouble: Exception, message: str) -> None:
     """A fetch that fails says why, whatever it was, and the next may try again."""
     bench.files.fetch_troubles["a"] = [trouble]
-    bench.fetcher.submit(Download("a"))
+    bench.checkpoints.submit(Download("a"))
     report = bench.reports.wait()
     assert isinstance(report, Downloaded)
     assert report.error is not None
     assert (report.error.code, report.error.message) == ("model_unavailable", message)
-    bench.fetcher.submit(Download("a"))
+    bench.checkpoints.submit(Download("a"))
     assert bench.reports.wait() == Downloaded(model="a", error=None)
 
 
@@ -85,10 +85,10 @@ def test_files_that_cannot_be_looked_at(bench: Bench) -> None:
         raise PermissionError(13, "Permission denied")
 
     bench.files.stamp_of = broken  # type: ignore[method-assign] # the one thing that differs
-    bench.fetcher.submit(CheckFiles("a"))
+    bench.checkpoints.submit(CheckFiles("a"))
     report = bench.reports.wait()
     assert isinstance(report, FilesChecked)
     assert "Permission denied" in report.problem
     bench.files.problems["b"] = "gone"
-    bench.fetcher.submit(CheckFiles("b"))
+    bench.checkpoints.submit(CheckFiles("b"))
     assert isinstance(bench.reports.wait(), FilesChecked)

@@ -1,6 +1,7 @@
 """Cleanup passes: when models that nobody uses leave, and what is told of it."""
 
-from tests.gpu_worker.fakes import WALL, Bench, FakeDevice
+from tests.gpu_worker.fakes import WALL, FakeDevice
+from tests.gpu_worker.residency.bench import Bench
 
 
 class TestIdle:
@@ -60,7 +61,7 @@ class TestIdle:
         bench.clock.advance(1_000_000)
         bench.settle()
         assert bench.states() == {"a": "resident"}
-        bench.residency.cleanup.start()
+        bench.residency.start_cleanup()
         bench.settle()
         assert bench.states() == {"a": "offloaded"}
 
@@ -107,11 +108,11 @@ class TestIdle:
     def test_idle_time_begins_with_the_load(self) -> None:
         """A model that was asked for long before its load ended is not idle for that time."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1)
-        bench.residency.ask_load("a")
-        move = bench.next_move()
+        bench.residency.load("a")
+        move = bench.next_transition()
         bench.clock.advance(60)
         bench.finish(move)
-        assert bench.plan() == []
+        assert bench.advance() == []
 
 
 class TestPasses:
@@ -122,10 +123,10 @@ class TestPasses:
         bench = Bench({"a": 100, "b": 70, "c": 30}, idle_timeout_s=10)
         bench.use("a", "b")
         bench.clock.advance(9)
-        bench.residency.cleanup.start()
+        bench.residency.start_cleanup()
         bench.settle()
-        assert not bench.residency.cleanup.under_way
-        result = bench.residency.cleanup.last
+        assert not bench.residency.cleanup_running
+        result = bench.residency.last_cleanup
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (170, 70)
         assert (result.models_checked, result.models_unloaded) == (["a", "b"], ["a"])
@@ -136,15 +137,15 @@ class TestPasses:
         bench = Bench({"a": 100}, idle_timeout_s=1)
         bench.use("a")
         bench.clock.advance(1)
-        bench.residency.cleanup.start()
-        assert bench.residency.cleanup.under_way
-        move = bench.next_move()
-        assert bench.residency.cleanup.under_way
-        assert bench.residency.cleanup.last is None
+        bench.residency.start_cleanup()
+        assert bench.residency.cleanup_running
+        move = bench.next_transition()
+        assert bench.residency.cleanup_running
+        assert bench.residency.last_cleanup is None
         bench.finish(move)
-        assert bench.plan() == []
-        assert not bench.residency.cleanup.under_way
-        assert bench.residency.cleanup.last is not None
+        assert bench.advance() == []
+        assert not bench.residency.cleanup_running
+        assert bench.residency.last_cleanup is not None
 
     def test_is_not_muddled_with_a_load(self) -> None:
         """A pass asked for during a load begins behind it: its figures are its own."""
@@ -152,20 +153,20 @@ class TestPasses:
         bench.use("a")
         bench.clock.advance(1)
         bench.residency.acquire("b")
-        move = bench.next_move()
-        bench.residency.cleanup.start()
+        move = bench.next_transition()
+        bench.residency.start_cleanup()
         bench.finish(move)
         bench.settle()
-        result = bench.residency.cleanup.last
+        result = bench.residency.last_cleanup
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (150, 50)
 
     def test_with_nothing_to_do(self) -> None:
         """A pass that finds nothing ends at once and says so."""
         bench = Bench({"a": 100})
-        bench.residency.cleanup.start()
-        assert bench.plan() == []
-        result = bench.residency.cleanup.last
+        bench.residency.start_cleanup()
+        assert bench.advance() == []
+        result = bench.residency.last_cleanup
         assert result is not None
         assert result.models_checked == []
 
@@ -174,16 +175,16 @@ class TestPasses:
         bench = Bench({"a": 100, "b": 70, "c": 30}, idle_timeout_s=10)
         bench.use("a", "b", "c")
         bench.clock.advance(9)
-        bench.residency.cleanup.start()
-        move = bench.next_move()
-        bench.residency.ask_unload("c")
+        bench.residency.start_cleanup()
+        move = bench.next_transition()
+        bench.residency.unload("c")
         bench.finish(move)
         bench.settle()
-        result = bench.residency.cleanup.last
+        result = bench.residency.last_cleanup
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (200, 30)
         assert (result.models_unloaded, result.models_dropped) == (["a", "b"], [])
-        assert bench.moves[-3:] == [("offload", "a"), ("offload", "b"), ("drop", "c")]
+        assert bench.transitions[-3:] == [("offload", "a"), ("offload", "b"), ("drop", "c")]
 
     def test_what_is_dropped_is_told_from_what_is_offloaded(self) -> None:
         """A model whose time in host RAM is over left no device."""
@@ -192,9 +193,9 @@ class TestPasses:
         bench.settle()
         bench.use("b")
         bench.clock.advance(40)
-        bench.residency.cleanup.start()
+        bench.residency.start_cleanup()
         bench.settle()
-        result = bench.residency.cleanup.last
+        result = bench.residency.last_cleanup
         assert result is not None
         assert (result.models_unloaded, result.models_dropped) == (["a", "b"], ["a"])
 
@@ -206,7 +207,7 @@ class TestPasses:
         bench.clock.advance(10)
         bench.settle()
         assert bench.device.reclaimed == 0
-        bench.residency.cleanup.start()
+        bench.residency.start_cleanup()
         bench.settle()
         assert bench.device.reclaimed == 1
         bench.residency.release("a", None)
@@ -220,7 +221,7 @@ class TestPasses:
         bench.use("a", "b")
         bench.clock.advance(100)
         bench.settle()
-        result = bench.residency.cleanup.last
+        result = bench.residency.last_cleanup
         assert result is not None
         assert result.models_unloaded == ["a", "b"]
         assert bench.states() == {"a": "absent", "b": "offloaded"}

@@ -2,10 +2,11 @@
 
 import pytest
 
-from gpu_worker.residency.arrivals import FULL_RETRY_S
 from gpu_worker.residency.manager import ModelBusyError
-from gpu_worker.residency.moves import Transition
-from tests.gpu_worker.fakes import Bench, FakeDevice, done, failed
+from gpu_worker.residency.models import ModelState, Transition
+from gpu_worker.residency.policy import FULL_RETRY_S
+from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.residency.bench import Bench, done, failed
 
 
 class TestComing:
@@ -16,7 +17,7 @@ class TestComing:
         bench = Bench({"a": 100})
         assert bench.states() == {"a": "absent"}
         bench.residency.acquire("a")
-        move = bench.next_move()
+        move = bench.next_transition()
         assert move == Transition(model="a", kind="load")
         assert bench.states() == {"a": "loading"}
         bench.finish(move)
@@ -29,26 +30,26 @@ class TestComing:
         bench = Bench({"a": 100, "b": 100})
         bench.residency.acquire("a")
         bench.residency.acquire("b")
-        move = bench.next_move()
-        assert bench.plan() == []
+        move = bench.next_transition()
+        assert bench.advance() == []
         bench.finish(move)
-        assert bench.next_move() == Transition(model="b", kind="load")
+        assert bench.next_transition() == Transition(model="b", kind="load")
 
     def test_asked_for(self) -> None:
         """A model is loaded because somebody asked, without a request; asking again changes nothing."""
         bench = Bench({"a": 100})
-        bench.residency.ask_load("a")
-        bench.residency.ask_load("a")
+        bench.residency.load("a")
+        bench.residency.load("a")
         bench.settle()
-        bench.residency.ask_load("a")
-        assert bench.plan() == []
-        assert bench.moves == [("load", "a")]
+        bench.residency.load("a")
+        assert bench.advance() == []
+        assert bench.transitions == [("load", "a")]
 
     def test_restores_what_was_offloaded(self) -> None:
         """An offloaded model comes back from host RAM, not from disk."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.use("a", "b", "a")
-        assert bench.moves == [
+        assert bench.transitions == [
             ("load", "a"),
             ("offload", "a"),
             ("load", "b"),
@@ -61,7 +62,7 @@ class TestComing:
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
         bench.settle()
-        bench.residency.ask_load("a")
+        bench.residency.load("a")
         bench.settle()
         assert bench.states() == {"a": "resident"}
 
@@ -83,7 +84,7 @@ class TestStaying:
         bench.residency.pin("a", True)
         bench.clock.advance(1_000)
         bench.settle()
-        assert not bench.residency.room.make()
+        assert not bench.residency.evict_idle()
         bench.residency.acquire("b")
         (refusal,) = bench.settle()
         assert "a 0 MiB (pinned)" in refusal.message
@@ -110,10 +111,10 @@ class TestUnload:
         bench.use("a", keep_alive_s=0 if offloaded else None)
         bench.settle()
         bench.residency.pin("a", True)
-        bench.residency.ask_unload("a")
+        bench.residency.unload("a")
         bench.settle()
         assert bench.states() == {"a": "absent"}
-        assert bench.moves[-1] == ("drop", "a")
+        assert bench.transitions[-1] == ("drop", "a")
         assert bench.model("a").bytes == {}
 
     def test_refused_while_busy(self) -> None:
@@ -121,7 +122,7 @@ class TestUnload:
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
         with pytest.raises(ModelBusyError, match="a has 1 request"):
-            bench.residency.ask_unload("a")
+            bench.residency.unload("a")
         bench.settle()
         assert bench.states() == {"a": "resident"}
 
@@ -130,49 +131,49 @@ class TestUnload:
         bench = Bench({"a": 100, "b": 100})
         bench.use("a")
         bench.residency.acquire("b")
-        move = bench.next_move()
-        bench.residency.ask_unload("a")
+        move = bench.next_transition()
+        bench.residency.unload("a")
         bench.residency.acquire("a")
         bench.finish(move)
         bench.settle()
-        assert bench.moves == [("load", "a"), ("load", "b")]
+        assert bench.transitions == [("load", "a"), ("load", "b")]
 
     def test_of_a_model_that_is_loading(self) -> None:
         """A model that nobody needs any more is dropped when its load has ended."""
         bench = Bench({"a": 100})
-        bench.residency.ask_load("a")
-        move = bench.next_move()
-        bench.residency.ask_unload("a")
+        bench.residency.load("a")
+        move = bench.next_transition()
+        bench.residency.unload("a")
         bench.finish(move)
         bench.settle()
-        assert bench.moves == [("load", "a"), ("drop", "a")]
+        assert bench.transitions == [("load", "a"), ("drop", "a")]
 
     def test_of_an_absent_model(self) -> None:
         """There is nothing to do."""
         bench = Bench({"a": 100})
-        bench.residency.ask_unload("a")
-        assert bench.plan() == []
+        bench.residency.unload("a")
+        assert bench.advance() == []
 
     def test_request_during_the_move_away(self) -> None:
         """A model that is being offloaded counts as gone at once, and comes back for a request that came meanwhile."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
-        move = bench.next_move()
+        move = bench.next_transition()
         assert move.kind == "offload"
         assert bench.states() == {"a": "offloaded"}
         bench.residency.acquire("a")
         bench.finish(move)
         bench.settle()
-        assert bench.moves[-1] == ("restore", "a")
+        assert bench.transitions[-1] == ("restore", "a")
 
     def test_of_a_model_of_the_start(self) -> None:
         """Unloaded by hand it is not waited for any more; where that is refused, it is."""
         bench = Bench({"a": 100, "b": 100})
         bench.residency.preload(["a", "b"])
         bench.residency.acquire("b")
-        bench.residency.ask_unload("a")
+        bench.residency.unload("a")
         with pytest.raises(ModelBusyError):
-            bench.residency.ask_unload("b")
+            bench.residency.unload("b")
         assert bench.residency.preloading == ["b"]
 
 
@@ -183,16 +184,16 @@ class TestTrouble:
         """A load that fails leaves the model absent, its requests fail with the reason, and the next may try again."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
-        refusal = bench.residency.failed(failed(bench.next_move(), "absent", message="a file vanished"))
+        refusal = bench.fail_next(ModelState.ABSENT, message="a file vanished")
         assert refusal is not None
         assert (refusal.code, refusal.message) == ("model_unavailable", "a file vanished")
         bench.residency.abandon("a")
-        assert bench.plan() == []
+        assert bench.advance() == []
         bench.clock.advance(1_000)
         bench.settle()
         assert (bench.model("a").state, bench.model("a").detail) == ("absent", "a file vanished")
         bench.residency.acquire("a")
-        move = bench.next_move()
+        move = bench.next_transition()
         assert (bench.model("a").state, bench.model("a").detail) == ("loading", "a file vanished")
         bench.finish(move)
         assert bench.model("a").detail == ""
@@ -203,7 +204,7 @@ class TestTrouble:
         bench.use("a", keep_alive_s=0)
         bench.settle()
         bench.residency.acquire("a")
-        assert bench.residency.failed(failed(bench.next_move(), "offloaded")) is not None
+        assert bench.fail_next(ModelState.OFFLOADED) is not None
         assert bench.states() == {"a": "offloaded"}
         assert bench.model("a").host_bytes == 100
 
@@ -214,12 +215,12 @@ class TestTrouble:
         bench.residency.acquire("c")
         bench.settle()
         bench.residency.acquire("a")
-        assert bench.residency.failed(failed(bench.next_move(), "absent", "insufficient_vram")) is None
-        move = bench.next_move()
+        assert bench.fail_next(ModelState.ABSENT, "insufficient_vram") is None
+        move = bench.next_transition()
         assert move == Transition(model="b", kind="offload")
         bench.finish(move)
         bench.residency.release("c", None)
-        refusal = bench.residency.failed(failed(bench.next_move(), "absent", "insufficient_vram"))
+        refusal = bench.fail_next(ModelState.ABSENT, "insufficient_vram")
         assert refusal is not None
         assert refusal.code == "insufficient_vram"
 
@@ -229,7 +230,7 @@ class TestTrouble:
         for _ in range(2):
             bench.use("b")
             bench.residency.acquire("a")
-            assert bench.residency.failed(failed(bench.next_move(), "absent", "insufficient_vram")) is None
+            assert bench.fail_next(ModelState.ABSENT, "insufficient_vram") is None
             bench.residency.abandon("a")
             bench.settle()
             assert bench.states() == {"a": "absent", "b": "offloaded"}
@@ -238,19 +239,19 @@ class TestTrouble:
         """Where nothing can be evicted the load fails at once."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
-        assert bench.residency.failed(failed(bench.next_move(), "absent", "insufficient_vram")) is not None
+        assert bench.fail_next(ModelState.ABSENT, "insufficient_vram") is not None
 
     def test_failed_offload(self) -> None:
         """An offload that fails gave the model up: it is absent, holds nothing, and nobody has to hear of it."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
-        move = bench.next_move()
-        bench.device.place("a", "absent", 0)
-        assert bench.residency.failed(failed(move, "absent")) is None
+        move = bench.next_transition()
+        bench.device.put("a", ModelState.ABSENT, 0)
+        assert bench.residency.handle(failed(move, ModelState.ABSENT)) is None
         assert bench.states() == {"a": "absent"}
         assert bench.model("a").bytes == {}
         bench.use("a")
-        assert bench.moves[-1] == ("load", "a")
+        assert bench.transitions[-1] == ("load", "a")
 
     def test_broken_engine(self) -> None:
         """A model whose engine broke is dropped, whoever waits for it, and comes back for them."""
@@ -258,19 +259,21 @@ class TestTrouble:
         bench.use("b")
         bench.residency.acquire("a")
         bench.settle()
-        bench.residency.replace("a")
+        bench.residency.replace_engine("a")
         assert bench.states()["a"] == "loading"
         bench.settle()
-        assert bench.moves[-2:] == [("drop", "a"), ("load", "a")]
+        assert bench.transitions[-2:] == [("drop", "a"), ("load", "a")]
         assert bench.states()["a"] == "resident"
         bench.residency.release("a", None)
-        bench.residency.replace("a")
+        bench.residency.replace_engine("a")
         assert bench.states()["a"] == "absent"
         bench.settle()
-        assert bench.moves[-1] == ("drop", "a")
+        assert bench.transitions[-1] == ("drop", "a")
 
     def test_report_of_another_move(self) -> None:
         """A report that does not belong to the move in flight is a mistake that is said."""
         bench = Bench({"a": 100})
         with pytest.raises(ValueError, match="not in flight"):
-            bench.residency.moved(done(Transition(model="a", kind="load"), bench.device.place("a", "resident", 1)))
+            bench.residency.handle(
+                done(Transition(model="a", kind="load"), bench.device.put("a", ModelState.RESIDENT, 1))
+            )

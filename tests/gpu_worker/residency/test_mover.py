@@ -1,15 +1,26 @@
 """Moves are carried out one after the other, measured, and leave nothing behind where they fail."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
+import structlog
+from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError, Memory
+from gpu_worker.residency.models import (
+    ModelState,
+    MoverFailed,
+    Transition,
+    TransitionDone,
+    TransitionFailed,
+    TransitionKind,
+)
 from gpu_worker.residency.mover import Mover
-from gpu_worker.residency.moves import MoverFailed, Transition, TransitionDone, TransitionFailed, TransitionKind
 from shared.catalog import ModelSpec
-from tests.gpu_worker.fakes import FakeDevice, FakeEngine, Reports, a_spec
+from tests.gpu_worker.fakes import FakeDevice, Reports, a_spec
+from tests.gpu_worker.residency.bench import FakeEngine
 
 
 class Bench:
@@ -20,8 +31,8 @@ class Bench:
         self.reports: Reports[TransitionDone | TransitionFailed | MoverFailed] = Reports()
         self.engines: list[FakeEngine] = []
         self.before_open: Callable[[], None] = lambda: None
-        self.loader = Mover([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)
-        self.loader.start()
+        self.mover = Mover([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)
+        self.mover.start()
 
     def _open(self, spec: ModelSpec) -> FakeEngine:
         self.before_open()
@@ -30,18 +41,18 @@ class Bench:
 
     def move(self, kind: TransitionKind, model: str = "a") -> TransitionDone:
         """Have it moved, successfully."""
-        self.loader.submit(Transition(model=model, kind=kind))
+        self.mover.submit(Transition(model=model, kind=kind))
         report = self.reports.wait()
         assert isinstance(report, TransitionDone), report
-        assert report.move == Transition(model=model, kind=kind)
+        assert report.transition == Transition(model=model, kind=kind)
         return report
 
     def fail(self, kind: TransitionKind, model: str = "a") -> TransitionFailed:
         """Have it moved, in vain."""
-        self.loader.submit(Transition(model=model, kind=kind))
+        self.mover.submit(Transition(model=model, kind=kind))
         report = self.reports.wait()
         assert isinstance(report, TransitionFailed), report
-        assert report.move == Transition(model=model, kind=kind)
+        assert report.transition == Transition(model=model, kind=kind)
         return report
 
 
@@ -50,7 +61,7 @@ def bench() -> Iterator[Bench]:
     """A bench whose loader ends with the test."""
     bench = Bench()
     yield bench
-    bench.loader.close(10)
+    bench.mover.close(10)
 
 
 def test_the_way_there_and_back(bench: Bench) -> None:
@@ -71,7 +82,7 @@ def test_the_way_there_and_back(bench: Bench) -> None:
     assert (dropped.before_bytes, dropped.after_bytes) == (100, 0)
     assert (dropped.engine, dropped.memory) == (None, Memory())
     assert bench.engines[0].calls == ["offload", "restore", "close"]
-    assert bench.engines[0].threads == {"loader"}
+    assert bench.engines[0].threads == {"mover"}
 
 
 def test_memory_is_given_back_after_every_move(bench: Bench) -> None:
@@ -88,9 +99,9 @@ def test_one_after_the_other(bench: Bench) -> None:
     """Moves end in the order in which they were submitted."""
     moves = [Transition(model="a", kind="load"), Transition(model="b", kind="load"), Transition(model="a", kind="drop")]
     for move in moves:
-        bench.loader.submit(move)
+        bench.mover.submit(move)
     reports = [bench.reports.wait() for _ in moves]
-    assert [report.move for report in reports if not isinstance(report, MoverFailed)] == moves
+    assert [report.transition for report in reports if not isinstance(report, MoverFailed)] == moves
 
 
 @pytest.mark.parametrize(
@@ -118,7 +129,7 @@ def test_failed_load(bench: Bench, error: Exception, code: str, message: str) ->
     assert report.error.code == code
     assert message in report.error.message
     assert report.error.retry_after_s == (9 if "missing" in report.error.message else None)
-    assert report.left == "absent"
+    assert report.state is ModelState.ABSENT
     assert bench.device.device().ours_bytes == 0
     assert bench.device.collected == 1
     bench.before_open = lambda: None
@@ -147,8 +158,16 @@ def test_half_a_load_is_freed(bench: Bench, error_type: type[Exception]) -> None
         half.append(weakref.ref(buffer))
         raise OSError("the disk is gone")
 
+    kept: list[BaseException | None] = []
+
+    def keep(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        kept.append(sys.exc_info()[1])
+        return event
+
     bench.before_open = fail
-    report = bench.fail("load")
+    with capture_logs(processors=[keep]):
+        report = bench.fail("load")
+    assert isinstance(kept[0], error_type)
     assert [weights() for weights in half] == [None, None]
     assert report.error.__traceback__ is None
     assert report.error.__cause__ is None
@@ -160,7 +179,7 @@ def test_failed_restore(bench: Bench) -> None:
     bench.move("offload")
     bench.engines[0].troubles["restore"] = MemoryError()
     report = bench.fail("restore")
-    assert (report.error.code, report.left) == ("insufficient_vram", "offloaded")
+    assert (report.error.code, report.state) == ("insufficient_vram", ModelState.OFFLOADED)
     assert bench.engines[0].calls[-2:] == ["restore", "offload"]
     bench.engines[0].troubles.clear()
     assert bench.move("restore").memory == Memory(device={"weights": 100})
@@ -171,7 +190,7 @@ def test_restore_that_cannot_be_undone(bench: Bench) -> None:
     bench.move("load")
     bench.move("offload")
     bench.engines[0].troubles.update(restore=MemoryError(), offload=RuntimeError())
-    assert bench.fail("restore").left == "absent"
+    assert bench.fail("restore").state is ModelState.ABSENT
     assert bench.engines[0].calls[-1] == "close"
     assert bench.move("load").engine is bench.engines[1]
 
@@ -181,7 +200,7 @@ def test_failed_offload(bench: Bench) -> None:
     bench.move("load")
     bench.engines[0].troubles["offload"] = MemoryError()
     report = bench.fail("offload")
-    assert (report.error.code, report.left) == ("insufficient_vram", "absent")
+    assert (report.error.code, report.state) == ("insufficient_vram", ModelState.ABSENT)
     assert bench.device.device().ours_bytes == 0
 
 
@@ -189,7 +208,7 @@ def test_broken_device(bench: Bench) -> None:
     """A device lost to this process is told as such: every further move would wait or fail for ever."""
     bench.move("load")
     bench.engines[0].troubles["offload"] = RuntimeError("CUDA error: an illegal memory access was encountered")
-    bench.loader.submit(Transition(model="a", kind="offload"))
+    bench.mover.submit(Transition(model="a", kind="offload"))
     report = bench.reports.wait()
     assert isinstance(report, MoverFailed)
     assert "illegal memory access" in report.reason
@@ -206,8 +225,8 @@ def test_engine_that_will_not_close(bench: Bench) -> None:
 def test_close(bench: Bench) -> None:
     """At the end the moves submitted before are carried out, every engine is closed, and the thread ends."""
     bench.move("load")
-    bench.loader.submit(Transition(model="b", kind="load"))
-    bench.loader.close(10)
+    bench.mover.submit(Transition(model="b", kind="load"))
+    bench.mover.close(10)
     assert isinstance(bench.reports.wait(), TransitionDone)
     assert [engine.calls for engine in bench.engines] == [["close"], ["close"]]
     assert bench.device.device().ours_bytes == 0

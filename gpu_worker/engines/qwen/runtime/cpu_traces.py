@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gpu_worker.residency.memory import is_out_of_memory
+from gpu_worker.engines.faults import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

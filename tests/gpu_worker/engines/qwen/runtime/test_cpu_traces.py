@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_worker.engines.faults import is_out_of_memory
 from gpu_worker.engines.qwen.model.attention import Backend
 from gpu_worker.engines.qwen.model.layers import PACK_ELEMENTS, Linear
 from gpu_worker.engines.qwen.runtime import cpu_traces as traces_module
 from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces
-from gpu_worker.residency.memory import is_out_of_memory, read_ram, trim_host
+from gpu_worker.residency.host_ram import read_ram, trim_host
 from tests.checkpoints import Size
 from tests.gpu_worker.engines.qwen.parity import Ours
 

@@ -1,7 +1,8 @@
 """Who leaves so that there is room, and where to."""
 
-from gpu_worker.residency.room import RECLAIM_S
-from tests.gpu_worker.fakes import Bench, FakeDevice
+from gpu_worker.residency.manager import RECLAIM_S
+from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.residency.bench import Bench
 
 
 class TestDevice:
@@ -11,7 +12,7 @@ class TestDevice:
         """A load that does not fit the budget evicts idle models, the least recently used first, as few as needed."""
         bench = Bench({"a": 100, "b": 100, "c": 100}, FakeDevice(budget_bytes=250))
         bench.use("a", "b", "a", "c")
-        assert bench.moves[-2:] == [("offload", "b"), ("load", "c")]
+        assert bench.transitions[-2:] == [("offload", "b"), ("load", "c")]
         assert bench.states() == {"a": "resident", "b": "offloaded", "c": "resident"}
 
     def test_caches_are_emptied_before_anybody_is_refused(self) -> None:
@@ -68,7 +69,7 @@ class TestDevice:
         bench.use("a", "b")
         assert bench.states() == {"a": "offloaded", "b": "resident", "c": "absent"}
         bench.use("c")
-        assert ("drop", "a") in bench.moves
+        assert ("drop", "a") in bench.transitions
         assert bench.states() == {"a": "absent", "b": "offloaded", "c": "resident"}
 
 
@@ -79,7 +80,7 @@ class TestHost:
         """Where host RAM has no room for one more, the least recently used offloaded model gives up its place."""
         bench = Bench({"a": 100, "b": 100, "c": 100}, FakeDevice(budget_bytes=150, host_budget_bytes=150))
         bench.use("a", "b", "c")
-        assert bench.moves[-3:] == [("drop", "a"), ("offload", "b"), ("load", "c")]
+        assert bench.transitions[-3:] == [("drop", "a"), ("offload", "b"), ("load", "c")]
 
     def test_the_oldest_is_not_put_before_others(self) -> None:
         """A model that leaves the device and is the least recently used of all is dropped where host RAM is full."""
@@ -89,7 +90,7 @@ class TestHost:
         bench.use("b", keep_alive_s=0)
         bench.settle()
         bench.use("c")
-        assert bench.moves[-2:] == [("drop", "a"), ("load", "c")]
+        assert bench.transitions[-2:] == [("drop", "a"), ("load", "c")]
 
     def test_larger_in_host_ram_than_on_the_device(self) -> None:
         """A model that turns out to be over the host's budget when it has got there is dropped."""
@@ -97,15 +98,15 @@ class TestHost:
         bench.use("a", keep_alive_s=0)
         bench.sizes["a"] = 200
         bench.settle()
-        assert bench.moves[-2:] == [("offload", "a"), ("drop", "a")]
+        assert bench.transitions[-2:] == [("offload", "a"), ("drop", "a")]
 
     def test_what_is_wanted_keeps_its_place(self) -> None:
         """A model that waits to be restored is not dropped to make host room for the one that leaves for it."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150, host_budget_bytes=150))
         bench.use("a", "b")
-        bench.residency.ask_load("a")
+        bench.residency.load("a")
         bench.settle()
-        assert bench.moves[-2:] == [("drop", "b"), ("restore", "a")]
+        assert bench.transitions[-2:] == [("drop", "b"), ("restore", "a")]
 
     def test_too_large_for_the_host(self) -> None:
         """A model that host RAM has no room for at all is dropped, not offloaded."""
@@ -129,13 +130,13 @@ class TestMake:
         bench.use("b", "a", "c")
         bench.residency.acquire("d")
         bench.settle()
-        assert bench.residency.room.make()
-        assert bench.residency.room.making
+        assert bench.residency.evict_idle()
+        assert bench.residency.evicting
         bench.settle()
-        assert not bench.residency.room.making
-        assert bench.moves[-3:] == [("offload", "b"), ("offload", "a"), ("offload", "c")]
+        assert not bench.residency.evicting
+        assert bench.transitions[-3:] == [("offload", "b"), ("offload", "a"), ("offload", "c")]
         assert bench.states()["d"] == "resident"
-        assert not bench.residency.room.make()
+        assert not bench.residency.evict_idle()
 
     def test_during_a_load(self) -> None:
         """Nobody is to wait for a load that is in flight; what is idle leaves behind it."""
@@ -144,11 +145,11 @@ class TestMake:
         bench.residency.acquire("c")
         bench.settle()
         bench.residency.acquire("b")
-        move = bench.next_move()
-        assert bench.residency.room.make()
-        assert not bench.residency.room.making
+        move = bench.next_transition()
+        assert bench.residency.evict_idle()
+        assert not bench.residency.evicting
         bench.finish(move)
-        assert bench.residency.room.making
+        assert bench.residency.evicting
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "resident", "c": "resident"}
 
@@ -156,9 +157,9 @@ class TestMake:
         """A model that gets a request before its turn to leave came stays."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("a", "b")
-        bench.residency.room.make()
-        move = bench.next_move()
+        bench.residency.evict_idle()
+        move = bench.next_transition()
         bench.residency.acquire("b")
         bench.finish(move)
         bench.settle()
-        assert bench.moves == [("load", "a"), ("load", "b"), ("offload", "a")]
+        assert bench.transitions == [("load", "a"), ("load", "b"), ("offload", "a")]

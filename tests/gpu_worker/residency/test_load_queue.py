@@ -1,8 +1,9 @@
 """Who comes to the device next, who waits for room, and who is refused."""
 
-from gpu_worker.residency.arrivals import BUSY_RETRY_S, FULL_RETRY_S, ROOM_WAIT_S, Refusal
-from gpu_worker.residency.moves import Transition
-from tests.gpu_worker.fakes import Bench, FakeDevice
+from gpu_worker.residency.models import Transition
+from gpu_worker.residency.policy import BUSY_RETRY_S, FULL_RETRY_S, SHORTAGE_WAIT_S, Refusal
+from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.residency.bench import Bench
 
 
 def an_offloaded_bench(device: FakeDevice) -> Bench:
@@ -26,7 +27,7 @@ class TestOrder:
         bench.clock.advance(1)
         bench.residency.acquire("a")
         bench.settle()
-        assert bench.moves == [("load", "b"), ("load", "a")]
+        assert bench.transitions == [("load", "b"), ("load", "a")]
 
     def test_a_refusal_holds_up_nobody(self) -> None:
         """Behind a model that does not fit, one that does is loaded in the same turn."""
@@ -34,7 +35,7 @@ class TestOrder:
         bench.residency.acquire("a")
         bench.clock.advance(1)
         bench.residency.acquire("b")
-        refusal, move = bench.plan()
+        refusal, move = bench.advance()
         assert isinstance(refusal, Refusal)
         assert refusal.model == "a"
         assert move == Transition(model="b", kind="load")
@@ -60,7 +61,7 @@ class TestWait:
         bench.settle()
         bench.residency.acquire("b")
         assert bench.settle() == []
-        bench.clock.advance(ROOM_WAIT_S - 1)
+        bench.clock.advance(SHORTAGE_WAIT_S - 1)
         assert bench.settle() == []
         bench.clock.advance(1)
         (refusal,) = bench.settle()
@@ -89,7 +90,7 @@ class TestWait:
             bench.settle()
             bench.residency.acquire(model)
             assert bench.settle() == []
-            bench.clock.advance(ROOM_WAIT_S - 1)
+            bench.clock.advance(SHORTAGE_WAIT_S - 1)
             assert bench.settle() == []
             bench.residency.release(other, None)
             assert bench.settle() == []
@@ -117,10 +118,10 @@ class TestAnew:
         """A model whose old size fits no more is dropped from host RAM and loaded: its files are looked at first."""
         bench = an_offloaded_bench(FakeDevice(total_bytes=250, budget_bytes=250))
         bench.device.others_bytes = 100
-        looks = bench.looks
+        looks = bench.checks
         bench.use("a")
-        assert bench.moves[-2:] == [("drop", "a"), ("load", "a")]
-        assert bench.looks == looks + 1
+        assert bench.transitions[-2:] == [("drop", "a"), ("load", "a")]
+        assert bench.checks == looks + 1
         assert bench.states()["a"] == "resident"
 
     def test_idle_models_leave_for_the_load(self) -> None:
@@ -130,7 +131,7 @@ class TestAnew:
         bench.device.budget_bytes = 120
         bench.residency.acquire("a")
         assert bench.settle() == []
-        assert bench.moves[-3:] == [("drop", "a"), ("offload", "b"), ("load", "a")]
+        assert bench.transitions[-3:] == [("drop", "a"), ("offload", "b"), ("load", "a")]
 
     def test_waits_for_the_busy(self) -> None:
         """Where a busy model is in the way of the smaller size, its end is waited for."""
@@ -155,7 +156,7 @@ class TestAnew:
         assert bench.states() == {"a": "offloaded", "b": "resident"}
         bench.residency.release("b", None)
         assert bench.settle() == []
-        assert bench.moves[-2:] == [("offload", "b"), ("restore", "a")]
+        assert bench.transitions[-2:] == [("offload", "b"), ("restore", "a")]
 
     def test_not_where_it_would_not_help(self) -> None:
         """A model that fits at no size is refused and stays in host RAM; why is told until it could be loaded."""
@@ -212,9 +213,9 @@ class TestRefusals:
     def test_asked_for_in_vain(self) -> None:
         """A load by hand that does not fit is refused once, and then forgotten."""
         bench = Bench({"a": 300}, FakeDevice(budget_bytes=250))
-        bench.residency.ask_load("a")
-        assert len(bench.plan()) == 1
-        assert bench.plan() == []
+        bench.residency.load("a")
+        assert len(bench.advance()) == 1
+        assert bench.advance() == []
 
     def test_refused_for_lack_of_room(self) -> None:
         """Why a model found no room is told until there is some for it, or idle models would make some."""
@@ -244,10 +245,10 @@ class TestStart:
         bench.residency.preload(["b", "a", "c"])
         assert bench.residency.preloading == ["b", "a", "c"]
         refusals = []
-        while decisions := bench.plan():
+        while decisions := bench.advance():
             for decision in decisions:
                 (bench.finish if isinstance(decision, Transition) else refusals.append)(decision)
-        assert bench.moves == [("load", "b"), ("load", "c")]
+        assert bench.transitions == [("load", "b"), ("load", "c")]
         (refusal,) = refusals
         assert (refusal.model, refusal.code) == ("a", "insufficient_vram")
         assert "b 0 MiB (preloaded)" in refusal.message

@@ -1,6 +1,8 @@
 """What counts where it is reckoned whether one more model fits."""
 
-from tests.gpu_worker.fakes import Bench, FakeDevice
+from gpu_worker.residency.models import ModelState
+from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.residency.bench import Bench
 
 
 class TestDevice:
@@ -12,14 +14,14 @@ class TestDevice:
         bench.use("a")
         bench.device.others_bytes = 250
         bench.use("b")
-        assert ("offload", "a") in bench.moves
+        assert ("offload", "a") in bench.transitions
 
     def test_all_that_the_process_holds_counts_on_a_gpu(self) -> None:
         """On a GPU the budget bounds the whole process, the CUDA context and the codec among it."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.device.on_device["the context"] = 60
         bench.use("a", "b")
-        assert ("offload", "a") in bench.moves
+        assert ("offload", "a") in bench.transitions
 
     def test_on_a_cpu_the_models_count(self) -> None:
         """On a CPU the interpreter is no part of the budget, only what the models hold."""
@@ -32,7 +34,7 @@ class TestDevice:
         """Restoring on a CPU takes the room that the offloaded weights leave."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(kind="cpu", total_bytes=220, budget_bytes=150))
         bench.use("a", "b", "a")
-        assert bench.moves[-2:] == [("offload", "b"), ("restore", "a")]
+        assert bench.transitions[-2:] == [("offload", "b"), ("restore", "a")]
 
 
 class TestSizes:
@@ -52,13 +54,13 @@ class TestSizes:
         bench = Bench({"a": 100, "b": 60}, FakeDevice(budget_bytes=170))
         bench.use("b")
         bench.use("a")
-        bench.residency.measured("a", bench.device.place("a", "resident", 160))
-        bench.residency.ask_unload("a")
+        bench.residency.measured("a", bench.device.put("a", ModelState.RESIDENT, 160))
+        bench.residency.unload("a")
         bench.settle()
         bench.use("a")
         assert bench.states() == {"a": "resident", "b": "resident"}
-        bench.residency.measured("a", bench.device.place("a", "resident", 70))
-        bench.residency.ask_unload("a")
+        bench.residency.measured("a", bench.device.put("a", ModelState.RESIDENT, 70))
+        bench.residency.unload("a")
         bench.settle()
         bench.sizes["a"] = 70
         bench.device.budget_bytes = 140
@@ -69,7 +71,7 @@ class TestSizes:
         """What a model has grown to in use is told, and counts when it comes back from host RAM."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.use("a")
-        bench.residency.measured("a", bench.device.place("a", "resident", 160))
+        bench.residency.measured("a", bench.device.put("a", ModelState.RESIDENT, 160))
         assert bench.model("a").bytes == {"weights": 160}
         bench.use("b")
         assert bench.states() == {"a": "offloaded", "b": "resident"}

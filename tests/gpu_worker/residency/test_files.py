@@ -1,8 +1,10 @@
 """What is done with models' files, and when."""
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.residency.errands import LOOK_S
-from tests.gpu_worker.fakes import Bench, FakeDevice, failed
+from gpu_worker.residency.manager import FILE_CHECK_S
+from gpu_worker.residency.models import ModelState
+from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.residency.bench import Bench
 
 
 class TestLooks:
@@ -13,40 +15,39 @@ class TestLooks:
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
         bench.residency.acquire("a")
-        assert bench.residency.plan() == []
         bench.settle()
-        assert bench.looks == 1
+        assert bench.checks == 1
         bench.residency.release("a", None)
         bench.residency.release("a", 0)
         bench.settle()
         bench.use("a")
-        assert bench.looks == 1
-        bench.residency.ask_unload("a")
+        assert bench.checks == 1
+        bench.residency.unload("a")
         bench.settle()
         bench.use("a")
-        assert bench.looks == 2
+        assert bench.checks == 2
 
     def test_now_and_then(self) -> None:
         """What comes and goes by itself is noticed, though nothing moves and nobody asks."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("b")
-        looks = bench.looks
+        looks = bench.checks
         bench.problems["a"] = "its weights are gone"
-        bench.clock.advance(LOOK_S)
-        bench.see_to_files()
+        bench.clock.advance(FILE_CHECK_S)
+        bench.advance()
         assert bench.states() == {"a": "unavailable", "b": "resident"}
-        assert bench.looks == looks + 1
-        bench.see_to_files()
-        assert bench.looks == looks + 1
+        assert bench.checks == looks + 1
+        bench.advance()
+        assert bench.checks == looks + 1
 
     def test_failed_load_of_other_files(self) -> None:
         """What was wrong with a model's files is forgotten when they change."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
-        bench.residency.failed(failed(bench.next_move(), "absent", message="a file is damaged"))
+        bench.fail_next(ModelState.ABSENT, message="a file is damaged")
         bench.residency.abandon("a")
         bench.stamps["a"] = "mended"
-        bench.clock.advance(LOOK_S)
+        bench.clock.advance(FILE_CHECK_S)
         bench.settle()
         assert bench.model("a").detail == ""
 
@@ -61,12 +62,12 @@ class TestFetches:
         for model in "bac":
             bench.residency.acquire(model)
         bench.settle()
-        assert bench.fetching == ["b"]
+        assert bench.downloading == ["b"]
         assert bench.states() == {"a": "absent", "b": "loading", "c": "resident"}
-        assert bench.fetched("b") is None
+        assert bench.downloaded("b") is None
         bench.settle()
-        assert bench.fetching == ["a"]
-        assert bench.fetched("a") is None
+        assert bench.downloading == ["a"]
+        assert bench.downloaded("a") is None
         bench.settle()
         assert set(bench.states().values()) == {"resident"}
 
@@ -78,7 +79,7 @@ class TestFetches:
         bench.residency.acquire("b")
         bench.settle()
         assert bench.states() == {"a": "resident", "b": "loading"}
-        bench.fetched("b")
+        bench.downloaded("b")
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "resident"}
 
@@ -92,8 +93,8 @@ class TestFetches:
         assert bench.states() == {"a": "absent"}
         bench.residency.acquire("a")
         bench.settle()
-        assert bench.fetching == ["a"]
-        bench.fetched("a")
+        assert bench.downloading == ["a"]
+        bench.downloaded("a")
         bench.settle()
         assert bench.states() == {"a": "resident"}
 
@@ -103,16 +104,16 @@ class TestFetches:
         bench.remote = {"a"}
         bench.residency.acquire("a")
         bench.settle()
-        refusal = bench.fetched("a", JobError("model_unavailable", "the hub is out of reach"))
+        refusal = bench.downloaded("a", JobError("model_unavailable", "the hub is out of reach"))
         assert refusal is not None
         assert (refusal.code, refusal.message) == ("model_unavailable", "the hub is out of reach")
         bench.residency.abandon("a")
         bench.stamps["a"] = "half of it"
         for _ in range(2):
-            bench.clock.advance(LOOK_S)
+            bench.clock.advance(FILE_CHECK_S)
             bench.settle()
             assert (bench.model("a").state, bench.model("a").detail) == ("absent", "the hub is out of reach")
         bench.stamps["a"] = "all of it, copied in by hand"
-        bench.clock.advance(LOOK_S)
+        bench.clock.advance(FILE_CHECK_S)
         bench.settle()
         assert bench.model("a").detail == ""

@@ -1,0 +1,108 @@
+"""NVIDIA drivers: which one answers, for which device, and with which figures."""
+
+import ctypes
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from gpu_worker.residency.host_ram import Usage
+from gpu_worker.residency.memory import CudaProbe, open_probe
+from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_present
+from tests.gpu_worker.residency.fake_drivers import FakeNvml, FakeTorch
+
+
+class TestDrivers:
+    """NVML where it knows the device, else torch."""
+
+    def test_nvml(self) -> None:
+        """The device's figures and this process's part are NVML's."""
+        driver = NvmlDriver(FakeNvml(os.getpid(), 250), None)
+        assert driver.name() == "NVIDIA Fake"
+        assert driver.read() == Usage(total_bytes=1000, used_bytes=700, free_bytes=300, ours_bytes=250)
+
+    @pytest.mark.parametrize(
+        "nvml",
+        [FakeNvml(0, 250), FakeNvml(os.getpid(), None), FakeNvml(trouble="nvmlDeviceGetComputeRunningProcesses")],
+    )
+    def test_nvml_that_does_not_know_us(self, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where NVML cannot tell this process's part it is what torch and its context hold, and nothing without torch.
+
+        So it is in containers (ids of their own), and on WSL 2 and virtual GPUs (no list at all).
+        """
+        probe = CudaProbe(NvmlDriver(nvml, None))
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        probe.start()
+        assert probe.device().ours_bytes == 0
+        monkeypatch.setitem(sys.modules, "torch", FakeTorch(nvml))  # type: ignore[arg-type] -- stands in for the module
+        for _ in range(2):
+            probe.start()
+            assert probe.device().ours_bytes == FakeTorch.CONTEXT + 60
+
+    @pytest.mark.parametrize(
+        ("visible", "handle"),
+        [
+            (None, 0),
+            ("", 0),
+            ("2,0", 2),
+            ("GPU-33334444-bbbb, GPU-11112222-aaaa", 1),
+            ("GPU-33335", 2),
+            ("MIG-9", "MIG-9"),
+        ],
+    )
+    def test_nvml_device(self, visible: str | None, handle: int | str) -> None:
+        """The device is the first that CUDA_VISIBLE_DEVICES names, by number, by id or by the beginning of one."""
+        nvml = FakeNvml()
+        NvmlDriver(nvml, visible).read()
+        assert nvml.asked == handle
+
+    @pytest.mark.parametrize(
+        ("nvml", "visible", "driver"),
+        [
+            (FakeNvml(), "0", NvmlDriver),
+            (FakeNvml(trouble="nvmlDeviceGetComputeRunningProcesses"), "0", NvmlDriver),
+            (FakeNvml(mig=True), "MIG-9", NvmlDriver),
+            (FakeNvml(mig=True), "0", TorchDriver),
+            (FakeNvml(mig=True), "GPU-1111", TorchDriver),
+            (FakeNvml(trouble="nvmlInit"), "0", TorchDriver),
+            (FakeNvml(trouble="nvmlDeviceGetMemoryInfo"), "0", TorchDriver),
+            (FakeNvml(), "GPU-9", TorchDriver),
+            (None, "0", TorchDriver),
+        ],
+    )
+    def test_who_tells(
+        self, nvml: FakeNvml | None, visible: str, driver: type, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """NVML where it can; torch where that is missing, broken, or would tell of more than CUDA will use.
+
+        Either way there is a GPU, and it can be read.
+        """
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type] -- stands in for the module
+        monkeypatch.setitem(sys.modules, "torch", FakeTorch())  # type: ignore[arg-type] -- stands in for the module
+        monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace())
+        assert cuda_present()
+        name, total = ("NVIDIA Fake", 1000) if driver is NvmlDriver else ("Fake 4000", 100)
+        device = open_probe("cuda").device()
+        assert (device.name, device.total_bytes) == (name, total)
+
+    def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There is none where neither NVML nor torch sees one, or where all are hidden."""
+        torch = FakeTorch()
+        torch.available = False
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(trouble="nvmlInit"))  # type: ignore[arg-type] -- as above
+        monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type] -- as above
+        monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace())
+        assert not cuda_present()
+        torch.available = True
+        assert cuda_present()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        assert not cuda_present()
+
+    def test_torch(self) -> None:
+        """Without NVML the figures are torch's."""
+        driver = TorchDriver(FakeTorch())
+        assert driver.name() == "Fake 4000"
+        assert driver.read() == Usage(total_bytes=100, used_bytes=70, free_bytes=30, ours_bytes=60)
