@@ -132,7 +132,7 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
         return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunningError) else EXIT_WRONG_SETTINGS
     with lock:
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        transport = Transport(url, settings.worker_token, inbox)
+        transport = Transport(url, settings.worker_token, inbox.put)
         # Building imports torch where a model needs it, which takes seconds: the end may come before they are over.
         _obey_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
@@ -221,7 +221,7 @@ def build_worker(
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
         clock=time.monotonic,
-        preload=registry.preloaded(default_model),
+        preload=registry.models_to_preload(default_model),
     )
     return worker, loader, fetcher, writer
 

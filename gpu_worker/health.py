@@ -1,4 +1,4 @@
-"""Asking a running worker whether its synthesis loop is alive: what a container's health check calls."""
+"""The probe of a running worker, for the health check of a container."""
 
 import time
 from typing import Any, Final
@@ -12,7 +12,7 @@ TIMEOUT_S: Final = 4.0
 
 
 def check(url: str, token: str, timeout_s: float = TIMEOUT_S) -> str | None:
-    """What is wrong with the worker at `url`, or None where its loop answered a Hello within `timeout_s`."""
+    """What is wrong with the worker at `url`; None if its synthesis loop answers a Hello within `timeout_s`."""
     context: zmq.Context[Any] = zmq.Context()
     dealer = connect_dealer(context, url)
     dealer.setsockopt(zmq.SNDTIMEO, int(timeout_s * 1000))
@@ -26,7 +26,7 @@ def check(url: str, token: str, timeout_s: float = TIMEOUT_S) -> str | None:
                 case Failed(message=message), _:
                     return message
     except zmq.Again:
-        return f"nobody listens at {url}"
+        return f"no worker listens at {url}"
     except ProtocolError as error:
         return str(error)
     finally:

@@ -1,18 +1,17 @@
 """The transport thread: it owns the ROUTER socket and turns frames into commands, and messages into frames.
 
-It knows who may speak (version and token), who is still there (leases, EHOSTUNREACH), and nothing of what is said.
-The synthesis loop and this thread share two queues and a wake-up byte, nothing else.
+It checks version and token, and notices when a web worker is gone (leases, EHOSTUNREACH).
+It does not interpret requests. The synthesis loop and this thread share two queues and a wake-up byte, nothing else.
 """
 
 import contextlib
 import hmac
-import queue
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import structlog
@@ -31,18 +30,18 @@ from shared.protocol import (
 from shared.sockets import bind_router
 
 LEASE_S: Final = 10.0
-"""A web worker that said nothing for this long is gone; it pings several times a second."""
+"""A web worker that sends nothing for this long is gone; it pings several times a second."""
 
 _POLL_MS: Final = 1_000
 
-_LAST_WORDS_S: Final = 0.5
-"""How long the socket stays open behind the last message: a DEALER drops what was not yet read when it disconnects."""
+_LINGER_S: Final = 0.5
+"""How long the socket stays open after the last message: a DEALER that is disconnected drops unread messages."""
 
 log = structlog.get_logger(__name__)
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A web worker said something; `peer` is the socket's name for it."""
+    """A message of a web worker; `peer` is its ZeroMQ identity."""
 
     peer: bytes
     message: FromWeb
@@ -50,33 +49,37 @@ class Incoming(msgspec.Struct, frozen=True):
 
 
 class PeerGone(msgspec.Struct, frozen=True):
-    """A web worker is gone, and with it everyone it asked for."""
+    """A web worker is gone; all its requests and calls end."""
 
     peer: bytes
 
 
 class TransportFailed(msgspec.Struct, frozen=True):
-    """The transport thread has ended by a fault: nobody can reach this process any more."""
+    """The transport thread has ended by a fault: the process can no longer be reached."""
 
     reason: str
 
 
-class Transport:
-    """Runs the ROUTER of `url` in a thread of its own, from `start` to `stop`. The caller has claimed the address.
+TransportEvent = Incoming | PeerGone | TransportFailed
+"""What the transport delivers to the synthesis loop."""
 
-    `clock` gives the monotonic seconds by which leases end.
+
+class Transport:
+    """Runs the ROUTER of `url` on its own thread, from `start` to `stop`. The caller has claimed the address.
+
+    `deliver` is called on that thread for every event. `clock` gives monotonic seconds, for the leases.
     """
 
     def __init__(
         self,
         url: str,
         token: str,
-        inbox: "queue.SimpleQueue[Any]",
+        deliver: Callable[[TransportEvent], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
         self._token = token.encode()
-        self._inbox = inbox
+        self._deliver = deliver
         self._clock = clock
         self._outbox: deque[tuple[bytes, list[bytes]]] = deque()
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -89,14 +92,14 @@ class Transport:
         self._thread = threading.Thread(target=self._run, name="transport", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer; zmq.ZMQError where the address cannot be bound."""
+        """Bind the socket and start the thread; zmq.ZMQError if the address cannot be bound."""
         self._thread.start()
         self._bound.wait()
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
-        """Send what is waiting, then end the thread."""
+        """Send all queued messages, then end the thread."""
         self._stopping.set()
         self._wake()
         self._thread.join()
@@ -109,7 +112,7 @@ class Transport:
         self._wake()
 
     def _wake(self) -> None:
-        # A full buffer holds wake-ups that were not read yet: one of them will do.
+        # A full buffer already holds unread wake-ups, and one is enough.
         with contextlib.suppress(BlockingIOError):
             self._wake_writer.send(b"\0")
 
@@ -136,10 +139,10 @@ class Transport:
                     self._receive_all(router)
                 self._end_leases()
             if self._last_heard:
-                time.sleep(_LAST_WORDS_S)
+                time.sleep(_LINGER_S)
         except Exception as error:
-            log.exception("the transport has failed")
-            self._inbox.put(TransportFailed(f"{type(error).__name__}: {error}"))
+            log.exception("transport_failed")
+            self._deliver(TransportFailed(f"{type(error).__name__}: {error}"))
         finally:
             router.close()
             context.term()
@@ -163,7 +166,7 @@ class Transport:
             try:
                 message, payload = decode_from_web(frames)
             except ProtocolError as error:
-                log.warning("message refused", reason=str(error))
+                log.warning("message_refused", reason=str(error))
                 continue
             if isinstance(message, Hello):
                 if not self._accepts(peer, message):
@@ -172,7 +175,7 @@ class Transport:
                 self._refuse(peer, "hello_expected", "the lease has ended: say Hello again")
                 continue
             self._last_heard[peer] = self._clock()
-            self._inbox.put(Incoming(peer, message, payload))
+            self._deliver(Incoming(peer, message, payload))
 
     def _accepts(self, peer: bytes, hello: Hello) -> bool:
         if hello.version != VERSION:
@@ -185,8 +188,8 @@ class Transport:
         return False
 
     def _refuse(self, peer: bytes, code: str, message: str) -> None:
-        """Answer someone who may not speak, or not yet."""
-        log.warning("web worker refused", code=code, reason=message)
+        """Answer a message of a web worker without a valid Hello."""
+        log.warning("web_worker_refused", code=code, reason=message)
         self._outbox.append((peer, encode(Failed(id="", code=code, message=message))))
         self._wake()
 
@@ -196,7 +199,7 @@ class Transport:
             if now - heard > LEASE_S:
                 self._forget(peer, "silent")
 
-    def _forget(self, peer: bytes, why: str) -> None:
+    def _forget(self, peer: bytes, reason: str) -> None:
         if self._last_heard.pop(peer, None) is not None:
-            log.info("web worker gone", reason=why)
-            self._inbox.put(PeerGone(peer))
+            log.info("web_worker_gone", reason=reason)
+            self._deliver(PeerGone(peer))

@@ -1,6 +1,7 @@
-"""Which engine speaks for which model: whether it could, what it will take, and how one is opened.
+"""EngineFactory opens the engine of a model. Before that, it knows if it could: packages, checkpoint, expected size.
 
-torch is imported only where a model that needs it can be opened.
+It decides neither when a model is loaded nor where it is. It never imports torch unless a model that needs torch can be
+opened.
 """
 
 import gc
@@ -28,7 +29,7 @@ _KIND_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_des
 class EngineFactory:
     """Opens engines for the models of the catalogue, on one device.
 
-    Engines are opened by one thread at a time; everything else may be asked from any.
+    `open` runs on one thread at a time; every other method may be called from any thread.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class EngineFactory:
         start_device: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """`progress` hears, from the thread that fetches, how far a model's download has come.
+        """`progress(model, detail)` is called on the thread that downloads.
 
-        `room` tells it how many bytes of the device may still be taken; None: all that are free.
-        `start_device` is called once, by the thread that opens, before anything of the device is used.
-        `wake` is called, from any thread, when an engine may have become runnable by itself.
+        `room` returns the bytes of the device that may still be taken; None: all that are free.
+        `start_device` is called once, on the thread that opens engines, before the first use of the device.
+        `wake` is called on any thread when an engine may have become runnable without a call.
         """
         self._settings = settings
         self._specs = list(specs)
@@ -58,9 +59,9 @@ class EngineFactory:
         self._options: QwenOptions | None = None
 
     def problem_of(self, spec: ModelSpec) -> str | None:
-        """Why this model cannot speak here and now, and what to do; None where nothing speaks against it.
+        """Why this model cannot be opened now, and what to do about it; None if it can.
 
-        Looks at what is installed and on disk without importing torch, so it may be asked again before every load.
+        It checks packages and files without importing torch, so it is cheap enough to be called before every load.
         """
         if spec.engine == "espeak":
             return DEMO_EXTRA if importlib.util.find_spec("espeakng_loader") is None else None
@@ -76,25 +77,26 @@ class EngineFactory:
         return None
 
     def prepare(self) -> None:
-        """Import what opening the models that are there takes, before anybody speaks.
+        """Import torch and the official package before the first request, if any model that needs them can be opened.
 
-        torch and the official package hold the interpreter for up to 1.2 s at a time while they are imported
-        (2 cores, busy), and whoever spoke meanwhile would fall silent; opening a model then takes 30 ms of it at most.
-        A collection of garbage would look through all they made, 250 to 800 ms, so it is told to leave that alone.
+        Their import holds the GIL for up to 1.2 s at a time (2 cores, busy): running streams would fall silent.
+        Afterwards, opening a model holds it for 30 ms at most.
+        The objects they create are frozen: a full garbage collection would scan them for 250 to 800 ms.
         """
         if not any(spec.engine == "qwen" and self.problem_of(spec) is None for spec in self._specs):
             return
-        from gpu_worker.engines.qwen import build, codec  # noqa: F401, PLC0415 -- this is the import
-        from gpu_worker.engines.qwen.checkpoint import official  # noqa: PLC0415 -- likewise
+        from gpu_worker.engines.qwen import build, codec  # noqa: F401, PLC0415 -- imports torch
+        from gpu_worker.engines.qwen.checkpoint import official  # noqa: PLC0415 -- imports torch
 
         official.load_official()
         gc.collect()
         gc.freeze()
 
     def estimated(self, spec: ModelSpec) -> ModelSpec:
-        """The model, with what its checkpoint here will take instead of what the published one would.
+        """`spec` with the bytes that its local checkpoint will take. Call after `prepare`.
 
-        Where there is none (yet), or none that can be computed with, the catalogue's figure stands. After `prepare`.
+        The catalogue's figure, that of the published checkpoint, stays if there is no local one,
+        or if the device cannot compute with it.
         """
         if spec.engine != "qwen" or self.problem_of(spec) is not None:
             return spec
@@ -109,7 +111,7 @@ class EngineFactory:
         return msgspec.structs.replace(spec, estimated_bytes=needed)
 
     def needs_fetch(self, spec: ModelSpec) -> bool:
-        """Whether the model could be opened if only its checkpoint were here, which `fetch` would see to."""
+        """True if the model's checkpoint is not here but `fetch` may download it."""
         if spec.engine != "qwen" or not self._settings.allow_download or self._configured(spec) is not None:
             return False
         try:
@@ -119,13 +121,14 @@ class EngineFactory:
         return False
 
     def fetch(self, spec: ModelSpec) -> None:
-        """Bring the model's checkpoint here, for minutes to hours; JobError where it cannot be had or will not do."""
+        """Download the model's checkpoint, for minutes to hours; JobError if that fails or the files are wrong."""
         self._directory_of(spec, allow_download=self._settings.allow_download)
 
     def stamp_of(self, spec: ModelSpec) -> str:
-        """Something that changes with the files of the model's checkpoint, from whichever directory it would be read.
+        """A string that changes when the files of the model's checkpoint change.
 
-        Copies in the Hugging Face cache, which nobody writes to by hand, do not count.
+        It covers the directory from TTS_MODEL_PATHS or TTS_MODELS_DIR. The Hugging Face cache is left out:
+        people do not edit files there.
         """
         if spec.engine != "qwen":
             return ""
@@ -134,7 +137,7 @@ class EngineFactory:
         return "\n".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in entries)
 
     def open(self, spec: ModelSpec) -> Engine:
-        """Load the model from what is here, ready to speak; JobError says why it cannot be."""
+        """Load the model from its local files, ready to speak; JobError if that is impossible."""
         if problem := self.problem_of(spec):
             raise JobError("model_unavailable", f"{spec.id}: {problem}")
         if spec.engine == "espeak":
@@ -147,28 +150,27 @@ class EngineFactory:
         return open_engine(directory, self._qwen_options())
 
     def shared_bytes(self) -> dict[str, int]:
-        """Device bytes that several models use together, by purpose."""
+        """Device bytes that several models share, by purpose."""
         return {} if self._options is None else {"codec": self._options.codecs.bytes}
 
     def default_model(self) -> str:
-        """The model that a request without one means.
+        """The model of a request that names none: TTS_DEFAULT_MODEL.
 
-        `TTS_DEFAULT_MODEL` if it names one; "auto" is Qwen3-TTS CustomVoice of the default size where a CUDA device is
-        at hand and the model is there or may be fetched, else espeak-ng.
-        SettingsError where the setting names a model that the catalogue lacks.
+        "auto" is Qwen3-TTS CustomVoice of TTS_DEFAULT_MODEL_SIZE on a CUDA device, if the model is here or may be
+        downloaded, else espeak-ng. SettingsError if the catalogue lacks the named model.
         """
         wanted = self._settings.default_model
         if wanted != "auto":
             return self._named(wanted, "TTS_DEFAULT_MODEL").id
         if self._device == "cuda":
+            size = self._settings.default_model_size
             for spec in self._specs:
-                wanted_one = spec.task == "CustomVoice" and spec.size == self._settings.default_model_size
-                if wanted_one and self.problem_of(spec) is None:
+                if spec.task == "CustomVoice" and spec.size == size and self.problem_of(spec) is None:
                     return spec.id
         return next(spec.id for spec in self._specs if spec.engine == "espeak")
 
-    def preloaded(self, default_model: str) -> list[str]:
-        """The models to load at start: the default one and those of TTS_PRELOAD; SettingsError as `default_model`."""
+    def models_to_preload(self, default_model: str) -> list[str]:
+        """The models to load at start: `default_model`, then TTS_PRELOAD; SettingsError as `default_model()`."""
         named = [self._named(name, "TTS_PRELOAD").id for name in self._settings.preload]
         return list(dict.fromkeys([default_model, *named]))
 
@@ -180,18 +182,18 @@ class EngineFactory:
         raise SettingsError([f"{setting}: there is no model {name!r}; there are {known}"])
 
     def _configured(self, spec: ModelSpec) -> Path | None:
-        """Where TTS_MODEL_PATHS says that the model's checkpoint is."""
+        """The directory of the model's checkpoint according to TTS_MODEL_PATHS, or None."""
         configured = {name.casefold(): path for name, path in self._settings.model_paths.items()}
         names = (name.casefold() for name in (spec.id, spec.hf_id, *spec.aliases))
         return next((configured[name] for name in names if name in configured), None)
 
     def _directory_of(self, spec: ModelSpec, *, allow_download: bool) -> Path:
-        """The verified checkpoint of a Qwen3-TTS model, fetched first where that is allowed; JobError if there is none.
+        """The directory of a Qwen3-TTS model's verified checkpoint, downloaded first if that is allowed.
 
-        A whole checkpoint of another type than the catalogue says is refused as well.
+        JobError if there is none, or if it holds another kind of model than the catalogue says.
         """
-        from gpu_worker.engines.qwen.checkpoint.location import locate  # noqa: PLC0415 -- of the gpu extra
-        from gpu_worker.engines.qwen.checkpoint.model_config import read_config  # noqa: PLC0415 -- of the gpu extra
+        from gpu_worker.engines.qwen.checkpoint.location import locate  # noqa: PLC0415 -- needs the gpu extra
+        from gpu_worker.engines.qwen.checkpoint.model_config import read_config  # noqa: PLC0415 -- needs the gpu extra
 
         directory = locate(
             spec.hf_id,
@@ -207,9 +209,9 @@ class EngineFactory:
         return directory
 
     def _qwen_options(self) -> "QwenOptions":
-        """How every Qwen3-TTS engine is opened; what they share is in it."""
+        """The options of every Qwen3-TTS engine, with the parts that all engines share."""
         if self._options is None:
-            import torch  # noqa: PLC0415 -- two seconds that only this engine is worth
+            import torch  # noqa: PLC0415 -- takes two seconds
 
             from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype  # noqa: PLC0415 -- imports torch
             from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs  # noqa: PLC0415 -- imports torch

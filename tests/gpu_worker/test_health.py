@@ -1,4 +1,4 @@
-"""Asking a worker whether it is alive."""
+"""The health probe."""
 
 import threading
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from shared.sockets import bind_router
 from tests.fakes import a_snapshot
 
 
-def _answered(path: Path, answer: Callable[[Any], list[bytes]]) -> str | None:
-    """What `check` says of a worker that answers the first message like that."""
+def _check(path: Path, answer: Callable[[Any], list[bytes]]) -> str | None:
+    """The result of `check` if the worker answers the first message with `answer`."""
     url = f"ipc://{path}/worker.ipc"
     context: zmq.Context[Any] = zmq.Context()
     router = bind_router(context, url)
@@ -38,38 +38,38 @@ def _welcome() -> Message:
 
 
 def test_alive(tmp_path: Path) -> None:
-    """A worker that welcomes us is alive; it is asked with the version and the token."""
-    heard: list[Any] = []
+    """A Welcome means alive; the Hello carries the version and the token."""
+    received: list[Any] = []
 
     def answer(message: Any) -> list[bytes]:
-        heard.append(message)
+        received.append(message)
         return encode(_welcome())
 
-    assert _answered(tmp_path, answer) is None
-    assert heard == [Hello(version=VERSION, token="the token")]  # noqa: S106 -- no secret of anybody's
+    assert _check(tmp_path, answer) is None
+    assert received == [Hello(version=VERSION, token="the token")]  # noqa: S106 -- no secret of anybody's
 
 
 def test_refused(tmp_path: Path) -> None:
-    """What it says against us is what is wrong."""
+    """The message of a Failed is the problem."""
     failed = encode(Failed(id="", code="wrong_token", message="TTS_WORKER_TOKEN differs"))
-    assert _answered(tmp_path, lambda _: failed) == "TTS_WORKER_TOKEN differs"
+    assert _check(tmp_path, lambda _: failed) == "TTS_WORKER_TOKEN differs"
 
 
-def test_not_our_conversation(tmp_path: Path) -> None:
-    """Something else at that address is said to be something else."""
-    problem = _answered(tmp_path, lambda _: [b"HTTP/1.1 400 Bad Request"])
+def test_another_protocol(tmp_path: Path) -> None:
+    """An answer of another protocol is named as such."""
+    problem = _check(tmp_path, lambda _: [b"HTTP/1.1 400 Bad Request"])
     assert problem is not None
     assert "not a message" in problem
 
 
-def test_nobody(tmp_path: Path) -> None:
-    """Nobody at that address."""
+def test_no_worker(tmp_path: Path) -> None:
+    """No process listens at the address."""
     url = f"ipc://{tmp_path}/worker.ipc"
-    assert check(url, "", timeout_s=0.2) == f"nobody listens at {url}"
+    assert check(url, "", timeout_s=0.2) == f"no worker listens at {url}"
 
 
 def test_silent(tmp_path: Path) -> None:
-    """A worker whose loop hangs is no living worker, though its socket takes what we say."""
+    """A worker whose loop hangs is not alive, though its socket takes the message."""
     url = f"ipc://{tmp_path}/worker.ipc"
     context: zmq.Context[Any] = zmq.Context()
     router = bind_router(context, url)
