@@ -1,12 +1,17 @@
-"""The web workers as granian's processes: each is started again when it dies, and given up if it can never start.
+"""The web workers: granian's processes, started again when they die, and given up if none can ever start.
 
-It replaces granian's own answer to their deaths and nothing else of it: granian ends the whole service
+`WebServer` replaces granian's answer to their deaths and nothing else: granian ends the whole service
 when one web worker dies twice within 5.5 s, however well the others are.
+That answer is private in granian; test_granian_contract.py names what this module uses of it.
 """
 
+import asyncio
 import ctypes
+import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,48 +20,88 @@ from multiprocessing.sharedctypes import RawValue
 from typing import Any, Final
 
 import structlog
+from granian.constants import Interfaces
+from granian.log import LogLevels
 from granian.server.mp import MPServer, WorkerProcess
 
-from server.processes.worker_supervisor import SETTLED_S, cause_of, pause_before_restart
+from server.http.middleware import HttpMiddleware
+from server.processes.restarts import RestartPauses, death_cause
+from shared.settings import Settings
 
 FAILED_STARTS: Final = 3
-"""The service ends when, while no web worker serves, one has ended this often in a row before it ever served."""
+"""The service ends if no web worker serves and one has failed to start so many times in a row."""
 
-_EXIT_FAILED: Final = 1
+EXIT_FAILED: Final = 1
+
+_SERVING_AFTER_S: Final = 0.3
+"""After the application's start, granian surely listens for signals."""
+
+_PARENT_POLL_S: Final = 0.5
+_ORPHAN_GRACE_S: Final = 5.0
+"""The time of an orphaned web worker to end its streams; the GPU worker is gone as well."""
+
+_GRANIAN_LOGS: Final[dict[str, Any]] = {
+    "formatters": {},
+    "handlers": {},
+    "loggers": {"_granian": {"handlers": [], "propagate": True}, "granian.access": {"handlers": [], "propagate": True}},
+}
+"""Granian's loggers have no handlers of their own, so their lines go where all others go."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass
-class _Place:
-    """What became of the web workers in one place; `due` is when the next one starts, None while there is one."""
+class _WorkerState:
+    """The history of the web worker at one index."""
 
     served: ctypes.c_bool = field(default_factory=lambda: RawValue(ctypes.c_bool))
-    quick_deaths: int = 0
+    """Shared with the process, which sets it when it serves."""
+    pauses: RestartPauses = field(default_factory=RestartPauses)
     failed_starts: int = 0
-    due: float | None = None
+    start_at: float | None = None
+    """When the next process starts; None while one runs."""
 
 
 class WebServer(MPServer):
-    """Granian, whose target loader is called with a shared flag that the web worker sets once it serves.
+    """Granian with the web workers that `settings` ask for; each runs the application that `create` returns.
 
-    Web workers are forked, so that the flag, and whatever was set up before, is theirs as well.
+    Web workers are forked, so they share what was set up before.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._places: dict[int, _Place] = {}
-        # From Python 3.14 on another way is the default, and granian would start fresh interpreters.
+    def __init__(self, settings: Settings, create: Callable[[], HttpMiddleware]) -> None:
+        super().__init__(
+            "server.app:from_environment",
+            address=settings.host,
+            port=settings.port,
+            interface=Interfaces.ASGI,
+            workers=settings.web_workers,
+            workers_kill_timeout=math.ceil(settings.drain_timeout_s),
+            log_level=LogLevels(settings.log_level),
+            log_dictconfig=_GRANIAN_LOGS,
+        )
+        self._create = create
+        self._states: dict[int, _WorkerState] = {}
+        # The default of Python 3.14 is another one, for which granian would start fresh interpreters.
         multiprocessing.set_start_method("fork", force=True)
 
+    def run(self) -> int:
+        """Serve until a signal ends the service; returns the exit code."""
+        # A web worker must never run with this process's signal handlers, which would swallow its SIGTERM.
+        os.register_at_fork(before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_ignore_sigint)
+        try:
+            self.serve(target_loader=partial(_load, self._create, os.getpid()), wrap_loader=False)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else EXIT_FAILED
+        return 0
+
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Callable[..., Any]) -> WorkerProcess:
-        place = self._places.setdefault(idx, _Place())
-        place.served = RawValue(ctypes.c_bool)
-        place.due = None
-        return super()._spawn_worker(idx, target, partial(callback_loader, place.served))
+        state = self._states.setdefault(idx, _WorkerState())
+        state.served = RawValue(ctypes.c_bool)
+        state.start_at = None
+        return super()._spawn_worker(idx, target, partial(callback_loader, state.served))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
-        """Until a signal ends the service. SystemExit, after the other web workers were stopped, if none can start."""
+        """Run until a signal ends the service; SystemExit, after all web workers were stopped, if none can start."""
         while not self.interrupt_signal:
             self.main_loop_interrupt.wait(self._seconds_to_next_start())
             self.main_loop_interrupt.clear()
@@ -65,29 +110,70 @@ class WebServer(MPServer):
             if self.reload_signal:
                 self._reload(spawn_target, target_loader)
             while self.interrupt_children:
-                self._note_death(self.interrupt_children.pop(0))
-            for idx, place in self._places.items():
-                if place.due is not None and place.due <= time.monotonic():
+                self._on_death(self.interrupt_children.pop(0))
+            for idx, state in self._states.items():
+                if state.start_at is not None and state.start_at <= time.monotonic():
                     self.wrks[idx] = self._spawn_worker(idx, spawn_target, target_loader)
                     self.wrks[idx].start()
 
     def _seconds_to_next_start(self) -> float | None:
-        due = [place.due for place in self._places.values() if place.due is not None]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        starts = [state.start_at for state in self._states.values() if state.start_at is not None]
+        return max(0.0, min(starts) - time.monotonic()) if starts else None
 
-    def _note_death(self, idx: int) -> None:
-        place, worker = self._places[idx], self.wrks[idx]
+    def _on_death(self, idx: int) -> None:
+        state, worker = self._states[idx], self.wrks[idx]
         code = worker.inner.exitcode
-        settled = time.monotonic() - worker.birth >= SETTLED_S
-        place.quick_deaths = 0 if settled else place.quick_deaths + 1
-        if place.served.value:
-            place.failed_starts = 0
-        elif code != -signal.SIGKILL:  # which comes from outside: somebody, or the kernel short of memory
-            place.failed_starts += 1
-        others = (other for at, other in enumerate(self.wrks) if at != idx and self._places[at].served.value)
-        if place.failed_starts >= FAILED_STARTS and not any(other.is_alive() for other in others):
-            log.critical("no web worker can start", cause=cause_of(code), attempts=place.failed_starts)
-            self.shutdown(_EXIT_FAILED)
-        pause_s = pause_before_restart(place.quick_deaths)
-        place.due = time.monotonic() + pause_s
-        log.error("a web worker died; it is started again", worker=idx + 1, cause=cause_of(code), pause_s=pause_s)
+        if state.served.value:
+            state.failed_starts = 0
+        elif code != -signal.SIGKILL:  # that comes from outside: a user, or the kernel when memory is short
+            state.failed_starts += 1
+        others = (other for at, other in enumerate(self.wrks) if at != idx and self._states[at].served.value)
+        if state.failed_starts >= FAILED_STARTS and not any(other.is_alive() for other in others):
+            log.critical("web_workers_cannot_start", cause=death_cause(code), attempts=state.failed_starts)
+            self.shutdown(EXIT_FAILED)
+        pause_s = state.pauses.after_death(time.monotonic() - worker.birth)
+        state.start_at = time.monotonic() + pause_s
+        log.error("web_worker_died", worker=idx + 1, cause=death_cause(code), restart_in_s=pause_s)
+
+
+# --- inside a web worker ---------------------------------------------------------------------------------------------
+
+
+def _load(create: Callable[[], HttpMiddleware], main_pid: int, served: ctypes.c_bool) -> HttpMiddleware:
+    """The application of this web worker. It sets `served` once it serves, and ends with granian's main process."""
+    threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
+    application = create()
+    application.app.on_startup.append(partial(_on_startup, served))
+    return application
+
+
+async def _on_startup(served: ctypes.c_bool) -> None:
+    def serving() -> None:
+        served.value = True
+        _unblock_sigterm()
+
+    asyncio.get_running_loop().call_later(_SERVING_AFTER_S, serving)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Stop this web worker if the main process was killed, because no other process would stop or replace it."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_ORPHAN_GRACE_S)
+    os._exit(EXIT_FAILED)
+
+
+def _block_sigterm() -> None:
+    """Keep SIGTERM waiting: a web worker starts so, and takes the signal once granian in it listens for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock_sigterm() -> None:
+    """Take SIGTERM, and one that has been waiting."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _ignore_sigint() -> None:
+    """A terminal's Ctrl-C is for the main process, which stops its web workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

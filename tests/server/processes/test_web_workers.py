@@ -1,4 +1,4 @@
-"""The web workers' deaths: answered with another start, or, where none can ever start, with the end of the service."""
+"""WebServer: it restarts web workers that died, and ends the service where none can ever start."""
 
 import os
 import subprocess
@@ -15,8 +15,10 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 import server.commands.serve as serve
+import server.processes.restarts as restarts
 from server.__main__ import main
 
+restarts.FIRST_PAUSE_S = 0.01
 {application}
 sys.exit(main())
 """
@@ -41,7 +43,7 @@ serve.from_environment = late
 
 
 def serve(directory: Path, application: str) -> tuple[int, str]:
-    """The exit code and the log of a service whose web workers load their application like that."""
+    """The exit code and the log of a service whose web workers run `application` before they load theirs."""
     settings = {"TTS_PORT": str(free_port()), "TTS_WORKER_URL": f"ipc://{directory}/run/worker.ipc"}
     environ = {**os.environ, **settings, "PYTHONPATH": ROOT}
     ended = subprocess.run(
@@ -60,17 +62,17 @@ def serve(directory: Path, application: str) -> tuple[int, str]:
 def test_web_workers_that_can_never_start_end_the_service(
     tmp_path: Path, web_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three attempts, the reason each time, then one clear line and exit code 1: no silent loop."""
+    """After three attempts, each with its reason in the log, one line says so and the exit code is 1."""
     monkeypatch.setenv("TTS_WEB_WORKERS", str(web_workers))
     code, said = serve(tmp_path, CANNOT_START)
     assert code == 1
     assert 3 <= said.count("ImportError: a web worker lacks something") <= 3 * web_workers
-    assert said.count("no web worker can start") == 1
+    assert said.count("web_workers_cannot_start") == 1
 
 
-def test_killed_starts_are_no_failed_ones(tmp_path: Path) -> None:
-    """Web workers killed from outside before they serve (memory is short, say) are started for as long as it takes."""
+def test_killed_starts_do_not_count(tmp_path: Path) -> None:
+    """Web workers that are killed from outside before they serve, where memory is short, are always restarted."""
     code, said = serve(tmp_path, STARTS_AT_THE_FIFTH_ATTEMPT)
     assert code == 0
-    assert said.count("a web worker died; it is started again") == 4
+    assert said.count("web_worker_died") == 4
     assert "cause=SIGKILL" in said

@@ -1,61 +1,68 @@
-"""The worker child: back after every death, gone after every stop, given up when nothing would help."""
+"""Supervisor: it restarts a worker that died, stops it with the service, and gives up where a restart cannot help."""
 
 import os
-import queue
 import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from server.processes.worker_supervisor import LONGEST_PAUSE_S, SETTLED_S, Supervisor, pause_before_restart
+from server.processes import restarts
+from server.processes.restarts import LONGEST_PAUSE_S, SETTLED_S, RestartPauses
+from server.processes.worker_supervisor import Supervisor
 
 LIMIT_S = 10.0
 
 
-class Nest:
-    """A supervisor whose children write their pid into a pipe as they start."""
+class Supervised:
+    """A supervisor of a Python program, which can write a number into a pipe when it starts."""
 
     def __init__(self, program: str, *, stop_timeout_s: float = LIMIT_S) -> None:
         self._read, write = os.pipe()
         os.set_inheritable(write, True)
         self._write = write
-        self.given_up: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.given_up = threading.Event()
         self.now = 0.0
         self.supervisor = Supervisor(
             [sys.executable, "-S", "-c", f"import os, signal, sys, time\n{program}"],
             {"PIPE": f"/proc/{os.getpid()}/fd/{write}"},
             stop_timeout_s=stop_timeout_s,
-            on_final=self.given_up.put,
+            on_final=self.given_up.set,
             clock=lambda: self.now,
         )
 
-    def born(self) -> int:
-        """The pid of the next child."""
+    def next_number(self) -> int:
+        """The number that the next worker writes: its pid, with WRITE_PID."""
         return int(os.read(self._read, 8))
 
     def close(self) -> None:
-        """End it all."""
+        """Stop the worker and close the pipe."""
         self.supervisor.stop()
         os.close(self._read)
         os.close(self._write)
 
 
-SAY_PID = "open(os.environ['PIPE'], 'w').write(f'{os.getpid():08}')\n"
-SAY_RESTARTS = "open(os.environ['PIPE'], 'w').write(f'{int(sys.argv[sys.argv.index(\"--restarts\") + 1]):08}')\n"
-WAIT = SAY_PID + "time.sleep(60)"
+WRITE_PID = "open(os.environ['PIPE'], 'w').write(f'{os.getpid():08}')\n"
+WRITE_RESTARTS = "open(os.environ['PIPE'], 'w').write(f'{int(sys.argv[sys.argv.index(\"--restarts\") + 1]):08}')\n"
+WAIT = WRITE_PID + "time.sleep(60)"
 
 
 @pytest.fixture
-def nests() -> Iterator[list[Nest]]:
-    """Nests that are closed after the test."""
-    made: list[Nest] = []
-    yield made
-    for nest in made:
-        nest.close()
+def start() -> Iterator[Callable[..., Supervised]]:
+    """Starts supervisors, which are closed after the test."""
+    started: list[Supervised] = []
+
+    def start_one(program: str, *, stop_timeout_s: float = LIMIT_S) -> Supervised:
+        started.append(supervised := Supervised(program, stop_timeout_s=stop_timeout_s))
+        supervised.supervisor.start()
+        return supervised
+
+    yield start_one
+    for supervised in started:
+        supervised.close()
 
 
 def is_running(pid: int) -> bool:
@@ -63,88 +70,78 @@ def is_running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_a_killed_worker_is_replaced_at_once(nests: list[Nest]) -> None:
-    """After kill -9, a new one with another pid starts without a pause, and is counted."""
-    nests.append(nest := Nest(WAIT))
-    nest.supervisor.start()
-    first = nest.born()
-    assert nest.supervisor.pid == first
+def test_a_killed_worker_is_replaced_at_once(start: Callable[..., Supervised]) -> None:
+    """After kill -9, a new worker with another pid starts without a pause."""
+    worker = start(WAIT)
+    first = worker.next_number()
+    assert worker.supervisor.pid == first
     os.kill(first, signal.SIGKILL)
-    second = nest.born()
+    second = worker.next_number()
     assert second != first
-    assert nest.supervisor.restarts == 1
     assert is_running(second)
 
 
-def test_a_worker_that_ends_by_itself_is_replaced(nests: list[Nest]) -> None:
-    """Also one that ended in good order, or with an error that a new process may not have."""
-    nests.append(nest := Nest(SAY_PID + "sys.exit(1)"))
-    nest.supervisor.start()
-    assert nest.born() != nest.born()
+def test_a_worker_that_exits_is_replaced(start: Callable[..., Supervised]) -> None:
+    """A worker that exits with an error, which a new process may not have, is started again."""
+    worker = start(WRITE_PID + "sys.exit(1)")
+    assert worker.next_number() != worker.next_number()
 
 
-def test_a_worker_is_told_how_many_there_were_before(nests: list[Nest]) -> None:
-    """Each hears its number, which it can then tell to everyone alike."""
-    nests.append(nest := Nest(SAY_RESTARTS + "sys.exit(1)"))
-    nest.supervisor.start()
-    assert [nest.born(), nest.born()] == [0, 1]
+def test_a_worker_gets_the_number_of_restarts(start: Callable[..., Supervised]) -> None:
+    """`--restarts` counts the workers before this one, so that the worker can report it in its snapshot."""
+    worker = start(WRITE_RESTARTS + "sys.exit(1)")
+    assert [worker.next_number(), worker.next_number()] == [0, 1]
 
 
 @pytest.mark.parametrize("code", [2, 3])
-def test_wrong_settings_are_final(nests: list[Nest], code: int) -> None:
-    """A worker that says it can never run is not started again, and the service is told."""
-    nests.append(nest := Nest(SAY_PID + f"sys.exit({code})"))
-    nest.supervisor.start()
-    assert nest.given_up.get(timeout=LIMIT_S) == code
-    assert nest.supervisor.exit_code == code
-    assert nest.supervisor.restarts == 0
+def test_some_exit_codes_are_final(start: Callable[..., Supervised], code: int) -> None:
+    """A worker that can never run is not started again; `on_final` is called."""
+    worker = start(WRITE_PID + f"sys.exit({code})")
+    assert worker.given_up.wait(LIMIT_S)
+    assert worker.supervisor.exit_code == code
 
 
-def test_stop_drains(nests: list[Nest]) -> None:
-    """SIGTERM first: a worker that takes its time to finish is waited for, and is gone afterwards."""
+def test_stop_drains(start: Callable[..., Supervised]) -> None:
+    """`stop` sends SIGTERM, waits for a worker that finishes slowly, and returns when it is gone."""
     program = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(0)))\n" + WAIT
-    nests.append(nest := Nest(program))
-    nest.supervisor.start()
-    pid = nest.born()
-    nest.supervisor.stop()
+    worker = start(program)
+    pid = worker.next_number()
+    worker.supervisor.stop()
     assert not is_running(pid)
-    assert nest.supervisor.pid is None
-    assert nest.supervisor.restarts == 0
+    assert worker.supervisor.pid is None
 
 
-def test_stop_kills_what_does_not_end(nests: list[Nest]) -> None:
-    """A worker that ignores SIGTERM is killed once its time is over, with what it had started."""
+def test_stop_kills_a_worker_that_does_not_end(start: Callable[..., Supervised]) -> None:
+    """A worker that ignores SIGTERM is killed after `stop_timeout_s`, with the processes that it started."""
     program = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.fork()\n" + WAIT
-    nests.append(nest := Nest(program, stop_timeout_s=0.2))
-    nest.supervisor.start()
-    ends = [os.pidfd_open(nest.born()), os.pidfd_open(nest.born())]
-    nest.supervisor.stop()
+    worker = start(program, stop_timeout_s=0.2)
+    ends = [os.pidfd_open(worker.next_number()), os.pidfd_open(worker.next_number())]
+    worker.supervisor.stop()
     for end in ends:
         assert select.select([end], [], [], LIMIT_S)[0] == [end]
         os.close(end)
 
 
-def test_stop_during_a_pause_is_prompt(nests: list[Nest]) -> None:
-    """A supervisor that waits before the next start does not make the service wait with it."""
-    nests.append(nest := Nest(SAY_PID + "sys.exit(1)"))
-    nest.supervisor.start()
-    for _ in range(4):  # the pause after the fourth death is 2 s
-        nest.born()
-    stopping = threading.Thread(target=nest.supervisor.stop)
+def test_stop_during_a_pause_is_prompt(start: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stop` does not wait for the end of a pause before the next start."""
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 30.0)
+    worker = start(WRITE_PID + "sys.exit(1)")
+    for _ in range(2):  # the pause after the second early death is FIRST_PAUSE_S
+        worker.next_number()
+    stopping = threading.Thread(target=worker.supervisor.stop)
     stopping.start()
     stopping.join(1.5)
     assert not stopping.is_alive()
 
 
-def test_the_worker_has_a_session_of_its_own(nests: list[Nest]) -> None:
-    """A terminal's Ctrl-C reaches the service and not the worker, which must first let streams end."""
-    nests.append(nest := Nest(WAIT))
-    nest.supervisor.start()
-    assert os.getsid(nest.born()) != os.getsid(0)
+def test_the_worker_has_a_session_of_its_own(start: Callable[..., Supervised]) -> None:
+    """A terminal's Ctrl-C does not reach the worker, whose streams must end first."""
+    worker = start(WAIT)
+    assert os.getsid(worker.next_number()) != os.getsid(0)
 
 
-def test_a_program_that_is_not_there_is_tried_again() -> None:
-    """A start that fails is a death like any other, and stop still works."""
+def test_a_failed_start_is_tried_again() -> None:
+    """A program that does not exist is tried again after a pause, and `stop` still works."""
     supervisor = Supervisor(["/nonexistent/python"], {}, stop_timeout_s=1, on_final=lambda _code: None)
     supervisor.start()
     supervisor.stop()
@@ -152,18 +149,18 @@ def test_a_program_that_is_not_there_is_tried_again() -> None:
 
 
 def test_pauses_grow() -> None:
-    """No pause after a first death, then 0.5 s, twice as long each time, 30 s at most."""
-    assert [pause_before_restart(deaths) for deaths in range(7)] == [0, 0, 0.5, 1, 2, 4, 8]
-    assert pause_before_restart(50) == LONGEST_PAUSE_S
+    """No pause after a first death, then 0.5 s, twice as long each time, 30 s at most; a long life starts anew."""
+    pauses = RestartPauses()
+    assert [pauses.after_death(1.0) for _ in range(6)] == [0, 0.5, 1, 2, 4, 8]
+    assert [pauses.after_death(1.0) for _ in range(50)][-1] == LONGEST_PAUSE_S
+    assert [pauses.after_death(lived_s) for lived_s in (SETTLED_S, 1.0, 1.0)] == [0, 0, 0.5]
 
 
-def test_a_long_life_is_a_fresh_start(nests: list[Nest]) -> None:
-    """After a minute of health, the next death is again answered at once, however many there were before."""
-    nests.append(nest := Nest(WAIT))
-    nest.supervisor.start()
+def test_after_a_long_life_there_is_no_pause(start: Callable[..., Supervised]) -> None:
+    """A worker that ran for a minute is replaced at once, however many died before."""
+    worker = start(WAIT)
     for _ in range(6):  # without the reset, the last pauses would take 15 s together
-        pid = nest.born()
-        nest.now += SETTLED_S
+        pid = worker.next_number()
+        worker.now += SETTLED_S
         os.kill(pid, signal.SIGKILL)
-    nest.born()
-    assert nest.supervisor.restarts == 6
+    worker.next_number()

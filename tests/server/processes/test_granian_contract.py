@@ -1,0 +1,64 @@
+"""Contract with granian: what server/processes/web_workers.py overrides and reads, some of it private.
+
+A failure here after an upgrade of granian means that web_workers.py has to be read against the new version.
+"""
+
+import inspect
+import multiprocessing
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from granian.server.mp import MPServer, WorkerProcess
+
+from server.processes import WebServer
+from shared.settings import Settings
+
+SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
+    (MPServer._spawn_worker, ["self", "idx", "target", "callback_loader"]),
+    (MPServer._serve_loop, ["self", "spawn_target", "target_loader"]),
+    (MPServer._reload, ["self", "spawn_target", "target_loader"]),
+    (MPServer.shutdown, ["self", "exit_code"]),
+    (MPServer.on_startup, ["self", "hook"]),
+    (MPServer.serve, ["self", "spawn_target", "target_loader", "wrap_loader"]),
+    (WorkerProcess.__init__, ["self", "parent", "idx", "target", "args"]),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters"), SIGNATURES, ids=[method.__qualname__ for method, _ in SIGNATURES])
+def test_methods(method: Callable[..., Any], parameters: list[str]) -> None:
+    """The methods that WebServer overrides or calls take the parameters that it expects."""
+    assert list(inspect.signature(method).parameters) == parameters
+
+
+def test_attributes_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The serve loop's event, signals and children are there, with the types that WebServer uses."""
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda *_arguments, **_options: None)
+    server = WebServer(Settings(), lambda: pytest.fail("the application is created in a web worker"))
+    assert isinstance(server.main_loop_interrupt, threading.Event)
+    assert server.interrupt_signal is False
+    assert server.reload_signal is False
+    assert server.interrupt_children == []
+    assert server.wrks == []
+    server.signal_handler_interrupt()
+    assert server.interrupt_signal is True
+    assert server.main_loop_interrupt.is_set()
+
+
+def test_attributes_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has its time of birth and its process, and adds its index to the server's children when it ends."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+
+    class Parent:
+        main_loop_interrupt = threading.Event()
+        interrupt_children: list[int] = []  # noqa: RUF012 - one instance
+        reload_on_changes = False
+
+    worker = WorkerProcess(Parent(), 3, int, ())
+    worker.start()
+    assert isinstance(worker.birth, float)
+    assert Parent.main_loop_interrupt.wait(10)
+    assert Parent.interrupt_children == [3]
+    assert worker.inner.exitcode == 0
+    assert not worker.is_alive()
