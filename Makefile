@@ -1,54 +1,66 @@
 # `make serve` and `make test` are all that a newcomer needs; each sets up what it needs first.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# How many processes run tests. The tests of one file stay in one process, and so do all tests in tests/system.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest
+PARALLEL := -n $(JOBS) --dist loadgroup
+
 # The gpu extra (torch, transformers, qwen-tts: several GB with CUDA) is for machines that can use it.
 WITH_QWEN ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
 
-.PHONY: serve test install lint format bench gpu soak clean
+.PHONY: serve help quick test soak bench gpu install lint format clean
 
 serve: $(VENV)/.serve$(if $(filter 1,$(WITH_QWEN)),-gpu) ## set up, then serve on 127.0.0.1:8000
 	$(BIN)/python -m server
 
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' $(firstword $(MAKEFILE_LIST))
+
+quick: $(VENV)/.quick ## the tests that need neither torch nor a running service, within a minute
+	$(PYTEST) $(PARALLEL) --quick -r fE
+
 test: install lint ## set up, then everything that must pass
-	$(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
+
+soak: install ## the long runs that `make test` leaves out, and a long search by Hypothesis
+	$(PYTEST) -m 'soak or hypothesis' --hypothesis-profile soak --timeout 3600
 
 install: $(VENV)/.all ## the environment alone, with all that the tests need
 
-lint: install
+lint: install ## ruff, mypy and the walls between the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: install
+format: install ## apply what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## the front end, the engine beside the official package, and open-loop load
+bench: install ## time the front end, the engine beside the official package, and open-loop load
 	$(BIN)/python -m tests.benchmarks.frontend
 	$(BIN)/python -m tests.benchmarks.engine
 	$(BIN)/python -m tests.benchmarks.load
 
 # Where a machine brings its own packages: make gpu BIN=/the/folder/of/its/python
-gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## what only a GPU can tell: its tests, then every table at full size
-	$(BIN)/python -m pytest tests/gpu -s -rs
+gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## the tests that need a GPU, then every table at full size
+	$(PYTEST) tests/gpu -s -rs
 	for size in 1.7B 0.6B; do \
 		checkpoint=$$($(BIN)/python -m tests.benchmarks.endless --size $$size) \
 		&& $(BIN)/python -m tests.benchmarks.engine --device cuda --checkpoint "$$checkpoint" \
 		&& $(BIN)/python -m tests.benchmarks.load --device cuda --size $$size || exit 1; \
 	done
 
-soak: install ## the long runs that `make test` leaves out, and a long search by Hypothesis
-	$(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile soak --timeout 3600
-
-clean:
+clean: ## remove the environment and all caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# ensurepip is asked for first: a venv that fails for the lack of it leaves a python behind, and looks made.
+# ensurepip is checked first: a venv that fails for the lack of it leaves a python behind, and looks complete.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
@@ -63,6 +75,10 @@ $(VENV)/.serve-gpu: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[demo,gpu]'
 	@touch $@ $(VENV)/.serve
 
+$(VENV)/.quick: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[demo,dev]'
+	@touch $@ $(VENV)/.serve
+
 $(VENV)/.all: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[demo,gpu,dev]'
-	@touch $@ $(VENV)/.serve $(VENV)/.serve-gpu
+	@touch $@ $(VENV)/.quick $(VENV)/.serve $(VENV)/.serve-gpu
