@@ -46,7 +46,7 @@ def _calls(engine: QwenEngine, stages: dict[str, float], clock: Clock) -> Iterat
     model = runner._model
     spots: Sequence[tuple[Any, str, str]] = (
         (model, "prefill", "prefill"),
-        (runner, "_predict", "code predictor"),
+        (runner, "_code_predictor_step", "code predictor"),
         (model, "talker_step", "talker"),
         (model, "_sample", "of which sampling"),
         (parts.vocoder, "decode", "codec"),
@@ -78,7 +78,7 @@ def _events(engine: QwenEngine, stages: dict[str, float]) -> Iterator[None]:
     """Events around every replay, on the stream that it runs on; read when all is over, so nothing waits for them."""
     parts = engine._parts
     runner: Any = parts.runner
-    graphs = (runner._graphs, parts.vocoder._graphs)
+    graphs = (runner._buckets, parts.vocoder._buckets)
     spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
     for owner in graphs:
         replay = owner.run

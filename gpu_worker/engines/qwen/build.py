@@ -35,13 +35,13 @@ from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import EncodedReference, ReferenceCache
 from gpu_worker.engines.qwen.runner import (
-    BATCH_SIZES,
     CpuModelRunner,
     CudaGraphModelRunner,
     ModelRunner,
     rows_needed,
-    traced_bytes,
+    trace_bytes,
 )
+from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
 from gpu_worker.engines.qwen.vocoder import Vocoder
@@ -216,11 +216,11 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
     shape = read_config(directory).talker_config
-    traced = traced_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
+    traces = trace_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
     return (
         weights
         + first_layer_inputs_bytes(shape, computed)
-        + traced
+        + traces
         + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
     )
 

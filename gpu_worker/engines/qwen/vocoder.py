@@ -14,8 +14,14 @@ from torch import Tensor
 from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec
 from gpu_worker.engines.qwen.codec.decoder_state import Snapshot
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
-from gpu_worker.engines.qwen.runner import BATCH_SIZES, smallest_bucket
-from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs
+from gpu_worker.engines.qwen.runtime.captured_buckets import (
+    BATCH_SIZES,
+    BucketedFunction,
+    CapturedBuckets,
+    Inputs,
+    padded,
+    smallest_bucket,
+)
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy, to_device
 from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK, SCHEDULE, RunningJob
@@ -38,11 +44,8 @@ class Vocoder:
         self._streams = streams
         self._stream = streams.codec if self._cuda else None
         self._begun: torch.cuda.Event | None = None
-        self._batches = [size for size in BATCH_SIZES if size < smallest_bucket(slots, BATCH_SIZES)] + [
-            smallest_bucket(slots, BATCH_SIZES)
-        ]
-        self._graphs = CudaGraphs()
-        self._inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._batch_sizes = [size for size in BATCH_SIZES if size <= smallest_bucket(slots, BATCH_SIZES)]
+        self._buckets = CapturedBuckets()
 
     def fence(self) -> None:
         """Before each frame: it waits for the decodes that began before the frame ahead of it.
@@ -92,13 +95,13 @@ class Vocoder:
             return readback
         # Its frames have landed: the device is done with them, and this need not wait for the one it is making now.
         with torch.cuda.stream(self._stream):
-            batch = smallest_bucket(len(group), self._batches)
-            spare = batch - len(group)
-            where, pcm = self._inputs.get((batch, chunk)) or self._new_inputs(batch, chunk)
-            numbers = [*slots, *[self.state.scratch] * spare, *starts, *[0] * spare]
+            batch = smallest_bucket(len(group), self._batch_sizes)
+            bucket = ("decode", batch, chunk)
+            where, pcm = self._buckets.inputs(bucket) or self._new_inputs(batch, chunk)
+            numbers = [*padded(slots, batch, self.state.scratch), *padded(starts, batch, 0)]
             where.copy_(to_device(numbers, where.device).view(2, batch), non_blocking=True)
             readback = HostCopy(pcm[: len(group)], group)
-            self._graphs.run(("decode", batch, chunk), functools.partial(self._decode_or_nothing, where, chunk, pcm))
+            self._buckets.run(bucket, functools.partial(self._decode_or_nothing, where, chunk, pcm))
             readback.start()
             return readback
 
@@ -106,21 +109,18 @@ class Vocoder:
         """Capture graphs, largest first."""
         if not self._cuda:
             return
-        self._inputs = {
-            (batch, chunk): self._new_inputs(batch, chunk)
-            for batch in reversed(self._batches)
-            for chunk in reversed(CHUNKS)
-        }
-        functions = {
-            ("decode", batch, chunk): functools.partial(self._decode_into, where, chunk, pcm)
-            for (batch, chunk), (where, pcm) in self._inputs.items()
-        }
-        self._graphs.capture(functions, recording=self._streams.codec_capture, warming=self._streams.transfer)
+        decode = BucketedFunction(
+            name="decode",
+            function=lambda _batch, chunk, inputs: self._decode_into(inputs[0], chunk, inputs[1]),
+            batch_sizes=self._batch_sizes,
+            lengths=CHUNKS,
+            new_inputs=self._new_inputs,
+        )
+        self._buckets.capture([decode], capturing=self._streams.codec_capture, warming=self._streams.transfer)
 
     def memory(self) -> dict[str, int]:
         """Device bytes by purpose, beside the slots' state."""
-        inputs = sum(where.nbytes + pcm.nbytes for where, pcm in self._inputs.values())
-        return {"graphs": self._graphs.bytes, "workspace": inputs}
+        return self._buckets.memory()
 
     def tensors(self) -> Iterator[Tensor]:
         """The slots' state."""
@@ -128,8 +128,7 @@ class Vocoder:
 
     def release(self) -> None:
         """Forget the graphs; `prepare` brings them back."""
-        self._graphs.clear()
-        self._inputs.clear()
+        self._buckets.release()
 
     def _decode_or_nothing(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
         before = self.state.positions.clone()
@@ -145,7 +144,8 @@ class Vocoder:
         waveform = self._codec.decode(self._ring[slots[:, None], frames], slots, self.state)
         pcm.copy_((waveform * _PEAK).round_())
 
-    def _new_inputs(self, batch: int, chunk: int) -> tuple[Tensor, Tensor]:
+    def _new_inputs(self, batch: int, chunk: int) -> Inputs:
+        """Slots and first frames int64 [2, batch], all of them padding, and PCM int16 [batch, samples]."""
         where = torch.full((2, batch), self.state.scratch, dtype=torch.int64, device=self._ring.device)
         where[1] = 0
         return where, torch.empty(batch, chunk * FRAME_SAMPLES, dtype=torch.int16, device=self._ring.device)

@@ -42,7 +42,7 @@ class CpuTraces:
         self.bytes = 0
         """Host memory of the recordings, roughly."""
 
-    def record(self, key: int, function: Callable[[], None]) -> None:
+    def capture(self, key: int, function: Callable[[], None]) -> None:
         """Run the function and record it, unless that was done: 0.1 s, and at published sizes half a second."""
         if key not in self._functions:
             function()  # by itself first: what it makes once and keeps is then there to be recorded
@@ -50,10 +50,10 @@ class CpuTraces:
             self.run(key, function)  # torch prepares a recording, and takes half of its memory, when it first runs
 
     def run(self, key: int, function: Callable[[], None]) -> None:
-        """Run what was recorded under `key`; where nothing was, `record` it, which runs it, too."""
+        """Run what was recorded under `key`; where nothing was, `capture` it, which runs it, too."""
         known = self._functions.get(key)
         if known is None:
-            self.record(key, function)
+            self.capture(key, function)
         else:
             with _as_recorded():
                 known()

@@ -33,7 +33,7 @@ class CudaGraphs:
             graph.replay()
 
     def capture(
-        self, functions: Mapping[Key, Callable[[], None]], *, recording: torch.cuda.Stream, warming: torch.cuda.Stream
+        self, functions: Mapping[Key, Callable[[], None]], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
     ) -> None:
         """Run every function on `warming`, so that libraries make what they need, then record each on `recording`.
 
@@ -50,7 +50,7 @@ class CudaGraphs:
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.stream(recording):
+            with torch.cuda.stream(capturing):
                 for key, function in functions.items():
                     self._graphs[key] = _record(function, pool)
         except BaseException:

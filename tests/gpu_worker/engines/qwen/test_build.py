@@ -9,7 +9,7 @@ from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.build import MOST_SLOTS, QwenOptions, _tokenizer, slots_that_fit
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from gpu_worker.engines.qwen.checkpoint.official import load_official
-from gpu_worker.engines.qwen.runner import BATCH_SIZES
+from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import engine, shared
 from tests.official_package import official_package

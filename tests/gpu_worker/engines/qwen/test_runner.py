@@ -1,41 +1,32 @@
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gpu_worker.engines.qwen import runner as runner_module
 from gpu_worker.engines.qwen.model import layers
 from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_shape
 from gpu_worker.engines.qwen.runner import (
-    BATCH_SIZES,
     PREFILL_LENGTHS,
     CpuModelRunner,
     CudaGraphModelRunner,
     PrefillInput,
     rows_needed,
-    smallest_bucket,
 )
-from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs, Key
+from gpu_worker.engines.qwen.runtime.captured_buckets import smallest_bucket
+from tests.gpu_worker.engines.qwen.fake_graphs import FakeGraphs
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
 
-def test_sizes_are_rounded_up_to_what_was_captured() -> None:
-    """The smallest that holds it; more than the largest is a mistake of the caller."""
-    assert [smallest_bucket(number, BATCH_SIZES) for number in (1, 3, 17, 128)] == [1, 4, 24, 128]
-    with pytest.raises(ValueError, match="129"):
-        smallest_bucket(129, BATCH_SIZES)
-
-
 def test_the_state_has_rows_for_padding_where_batches_are_fixed() -> None:
-    """On CUDA the largest batch and a spare row; on CPU what is used."""
+    """On CUDA the rows of a captured batch size and one for padding; on CPU one row a slot."""
     assert rows_needed(6, torch.device("cpu")) == 6
     assert rows_needed(6, torch.device("cuda")) == 9
 
 
 def test_prompts_of_one_length_bucket_are_read_together() -> None:
-    """In groups of the captured sizes, float32 alone, spare rows pointing at the spare slot."""
+    """bfloat16 prompts are read in groups of the captured sizes; rows of padding write to the padding slot."""
     ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16)
     runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
     calls: list[tuple[int, int, list[int]]] = []
@@ -55,15 +46,15 @@ def test_prompts_of_one_length_bucket_are_read_together() -> None:
     assert calls == [(4, even, [0, 2, 4, 6]), (4, odd, [1, 3, 5, 8])]
 
 
-def test_on_cpu_the_code_predictor_is_traced_before_anybody_speaks() -> None:
-    """For every number of requests at once, so that none of their frames is late; a release does not undo it."""
+def test_on_cpu_the_code_predictor_is_traced_before_the_first_frame() -> None:
+    """It is traced for every number of requests at once, so no frame is late; `release` keeps the traces."""
     ours = Ours("custom_voice", None, slots=6)
     runner = CpuModelRunner(ours.model)
-    predict, called = ours.model.code_predictor_step, []
+    step, called = ours.model.code_predictor_step, []
 
-    def seen(used: int) -> None:
-        called.append(used)
-        predict(used)
+    def seen(batch: int) -> None:
+        called.append(batch)
+        step(batch)
 
     ours.model.code_predictor_step = seen
     with torch.inference_mode():
@@ -97,61 +88,33 @@ def threads() -> Iterator[int]:
 def test_a_small_code_predictor_is_computed_by_one_thread(
     monkeypatch: pytest.MonkeyPatch, threads: int, *, small: bool
 ) -> None:
-    """One with products that are worth sharing by all; who comes after it has them all again, if it fails as well."""
+    """A large one is computed by all threads. Afterwards torch has all threads again, even if the step failed."""
     if not small:
         monkeypatch.setattr(layers, "PACK_ELEMENTS", 1)
     ours = Ours("custom_voice", None)
     runner = CpuModelRunner(ours.model)
     seen = []
 
-    def fail(used: int) -> None:
-        seen.append((used, torch.get_num_threads()))
-        raise RuntimeError("out of luck")
+    def fail(batch: int) -> None:
+        seen.append((batch, torch.get_num_threads()))
+        raise RuntimeError("made up")
 
     ours.model.code_predictor_step = fail
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="out of luck"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="made up"):
         runner.decode_step([(0, 20)], full_vocab=False)
     assert seen == [(1, 1 if small else threads)]
     assert torch.get_num_threads() == threads
 
 
-class Replayed(CudaGraphs):
-    """Graphs without a GPU: keeps the functions that it is to record, and calls those where they would be replayed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.functions: dict[Key, Callable[[], None]] = {}
-        self.replayed = 0
-
-    def capture(self, functions: Mapping[Key, Callable[[], None]], *, recording: Any, warming: Any) -> None:
-        """Run each, as a warm-up does."""
-        assert (recording, warming) == ("frame_capture", "transfer")
-        for function in functions.values():
-            function()
-        self.functions = dict(functions)
-        self.bytes = 7
-
-    def run(self, key: Key, function: Callable[[], None]) -> None:
-        """What was kept under the key, if anything."""
-        self.replayed += key in self.functions
-        self.functions.get(key, function)()
-
-    def clear(self) -> None:
-        """Keep nothing."""
-        super().clear()
-        self.functions = {}
-
-
-def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured functions read their inputs where they were at the capture; released and prepared again as well."""
-    monkeypatch.setattr(runner_module, "CudaGraphs", Replayed)
+def test_captured_functions_give_the_codes_of_eager_ones() -> None:
+    """They read their inputs where these were at the capture; the same holds after a release and a second capture."""
+    graphs = FakeGraphs()
     streams: Any = SimpleNamespace(frame_capture="frame_capture", transfer="transfer")
     ours = Ours("custom_voice", None, slots=9)
-    runner = CudaGraphModelRunner(ours.model, 8, 256, streams)
+    runner = CudaGraphModelRunner(ours.model, 8, 256, streams, graphs)
     shape = ours.config.talker_config
     predictor = shape.code_predictor_config
     cached = predictor.num_hidden_layers * 2 * 16 * predictor.num_key_value_heads * predictor.head_dim
-    graphs: Any = runner._graphs
     assert runner.memory() == {"graphs": 0, "workspace": 0}
     with torch.inference_mode():
         requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
@@ -162,8 +125,9 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
             runner.prepare()
             memory = runner.memory()
             assert memory["graphs"] == 7
-            # Inputs of a prompt of each captured length; and of one batch size, the code predictor's cache,
-            # what a forward begins with, and cosines and sines of the first one's two tokens.
+            assert graphs.streams == {"capturing": "frame_capture", "warming": "transfer"}
+            # The inputs of a prompt of each captured length. And for the one batch size: the code predictor's
+            # KV cache, the first layer's inputs, and cosines and sines of the first forward's two tokens.
             inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in PREFILL_LENGTHS if tokens < 256)
             scratch = cached + first_layer_inputs_shape(predictor)[1] + 2 * 2 * predictor.head_dim
             assert memory["workspace"] == inputs + 8 * 4 * scratch
@@ -171,4 +135,4 @@ def test_what_was_captured_says_what_is_run(monkeypatch: pytest.MonkeyPatch) -> 
                 assert torch.equal(codes, expected)
             runner.release()
             assert runner.memory() == {"graphs": 0, "workspace": 0}
-    assert graphs.replayed > 2 * (3 + 2 * 6)
+    assert graphs.replays > 2 * (3 + 2 * 6)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
-from gpu_worker.engines.qwen.runner import BATCH_SIZES, CpuModelRunner, CudaGraphModelRunner
+from gpu_worker.engines.qwen.runner import CpuModelRunner, CudaGraphModelRunner
+from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate, official
 
 SAMPLED = SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.05)

@@ -121,7 +121,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 def capture(graphs: CudaGraphs, cuda: FakeCuda, **functions: Callable[[], None]) -> None:
     """Capture functions by name."""
-    streams: Any = {name: FakeStream(name, cuda.calls) for name in ("recording", "warming")}
+    streams: Any = {name: FakeStream(name, cuda.calls) for name in ("capturing", "warming")}
     graphs.capture({(name, 1, 0): function for name, function in functions.items()}, **streams)
 
 
@@ -135,8 +135,8 @@ def test_all_are_warmed_up_then_recorded(cuda: FakeCuda) -> None:
         "b on warming",
         "synchronize warming",
         "empty_cache",
-        *("begin on recording", "a on recording", "end on recording"),
-        *("begin on recording", "b on recording", "end on recording"),
+        *("begin on capturing", "a on capturing", "end on capturing"),
+        *("begin on capturing", "b on capturing", "end on capturing"),
     ]
     assert graphs.bytes == 5
 
@@ -170,7 +170,7 @@ def test_a_failed_recording_leaves_nothing(cuda: FakeCuda, *, given_up: bool) ->
 
     with pytest.raises(torch.OutOfMemoryError, match="made up"):
         capture(graphs, cuda, a=cuda.function("a"), b=failing)
-    ended = ["_cuda_endAllocateToPool", "_cuda_releasePool"] if given_up else ["end on recording"]
+    ended = ["_cuda_endAllocateToPool", "_cuda_releasePool"] if given_up else ["end on capturing"]
     assert cuda.calls[-len(ended) :] == ended
     assert (graphs.bytes, cuda.alive) == (0, 0)
     graphs.run(("a", 1, 0), cuda.function("a"))
