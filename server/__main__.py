@@ -1,16 +1,15 @@
-"""`python -m server`: serve, or one of the commands that talk to a running service.
-
-It only finds the command; what each does is in server/commands.
-"""
+"""`python -m server`: find the command and run it; server/commands has one module for each."""
 
 import argparse
 import os
 import sys
 from typing import Final
 
-from server.commands import listing, say, serve, top
+from server.commands import models, say, serve, top, voices
 from server.commands.client import ClientError, UsageError
 from shared.settings import SettingsError
+
+_COMMANDS: Final = {"serve": serve, "say": say, "models": models, "voices": voices, "top": top}
 
 _EXIT_FAILED: Final = 1
 _EXIT_WRONG_USE: Final = 2
@@ -24,39 +23,34 @@ examples:
   python -m server voices --model espeak-ng
   python -m server top                              watch a running service
 
-The service is set up by TTS_* variables, from the environment or from .env (see .env.example);
-the other commands find it by the same ones, or by --url.
+TTS_* variables configure the service, in the environment or in .env (see .env.example).
+The other commands find the service by the same variables, or by --url.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    found = argparse.ArgumentParser(
+def argument_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; without a command, the service runs."""
+    parser = argparse.ArgumentParser(
         prog="python -m server",
         description="A self-hosted, OpenAI-compatible speech server.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.set_defaults(run=serve.run)
-    commands = found.add_subparsers(title="commands", metavar="COMMAND")
-    for name, add_arguments, run, summary in (
-        ("serve", serve.add_arguments, serve.run, "run the service (the default)"),
-        ("say", say.add_arguments, say.run, "let a running service speak into a file, or a player"),
-        ("models", listing.add_arguments, listing.run_models, "list the models of a running service"),
-        ("voices", listing.add_voice_arguments, listing.run_voices, "list its voices"),
-        ("top", top.add_arguments, top.run, "watch its models, memory, queue and streams"),
-    ):
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        add_arguments(command)
-        command.set_defaults(run=run)
-    return found
+    parser.set_defaults(run=serve.run)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        summary = command.SUMMARY
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit code."""
-    chosen = parser().parse_args(arguments)
+    """Run a command; returns the exit code."""
+    parsed = argument_parser().parse_args(arguments)
     try:
-        code: int = chosen.run(chosen)
+        code: int = parsed.run(parsed)
         sys.stdout.flush()
     except ClientError as error:
         sys.stderr.write(f"{error}\n")
@@ -67,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has heard enough. The interpreter would flush stdout once more, and complain.
+        # The reader of our output has closed it. The interpreter would flush stdout again and fail with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
     return code

@@ -1,4 +1,4 @@
-"""`say`: text in, from the command line or stdin; audio out, into a file or a pipe, written as it arrives."""
+"""`say`: speak a text from the command line or stdin into a file or a pipe; the audio is written as it arrives."""
 
 import argparse
 import http.client
@@ -15,12 +15,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from server.audio import CONTENT_TYPES
 from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageError, add_service_arguments, client_of
 
+SUMMARY: Final = "let a running service speak into a file or a player"
+
 _FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".ogg": "opus", ".raw": "pcm"}
 _READ_BYTES: Final = 65_536
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to say, how, and where to."""
+    """The text, the voice and the output."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         "examples:\n"
@@ -28,41 +30,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '  python -m server say --voice coral --speed 1.2 "Good morning." -o -  --format wav | aplay\n'
         "  python -m server say -o book.flac < chapter.txt"
     )
-    parser.add_argument("text", nargs="?", help="what to say; without it, or with -, it is read from stdin")
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", help="where to; - is stdout (default: stdout, if it is piped)"
-    )
-    parser.add_argument("--format", choices=list(CONTENT_TYPES), help="default: as FILE ends; mp3 into a pipe")
+    parser.add_argument("text", nargs="?", help="the text to speak (default, and with -: read from stdin)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="- is stdout (default: stdout if piped, or speech.mp3)")
+    parser.add_argument("--format", choices=list(CONTENT_TYPES), help="default: by the ending of FILE, or mp3")
     parser.add_argument("--model", help="a model's id or alias (default: the service's)")
-    parser.add_argument("--voice", help="a voice of that model, or a saved one (default: the model's first)")
-    parser.add_argument("--language", help="English, en, en-US … (default: auto)")
-    parser.add_argument("--instructions", help="how to say it, for models that follow instructions")
-    parser.add_argument("--speed", type=float, help="0.25 to 4 (default: 1)")
-    parser.add_argument("--seed", type=int, help="for the same speech again")
+    parser.add_argument("--voice", help="a preset or saved voice (default: the model's first)")
+    parser.add_argument("--language", help="the language of the text: English, en, en-US … (default: auto)")
+    parser.add_argument("--instructions", help="the style of speaking, for models that follow instructions")
+    parser.add_argument("--speed", type=float, help="the speed, from 0.25 to 4 (default: 1)")
+    parser.add_argument("--seed", type=int, help="a number; the same seed gives the same speech")
     add_service_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Speak; ClientError where that does not work, UsageError where it is not clear what is wanted."""
+    """Speak; returns the exit code. Raises ClientError if the service fails, UsageError for wrong arguments."""
     output = arguments.output or ("speech.mp3" if sys.stdout.isatty() else "-")
     if output == "-" and sys.stdout.isatty():
-        raise ClientError("audio is not for a terminal: pipe it into a player, or name a file with -o")
-    chosen = arguments.format or _format_of(output)
+        raise ClientError("audio cannot go to a terminal: pipe it into a player, or name a file with -o")
+    response_format = arguments.format or _format_of(output)
     text = arguments.text
     if text is None or text == "-":
-        text = _stdin_text()
+        text = _read_stdin()
     client = client_of(arguments)
-    body = _body(arguments, text, chosen)
+    body = _body(arguments, text, response_format)
     if output == "-":
         _copy(client, body, sys.stdout.buffer)
         return 0
-    with _replaced(Path(output)) as file:
+    with _replacing(Path(output)) as file:
         _copy(client, body, file)
     sys.stderr.write(f"{output}\n")
     return 0
 
 
-def _stdin_text() -> str:
+def _read_stdin() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -70,14 +70,14 @@ def _stdin_text() -> str:
 
 
 def _format_of(output: str) -> str:
-    """The format that the file's name asks for; mp3 into a pipe. UsageError where it asks for none of ours."""
+    """The format of a file by the ending of its name, mp3 for a pipe; UsageError for an unknown ending."""
     if output == "-":
         return "mp3"
     suffix = Path(output).suffix.lower()
     if suffix not in _FORMAT_OF_SUFFIX:
         known = ", ".join(_FORMAT_OF_SUFFIX)
-        ending = f"{suffix} is no ending of a format that is spoken here" if suffix else "it has no ending"
-        raise UsageError(f"{output}: {ending}; choose one of {known}, or say which format it is to be with --format")
+        problem = f"{suffix} is not the ending of a known audio format" if suffix else "the name has no ending"
+        raise UsageError(f"{output}: {problem}; use one of {known}, or choose the format with --format")
     return _FORMAT_OF_SUFFIX[suffix]
 
 
@@ -90,7 +90,7 @@ def _body(arguments: argparse.Namespace, text: str, response_format: str) -> dic
 
 
 def _copy(client: Client, body: dict[str, Any], target: BinaryIO) -> None:
-    """Audio from the service to `target` as it arrives; a bar on stderr, where that is a terminal, shows how much."""
+    """Write the audio to `target` as it arrives; a progress bar goes to stderr if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -104,12 +104,12 @@ def _copy(client: Client, body: dict[str, Any], target: BinaryIO) -> None:
             except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
-                raise ClientError("the service broke off while it was speaking; the audio is incomplete") from error
+                raise ClientError("the service broke the transfer off; the audio is incomplete") from error
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is complete, and of which nothing stays otherwise."""
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` when it is complete, and is removed if it is not."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as file:

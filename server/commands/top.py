@@ -1,4 +1,4 @@
-"""`top`: a running service's models, device memory, queue and streams, drawn anew every second.
+"""`top`: models, device memory, queue and streams of a running service, drawn again every second.
 
 It reads /admin/vram and /admin/stats, which cost the GPU worker nothing.
 """
@@ -14,44 +14,46 @@ from rich.table import Table
 from rich.text import Text
 
 from server.commands.client import Client, ClientError, add_service_arguments, client_of
-from server.commands.listing import console, megabytes
+from server.commands.output import console, megabytes
+
+SUMMARY: Final = "watch the models, memory, queue and streams of a running service"
 
 _STATE_STYLES: Final = {"resident": "green", "loading": "yellow", "offloaded": "cyan", "unavailable": "red"}
 _STREAM_STYLES: Final = {"speaking": "green", "stalled": "yellow"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How often, and where."""
-    parser.add_argument("--once", action="store_true", help="print once and end")
+    """How often to draw."""
+    parser.add_argument("--once", action="store_true", help="print once and exit")
     parser.add_argument(
-        "--interval", type=_interval, default=1.0, metavar="S", help="seconds between looks (default: 1)"
+        "--interval", type=_interval, default=1.0, metavar="S", help="seconds between updates (default: 1)"
     )
     add_service_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show it until Ctrl-C, or once."""
+    """Draw until Ctrl-C, or once; returns the exit code."""
     client = client_of(arguments, admin=True)
     screen = console()
     if arguments.once:
         screen.print(view(client.get("/admin/vram"), client.get("/admin/stats")))
         return 0
-    with Live(_look(client), console=screen, screen=screen.is_terminal, auto_refresh=False) as live:
+    with Live(_view_or_error(client), console=screen, screen=screen.is_terminal, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(arguments.interval)
-                live.update(_look(client), refresh=True)
+                live.update(_view_or_error(client), refresh=True)
         except KeyboardInterrupt:
             return 0
 
 
 def view(vram: dict[str, Any], stats: dict[str, Any]) -> RenderableType:
-    """What /admin/vram and /admin/stats say, as tables; what they leave out is shown as unknown or not at all."""
+    """The answers of /admin/vram and /admin/stats as tables; a missing value is shown as ? or left out."""
     return Group(_service(stats), Text(), _device(vram), Text(), _models(vram), Text(), _streams(stats))
 
 
-def _look(client: Client) -> RenderableType:
-    """The view, or why there is none: a service that restarts comes back while one watches."""
+def _view_or_error(client: Client) -> RenderableType:
+    """The view, or the error message: `top` goes on while the service restarts."""
     try:
         return view(client.get("/admin/vram"), client.get("/admin/stats"))
     except ClientError as error:

@@ -1,4 +1,4 @@
-"""A canned service for the commands that talk to one."""
+"""A fake service for the commands that need one."""
 
 import http
 import json
@@ -11,10 +11,10 @@ import pytest
 
 
 class CannedService:
-    """Answers each path with what `answers` says: a status and a JSON value, or bytes sent chunk by chunk.
+    """Answers each path from `answers`: a status and a JSON value, or a list of bytes that are sent as chunks.
 
-    A `None` among the chunks breaks the transfer off; the value of a 302 is where to.
-    `asked` holds method, path, headers and JSON body.
+    A `None` among the chunks breaks the transfer off. The value of a 302 is its Location.
+    `asked` has method, path, headers and JSON body.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class CannedService:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, request: BaseHTTPRequestHandler, body: Any) -> None:
-        """Note what was asked, and answer."""
+        """Record the request and answer it."""
         self.asked.append((request.command, request.path, dict(request.headers), body))
         status, content = self.answers.get(request.path, (404, {"error": {"message": f"nothing at {request.path}"}}))
         request.send_response(status)
@@ -63,7 +63,7 @@ class CannedService:
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[CannedService]:
-    """A canned service at TTS_PORT, and an empty folder without .env to be in."""
+    """A fake service at TTS_PORT; the current folder is empty, without .env."""
     canned = CannedService()
     canned.thread.start()
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""How the commands find a service, and what they say when there is none."""
+"""The commands' HTTP client: it finds the service and its key, and reports each failure as one message."""
 
 import argparse
 import io
@@ -12,7 +12,7 @@ from tests.server.commands.conftest import CannedService
 
 
 def arguments(**given: str) -> argparse.Namespace:
-    """What argparse makes of --url and --key."""
+    """The parsed arguments --url and --key."""
     return argparse.Namespace(**({"url": None, "key": None} | given))
 
 
@@ -26,14 +26,14 @@ def arguments(**given: str) -> argparse.Namespace:
     ],
 )
 def test_the_service_is_found_by_its_settings(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> None:
-    """Where the service would listen is where it is looked for."""
+    """The client uses the address that the service listens on."""
     monkeypatch.setenv("TTS_HOST", host)
     monkeypatch.setenv("TTS_PORT", "4711")
     assert client_of(arguments()).url == url
 
 
 def test_keys_come_from_the_settings(service: CannedService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An API key for speech, an admin key for the admin's commands; --key wins."""
+    """Speech uses an API key and admin commands an admin key; --key replaces both."""
     service.answers["/x"] = (200, {})
     monkeypatch.setenv("TTS_API_KEYS", "speak,other")
     monkeypatch.setenv("TTS_ADMIN_KEYS", "rule")
@@ -47,22 +47,22 @@ def test_keys_come_from_the_settings(service: CannedService, monkeypatch: pytest
     ]
 
 
-def test_keys_stay_at_home(service: CannedService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys of this machine's service are not sent to another one."""
+def test_keys_are_for_this_machine_alone(service: CannedService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service on another machine does not get the keys of the service on this one."""
     monkeypatch.setenv("TTS_API_KEYS", "speak")
     assert client_of(arguments(url="http://elsewhere.test:8000")).authorization is None
     assert client_of(arguments(url=service.url)).authorization == "Bearer speak"
 
 
-def test_a_proxy_is_not_asked_for_this_machine(service: CannedService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """http_proxy in the environment does not come between us and the loopback."""
+def test_a_proxy_is_not_used_for_this_machine(service: CannedService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client ignores http_proxy for the loopback."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     service.answers["/x"] = (200, {"y": 1})
     assert Client(service.url + "/").get("/x") == {"y": 1}
 
 
-def test_a_key_is_not_passed_on(service: CannedService) -> None:
-    """A service that sends its client elsewhere does not send the key along."""
+def test_a_redirect_does_not_carry_the_key(service: CannedService) -> None:
+    """After a redirect the request has no Authorization header."""
     service.answers |= {"/v1/models": (302, f"{service.url}/elsewhere"), "/elsewhere": (200, {"data": []})}
     assert Client(service.url, "secret").get("/v1/models") == {"data": []}
     asked = [(path, headers.get("Authorization")) for _, path, headers, _ in service.asked]
@@ -70,15 +70,15 @@ def test_a_key_is_not_passed_on(service: CannedService) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
-def test_the_habitual_base_url(service: CannedService, ending: str) -> None:
-    """--url may be what OpenAI's clients call the base URL."""
+def test_urls_with_v1_work(service: CannedService, ending: str) -> None:
+    """--url may be the base URL of OpenAI's clients, with /v1 at its end."""
     service.answers["/v1/models"] = (200, {"data": []})
     assert main(["models", "--url", service.url + ending]) == 0
     assert Client(f"{service.url}/speech{ending}").url == f"{service.url}/speech"
 
 
-def test_nobody_there(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that does not run is one line that says what to do."""
+def test_no_service(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a service, the error is one line with a hint."""
     monkeypatch.setenv("TTS_PORT", "1")
     assert main(["models"]) == 1
     err = capfd.readouterr().err
@@ -88,22 +88,22 @@ def test_nobody_there(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("url", ["ftp://a/", "nonsense", "http://a:b/", "http://[::1/"])
-def test_what_is_no_url(url: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """A wrong --url is a message."""
+def test_wrong_urls(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A wrong --url gives a message."""
     assert main(["voices", "--url", url]) == 1
     assert capfd.readouterr().err
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"\xff"])
 def test_another_server(service: CannedService, body: bytes) -> None:
-    """Something else that listens there is recognised as such."""
+    """An answer that is not JSON is reported as the wrong server."""
     service.answers["/x"] = (200, body)
     with pytest.raises(ClientError, match="is it this server"):
         Client(service.url).get("/x")
 
 
 def test_a_body_that_stalls() -> None:
-    """A service that stops sending in the middle of an answer is a message, not a traceback."""
+    """A service that stops in the middle of an answer gives a message, not a traceback."""
 
     class Stalled(io.BytesIO):
         def read(self, _size: int | None = -1) -> bytes:
@@ -118,7 +118,7 @@ def test_a_body_that_stalls() -> None:
 
 
 def test_errors_without_an_envelope(service: CannedService) -> None:
-    """A proxy's error page is shown shortened."""
+    """The error page of a proxy is shortened."""
     service.answers["/x"] = (502, b"<h1>Bad gateway</h1>" + b"!" * 1000)
     with pytest.raises(ClientError, match=r"<h1>Bad gateway</h1>!+ \(HTTP 502\)") as caught:
         Client(service.url).get("/x")
@@ -126,7 +126,7 @@ def test_errors_without_an_envelope(service: CannedService) -> None:
 
 
 def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """The commands are as strict about TTS_* as the service, with the same exit code."""
+    """A wrong TTS_* variable is an error in each command, with the exit code of `serve`."""
     monkeypatch.setenv("TTS_PORT", "many")
     assert main(["models"]) == 2
     assert "TTS_PORT" in capfd.readouterr().err

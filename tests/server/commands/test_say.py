@@ -1,4 +1,4 @@
-"""`say`: the audio of a running service ends in a file or a pipe, complete or not at all."""
+"""`say`: it writes the audio of a running service into a file or a pipe; an incomplete file is never left."""
 
 import io
 import os
@@ -15,7 +15,7 @@ SPEECH = "/v1/audio/speech"
 
 
 def test_speech_goes_into_a_file(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """The file holds every chunk; its ending decides the format; stdout stays empty."""
+    """The file has every chunk; its ending decides the format; stdout stays empty."""
     service.answers[SPEECH] = (200, [b"abc", b"def" * 10_000])
     assert main(["say", "Good morning.", "-o", "hello.FLAC"]) == 0
     assert Path("hello.FLAC").read_bytes() == b"abc" + b"def" * 10_000
@@ -25,7 +25,7 @@ def test_speech_goes_into_a_file(service: CannedService, capfd: pytest.CaptureFi
 
 
 def test_every_option_is_passed_on(service: CannedService) -> None:
-    """What the command line says is what the service is asked; what it leaves out is left out."""
+    """The request has a field for each option that was given, and no others."""
     service.answers[SPEECH] = (200, [b"x"])
     options = "--model tts-1 --voice coral --language en --instructions calm --speed 1.5 --seed 7 --format opus"
     assert main(["say", "hi", "-o", "a.bin", *options.split()]) == 0
@@ -46,17 +46,15 @@ def test_every_option_is_passed_on(service: CannedService) -> None:
     [("a.mp3", "mp3"), ("a.opus", "opus"), ("a.ogg", "opus"), ("a.aac", "aac"), ("a.wav", "wav"), ("a.raw", "pcm")],
 )
 def test_the_ending_chooses_the_format(service: CannedService, name: str, chosen: str) -> None:
-    """What a player would take the file for is what is in it."""
+    """The format is the one that players expect of the ending."""
     service.answers[SPEECH] = (200, [b"x"])
     assert main(["say", "hi", "-o", name]) == 0
     assert service.asked[0][3]["response_format"] == chosen
 
 
 @pytest.mark.parametrize("name", ["a.m4a", "a.txt", "speech"])
-def test_an_ending_of_no_format_is_refused(
-    service: CannedService, capfd: pytest.CaptureFixture[str], name: str
-) -> None:
-    """No mp3 under another's name, unless --format says that it is meant so."""
+def test_an_unknown_ending_is_refused(service: CannedService, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """An ending of no known format is refused unless --format chooses the format."""
     service.answers[SPEECH] = (200, [b"x"])
     assert main(["say", "hi", "-o", name]) == 2
     err = capfd.readouterr().err
@@ -70,7 +68,7 @@ def test_an_ending_of_no_format_is_refused(
 
 @pytest.mark.parametrize("arguments", [["say", "-o", "a.mp3"], ["say", "-", "-o", "a.mp3"]])
 def test_text_comes_from_stdin(service: CannedService, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
-    """Without a text, or with -, it is read from stdin."""
+    """Without a text, or with -, `say` reads stdin."""
     service.answers[SPEECH] = (200, [b"x"])
     monkeypatch.setattr("sys.stdin", io.StringIO("from a file\n"))
     assert main(arguments) == 0
@@ -78,7 +76,7 @@ def test_text_comes_from_stdin(service: CannedService, monkeypatch: pytest.Monke
 
 
 def test_piped_output_is_the_audio_alone(service: CannedService, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """With -o -, or into a pipe, stdout gets the bytes and nothing else."""
+    """With -o -, or into a pipe, stdout gets the audio bytes alone."""
     service.answers[SPEECH] = (200, [b"\x00\xff", b"\x01"])
     assert main(["say", "hi"]) == 0
     assert main(["say", "hi", "-o", "-"]) == 0
@@ -86,7 +84,7 @@ def test_piped_output_is_the_audio_alone(service: CannedService, capfdbinary: py
 
 
 def test_a_broken_transfer_leaves_no_file(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """Half a speech is an error, and what was there before stays."""
+    """A transfer that breaks off is an error, and the file that was there before stays."""
     Path("old.mp3").write_bytes(b"before")
     service.answers[SPEECH] = (200, [b"half", None])
     assert main(["say", "hi", "-o", "old.mp3"]) == 1
@@ -96,7 +94,7 @@ def test_a_broken_transfer_leaves_no_file(service: CannedService, capfd: pytest.
 
 
 def test_a_refusal_is_its_message(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """What the service says is shown as it is, with exit code 1 and no file."""
+    """The message of the service is printed unchanged; the exit code is 1 and no file is left."""
     service.answers[SPEECH] = (400, {"error": {"message": "voice: there is no voice 'x'", "type": "t"}})
     assert main(["say", "hi", "-o", "a.mp3"]) == 1
     assert capfd.readouterr().err == "voice: there is no voice 'x' (HTTP 400)\n"
@@ -104,13 +102,13 @@ def test_a_refusal_is_its_message(service: CannedService, capfd: pytest.CaptureF
 
 
 def test_a_file_that_cannot_be_written(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """A wrong path is a message, not a traceback."""
+    """A path that cannot be written gives a message, not a traceback."""
     service.answers[SPEECH] = (200, [b"x"])
     assert main(["say", "hi", "-o", "nowhere/a.mp3"]) == 1
     assert capfd.readouterr().err == "nowhere/a.mp3 cannot be written: No such file or directory\n"
 
 
-def test_a_reader_that_has_enough_is_no_error(service: CannedService) -> None:
+def test_a_closed_pipe_is_no_traceback(service: CannedService) -> None:
     """`say … | head -c 3` ends without a traceback."""
     service.answers[SPEECH] = (200, [b"x" * 100_000] * 20)
     root = str(Path(__file__).parents[3])

@@ -1,4 +1,4 @@
-"""What `serve` checks before anything starts. How it runs and stops is shown in tests/system."""
+"""`serve`: its checks before anything starts, and stopping. tests/system tests a running service."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ ROOT = str(Path(__file__).parents[3])
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """Somebody else's server, one that shares its port as granian's workers do."""
+    """Another program's socket, which shares its port as granian's workers do."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(("127.0.0.1", 0))
@@ -27,7 +27,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """All mistakes at once, also those that only the catalogue, the disk and the GPU worker know; exit code 2."""
+    """One message names all mistakes, also those against catalogue, disk and GPU; the exit code is 2."""
     monkeypatch.chdir(tmp_path)
     wrong = {"PORT": "many", "DEFAULT_MODEL": "void", "VOICES_DIR": "/dev/null/voices", "DEFAULT_DEVICE": "cuda"}
     for name, value in wrong.items():
@@ -41,10 +41,10 @@ def test_wrong_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: 
     )
 
 
-def test_a_worker_elsewhere_answers_for_its_own_machine(
+def test_a_worker_elsewhere_needs_no_gpu_here(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With TTS_WORKER_URL neither a GPU nor the worker's folders need be on this side."""
+    """With TTS_WORKER_URL, this machine needs neither a GPU nor the folders of the worker."""
     monkeypatch.chdir(tmp_path)
     settings = {"WORKER_URL": f"ipc://{tmp_path}/w.ipc", "VOICES_DIR": "/dev/null/voices", "DEFAULT_DEVICE": "cuda"}
     for name, value in (settings | {"PORT": str(listener.getsockname()[1])}).items():
@@ -57,7 +57,7 @@ def test_a_worker_elsewhere_answers_for_its_own_machine(
 def test_a_port_in_use(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Told before anything is started, also where the other side would share the port."""
+    """A port in use is refused before anything starts, even if the other program shares the port."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TTS_PORT", str(listener.getsockname()[1]))
     assert main(["serve"]) == 1
@@ -70,7 +70,7 @@ def test_a_port_in_use(
 def test_an_address_that_is_not_ours(
     host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A host that cannot be listened on is one line, not a traceback from a worker."""
+    """A host that is not this machine's gives one line, not a traceback of a web worker."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TTS_HOST", host)
     assert main([]) == 1
@@ -78,7 +78,7 @@ def test_an_address_that_is_not_ours(
 
 
 def test_help_is_helpful(capfd: pytest.CaptureFixture[str]) -> None:
-    """Every command is in it, with examples."""
+    """The help has every command and examples."""
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
@@ -88,14 +88,14 @@ def test_help_is_helpful(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_command_is_refused() -> None:
-    """The parser's own exit code 2."""
+    """An unknown command ends with the parser's exit code 2."""
     with pytest.raises(SystemExit) as end:
         main(["sing"])
     assert end.value.code == 2
 
 
 def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
-    """Exit code 0, no child left, and the private folder of the worker's socket removed."""
+    """SIGTERM ends the service with exit code 0; no child and no folder of the worker's socket is left."""
     port = free_port()
     environ = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(tmp_path), "TTS_PORT": str(port)}
     with subprocess.Popen(
@@ -120,7 +120,7 @@ def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
-    """Stopped while its processes are still starting, the service ends at once and leaves nothing."""
+    """A signal while the processes start ends the service at once, and nothing is left."""
     port = free_port()
     environ = {**os.environ, "PYTHONPATH": ROOT, "TMPDIR": str(tmp_path), "TTS_PORT": str(port)}
     with subprocess.Popen(

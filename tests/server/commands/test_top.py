@@ -1,4 +1,4 @@
-"""`top`: what the admin endpoints say, on one screen."""
+"""`top`: the answers of the admin endpoints on one screen."""
 
 import os
 import pty
@@ -39,13 +39,13 @@ STATS: dict[str, Any] = {
 
 @pytest.fixture
 def watched(service: CannedService) -> CannedService:
-    """A service with something to see."""
+    """A service with models and streams."""
     service.answers |= {"/admin/vram": (200, VRAM), "/admin/stats": (200, STATS)}
     return service
 
 
 def test_once(watched: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """Every figure that matters is there."""
+    """The output has every value that matters."""
     assert main(["top", "--once"]) == 0
     assert len(watched.asked) == 2
     out = capfd.readouterr().out
@@ -62,30 +62,30 @@ def test_once(watched: CannedService, capfd: pytest.CaptureFixture[str]) -> None
         assert shown in large
 
 
-def test_missing_figures_are_no_error(service: CannedService) -> None:
-    """A service that has not met its worker yet shows what it can."""
+def test_missing_values_are_no_error(service: CannedService) -> None:
+    """A service that is not connected to its worker is shown without the missing values."""
     stats = {"worker": None, "streams": None}
     service.answers |= {"/admin/vram": (200, {"device": None}), "/admin/stats": (200, stats)}
     assert main(["top", "--once"]) == 0
 
 
 def test_a_refusal_is_its_message(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """A missing key ends the command with the service's words."""
+    """A refusal ends the command with the message of the service."""
     service.answers["/admin/vram"] = (403, {"error": {"message": "an admin key is needed"}})
     assert main(["top", "--once"]) == 1
     assert capfd.readouterr().err == "an admin key is needed (HTTP 403)\n"
 
 
 @pytest.mark.parametrize("interval", ["0", "x", "1e9", "nan"])
-def test_odd_intervals_are_refused(interval: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither a busy loop nor for ever."""
+def test_intervals_out_of_range_are_refused(interval: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """An interval of zero, of days or of no number is refused."""
     with pytest.raises(SystemExit):
         main(["top", "--interval", interval])
     assert "--interval" in capfd.readouterr().err
 
 
 def test_live_on_a_terminal_until_ctrl_c(watched: CannedService) -> None:
-    """It draws on a terminal, again and again, and leaves it in order."""
+    """On a terminal `top` draws again and again; Ctrl-C ends it with exit code 0."""
     ours, theirs = pty.openpty()
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "TERM": "xterm", "COLUMNS": "150"}
     command = [sys.executable, "-m", "server", "top", "--interval", "0.1"]

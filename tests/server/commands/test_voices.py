@@ -1,0 +1,38 @@
+"""`voices` as a table and as JSON."""
+
+import json
+
+import pytest
+
+from server.__main__ import main
+from tests.server.commands.conftest import CannedService
+
+VOICES = {
+    "voices": [
+        {"id": "en-us", "name": "Emma", "model": "espeak-ng", "language": "english", "kind": "preset"},
+        {"id": "v1", "name": "Mine", "model": "qwen3", "language": "auto", "kind": "clone", "description": "my own"},
+    ],
+    "uploaded_voices": [{"id": "v1", "name": "Mine", "type": "clone", "description": "my own"}],
+}
+
+
+def test_voices(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """The table has preset and saved voices, each once."""
+    service.answers["/v1/audio/voices"] = (200, VOICES)
+    assert main(["voices"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["en-us", "v1"]
+    assert "my own" in lines[2]
+
+
+def test_voices_of_one_model(service: CannedService) -> None:
+    """The name of a model is quoted in the query, its slash too."""
+    service.answers["/v1/audio/voices?model=Qwen%2FX"] = (200, VOICES)
+    assert main(["voices", "--model", "Qwen/X"]) == 0
+
+
+def test_json(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """--json prints the service's own answer, for other programs."""
+    service.answers["/v1/audio/voices"] = (200, VOICES)
+    assert main(["voices", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == VOICES
