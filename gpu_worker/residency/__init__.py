@@ -5,7 +5,8 @@ Outsiders import from this package only, never from its modules.
 """
 
 from gpu_worker.residency.checkpoints import Checkpoints
-from gpu_worker.residency.manager import ModelBusyError, Residency, ResidencyOptions
+from gpu_worker.residency.cleanup import ResidencyOptions
+from gpu_worker.residency.manager import ModelBusyError, Residency
 from gpu_worker.residency.memory import MemoryProbe, open_probe
 from gpu_worker.residency.models import (
     Downloaded,

@@ -11,13 +11,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Final, assert_never
-
-import msgspec
 
 from gpu_worker.engines.base import Engine, Memory
 from gpu_worker.residency import policy
+from gpu_worker.residency.cleanup import Cleanup, ResidencyOptions
 from gpu_worker.residency.memory import MemoryProbe
 from gpu_worker.residency.models import (
     ARRIVING,
@@ -38,7 +36,7 @@ from gpu_worker.residency.models import (
     TransitionFailed,
 )
 from shared.catalog import ModelSpec
-from shared.protocol import CleanupPass, DeviceMemory, HostMemory, ModelStatus, State
+from shared.protocol import CleanupPass, ModelStatus, State
 
 FILE_CHECK_S: Final = 5.0
 """How often the files of absent models are checked."""
@@ -65,19 +63,6 @@ class ModelBusyError(Exception):
     """The model has requests, so it is not unloaded."""
 
 
-class ResidencyOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """When idle models leave; byte budgets belong to the probe.
-
-    Idle for `idle_timeout_s`, a model leaves the device for host RAM; there for `host_idle_timeout_s`, it is dropped.
-    A cleanup pass checks both every `cleanup_interval_s`, unless `cleanup_enabled` is false.
-    """
-
-    idle_timeout_s: float = 300.0
-    host_idle_timeout_s: float = 3600.0
-    cleanup_interval_s: float = 30.0
-    cleanup_enabled: bool = True
-
-
 class Residency:
     """Which of `specs` is on the device, in host RAM, or nowhere.
 
@@ -102,8 +87,7 @@ class Residency:
         self._entries = {spec.id: ModelEntry(id=spec.id, estimated_bytes=spec.estimated_bytes) for spec in specs}
         self._all = list(self._entries.values())
         self._engines: dict[str, Engine] = {}
-        self._options = options
-        self._timeouts = policy.IdleTimeouts(device_s=options.idle_timeout_s, host_s=options.host_idle_timeout_s)
+        self._cleanup = Cleanup(options, probe, clock, wall)
         self._probe = probe
         self._move = move
         self._see_to_files = see_to_files
@@ -115,10 +99,6 @@ class Residency:
         self._recheck_at = math.inf
         self._reclaimed_at = -math.inf
         self._files_checked_at = clock()
-        self._cleanup: _RunningCleanup | None = None
-        self._cleanup_requested = False
-        self._next_cleanup_at = clock() + options.cleanup_interval_s
-        self._last_cleanup: CleanupPass | None = None
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -129,6 +109,7 @@ class Residency:
         entry.references += 1
         if entry.requested == "unload":
             entry.requested = None
+        self._changed = self._changed or entry.wanted
         self._touch(entry)
 
     def release(self, model: str, keep_alive_s: float | None) -> None:
@@ -146,6 +127,7 @@ class Residency:
         if entry.references == 0:
             raise ValueError(f"{model} has no reference to release")
         entry.references -= 1
+        self._changed = True
         self._touch(entry)
 
     def measured(self, model: str, memory: Memory) -> None:
@@ -167,6 +149,7 @@ class Residency:
         self._enqueue(entry)
         entry.requested = None if entry.state is ModelState.RESIDENT and not entry.broken else "load"
         entry.keep_alive_s = None
+        self._changed = self._changed or entry.wanted
         self._touch(entry)
 
     def unload(self, model: str) -> None:
@@ -195,17 +178,17 @@ class Residency:
 
     def start_cleanup(self) -> None:
         """Run a cleanup pass now, also if `cleanup_enabled` is false."""
-        self._cleanup_requested = self._cleanup_requested or self._cleanup is None
+        self._cleanup.request()
 
     @property
     def cleanup_running(self) -> bool:
         """Whether a cleanup pass is requested or under way."""
-        return self._cleanup_requested or self._cleanup is not None
+        return self._cleanup.running
 
     @property
     def last_cleanup(self) -> CleanupPass | None:
         """The result of the cleanup pass that ended last."""
-        return self._last_cleanup
+        return self._cleanup.last
 
     # --- faults ------------------------------------------------------------------------------------------------------
 
@@ -293,8 +276,7 @@ class Residency:
             self._start_file_work(overdue=overdue)
         if self._moving is not None:
             return []
-        self._begin_cleanup(now)
-        if not self._changed and now < self._recheck_at and self._cleanup is None:
+        if not (self._cleanup.begin_if_due(self._all) or self._changed or now >= self._recheck_at):
             return []
         return self._carry_out(self._plan(now), now)
 
@@ -331,12 +313,16 @@ class Residency:
         self._clear_shortages(now)
         for entry in self._all:
             entry.evict = entry.evict and entry.state is ModelState.RESIDENT and entry.evictable
-        plan = policy.next_transition(self._all, _Reading(self._probe), now, self._timeouts)
+        plan = self._next_transition(now)
         if plan.short and now - self._reclaimed_at >= RECLAIM_S:
             self._reclaimed_at = now
             self._probe.reclaim(collect=False)
-            plan = policy.next_transition(self._all, _Reading(self._probe), now, self._timeouts)
+            plan = self._next_transition(now)
         return plan
+
+    def _next_transition(self, now: float) -> policy.Plan:
+        memory = policy.MemoryReading(device=self._probe.device(), host=self._probe.host())
+        return policy.next_transition(self._all, memory, now, self._cleanup.idle_check())
 
     def _carry_out(self, plan: policy.Plan, now: float) -> list[Refusal]:
         for model in plan.short:
@@ -344,7 +330,7 @@ class Residency:
             entry.short_since = now if entry.short_since is None else entry.short_since
         for refusal in plan.refusals:
             self._refuse(refusal)
-        self._continue_cleanup(plan)
+        self._cleanup.record(plan, self._all)
         self._changed = bool(plan.refusals)
         rechecks = [now + SHORTAGE_RECHECK_S] if plan.short else []
         rechecks += [
@@ -396,10 +382,10 @@ class Residency:
             return None
         return self._refuse(
             Refusal(
-                model=entry.id,
-                code="insufficient_vram" if out_of_memory else "model_unavailable",
-                message=failure.error.message,
-                retry_after_s=failure.error.retry_after_s or policy.BUSY_RETRY_S,
+                entry.id,
+                "insufficient_vram" if out_of_memory else "model_unavailable",
+                failure.error.message,
+                failure.error.retry_after_s or policy.BUSY_RETRY_S,
             )
         )
 
@@ -436,12 +422,7 @@ class Residency:
             return None
         entry.files.stamp = None  # a partial download has changed the files, and mends nothing
         return self._refuse(
-            Refusal(
-                model=entry.id,
-                code="model_unavailable",
-                message=error.message,
-                retry_after_s=error.retry_after_s or policy.FULL_RETRY_S,
-            )
+            Refusal(entry.id, "model_unavailable", error.message, error.retry_after_s or policy.FULL_RETRY_S)
         )
 
     # --- entries -----------------------------------------------------------------------------------------------------
@@ -488,72 +469,6 @@ class Residency:
     def _touch(self, entry: ModelEntry) -> None:
         entry.last_used = self._clock()
         entry.used_at = self._wall()
-        self._changed = True
-
-    # --- the cleanup pass --------------------------------------------------------------------------------------------
-
-    def _begin_cleanup(self, now: float) -> None:
-        due = self._options.cleanup_enabled and now >= self._next_cleanup_at
-        if self._cleanup is not None or not (due or self._cleanup_requested):
-            return
-        checked = [entry for entry in self._all if entry.state is not ModelState.ABSENT]
-        for entry in checked:
-            entry.idle_check = True
-        self._cleanup = _RunningCleanup(
-            timestamp=self._wall(),
-            before_bytes=self._probe.device().ours_bytes,
-            checked=[entry.id for entry in checked],
-            by_hand=self._cleanup_requested,
-        )
-        self._cleanup_requested = False
-        self._next_cleanup_at = now + self._options.cleanup_interval_s
-
-    def _continue_cleanup(self, plan: policy.Plan) -> None:
-        for model in plan.idle_checked:
-            self._entries[model].idle_check = False
-        if self._cleanup is None:
-            return
-        if plan.by_cleanup and plan.transition is not None:
-            self._cleanup.transitions.append(plan.transition)
-            return
-        ended, self._cleanup = self._cleanup, None
-        busy = any(entry.references for entry in self._all)
-        if not ended.transitions and (ended.by_hand or not busy):
-            # Every transition gives caches back, but there was none; running streams would have to allocate them again.
-            self._probe.reclaim(collect=False)
-        self._last_cleanup = CleanupPass(
-            timestamp=ended.timestamp,
-            vram_before_bytes=ended.before_bytes,
-            vram_after_bytes=self._probe.device().ours_bytes,
-            models_checked=ended.checked,
-            models_unloaded=list(dict.fromkeys(transition.model for transition in ended.transitions)),
-            models_dropped=[transition.model for transition in ended.transitions if transition.kind == "drop"],
-        )
-
-
-class _RunningCleanup(msgspec.Struct, kw_only=True):
-    """The cleanup pass under way; `by_hand`: an admin asked for it."""
-
-    timestamp: float
-    before_bytes: int
-    checked: list[str]
-    by_hand: bool
-    transitions: list[Transition] = msgspec.field(default_factory=list)
-
-
-class _Reading:
-    """Memory as it is when a rule of the policy first asks, and the same for the rest of that decision."""
-
-    def __init__(self, probe: MemoryProbe) -> None:
-        self._probe = probe
-
-    @cached_property
-    def device(self) -> DeviceMemory:
-        return self._probe.device()
-
-    @cached_property
-    def host(self) -> HostMemory:
-        return self._probe.host()
 
 
 def _public_state(entry: ModelEntry) -> State:

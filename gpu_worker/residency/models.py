@@ -51,7 +51,7 @@ ARRIVING: Final = frozenset({ModelState.LOADING, ModelState.RESTORING})
 MOVING: Final = frozenset(STATE_DURING.values())
 
 
-class Transition(msgspec.Struct, frozen=True, kw_only=True):
+class Transition(msgspec.Struct, frozen=True):
     """One model changes its state."""
 
     model: str
@@ -89,8 +89,7 @@ class ModelEntry(msgspec.Struct, kw_only=True):
     `short_since`: when the load at the head of its wait first found no room.
     `retried`: the transition to the device ran out of memory once since the model was enqueued.
     `preload`: one of the models of the start; `preload_pending`: the start still waits for it.
-    `evict`: marked for eviction. `idle_check`: the running cleanup pass has yet to check this model.
-    `broken`: the engine failed and has to be replaced.
+    `evict`: marked for eviction. `broken`: the engine failed and has to be replaced.
     `progress`: how far a load or download has come. `last_error`: why the model could not come the last time;
     `shortage_checked_at`: when it was last checked whether that lack of room has passed, None for other errors.
     """
@@ -111,7 +110,6 @@ class ModelEntry(msgspec.Struct, kw_only=True):
     preload_pending: bool = False
     pinned: bool = False
     evict: bool = False
-    idle_check: bool = False
     broken: bool = False
     keep_alive_s: float | None = None
     last_used: float = 0.0
@@ -169,7 +167,7 @@ class ModelEntry(msgspec.Struct, kw_only=True):
         return self.preload_pending and self.references == 0
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+class Refusal(msgspec.Struct, frozen=True):
     """A wanted model cannot become resident now: its requests and admin calls fail with this.
 
     `code`: `insufficient_vram` (the message holds the arithmetic) or `model_unavailable`.

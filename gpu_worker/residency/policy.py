@@ -13,11 +13,19 @@ The order of precedence:
 
 import itertools
 from collections.abc import Collection, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
-from gpu_worker.residency.models import CheckFiles, Download, ModelEntry, ModelState, Refusal, Transition
+from gpu_worker.residency.models import (
+    CheckFiles,
+    Download,
+    ModelEntry,
+    ModelState,
+    Refusal,
+    Transition,
+    TransitionKind,
+)
 from shared.protocol import DeviceMemory, HostMemory
 
 BUSY_RETRY_S: Final = 5.0
@@ -33,25 +41,22 @@ SHORTAGE_WAIT_S: Final = 30.0
 """How long a model that fits once busy models are idle waits for that before its requests are refused."""
 
 
-class MemoryReading(Protocol):
+class MemoryReading(msgspec.Struct, frozen=True, kw_only=True):
     """Device and host memory at one moment."""
 
-    @property
-    def device(self) -> DeviceMemory:
-        """The device's memory."""
-        ...
-
-    @property
-    def host(self) -> HostMemory:
-        """Host RAM."""
-        ...
+    device: DeviceMemory
+    host: HostMemory
 
 
-class IdleTimeouts(msgspec.Struct, frozen=True, kw_only=True):
-    """Idle for `device_s`, a model leaves the device for host RAM; there for `host_s`, it is dropped."""
+class IdleCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running cleanup pass asks: which of `models` leave.
 
-    device_s: float
-    host_s: float
+    Idle for `timeout_s`, a model leaves the device for host RAM; there for `host_timeout_s`, it is dropped.
+    """
+
+    models: Sequence[str] = ()
+    timeout_s: float
+    host_timeout_s: float
 
 
 class Shortage(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,23 +82,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do now.
 
     `short`: wanted models that found no room even with every idle model gone; those not refused keep waiting.
-    `idle_checked`: models that the running cleanup pass is through with; `by_cleanup`: the transition is that pass's.
+    `idle_checked`: models that the cleanup pass is through with; `by_cleanup`: the transition is that pass's.
     """
 
     transition: Transition | None = None
-    refusals: Sequence[Refusal] = ()
-    short: Collection[str] = ()
-    idle_checked: Collection[str] = ()
+    refusals: list[Refusal] = []
+    short: list[str] = []
+    idle_checked: list[str] = []
     by_cleanup: bool = False
 
 
-def next_transition(entries: Sequence[ModelEntry], memory: MemoryReading, now: float, timeouts: IdleTimeouts) -> Plan:
+def next_transition(entries: Sequence[ModelEntry], memory: MemoryReading, now: float, idle: IdleCheck) -> Plan:
     """The next transition, if any, and the requests to refuse; see the module's order of precedence."""
     idle_checked: list[str] = []
     for entry in entries:
-        if not entry.idle_check:
+        if entry.id not in idle.models:
             continue
-        transition = leave_if_idle(entry, entries, memory, now, timeouts)
+        transition = leave_if_idle(entry, entries, memory, now, idle)
         if transition is None or transition.model == entry.id:
             idle_checked.append(entry.id)
         if transition is not None:
@@ -102,23 +107,19 @@ def next_transition(entries: Sequence[ModelEntry], memory: MemoryReading, now: f
     if transition is not None:
         return Plan(transition=transition, idle_checked=idle_checked)
     transition, refusals, short = next_load(entries, memory, now)
-    return Plan(
-        transition=transition or enforce_budgets(entries, memory),
-        refusals=refusals,
-        short=short,
-        idle_checked=idle_checked,
-    )
+    transition = transition or enforce_budgets(entries, memory)
+    return Plan(transition=transition, refusals=refusals, short=short, idle_checked=idle_checked)
 
 
 def leave_if_idle(
-    entry: ModelEntry, entries: Sequence[ModelEntry], memory: MemoryReading, now: float, timeouts: IdleTimeouts
+    entry: ModelEntry, entries: Sequence[ModelEntry], memory: MemoryReading, now: float, idle: IdleCheck
 ) -> Transition | None:
     """Evict `entry` if its idle time is over. A negative keep_alive_s keeps a model until others need the room."""
-    keep_s = timeouts.device_s if entry.keep_alive_s is None else entry.keep_alive_s
+    keep_s = idle.timeout_s if entry.keep_alive_s is None else entry.keep_alive_s
     if not entry.evictable or keep_s < 0 or entry.broken or entry.requested == "unload":
         return None
-    if entry.state is ModelState.OFFLOADED and now - entry.offloaded_since >= timeouts.host_s:
-        return Transition(model=entry.id, kind="drop")
+    if entry.state is ModelState.OFFLOADED and now - entry.offloaded_since >= idle.host_timeout_s:
+        return Transition(entry.id, "drop")
     if entry.state is ModelState.RESIDENT and now - entry.last_used >= keep_s:
         return evict(entry, entries, memory)
     return None
@@ -128,7 +129,7 @@ def next_drop(entries: Sequence[ModelEntry]) -> Transition | None:
     """Drop the first broken or unloaded model. A broken one goes even if requests wait for the model."""
     for entry in entries:
         if entry.broken or (entry.requested == "unload" and entry.state is not ModelState.ABSENT):
-            return Transition(model=entry.id, kind="drop")
+            return Transition(entry.id, "drop")
     return None
 
 
@@ -150,30 +151,23 @@ def next_load(
                 continue
             if entry.files.problem:
                 message = f"{entry.id}: {entry.files.problem}"
-                refusals.append(
-                    Refusal(model=entry.id, code="model_unavailable", message=message, retry_after_s=FULL_RETRY_S)
-                )
+                refusals.append(Refusal(entry.id, "model_unavailable", message, FULL_RETRY_S))
                 continue
         protected = [other.id for other in entries if other.preload] if entry.only_for_start else []
         shortage = find_shortage(entry, entries, memory.device, protected)
         if shortage is None:
-            return (
-                Transition(model=entry.id, kind="load" if entry.state is ModelState.ABSENT else "restore"),
-                refusals,
-                short,
-            )
+            kind: TransitionKind = "load" if entry.state is ModelState.ABSENT else "restore"
+            return Transition(entry.id, kind), refusals, short
         if shortage.fits_after_eviction:
             return make_room_for(shortage, entries, memory), refusals, short
         if reload_fits(entry, shortage, entries, memory.device, protected):
-            return Transition(model=entry.id, kind="drop"), refusals, short
+            return Transition(entry.id, "drop"), refusals, short
         short.append(entry.id)
         waited_s = 0.0 if entry.short_since is None else now - entry.short_since
         if shortage.fits_when_idle and waited_s < SHORTAGE_WAIT_S:
             continue
         retry_after_s = BUSY_RETRY_S if shortage.fits_when_idle else FULL_RETRY_S
-        refusals.append(
-            Refusal(model=entry.id, code="insufficient_vram", message=shortage.message, retry_after_s=retry_after_s)
-        )
+        refusals.append(Refusal(entry.id, "insufficient_vram", shortage.message, retry_after_s))
     return None, refusals, short
 
 
@@ -188,7 +182,7 @@ def enforce_budgets(entries: Sequence[ModelEntry], memory: MemoryReading) -> Tra
     if offloaded_bytes(entries) > memory.host.budget_bytes:
         for entry in _lru(entries, ModelState.OFFLOADED):
             if entry.host_bytes:
-                return Transition(model=entry.id, kind="drop")
+                return Transition(entry.id, "drop")
     return None
 
 
@@ -202,20 +196,20 @@ def evict(entry: ModelEntry, entries: Sequence[ModelEntry], memory: MemoryReadin
     if memory.device.kind != "cpu":
         short_bytes = max(short_bytes, more_bytes - memory.host.free_bytes)
     if more_bytes <= 0 or short_bytes <= 0:
-        return Transition(model=entry.id, kind="offload")
+        return Transition(entry.id, "offload")
     older = [
         other
         for other in _lru(entries, ModelState.OFFLOADED)
         if other.host_bytes and other.last_used <= entry.last_used
     ]
     makes_room = short_bytes <= sum(other.host_bytes for other in older)
-    return Transition(model=(older[0] if makes_room else entry).id, kind="drop")
+    return Transition((older[0] if makes_room else entry).id, "drop")
 
 
 def make_room_for(shortage: Shortage, entries: Sequence[ModelEntry], memory: MemoryReading) -> Transition:
     """The next eviction against a shortage that evictions end."""
     if shortage.of_host_ram:
-        return Transition(model=[*shortage.host_victims, *shortage.victims][0].id, kind="drop")
+        return Transition([*shortage.host_victims, *shortage.victims][0].id, "drop")
     return evict(shortage.victims[0], entries, memory)
 
 

@@ -181,7 +181,7 @@ class TestModels:
         for seconds in (0.2, 40.0):
             reporter.moved(
                 TransitionDone(
-                    transition=Transition(model="m", kind=kind),
+                    transition=Transition("m", kind),
                     engine=None,
                     memory=Memory(),
                     before_bytes=0,
@@ -198,7 +198,7 @@ class TestModels:
     @pytest.mark.parametrize(("code", "short"), [("model_unavailable", 0), ("insufficient_vram", 1)])
     def test_failed(self, reporter: Stats, code: str, short: int) -> None:
         """A failed move is no move; whether memory was the reason is known."""
-        move = Transition(model="m", kind="load")
+        move = Transition("m", "load")
         reporter.moved(TransitionFailed(transition=move, error=JobError(code, "it broke"), state=ModelState.ABSENT))
         assert _figures(reporter) == ModelFigures(failed_moves={"load": 1}, out_of_memory=short)
 

@@ -38,7 +38,7 @@ class TestOrder:
         refusal, move = bench.advance()
         assert isinstance(refusal, Refusal)
         assert refusal.model == "a"
-        assert move == Transition(model="b", kind="load")
+        assert move == Transition("b", "load")
 
     def test_waits_for_the_busy_and_others_do_not(self) -> None:
         """Behind a model that waits for room, one that fits is loaded."""

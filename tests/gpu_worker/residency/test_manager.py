@@ -18,7 +18,7 @@ class TestComing:
         assert bench.states() == {"a": "absent"}
         bench.residency.acquire("a")
         move = bench.next_transition()
-        assert move == Transition(model="a", kind="load")
+        assert move == Transition("a", "load")
         assert bench.states() == {"a": "loading"}
         bench.finish(move)
         assert bench.states() == {"a": "resident"}
@@ -33,7 +33,7 @@ class TestComing:
         move = bench.next_transition()
         assert bench.advance() == []
         bench.finish(move)
-        assert bench.next_transition() == Transition(model="b", kind="load")
+        assert bench.next_transition() == Transition("b", "load")
 
     def test_asked_for(self) -> None:
         """A model is loaded because somebody asked, without a request; asking again changes nothing."""
@@ -217,7 +217,7 @@ class TestTrouble:
         bench.residency.acquire("a")
         assert bench.fail_next(ModelState.ABSENT, "insufficient_vram") is None
         move = bench.next_transition()
-        assert move == Transition(model="b", kind="offload")
+        assert move == Transition("b", "offload")
         bench.finish(move)
         bench.residency.release("c", None)
         refusal = bench.fail_next(ModelState.ABSENT, "insufficient_vram")
@@ -274,6 +274,4 @@ class TestTrouble:
         """A report that does not belong to the move in flight is a mistake that is said."""
         bench = Bench({"a": 100})
         with pytest.raises(ValueError, match="not in flight"):
-            bench.residency.handle(
-                done(Transition(model="a", kind="load"), bench.device.put("a", ModelState.RESIDENT, 1))
-            )
+            bench.residency.handle(done(Transition("a", "load"), bench.device.put("a", ModelState.RESIDENT, 1)))

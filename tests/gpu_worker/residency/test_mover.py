@@ -41,18 +41,18 @@ class Bench:
 
     def move(self, kind: TransitionKind, model: str = "a") -> TransitionDone:
         """Have it moved, successfully."""
-        self.mover.submit(Transition(model=model, kind=kind))
+        self.mover.submit(Transition(model, kind))
         report = self.reports.wait()
         assert isinstance(report, TransitionDone), report
-        assert report.transition == Transition(model=model, kind=kind)
+        assert report.transition == Transition(model, kind)
         return report
 
     def fail(self, kind: TransitionKind, model: str = "a") -> TransitionFailed:
         """Have it moved, in vain."""
-        self.mover.submit(Transition(model=model, kind=kind))
+        self.mover.submit(Transition(model, kind))
         report = self.reports.wait()
         assert isinstance(report, TransitionFailed), report
-        assert report.transition == Transition(model=model, kind=kind)
+        assert report.transition == Transition(model, kind)
         return report
 
 
@@ -97,7 +97,7 @@ def test_memory_is_given_back_after_every_move(bench: Bench) -> None:
 
 def test_one_after_the_other(bench: Bench) -> None:
     """Moves end in the order in which they were submitted."""
-    moves = [Transition(model="a", kind="load"), Transition(model="b", kind="load"), Transition(model="a", kind="drop")]
+    moves = [Transition("a", "load"), Transition("b", "load"), Transition("a", "drop")]
     for move in moves:
         bench.mover.submit(move)
     reports = [bench.reports.wait() for _ in moves]
@@ -208,7 +208,7 @@ def test_broken_device(bench: Bench) -> None:
     """A device lost to this process is told as such: every further move would wait or fail for ever."""
     bench.move("load")
     bench.engines[0].troubles["offload"] = RuntimeError("CUDA error: an illegal memory access was encountered")
-    bench.mover.submit(Transition(model="a", kind="offload"))
+    bench.mover.submit(Transition("a", "offload"))
     report = bench.reports.wait()
     assert isinstance(report, MoverFailed)
     assert "illegal memory access" in report.reason
@@ -225,7 +225,7 @@ def test_engine_that_will_not_close(bench: Bench) -> None:
 def test_close(bench: Bench) -> None:
     """At the end the moves submitted before are carried out, every engine is closed, and the thread ends."""
     bench.move("load")
-    bench.mover.submit(Transition(model="b", kind="load"))
+    bench.mover.submit(Transition("b", "load"))
     bench.mover.close(10)
     assert isinstance(bench.reports.wait(), TransitionDone)
     assert [engine.calls for engine in bench.engines] == [["close"], ["close"]]

@@ -1,0 +1,117 @@
+"""Cleanup passes: when one runs, which models it has yet to check, and what came of it.
+
+policy.py decides which idle models leave, manager.py starts the transitions; Cleanup writes no ModelEntry.
+"""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from gpu_worker.residency.memory import MemoryProbe
+from gpu_worker.residency.models import ModelEntry, ModelState, Transition
+from gpu_worker.residency.policy import IdleCheck, Plan
+from shared.protocol import CleanupPass
+
+
+class ResidencyOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """When idle models leave; byte budgets belong to the probe.
+
+    Idle for `idle_timeout_s`, a model leaves the device for host RAM; there for `host_idle_timeout_s`, it is dropped.
+    A cleanup pass checks both every `cleanup_interval_s`, unless `cleanup_enabled` is false.
+    """
+
+    idle_timeout_s: float = 300.0
+    host_idle_timeout_s: float = 3600.0
+    cleanup_interval_s: float = 30.0
+    cleanup_enabled: bool = True
+
+
+class _Pass(msgspec.Struct, kw_only=True):
+    """The pass under way; `requested` by an admin, `pending` its unchecked models, `transitions` what it started."""
+
+    timestamp: float
+    before_bytes: int
+    checked: list[str]
+    requested: bool
+    pending: list[str]
+    transitions: list[Transition]
+
+
+class Cleanup:
+    """One pass at a time, every interval or on request. `clock` gives monotonic seconds, `wall` Unix seconds.
+
+    `last` is the result of the pass that ended last.
+    """
+
+    def __init__(
+        self,
+        options: ResidencyOptions,
+        probe: MemoryProbe,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._probe = probe
+        self._clock = clock
+        self._wall = wall
+        self._requested = False
+        self._pass: _Pass | None = None
+        self._next_at = clock() + options.cleanup_interval_s
+        self.last: CleanupPass | None = None
+
+    def request(self) -> None:
+        """Run a pass now, also if `cleanup_enabled` is false. A pass under way serves this request as well."""
+        self._requested = self._requested or self._pass is None
+
+    @property
+    def running(self) -> bool:
+        """Whether a pass is requested or under way."""
+        return self._requested or self._pass is not None
+
+    def begin_if_due(self, entries: Sequence[ModelEntry]) -> bool:
+        """Begin a pass over every model that is not absent, if one is due; returns whether one is under way."""
+        due = self._options.cleanup_enabled and self._clock() >= self._next_at
+        if self._pass is None and (due or self._requested):
+            checked = [entry.id for entry in entries if entry.state is not ModelState.ABSENT]
+            self._pass = _Pass(
+                timestamp=self._wall(),
+                before_bytes=self._probe.device().ours_bytes,
+                checked=checked,
+                requested=self._requested,
+                pending=list(checked),
+                transitions=[],
+            )
+            self._requested = False
+            self._next_at = self._clock() + self._options.cleanup_interval_s
+        return self._pass is not None
+
+    def idle_check(self) -> IdleCheck:
+        """The models that the pass has yet to check, if one is under way, and how long a model may be idle."""
+        return IdleCheck(
+            models=self._pass.pending if self._pass is not None else (),
+            timeout_s=self._options.idle_timeout_s,
+            host_timeout_s=self._options.host_idle_timeout_s,
+        )
+
+    def record(self, plan: Plan, entries: Sequence[ModelEntry]) -> None:
+        """Note what `plan` does for the pass. A plan with no transition of the pass ends the pass."""
+        ended = self._pass
+        if ended is None:
+            return
+        ended.pending = [model for model in ended.pending if model not in plan.idle_checked]
+        if plan.by_cleanup and plan.transition is not None:
+            ended.transitions.append(plan.transition)
+            return
+        self._pass = None
+        busy = any(entry.references for entry in entries)
+        if not ended.transitions and (ended.requested or not busy):
+            # Every transition empties caches, but there was none; running streams would have to allocate them again.
+            self._probe.reclaim(collect=False)
+        self.last = CleanupPass(
+            timestamp=ended.timestamp,
+            vram_before_bytes=ended.before_bytes,
+            vram_after_bytes=self._probe.device().ours_bytes,
+            models_checked=ended.checked,
+            models_unloaded=list(dict.fromkeys(transition.model for transition in ended.transitions)),
+            models_dropped=[transition.model for transition in ended.transitions if transition.kind == "drop"],
+        )
