@@ -1,6 +1,6 @@
-"""From a checkpoint's directory to an engine that is ready to speak: the only place where the parts are wired.
+"""From a checkpoint's directory to an engine that is ready to speak: the only place where its parts are wired.
 
-It owns the choice of dtype and of the number of slots. Importing it imports torch: do so when a model is to be opened.
+Owns the choice of the dtype and of the number of slots. Importing it imports torch, so import it to open a model.
 """
 
 import math
@@ -47,14 +47,14 @@ from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
 from gpu_worker.engines.qwen.vocoder import Vocoder
 
 CPU_SLOTS: Final = 8
-MOST_SLOTS: Final = 64
-"""Slots where none are configured: on CPU, and at most on CUDA."""
+MAX_SLOTS: Final = 64
+"""Slots if none are configured: on CPU, and the most on CUDA."""
 
 MAX_MODEL_LEN: Final = 2048
-"""Tokens that a slot holds, prompt and frames: 112 KiB each in bfloat16, over two minutes of speech."""
+"""Tokens that a slot holds, prompt and frames: 112 KiB a token in bfloat16, over two minutes of speech."""
 
-SHARE_OF_FREE: Final = 0.4
-"""Part of the device memory left beside the weights that slots may take: graphs and other models need the rest."""
+SLOTS_SHARE: Final = 0.4
+"""Share of the device memory left beside the weights that slots may take: graphs and other models need the rest."""
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,11 +65,12 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How engines are opened; one value serves all models of a process.
 
-    `codecs`: the speech tokenizers, on the same device, shared by all engines; and so are the `streams`.
-    `dtype` "auto" is bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
+    `codecs` (speech tokenizers on the same device) and `streams` are shared by all engines.
+    `dtype` "auto": bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
     `max_model_len`: tokens that a slot holds, prompt and frames.
     `pause_s`: silence between the utterances of a long text.
-    `room`: bytes of the device that this process may still take, as far as a budget says.
+    `encoder_lock`: held while a reference recording is encoded. `reference_cache_bytes`: of encoded ones, an engine.
+    `room` returns the bytes of the device that the budget leaves to this process; None: there is no budget.
     `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
     """
 
@@ -88,13 +89,13 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
-    """Load a verified checkpoint (see checkpoint.py) and make it ready to speak.
+    """Load a verified checkpoint (see checkpoint/) and make it ready to speak.
 
     Raises:
-        JobError: `model_unavailable`, saying what is wrong with the checkpoint or the options;
-            `insufficient_vram` where not even one slot fits beside the weights.
+        JobError: `model_unavailable` if the checkpoint or the options cannot be used;
+            `insufficient_vram` if not even one slot fits beside the weights.
     """
-    # float32 means float32: cuDNN would round what convolutions read, and the codec's encoder pick other codes.
+    # float32 means float32: cuDNN would round the inputs of convolutions, and the codec's encoder choose other codes.
     torch.backends.cudnn.allow_tf32 = False
     stream = options.streams.transfer if options.device == "cuda" else None
     with torch.inference_mode(), torch.cuda.stream(stream):
@@ -105,7 +106,7 @@ def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
             options.codecs.give_back(codec)
             raise
     if stream is not None:
-        stream.synchronize()  # engines speak on other streams
+        stream.synchronize()  # engines run on other streams
     return engine
 
 
@@ -119,7 +120,7 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
         model = Qwen3TTSModel(
             weights, config, generation, kernel, slots=rows_needed(slots, device), max_model_len=options.max_model_len
         )
-        prompts = PromptBuilder(weights, config, _tokenizer(directory), model.embed_codes)
+        prompts = PromptBuilder(weights, config, load_tokenizer(directory), model.embed_codes)
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
     speaker = None
     if config.tts_model_type == "base":
@@ -144,8 +145,8 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
             },
             device,
             stream=options.streams.transfer if device.type == "cuda" else None,
-            others=(runner.memory, vocoder.memory),
-            closed=lambda: options.codecs.give_back(codec),
+            extra_memory=(runner.memory, vocoder.memory),
+            on_close=lambda: options.codecs.give_back(codec),
         ),
     )
     runner.prepare()
@@ -154,10 +155,10 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
 
 
 def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
-    """The dtype of weights and caches: what is asked for; "auto" is bfloat16 on CUDA, float32 on CPU.
+    """The dtype of weights and caches.
 
     Raises:
-        JobError: `model_unavailable` for float16 on CPU, where torch's products need instructions that few have.
+        JobError: `model_unavailable` for float16 on CPU: torch's products in it need instructions that few CPUs have.
     """
     if device == "cpu" and name == "float16":
         raise JobError("model_unavailable", "TTS_DTYPE=float16 is for CUDA; a CPU computes in float32 or bfloat16")
@@ -167,12 +168,12 @@ def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
 
 
 def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options: QwenOptions) -> int:
-    """Slots where none are configured: on CUDA, what a share of the memory left beside the weights holds.
+    """The number of slots if none is configured. On CUDA, they take SLOTS_SHARE of the memory beside the weights.
 
-    Left is what is free and within the budget.
+    `weight_bytes`: what the weights take on the device. Memory counts if it is free and within the budget.
 
     Raises:
-        JobError: `insufficient_vram`, with the arithmetic.
+        JobError: `insufficient_vram`, with the arithmetic, if not even one slot fits.
     """
     if options.device == "cpu":
         return CPU_SLOTS
@@ -182,30 +183,30 @@ def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options
     state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
     dtype = compute_dtype(options.device, options.dtype)
     each = slot_bytes(config.talker_config, dtype, options.max_model_len) + state.bytes // 2
-    slots = int((free - weight_bytes) * SHARE_OF_FREE / each)
+    slots = int((free - weight_bytes) * SLOTS_SHARE / each)
     if slots < 1:
         message = f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB and a slot {each >> 20} MiB"
         raise JobError("insufficient_vram", message, retry_after_s=30)
-    # Rows come in these numbers (see rows_needed): what lies between two of them would cost memory for nothing.
-    return max(size for size in BATCH_SIZES if size <= min(slots, MOST_SLOTS))
+    # Rows are allocated in these numbers (see rows_needed): slots between two of them would waste rows.
+    return max(size for size in BATCH_SIZES if size <= min(slots, MAX_SLOTS))
 
 
 def slot_bytes(shape: TalkerShape, dtype: torch.dtype, max_model_len: int) -> int:
-    """Bytes of one slot: keys and values, trailing text, randomness."""
+    """Bytes of one slot: keys and values, trailing text, uniforms."""
     width = dtype.itemsize
     kv = 2 * shape.num_hidden_layers * max_model_len * shape.num_key_value_heads * shape.head_dim * width
     return kv + MAX_TRAILING_TOKENS * shape.hidden_size * width + max_model_len * shape.num_code_groups * 4
 
 
 def first_layer_inputs_bytes(shape: TalkerShape, dtype: torch.dtype) -> int:
-    """Bytes of what is computed from the weights at load and kept beside them: 280 MiB in bfloat16, as published."""
+    """Bytes of `CodePredictor.first_layer_inputs`: for published sizes in bfloat16, 280 MiB."""
     return math.prod(first_layer_inputs_shape(shape.code_predictor_config)) * dtype.itemsize
 
 
 def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
-    """What the checkpoint in `directory` will take on the device, without reading its weights.
+    """Bytes that the checkpoint in `directory` will take on the device; its weights are not read.
 
-    Weights in the dtype that is computed in, and its slots; where CUDA's free memory decides how many, one.
+    These are its weights in the compute dtype and its slots. If CUDA's free memory decides their number, one counts.
 
     Raises:
         JobError: `model_unavailable`, naming the file at fault.
@@ -216,20 +217,22 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
     shape = read_config(directory).talker_config
-    traces = trace_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
-    return (
-        weights
-        + first_layer_inputs_bytes(shape, computed)
-        + traces
-        + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
-    )
+    computed_at_load = first_layer_inputs_bytes(shape, computed)
+    if device == "cpu":
+        computed_at_load += trace_bytes(shape.code_predictor_config, slots)
+    return weights + computed_at_load + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
 
 
-def _tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
-    # Loaded as the official wrapper loads it: the flag changes how some tokenizers split words.
+def load_tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
+    """The checkpoint's text tokenizer: text -> token ids.
+
+    Raises:
+        JobError: `model_unavailable` if its files cannot be used.
+    """
+    # As the official wrapper loads it: the flag changes how some tokenizers split words.
     try:
         processor = load_official().Processor.from_pretrained(str(directory), fix_mistral_regex=True)
-    except Exception as error:  # what transformers' own parsing of damaged files runs into is not bounded
+    except Exception as error:  # transformers' parsing of damaged files raises any type of error
         raise JobError("model_unavailable", f"{directory}: the text tokenizer cannot be loaded: {error}") from error
     return lambda text: processor.tokenizer(text)["input_ids"]
 
@@ -239,7 +242,7 @@ def _reference_encoder(
 ) -> Callable[[np.ndarray, bool], EncodedReference]:
     stream = options.streams.encode if options.device == "cuda" else None
 
-    def encode(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- see References
+    def encode(waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- as ReferenceCache calls it
         if speaker is None:
             raise JobError("task_mismatch", "this model takes no recording", param="ref_audio")
         pcm = torch.from_numpy(waveform)
@@ -251,9 +254,9 @@ def _reference_encoder(
                 codec.prime(codes, 0, state)
                 encoded = EncodedReference(encoded.embedding, codes, state.snapshot(0))
         if stream is not None:
-            stream.synchronize()  # what is handed over is complete
+            stream.synchronize()
             for tensor in encoded.tensors():
-                # It may be forgotten while they have still to read it, and the next recording would be put there.
+                # The cache may drop it before these streams have read it; the next recording would reuse its memory.
                 tensor.record_stream(torch.cuda.default_stream())
                 tensor.record_stream(options.streams.codec)
         return encoded

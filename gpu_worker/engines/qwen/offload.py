@@ -1,8 +1,9 @@
-"""Where an engine's tensors are: on the device, or, weights alone, in host memory.
+"""Offloading: an engine's weights go to host memory and back, its scratch memory is freed and allocated again.
 
-It owns the moving and the counting. Tensors keep their identity: whoever holds one sees it come and go.
+Owns these moves and the count of the bytes. Tensors keep their identity: every reference to one stays valid.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -12,18 +13,18 @@ from torch import Tensor
 from gpu_worker.engines.base import Memory
 
 BLOCK_BYTES: Final = 32 << 20
-"""Host memory is taken in blocks of this size, and copied a block at a time.
+"""Host memory is allocated in blocks of this size, and copied block by block.
 
-torch rounds pinned memory up to a power of two, a third more for a 1.7B model in one piece,
-and keeps what is freed: blocks of one such size fit the next model as well.
-A block takes 1.3 ms at 25 GB/s, and small copies of those who speak get in between.
+torch rounds pinned memory up to a power of two: in one piece, a 1.7B model would take a third more.
+It also keeps freed memory, and blocks of one size fit the next model as well.
+A block takes 1.3 ms at 25 GB/s; between two blocks, small copies of running jobs get their turn.
 """
 
 
 class WeightOffloader:
     """Moves weights to the host and back, bit for bit; scratch memory is freed, and comes back as zeros.
 
-    It empties and refills the tensors' storages, so tensors and views of them stay what they are.
+    It resizes the tensors' storages to 0 bytes and back, so tensors and views of them stay valid.
     """
 
     def __init__(
@@ -33,32 +34,32 @@ class WeightOffloader:
         device: torch.device,
         *,
         stream: torch.cuda.Stream | None = None,
-        others: Sequence[Callable[[], Mapping[str, int]]] = (),
-        closed: Callable[[], None] = lambda: None,
+        extra_memory: Sequence[Callable[[], Mapping[str, int]]] = (),
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`scratch`: tensors by purpose, whose values nobody needs while no job is admitted.
+        """`scratch`: tensors by purpose, whose values are not needed while the engine has no job.
 
-        `stream`: where copies run on CUDA, beside those who speak.
-        `others` tell what else the engine holds on the device, in bytes by purpose.
-        `closed` is called once everything is freed.
+        `stream`: where copies run on CUDA, beside the running jobs of other engines.
+        `extra_memory` return what else the engine holds on the device, bytes by purpose.
+        `on_close` is called once everything is freed.
         """
         weights = list(weights)
         self._device = device
         self._stream = stream
-        self._others = others
-        self._closed = closed
+        self._extra_memory = extra_memory
+        self._on_close = on_close
         self._scratch = {purpose: _storages(tensors) for purpose, tensors in scratch.items()}
-        held = {storage.data_ptr() for storages in self._scratch.values() for storage, _ in storages}
-        self._weights = [(storage, size) for storage, size in _storages(weights) if storage.data_ptr() not in held]
+        scratch_pointers = {storage.data_ptr() for items in self._scratch.values() for storage, _ in items}
+        self._weights = [item for item in _storages(weights) if item[0].data_ptr() not in scratch_pointers]
         packed = {id(tensor): tensor.numel() * tensor.element_size() for tensor in weights if tensor.is_mkldnn}
         self._weight_bytes = sum(packed.values()) + sum(size for _, size in self._weights)
         self._host: list[Tensor] = []
         self._resident = True
 
     def offload(self) -> None:
-        """Weights go to the host (pinned, on CUDA); on CPU they are there already.
+        """Move the weights to pinned host memory (on CPU they stay where they are), and free scratch memory.
 
-        Does nothing where they are gone already, as after a restore that failed: the host's copy is the only one then.
+        Does nothing if this is done already, as after a failed restore: the host's copy is then the only one.
         """
         if not self._resident:
             return
@@ -68,17 +69,21 @@ class WeightOffloader:
                 host = offload_bytes([_bytes(storage) for storage, _ in self._weights], pinned=True)
             self._stream.synchronize()
             self._host = host
-            _shrink(self._weights)
+            _free(self._weights)
         for storages in self._scratch.values():
-            _shrink(storages)
+            _free(storages)
         self._resident = False
 
     def restore(self) -> None:
-        """Bring everything back; where it raises, torch's out-of-memory error say, everything is still on the host."""
+        """Move the weights back, and allocate scratch memory.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough memory. After any error, everything is as it was before.
+        """
         storages = [item for items in self._scratch.values() for item in items]
         moved = self._weights if self._device.type == "cuda" else []
         try:
-            # What is allocated here was freed on this stream, or is new: nobody else's work on it is under way.
+            # Memory allocated here was freed on this stream, or is new: no work of another stream still uses it.
             with torch.cuda.stream(self._stream):
                 for storage, size in (*storages, *moved):
                     storage.resize_(size)
@@ -88,8 +93,8 @@ class WeightOffloader:
             if self._stream is not None:
                 self._stream.synchronize()
         except BaseException:
-            _shrink(storages)
-            _shrink(moved)
+            _free(storages)
+            _free(moved)
             raise
         self._host = []
         self._resident = True
@@ -97,43 +102,43 @@ class WeightOffloader:
     def close(self) -> None:
         """Free everything for good."""
         for storages in (self._weights, *self._scratch.values()):
-            _give_up(storages)
+            _free_for_good(storages)
         self._weights = []
         self._scratch = {}
         self._host = []
         if self._device.type == "cuda":
-            torch._C._host_emptyCache()  # noqa: SLF001 -- torch keeps pinned memory for itself, and has no public word for this on CUDA
+            torch._C._host_emptyCache()  # noqa: SLF001 -- no public way to return torch's cache of pinned memory
         self._weight_bytes = 0
-        self._closed()
+        self._on_close()
 
-    def memory(self, **others: int) -> Memory:
-        """Bytes by place and purpose; `others`: what else is held on the device."""
-        found = dict(others)
-        for told in self._others:
-            for purpose, size in told().items():
-                found[purpose] = found.get(purpose, 0) + size
-        held = {purpose: sum(size for _, size in storages) for purpose, storages in self._scratch.items()}
-        held = {purpose: size for purpose, size in (held | found if self._resident else found).items() if size}
+    def memory(self, **extra: int) -> Memory:
+        """Bytes by place and purpose; `extra`: what else the engine holds on the device."""
+        held: Counter[str] = Counter()
+        for purpose, storages in self._scratch.items() if self._resident else ():
+            held[purpose] = sum(size for _, size in storages)
+        for memory in (lambda: extra, *self._extra_memory):
+            held.update(memory())
+        other = {purpose: size for purpose, size in held.items() if size}
         weights = {"weights": self._weight_bytes} if self._weight_bytes else {}
         if self._resident:
-            return Memory(device=weights | held)
+            return Memory(device=weights | other)
         if self._device.type == "cpu":
-            return Memory(host=weights | held)
+            return Memory(host=weights | other)
         if self._host:
             weights = {"weights": sum(block.nbytes for block in self._host)}
-        return Memory(device=held, host=weights)
+        return Memory(device=other, host=weights)
 
 
 def release_storage(tensors: Iterable[Tensor]) -> None:
-    """Give up the memory of tensors that nobody will use again, whoever still holds them.
+    """Free the memory of tensors that are no longer used, even if references to them remain.
 
-    What numpy has seen (weights on CPU, as they were read) cannot be taken from its holders, and goes with the last.
+    Memory shared with numpy (weights on CPU, as they were read) is freed with its last reference instead.
     """
-    _give_up(_storages(tensors))
+    _free_for_good(_storages(tensors))
 
 
 def offload_bytes(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> list[Tensor]:
-    """Begin to copy `parts` (uint8, of one dimension), one behind the other, into blocks of `block_bytes`.
+    """Begin to copy `parts` (uint8 [bytes]), one behind the other, into host blocks of `block_bytes`.
 
     The last block is the smallest power of two that holds the rest.
     """
@@ -146,13 +151,13 @@ def offload_bytes(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = B
 
 
 def restore_bytes(blocks: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Begin to copy back into `parts` what `offload_bytes` made of them."""
+    """Begin to copy the blocks of `offload_bytes` back into `parts`."""
     for block, part in _pieces(blocks, parts, len(blocks[0]) if blocks else 0):
         part.copy_(block, non_blocking=True)
 
 
 def _pieces(blocks: Sequence[Tensor], parts: Sequence[Tensor], block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What lies where: pieces of a block, and of the part that they belong to."""
+    """Each run of bytes that lies in one block and in one part: its views of both."""
     at = 0
     for part in parts:
         start = 0
@@ -169,15 +174,15 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
-    """Each storage once, with its bytes; packed weights have none."""
+    """Each storage once, with its bytes. Packed weights have no storage."""
     found = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]
     return [(storage, storage.nbytes()) for storage in {storage.data_ptr(): storage for storage in found}.values()]
 
 
-def _give_up(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
-    _shrink(item for item in storages if item[0].resizable())
+def _free_for_good(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
+    _free(item for item in storages if item[0].resizable())
 
 
-def _shrink(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
+def _free(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
     for storage, _ in storages:
         storage.resize_(0)

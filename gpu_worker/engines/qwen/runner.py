@@ -25,7 +25,6 @@ from gpu_worker.engines.qwen.runtime.captured_buckets import (
     smallest_bucket,
 )
 from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces
-from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 
@@ -165,7 +164,7 @@ class CudaGraphModelRunner:
         slots: int,
         max_model_len: int,
         streams: CudaStreams | None = None,
-        graphs: CudaGraphs | None = None,
+        buckets: CapturedBuckets | None = None,
     ) -> None:
         """`slots`: requests served at once. The model has a row behind the largest batch size, for padding."""
         batch_invariant = model.codec_table.dtype == torch.float32
@@ -179,7 +178,7 @@ class CudaGraphModelRunner:
         self._kv_lengths = [*shorter, max_model_len]
         self._prefill_batch_sizes = [1] if batch_invariant else [n for n in PREFILL_BATCH_SIZES if n <= largest]
         self._prefill_lengths = [length for length in PREFILL_LENGTHS if length < max_model_len]
-        self._buckets = CapturedBuckets(graphs)
+        self._buckets = buckets or CapturedBuckets()
 
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:
         """Read prompts whose lengths fall into the same bucket together."""
@@ -205,27 +204,24 @@ class CudaGraphModelRunner:
     def prepare(self) -> None:
         model = self._model
         model.state.active.fill_(False)
-        functions = (
-            BucketedFunction(
-                name="code_predictor_step",
-                function=lambda batch, _length, _inputs: model.code_predictor_step(batch),
-                batch_sizes=self._batch_sizes,
-            ),
-            BucketedFunction(
-                name="talker_step",
-                function=lambda batch, kv_len, _inputs: model.talker_step(batch, (), kv_len, full_vocab=False),
-                batch_sizes=self._batch_sizes,
-                lengths=self._kv_lengths,
-            ),
-            BucketedFunction(
-                name="prefill",
-                function=lambda _batch, _length, inputs: model.prefill(*inputs, full_vocab=False),
-                batch_sizes=self._prefill_batch_sizes,
-                lengths=self._prefill_lengths,
-                new_inputs=self._new_inputs,
-            ),
+        predict = BucketedFunction(
+            "code_predictor_step", lambda batch, *_: model.code_predictor_step(batch), self._batch_sizes
         )
-        self._buckets.capture(functions, capturing=self._streams.frame_capture, warming=self._streams.transfer)
+        talk = BucketedFunction(
+            "talker_step",
+            lambda batch, kv_len, _: model.talker_step(batch, (), kv_len, full_vocab=False),
+            self._batch_sizes,
+            self._kv_lengths,
+        )
+        prefill = BucketedFunction(
+            "prefill",
+            lambda _batch, _length, inputs: model.prefill(*inputs, full_vocab=False),
+            self._prefill_batch_sizes,
+            self._prefill_lengths,
+            self._new_inputs,
+        )
+        streams = self._streams
+        self._buckets.capture((predict, talk, prefill), capturing=streams.frame_capture, warming=streams.transfer)
 
     def release(self) -> None:
         self._buckets.release()

@@ -110,11 +110,11 @@ class Vocoder:
         if not self._cuda:
             return
         decode = BucketedFunction(
-            name="decode",
-            function=lambda _batch, chunk, inputs: self._decode_into(inputs[0], chunk, inputs[1]),
-            batch_sizes=self._batch_sizes,
-            lengths=CHUNKS,
-            new_inputs=self._new_inputs,
+            "decode",
+            lambda _batch, chunk, inputs: self._decode_into(inputs[0], chunk, inputs[1]),
+            self._batch_sizes,
+            CHUNKS,
+            self._new_inputs,
         )
         self._buckets.capture([decode], capturing=self._streams.codec_capture, warming=self._streams.transfer)
 

@@ -5,14 +5,14 @@ It knows nothing of what the functions compute, nor which bucket a caller needs.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs, Key
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Graph, Key, capture_graphs
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes that functions are captured for."""
@@ -20,8 +20,10 @@ BATCH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 Inputs = tuple[Tensor, ...]
 """The tensors that a captured function reads and writes at every replay."""
 
+CaptureGraphs = Callable[..., tuple[Mapping[Key, Graph], int]]
 
-class BucketedFunction(msgspec.Struct, frozen=True, kw_only=True):
+
+class BucketedFunction(msgspec.Struct, frozen=True):
     """What to capture: `function`(batch size, length, inputs), for every batch size with every length.
 
     `batch_sizes` and `lengths` ascend; a function without a length has the one length 0.
@@ -38,16 +40,19 @@ class BucketedFunction(msgspec.Struct, frozen=True, kw_only=True):
 class CapturedBuckets:
     """Captured functions and their static inputs, by bucket: (name, batch size, length)."""
 
-    def __init__(self, graphs: CudaGraphs | None = None) -> None:
-        self._graphs = graphs or CudaGraphs()
+    def __init__(self, capture_graphs: CaptureGraphs = capture_graphs) -> None:
+        """`capture_graphs`: as in cuda_graphs.py."""
+        self._capture_graphs = capture_graphs
+        self._graphs: Mapping[Key, Graph] = {}
         self._inputs: dict[Key, Inputs] = {}
+        self._pool_bytes = 0
 
     def capture(
         self, functions: Iterable[BucketedFunction], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
     ) -> None:
-        """Capture all functions in the order given, each one's largest bucket first.
+        """Capture all functions in the order given, each one's largest bucket first. The streams: see capture_graphs.
 
-        So the smaller buckets fit into the memory of the larger ones. The streams: see CudaGraphs.capture.
+        If this raises, no graph is kept.
         """
         calls: dict[Key, Callable[[], None]] = {}
         for one in functions:
@@ -55,7 +60,7 @@ class CapturedBuckets:
                 for length in reversed(one.lengths):
                     inputs = self._inputs[one.name, batch, length] = one.new_inputs(batch, length)
                     calls[one.name, batch, length] = functools.partial(one.function, batch, length, inputs)
-        self._graphs.capture(calls, capturing=capturing, warming=warming)
+        self._graphs, self._pool_bytes = self._capture_graphs(calls, capturing=capturing, warming=warming)
 
     def inputs(self, bucket: Key) -> Inputs | None:
         """The static inputs of a bucket; None if it was not captured."""
@@ -63,17 +68,22 @@ class CapturedBuckets:
 
     def run(self, bucket: Key, eager: Callable[[], None]) -> None:
         """Replay a bucket's graph; call `eager` if it was not captured."""
-        self._graphs.run(bucket, eager)
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            eager()
+        else:
+            graph.replay()
 
     def release(self) -> None:
         """Free graphs and static inputs; `capture` makes them again."""
-        self._graphs.clear()
+        self._graphs = {}
         self._inputs.clear()
+        self._pool_bytes = 0
 
     def memory(self) -> dict[str, int]:
         """Device bytes by purpose."""
         inputs = sum(tensor.nbytes for tensors in self._inputs.values() for tensor in tensors)
-        return {"graphs": self._graphs.bytes, "workspace": inputs}
+        return {"graphs": self._pool_bytes, "workspace": inputs}
 
 
 def smallest_bucket(number: int, sizes: Sequence[int]) -> int:

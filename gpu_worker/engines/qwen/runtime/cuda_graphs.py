@@ -1,11 +1,11 @@
-"""CUDA graphs: functions recorded once, and replayed at the cost of one call.
+"""CUDA graphs: functions captured once, and replayed at the cost of one call.
 
-It owns the recorded graphs and their memory, and knows nothing of what they compute.
+Owns the capture: warm-up, memory pool, streams, and what a failed capture leaves behind. It keeps no graphs.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,63 +13,50 @@ Key = tuple[str, int, int]
 """What a function does, and two sizes."""
 
 
-class CudaGraphs:
-    """Recorded functions by key, in one memory pool.
+class Graph(Protocol):
+    """A captured function."""
 
-    See streams.py for where they may be replayed.
+    def replay(self) -> None:
+        """Run it on the current stream."""
+        ...
+
+
+def capture_graphs(
+    functions: Mapping[Key, Callable[[], None]], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
+) -> tuple[dict[Key, Graph], int]:
+    """Capture functions as graphs that share one memory pool; returns the graphs and the pool's bytes.
+
+    Every function first runs on `warming`, so that libraries allocate what they need; then each is captured on
+    `capturing`, in the order given. Pass the largest first, so that the smaller ones fit into the same memory.
+    When this returns, the device has finished the warm-up. See cuda_streams.py for where the graphs may be replayed.
+    The bytes are the allocator's figure. They do not include what the driver allocates for a graph.
     """
-
-    def __init__(self) -> None:
-        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
-        self.bytes = 0
-        """Device memory of the pool, as the allocator counts it. What the driver makes of a graph is not in it."""
-
-    def run(self, key: Key, function: Callable[[], None]) -> None:
-        """Replay what was recorded under `key`, or call the function."""
-        graph = self._graphs.get(key)
-        if graph is None:
+    warming.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warming):
+        for function in functions.values():
             function()
-        else:
-            graph.replay()
-
-    def capture(
-        self, functions: Mapping[Key, Callable[[], None]], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
-    ) -> None:
-        """Run every function on `warming`, so that libraries make what they need, then record each on `recording`.
-
-        In the order given: the largest first, so that the smaller ones fit into the same memory.
-        When this returns, the device has done what was run. Where it raises, nothing is kept.
-        """
-        warming.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warming):
-            for function in functions.values():
-                function()
-        warming.synchronize()
-        # While a graph is recorded the allocator can give nothing back to make room. torch.cuda.graph would do this
-        # before every graph, 50 to 90 times a model, and wait each time until no other model has work on the device.
-        torch.cuda.empty_cache()
-        pool = torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.stream(capturing):
-                for key, function in functions.items():
-                    self._graphs[key] = _record(function, pool)
-        except BaseException:
-            self.clear()
-            raise
-        self.bytes = sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool))
-
-    def clear(self) -> None:
-        """Forget all graphs and their memory."""
-        self._graphs.clear()
-        self.bytes = 0
+    warming.synchronize()
+    # During a capture the allocator cannot return memory to make room. torch.cuda.graph would call empty_cache before
+    # every graph, 50 to 90 times a model, and each time wait until no model has work on the device.
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    graphs: dict[Key, Graph] = {}
+    try:
+        with torch.cuda.stream(capturing):
+            for key, function in functions.items():
+                graphs[key] = _capture(function, pool)
+    except BaseException:
+        graphs.clear()  # their memory would stay in use for as long as the error's traceback
+        raise
+    return graphs, sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool))
 
 
-def _record(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """The graph of `function`, recorded on the current stream."""
+def _capture(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """The graph of `function`, captured on the current stream."""
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other models go on speaking in another thread meanwhile. They may: the allocator tells a recording's requests
-        # by the stream, and in this mode CUDA forbids what would disturb it to this thread alone.
+        # Meanwhile other models run in another thread. That is safe: the allocator knows the requests of a capture
+        # by their stream, and in this mode CUDA forbids disturbing calls to this thread alone.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         function()
         graph.capture_end()
@@ -80,15 +67,15 @@ def _record(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a recording that failed.
+    """End a capture that failed.
 
-    Where CUDA has given it up, torch's `capture_end` stops half way: the allocator would go on to believe
-    that something is recorded, and never again give memory back when it runs out, nor this pool at all.
+    If CUDA has invalidated the capture, torch's `capture_end` stops half-way. Then the allocator would assume for ever
+    that a capture is running: it would neither return memory when memory runs out, nor ever free this pool.
     """
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     try:
-        graph.pool()  # known once a recording has ended: the graph gives up its share of the pool by itself
+        graph.pool()  # succeeds if the capture has ended: then the graph releases its share of the pool by itself
     except RuntimeError:
         device = torch.cuda.current_device()
         for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):  # noqa: SLF001 -- no public way

@@ -1,13 +1,14 @@
-"""The CUDA streams that all engines of a process share. Each is made once, and kept.
+"""The CUDA streams that all engines of a process share. Each is created once and kept.
 
-torch deals out 32 streams of each priority in turn: engines with streams of their own met on them after a few loads.
-That must not be, since a thread has one cuBLAS workspace for each stream, and graphs recorded on a stream share it:
+torch reuses a pool of 32 streams per priority, so streams of each engine's own would collide after a few loads.
+A collision is an error: a thread has one cuBLAS workspace a stream, and graphs captured on one stream share it.
+Hence three rules:
 
-- Graphs recorded on one stream never run at the same time.
+- Graphs captured on one stream never run at the same time.
   Those of `frame_capture` are replayed on the default stream, those of `codec_capture` on `codec`, one after the other.
-- On a recording stream nothing runs but the products that make its workspace, before anything is recorded there.
-  A warm-up there would write into the workspace that some model's graph is just using.
-- Work runs on streams of the other priority: on one shared with a recording, it would be recorded instead of done.
+- On a capture stream nothing runs but captures, and the products that allocate its workspace before the first one.
+  A warm-up there would write into the workspace that a replayed graph is using.
+- All other work runs on streams of the other priority: on a stream shared with a capture, it would be captured.
 """
 
 import functools
@@ -16,41 +17,44 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-_RECORDING_PRIORITY: Final = -1
+_CAPTURE_PRIORITY: Final = -1
 
 
 class CudaStreams:
-    """Made where the first one is asked for, in the thread that opens and moves engines: workspaces are a thread's."""
+    """Creates each stream at its first use.
+
+    Use it first in the thread that opens and moves engines: cuBLAS workspaces belong to a thread.
+    """
 
     @functools.cached_property
     def transfer(self) -> torch.cuda.Stream:
-        """Where models are loaded, moved and warmed up, beside those that speak."""
+        """Where models are loaded, moved and warmed up while others run."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def codec(self) -> torch.cuda.Stream:
-        """Where every engine decodes, beside the frames."""
+        """Where every engine's vocoder decodes, beside the decode steps on the default stream."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def encode(self) -> torch.cuda.Stream:
-        """Where recordings are encoded: memory freed on a stream is kept for that stream, so it is one for all."""
+        """Where reference recordings are encoded. All engines share it: memory freed on a stream stays with it."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def frame_capture(self) -> torch.cuda.Stream:
-        """Where graphs of frames and prompts are recorded."""
-        return _recording_stream()
+        """Where the graphs of prefills and decode steps are captured."""
+        return _capture_stream()
 
     @functools.cached_property
     def codec_capture(self) -> torch.cuda.Stream:
-        """Where graphs of the codec are recorded."""
-        return _recording_stream()
+        """Where the graphs of the codec are captured."""
+        return _capture_stream()
 
 
-def _recording_stream() -> torch.cuda.Stream:
-    """A stream that has its workspace: one made during a recording would lie in that graph's pool, and keep it."""
-    stream = torch.cuda.Stream(priority=_RECORDING_PRIORITY)
+def _capture_stream() -> torch.cuda.Stream:
+    """A stream that has its workspace: a workspace allocated during a capture would lie in that capture's pool."""
+    stream = torch.cuda.Stream(priority=_CAPTURE_PRIORITY)
     with torch.cuda.stream(stream):
         some = torch.ones(64, 64, device="cuda")
         torch.mm(some, some)

@@ -1,6 +1,6 @@
-"""Values on their way between the host and the device, without waiting for them.
+"""Small transfers between host and device that wait for nothing.
 
-It owns the pinned copies and the event that tells when one is complete. On CPU a copy is complete at once.
+Owns the pinned copies and the events that tell when they are complete. On CPU a copy is complete at once.
 """
 
 from collections.abc import Sequence
@@ -13,26 +13,26 @@ T = TypeVar("T")
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers as int64 [numbers], on their way to the device.
+    """Begin to copy numbers to the device, as int64 [numbers].
 
-    From memory that is not pinned, they would wait for all that the device has still to do on this stream:
-    a frame of those who speak, each time.
+    The host's copy is pinned. An unpinned one would wait for all earlier work on this stream:
+    for a frame of all running jobs, each time.
     """
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class HostCopy(Generic[T]):
-    """A tensor's values as they were at `start`, and a record of what they are for."""
+    """A copy on the host of a tensor's values at `start`, with a `record` of what the values belong to."""
 
     def __init__(self, tensor: Tensor, record: T) -> None:
-        """Take the host memory, before the values are made: making them again would not give the same."""
+        """Allocate the host memory. Do so before the values are computed: a failure would lose them."""
         self.record = record
         self._tensor = tensor
         self._value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._event = torch.cuda.Event() if tensor.is_cuda else None
 
     def start(self) -> None:
-        """Start to copy; the tensor may change as soon as this returns."""
+        """Begin to copy. The tensor may change as soon as this returns."""
         self._value.copy_(self._tensor, non_blocking=True)
         if self._event is not None:
             self._event.record()

@@ -3,32 +3,34 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs, Key
+import msgspec
+
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 
 
-class FakeGraphs(CudaGraphs):
-    """Keeps the functions to capture; a replay calls the function kept."""
+class FakeGraph(msgspec.Struct):
+    """A graph whose replay calls the function."""
+
+    function: Callable[[], None]
+    replays: int = 0
+
+    def replay(self) -> None:
+        """Call the function."""
+        self.replays += 1
+        self.function()
+
+
+class FakeCapture:
+    """In place of `capture_graphs`: keeps the functions."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.captured: dict[Key, Callable[[], None]] = {}
+        self.graphs: dict[Key, FakeGraph] = {}
         self.streams: dict[str, Any] = {}
-        self.replays = 0
 
-    def capture(self, functions: Mapping[Key, Callable[[], None]], *, capturing: Any, warming: Any) -> None:
-        """Call each function once, as the warm-up does."""
+    def __call__(self, functions: Mapping[Key, Callable[[], None]], **streams: Any) -> tuple[dict[Key, FakeGraph], int]:
+        """Call each function once, as the warm-up does. The pool has 7 bytes."""
         for function in functions.values():
             function()
-        self.captured = dict(functions)
-        self.streams = {"capturing": capturing, "warming": warming}
-        self.bytes = 7
-
-    def run(self, key: Key, function: Callable[[], None]) -> None:
-        """Call the function kept under `key`, or else `function`."""
-        self.replays += key in self.captured
-        self.captured.get(key, function)()
-
-    def clear(self) -> None:
-        """Keep nothing."""
-        super().clear()
-        self.captured = {}
+        self.graphs = {key: FakeGraph(function) for key, function in functions.items()}
+        self.streams = streams
+        return self.graphs, 7

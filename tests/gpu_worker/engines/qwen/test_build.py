@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.build import MOST_SLOTS, QwenOptions, _tokenizer, slots_that_fit
+from gpu_worker.engines.qwen.build import MAX_SLOTS, QwenOptions, load_tokenizer, slots_that_fit
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
@@ -31,9 +31,9 @@ def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None
 
 def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a large card with a small budget, the budget decides; without room for one slot the figures are told."""
-    assert slots(monkeypatch, free=80 << 30) == MOST_SLOTS
+    assert slots(monkeypatch, free=80 << 30) == MAX_SLOTS
     few = WEIGHTS + (16 << 20)
-    assert slots(monkeypatch, free=80 << 30, room=few) == slots(monkeypatch, free=few) < MOST_SLOTS
+    assert slots(monkeypatch, free=80 << 30, room=few) == slots(monkeypatch, free=few) < MAX_SLOTS
     with pytest.raises(JobError, match="1024 MiB may be taken; weights take 1024 MiB") as refusal:
         slots(monkeypatch, free=80 << 30, room=WEIGHTS)
     assert refusal.value.code == "insufficient_vram"
@@ -72,4 +72,4 @@ def test_large_vocabularies_are_split_as_officially(tmp_path: Path) -> None:
     plain = load_official().Processor.from_pretrained(str(directory)).tokenizer
     text = "hello'today, hello'voice"
     assert wanted(text)["input_ids"] != plain(text)["input_ids"]
-    assert _tokenizer(directory)(text) == wanted(text)["input_ids"]
+    assert load_tokenizer(directory)(text) == wanted(text)["input_ids"]

@@ -87,7 +87,9 @@ def test_closing_ends_where_weights_cannot_be_taken_from_their_holders() -> None
     """Those that numpy has seen, as all that a CPU computes with in the dtype of the file: what can be is given up."""
     seen, scratch = torch.from_numpy(np.ones(4, dtype=np.float32)), torch.ones(4)
     closed: list[str] = []
-    offloader = WeightOffloader([seen], {"kv": [scratch]}, torch.device("cpu"), closed=lambda: closed.append("closed"))
+    offloader = WeightOffloader(
+        [seen], {"kv": [scratch]}, torch.device("cpu"), on_close=lambda: closed.append("closed")
+    )
     offloader.close()
     assert closed == ["closed"]
     assert scratch.untyped_storage().nbytes() == 0
@@ -101,8 +103,8 @@ def test_what_others_hold_is_counted_with_it() -> None:
         [torch.ones(2)],
         {},
         torch.device("cpu"),
-        others=[lambda: {"graphs": 5, "workspace": 0}, lambda: {"graphs": 2}],
-        closed=lambda: closed.append("closed"),
+        extra_memory=[lambda: {"graphs": 5, "workspace": 0}, lambda: {"graphs": 2}],
+        on_close=lambda: closed.append("closed"),
     )
     assert offloader.memory(references=1).device == {"weights": 8, "references": 1, "graphs": 7}
     offloader.close()

@@ -12,7 +12,7 @@ from gpu_worker.engines.qwen.runtime.captured_buckets import (
     smallest_bucket,
 )
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
-from tests.gpu_worker.engines.qwen.fake_graphs import FakeGraphs
+from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture
 
 STREAMS: Any = {"capturing": "capturing", "warming": "warming"}
 
@@ -26,7 +26,7 @@ def doubling() -> BucketedFunction:
     def new_inputs(batch: int, length: int) -> Inputs:
         return (torch.ones(batch, length),)
 
-    return BucketedFunction(name="double", function=double, batch_sizes=(1, 4), lengths=(8, 16), new_inputs=new_inputs)
+    return BucketedFunction("double", double, batch_sizes=(1, 4), lengths=(8, 16), new_inputs=new_inputs)
 
 
 def test_the_smallest_bucket_holds_the_number() -> None:
@@ -44,19 +44,19 @@ def test_numbers_are_padded_to_the_bucket() -> None:
 
 def test_buckets_are_captured_largest_first() -> None:
     """In the order of the functions, so that a function's smaller buckets fit into the memory of its larger ones."""
-    graphs = FakeGraphs()
-    small = BucketedFunction(name="small", function=lambda *_: None, batch_sizes=(1, 2))
-    CapturedBuckets(graphs).capture([doubling(), small], **STREAMS)
-    assert list(graphs.captured) == [
+    fake = FakeCapture()
+    small = BucketedFunction("small", lambda *_: None, batch_sizes=(1, 2))
+    CapturedBuckets(fake).capture([doubling(), small], **STREAMS)
+    assert list(fake.graphs) == [
         *(("double", 4, 16), ("double", 4, 8), ("double", 1, 16), ("double", 1, 8)),
         *(("small", 2, 0), ("small", 1, 0)),
     ]
-    assert graphs.streams == STREAMS
+    assert fake.streams == STREAMS
 
 
 def test_a_captured_bucket_is_replayed_on_its_static_inputs() -> None:
     """Every other bucket runs eagerly, and has no static inputs. (The warm-up of the capture is the first doubling.)"""
-    buckets = CapturedBuckets(FakeGraphs())
+    buckets = CapturedBuckets(FakeCapture())
     buckets.capture([doubling()], **STREAMS)
     eager: list[Key] = []
     for key in (("double", 4, 8), ("double", 4, 9), ("another", 4, 8)):
@@ -71,7 +71,7 @@ def test_a_captured_bucket_is_replayed_on_its_static_inputs() -> None:
 
 def test_released_buckets_hold_no_memory() -> None:
     """Graphs and inputs are counted while they are there; a second capture makes both again."""
-    buckets = CapturedBuckets(FakeGraphs())
+    buckets = CapturedBuckets(FakeCapture())
     assert buckets.memory() == {"graphs": 0, "workspace": 0}
     for _ in range(2):
         buckets.capture([doubling()], **STREAMS)

@@ -1,4 +1,4 @@
-"""What is asked of CUDA, and in which order; what CUDA makes of it is tested on a GPU (tests/gpu)."""
+"""The calls to CUDA and their order. What CUDA makes of them is tested on a GPU (tests/gpu)."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import CudaGraphs
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Graph, Key, capture_graphs
 
 POOL = (0, 7)
 
@@ -20,20 +20,20 @@ class FakeStream:
         self._calls = calls
 
     def wait_stream(self, stream: "FakeStream") -> None:
-        """Note it."""
+        """List the call."""
         self._calls.append(f"{self.name} waits for {stream.name}")
 
     def synchronize(self) -> None:
-        """Note it."""
+        """List the call."""
         self._calls.append(f"synchronize {self.name}")
 
 
 class FakeCuda:
-    """What Graphs uses of torch.cuda; notes what it is asked. `given_up`: CUDA gives up a recording that fails."""
+    """The parts of torch.cuda that a capture uses; keeps a list of the calls. `invalidated`: so is a failed capture."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.given_up = False
+        self.invalidated = False
         self.current = FakeStream("default", self.calls)
         self.alive = 0
 
@@ -45,7 +45,7 @@ class FakeCuda:
         self.current = before
 
     def function(self, name: str, error: Exception | None = None) -> Callable[[], None]:
-        """A function that raises `error`, if any, the second time: when it is recorded."""
+        """A function that raises `error`, if any, at its second call: when it is captured."""
 
         def call() -> None:
             again = f"{name} on warming" in self.calls
@@ -66,7 +66,7 @@ class FakeGraph:
         cuda.alive += 1
 
     def reset(self) -> None:
-        """Free what it holds, if it is not free."""
+        """Free its memory, if that is not done."""
         if self._alive:
             self._alive = False
             self._cuda.alive -= 1
@@ -74,61 +74,56 @@ class FakeGraph:
     __del__ = reset
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        """In the mode that leaves other threads alone."""
+        """Check the mode: it must leave other threads alone."""
         assert (pool, capture_error_mode) == (POOL, "thread_local")
         self._cuda.calls.append(f"begin on {self._cuda.current.name}")
 
     def capture_end(self) -> None:
-        """As torch: where CUDA has given up, nothing is ended."""
-        if self._cuda.given_up:
+        """As torch: an invalidated capture is not ended."""
+        if self._cuda.invalidated:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self._ended = True
         self._cuda.calls.append(f"end on {self._cuda.current.name}")
 
     def pool(self) -> object:
-        """Known once it has ended."""
+        """Known once the capture has ended."""
         if not self._ended:
             raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
         return POOL
 
-    def replay(self) -> None:
-        """Note it."""
-        self._cuda.calls.append("replay")
-
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """In the place of torch's."""
+    """In place of torch.cuda."""
     fake = FakeCuda()
 
-    def noted(name: str) -> Callable[..., None]:
+    def listed(name: str) -> Callable[..., None]:
         return lambda *_: fake.calls.append(name)
 
     for name, value in {
         "stream": fake.stream,
         "current_stream": lambda: fake.current,
         "current_device": lambda: 0,
-        "empty_cache": noted("empty_cache"),
+        "empty_cache": listed("empty_cache"),
         "graph_pool_handle": lambda: POOL,
         "memory_snapshot": lambda pool: [{"total_size": 2}, {"total_size": 3}] if pool == POOL else [],
         "CUDAGraph": lambda: FakeGraph(fake),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(torch._C, name, noted(name), raising=False)
+        monkeypatch.setattr(torch._C, name, listed(name), raising=False)
     return fake
 
 
-def capture(graphs: CudaGraphs, cuda: FakeCuda, **functions: Callable[[], None]) -> None:
+def capture(cuda: FakeCuda, **functions: Callable[[], None]) -> tuple[dict[Key, Graph], int]:
     """Capture functions by name."""
     streams: Any = {name: FakeStream(name, cuda.calls) for name in ("capturing", "warming")}
-    graphs.capture({(name, 1, 0): function for name, function in functions.items()}, **streams)
+    return capture_graphs({(name, 1, 0): function for name, function in functions.items()}, **streams)
 
 
-def test_all_are_warmed_up_then_recorded(cuda: FakeCuda) -> None:
-    """Memory is given back once, nobody else's stream waits, and nothing runs where it is recorded but recordings."""
-    graphs = CudaGraphs()
-    capture(graphs, cuda, a=cuda.function("a"), b=cuda.function("b"))
+def test_all_are_warmed_up_then_captured(cuda: FakeCuda) -> None:
+    """The cache is emptied once, no other stream waits, and on the capture stream nothing runs but captures."""
+    graphs, pool_bytes = capture(cuda, a=cuda.function("a"), b=cuda.function("b"))
     assert cuda.calls == [
         "warming waits for default",
         "a on warming",
@@ -138,40 +133,24 @@ def test_all_are_warmed_up_then_recorded(cuda: FakeCuda) -> None:
         *("begin on capturing", "a on capturing", "end on capturing"),
         *("begin on capturing", "b on capturing", "end on capturing"),
     ]
-    assert graphs.bytes == 5
+    assert list(graphs) == [("a", 1, 0), ("b", 1, 0)]
+    assert pool_bytes == 5
 
 
-def test_what_was_recorded_is_replayed(cuda: FakeCuda) -> None:
-    """Under its key; anything else is called, and everything is once the graphs are forgotten."""
-    graphs = CudaGraphs()
-    capture(graphs, cuda, a=cuda.function("a"))
-    cuda.calls.clear()
-    graphs.run(("a", 1, 0), cuda.function("a"))
-    graphs.run(("a", 2, 0), cuda.function("another a"))
-    assert cuda.calls == ["replay", "another a on default"]
-    graphs.clear()
-    graphs.run(("a", 1, 0), cuda.function("a"))
-    assert cuda.calls[-1] == "a on default"
-    assert (graphs.bytes, cuda.alive) == (0, 0)
-
-
-@pytest.mark.parametrize("given_up", [False, True])
-def test_a_failed_recording_leaves_nothing(cuda: FakeCuda, *, given_up: bool) -> None:
-    """No graph, no recording under way, no pool that the allocator believes to be in use."""
-    graphs = CudaGraphs()
+@pytest.mark.parametrize("invalidated", [False, True])
+def test_a_failed_capture_leaves_nothing(cuda: FakeCuda, *, invalidated: bool) -> None:
+    """No graph is left, no capture under way, and no pool that the allocator believes to be in use."""
     function = cuda.function("b", torch.OutOfMemoryError("made up"))
 
     def failing() -> None:
         try:
             function()
         except torch.OutOfMemoryError:
-            cuda.given_up = given_up
+            cuda.invalidated = invalidated
             raise
 
     with pytest.raises(torch.OutOfMemoryError, match="made up"):
-        capture(graphs, cuda, a=cuda.function("a"), b=failing)
-    ended = ["_cuda_endAllocateToPool", "_cuda_releasePool"] if given_up else ["end on capturing"]
+        capture(cuda, a=cuda.function("a"), b=failing)
+    ended = ["_cuda_endAllocateToPool", "_cuda_releasePool"] if invalidated else ["end on capturing"]
     assert cuda.calls[-len(ended) :] == ended
-    assert (graphs.bytes, cuda.alive) == (0, 0)
-    graphs.run(("a", 1, 0), cuda.function("a"))
-    assert cuda.calls[-1].startswith("a on ")
+    assert cuda.alive == 0
