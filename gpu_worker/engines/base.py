@@ -1,9 +1,9 @@
-"""The Engine protocol: what the synthesis loop asks of a model, and the Structs that cross that line.
+"""The Engine protocol, and the Structs that the synthesis loop and an engine exchange.
 
 An engine owns one loaded model: its weights, its slots and the jobs in them.
-It knows nothing of clients, queues, credits or ZeroMQ.
-Every method but `memory` is called from the synthesis thread,
-or from the loader thread while no job of that model is admitted (open, offload, restore, close).
+It must not know clients, queues, credits or ZeroMQ.
+All methods but `memory` are called by the synthesis thread. While no job of the model is admitted, the mover thread
+calls `offload`, `restore` and `close`.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: the model ended by itself. `length`: a cap on the number of frames ended it."""
+"""`stop`: the model ended the speech. `length`: a limit on the number of frames ended it."""
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
-    """The recording a cloned voice speaks like.
+    """The recording whose voice is cloned.
 
     `pcm` is 24 kHz mono int16 little-endian.
-    With `text` (its transcript) the clone is in-context (ICL);
-    with `x_vector_only` the speaker embedding alone is used and `text` is ignored.
-    `key` names what is encoded of it, for the cache of encoded recordings: equal keys mean equal recordings
-    and one mode. The transcript is no part of it: encoding does not look at it.
+    With a transcript (`text`) the clone is in-context (ICL): the model continues the recording.
+    With `x_vector_only` only the speaker embedding is used, and `text` is ignored.
+    `key` identifies the encoded reference in the cache: equal keys mean the same recording in the same mode.
+    The transcript is not part of the key, because encoding does not use it.
     """
 
     key: str
@@ -51,18 +51,18 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, pcm: bytes, *, text: str | None, x_vector_only: bool) -> "Reference":
-        """A recording that came with a request."""
+        """The reference for a recording that came with a request: the key is the SHA-256 of the recording."""
         digest = hashlib.sha256(pcm).hexdigest()
         key = f"{digest}/x-vector" if x_vector_only else digest
         return cls(key=key, pcm=pcm, text=text, x_vector_only=x_vector_only)
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One request to speak, already resolved: `voice` and `language` are names the model itself uses.
+    """One request to speak, already resolved: `voice` and `language` are the model's own names.
 
-    `voice` is "" where the task takes none (a described or a cloned voice).
+    `voice` is "" for a task without named voices (VoiceDesign, Base).
     `language` is "auto" or one of the model's languages in lower case ("english").
-    `non_streaming_mode` is Qwen3-TTS's text layout (the whole text before the first frame), not transport.
+    `non_streaming_mode` is the text layout of Qwen3-TTS (the whole text before the first frame), not the transport.
     """
 
     id: str
@@ -77,14 +77,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pcm(msgspec.Struct, frozen=True):
-    """Speech of one job, in order: 24 kHz mono int16 little-endian."""
+    """The next part of a job's speech: 24 kHz mono int16 little-endian."""
 
     job_id: str
     data: bytes
 
 
 class Done(msgspec.Struct, frozen=True):
-    """A job has said everything; its slot is free."""
+    """A job is complete, and its slot is free."""
 
     job_id: str
     reason: FinishReason
@@ -92,7 +92,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """A job failed alone; its slot is free and its neighbours go on."""
+    """A job failed, and its slot is free. The other jobs are not affected."""
 
     job_id: str
     error: "JobError"
@@ -102,11 +102,11 @@ Event = Pcm | Done | Fault
 
 
 class JobError(Exception):
-    """A job cannot be done; `code` is a code of the HTTP contract.
+    """A job is impossible or has failed; `code` is an error code of the HTTP API.
 
-    The codes an engine raises: `invalid_value`, `voice_not_found`, `task_mismatch`, `invalid_audio`
-    (the client's fault), `insufficient_vram`, `model_unavailable`, `synthesis_failed` (ours).
-    `param` names the request field at fault, where there is one.
+    Engines raise these codes: for errors of the client `invalid_value`, `voice_not_found`, `task_mismatch` and
+    `invalid_audio`, for errors of the service `insufficient_vram`, `model_unavailable`, `queue_full` and
+    `synthesis_failed`. `param` names the request field at fault, if there is one.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class JobError(Exception):
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes an engine holds on its device and, offloaded, in host RAM.
+    """Bytes that an engine holds on its device, and in host RAM while it is offloaded.
 
-    By purpose: "weights", "kv", "state", "codec_state", "references", "graphs", "workspace".
-    What several engines share (the codec) is not counted here.
+    The keys are purposes: "weights", "kv", "state", "codec_state", "references", "graphs", "workspace".
+    The codec, which several engines share, is not included.
     """
 
     device: dict[str, int] = {}
@@ -131,49 +131,51 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """One loaded model. See the module's first lines for who calls what from which thread."""
+    """One loaded model. The first lines of the module say which thread calls which method."""
 
     def capacity(self) -> int:
-        """How many more jobs `admit` takes now."""
+        """The number of further jobs that `admit` accepts now."""
         ...
 
     def admit(self, job: Job) -> None:
-        """Take a job; the caller has asked `capacity` first.
+        """Take a job into a free slot. Call it only if `capacity()` is above 0.
 
-        Returns quickly: slow preparation (encoding a reference) happens beside the steps.
-        Raises JobError where the job can be seen to be impossible; the job then holds nothing.
+        Returns quickly: slow preparation (encoding a reference) runs beside the steps.
+
+        Raises:
+            JobError: the job is impossible. It holds no slot then.
         """
         ...
 
     def runnable(self, stalled: Collection[str]) -> bool:
-        """Whether `step` would do work now, leaving out the jobs in `stalled`."""
+        """True if `step(stalled)` would do work now."""
         ...
 
     def step(self, stalled: Collection[str]) -> list[Event]:
-        """One unit of work for all admitted jobs together, leaving out the jobs in `stalled`.
+        """Do one unit of work for all admitted jobs except those in `stalled`, and return what it produced.
 
-        For Qwen3-TTS one frame (80 ms) for each job; events carry what became audible.
-        A job's own trouble is a Fault event; an exception means that the engine itself is broken.
-        Torch's out-of-memory error is raised as it is, with the jobs still admitted and the step repeatable.
+        For Qwen3-TTS the unit is one frame (80 ms) for each job.
+        If a single job fails, the error is a Fault event; if `step` raises, the engine itself is broken.
+        The exception is torch's out-of-memory error: all jobs stay admitted, and the step can be repeated.
         """
         ...
 
     def cancel(self, job_id: str) -> None:
-        """Forget a job and free its slot at once; an unknown id is ignored."""
+        """Drop a job and free its slot at once. An unknown id is ignored."""
         ...
 
     def offload(self) -> None:
-        """Move the weights to host RAM and give the device's memory back. No job is admitted."""
+        """Move the weights to host RAM and free the device's memory. No job may be admitted."""
         ...
 
     def restore(self) -> None:
-        """Bring offloaded weights back, ready to speak."""
+        """Move offloaded weights back to the device, ready to speak."""
         ...
 
     def close(self) -> None:
-        """Free everything. The engine is not used again."""
+        """Free everything. The engine must not be used afterwards."""
         ...
 
     def memory(self) -> Memory:
-        """Bytes held, by place and purpose. Callable from any thread."""
+        """Bytes that the engine holds, by place and purpose. Any thread may call it."""
         ...

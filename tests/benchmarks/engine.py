@@ -19,10 +19,10 @@ import torch
 from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype, open_engine
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
+from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.planner import TASKS
-from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
 from tests.benchmarks import machine, stages
 from tests.benchmarks.official import TEXT, frame_ms
 from tests.benchmarks.stages import Clock
@@ -185,7 +185,7 @@ def _print_stages(engine: QwenEngine, job: Callable[[int], Job], arguments: argp
             total = 1000 * result.seconds / len(result.steps_ms)
             inner = sum(value for name, value in result.stages_ms.items() if "of which" not in name)
             shown.append(f"python and the rest {total - inner:.2f}")
-        floors = stages.floors_ms(engine, streams, arguments.frames // 2, chunk=LONGEST_CHUNK, bandwidth=bandwidth)
+        floors = stages.floors_ms(engine, streams, arguments.frames // 2, chunk=MAX_CHUNK_FRAMES, bandwidth=bandwidth)
         floor = ", ".join(f"{name} {value:.2f}" for name, value in floors.items())
         for number in range(streams):
             engine.admit(job(number))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec, DecoderState
+from gpu_worker.engines.qwen.codec import Codec, DecoderState, StreamSnapshot
+from shared.pcm import FRAME_SAMPLES
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.codec.test_codec import TOLERANCE, difference, one_shot, some_codes
 
@@ -100,7 +101,7 @@ def test_a_primed_snapshot_survives_the_host(codec: Codec) -> None:
     """A reference's state, kept in host memory and put into another slot, continues the reference."""
     state = codec.new_state(3)
     codec.prime(some_codes(5, 180)[:150], 0, state)
-    state.restore(2, state.snapshot(0).to("cpu"))
+    state.restore(2, StreamSnapshot(*(tensor.cpu() for tensor in state.snapshot(0).tensors())))
 
     wave = stream(codec, some_codes(5, 180)[150:], 2, state, 7)
 

@@ -57,7 +57,7 @@ def used(device: Device) -> int:
 def cuda_options(checkpoint: Path) -> QwenOptions:
     """As the worker opens engines on a GPU, the checkpoint's codec being there and staying."""
     codecs = SharedCodecs(dtype=torch.bfloat16, device=torch.device("cuda"))
-    codecs.take(checkpoint)
+    codecs.acquire(checkpoint)
     return QwenOptions(codecs=codecs, device="cuda", slots=8)
 
 

@@ -23,6 +23,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import (
 from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, read_headers
 from gpu_worker.engines.qwen.checkpoint.weights import open_weights
+from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
@@ -43,7 +44,6 @@ from gpu_worker.engines.qwen.runner import (
 )
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
-from gpu_worker.engines.qwen.sequence import LONGEST_CHUNK
 from gpu_worker.engines.qwen.vocoder import Vocoder
 
 CPU_SLOTS: Final = 8
@@ -89,7 +89,13 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
-    """Load a verified checkpoint (see checkpoint/) and make it ready to speak.
+    """Load a verified checkpoint (see checkpoint.verification), ready to speak. Raises as `build_parts` does."""
+    parts = build_parts(directory, options)
+    return QwenEngine(parts, pause_s=options.pause_s, cuda=options.device == "cuda")
+
+
+def build_parts(directory: Path, options: QwenOptions) -> Parts:
+    """Load a verified checkpoint and build the parts of its engine, ready to speak.
 
     Raises:
         JobError: `model_unavailable` if the checkpoint or the options cannot be used;
@@ -99,18 +105,18 @@ def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
     torch.backends.cudnn.allow_tf32 = False
     stream = options.streams.transfer if options.device == "cuda" else None
     with torch.inference_mode(), torch.cuda.stream(stream):
-        codec = options.codecs.take(directory)
+        codec = options.codecs.acquire(directory)
         try:
-            engine = _open(directory, codec, options)
+            parts = _build_parts(directory, codec, options)
         except BaseException:
-            options.codecs.give_back(codec)
+            options.codecs.release(codec)
             raise
     if stream is not None:
         stream.synchronize()  # engines run on other streams
-    return engine
+    return parts
 
 
-def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
+def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     device, dtype = torch.device(options.device), compute_dtype(options.device, options.dtype)
     config, generation = read_config(directory), read_generation_config(directory)
     kernel = attention(options.attention_backend, device, dtype)
@@ -130,12 +136,13 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
         runner = CudaGraphModelRunner(model, slots, options.max_model_len, options.streams)
     encode = _reference_encoder(directory, codec, speaker, options)
     parts = Parts(
+        slots=slots,
         state=model.state,
         runner=runner,
         prompts=prompts,
         planner=Planner(config, generation, prompts, max_model_len=options.max_model_len),
         vocoder=vocoder,
-        references=ReferenceCache(encode, options.reference_cache_bytes, options.wake),
+        reference_cache=ReferenceCache(encode, options.reference_cache_bytes, options.wake),
         offloader=WeightOffloader(
             [*model.tensors(), *prompts.tensors(), *(speaker.tensors() if speaker else ())],
             {
@@ -146,12 +153,12 @@ def _open(directory: Path, codec: Codec, options: QwenOptions) -> QwenEngine:
             device,
             stream=options.streams.transfer if device.type == "cuda" else None,
             extra_memory=(runner.memory, vocoder.memory),
-            on_close=lambda: options.codecs.give_back(codec),
+            on_close=lambda: options.codecs.release(codec),
         ),
     )
     runner.prepare()
     vocoder.prepare()
-    return QwenEngine(parts, slots=slots, pause_s=options.pause_s, cuda=device.type == "cuda")
+    return parts
 
 
 def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
@@ -180,7 +187,7 @@ def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options
     free, _ = torch.cuda.mem_get_info()
     if options.room is not None:
         free = min(free, options.room())
-    state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
+    state = codec.new_state(1, max_chunk=MAX_CHUNK_FRAMES)
     dtype = compute_dtype(options.device, options.dtype)
     each = slot_bytes(config.talker_config, dtype, options.max_model_len) + state.bytes // 2
     slots = int((free - weight_bytes) * SLOTS_SHARE / each)
@@ -250,7 +257,7 @@ def _reference_encoder(
             encoded = EncodedReference(speaker(pcm))
             if wants_codes:
                 codes = codec.encode(pcm, directory)
-                state = codec.new_state(1, max_chunk=LONGEST_CHUNK)
+                state = codec.new_state(1, max_chunk=MAX_CHUNK_FRAMES)
                 codec.prime(codes, 0, state)
                 encoded = EncodedReference(encoded.embedding, codes, state.snapshot(0))
         if stream is not None:

@@ -1,13 +1,12 @@
-"""The Qwen3-TTS engine: `step` makes one 80 ms frame for every job, and hands out what became audible.
+"""The Qwen3-TTS engine: `step` makes one 80 ms frame for every job, and returns the audio that is complete.
 
-It owns slots and the order of things within a step.
-The arithmetic is the Generator's and the codec's, how they run is the Executor's, what a job is the Planner's.
+QwenEngine owns the slots and the order of work within a step. The arithmetic belongs to the model and the codec,
+batches and captured functions to the ModelRunner, checks and prompts to the Planner.
 
-A step on CUDA runs one frame ahead of what the host knows: it starts frame n + 1 before it reads frame n's codes,
-so the device never waits for Python. The frame begun past a job's end is thrown away.
+On CUDA a step launches frame n + 1 before it reads the codes of frame n, so the device never waits for Python.
+The frame that was launched behind the end of a job is dropped.
 """
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -15,6 +14,7 @@ from typing import Final
 
 import msgspec
 import numpy as np
+import structlog
 import torch
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
@@ -31,311 +31,306 @@ from gpu_worker.engines.qwen.sequence import RunningJob, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
 
-PREFILL_TOKENS: Final = 1024
-"""Prompt tokens read in one step, at least one prompt: newcomers must not make the others stutter."""
+MAX_PREFILL_TOKENS: Final = 1024
+"""Prompt tokens of the prefills in one step (but at least one prompt), so that new jobs do not delay the others."""
 
-DELIVERIES_BEHIND: Final = 2
-"""Decoder calls that may be under way when a step returns, on CUDA."""
-
-
-_log = logging.getLogger(__name__)
+MAX_PENDING_DELIVERIES: Final = 2
+"""Decoder calls that may still run on the device when a step returns."""
 
 
-class Frame(msgspec.Struct, frozen=True):
-    """Who took part in a frame, and with which of its utterances."""
+log = structlog.get_logger(__name__)
+
+
+class LaunchedFrame(msgspec.Struct, frozen=True):
+    """A frame on the device: its jobs, each with the number of its utterance."""
 
     members: list[tuple[RunningJob, int]]
 
 
-class Closing(msgspec.Struct, frozen=True):
-    """An utterance's PCM is complete; `final`: and so is the job's."""
+class UtteranceEnd(msgspec.Struct, frozen=True):
+    """All PCM of an utterance comes before this entry. `last`: the job ends here as well."""
 
-    speaking: RunningJob
-    final: bool
+    sequence: RunningJob
+    last: bool
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine is assembled from."""
+    """The parts of an engine. `slots`: jobs at the same time."""
 
+    slots: int
     state: SlotState
     runner: ModelRunner
     prompts: PromptBuilder
     planner: Planner
     vocoder: Vocoder
-    references: ReferenceCache
+    reference_cache: ReferenceCache
     offloader: WeightOffloader
 
 
 class QwenEngine:
-    """See gpu_worker.engines.base.Engine."""
+    """The Engine protocol for one Qwen3-TTS model."""
 
     def __init__(
-        self, parts: Parts, *, slots: int, pause_s: float, cuda: bool, clock: Callable[[], float] = time.monotonic
+        self, parts: Parts, *, pause_s: float, cuda: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`pause_s`: silence between the utterances of a job. `clock` gives seconds."""
+        """`pause_s`: silence between the utterances of a job. `clock` returns seconds."""
         self._parts = parts
         self._clock = clock
-        self._end = parts.state.eos_code
+        self._eos_code = parts.state.eos_code
         self._pause = bytes(bytes_for(pause_s))
         self._cuda = cuda
-        self._free = list(range(slots))
-        self._jobs: dict[str, RunningJob] = {}
-        self._active: set[int] = set()
-        self._frames: deque[HostCopy[Frame]] = deque()
-        self._deliveries: deque[HostCopy[list[RunningJob]] | Closing] = deque()
+        self._free_slots = list(range(parts.slots))
+        self._sequences: dict[str, RunningJob] = {}
+        self._active_slots: set[int] = set()
+        self._frames: deque[HostCopy[LaunchedFrame]] = deque()
+        self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
         self._events: list[Event] = []
-        """What no step has returned yet: one that runs out of memory keeps it for the next."""
+        """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
 
     def capacity(self) -> int:
-        """See Engine."""
-        return len(self._free)
+        return len(self._free_slots)
 
     def admit(self, job: Job) -> None:
-        """See Engine."""
-        speaking = RunningJob(job, min(self._free), self._parts.planner.plan(job))
+        sequence = RunningJob(job, min(self._free_slots), self._parts.planner.plan(job))
         if job.reference is not None:
-            speaking.reference = self._parts.references.request(job.reference)
+            sequence.reference = self._parts.reference_cache.request(job.reference)
         else:
             with torch.inference_mode():
-                self._begin(speaking)
-        self._free.remove(speaking.slot)
-        self._jobs[job.id] = speaking
+                self._start_utterance(sequence)
+        self._free_slots.remove(sequence.slot)
+        self._sequences[job.id] = sequence
 
     def runnable(self, stalled: Collection[str]) -> bool:
-        """See Engine."""
         if self._frames or self._deliveries or self._events:
             return True
         return any(
-            speaking.prompt is not None
-            or speaking.launchable
-            or speaking.due
-            or (speaking.ended and (speaking.speaks or _arrived(speaking)))
-            for speaking in self._jobs.values()
-            if speaking.job.id not in stalled
+            sequence.prompt is not None
+            or sequence.can_launch
+            or sequence.chunk_due
+            or (sequence.ended and (sequence.generating or _reference_done(sequence)))
+            for sequence in self._sequences.values()
+            if sequence.job.id not in stalled
         )
 
     def step(self, stalled: Collection[str]) -> list[Event]:
-        """See Engine. Whatever raises here can be repeated: each part is finished, or as if never begun."""
-        jobs = [speaking for speaking in self._jobs.values() if speaking.job.id not in stalled]
+        """See Engine.step. After any exception the step can be repeated: each part is complete, or as if not begun."""
+        sequences = [sequence for sequence in self._sequences.values() if sequence.job.id not in stalled]
         with torch.inference_mode():
-            self._take_references(jobs)
-            self._read_prompts(jobs)
-            self._decode_due()
-            launched = self._launch([speaking for speaking in jobs if speaking.launchable])
+            self._start_cloned_voices(sequences)
+            self._prefill(sequences)
+            self._decode_due_chunks()
+            launched = self._launch_frame([sequence for sequence in sequences if sequence.can_launch])
             while len(self._frames) > (1 if self._cuda and launched else 0):
-                self._land(self._frames[0])
+                self._on_frame_ready(self._frames[0])
                 self._frames.popleft()
-            self._decode_due()
-            self._deliver(behind=DELIVERIES_BEHIND if launched else 0)
+            self._decode_due_chunks()
+            self._deliver(max_pending=MAX_PENDING_DELIVERIES if launched else 0)
         events, self._events = self._events, []
         return events
 
     def cancel(self, job_id: str) -> None:
-        """See Engine."""
-        speaking = self._jobs.get(job_id)
-        if speaking is not None:
-            self._release(speaking)
+        sequence = self._sequences.get(job_id)
+        if sequence is not None:
+            self._release(sequence)
         self._events = [event for event in self._events if event.job_id != job_id]
 
     def offload(self) -> None:
-        """See Engine."""
-        self._settle()
+        self._drop_launched_work()
         self._parts.runner.release()
         self._parts.vocoder.release()
         self._parts.prompts.clear_cache()
-        self._parts.references.clear()
+        self._parts.reference_cache.clear()
         self._parts.offloader.offload()
 
     def restore(self) -> None:
-        """See Engine."""
         with torch.inference_mode():
             self._parts.offloader.restore()
-            self._active.clear()
+            self._active_slots.clear()
             self._parts.runner.prepare()
             self._parts.vocoder.prepare()
 
     def close(self) -> None:
-        """See Engine."""
-        for speaking in list(self._jobs.values()):
-            self._release(speaking)
-        self._settle()
-        self._parts.references.close()
+        for sequence in list(self._sequences.values()):
+            self._release(sequence)
+        self._drop_launched_work()
+        self._parts.reference_cache.close()
         self._parts.runner.close()
         self._parts.vocoder.release()
         self._parts.prompts.clear_cache()
         self._parts.offloader.close()
 
     def memory(self) -> Memory:
-        """See Engine."""
-        return self._parts.offloader.memory(references=self._parts.references.bytes)
+        return self._parts.offloader.memory(references=self._parts.reference_cache.bytes)
 
-    def _settle(self) -> None:
-        """Forget what was begun for jobs since gone; when this returns the device works on none of it."""
+    def _drop_launched_work(self) -> None:
+        """Drop the frames and chunks of jobs that are gone, and wait until the device has finished them."""
         self._frames.clear()
         self._deliveries.clear()
         self._events.clear()
         if self._cuda:
             torch.cuda.synchronize()
 
-    def _take_references(self, jobs: Iterable[RunningJob]) -> None:
-        """Jobs whose recording is encoded begin; where that failed, they end, unless the device itself is broken.
+    def _start_cloned_voices(self, sequences: Iterable[RunningJob]) -> None:
+        """Start the jobs whose reference is encoded.
 
-        Where memory ran out, the step does as well, once: whoever called it makes room, and the next one asks again.
+        A job whose reference could not be encoded fails, unless the device itself is broken. If the encoder ran out of
+        memory, the step raises that error once, so that its caller can free memory. The next step tries again.
         """
-        exhausted: BaseException | None = None
-        for speaking in jobs:
-            if not _arrived(speaking) or speaking.reference is None or speaking.job.reference is None:
+        out_of_memory: BaseException | None = None
+        for sequence in sequences:
+            if not _reference_done(sequence) or sequence.reference is None or sequence.job.reference is None:
                 continue
-            error = speaking.reference.exception()
+            error = sequence.reference.exception()
             try:
-                if error is not None and is_out_of_memory(error) and speaking.exhausted is None:
-                    speaking.exhausted, exhausted = speaking.reference, error
+                if error is not None and is_out_of_memory(error) and sequence.oom_reference is None:
+                    sequence.oom_reference, out_of_memory = sequence.reference, error
                     continue
-                if speaking.exhausted is speaking.reference:
-                    speaking.reference = self._parts.references.request(speaking.job.reference)
+                if sequence.oom_reference is sequence.reference:
+                    sequence.reference = self._parts.reference_cache.request(sequence.job.reference)
                     continue
                 if isinstance(error, Exception) and not is_broken_device(error):
-                    raise error if isinstance(error, JobError) else _not_encoded(error)
-                speaking.encoded = speaking.reference.result()
-                self._begin(speaking)
+                    raise error if isinstance(error, JobError) else _encoding_error(error)
+                sequence.encoded = sequence.reference.result()
+                self._start_utterance(sequence)
             except JobError as failure:
-                self._fail(speaking, failure)
-        if exhausted is not None:
-            raise exhausted
+                self._fail(sequence, failure)
+        if out_of_memory is not None:
+            raise out_of_memory
 
-    def _begin(self, speaking: RunningJob) -> None:
-        """Make the next utterance's prompt."""
-        encoded, plan = speaking.encoded, speaking.plan
-        voice = Voice(name=speaking.job.voice)
+    def _start_utterance(self, sequence: RunningJob) -> None:
+        """Build the prompt of the job's next utterance."""
+        encoded, plan = sequence.encoded, sequence.plan
+        voice = Voice(name=sequence.job.voice)
         if encoded is not None:
             voice = Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=plan.transcript)
-        speaking.begin(self._parts.planner.utterance(speaking.job, plan, speaking.text, voice, left=speaking.left))
+        utterance = self._parts.planner.utterance(
+            sequence.job, plan, sequence.next_text, voice, frames_left=sequence.frames_left
+        )
+        sequence.start_utterance(utterance)
 
-    def _read_prompts(self, jobs: Iterable[RunningJob]) -> None:
+    def _prefill(self, sequences: Iterable[RunningJob]) -> None:
+        """Read waiting prompts into their slots, up to MAX_PREFILL_TOKENS."""
         tokens = 0
         chosen: list[RunningJob] = []
-        for speaking in jobs:
-            if speaking.prompt is None or (chosen and tokens + speaking.length > PREFILL_TOKENS):
+        for sequence in sequences:
+            if sequence.prompt is None or (chosen and tokens + sequence.prompt_tokens > MAX_PREFILL_TOKENS):
                 continue
-            tokens += speaking.length
-            chosen.append(speaking)
-        entries = []
-        for speaking in chosen:
-            if speaking.prompt is None:
+            tokens += sequence.prompt_tokens
+            chosen.append(sequence)
+        inputs = []
+        for sequence in chosen:
+            if sequence.prompt is None:
                 continue
-            plan = speaking.plan
-            randomness = uniforms(plan.seed, speaking.utterance, speaking.cap, self._parts.state.ring_buffer.shape[2])
-            self._parts.state.write(
-                speaking.slot, speaking.prompt, self._parts.prompts.padding(), plan.choice, randomness
-            )
-            self._parts.vocoder.begin(speaking.slot, speaking.encoded.primed if speaking.encoded else None)
-            entries.append(PrefillInput(speaking.slot, speaking.prompt, plan.choice.full_vocab))
-        if entries:
-            self._parts.runner.prefill(entries)
-        for speaking in chosen:
-            speaking.start()
+            plan, state = sequence.plan, self._parts.state
+            randomness = uniforms(plan.seed, sequence.utterance, sequence.max_frames, state.ring_buffer.shape[2])
+            state.write(sequence.slot, sequence.prompt, self._parts.prompts.padding(), plan.sampling, randomness)
+            self._parts.vocoder.begin(sequence.slot, sequence.encoded.primed if sequence.encoded else None)
+            inputs.append(PrefillInput(sequence.slot, sequence.prompt, plan.sampling.full_vocab))
+        if inputs:
+            self._parts.runner.prefill(inputs)
+        for sequence in chosen:
+            sequence.on_prefilled()
 
-    def _launch(self, members: list[RunningJob]) -> bool:
-        """Begin a frame for `members`; whether there was one."""
+    def _launch_frame(self, members: list[RunningJob]) -> bool:
+        """Start a frame of `members` on the device. Returns False if there are none."""
         if not members:
             return False
-        self._activate({speaking.slot for speaking in members})
-        rows = [(speaking.slot, speaking.length + speaking.launched + 1) for speaking in members]
-        readback = HostCopy(
-            self._parts.state.next_codebook0, Frame([(speaking, speaking.utterance) for speaking in members])
-        )
-        self._parts.vocoder.fence()
-        self._parts.runner.decode_step(rows, full_vocab=any(speaking.plan.choice.full_vocab for speaking in members))
-        readback.start()
-        self._frames.append(readback)
-        for speaking in members:
-            speaking.launched += 1
+        self._set_active_slots({sequence.slot for sequence in members})
+        rows = [(sequence.slot, sequence.prompt_tokens + sequence.frames_launched + 1) for sequence in members]
+        frame = LaunchedFrame([(sequence, sequence.utterance) for sequence in members])
+        host_copy = HostCopy(self._parts.state.next_codebook0, frame)
+        self._parts.vocoder.wait_for_older_decodes()
+        self._parts.runner.decode_step(rows, full_vocab=any(member.plan.sampling.full_vocab for member in members))
+        host_copy.start()
+        self._frames.append(host_copy)
+        for sequence in members:
+            sequence.frames_launched += 1
         return True
 
-    def _activate(self, slots: set[int]) -> None:
-        if slots == self._active:
+    def _set_active_slots(self, slots: set[int]) -> None:
+        if slots == self._active_slots:
             return
         active = self._parts.state.active
         mask = torch.zeros(active.shape, dtype=torch.bool, pin_memory=self._cuda)
         mask[sorted(slots)] = True
         active.copy_(mask, non_blocking=True)
-        self._active = slots
+        self._active_slots = slots
 
-    def _land(self, readback: HostCopy[Frame]) -> None:
-        """Take note of a frame: what was made is speech, and the code made with it tells whether more follows."""
-        following = readback.wait().tolist()
-        for speaking, utterance in readback.record.members:
-            if speaking.alive and speaking.utterance == utterance and not speaking.ended:
-                speaking.land(last=following[speaking.slot] == self._end)
+    def _on_frame_ready(self, host_copy: HostCopy[LaunchedFrame]) -> None:
+        """Count a frame as speech. The codes made with it, those of codebook 0 of the next frame, may be the end."""
+        next_codes = host_copy.wait().tolist()
+        for sequence, utterance in host_copy.record.members:
+            if sequence.alive and sequence.utterance == utterance and not sequence.ended:
+                sequence.on_frame_ready(last=next_codes[sequence.slot] == self._eos_code)
 
-    def _decode_due(self) -> None:
-        due = [speaking for speaking in self._jobs.values() if speaking.due]
+    def _decode_due_chunks(self) -> None:
+        due = [sequence for sequence in self._sequences.values() if sequence.chunk_due]
         for group in most_urgent_first(self._parts.vocoder.groups(due)):
             self._deliveries.append(self._parts.vocoder.decode(group))
-            for speaking in group:
-                speaking.take_chunk()
-        for speaking in self._jobs.values():
-            if speaking.speaks and speaking.ended and not speaking.pending:
-                self._deliveries.append(Closing(speaking, final=speaking.finish()))
+            for sequence in group:
+                sequence.on_chunk_decoded()
+        for sequence in self._sequences.values():
+            if sequence.generating and sequence.ended and not sequence.pending_frames:
+                self._deliveries.append(UtteranceEnd(sequence, last=sequence.finish_utterance()))
 
-    def _deliver(self, behind: int) -> None:
-        """Hand out what has arrived, in order; at most `behind` deliveries may stay under way."""
+    def _deliver(self, max_pending: int) -> None:
+        """Turn decoded chunks into events, in order. At most `max_pending` deliveries may stay unfinished."""
         while self._deliveries:
             head = self._deliveries[0]
-            if isinstance(head, Closing):
-                if head.speaking.alive:
-                    self._close(head)
+            if isinstance(head, UtteranceEnd):
+                if head.sequence.alive:
+                    self._end_utterance(head)
             else:
-                if len(self._deliveries) <= behind and not head.ready():
+                if len(self._deliveries) <= max_pending and not head.ready():
                     return
-                for speaking, samples in zip(head.record, head.wait().numpy(), strict=True):
-                    self._hand_out(speaking, samples)
+                for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
+                    self._deliver_chunk(sequence, samples)
             self._deliveries.popleft()
 
-    def _hand_out(self, speaking: RunningJob, samples: np.ndarray) -> None:
-        if speaking.alive:
-            speaking.hear(samples, FRAME_SAMPLES)
-            self._emit(speaking, samples.tobytes())
+    def _deliver_chunk(self, sequence: RunningJob, samples: np.ndarray) -> None:
+        if sequence.alive:
+            sequence.check_silence(samples, FRAME_SAMPLES)
+            self._emit(sequence, samples.tobytes())
 
-    def _close(self, closing: Closing) -> None:
-        """End the job, or begin its next utterance; what is handed out follows what may raise."""
-        speaking = closing.speaking
-        if closing.final:
-            self._release(speaking)
-            self._events.append(Done(speaking.job.id, speaking.reason, speaking.usage))
+    def _end_utterance(self, end: UtteranceEnd) -> None:
+        """End the job, or start its next utterance. Events are added last, behind everything that may raise."""
+        sequence = end.sequence
+        if end.last:
+            self._release(sequence)
+            self._events.append(Done(sequence.job.id, sequence.reason, sequence.usage))
             return
         try:
-            self._begin(speaking)
+            self._start_utterance(sequence)
         except JobError as error:
-            self._fail(speaking, error)
+            self._fail(sequence, error)
             return
         if self._pause:
-            self._emit(speaking, self._pause)
+            self._emit(sequence, self._pause)
 
-    def _emit(self, speaking: RunningJob, pcm: bytes) -> None:
-        speaking.plays(seconds_of(pcm), self._clock())
-        self._events.append(Pcm(speaking.job.id, pcm))
+    def _emit(self, sequence: RunningJob, pcm: bytes) -> None:
+        sequence.on_delivered(seconds_of(pcm), self._clock())
+        self._events.append(Pcm(sequence.job.id, pcm))
 
-    def _fail(self, speaking: RunningJob, error: JobError) -> None:
-        self._release(speaking)
-        self._events.append(Fault(speaking.job.id, error))
+    def _fail(self, sequence: RunningJob, error: JobError) -> None:
+        self._release(sequence)
+        self._events.append(Fault(sequence.job.id, error))
 
-    def _release(self, speaking: RunningJob) -> None:
-        speaking.alive = False
-        if speaking.reference is not None and speaking.job.reference is not None:
-            self._parts.references.give_up(speaking.job.reference.key, speaking.reference)
-        del self._jobs[speaking.job.id]
-        self._free.append(speaking.slot)
+    def _release(self, sequence: RunningJob) -> None:
+        sequence.alive = False
+        if sequence.reference is not None and sequence.job.reference is not None:
+            self._parts.reference_cache.abandon(sequence.job.reference.key, sequence.reference)
+        del self._sequences[sequence.job.id]
+        self._free_slots.append(sequence.slot)
 
 
-def _not_encoded(error: Exception) -> JobError:
-    """What a job hears whose recording the encoders failed at: it is alone in that."""
+def _encoding_error(error: Exception) -> JobError:
+    """The error of a job whose reference could not be encoded."""
     if is_out_of_memory(error):
         return JobError("insufficient_vram", f"memory ran out while ref_audio was encoded: {error}", retry_after_s=5)
-    _log.error("a recording could not be encoded", exc_info=error)
+    log.error("reference_encoding_failed", exc_info=error)
     return JobError("synthesis_failed", f"ref_audio could not be encoded: {error}", param="ref_audio")
 
 
-def _arrived(speaking: RunningJob) -> bool:
-    """Whether the job's recording is encoded, or failed to be."""
-    return speaking.reference is not None and speaking.utterance < 0 and speaking.reference.done()
+def _reference_done(sequence: RunningJob) -> bool:
+    """True if the job waits for a reference whose encoding has succeeded or failed."""
+    return sequence.reference is not None and sequence.utterance < 0 and sequence.reference.done()

@@ -1,7 +1,7 @@
-"""What a job asks for, checked against what the model is: utterances, sampling, prompts.
+"""Jobs checked against the model, and what follows from them: utterances, sampling, prompts, frame caps.
 
-It owns the refusals that can be told from the request and the model's configuration.
-It holds no slots and no state of a running job.
+The Planner rejects every job whose fault shows in the request and the model's configuration.
+It has no slots and no state of running jobs.
 """
 
 import secrets
@@ -15,34 +15,47 @@ from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Mo
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.qwen3_tts import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
-from gpu_worker.engines.qwen.sequence import LEAST_CAP, frame_cap
-from gpu_worker.engines.qwen.text_splitting import HEAD, clean, fits, split, tidy
+from gpu_worker.engines.qwen.text_splitting import (
+    MAX_CHARS_PER_TOKEN,
+    clean_input,
+    fits_tokens,
+    remove_controls,
+    split_into_utterances,
+)
 from gpu_worker.voices import check_transcript
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
 
-UTTERANCE_TOKENS: Final = 96
-"""Longer texts are split: some 25 s of speech, well within what the model was trained on."""
+MAX_UTTERANCE_TOKENS: Final = 96
+"""Longer texts are split: this is about 25 s of speech, well within the lengths that the model was trained on."""
 
-ROOM_PER_TOKEN: Final = 5
-"""Frames of room that a token of a described voice's text gets: speech takes 3 to 5."""
+FRAMES_RESERVED_PER_TOKEN: Final = 5
+"""Frames reserved in the slot for each text token of a described voice: speech takes 3 to 5."""
 
-COLD: Final = 1e-5
-"""Temperatures below choose the best: logits divided by a smaller one leave the range of float32."""
+FRAMES_PER_TOKEN: Final = 12
+MIN_FRAME_CAP: Final = 192
+"""An utterance has at most max(MIN_FRAME_CAP, FRAMES_PER_TOKEN * its tokens) frames.
+
+0.2 to 0.5 % of utterances never end by themselves. Speech takes 3 to 5 frames a token.
+"""
+
+GREEDY_BELOW_TEMPERATURE: Final = 1e-5
+"""Lower temperatures mean greedy sampling: logits divided by a smaller number leave the range of float32."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A job that can be done.
+    """A job that passed all checks.
 
-    `texts`: its utterances, to be read once; each is cut when it is asked for, and has at most `longest` tokens.
-    `max_new_tokens`: frames that the whole job may take, None where it names no number.
-    `instructions` and `transcript` are the job's, without what would steer the prompt.
-    `whole_text`: the layout, see PromptBuilder.build.
+    `texts` yields the texts of the utterances, once; each is cut off when it is asked for.
+    `longest_tokens` is the most text tokens that an utterance can have.
+    `max_new_tokens` limits the frames of the whole job; None if the request sets no limit.
+    `whole_text` is the text layout, see PromptBuilder.build.
+    `instructions` and `transcript` are the job's, without control characters and control tokens.
     """
 
     texts: Iterator[str]
-    longest: int
-    choice: SamplingParams
+    longest_tokens: int
+    sampling: SamplingParams
     seed: int
     max_new_tokens: int | None
     whole_text: bool
@@ -51,84 +64,87 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Utterance(msgspec.Struct, frozen=True):
-    """What a slot reads next: a prompt with `tokens` of text to speak, in at most `cap` frames."""
+    """The next prompt of a slot, with `tokens` of text to speak in at most `max_frames` frames."""
 
     prompt: Prompt
     tokens: int
-    cap: int
+    max_frames: int
 
 
 class Planner:
-    """Checks jobs and makes their prompts."""
+    """Checks jobs, and builds the prompts of their utterances."""
 
     def __init__(
         self, config: ModelConfig, generation: GenerationConfig, prompts: PromptBuilder, *, max_model_len: int
     ) -> None:
-        """`max_model_len`: tokens that a slot holds."""
+        """`max_model_len`: tokens that a slot holds, prompt and frames together."""
         self._config = config
         self._generation = generation
         self._prompts = prompts
         self._max_model_len = max_model_len
 
     def plan(self, job: Job) -> Plan:
-        """Check a job and begin to split its text.
+        """Check a job, and start to split its text.
 
         Raises:
-            JobError: saying which field is at fault.
+            JobError: `invalid_value`, `voice_not_found` or `task_mismatch`, with the field at fault.
         """
-        text, instructions = clean(job.text), tidy(job.instructions)
-        transcript = tidy(job.reference.text or "").strip() if job.reference is not None else ""
+        text, instructions = clean_input(job.text), remove_controls(job.instructions)
+        transcript = remove_controls(job.reference.text or "").strip() if job.reference is not None else ""
         self._check(job, transcript)
-        limit = self._limit(job, instructions)
+        limit = self._max_tokens(job, instructions)
         longest = limit
-        if fits(text, limit, self._prompts.count):
+        if fits_tokens(text, limit, self._prompts.count):
             longest = self._prompts.count(text)
         elif job.task == "VoiceDesign":
             raise self._too_long(text, limit)
         return Plan(
-            texts=split(text, job.language, limit, self._prompts.count),
-            longest=longest,
-            choice=choice_of(job.sampling, self._generation),
+            texts=split_into_utterances(text, job.language, limit, self._prompts.count),
+            longest_tokens=longest,
+            sampling=sampling_params(job.sampling, self._generation),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
             max_new_tokens=job.sampling.max_new_tokens,
-            # The official package's defaults: only clones get their text frame by frame.
+            # The defaults of the official package: only clones read their text frame by frame.
             whole_text=job.task != "Base" if job.non_streaming_mode is None else job.non_streaming_mode,
             instructions=instructions,
             transcript=transcript,
         )
 
-    def utterance(self, job: Job, plan: Plan, text: str, voice: Voice, *, left: int | None) -> Utterance:
-        """One of the plan's texts, ready to be read; `left`: frames that the job may still take.
+    def utterance(self, job: Job, plan: Plan, text: str, voice: Voice, *, frames_left: int | None) -> Utterance:
+        """The prompt of one of the plan's texts. `frames_left`: frames that the job may still make.
 
-        Where the longest of the plan's utterances would find no room, none does: no speech ends in the middle for it.
+        Rejects the whole plan if its longest utterance does not fit into the slot, so no speech is cut off half-way.
 
         Raises:
-            JobError: `invalid_value` where instructions or the reference leave no room to speak.
+            JobError: `invalid_value`: instructions or reference are too long and leave no room for speech.
         """
         prompt = self._prompts.build(
             text, voice, language=job.language, instructions=plan.instructions, whole_text=plan.whole_text
         )
         tokens = self._prompts.count(text)
-        spare = plan.longest - tokens
-        # The last position stays free: until its slot is taken again, a row that has ended is computed with the others.
+        longer = plan.longest_tokens - tokens
+        # The last position stays free: a finished row is computed with the others until its slot is taken again.
         room = self._max_model_len - len(prompt.embeds) - 1
-        wanted = self._generation.max_new_tokens if left is None else left
-        least, trailing = (room - spare, 0) if plan.whole_text else (room, spare)
-        if least < min(LEAST_CAP, wanted) or len(prompt.trailing) + trailing > MAX_TRAILING_TOKENS:
+        wanted = self._generation.max_new_tokens if frames_left is None else frames_left
+        least_room, trailing = (room - longer, 0) if plan.whole_text else (room, longer)
+        if least_room < min(MIN_FRAME_CAP, wanted) or len(prompt.trailing) + trailing > MAX_TRAILING_TOKENS:
             field = "ref_text" if voice.codes is not None else "instructions"
             raise JobError("invalid_value", f"{field}: no room is left for speech; make it shorter", param=field)
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
 
-    def _limit(self, job: Job, instructions: str) -> int:
-        """Text tokens of an utterance; a described voice's is all of its text, if a slot can hold it."""
+    def _max_tokens(self, job: Job, instructions: str) -> int:
+        """The most text tokens of an utterance. With a described voice, the whole text must be one utterance."""
         if job.task != "VoiceDesign":
-            return UTTERANCE_TOKENS
+            return MAX_UTTERANCE_TOKENS
         used = self._prompts.count(instructions) if instructions else 0
-        return max(UTTERANCE_TOKENS, min(MAX_TRAILING_TOKENS, (self._max_model_len - used) // (ROOM_PER_TOKEN + 1)))
+        return max(
+            MAX_UTTERANCE_TOKENS,
+            min(MAX_TRAILING_TOKENS, (self._max_model_len - used) // (FRAMES_RESERVED_PER_TOKEN + 1)),
+        )
 
     def _too_long(self, text: str, limit: int) -> JobError:
-        """A described voice is another one each time it is made: its text cannot go on in a second utterance."""
-        head = text[: HEAD * limit]
+        """A described voice is a different one in each utterance, so its text cannot continue in a second one."""
+        head = text[: MAX_CHARS_PER_TOKEN * limit]
         characters = len(head) * limit // self._prompts.count(head)
         message = (
             f"a described voice speaks at most {limit} tokens at once, about {characters} characters of this text; "
@@ -157,18 +173,23 @@ class Planner:
             raise JobError("invalid_value", message, param="ref_audio")
         if job.reference is not None and not job.reference.x_vector_only:
             if not transcript:
-                message = "ref_text, what the recording says, is missing; or set x_vector_only_mode"
+                message = "ref_text, the transcript of the recording, is missing; or set x_vector_only_mode"
                 raise JobError("invalid_value", message, param="ref_text")
             check_transcript(transcript, job.reference.pcm)
 
 
-def choice_of(sampling: Sampling, generation: GenerationConfig) -> SamplingParams:
-    """What a request asks for, where it does not the checkpoint's own parameters."""
+def frame_cap(tokens: int, wanted: int, room: int) -> int:
+    """The most frames of an utterance of `tokens` text tokens, in a slot with `room` free positions."""
+    return min(max(MIN_FRAME_CAP, FRAMES_PER_TOKEN * tokens), wanted, room)
+
+
+def sampling_params(sampling: Sampling, generation: GenerationConfig) -> SamplingParams:
+    """The request's parameters. Those that the request does not set are the checkpoint's."""
     temperature = generation.temperature if sampling.temperature is None else sampling.temperature
     top_k = generation.top_k if sampling.top_k is None else sampling.top_k
-    greedy = temperature < COLD
+    greedy = temperature < GREEDY_BELOW_TEMPERATURE
     if sampling.temperature is None and not generation.do_sample:
-        # The talker's alone: the code predictor of the official package asks subtalker_dosample.
+        # do_sample is the talker's alone: for the code predictor the official package reads subtalker_dosample.
         greedy, top_k = not generation.subtalker_dosample, 1
     penalty = sampling.repetition_penalty
     return SamplingParams(

@@ -1,14 +1,14 @@
-"""Recordings that voices are cloned from: encoded beside the steps, kept within a byte budget.
+"""Encoded references of cloned voices: encoded on a background thread, and kept within a byte budget.
 
-It owns one background thread and the cache of encoded prompts.
-It knows neither slots nor prompts; the encoders are handed in.
+ReferenceCache owns that thread and the encoded references. The encoder is passed in.
+It knows neither slots nor prompts.
 """
 
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Final
 
 import msgspec
@@ -16,40 +16,41 @@ import numpy as np
 from torch import Tensor
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.engines.qwen.codec.decoder_state import Snapshot
+from gpu_worker.engines.qwen.codec import StreamSnapshot
+from gpu_worker.serial_thread import SerialThread
 from gpu_worker.voices import check_recording
+
+MAX_WAITING: Final = 32
+"""References that may wait for their encoding, up to 3 MB each."""
 
 
 class EncodedReference(msgspec.Struct, frozen=True):
-    """What a recording becomes: `embedding` [hidden]; for ICL also `codes` int64 [frames, groups]
+    """An encoded recording.
 
-    and `primed`, the codec's state once it has heard them.
+    `embedding` [hidden] is the speaker embedding. A reference for in-context clones also has `codes` int64
+    [frames, groups], and `primed`, the state of a codec stream that has decoded these codes.
     """
 
     embedding: Tensor
     codes: Tensor | None = None
-    primed: Snapshot | None = None
+    primed: StreamSnapshot | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes it holds."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor of it."""
+        """All tensors."""
         yield self.embedding
         if self.codes is not None:
             yield self.codes
         if self.primed is not None:
-            yield from (self.primed.rings, self.primed.history, self.primed.positions)
+            yield from self.primed.tensors()
 
 
-MOST_WAITING: Final = 32
-"""Recordings that wait to be encoded, at 3 MB each."""
-
-
-class _Waiting(msgspec.Struct):
-    """A recording that is to be encoded, or is; `jobs` wait for it."""
+class _Encoding(msgspec.Struct):
+    """A reference that waits for its encoding or is being encoded. `jobs`: how many wait for it."""
 
     reference: Reference
     future: Future[EncodedReference]
@@ -57,7 +58,7 @@ class _Waiting(msgspec.Struct):
 
 
 class ReferenceCache:
-    """Encodes references in one background thread and remembers them by their keys."""
+    """Encodes references one after the other, and keeps the most recently used ones by key."""
 
     def __init__(
         self,
@@ -65,32 +66,33 @@ class ReferenceCache:
         max_bytes: int,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """encode(waveform float32 [samples] at 24 kHz, whether codes are wanted), called from the thread.
+        """`encode(waveform, wants_codes)` runs on the background thread; waveform: float32 [samples] at 24 kHz.
 
-        `wake` is called, from any thread, once a future that was not yet done is.
+        `wake` is called from any thread when a future that `request` returned is done.
         """
         self._encode = encode
         self._max_bytes = max_bytes
         self._wake = wake
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="references")
+        self._thread = SerialThread("reference-encoder", self._handle)
+        self._started = False
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, EncodedReference] = OrderedDict()
-        self._waiting: dict[str, _Waiting] = {}
+        self._encodings: dict[str, _Encoding] = {}
         self._bytes = 0
 
     @property
     def bytes(self) -> int:
-        """Bytes that the kept references hold."""
+        """Bytes of the kept references."""
         return self._bytes
 
     def request(self, reference: Reference) -> Future[EncodedReference]:
-        """The encoded reference, now or later; its future raises what encoding raised.
+        """The future of the encoded reference. It raises what the encoder raised.
 
-        A recording that is known is not looked at again.
+        A reference with a known key is neither checked nor encoded again.
 
         Raises:
-            JobError: `invalid_audio` where the recording is too short, too long or silent;
-                `queue_full` where MOST_WAITING others wait.
+            JobError: `invalid_audio`: the recording is too short, too long or silent;
+                `queue_full`: MAX_WAITING other references wait.
         """
         with self._lock:
             if reference.key in self._kept:
@@ -98,66 +100,83 @@ class ReferenceCache:
                 done: Future[EncodedReference] = Future()
                 done.set_result(self._kept[reference.key])
                 return done
-            waiting = self._waiting.get(reference.key)
-            if waiting is not None:
-                waiting.jobs += 1
-                return waiting.future
+            encoding = self._encodings.get(reference.key)
+            if encoding is not None:
+                encoding.jobs += 1
+                return encoding.future
             check_recording(reference.pcm, "ref_audio")
-            if len(self._waiting) >= MOST_WAITING:
-                message = f"{MOST_WAITING} recordings are waiting to be encoded"
+            if len(self._encodings) >= MAX_WAITING:
+                message = f"{MAX_WAITING} recordings are waiting to be encoded"
                 raise JobError("queue_full", message, param="ref_audio", retry_after_s=5)
-            # The thread is given the key alone: what is cancelled stays in its queue until its turn comes.
-            future = self._thread.submit(self._work, reference.key)
-            self._waiting[reference.key] = _Waiting(reference, future)
+            future: Future[EncodedReference] = Future()
+            self._encodings[reference.key] = _Encoding(reference, future)
+            if not self._started:  # most models never clone, and a failed load must leave no thread behind
+                self._thread.start()
+                self._started = True
+            # The queue holds keys only, so the recording of a cancelled reference is freed at once.
+            self._thread.submit(reference.key)
         future.add_done_callback(lambda _: self._wake())
         return future
 
-    def give_up(self, key: str, future: Future[EncodedReference]) -> None:
-        """A job does not wait for what it requested any more; with the last one goes what has not been begun."""
+    def abandon(self, key: str, future: Future[EncodedReference]) -> None:
+        """One job less waits for `future`. Without jobs, an encoding that has not begun is cancelled."""
         with self._lock:
-            waiting = self._waiting.get(key)
-            if waiting is None or waiting.future is not future:
+            encoding = self._encodings.get(key)
+            if encoding is None or encoding.future is not future:
                 return
-            waiting.jobs -= 1
-            if waiting.jobs == 0 and future.cancel():
-                del self._waiting[key]
+            encoding.jobs -= 1
+            if encoding.jobs == 0 and future.cancel():
+                del self._encodings[key]
 
     def clear(self) -> None:
-        """Forget every kept reference, and those that are still to be encoded; nobody waits for one any more.
+        """Drop all kept references, and cancel the waiting ones. No job may wait for a reference.
 
-        Nothing is encoded when this returns, so the encoders' weights may be moved.
+        No encoding runs when `clear` returns, so the weights of the encoders may be moved.
         """
         with self._lock:
-            self._waiting = {key: each for key, each in self._waiting.items() if not each.future.cancel()}
-            running = [each.future for each in self._waiting.values()]
+            self._encodings = {key: each for key, each in self._encodings.items() if not each.future.cancel()}
+            running = [each.future for each in self._encodings.values()]
         wait(running)
         with self._lock:
             self._kept.clear()
             self._bytes = 0
 
     def close(self) -> None:
-        """End the thread, after what it is encoding."""
+        """Clear, and end the thread."""
         self.clear()
-        self._thread.shutdown()
+        self._thread.close()
 
-    def _work(self, key: str) -> EncodedReference:
+    def _handle(self, key: str) -> None:
         with self._lock:
-            reference = self._waiting[key].reference
-        waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 2**15
+            encoding = self._encodings.get(key)
+            if encoding is None:  # cancelled
+                return
+            reference, future = encoding.reference, encoding.future
+            future.set_running_or_notify_cancel()
         try:
-            encoded = self._encode(waveform, not reference.x_vector_only)
-        except BaseException as error:
+            encoded = self._encode_pcm(reference)
+        except BaseException as error:  # noqa: BLE001 -- the future raises it
             with self._lock:
-                self._waiting.pop(key, None)
-            # A job keeps the error while room is made for a second attempt: not what the first one held as well.
+                self._encodings.pop(key, None)
+            # A job keeps the error until its second attempt. The tensors of the first attempt must be freed before.
             traceback.clear_frames(error.__traceback__)
-            raise
+            future.set_exception(error)
+            # The error's traceback refers to this frame: without its locals, the frame keeps nothing alive.
+            del encoding, reference, future
+            return
+        self._keep(key, encoded)
+        future.set_result(encoded)
+
+    def _encode_pcm(self, reference: Reference) -> EncodedReference:
+        waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 2**15
+        return self._encode(waveform, not reference.x_vector_only)
+
+    def _keep(self, key: str, encoded: EncodedReference) -> None:
         with self._lock:
-            self._waiting.pop(key, None)
+            self._encodings.pop(key, None)
             if encoded.bytes <= self._max_bytes:
                 self._kept[key] = encoded
                 self._bytes += encoded.bytes
             while self._bytes > self._max_bytes:
                 _, oldest = self._kept.popitem(last=False)
                 self._bytes -= oldest.bytes
-        return encoded

@@ -1,6 +1,6 @@
-"""Text to speak: cleaned, checked, and split into utterances that a slot can hold.
+"""Text of requests: control characters removed, and long texts split into utterances.
 
-It owns no models: token counts come from the caller. Sentence boundaries are found by the sentencex library.
+Sentence ends are found by the sentencex library. Token counts come from the caller: this module knows no tokenizer.
 """
 
 import itertools
@@ -26,60 +26,63 @@ _LANGUAGE_CODES: Final = {
     "french": "fr",
     "russian": "ru",
 }
-"""sentencex's names for the published languages; any other text is split by its rules for English."""
+"""sentencex's codes for the languages of the published models. All other text is split by its rules for English."""
 
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|<tts_[a-z_]*>")
-"""What the tokenizer would take for control tokens of the prompt."""
+"""Text that the tokenizer would turn into control tokens of the prompt."""
 
 # The escapes are the full-width comma, semicolon and colon, and the ideographic comma.
 _CLAUSE_END = re.compile(r"(?<=[,;:\uff0c\uff1b\uff1a\u3001])\s*|\s+")
 
 
-HEAD: Final = 8
-"""Characters a token that are enough to see that a text has too many tokens: text has 1 to 5, runs of spaces more."""
+MAX_CHARS_PER_TOKEN: Final = 8
+"""A head of this many characters a token is enough to see that a text has too many tokens.
+
+A token has 1 to 5 characters, in runs of spaces more.
+"""
 
 
-def tidy(text: str) -> str:
-    """The text with spaces for control characters and control tokens, else as it was written."""
+def remove_controls(text: str) -> str:
+    """Replace control characters and control tokens by spaces; all else stays as written."""
     text = _SPECIAL_TOKEN.sub(" ", text)
     controls = {ord(character): " " for character in set(text) if _is_control(character)}
     return text.translate(controls) if controls else text
 
 
-def clean(text: str) -> str:
-    """The tidy text without outer white space.
+def clean_input(text: str) -> str:
+    """The text without control characters, control tokens and outer white space.
 
     Raises:
-        JobError: `invalid_value` where no letter or digit of any script is left to say.
+        JobError: `invalid_value`: no letter or digit of any script is left.
     """
-    text = tidy(text).strip()
+    text = remove_controls(text).strip()
     if not is_speakable(text, needs_word=True):
         raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
     return text
 
 
-def fits(text: str, limit: int, count: Callable[[str], int]) -> bool:
-    """Whether a text has at most `limit` tokens by `count`, looking at no more of it than that takes.
+def fits_tokens(text: str, limit: int, count: Callable[[str], int]) -> bool:
+    """True if `text` has at most `limit` tokens by `count`. Counts no more of the text than necessary.
 
-    Counting takes 1 ms for 4000 characters: too long to count 100,000 while others speak.
+    Counting takes 1 ms for 4000 characters, so counting 100,000 would delay the frames of the other jobs.
     """
-    if len(text.encode()) <= limit:  # a token is at least one byte of UTF-8
+    if len(text.encode()) <= limit:  # a token has at least one byte of UTF-8
         return True
-    head = text[: HEAD * limit]
+    head = text[: MAX_CHARS_PER_TOKEN * limit]
     return count(head) <= limit and (head == text or count(text) <= limit)
 
 
-def split(text: str, language: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
-    """Cut a clean text into utterances of at most `limit` tokens by `count`, at sentence ends where possible.
+def split_into_utterances(text: str, language: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
+    """Split a clean text into utterances of at most `limit` tokens by `count`, at sentence ends where possible.
 
-    A text within the limit stays whole. A sentence beyond it is cut at clauses or between words, then anywhere.
-    Each utterance is looked for when it is asked for: 1 to 3 ms of the thread that everybody's frames come from.
+    A text within the limit stays whole. A longer sentence is split at clauses or between words, else anywhere.
+    Each utterance is searched for when it is asked for. That takes 1 to 3 ms of the thread that makes all frames.
     """
-    if fits(text, limit, count):
+    if fits_tokens(text, limit, count):
         yield text
         return
     current = ""
-    most = 0  # tokens that `current` has at most
+    most = 0  # upper bound of the tokens of `current`
     for piece in _pieces(text, language, limit, count):
         joined = current + piece
         most += len(piece.encode())
@@ -98,20 +101,20 @@ def split(text: str, language: str, limit: int, count: Callable[[str], int]) -> 
 
 
 def _pieces(text: str, language: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
-    """What utterances are put together from: sentences, and the parts of those that are too long."""
+    """The sentences of a text. A sentence beyond the limit comes in parts."""
     for sentence in sentencex.segment(_LANGUAGE_CODES.get(language, "en"), text):
-        if fits(sentence.strip(), limit, count):
+        if fits_tokens(sentence.strip(), limit, count):
             yield sentence
             continue
         start = 0
         for end in itertools.chain((match.end() for match in _CLAUSE_END.finditer(sentence)), [len(sentence)]):
             part = sentence[start:end]
             start = end
-            # A token is at least one byte of UTF-8, so this many characters are within the limit.
-            step = len(part) if fits(part.strip(), limit, count) else max(1, limit // 4)
+            # A token has at least one byte, and a character at most 4: so many characters are within the limit.
+            step = len(part) if fits_tokens(part.strip(), limit, count) else max(1, limit // 4)
             yield from (part[i : i + step] for i in range(0, len(part), max(step, 1)))
 
 
 def _is_control(character: str) -> bool:
-    """Control characters (line ends and tabs aside), surrogates and private or unassigned ones."""
+    """True for control characters (except line ends and tabs), surrogates, and private or unassigned characters."""
     return character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn")

@@ -1,7 +1,9 @@
-"""The 12 Hz speech codec: codes to waveform as a stream, and recordings to codes."""
+"""The 12 Hz speech codec: decodes streams of codes to waveforms, and encodes recordings to codes.
 
-from gpu_worker.engines.qwen.codec.codec import MAX_CHUNK, Codec
-from gpu_worker.engines.qwen.codec.codec_config import FRAME_SAMPLES
-from gpu_worker.engines.qwen.codec.decoder_state import DecoderState, Snapshot
+It owns the weights of the speech tokenizer and the arithmetic of its decoder. Nothing else decodes or encodes audio.
+"""
 
-__all__ = ["FRAME_SAMPLES", "MAX_CHUNK", "Codec", "DecoderState", "Snapshot"]
+from gpu_worker.engines.qwen.codec.codec import Codec
+from gpu_worker.engines.qwen.codec.decoder_state import DecoderState, StreamSnapshot
+
+__all__ = ["Codec", "DecoderState", "StreamSnapshot"]

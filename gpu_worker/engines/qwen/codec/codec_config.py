@@ -1,16 +1,15 @@
-"""What speech_tokenizer/config.json says, as far as the codec asks. It opens no files."""
+"""speech_tokenizer/config.json: the fields that the codec reads. This module opens no files."""
 
 import math
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 
-FRAME_SAMPLES: Final = 1920
-"""Samples of one frame: 80 ms at 24 kHz."""
+from shared.pcm import FRAME_SAMPLES
 
 
 class DecoderShape(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes of the decoder. `sliding_window` counts the frame itself: a frame sees this many frames at most."""
+    """Sizes of the decoder. `sliding_window`: the frames that a frame attends to, itself included."""
 
     codebook_size: int
     codebook_dim: int
@@ -40,7 +39,7 @@ class DecoderShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CodecConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """speech_tokenizer/config.json. The encoder's part is read by the official package's own class."""
+    """speech_tokenizer/config.json. The official package reads the part of the encoder with a class of its own."""
 
     decoder_config: DecoderShape
     encoder_valid_num_quantizers: int

@@ -1,8 +1,10 @@
-"""The convolutional pieces of the codec decoder, each causal and continued from chunk to chunk.
+"""The convolutional pieces of the codec decoder. Each is causal, and continues from chunk to chunk.
 
-Everything is [batch, time, channels]: a convolution is then a matrix product over windows of rows,
-and a transposed one is a product whose output rows are `stride` samples long.
-What a piece needs of the chunk before comes from `History`; no piece keeps anything itself.
+All tensors are [batch, time, channels]. A convolution is then a matrix product over windows of rows,
+and a transposed convolution is a product whose output rows are `stride` samples long.
+A piece reads its inputs of the previous chunk from `History`, and keeps nothing itself.
+In every piece, `rate` is the number of input rows a frame, `lookback_frames` how far back in frames the piece reads,
+and `history_size` how many values of `History` the piece uses.
 """
 
 import math
@@ -16,28 +18,27 @@ from torch.nn import functional
 from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder
 
 UNFOLD_UP_TO_RATE: Final = {"cpu": 160, "cuda": 32}
-"""Convolutions over at most this many rows a frame are one matrix product over copied windows, others a direct kernel.
+"""A convolution with at most this rate is one matrix product over copied windows. Others use a direct kernel.
 
-CPU: measured on one core of an AMD EPYC (Zen 4), float32, published sizes. At 4 to 32 rows the product over packed
-weights takes half the direct kernel's time, at 160 they are equal, above that copying windows costs more than it saves.
-CUDA: derived, not measured. Windows at 160 rows would be 440 MB for 64 streams of 8 frames in bfloat16.
+CPU: measured on one core of an AMD EPYC (Zen 4), float32, published sizes. At rates of 4 to 32 the product over packed
+weights takes half the time of the direct kernel, at 160 both are equal, above 160 copying costs more than it saves.
+CUDA: derived, not measured. Windows at a rate of 160 would take 440 MB for 64 streams of 8 frames in bfloat16.
 """
 
-
 SNAKE_WIDTH: Final = 256
-"""Values that one pass of an elementwise kernel should have on end; a few channels alone leave it no room to."""
+"""Contiguous values that an elementwise kernel should process with one set of parameters. Few channels are too few."""
 
 
 class History:
-    """What causal convolutions remember between chunks, taken and renewed in order of execution."""
+    """The last inputs of the causal convolutions, read and replaced in order of execution."""
 
     def __init__(self, values: Tensor) -> None:
-        """values: [batch, n]; renewed in place as the convolutions pass."""
+        """values: [batch, history_size of all pieces], replaced in place."""
         self._values = values
         self._offset = 0
 
     def extend(self, x: Tensor, rows: int) -> Tensor:
-        """[batch, time, channels] -> [batch, rows + time, channels], the last rows of the chunk before in front."""
+        """[batch, time, channels] -> [batch, rows + time, channels]: the last rows of the previous chunk come first."""
         size = rows * x.shape[2]
         kept = self._values[:, self._offset : self._offset + size].unflatten(1, (rows, x.shape[2]))
         self._offset += size
@@ -49,7 +50,7 @@ class History:
 def windows(x: Tensor, taps: int, dilation: int) -> Tensor:
     """Sliding windows over time, without copying: [batch, time, channels] -> [batch, windows, taps, channels].
 
-    X is contiguous, as what History makes always is.
+    X must be contiguous; results of History.extend are.
     """
     batch, time, channels = x.shape
     count = time - (taps - 1) * dilation
@@ -57,14 +58,14 @@ def windows(x: Tensor, taps: int, dilation: int) -> Tensor:
 
 
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """Weight [out, in] with each output's scale [out] in it, rounded once."""
+    """Weight [out, in] times the scale [out] of each output, rounded once."""
     return (scale.float()[:, None] * weight.float()).to(weight.dtype)
 
 
 class Snake(TensorHolder):
-    """SnakeBeta: x + sin(x·e^alpha)² / e^beta, by channel. The exponentials are taken once, here.
+    """SnakeBeta: x + sin(x·e^alpha)² / e^beta, by channel. The constructor computes the exponentials once.
 
-    Where channels are few, several rows are taken as one: the parameters are repeated as often.
+    If there are few channels, several rows are processed as one, with repeated parameters.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
@@ -74,25 +75,22 @@ class Snake(TensorHolder):
         self.magnitude = (1 / (beta.float().exp() + 1e-9)).to(beta.dtype).repeat(together)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[batch, time, channels] -> the same; time in whole frames."""
+        """[batch, time, channels] -> the same. `time` must be whole frames."""
         rows = x.reshape(-1, self.frequency.shape[0])
         wave = (rows * self.frequency).sin_()
         return torch.addcmul(rows, wave.square_(), self.magnitude, out=wave).view(x.shape)
 
 
 class CausalConv(TensorHolder):
-    """A convolution over time that sees its row and the `rows` before it.
-
-    `rate` is how many rows there are to a frame.
-    """
+    """A convolution over time. An output row depends on its input row and the `past_rows` before it."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int = 1) -> None:
         weight, self.bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
         self.taps = weight.shape[2]
         self.dilation = dilation
-        self.rows = (self.taps - 1) * dilation
-        self.lookback = self.rows / rate
-        self.values = self.rows * weight.shape[1]
+        self.past_rows = (self.taps - 1) * dilation
+        self.lookback_frames = self.past_rows / rate
+        self.history_size = self.past_rows * weight.shape[1]
         by_tap = weight.transpose(1, 2).contiguous()  # [out, taps, in]
         self.kernel: Linear | Tensor
         if rate <= UNFOLD_UP_TO_RATE[weight.device.type]:
@@ -102,8 +100,8 @@ class CausalConv(TensorHolder):
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time, out]."""
-        if self.rows:
-            x = history.extend(x, self.rows)
+        if self.past_rows:
+            x = history.extend(x, self.past_rows)
             if isinstance(self.kernel, Linear):
                 x = windows(x, self.taps, self.dilation).flatten(2)
         if isinstance(self.kernel, Linear):
@@ -112,16 +110,16 @@ class CausalConv(TensorHolder):
 
     def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-            # For one stream torch would choose a slower kernel than oneDNN's: 98 instead of 45 µs a call.
+            # For one stream torch would choose a slower kernel than that of oneDNN: 98 instead of 45 µs a call.
             return torch.mkldnn_convolution(x, kernel, self.bias, (0, 0), (1, 1), (1, self.dilation), 1)
         return functional.conv2d(x, kernel, self.bias, dilation=(1, self.dilation))
 
 
 class Upsample(TensorHolder):
-    """A transposed convolution over time, trimmed on the right as the official one is.
+    """A transposed convolution over time, cut on the right as in the official package.
 
-    Each input row makes `stride` output rows, together with the `taps - 1` input rows before it:
-    a plain matrix product, in which the bias occurs once.
+    An input row and the `taps - 1` rows before it make `stride` output rows:
+    a plain matrix product that adds the bias once.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int) -> None:
@@ -129,9 +127,9 @@ class Upsample(TensorHolder):
         channels_in, self.channels, kernel = weight.shape
         self.stride = stride
         self.taps = kernel // stride
-        self.lookback = (self.taps - 1) / rate
-        self.values = (self.taps - 1) * channels_in
-        # [in, out, tap, phase] -> [phase, out, tap, in]; tap 0 is the newest row, windows have the oldest first.
+        self.lookback_frames = (self.taps - 1) / rate
+        self.history_size = (self.taps - 1) * channels_in
+        # [in, out, tap, phase] -> [phase, out, tap, in]. Tap 0 is the newest row; windows begin with the oldest.
         matrix = weight.unflatten(2, (self.taps, stride)).permute(3, 1, 2, 0).flip(2)
         self.product = Linear(matrix.reshape(stride * self.channels, -1).contiguous(), bias.repeat(stride))
 
@@ -145,7 +143,7 @@ class Upsample(TensorHolder):
 
 
 class ConvNeXt(TensorHolder):
-    """A depthwise convolution of 7 rows, then a two-layer perceptron by row, added to the input."""
+    """A depthwise convolution of 7 rows, then a two-layer perceptron on each row, added to the input."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
         def pair(name: str) -> tuple[Tensor, Tensor]:
@@ -154,19 +152,21 @@ class ConvNeXt(TensorHolder):
         depthwise, self.depthwise_bias = pair("dwconv.conv")  # [channels, 1, taps]
         self.depthwise = depthwise[:, 0].t().contiguous()
         self.norm_weight, self.norm_bias = pair("norm")
-        self.rows = self.depthwise.shape[0] - 1
-        self.lookback = self.rows / rate
-        self.values = depthwise.numel() // depthwise.shape[2] * self.rows
-        self.widen = Linear(*pair("pwconv1"))
+        self.past_rows = self.depthwise.shape[0] - 1
+        self.lookback_frames = self.past_rows / rate
+        self.history_size = depthwise.numel() // depthwise.shape[2] * self.past_rows
+        self.expand = Linear(*pair("pwconv1"))
         weight, bias = pair("pwconv2")
         gamma = weights[f"{prefix}.gamma"]
-        self.narrow = Linear(scaled(weight, gamma), gamma * bias)
+        self.project = Linear(scaled(weight, gamma), gamma * bias)
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, channels] -> the same."""
-        y = (windows(history.extend(x, self.rows), self.rows + 1, 1) * self.depthwise).sum(2) + self.depthwise_bias
+        y = (windows(history.extend(x, self.past_rows), self.past_rows + 1, 1) * self.depthwise).sum(
+            2
+        ) + self.depthwise_bias
         y = functional.layer_norm(y, y.shape[2:], self.norm_weight, self.norm_bias, 1e-6)
-        y = self.narrow.batch_invariant(functional.gelu(self.widen.batch_invariant(y.flatten(0, 1))))
+        y = self.project.batch_invariant(functional.gelu(self.expand.batch_invariant(y.flatten(0, 1))))
         return y.view_as(x) + x
 
 
@@ -174,17 +174,17 @@ class ResidualUnit(TensorHolder):
     """Snake, dilated convolution of 7 rows, Snake, convolution of 1 row, added to the input."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int) -> None:
-        self.first = Snake(weights, f"{prefix}.act1", rate=rate)
+        self.snake1 = Snake(weights, f"{prefix}.act1", rate=rate)
         self.dilated = CausalConv(weights, f"{prefix}.conv1", rate=rate, dilation=dilation)
-        self.second = Snake(weights, f"{prefix}.act2", rate=rate)
-        self.mix = CausalConv(weights, f"{prefix}.conv2", rate=rate)
-        self.lookback = self.dilated.lookback
-        self.values = self.dilated.values
+        self.snake2 = Snake(weights, f"{prefix}.act2", rate=rate)
+        self.pointwise = CausalConv(weights, f"{prefix}.conv2", rate=rate)
+        self.lookback_frames = self.dilated.lookback_frames
+        self.history_size = self.dilated.history_size
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, channels] -> the same."""
-        y = self.second(self.dilated(self.first(x), history))
-        return self.mix(y, history).add_(x)
+        y = self.snake2(self.dilated(self.snake1(x), history))
+        return self.pointwise(y, history).add_(x)
 
 
 class UpsamplingBlock(TensorHolder):
@@ -197,8 +197,8 @@ class UpsamplingBlock(TensorHolder):
             ResidualUnit(weights, f"{prefix}.block.{index}", rate=rate * stride, dilation=dilation)
             for index, dilation in ((2, 1), (3, 3), (4, 9))
         ]
-        self.lookback = self.upsample.lookback + sum(unit.lookback for unit in self.units)
-        self.values = self.upsample.values + sum(unit.values for unit in self.units)
+        self.lookback_frames = self.upsample.lookback_frames + sum(unit.lookback_frames for unit in self.units)
+        self.history_size = self.upsample.history_size + sum(unit.history_size for unit in self.units)
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time * stride, out]."""
@@ -211,16 +211,16 @@ class UpsamplingBlock(TensorHolder):
 class ToMono(TensorHolder):
     """The last convolution, to one channel.
 
-    Every row is projected onto the taps once, and the projections are summed along the diagonals:
-    far less to read than windows of all channels.
+    Each row is projected onto all taps once, and the projections are summed along the diagonals.
+    That reads far less memory than windows of all channels.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
         weight, self.bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
         self.product = Linear(weight[0].t().contiguous())  # [taps, in]
         self.taps = weight.shape[2]
-        self.lookback = (self.taps - 1) / rate
-        self.values = (self.taps - 1) * weight.shape[1]
+        self.lookback_frames = (self.taps - 1) / rate
+        self.history_size = (self.taps - 1) * weight.shape[1]
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time]."""
@@ -233,5 +233,5 @@ class ToMono(TensorHolder):
 
 
 def receptive_frames(lookbacks: list[float]) -> int:
-    """How many frames back a chain of convolutions sees, rounded up with a frame to spare for partial frames."""
+    """How many frames back a chain of convolutions reads, rounded up, plus one because frames may be partial."""
     return math.ceil(sum(lookbacks)) + 1

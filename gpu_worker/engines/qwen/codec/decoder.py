@@ -1,8 +1,8 @@
-"""The codec decoder: 16 codes a frame to 1920 samples, any split into chunks giving the same waveform.
+"""The codec decoder: 16 codes a frame to 1920 samples. Any split into chunks gives the same waveform.
 
-It owns weights and arithmetic; what continues from chunk to chunk is in a DecoderState.
-Every convolution is causal and attention looks back over a fixed window,
-so carrying their few last inputs is exact, where re-decoding a left context never is.
+Decoder owns weights and arithmetic. A DecoderState has the state between chunks.
+All convolutions are causal, and attention has a fixed window. So keeping their last inputs is exact,
+but decoding some left context again would never be.
 """
 
 from collections.abc import Mapping
@@ -30,36 +30,36 @@ class Decoder(TensorHolder):
     """Codebooks, transformer and convolutions, from the checkpoint's "decoder." tensors."""
 
     def __init__(self, weights: Mapping[str, Tensor], shape: DecoderShape) -> None:
-        """weights: names without their "decoder." prefix, on the device.
+        """weights: by name without the prefix "decoder.", on the device.
 
-        All in the compute dtype but those of "quantizer.", which are float32 until codebooks have been divided.
+        All are in the compute dtype, except those of "quantizer.": codebooks are divided in float32.
         """
         self.shape = shape
-        self.before = CausalConv(weights, "pre_conv", rate=1)
-        self.books = Codebooks(weights, "quantizer", shape, self.before.bias.dtype)
+        self.pre_conv = CausalConv(weights, "pre_conv", rate=1)
+        self.codebooks = Codebooks(weights, "quantizer", shape, self.pre_conv.bias.dtype)
         self.transformer = Transformer(weights, "pre_transformer", shape)
         rate = 1
-        self.doublers: list[Upsample | ConvNeXt] = []
+        self.upsamplers: list[Upsample | ConvNeXt] = []
         for index, ratio in enumerate(shape.upsampling_ratios):
-            self.doublers.append(Upsample(weights, f"upsample.{index}.0", rate=rate, stride=ratio))
+            self.upsamplers.append(Upsample(weights, f"upsample.{index}.0", rate=rate, stride=ratio))
             rate *= ratio
-            self.doublers.append(ConvNeXt(weights, f"upsample.{index}.1", rate=rate))
-        self.widen = CausalConv(weights, "decoder.0", rate=rate)
+            self.upsamplers.append(ConvNeXt(weights, f"upsample.{index}.1", rate=rate))
+        self.conv_in = CausalConv(weights, "decoder.0", rate=rate)
         self.blocks: list[UpsamplingBlock] = []
         for index, stride in enumerate(shape.upsample_rates, 1):
             self.blocks.append(UpsamplingBlock(weights, f"decoder.{index}", rate=rate, stride=stride))
             rate *= stride
         last = len(shape.upsample_rates) + 1
         self.snake = Snake(weights, f"decoder.{last}", rate=rate)
-        self.mono = ToMono(weights, f"decoder.{last + 1}", rate=rate)
-        pieces = (*self.doublers, self.widen, *self.blocks, self.mono)
-        self.frames_heard = receptive_frames([piece.lookback for piece in pieces])
-        self.history_values = self.before.values + sum(piece.values for piece in pieces)
+        self.to_mono = ToMono(weights, f"decoder.{last + 1}", rate=rate)
+        pieces = (*self.upsamplers, self.conv_in, *self.blocks, self.to_mono)
+        self.receptive_frames = receptive_frames([piece.lookback_frames for piece in pieces])
+        self.history_size = self.pre_conv.history_size + sum(piece.history_size for piece in pieces)
 
     def __call__(self, codes: Tensor, slots: Tensor, state: DecoderState) -> Tensor:
         """codes: int64 [batch, chunk, 16]; slots: int64 [batch], each once -> waveform float32 [batch, chunk * 1920].
 
-        Continues the slots' streams and moves them on, without a look at the host.
+        Continues the streams of the slots, without synchronization with the host.
         """
         history = state.history.index_select(0, slots)
         latents = self._latents(codes, slots, state, history)
@@ -68,42 +68,42 @@ class Decoder(TensorHolder):
         return wave
 
     def prime(self, codes: Tensor, slots: Tensor, state: DecoderState) -> None:
-        """As decoding `codes` of any length and throwing the waveform away, at a fraction of the cost.
+        """Leave the streams as if `codes` of any length had been decoded, at a fraction of the cost.
 
-        The slots must be at their beginning.
-        Only the transformer sees every frame: the convolutions behind it hear no further back than `frames_heard`.
+        The streams must be new. Only the transformer needs all frames:
+        the convolutions behind it read no further back than `receptive_frames`.
         """
         history = state.history.index_select(0, slots)
         latents = [self._latents(part, slots, state, history) for part in codes.split(state.max_chunk, 1)]
-        self._waveform(torch.cat(latents, 1)[:, -self.frames_heard :], history)
+        self._waveform(torch.cat(latents, 1)[:, -self.receptive_frames :], history)
         state.history.index_copy_(0, slots, history)
 
     def _latents(self, codes: Tensor, slots: Tensor, state: DecoderState, history: Tensor) -> Tensor:
-        """[batch, chunk, latent_dim]; moves the slots' positions on and renews the history of the first convolution."""
+        """[batch, chunk, latent_dim]. Advances the positions of the slots, and replaces the history of `pre_conv`."""
         batch, chunk, _ = codes.shape
         positions = state.positions.index_select(0, slots)
         rope = (self.transformer.frequencies, self.transformer.signs)
-        window = Window(state.rings, slots, positions, chunk, rope)
-        x = self.before(self.books(codes), History(history[:, : self.before.values]))
+        window = Window(state.kv_rings, slots, positions, chunk, rope)
+        x = self.pre_conv(self.codebooks(codes), History(history[:, : self.pre_conv.history_size]))
         x = self.transformer(x.flatten(0, 1), window)
         state.positions.index_copy_(0, slots, positions + chunk)
         return x.view(batch, chunk, -1)
 
     def _waveform(self, x: Tensor, history: Tensor) -> Tensor:
-        """[batch, chunk, latent_dim] -> float32 [batch, chunk * 1920]; renews the rest of the history."""
-        rest = History(history[:, self.before.values :])
-        for doubler in self.doublers:
-            x = doubler(x, rest)
-        x = self.widen(x, rest)
+        """[batch, chunk, latent_dim] -> float32 [batch, chunk * 1920]. Replaces the rest of the history."""
+        rest = History(history[:, self.pre_conv.history_size :])
+        for upsampler in self.upsamplers:
+            x = upsampler(x, rest)
+        x = self.conv_in(x, rest)
         for block in self.blocks:
             x = block(x, rest)
-        return self.mono(self.snake(x), rest).float().clamp_(-1, 1)
+        return self.to_mono(self.snake(x), rest).float().clamp_(-1, 1)
 
 
 class Codebooks(TensorHolder):
-    """One vector a code, summed over the codebooks and projected: the first codebook apart from the other fifteen.
+    """The vectors of a frame's codes, summed and projected: that of codebook 0 apart from the other fifteen.
 
-    A checkpoint keeps sums of the vectors assigned to an entry and their number; they are divided once, here.
+    A checkpoint stores the sum and the number of the vectors of each entry. The constructor divides them once.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape, dtype: torch.dtype) -> None:
@@ -121,7 +121,7 @@ class Codebooks(TensorHolder):
         self.project = Linear(project.to(dtype))
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """int64 [batch, chunk, 16] -> [batch, chunk, codebook_dim]; ids out of range mean the nearest valid one."""
+        """int64 [batch, chunk, 16] -> [batch, chunk, codebook_dim]. An invalid id counts as the nearest valid one."""
         batch, chunk, books = codes.shape
         ids = codes.clamp(0, self.size - 1) + self.offsets
         vectors = self.table.index_select(0, ids.flatten()).view(batch * chunk, books, -1)

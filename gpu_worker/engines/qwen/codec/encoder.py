@@ -1,7 +1,7 @@
-"""The codec encoder: a recording to 16 codes a frame, through the official module.
+"""The codec encoder: a recording to 16 codes a frame, with the module of the official package.
 
-Only in-context cloning needs it, so it is loaded when first asked.
-It always computes in float32: codes are argmins, and lower precision picks other ones.
+Only in-context cloning needs the encoder, so Codec loads it at its first use.
+It always computes in float32: codes are argmins, and lower precision selects other codes.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.json_files import unavailable
 from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, load_codec_weights
-from gpu_worker.engines.qwen.codec.codec_config import FRAME_SAMPLES
+from shared.pcm import FRAME_SAMPLES
 
 
 class Encoder:
-    """The encoder's weights, on one device."""
+    """The encoder on one device."""
 
     def __init__(self, directory: Path, codebooks: int, device: torch.device) -> None:
-        """directory: of the checkpoint; codebooks: how many of the encoder's own are used (16).
+        """Load the encoder of the checkpoint in `directory`. `codebooks`: how many of its codebooks are used (16).
 
         Raises:
             JobError: `model_unavailable`, naming the file at fault.
@@ -32,7 +32,7 @@ class Encoder:
         self._module = _load_module(directory).to(device)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Its weights."""
+        """All weights."""
         yield from (*self._module.parameters(), *self._module.buffers())
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The speech tokenizers in use: one codec for all checkpoints that bring the same one, as long as an engine uses it."""
+"""The codecs in use: checkpoints with the same speech tokenizer share one, from the first engine to the last."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from gpu_worker.engines.qwen.offload import release_storage
 
 
 class SharedCodecs:
-    """Lends codecs. One thread at a time takes and gives back; `bytes` may be asked from any."""
+    """Counts the engines of each codec. One thread at a time may acquire and release; any thread may read `bytes`."""
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
@@ -23,8 +23,8 @@ class SharedCodecs:
         """Device bytes of all codecs in use."""
         return sum(codec.bytes for codec in list(self._codecs.values()))
 
-    def take(self, directory: Path) -> Codec:
-        """The codec of the checkpoint in `directory`, loaded where nobody uses it yet.
+    def acquire(self, directory: Path) -> Codec:
+        """The codec of the checkpoint in `directory`, for one more engine. Loads the codec if no engine uses it yet.
 
         Raises:
             JobError: `model_unavailable`, naming the file at fault.
@@ -35,8 +35,8 @@ class SharedCodecs:
         self._users[key] = self._users.get(key, 0) + 1
         return self._codecs[key]
 
-    def give_back(self, codec: Codec) -> None:
-        """One user less; with the last one its memory is freed."""
+    def release(self, codec: Codec) -> None:
+        """One engine less uses `codec`. The last one frees the memory of the codec."""
         key = next(key for key, held in self._codecs.items() if held is codec)
         self._users[key] -= 1
         if not self._users[key]:

@@ -33,7 +33,7 @@ class Outcome(msgspec.Struct):
 def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
     """What all engines on a device share: streams, and the speech tokenizer of all small checkpoints, which stays."""
     codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))
-    codecs.take(tiny("custom_voice"))
+    codecs.acquire(tiny("custom_voice"))
     return QwenOptions(codecs=codecs, device=device)
 
 
@@ -75,7 +75,7 @@ def run(
             speaker.admit(waiting.pop(0))
             continue
         if not speaker.runnable(stalled):
-            wait([held.reference for held in speaker._jobs.values() if held.reference])
+            wait([held.reference for held in speaker._sequences.values() if held.reference])
         take(speaker, outcomes, number, stalled)
         if not waiting and all(outcome.end or name in stalled for name, outcome in outcomes.items()):
             return outcomes

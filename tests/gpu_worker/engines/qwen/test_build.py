@@ -22,11 +22,11 @@ def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
     codecs = shared().codecs
     options = QwenOptions(codecs=codecs, device="cuda", room=None if room is None else lambda: room)
-    codec = codecs.take(tiny("custom_voice"))
+    codec = codecs.acquire(tiny("custom_voice"))
     try:
         return slots_that_fit(WEIGHTS, read_config(tiny("custom_voice")), codec, options)
     finally:
-        codecs.give_back(codec)
+        codecs.release(codec)
 
 
 def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

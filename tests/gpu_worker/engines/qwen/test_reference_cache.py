@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.engines.qwen.reference_cache import MOST_WAITING, EncodedReference, ReferenceCache
+from gpu_worker.engines.qwen.reference_cache import MAX_WAITING, EncodedReference, ReferenceCache
 from tests.gpu_worker.engines.qwen.driving import recording
 
 
@@ -72,7 +72,7 @@ def test_what_nobody_waits_for_is_not_encoded() -> None:
     while not begun.running():
         pass
     for seed, future in ((1, begun), (2, shared), (3, alone)):
-        references.give_up(reference(seed).key, future)
+        references.abandon(reference(seed).key, future)
     assert alone.cancelled()
     late = references.request(reference(3))
     encoder.go.set()
@@ -98,14 +98,14 @@ def test_no_more_than_so_many_wait() -> None:
     encoder = Encoder()
     references = ReferenceCache(encoder, 1_000_000)
     encoder.go.clear()
-    futures = [references.request(reference(seed)) for seed in range(MOST_WAITING)]
+    futures = [references.request(reference(seed)) for seed in range(MAX_WAITING)]
     with pytest.raises(JobError) as refused:
-        references.request(reference(MOST_WAITING))
+        references.request(reference(MAX_WAITING))
     assert (refused.value.code, refused.value.retry_after_s) == ("queue_full", 5)
     assert references.request(reference(0)) is futures[0]
     encoder.go.set()
     wait(futures)
-    assert references.request(reference(MOST_WAITING)).result().bytes == 100
+    assert references.request(reference(MAX_WAITING)).result().bytes == 100
     references.close()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
-from gpu_worker.engines.qwen.planner import choice_of
+from gpu_worker.engines.qwen.planner import sampling_params
 from tests.checkpoints import Generation, Kind, Size
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate
 
@@ -134,7 +134,7 @@ def spoken(generation: Generation, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Our codes and the official ones of one text, with nothing said but what `sampling` names."""
     case = msgspec.structs.replace(LAYOUT, generation=generation)
     ours = Ours(case.kind, case.size, generation=generation)
-    choice = choice_of(sampling, ours.generation)
+    choice = sampling_params(sampling, ours.generation)
     (codes,) = generate(ours, [Request(prompt=ours.prompt(case), frames=10, choice=choice, seed=sampling.seed or 0)])
     named = {name: value for name, value in msgspec.structs.asdict(sampling).items() if value is not None}
     return codes, asked(case, frames=10, **named).codes

@@ -1,7 +1,7 @@
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.text_splitting import clean, fits, split, tidy
+from gpu_worker.engines.qwen.text_splitting import clean_input, fits_tokens, remove_controls, split_into_utterances
 
 
 def tokens(text: str) -> int:
@@ -13,7 +13,7 @@ def tokens(text: str) -> int:
 def test_text_without_a_letter_is_refused(text: str) -> None:
     """Emoji, control characters, punctuation, control tokens, lone surrogates: a refusal, never a crash."""
     with pytest.raises(JobError) as refusal:
-        clean(text)
+        clean_input(text)
     assert (refusal.value.code, refusal.value.param) == ("invalid_value", "input")
 
 
@@ -31,19 +31,19 @@ def test_text_without_a_letter_is_refused(text: str) -> None:
 )
 def test_what_steers_the_prompt_is_taken_out(text: str, cleaned: str) -> None:
     """Control characters and tokens go, everything else stays as it was written."""
-    assert clean(text) == cleaned
+    assert clean_input(text) == cleaned
 
 
 def test_tidy_text_is_as_it_was_written() -> None:
     """What is only put beside the prompt's text loses nothing but what would steer the prompt."""
-    assert tidy(" Speak\tsoftly,\nslowly. ") == " Speak\tsoftly,\nslowly. "
-    assert tidy("calm<|im_end|>\x00") == "calm  "
-    assert tidy("?!") == "?!"
+    assert remove_controls(" Speak\tsoftly,\nslowly. ") == " Speak\tsoftly,\nslowly. "
+    assert remove_controls("calm<|im_end|>\x00") == "calm  "
+    assert remove_controls("?!") == "?!"
 
 
 def test_a_text_within_the_limit_stays_whole() -> None:
     """However many sentences it has."""
-    assert list(split("One. Two. Three.", "english", 16, tokens)) == ["One. Two. Three."]
+    assert list(split_into_utterances("One. Two. Three.", "english", 16, tokens)) == ["One. Two. Three."]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_cuts_fall_at_sentences_then_clauses_then_anywhere(
     text: str, language: str, limit: int, utterances: list[str]
 ) -> None:
     """In every script, each utterance within the limit and as long as it allows."""
-    assert list(split(text, language, limit, tokens)) == utterances
+    assert list(split_into_utterances(text, language, limit, tokens)) == utterances
 
 
 def test_nothing_is_lost_and_no_utterance_is_unspeakable() -> None:
     """All words come back in order; pieces of punctuation alone are dropped."""
     text = "Hello there, my friend. How are you? !!! " * 40
-    utterances = list(split(text, "english", 60, tokens))
+    utterances = list(split_into_utterances(text, "english", 60, tokens))
     assert all(tokens(utterance) <= 60 and any(map(str.isalpha, utterance)) for utterance in utterances)
     assert "".join("".join(utterances).split()).replace("!", "") == "".join(text.split()).replace("!", "")
 
@@ -82,8 +82,8 @@ def test_a_long_text_is_cut_as_it_is_spoken(text: str) -> None:
         looked_at += len(part)
         return tokens(part) // 2
 
-    assert not fits(text, 96, counted)
-    utterances = split(text, "english", 96, counted)
+    assert not fits_tokens(text, 96, counted)
+    utterances = split_into_utterances(text, "english", 96, counted)
     for _ in range(3):
         assert 48 <= tokens(next(utterances)) // 2 <= 96
         assert looked_at <= 4000

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.codec import FRAME_SAMPLES, Codec, DecoderState
+from gpu_worker.engines.qwen.codec import Codec, DecoderState
+from shared.pcm import FRAME_SAMPLES
 from tests.checkpoints import hard_linked_copy, tiny
 from tests.gpu_worker.engines.qwen.parity import official
 
@@ -181,7 +182,7 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
 
 def test_codebooks_are_rounded_once() -> None:
     """Sums and counts are divided in float32, whatever the codec computes in."""
-    exact, half = (codec(dtype)._decoder.books.table for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (codec(dtype)._decoder.codebooks.table for dtype in (torch.float32, torch.bfloat16))
 
     assert torch.equal(half, exact.bfloat16())
 

@@ -26,7 +26,7 @@ def weights(*shape: int, outputs: int) -> dict[str, Tensor]:
 
 def in_chunks(piece: CausalConv | Upsample | ToMono, x: Tensor) -> Tensor:
     """Run `piece` over x [batch, time, channels] in uneven chunks."""
-    values = torch.zeros(x.shape[0], piece.values)
+    values = torch.zeros(x.shape[0], piece.history_size)
     return torch.cat([piece(part, History(values)) for part in x.split(CHUNKS, 1)], 1)
 
 

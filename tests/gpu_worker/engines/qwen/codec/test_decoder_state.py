@@ -41,10 +41,10 @@ def test_a_reset_clears_one_slot_alone() -> None:
     state.reset(0)
 
     cleared, still = state.snapshot(0), state.snapshot(1)
-    assert not cleared.rings.any()
+    assert not cleared.kv_rings.any()
     assert not cleared.history.any()
     assert int(cleared.positions) == 0
-    assert torch.equal(still.rings, kept.rings)
+    assert torch.equal(still.kv_rings, kept.kv_rings)
     assert torch.equal(still.history, kept.history)
     assert int(still.positions) == 8
 
@@ -55,4 +55,4 @@ def test_bytes_are_those_of_the_tensors() -> None:
     state = codec.new_state(4)
 
     assert state.bytes == sum(tensor.nbytes for tensor in state.tensors())
-    assert state.bytes == 5 * state.snapshot(0).bytes
+    assert state.bytes == 5 * sum(tensor.nbytes for tensor in state.snapshot(0).tensors())

@@ -37,29 +37,29 @@ def retrained(directory: Path) -> Path:
 
 def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: SharedCodecs, tmp_path: Path) -> None:
     """Wherever they lie; one that differs in its weights alone is not taken for the first."""
-    first = codecs.take(tiny("custom_voice"))
-    assert codecs.take(tiny("base")) is first
-    assert codecs.take(copy(tiny("base"), tmp_path / "copy")) is first
+    first = codecs.acquire(tiny("custom_voice"))
+    assert codecs.acquire(tiny("base")) is first
+    assert codecs.acquire(copy(tiny("base"), tmp_path / "copy")) is first
     one = codecs.bytes
-    other = codecs.take(retrained(copy(tiny("base"), tmp_path / "other")))
+    other = codecs.acquire(retrained(copy(tiny("base"), tmp_path / "other")))
     assert other is not first
     assert codecs.bytes == 2 * one
 
 
 def test_a_codec_goes_with_its_last_user(codecs: SharedCodecs) -> None:
     """Not before, and the next user gets a new one."""
-    first = codecs.take(tiny("custom_voice"))
-    codecs.take(tiny("base"))
-    codecs.give_back(first)
+    first = codecs.acquire(tiny("custom_voice"))
+    codecs.acquire(tiny("base"))
+    codecs.release(first)
     assert codecs.bytes == first.bytes > 0
-    codecs.give_back(first)
+    codecs.release(first)
     assert codecs.bytes == 0
-    assert codecs.take(tiny("base")) is not first
+    assert codecs.acquire(tiny("base")) is not first
 
 
 def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
     """Offloaded or not; the last to close frees it."""
-    options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=256)
+    options = QwenOptions(codecs=codecs, device="cpu", slots=1, max_model_len=256)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "voice_design")]
     engines[0].offload()
     engines[1].close()
@@ -70,7 +70,7 @@ def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
 
 def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path) -> None:
     """What was loaded for it is freed; what others use stays."""
-    options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=256)
+    options = QwenOptions(codecs=codecs, device="cpu", slots=1, max_model_len=256)
     broken = copy(tiny("custom_voice"), tmp_path / "broken")
     (broken / "tokenizer_config.json").write_text("{")
     for path in (broken / "vocab.json", broken / "tokenizer.json"):
@@ -88,7 +88,7 @@ def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path)
 
 def test_cloning_needs_no_checkpoint_but_its_own(codecs: SharedCodecs, tmp_path: Path) -> None:
     """The encoder is loaded late, when the files that the shared decoder came from may be gone."""
-    options = QwenOptions(codecs=codecs, device="cpu", slots=1, positions=512)
+    options = QwenOptions(codecs=codecs, device="cpu", slots=1, max_model_len=512)
     first = open_engine(copy(tiny("custom_voice"), tmp_path / "first"), options)
     shutil.rmtree(tmp_path / "first")
     second = open_engine(tiny("base"), options)

@@ -11,9 +11,9 @@ SPAN, CHUNK, ROWS = 72, 8, 80
 @pytest.mark.parametrize("position", [0, 1, 64, 70, 71, 72, 79, 80, 81, 640, 12_345])
 def test_a_frame_sees_itself_and_the_71_before_it(position: int) -> None:
     """For every frame of a chunk, the rows open to it hold exactly the frames of its window."""
-    rings = torch.zeros(1, 2, ROWS, 2, 1, 4)
+    kv_rings = torch.zeros(1, 2, ROWS, 2, 1, 4)
     rope = (torch.zeros(4), torch.ones(4))
-    window = Window(rings, torch.tensor([1]), torch.tensor([position]), CHUNK, rope)
+    window = Window(kv_rings, torch.tensor([1]), torch.tensor([position]), CHUNK, rope)
     held = {frame % ROWS: frame for frame in range(position + CHUNK)}  # later frames overwrite earlier ones
 
     mask = window.mask(SPAN)
@@ -23,4 +23,4 @@ def test_a_frame_sees_itself_and_the_71_before_it(position: int) -> None:
         frame = position + step
         seen = sorted(held[row] for row in (mask[0, 0, step] == 0).nonzero().flatten().tolist())
         assert seen == list(range(max(0, frame - SPAN + 1), frame + 1))
-    assert window.places.tolist() == [ROWS + (position + step) % ROWS for step in range(CHUNK)]
+    assert window.ring_rows.tolist() == [ROWS + (position + step) % ROWS for step in range(CHUNK)]

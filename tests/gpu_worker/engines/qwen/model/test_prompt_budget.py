@@ -1,7 +1,7 @@
 """Newcomers' prompts share a step with those who speak already, so only so many tokens of them are read at once."""
 
 from gpu_worker.engines.base import Sampling
-from gpu_worker.engines.qwen.engine import PREFILL_TOKENS
+from gpu_worker.engines.qwen.engine import MAX_PREFILL_TOKENS
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, take
 
 
@@ -13,7 +13,7 @@ def test_prompts_are_read_within_the_budget_of_a_step() -> None:
     for one in jobs:
         speaker.admit(one)
     length = speaker._jobs[jobs[0].id].length
-    at_once = PREFILL_TOKENS // length
+    at_once = MAX_PREFILL_TOKENS // length
     assert 6 <= at_once < 12
     for number in range(4):
         take(speaker, outcomes, number)
