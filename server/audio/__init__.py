@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from server.audio.decoder import MAX_REFERENCE_BYTES
     from server.audio.decoder_pool import DecoderPool
-    from server.audio.encoder import CONTENT_TYPES, MAX_SPEED, MIN_SPEED, Encoder, Format
+    from server.audio.encoder import Encoder
+    from server.audio.formats import CONTENT_TYPES, Format
+    from server.audio.tempo import MAX_SPEED, MIN_SPEED
 else:
     _MODULE_OF = {
         "MAX_REFERENCE_BYTES": "decoder",
         "DecoderPool": "decoder_pool",
-        **dict.fromkeys(("CONTENT_TYPES", "MAX_SPEED", "MIN_SPEED", "Encoder", "Format"), "encoder"),
+        "Encoder": "encoder",
+        "CONTENT_TYPES": "formats",
+        "Format": "formats",
+        "MAX_SPEED": "tempo",
+        "MIN_SPEED": "tempo",
     }
 
     def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""Recordings that clients name by URL: fetched from the public internet alone, bounded in size and time.
+"""Recordings that clients name by URL are fetched here: from the public internet alone, bounded in size and time.
 
-It knows nothing of what is in them.
+This module does not look into the files.
 """
 
 import asyncio
@@ -19,16 +19,17 @@ FETCH_TIMEOUT_S: Final = 15.0
 
 _MAX_REDIRECTS: Final = 3
 _HEADER_BYTES: Final = 64 * 1024
-"""What an HTTP answer may hold beside its body: header lines and the marks of chunks."""
+"""Limit of an HTTP response beside its body: header lines and the sizes of chunks."""
 
 _GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")
-"""All of IPv6 that is given out to anybody; wrapped, translated, site-local and reserved addresses lie outside."""
+"""All public addresses of IPv6; wrapped, translated, site-local and reserved addresses lie outside."""
+
 _NOT_GLOBAL: Final = [
     ipaddress.ip_network(network)
-    # Protocols' own (Teredo among them), documentation, 6to4, and documentation again.
+    # Protocol assignments (Teredo among them), documentation, 6to4, and documentation again.
     for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 ]
-"""Parts of it that nobody may be reached at, or that carry an IPv4 address inside. Python 3.11 knows half of them."""
+"""Parts of it that reach no host, or that have an IPv4 address inside. Python 3.11 knows half of them."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -41,24 +42,24 @@ async def fetch_reference(
     resolve: "Callable[[str, int], Sequence[str]] | None" = None,
     may_connect: "Callable[[Address], bool] | None" = None,
 ) -> bytes:
-    """What an http(s) URL of the public internet answers with, at most `max_bytes` in `timeout_s`.
+    """The body behind an http(s) URL of the public internet: at most `max_bytes`, within `timeout_s`.
 
-    Every hop's name is resolved once, all its addresses are checked, and the checked address is the one connected to:
+    For each redirect too, the name is resolved once, all its addresses are checked, and a checked address is used:
     neither a redirect nor a changing DNS answer leads into a private network.
-    Raises InvalidAudioError. `resolve` and `may_connect` are there for tests.
+    Raises InvalidAudioError. `resolve` and `may_connect` are for tests.
     """
     try:
         async with asyncio.timeout(timeout_s):
             return await _fetch(url, max_bytes, resolve or _resolve, may_connect or is_public)
     except TimeoutError:
         raise InvalidAudioError(f"the URL did not answer completely within {timeout_s:g} s") from None
-    # What an answer says may be no URL, or a length that is no index: urllib and http.client raise Python's own errors.
+    # A response may have a Location that is no URL or a length that is no index: then Python's own errors are raised.
     except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         raise InvalidAudioError("the URL cannot be fetched") from error
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet; an IPv4 one in IPv6's form is what it is as IPv4."""
+    """True for an address of the public internet; an IPv4 address in IPv6 form counts as IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -74,7 +75,7 @@ async def _fetch(
 ) -> bytes:
     for _ in range(_MAX_REDIRECTS + 1):
         received = await _get(url, max_bytes, resolve, may_connect)
-        status, location, body = await asyncio.to_thread(_understood, received)
+        status, location, body = await asyncio.to_thread(_parse_response, received)
         if status in {301, 302, 303, 307, 308} and location:
             url = urllib.parse.urljoin(url, location)
             continue
@@ -92,18 +93,18 @@ async def _get(
     resolve: Callable[[str, int], Sequence[str]],
     may_connect: Callable[[Address], bool],
 ) -> bytes:
-    """One hop: the whole answer, head and all."""
+    """The whole response to one GET, with its head."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").encode("idna").decode()
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except (ValueError, KeyError) as error:
-        raise InvalidAudioError("this is no http(s) URL") from error
+        raise InvalidAudioError("this is not an http(s) URL") from error
     if not host or parts.username is not None:
-        raise InvalidAudioError("this is no http(s) URL of a recording")
+        raise InvalidAudioError("this is not an http(s) URL of a recording")
     addresses = await asyncio.to_thread(resolve, host, port)
     if not addresses or not all(may_connect(ipaddress.ip_address(address)) for address in addresses):
-        raise InvalidAudioError("the URL is not one of the public internet")
+        raise InvalidAudioError("the URL does not lead to the public internet")
     target = urllib.parse.quote(
         urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")), safe="/?&=%:+,;@!$'()*~"
     )
@@ -111,9 +112,9 @@ async def _get(
     tls = await asyncio.to_thread(ssl.create_default_context) if parts.scheme == "https" else None
     reader, writer = await asyncio.open_connection(addresses[0], port, ssl=tls, server_hostname=host if tls else None)
     try:
-        named = f"[{host}]" if ":" in host else host
-        # HTTP/1.0, so that the end of the connection is the end of the answer.
-        writer.write(f"GET {target} HTTP/1.0\r\nHost: {named}:{port}\r\nAccept: audio/*\r\n\r\n".encode("ascii"))
+        host_header = f"[{host}]" if ":" in host else host
+        # HTTP/1.0, so that the end of the connection is the end of the response.
+        writer.write(f"GET {target} HTTP/1.0\r\nHost: {host_header}:{port}\r\nAccept: audio/*\r\n\r\n".encode("ascii"))
         received = bytearray()
         while piece := await reader.read(65_536):
             received += piece
@@ -124,25 +125,22 @@ async def _get(
     return bytes(received)
 
 
-def _understood(received: bytes) -> tuple[int, str | None, bytes]:
-    """Status and Location of an answer, and a 200's body.
-
-    Of a million chunks that takes seconds: not for the event loop.
-    """
-    answer = http.client.HTTPResponse(_Received(received))  # type: ignore[arg-type]  # all it does is makefile
-    answer.begin()
-    body = answer.read() if answer.status == http.client.OK else b""
-    return answer.status, answer.getheader("Location"), body
+def _parse_response(received: bytes) -> tuple[int, str | None, bytes]:
+    """Status, Location and, of a 200, the body. A body of a million chunks takes seconds: not on the event loop."""
+    response = http.client.HTTPResponse(_ReceivedBytes(received))  # type: ignore[arg-type]  # it only calls makefile
+    response.begin()
+    body = response.read() if response.status == http.client.OK else b""
+    return response.status, response.getheader("Location"), body
 
 
 def _resolve(host: str, port: int) -> list[str]:
-    """Every address of `host`, in the resolver's order."""
+    """All addresses of `host`, in the resolver's order."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
-class _Received:
-    """What http.client reads an answer from: bytes that have already arrived."""
+class _ReceivedBytes:
+    """In the place of a socket for http.client: a response that has already arrived."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

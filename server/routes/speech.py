@@ -52,7 +52,7 @@ async def create_speech(
     resolved = await _resolve(data, engine, client)
     reference = None
     if data.ref_audio is not None:
-        reference = await cancel_on_disconnect(request, decoder_pool.pcm_in(data.ref_audio))
+        reference = await cancel_on_disconnect(request, decoder_pool.decode_ref_audio(data.ref_audio))
     speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
     try:
         audio_format = data.response_format or "mp3"

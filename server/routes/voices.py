@@ -136,7 +136,7 @@ async def create_voice(
         action = DesignVoice(name=name, prompt=data.prompt or "", description=data.description or "")
     else:
         sample = await _sample(data.audio_sample)
-        pcm = await cancel_on_disconnect(request, decoder_pool.pcm_of(sample, "audio_sample"))
+        pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
         action = CloneVoice(
             name=name,
             text=(data.ref_text or "").strip() or None,

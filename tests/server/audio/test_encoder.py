@@ -1,4 +1,4 @@
-"""What clients hear must be what was spoken: complete, in time, in every format."""
+"""Encoder: in each format the audio is complete, of the right length, and playable from its first bytes."""
 
 import array
 import gc
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from server.audio.encoder import CONTENT_TYPES, Encoder, Format
+from server.audio.encoder import Encoder
+from server.audio.formats import CONTENT_TYPES, Format
 from shared.pcm import bytes_for, samples_of, seconds_of
 from tests.audio import decode, tone
 
@@ -31,23 +32,26 @@ def encoded(
 
 
 def rising_zero_crossings(pcm: bytes) -> int:
-    """How many periods a tone has."""
+    """The number of periods of a tone."""
     return sum(before < 0 <= after for before, after in pairwise(array.array("h", pcm)))
 
 
 def likeness(heard: bytes, spoken: bytes) -> float:
-    """Normalised correlation of the first second, at the shift (up to 80 ms) where it is best."""
+    """Normalised correlation of the first second, at the best shift of up to 80 ms."""
     wanted = np.frombuffer(spoken, "<i2")[:24_000].astype(np.float64)
     got = np.frombuffer(heard, "<i2").astype(np.float64)[: wanted.size + 1_920]
-    energy = np.convolve(got**2, np.ones(wanted.size), "valid") * (wanted**2).sum()
-    return float((np.correlate(got, wanted, "valid") / np.sqrt(energy)).max())
+    sums = np.concatenate(([0.0], np.cumsum(got**2)))
+    energy = (sums[wanted.size :] - sums[: -wanted.size]) * (wanted**2).sum()
+    spectrum = np.fft.rfft(got) * np.conj(np.fft.rfft(wanted, got.size))
+    correlation = np.fft.irfft(spectrum, got.size)[: got.size - wanted.size + 1]  # the shifts that do not wrap around
+    return float((correlation / np.sqrt(energy)).max())
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("speed", [0.25, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_length_is_kept(audio_format: Format, speed: float, *, streaming: bool) -> None:
-    """The decoded answer is as long as the speech divided by the speed; MP3 streams and AAC to two packets."""
+    """The decoded length is that of the speech divided by the speed; of MP3 streams and AAC within two packets."""
     heard = decode(encoded(SPEECH, audio_format, speed=speed, streaming=streaming), audio_format)
     surplus = samples_of(heard) - round(samples_of(SPEECH) / speed)
     if audio_format in EXACT:
@@ -61,7 +65,7 @@ def test_length_is_kept(audio_format: Format, speed: float, *, streaming: bool) 
 
 @pytest.mark.parametrize("audio_format", ["mp3", "aac"])
 def test_quiet_padding_is_cut(audio_format: Format) -> None:
-    """Where speech ends in silence, as it does, MP3 and AAC streams are at most half a packet off."""
+    """If speech ends in silence, as usual, MP3 and AAC streams are at most half a packet off."""
     heard = decode(encoded(tone(2.0) + bytes(bytes_for(0.15)), audio_format), audio_format)
     packet = {"mp3": 576, "aac": 1024}[audio_format]
     assert abs(samples_of(heard) - samples_of(SPEECH) * 2.15 / 2.5) <= packet / 2
@@ -69,7 +73,7 @@ def test_quiet_padding_is_cut(audio_format: Format) -> None:
 
 @pytest.mark.parametrize("audio_format", ["mp3", "aac"])
 def test_loud_end_is_not_cut(audio_format: Format) -> None:
-    """Speech that breaks off at full level is heard to its last 10 ms, and the answer is not much longer."""
+    """Of speech that breaks off at full level at most 10 ms are lost, and the answer is not much longer."""
     lead_in, packet = {"mp3": (913, 576), "aac": (1152, 1024)}[audio_format]
     for samples in range(24_000, 24_000 + packet, 48):
         heard = decode(encoded(tone(samples / 24_000, fade_s=0.001), audio_format), audio_format)
@@ -80,7 +84,7 @@ def test_loud_end_is_not_cut(audio_format: Format) -> None:
 
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_the_first_frame_decodes_alone(audio_format: Format) -> None:
-    """What has left after 80 ms of speech, a frame of Qwen3-TTS, opens by itself, and after 100 ms too."""
+    """The bytes of the first 80 ms of speech, a frame of Qwen3-TTS, can be decoded alone; those of 100 ms too."""
     for first in (bytes_for(0.08), bytes_for(0.1)):
         sent = Encoder(audio_format).feed(SPEECH[:first])
         assert 0.02 <= seconds_of(decode(sent, audio_format)) <= first / bytes_for(1.0) + 0.001
@@ -88,7 +92,7 @@ def test_the_first_frame_decodes_alone(audio_format: Format) -> None:
 
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_every_chunk_sent_is_decodable_or_nothing(audio_format: Format) -> None:
-    """However little comes in at a time, the first bytes that leave already open, 80 ms after the start at most."""
+    """However small the pieces are, the first bytes come within 80 ms of speech and can be decoded."""
     encoder = Encoder(audio_format)
     for start in range(0, bytes_for(0.08), 480):
         if sent := encoder.feed(SPEECH[start : start + 480]):
@@ -98,21 +102,21 @@ def test_every_chunk_sent_is_decodable_or_nothing(audio_format: Format) -> None:
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)
-def test_sound_is_that_of_the_speech(audio_format: Format) -> None:
-    """What is heard follows what was spoken, from its beginning."""
+def test_the_sound_is_the_speech(audio_format: Format) -> None:
+    """The decoded sound correlates with the speech, from its beginning."""
     spoken = tone(1.0, hertz=150) + tone(0.4, hertz=800)
     assert likeness(decode(encoded(spoken, audio_format), audio_format), spoken) > 0.95
 
 
 @pytest.mark.parametrize("speed", [0.25, 0.4, 0.5, 1.5, 4.0])
 def test_speed_keeps_the_pitch(speed: float) -> None:
-    """Twice as fast is half as long and not an octave higher."""
+    """Another speed does not change the frequency of a tone."""
     heard = encoded(tone(4.0, hertz=200, fade_s=0.01), "pcm", speed=speed)
     assert rising_zero_crossings(heard) / seconds_of(heard) == pytest.approx(200, rel=0.03)
 
 
 def test_speed_works_while_streaming() -> None:
-    """Sound leaves long before the speech has ended, 0.4 s after it began at the latest."""
+    """With another speed, the first bytes come within 0.4 s of speech."""
     encoder = Encoder("pcm", speed=0.5)
     assert len(encoder.feed(SPEECH[: bytes_for(0.4)])) > 0
 
@@ -130,7 +134,7 @@ def test_tiny_answers_are_complete(milliseconds: int, speed: float) -> None:
 @pytest.mark.parametrize("samples", [0, 1, 24, 216, 480, 960, 2400])
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_tiny_answers_decode(audio_format: Format, samples: int, *, silent: bool, streaming: bool) -> None:
-    """A full stop is an answer of 9 ms: whatever its format, and even if it is silence, it opens and holds sound."""
+    """An answer of 9 ms, as a full stop gives, can be decoded in each format and has samples, even if it is silent."""
     pcm = bytes(samples * 2) if silent else tone(0.5)[: samples * 2]
     heard = samples_of(decode(encoded(pcm, audio_format, streaming=streaming), audio_format))
     if audio_format in {"wav", "pcm"}:
@@ -145,20 +149,20 @@ def test_tiny_answers_decode(audio_format: Format, samples: int, *, silent: bool
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_cuts_do_not_matter(audio_format: Format, *, streaming: bool) -> None:
-    """Bytes may be fed in any pieces, single ones included; what is heard is the same."""
+    """Pieces of any size give the same sound."""
     pcm = SPEECH[: bytes_for(0.3)]
     whole = encoded(pcm, audio_format, streaming=streaming, piece=len(pcm))
     assert decode(encoded(pcm, audio_format, streaming=streaming, piece=7), audio_format) == decode(whole, audio_format)
 
 
 def test_pcm_is_untouched() -> None:
-    """At speed 1, pcm is the speech itself and FLAC gives it back bit by bit."""
+    """At speed 1, pcm is the speech itself, and FLAC decodes to it bit by bit."""
     assert encoded(SPEECH, "pcm") == SPEECH
     assert decode(encoded(SPEECH, "flac"), "flac") == SPEECH
 
 
-def test_streamed_wav_says_that_its_size_is_unknown() -> None:
-    """Both sizes are 0xFFFFFFFF, and the header comes with the first sound."""
+def test_a_streamed_wav_has_unknown_sizes() -> None:
+    """Both sizes in the header are 0xFFFFFFFF, and the header comes with the first sound."""
     first = Encoder("wav").feed(SPEECH[:4800])
     assert first[:4] == b"RIFF"
     assert first[8:16] == b"WAVEfmt "
@@ -166,8 +170,8 @@ def test_streamed_wav_says_that_its_size_is_unknown() -> None:
     assert first[44:] == SPEECH[:4800]
 
 
-def test_whole_wav_tells_its_true_size() -> None:
-    """An independent reader finds 24 kHz, mono, 16 bit and every sample."""
+def test_a_whole_wav_has_its_true_sizes() -> None:
+    """A reader other than FFmpeg finds 24 kHz, mono, 16 bit and all samples."""
     data = encoded(SPEECH, "wav", streaming=False)
     assert struct.unpack("<I", data[4:8]) == (len(data) - 8,)
     with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -176,15 +180,15 @@ def test_whole_wav_tells_its_true_size() -> None:
 
 
 @pytest.mark.parametrize("audio_format", ["mp3", "opus", "flac"])
-def test_whole_files_tell_their_length(audio_format: Format) -> None:
-    """A reader that is not FFmpeg sees the exact length of a whole answer."""
+def test_whole_files_declare_their_length(audio_format: Format) -> None:
+    """A reader other than FFmpeg finds the exact length of a whole answer."""
     data = encoded(SPEECH, audio_format, streaming=False)
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         assert file.frames / file.samplerate == pytest.approx(seconds_of(SPEECH), abs=0.0005)
 
 
 def test_whole_answers_come_at_the_end() -> None:
-    """Not streaming, nothing leaves before the header can tell the truth."""
+    """Without streaming, all bytes come at the end, when the sizes in the header are known."""
     for audio_format in FORMATS:
         encoder = Encoder(audio_format, streaming=False)
         assert encoder.feed(SPEECH) == b""
@@ -193,19 +197,19 @@ def test_whole_answers_come_at_the_end() -> None:
 
 @pytest.mark.parametrize("speed", [0.24, 4.01, 0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_speeds_are_refused(speed: float) -> None:
-    """Speeds out of range are an error at once, not silence later."""
+    """A speed out of range is an error at once."""
     with pytest.raises(ValueError, match="speed is between"):
         Encoder("mp3", speed=speed)
 
 
 def test_unknown_formats_are_refused() -> None:
-    """A format that there is not is an error."""
+    """An unknown format is an error."""
     with pytest.raises(ValueError, match="no audio format 'ogg'"):
         Encoder("ogg")  # type: ignore[arg-type]  # the point of the test
 
 
 def test_half_a_sample_is_an_error() -> None:
-    """PCM that ends inside a sample was cut, and is not passed off as complete."""
+    """PCM that ends inside a sample was cut, so it is an error."""
     encoder = Encoder("pcm")
     encoder.feed(b"\0\0\0")
     with pytest.raises(ValueError, match="inside a sample"):
@@ -213,18 +217,18 @@ def test_half_a_sample_is_an_error() -> None:
 
 
 def test_every_format_has_a_content_type() -> None:
-    """The table of content types is that of the formats."""
+    """The table of content types has each format, in the order of the contract."""
     assert list(CONTENT_TYPES) == FORMATS
 
 
 def resident_bytes() -> int:
-    """What this process has in RAM."""
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize("rounds", [300, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 def test_encoders_leave_nothing_behind(rounds: int) -> None:
-    """However many answers are encoded, memory stays flat."""
+    """Memory does not grow with the number of encoded answers."""
 
     def use(times: int) -> int:
         for count in range(times):
@@ -236,7 +240,7 @@ def test_encoders_leave_nothing_behind(rounds: int) -> None:
 
 
 def test_dropped_encoders_leave_nothing_behind() -> None:
-    """An answer whose client has left is just dropped: its 7 MB go at once, not when the collector finds the cycle."""
+    """A dropped encoder, whose client disconnected, frees its 7 MB at once, not in a later garbage collection."""
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Recordings named by URL: fetched from the public internet, and from nowhere else, however the URL is dressed up."""
+"""Recordings named by URL: only public addresses are connected to, whatever the URL looks like."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -67,18 +67,18 @@ from server.audio.fetching import Address, fetch_reference, is_public
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:  # noqa: FBT001 - a column of the table above
-    """Only addresses of the public internet are connected to, whatever they are wrapped in."""
+    """Only addresses of the public internet are public, in whatever form they are written."""
     assert is_public(ip_address(address)) is public
 
 
 @pytest.fixture
 def site() -> Iterator[tuple[str, list[str]]]:
-    """A web site on the loopback, and the paths that were asked of it."""
-    asked: list[str] = []
+    """A web site on the loopback, and the paths that were requested."""
+    requested: list[str] = []
 
     class Site(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             if self.path == "/never":
                 released.wait(10)
                 return
@@ -98,13 +98,13 @@ def site() -> Iterator[tuple[str, list[str]]]:
             self.wfile.write(b"f" * 30 + b"\r\nabc" if self.path == "/chunk" else bytes(size))
 
         def log_message(self, *_arguments: object) -> None:
-            """Quietly."""
+            """Log nothing."""
 
     released = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield f"http://site.test:{server.server_port}", asked
+    yield f"http://site.test:{server.server_port}", requested
     released.set()
     server.shutdown()
     thread.join()
@@ -119,18 +119,18 @@ async def fetched(
     max_bytes: int = 100_000,
     timeout_s: float = 20.0,
 ) -> bytes:
-    """Fetch from the site as if the loopback were public."""
+    """Fetch as if the loopback were public."""
     return await fetch_reference(
         url, max_bytes=max_bytes, timeout_s=timeout_s, resolve=resolve, may_connect=may_connect
     )
 
 
 async def test_a_url_is_fetched(site: tuple[str, list[str]]) -> None:
-    """The body of an answer, also behind a redirect."""
-    url, asked = site
+    """The body of a response is returned, also after a redirect."""
+    url, requested = site
     assert await fetched(f"{url}/voice") == bytes(5_000)
     assert await fetched(f"{url}/to?/voice") == bytes(5_000)
-    assert asked == ["/voice", "/to?/voice", "/voice"]
+    assert requested == ["/voice", "/to?/voice", "/voice"]
 
 
 @pytest.mark.parametrize(
@@ -143,61 +143,61 @@ async def test_a_url_is_fetched(site: tuple[str, list[str]]) -> None:
         ("/endless", "cannot be fetched"),
         ("/chunk", "cannot be fetched"),
         ("/to?http://[bad", "cannot be fetched"),
-        ("/to?http://a:bad/", r"no http\(s\) URL"),
-        ("/to?ftp://site.test/voice", r"no http\(s\) URL"),
-        ("/to?file:///etc/passwd", r"no http\(s\) URL"),
+        ("/to?http://a:bad/", r"not an http\(s\) URL"),
+        ("/to?ftp://site.test/voice", r"not an http\(s\) URL"),
+        ("/to?file:///etc/passwd", r"not an http\(s\) URL"),
     ],
 )
-async def test_bad_answers_are_refused(site: tuple[str, list[str]], path: str, said: str) -> None:
-    """Too much, nothing, a loop, half of it, another protocol, nonsense: each is an error of the recording."""
+async def test_bad_responses_are_refused(site: tuple[str, list[str]], path: str, said: str) -> None:
+    """A response that is too large, missing, a loop, truncated or of another protocol is an InvalidAudioError."""
     with pytest.raises(InvalidAudioError, match=said):
         await fetched(site[0] + path)
 
 
-async def test_a_silent_server_is_left(site: tuple[str, list[str]]) -> None:
-    """The limit of time holds for the whole fetch."""
+async def test_a_silent_server_times_out(site: tuple[str, list[str]]) -> None:
+    """The timeout holds for the whole fetch."""
     with pytest.raises(InvalidAudioError, match=r"within 0\.2 s"):
         await fetched(f"{site[0]}/never", timeout_s=0.2)
 
 
-async def test_a_slow_name_server_is_left() -> None:
-    """Nor is an address waited for any longer, though a thread cannot be taken away from asking for it."""
-    released, told = threading.Event(), []
+async def test_a_slow_name_server_times_out() -> None:
+    """The timeout holds for name resolution too, although its thread goes on."""
+    released, resolved = threading.Event(), []
 
     def resolve(host: str, _port: int) -> list[str]:
         released.wait(60)
-        told.append(host)
+        resolved.append(host)
         return []
 
     try:
         with pytest.raises(InvalidAudioError, match=r"within 0\.2 s"):
             await fetched("http://site.test/voice", resolve=resolve, timeout_s=0.2)
-        assert not told
+        assert not resolved
     finally:
         released.set()
 
 
-async def test_private_addresses_are_never_asked(site: tuple[str, list[str]]) -> None:
-    """By name or number, directly or after a redirect: a private address is refused and nothing is sent to it."""
-    url, asked = site
+async def test_private_addresses_get_no_request(site: tuple[str, list[str]]) -> None:
+    """A private address, by name or number, directly or after a redirect, is refused and gets no request."""
+    url, requested = site
     port = url.rpartition(":")[2]
     for target in (f"http://127.0.0.1:{port}/voice", f"http://localhost:{port}/voice", f"http://[::1]:{port}/voice"):
-        with pytest.raises(InvalidAudioError, match="not one of the public internet"):
+        with pytest.raises(InvalidAudioError, match="not lead to the public internet"):
             await fetch_reference(target, timeout_s=5)
-    assert asked == []
+    assert requested == []
     names = {"site.test": ["127.0.0.1"], "inside.test": ["10.0.0.1"]}
-    with pytest.raises(InvalidAudioError, match="not one of the public internet"):
+    with pytest.raises(InvalidAudioError, match="not lead to the public internet"):
         await fetched(f"{url}/to?http://inside.test/voice", resolve=lambda host, _port: names[host])
 
 
-async def test_one_private_address_among_public_ones_is_enough(site: tuple[str, list[str]]) -> None:
-    """A name that also points inside is refused whole."""
-    with pytest.raises(InvalidAudioError, match="not one of the public internet"):
+async def test_one_private_address_refuses_the_name(site: tuple[str, list[str]]) -> None:
+    """A name with one private address among public ones is refused."""
+    with pytest.raises(InvalidAudioError, match="not lead to the public internet"):
         await fetched(f"{site[0]}/voice", resolve=lambda _host, _port: ["127.0.0.1", "10.0.0.1"])
 
 
 async def test_the_checked_address_is_the_one_connected_to(site: tuple[str, list[str]]) -> None:
-    """A name server that changes its mind is asked once for each hop, and never after the check."""
+    """A name is resolved once for each redirect and never after the check, so a changing answer has no effect."""
     answers = iter([["127.0.0.1"], ["10.0.0.1"]])
     assert await fetched(f"{site[0]}/voice", resolve=lambda _host, _port: next(answers)) == bytes(5_000)
 
@@ -213,14 +213,14 @@ async def test_the_checked_address_is_the_one_connected_to(site: tuple[str, list
         "nonsense",
     ],
 )
-async def test_what_is_no_url_is_refused(url: str) -> None:
-    """A URL that is none is an error of the recording, not of ours."""
-    with pytest.raises(InvalidAudioError, match="no http"):
+async def test_wrong_urls_are_refused(url: str) -> None:
+    """A wrong URL is an InvalidAudioError."""
+    with pytest.raises(InvalidAudioError, match="not an http"):
         await fetched(url)
 
 
 async def test_a_url_cannot_write_headers(site: tuple[str, list[str]]) -> None:
-    """Line breaks and spaces in a URL stay part of its path."""
-    url, asked = site
+    """Line breaks and spaces in a URL stay part of its path, and make no header."""
+    url, requested = site
     await fetched(f"{url}/a b?c= d")
-    assert asked == ["/a%20b?c=%20d"]
+    assert requested == ["/a%20b?c=%20d"]
