@@ -6,10 +6,11 @@ from typing import Final
 from litestar.datastructures import Headers
 from litestar.types import Scope
 
-from shared.log import sane_request_id
-
 BODY_STALLED: Final = "body_stalled"
 """The key in `scope["state"]` that middleware.py sets when it gives up waiting for the rest of a body."""
+
+_MAX_REQUEST_ID: Final = 128
+"""Characters of a client's request id; a longer one is replaced."""
 
 _LONGEST_PATH: Final = 200
 """Characters of a path that are logged: more than any path of this server has."""
@@ -20,8 +21,14 @@ def request_id_of(scope: Scope) -> str:
     state = scope.setdefault("state", {})
     if "request_id" not in state:
         given = Headers.from_scope(scope).get("x-request-id")
-        state["request_id"] = sane_request_id(given) or uuid.uuid4().hex
+        state["request_id"] = given if given and _is_sane(given) else uuid.uuid4().hex
     return str(state["request_id"])
+
+
+def _is_sane(request_id: str) -> bool:
+    """True if a client's request id can forge neither a log line nor a header."""
+    allowed = all(char.isalnum() or char in "-_.:" for char in request_id)
+    return len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and allowed
 
 
 def printable_path(scope: Scope) -> str:
