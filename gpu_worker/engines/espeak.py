@@ -18,7 +18,7 @@ import soxr
 from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm, Usage
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
-from shared.speakable import NO_SPEAKABLE_TEXT, is_speakable
+from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
 SLOTS: Final = 32
 """Jobs at the same time. Each holds at most one clause of audio."""

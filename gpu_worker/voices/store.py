@@ -17,9 +17,9 @@ import structlog
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.voices.checks import check_recording, check_transcript
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
-from shared.names import JOINERS, is_printable
 from shared.pcm import samples_of
 from shared.protocol import SavedVoice
+from shared.text import JOINERS, is_printable
 
 MAX_NAME_CHARS: Final = 64
 """Characters of a voice's name."""

@@ -35,8 +35,8 @@ from server.schemas import (
     VoiceObject,
 )
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
-from shared.names import is_printable
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
+from shared.text import is_printable
 
 _MAKE_TIMEOUT_S: Final = 300.0
 """Making a voice may have to load a model first."""

@@ -12,7 +12,7 @@ from typing import Final
 import sentencex
 
 from gpu_worker.engines.base import JobError
-from shared.speakable import NO_SPEAKABLE_TEXT, is_speakable
+from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
 _LANGUAGE_CODES: Final = {
     "chinese": "zh",

@@ -1,6 +1,6 @@
-"""The one rule for "the input contains no speakable text", used by the web workers and by the engines.
+"""Two rules about characters that both sides follow: which texts can be spoken, and which names can be shown.
 
-It decides by Unicode categories alone. It changes no text and raises nothing.
+The rules decide by Unicode categories alone. They change no text and raise nothing.
 """
 
 import unicodedata
@@ -8,6 +8,12 @@ from typing import Final
 
 NO_SPEAKABLE_TEXT: Final = "the input contains no speakable text"
 """The message of the error `invalid_value` for such an input."""
+
+JOINERS: Final = dict.fromkeys((0x200C, 0x200D))
+"""A table for str.translate that removes zero-width (non-)joiners.
+
+Persian and Indic words and composed emoji need them. They are invisible, and Python calls them unprintable.
+"""
 
 
 def is_speakable(text: str, *, needs_word: bool = False) -> bool:
@@ -19,3 +25,9 @@ def is_speakable(text: str, *, needs_word: bool = False) -> bool:
     """
     categories = (unicodedata.category(character)[0] for character in set(text))
     return any(category in "LN" if needs_word else category not in "CZ" for category in categories)
+
+
+def is_printable(name: str) -> bool:
+    """True if `name` has a visible character, and none that steers a terminal or the direction of writing."""
+    visible = name.translate(JOINERS)
+    return bool(visible.strip()) and visible.isprintable()

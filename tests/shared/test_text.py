@@ -1,6 +1,8 @@
+"""Which texts can be spoken, and which names can be shown."""
+
 import pytest
 
-from shared.speakable import is_speakable
+from shared.text import is_printable, is_speakable
 
 
 @pytest.mark.parametrize("text", ["", " \n\t", "\0\x1b", "\u200b\u200d\ufeff", "\u00a0\u3000", "\ud800"])
@@ -22,3 +24,18 @@ def test_one_letter_or_digit_of_any_script_is_enough(text: str) -> None:
     """Both rules accept the text, whatever else it contains."""
     assert is_speakable(text)
     assert is_speakable(text, needs_word=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Ada", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f468\u200d\U0001f469\u200d\U0001f467"],
+)
+def test_names_may_have_joiners(name: str) -> None:
+    """Joiners within words and emoji do not make a name unprintable."""
+    assert is_printable(name)
+
+
+@pytest.mark.parametrize("name", ["", " \u200d ", "two\nlines", "\u202eright to left"])
+def test_invisible_names_are_not_printable(name: str) -> None:
+    """A name needs a visible character, and must not steer a terminal or the direction of writing."""
+    assert not is_printable(name)
