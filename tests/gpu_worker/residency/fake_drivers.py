@@ -1,4 +1,4 @@
-"""Stand-ins for a device's driver: NVML, torch, and one that says what it is told to."""
+"""Fake drivers of a device: NVML, torch, and one with a fixed reading."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ UUIDS = [b"GPU-11112222-aaaa", b"GPU-33334444-bbbb", b"GPU-33335555-cccc"]
 
 
 class FakeDriver:
-    """A CUDA driver with the reading that it is given."""
+    """A CUDA driver with a fixed reading."""
 
     def __init__(self, usage: Usage) -> None:
         self.usage = usage
@@ -43,7 +43,7 @@ class FakeNvml:
         self.asked: int | str | None = None
 
     def __getattribute__(self, name: str) -> Any:
-        """Whatever is called so fails where it is the trouble."""
+        """The function named by `trouble` raises."""
         value = object.__getattribute__(self, name)
         if name.startswith("nvml") and name == self._trouble:
             raise self.NVMLError(name)

@@ -1,4 +1,4 @@
-"""Files are looked at and fetched on threads of their own, and neither waits for the other."""
+"""Checks and downloads run on two threads, and neither waits for the other."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from tests.gpu_worker.fakes import FakeFiles, Reports, a_spec
 
 
 class Bench:
-    """A fetcher over files that can be held up."""
+    """Checkpoints over files that can be held up."""
 
     def __init__(self) -> None:
         self.files = FakeFiles()
@@ -29,8 +29,8 @@ def bench() -> Iterator[Bench]:
     bench.checkpoints.close(10)
 
 
-def test_look(bench: Bench) -> None:
-    """A look tells what is missing, what has to be fetched, and what the files look like."""
+def test_check(bench: Bench) -> None:
+    """A check reports what is missing, whether a download is needed, and the files' stamp."""
     bench.files.problems["a"] = "there are no weights"
     bench.files.remote = {"a", "b"}
     bench.files.stamps["b"] = "new"
@@ -43,8 +43,8 @@ def test_look(bench: Bench) -> None:
     assert bench.files.threads == {"problem_of": {"check-files"}}
 
 
-def test_a_look_does_not_wait_for_a_fetch(bench: Bench) -> None:
-    """While one model is fetched others are looked at; a second fetch waits for the first."""
+def test_a_check_does_not_wait_for_a_download(bench: Bench) -> None:
+    """Checks go on during a download; a second download waits for the first."""
     bench.files.remote = {"a", "b"}
     bench.files.gate.clear()
     bench.checkpoints.submit(Download("a"))
@@ -66,8 +66,8 @@ def test_a_look_does_not_wait_for_a_fetch(bench: Bench) -> None:
         (KeyError("siblings"), "downloading a failed: KeyError: 'siblings'"),
     ],
 )
-def test_failed_fetch(bench: Bench, trouble: Exception, message: str) -> None:
-    """A fetch that fails says why, whatever it was, and the next may try again."""
+def test_failed_download(bench: Bench, trouble: Exception, message: str) -> None:
+    """A failed download reports why, whatever was raised, and can be repeated."""
     bench.files.fetch_troubles["a"] = [trouble]
     bench.checkpoints.submit(Download("a"))
     report = bench.reports.wait()
@@ -78,8 +78,8 @@ def test_failed_fetch(bench: Bench, trouble: Exception, message: str) -> None:
     assert bench.reports.wait() == Downloaded(model="a", error=None)
 
 
-def test_files_that_cannot_be_looked_at(bench: Bench) -> None:
-    """A disk that does not answer is a model's problem, and the next look is made all the same."""
+def test_failed_check(bench: Bench) -> None:
+    """A check that raises is reported as the model's problem; the next check runs."""
 
     def broken(_: object) -> str:
         raise PermissionError(13, "Permission denied")

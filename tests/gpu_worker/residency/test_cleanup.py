@@ -1,14 +1,14 @@
-"""Cleanup passes: when models that nobody uses leave, and what is told of it."""
+"""Cleanup passes: when idle models leave, and what a pass reports."""
 
 from tests.gpu_worker.fakes import WALL, FakeDevice
 from tests.gpu_worker.residency.bench import Bench
 
 
 class TestIdle:
-    """Whose time is over."""
+    """Idle times."""
 
-    def test_leaves_at_the_second_it_should(self) -> None:
-        """An idle model is offloaded when its time is over and not a second earlier, and dropped likewise."""
+    def test_at_the_second(self) -> None:
+        """An idle model is offloaded, and later dropped, at the second its time ends."""
         bench = Bench({"a": 100}, idle_timeout_s=300, host_idle_timeout_s=600, cleanup_interval_s=1)
         bench.use("a")
         bench.clock.advance(299)
@@ -25,7 +25,7 @@ class TestIdle:
         assert bench.states() == {"a": "absent"}
 
     def test_is_checked_at_intervals(self) -> None:
-        """Idle models are looked for every interval."""
+        """Passes run at the configured interval."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=30)
         bench.use("a")
         bench.clock.advance(28)
@@ -36,7 +36,7 @@ class TestIdle:
         assert bench.states() == {"a": "offloaded"}
 
     def test_a_long_request_is_not_idle(self) -> None:
-        """The idle time begins with the end of the last request, however long it spoke or stalled."""
+        """The idle time begins at the end of the last request, however long that request took."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1)
         bench.residency.acquire("a")
         bench.residency.acquire("a")
@@ -54,8 +54,8 @@ class TestIdle:
         bench.settle()
         assert bench.states() == {"a": "offloaded"}
 
-    def test_never_on_its_own_when_disabled(self) -> None:
-        """With cleanup switched off nothing leaves by itself, but a pass that is asked for runs."""
+    def test_disabled(self) -> None:
+        """With cleanup disabled no pass runs by itself, but a requested one does."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=False)
         bench.use("a")
         bench.clock.advance(1_000_000)
@@ -66,7 +66,7 @@ class TestIdle:
         assert bench.states() == {"a": "offloaded"}
 
     def test_keep_alive(self) -> None:
-        """The last request says how long its model stays; one that says nothing leaves it as configured."""
+        """The last request's keep_alive counts; without one, the configured time."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1)
         bench.use("a", keep_alive_s=50)
         bench.clock.advance(49)
@@ -80,8 +80,8 @@ class TestIdle:
         bench.settle()
         assert bench.states() == {"a": "offloaded"}
 
-    def test_keep_alive_for_ever(self) -> None:
-        """A model that is to stay for ever outlasts every timeout, but makes room where it has to."""
+    def test_negative_keep_alive(self) -> None:
+        """A negative keep_alive outlasts every timeout, but not an eviction for another model."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150), idle_timeout_s=10, cleanup_interval_s=1)
         bench.use("a", keep_alive_s=-1)
         bench.clock.advance(1_000_000)
@@ -95,8 +95,8 @@ class TestIdle:
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "absent"}
 
-    def test_keep_alive_is_for_those_to_say_that_spoke(self) -> None:
-        """A request that ends before it has spoken changes nothing about how long the model stays."""
+    def test_keep_alive_of_a_request_without_slot(self) -> None:
+        """A request that never held a slot does not change the keep_alive."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1)
         bench.use("a", keep_alive_s=-1)
         bench.residency.acquire("a")
@@ -106,20 +106,20 @@ class TestIdle:
         assert (bench.states(), bench.model("a").keep_alive_s) == ({"a": "resident"}, -1)
 
     def test_idle_time_begins_with_the_load(self) -> None:
-        """A model that was asked for long before its load ended is not idle for that time."""
+        """The time of the load does not count as idle."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1)
         bench.residency.load("a")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.clock.advance(60)
-        bench.finish(move)
+        bench.finish(transition)
         assert bench.advance() == []
 
 
 class TestPasses:
-    """Passes and their figures."""
+    """Passes and their results."""
 
     def test_figures(self) -> None:
-        """A pass tells what it looked at, what it unloaded, and the bytes that the probe measured before and after."""
+        """A result names the checked and unloaded models, and the bytes measured before and after."""
         bench = Bench({"a": 100, "b": 70, "c": 30}, idle_timeout_s=10)
         bench.use("a", "b")
         bench.clock.advance(9)
@@ -132,37 +132,37 @@ class TestPasses:
         assert (result.models_checked, result.models_unloaded) == (["a", "b"], ["a"])
         assert result.timestamp == WALL + bench.clock.now
 
-    def test_result_comes_with_the_last_move(self) -> None:
-        """Until its moves have ended a pass is under way and the result is the one before."""
+    def test_result_comes_after_the_last_transition(self) -> None:
+        """A pass runs until its last transition has ended; until then `last_cleanup` is the one before."""
         bench = Bench({"a": 100}, idle_timeout_s=1)
         bench.use("a")
         bench.clock.advance(1)
         bench.residency.start_cleanup()
         assert bench.residency.cleanup_running
-        move = bench.next_transition()
+        transition = bench.next_transition()
         assert bench.residency.cleanup_running
         assert bench.residency.last_cleanup is None
-        bench.finish(move)
+        bench.finish(transition)
         assert bench.advance() == []
         assert not bench.residency.cleanup_running
         assert bench.residency.last_cleanup is not None
 
-    def test_is_not_muddled_with_a_load(self) -> None:
-        """A pass asked for during a load begins behind it: its figures are its own."""
+    def test_during_a_load(self) -> None:
+        """A pass requested during a load begins after it, so its figures are its own."""
         bench = Bench({"a": 100, "b": 50}, idle_timeout_s=1)
         bench.use("a")
         bench.clock.advance(1)
         bench.residency.acquire("b")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.residency.start_cleanup()
-        bench.finish(move)
+        bench.finish(transition)
         bench.settle()
         result = bench.residency.last_cleanup
         assert result is not None
         assert (result.vram_before_bytes, result.vram_after_bytes) == (150, 50)
 
     def test_with_nothing_to_do(self) -> None:
-        """A pass that finds nothing ends at once and says so."""
+        """A pass with nothing to do ends at once, with an empty result."""
         bench = Bench({"a": 100})
         bench.residency.start_cleanup()
         assert bench.advance() == []
@@ -170,15 +170,15 @@ class TestPasses:
         assert result is not None
         assert result.models_checked == []
 
-    def test_an_unload_by_hand_is_not_the_passes(self) -> None:
-        """A pass's figures are its own: what is unloaded by hand meanwhile leaves behind it."""
+    def test_unload_during_a_pass(self) -> None:
+        """An admin's unload during a pass happens after it and is not in its result."""
         bench = Bench({"a": 100, "b": 70, "c": 30}, idle_timeout_s=10)
         bench.use("a", "b", "c")
         bench.clock.advance(9)
         bench.residency.start_cleanup()
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.residency.unload("c")
-        bench.finish(move)
+        bench.finish(transition)
         bench.settle()
         result = bench.residency.last_cleanup
         assert result is not None
@@ -186,8 +186,8 @@ class TestPasses:
         assert (result.models_unloaded, result.models_dropped) == (["a", "b"], [])
         assert bench.transitions[-3:] == [("offload", "a"), ("offload", "b"), ("drop", "c")]
 
-    def test_what_is_dropped_is_told_from_what_is_offloaded(self) -> None:
-        """A model whose time in host RAM is over left no device."""
+    def test_dropped_and_offloaded(self) -> None:
+        """A result tells dropped models from offloaded ones."""
         bench = Bench({"a": 100, "b": 100}, idle_timeout_s=10, host_idle_timeout_s=30)
         bench.use("a", keep_alive_s=0)
         bench.settle()
@@ -200,7 +200,7 @@ class TestPasses:
         assert (result.models_unloaded, result.models_dropped) == (["a", "b"], ["a"])
 
     def test_empties_caches(self) -> None:
-        """A pass that moves nothing still gives back what allocators keep, but not while somebody speaks, unasked."""
+        """A pass without transitions empties caches, but one by the clock not while requests run."""
         bench = Bench({"a": 100}, cleanup_interval_s=10)
         bench.residency.acquire("a")
         bench.settle()
@@ -216,7 +216,7 @@ class TestPasses:
         assert bench.device.reclaimed == 2
 
     def test_frees_host_room_first(self) -> None:
-        """A pass that has to drop one model to offload another counts both."""
+        """A drop that makes room in host RAM for an offload counts as the pass's."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(host_budget_bytes=150), idle_timeout_s=10, cleanup_interval_s=1)
         bench.use("a", "b")
         bench.clock.advance(100)

@@ -1,4 +1,4 @@
-"""Who leaves so that there is room, and where to."""
+"""Eviction: which model leaves the device or host RAM, and for where."""
 
 from gpu_worker.residency.manager import RECLAIM_S
 from tests.gpu_worker.fakes import FakeDevice
@@ -6,20 +6,20 @@ from tests.gpu_worker.residency.bench import Bench
 
 
 class TestDevice:
-    """Who leaves the device."""
+    """Leaving the device."""
 
     def test_evicts_least_recently_used(self) -> None:
-        """A load that does not fit the budget evicts idle models, the least recently used first, as few as needed."""
+        """A load evicts as few idle models as needed, least recently used first."""
         bench = Bench({"a": 100, "b": 100, "c": 100}, FakeDevice(budget_bytes=250))
         bench.use("a", "b", "a", "c")
         assert bench.transitions[-2:] == [("offload", "b"), ("load", "c")]
         assert bench.states() == {"a": "resident", "b": "offloaded", "c": "resident"}
 
-    def test_caches_are_emptied_before_anybody_is_refused(self) -> None:
-        """What an allocator only keeps for later is room too, looked for every few seconds at most."""
+    def test_caches_are_emptied_before_a_refusal(self) -> None:
+        """Before a refusal the allocator's caches are emptied, at most every few seconds."""
 
         class Caching(FakeDevice):
-            """A device whose allocator keeps 100 bytes until it is told not to."""
+            """A device whose allocator caches 100 bytes until `reclaim`."""
 
             def reclaim(self, *, collect: bool) -> None:
                 super().reclaim(collect=collect)
@@ -40,8 +40,8 @@ class TestDevice:
         assert len(bench.settle()) == 1
         assert device.reclaimed == 2
 
-    def test_grown_over_the_budget(self) -> None:
-        """A model larger than estimated speaks, for it is there; idle models leave for it, and it when it is idle."""
+    def test_larger_than_the_budget_while_busy(self) -> None:
+        """A model over the budget serves its requests; idle models are evicted for it, and it once it is idle."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.use("a")
         bench.sizes["b"] = 300
@@ -53,7 +53,7 @@ class TestDevice:
         assert bench.states() == {"a": "offloaded", "b": "offloaded"}
 
     def test_keep_alive_zero(self) -> None:
-        """A model that is not to stay leaves with its last request, even with cleanup switched off."""
+        """keep_alive 0 evicts a model after its last request, even with cleanup disabled."""
         bench = Bench({"a": 100}, cleanup_enabled=False)
         bench.residency.acquire("a")
         bench.use("a", keep_alive_s=0)
@@ -63,8 +63,8 @@ class TestDevice:
         bench.settle()
         assert bench.states() == {"a": "offloaded"}
 
-    def test_on_a_cpu_only_dropping_frees_ram(self) -> None:
-        """On a CPU that is short of RAM, models are dropped: offloaded ones first."""
+    def test_cpu_mode_drops(self) -> None:
+        """In CPU mode, a shortage of RAM drops models, offloaded ones first."""
         bench = Bench({"a": 100, "b": 100, "c": 100}, FakeDevice(kind="cpu", total_bytes=250, budget_bytes=150))
         bench.use("a", "b")
         assert bench.states() == {"a": "offloaded", "b": "resident", "c": "absent"}
@@ -74,16 +74,16 @@ class TestDevice:
 
 
 class TestHost:
-    """Who gets a place in host RAM, and who gives one up."""
+    """Places in host RAM."""
 
-    def test_over_the_host_budget_the_oldest_is_dropped(self) -> None:
-        """Where host RAM has no room for one more, the least recently used offloaded model gives up its place."""
+    def test_drops_least_recently_used(self) -> None:
+        """If the host budget is full, the least recently used offloaded model is dropped for the next one."""
         bench = Bench({"a": 100, "b": 100, "c": 100}, FakeDevice(budget_bytes=150, host_budget_bytes=150))
         bench.use("a", "b", "c")
         assert bench.transitions[-3:] == [("drop", "a"), ("offload", "b"), ("load", "c")]
 
-    def test_the_oldest_is_not_put_before_others(self) -> None:
-        """A model that leaves the device and is the least recently used of all is dropped where host RAM is full."""
+    def test_the_victim_is_the_least_recently_used(self) -> None:
+        """A victim that is itself the least recently used is dropped if host RAM is full."""
         device = FakeDevice(budget_bytes=250, host_budget_bytes=150)
         bench = Bench({"a": 100, "b": 100, "c": 200}, device)
         bench.use("a")
@@ -93,15 +93,15 @@ class TestHost:
         assert bench.transitions[-2:] == [("drop", "a"), ("load", "c")]
 
     def test_larger_in_host_ram_than_on_the_device(self) -> None:
-        """A model that turns out to be over the host's budget when it has got there is dropped."""
+        """A model that turns out to exceed the host budget is dropped."""
         bench = Bench({"a": 100}, FakeDevice(host_budget_bytes=150))
         bench.use("a", keep_alive_s=0)
         bench.sizes["a"] = 200
         bench.settle()
         assert bench.transitions[-2:] == [("offload", "a"), ("drop", "a")]
 
-    def test_what_is_wanted_keeps_its_place(self) -> None:
-        """A model that waits to be restored is not dropped to make host room for the one that leaves for it."""
+    def test_wanted_models_stay_in_host_ram(self) -> None:
+        """A model that waits to be restored is not dropped to make room in host RAM for its own victim."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150, host_budget_bytes=150))
         bench.use("a", "b")
         bench.residency.load("a")
@@ -109,23 +109,23 @@ class TestHost:
         assert bench.transitions[-2:] == [("drop", "b"), ("restore", "a")]
 
     def test_too_large_for_the_host(self) -> None:
-        """A model that host RAM has no room for at all is dropped, not offloaded."""
+        """A model larger than the host budget is dropped, not offloaded."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150, host_budget_bytes=50))
         bench.use("a", "b")
         assert bench.states() == {"a": "absent", "b": "resident"}
 
     def test_short_of_host_ram(self) -> None:
-        """On a GPU a host that is short of RAM is not filled up, whatever its budget."""
+        """A host that is short of RAM takes no offloaded model, whatever its budget."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150, host_total_bytes=50))
         bench.use("a", "b")
         assert bench.states()["a"] == "absent"
 
 
-class TestMake:
-    """Room for a step that ran out of memory."""
+class TestOutOfMemory:
+    """Eviction after a step ran out of memory."""
 
     def test_every_idle_model_leaves(self) -> None:
-        """For a step that ran out of memory every idle model leaves, the least recently used first."""
+        """Every idle model leaves, least recently used first."""
         bench = Bench({"a": 100, "b": 100, "c": 100, "d": 100})
         bench.use("b", "a", "c")
         bench.residency.acquire("d")
@@ -139,27 +139,27 @@ class TestMake:
         assert not bench.residency.evict_idle()
 
     def test_during_a_load(self) -> None:
-        """Nobody is to wait for a load that is in flight; what is idle leaves behind it."""
+        """`evicting` is False during a load, which running streams must not wait for; idle models leave afterwards."""
         bench = Bench({"a": 100, "b": 100, "c": 100})
         bench.use("a")
         bench.residency.acquire("c")
         bench.settle()
         bench.residency.acquire("b")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         assert bench.residency.evict_idle()
         assert not bench.residency.evicting
-        bench.finish(move)
+        bench.finish(transition)
         assert bench.residency.evicting
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "resident", "c": "resident"}
 
-    def test_spares_who_became_busy(self) -> None:
-        """A model that gets a request before its turn to leave came stays."""
+    def test_spares_models_that_became_busy(self) -> None:
+        """A marked model that gets a request before it left stays."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("a", "b")
         bench.residency.evict_idle()
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.residency.acquire("b")
-        bench.finish(move)
+        bench.finish(transition)
         bench.settle()
         assert bench.transitions == [("load", "a"), ("load", "b"), ("offload", "a")]

@@ -1,4 +1,4 @@
-"""What is done with models' files, and when."""
+"""File checks and downloads, as Residency starts them."""
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.residency.manager import FILE_CHECK_S
@@ -7,11 +7,11 @@ from tests.gpu_worker.fakes import FakeDevice
 from tests.gpu_worker.residency.bench import Bench
 
 
-class TestLooks:
-    """Looking at what is there."""
+class TestChecks:
+    """File checks."""
 
     def test_before_a_load(self) -> None:
-        """A model's files are looked at whenever it begins to be wanted, once, and never for a restore."""
+        """A model's files are checked once when it becomes wanted, and never for a restore."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
         bench.residency.acquire("a")
@@ -27,8 +27,8 @@ class TestLooks:
         bench.use("a")
         assert bench.checks == 2
 
-    def test_now_and_then(self) -> None:
-        """What comes and goes by itself is noticed, though nothing moves and nobody asks."""
+    def test_at_intervals(self) -> None:
+        """Files of absent models are checked at intervals, also if nothing asks for the models."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("b")
         looks = bench.checks
@@ -41,7 +41,7 @@ class TestLooks:
         assert bench.checks == looks + 1
 
     def test_failed_load_of_other_files(self) -> None:
-        """What was wrong with a model's files is forgotten when they change."""
+        """A failed load's error is cleared when the files change."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
         bench.fail_next(ModelState.ABSENT, message="a file is damaged")
@@ -52,11 +52,11 @@ class TestLooks:
         assert bench.model("a").detail == ""
 
 
-class TestFetches:
-    """Weights that are elsewhere."""
+class TestDownloads:
+    """Downloads."""
 
-    def test_beside_the_moves(self) -> None:
-        """One model is fetched at a time, the longest wanted first; others are loaded meanwhile."""
+    def test_beside_transitions(self) -> None:
+        """One model is downloaded at a time, the longest waiting first; other models load meanwhile."""
         bench = Bench({"a": 100, "b": 100, "c": 100})
         bench.remote = {"a", "b"}
         for model in "bac":
@@ -71,8 +71,8 @@ class TestFetches:
         bench.settle()
         assert set(bench.states().values()) == {"resident"}
 
-    def test_nobody_is_evicted_for_a_model_that_is_fetched(self) -> None:
-        """Room is made when the model can be loaded, not hours before."""
+    def test_no_eviction_for_a_download(self) -> None:
+        """No model is evicted for one that is still being downloaded."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.use("a")
         bench.remote = {"b"}
@@ -83,8 +83,8 @@ class TestFetches:
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "resident"}
 
-    def test_given_up_while_it_is_fetched(self) -> None:
-        """The fetch goes on for the next who asks, but the model is "absent": nothing waits for it."""
+    def test_abandoned_during_a_download(self) -> None:
+        """A download goes on after its last request left, but the model is "absent" then."""
         bench = Bench({"a": 100})
         bench.remote = {"a"}
         bench.residency.acquire("a")
@@ -98,8 +98,8 @@ class TestFetches:
         bench.settle()
         assert bench.states() == {"a": "resident"}
 
-    def test_cannot_be_fetched(self) -> None:
-        """Who waits is refused, and why is told until something changes; what arrived in part changes nothing."""
+    def test_failed_download(self) -> None:
+        """A failed download refuses the requests; its error stays until other files appear."""
         bench = Bench({"a": 100})
         bench.remote = {"a"}
         bench.residency.acquire("a")

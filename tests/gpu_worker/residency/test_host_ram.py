@@ -32,7 +32,7 @@ def a_group(directory: Path, *, limit: str, current: int, inactive_file: int) ->
 
 
 class TestRam:
-    """Reading the RAM."""
+    """Readings of host RAM."""
 
     def test_figures_of_proc(self, tmp_path: Path) -> None:
         """Total, free and this process's part are what /proc says."""
@@ -44,15 +44,15 @@ class TestRam:
             ours_bytes=7 * os.sysconf("SC_PAGE_SIZE"),
         )
 
-    def test_a_containers_limit(self, tmp_path: Path) -> None:
-        """A container has what its control group allows, file pages that can be forgotten counting as free."""
+    def test_container_limit(self, tmp_path: Path) -> None:
+        """A container's limit counts; file pages that the kernel can evict count as free."""
         proc = a_proc(tmp_path / "proc", total_kib=1000, available_kib=900, resident_pages=7)
         group = a_group(tmp_path / "group", limit=str(500 * 1024), current=300 * 1024, inactive_file=100 * 1024)
         ram = read_ram(proc, group)
         assert (ram.total_bytes, ram.free_bytes) == (500 * 1024, 300 * 1024)
 
-    def test_a_machine_smaller_than_the_limit(self, tmp_path: Path) -> None:
-        """A control group that allows more than there is does not make it more."""
+    def test_limit_above_the_machine(self, tmp_path: Path) -> None:
+        """A control group's limit above the machine's RAM has no effect."""
         proc = a_proc(tmp_path / "proc", total_kib=1000, available_kib=400, resident_pages=7)
         group = a_group(tmp_path / "group", limit=str(GIB), current=0, inactive_file=0)
         ram = read_ram(proc, group)
@@ -65,7 +65,7 @@ class TestRam:
         assert read_ram(proc, group).free_bytes == 400 * 1024
 
     def test_of_this_machine(self) -> None:
-        """On the machine at hand the figures are sane, and a large array is seen to come and, trimmed, to go."""
+        """On this machine a large array shows in the figures, and is gone after a trim."""
         probe = open_probe("cpu")
         probe.reclaim(collect=True)  # what others left free on the heap would be filled first
         before = probe.device()
@@ -83,7 +83,7 @@ class TestRam:
         assert above.sum() == 1000
 
     def test_collects_garbage_only_when_told(self) -> None:
-        """A collection stops all threads, so it is run where asked for and nowhere else."""
+        """Garbage is collected only with `collect`: a collection stops all threads."""
         probe = open_probe("cpu")
         collections: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Who comes to the device next, who waits for room, and who is refused."""
+"""The load queue: which wanted model loads next, which waits for room, which is refused."""
 
 from gpu_worker.residency.models import Transition
 from gpu_worker.residency.policy import BUSY_RETRY_S, FULL_RETRY_S, SHORTAGE_WAIT_S, Refusal
@@ -18,10 +18,10 @@ def an_offloaded_bench(device: FakeDevice) -> Bench:
 
 
 class TestOrder:
-    """Who comes first."""
+    """The order of loads."""
 
     def test_first_come_first_loaded(self) -> None:
-        """Of several wanted models the one that has waited longest comes first, whatever the catalogue's order."""
+        """The model that has waited longest loads first; the catalogue's order does not count."""
         bench = Bench({"a": 100, "b": 100})
         bench.residency.acquire("b")
         bench.clock.advance(1)
@@ -29,18 +29,18 @@ class TestOrder:
         bench.settle()
         assert bench.transitions == [("load", "b"), ("load", "a")]
 
-    def test_a_refusal_holds_up_nobody(self) -> None:
-        """Behind a model that does not fit, one that does is loaded in the same turn."""
+    def test_a_refusal_delays_no_other(self) -> None:
+        """A refused model does not delay the next one in the queue, which loads in the same turn."""
         bench = Bench({"a": 300, "b": 100}, FakeDevice(budget_bytes=250))
         bench.residency.acquire("a")
         bench.clock.advance(1)
         bench.residency.acquire("b")
-        refusal, move = bench.advance()
+        refusal, transition = bench.advance()
         assert isinstance(refusal, Refusal)
         assert refusal.model == "a"
-        assert move == Transition("b", "load")
+        assert transition == Transition("b", "load")
 
-    def test_waits_for_the_busy_and_others_do_not(self) -> None:
+    def test_a_wait_delays_no_other(self) -> None:
         """Behind a model that waits for room, one that fits is loaded."""
         bench = Bench({"a": 100, "b": 100, "c": 40}, FakeDevice(budget_bytes=150))
         bench.residency.acquire("a")
@@ -51,11 +51,11 @@ class TestOrder:
         assert bench.states() == {"a": "resident", "b": "absent", "c": "resident"}
 
 
-class TestWait:
-    """Who waits for room."""
+class TestWaiting:
+    """Waiting for room."""
 
-    def test_what_is_busy_stays(self) -> None:
-        """A model with a request is never evicted: the other waits, and is refused with the arithmetic in the end."""
+    def test_busy_models_stay(self) -> None:
+        """A busy model is never evicted. The other model waits, then is refused with the arithmetic."""
         bench = Bench({"a": 100 * 2**20, "b": 60 * 2**20}, FakeDevice(total_bytes=2**40, budget_bytes=150 * 2**20))
         bench.residency.acquire("a")
         bench.settle()
@@ -70,8 +70,8 @@ class TestWait:
             assert figure in refusal.message
         assert bench.states() == {"a": "resident", "b": "absent"}
 
-    def test_nothing_is_evicted_in_vain(self) -> None:
-        """Where evicting every idle model would not be enough, none is evicted."""
+    def test_no_eviction_in_vain(self) -> None:
+        """If evicting every idle model is not enough, none is evicted."""
         bench = Bench({"a": 100, "b": 100, "c": 200}, FakeDevice(budget_bytes=250))
         bench.residency.acquire("a")
         bench.use("b")
@@ -83,7 +83,7 @@ class TestWait:
         assert bench.states() == {"a": "offloaded", "b": "offloaded", "c": "resident"}
 
     def test_waits_for_the_busy(self) -> None:
-        """A model that fits once a busy one is idle comes as soon as it is, and starts its wait anew the next time."""
+        """A waiting model loads as soon as the busy model is idle; the next wait starts at zero."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         for model, other in (("b", "a"), ("a", "b"), ("b", "a")):
             bench.residency.acquire(other)
@@ -97,8 +97,8 @@ class TestWait:
             assert bench.states() == {model: "resident", other: "offloaded"}
             bench.residency.release(model, None)
 
-    def test_room_that_others_give_back(self) -> None:
-        """A model that waits for room takes it as well where another process gives it back."""
+    def test_memory_freed_by_other_processes(self) -> None:
+        """A waiting model loads when another process frees memory."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(total_bytes=250, budget_bytes=250))
         bench.residency.acquire("a")
         bench.settle()
@@ -111,11 +111,11 @@ class TestWait:
         assert bench.states() == {"a": "resident", "b": "resident"}
 
 
-class TestAnew:
-    """Models that are too large to be restored, and would be smaller if they were loaded."""
+class TestReload:
+    """Models that are too large to be restored, but small enough to be loaded afresh."""
 
     def test_is_loaded(self) -> None:
-        """A model whose old size fits no more is dropped from host RAM and loaded: its files are looked at first."""
+        """A model whose old size no longer fits is dropped from host RAM and loaded, after a check of its files."""
         bench = an_offloaded_bench(FakeDevice(total_bytes=250, budget_bytes=250))
         bench.device.others_bytes = 100
         looks = bench.checks
@@ -124,8 +124,8 @@ class TestAnew:
         assert bench.checks == looks + 1
         assert bench.states()["a"] == "resident"
 
-    def test_idle_models_leave_for_the_load(self) -> None:
-        """Where even the smaller size needs room, idle models make it."""
+    def test_evicts_idle_models(self) -> None:
+        """Idle models are evicted for the smaller size too."""
         bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
         bench.use("b")
         bench.device.budget_bytes = 120
@@ -134,7 +134,7 @@ class TestAnew:
         assert bench.transitions[-3:] == [("drop", "a"), ("offload", "b"), ("load", "a")]
 
     def test_waits_for_the_busy(self) -> None:
-        """Where a busy model is in the way of the smaller size, its end is waited for."""
+        """The reload waits for a busy model that is in the way."""
         bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
         bench.residency.acquire("b")
         bench.settle()
@@ -146,8 +146,8 @@ class TestAnew:
         assert bench.settle() == []
         assert bench.states() == {"a": "resident", "b": "offloaded"}
 
-    def test_not_where_a_restore_needs_patience(self) -> None:
-        """A model that fits at its old size once others have left keeps its place in host RAM."""
+    def test_a_restore_that_fits_later_is_awaited(self) -> None:
+        """A model that fits at its old size once others are idle stays in host RAM until then."""
         bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
         bench.residency.acquire("b")
         bench.settle()
@@ -158,8 +158,8 @@ class TestAnew:
         assert bench.settle() == []
         assert bench.transitions[-2:] == [("offload", "b"), ("restore", "a")]
 
-    def test_not_where_it_would_not_help(self) -> None:
-        """A model that fits at no size is refused and stays in host RAM; why is told until it could be loaded."""
+    def test_fits_at_no_size(self) -> None:
+        """A model that fits at no size is refused and stays offloaded; its status says why until it would fit."""
         bench = an_offloaded_bench(FakeDevice(budget_bytes=250))
         bench.device.budget_bytes = 90
         bench.residency.acquire("a")
@@ -176,10 +176,10 @@ class TestAnew:
 
 
 class TestRefusals:
-    """Who does not come, and why."""
+    """Refusals and their reasons."""
 
     def test_unavailable_model_is_refused(self) -> None:
-        """Requests of a model without weights fail with the reason, until it is said to be available."""
+        """Requests of a model without weights fail with the reason, until the weights are there."""
         bench = Bench({"a": 100})
         bench.problems["a"] = "there are no weights"
         bench.residency.acquire("a")
@@ -192,8 +192,8 @@ class TestRefusals:
         bench.use("a")
         assert bench.states() == {"a": "resident"}
 
-    def test_does_not_wait_in_vain(self) -> None:
-        """A model that busy ones, idle, would make no room for is refused at once; so is one beside a pinned model."""
+    def test_no_wait_in_vain(self) -> None:
+        """A model that does not fit beside a pinned model is refused at once."""
         bench = Bench({"a": 100, "b": 200}, FakeDevice(budget_bytes=250))
         bench.residency.acquire("a")
         bench.settle()
@@ -203,22 +203,22 @@ class TestRefusals:
         assert refusal.retry_after_s == FULL_RETRY_S
 
     def test_larger_than_the_budget(self) -> None:
-        """A model that no eviction makes room for is refused with a longer pause."""
+        """A model larger than the budget is refused with a longer Retry-After."""
         bench = Bench({"a": 300}, FakeDevice(budget_bytes=250))
         bench.residency.acquire("a")
         (refusal,) = bench.settle()
         assert refusal.retry_after_s == FULL_RETRY_S
         assert "held (by no model)" in refusal.message
 
-    def test_asked_for_in_vain(self) -> None:
-        """A load by hand that does not fit is refused once, and then forgotten."""
+    def test_admin_load_is_refused_once(self) -> None:
+        """An admin's load that does not fit is refused once, and then forgotten."""
         bench = Bench({"a": 300}, FakeDevice(budget_bytes=250))
         bench.residency.load("a")
         assert len(bench.advance()) == 1
         assert bench.advance() == []
 
     def test_refused_for_lack_of_room(self) -> None:
-        """Why a model found no room is told until there is some for it, or idle models would make some."""
+        """The status shows why a model found no room, until it would fit again."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.use("b")
         bench.residency.pin("b", True)
@@ -236,11 +236,11 @@ class TestRefusals:
         assert bench.states() == {"a": "absent", "b": "resident"}
 
 
-class TestStart:
-    """The models that are to be there from the start."""
+class TestPreload:
+    """Models that are preloaded at start."""
 
-    def test_the_first_come_first(self) -> None:
-        """They come in their order, whatever the catalogue's, and none of them leaves for another."""
+    def test_order_of_preloads(self) -> None:
+        """They load in the given order, and none is evicted for another."""
         bench = Bench({"a": 100, "b": 100, "c": 40}, FakeDevice(budget_bytes=150))
         bench.residency.preload(["b", "a", "c"])
         assert bench.residency.preloading == ["b", "a", "c"]
@@ -256,15 +256,15 @@ class TestStart:
         assert bench.model("a").detail == refusal.message
 
     def test_requests_evict_them(self) -> None:
-        """A model that somebody asks for takes the place of one that only the start wanted."""
+        """A request evicts a model that only the start wanted."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.residency.preload(["a", "b"])
         bench.residency.acquire("b")
         bench.settle()
         assert bench.states() == {"a": "offloaded", "b": "resident"}
 
-    def test_larger_than_thought(self) -> None:
-        """A model of the start that turns out too large leaves itself, and not one that came before it."""
+    def test_larger_than_estimated(self) -> None:
+        """A preloaded model that exceeds its estimate is evicted itself, not one that came before it."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.sizes["b"] = 180
         bench.residency.preload(["a", "b"])

@@ -1,4 +1,4 @@
-"""Which model is where: what is asked for, and what came of it."""
+"""Residency at its facade: requests, admin calls, transitions that fail."""
 
 import pytest
 
@@ -9,34 +9,34 @@ from tests.gpu_worker.fakes import FakeDevice
 from tests.gpu_worker.residency.bench import Bench, done, failed
 
 
-class TestComing:
-    """How a model comes to the device."""
+class TestLoading:
+    """Becoming resident."""
 
     def test_first_request_loads(self) -> None:
-        """A request's model is loaded, is "loading" meanwhile, and its measured bytes are told afterwards."""
+        """A request loads its model: "loading", then "resident" with its measured bytes."""
         bench = Bench({"a": 100})
         assert bench.states() == {"a": "absent"}
         bench.residency.acquire("a")
-        move = bench.next_transition()
-        assert move == Transition("a", "load")
+        transition = bench.next_transition()
+        assert transition == Transition("a", "load")
         assert bench.states() == {"a": "loading"}
-        bench.finish(move)
+        bench.finish(transition)
         assert bench.states() == {"a": "resident"}
         assert bench.model("a").bytes == {"weights": 100}
         assert bench.model("a").references == 1
 
-    def test_one_move_at_a_time(self) -> None:
-        """Nothing is decided while a move is in flight: its outcome changes the figures."""
+    def test_one_transition_at_a_time(self) -> None:
+        """No second transition starts beside the one in flight."""
         bench = Bench({"a": 100, "b": 100})
         bench.residency.acquire("a")
         bench.residency.acquire("b")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         assert bench.advance() == []
-        bench.finish(move)
+        bench.finish(transition)
         assert bench.next_transition() == Transition("b", "load")
 
-    def test_asked_for(self) -> None:
-        """A model is loaded because somebody asked, without a request; asking again changes nothing."""
+    def test_admin_load(self) -> None:
+        """An admin's load needs no request; a second one changes nothing."""
         bench = Bench({"a": 100})
         bench.residency.load("a")
         bench.residency.load("a")
@@ -46,7 +46,7 @@ class TestComing:
         assert bench.transitions == [("load", "a")]
 
     def test_restores_what_was_offloaded(self) -> None:
-        """An offloaded model comes back from host RAM, not from disk."""
+        """An offloaded model is restored from host RAM, not loaded from disk."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.use("a", "b", "a")
         assert bench.transitions == [
@@ -57,8 +57,8 @@ class TestComing:
             ("restore", "a"),
         ]
 
-    def test_asked_for_again_after_keep_alive_zero(self) -> None:
-        """A load by hand is not undone by what a request said before it."""
+    def test_admin_load_after_keep_alive_zero(self) -> None:
+        """An admin's load overrides an earlier keep_alive 0."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
         bench.settle()
@@ -66,19 +66,19 @@ class TestComing:
         bench.settle()
         assert bench.states() == {"a": "resident"}
 
-    def test_offloaded_bytes_are_told(self) -> None:
-        """In all, and of each model."""
+    def test_offloaded_bytes(self) -> None:
+        """Offloaded bytes are reported in total and for each model."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150))
         bench.use("a", "b")
         assert bench.residency.offloaded_bytes() == 100
         assert bench.model("a").host_bytes == 100
 
 
-class TestStaying:
-    """How a model is kept."""
+class TestPins:
+    """Pins and references."""
 
     def test_pinned(self) -> None:
-        """A pinned model is evicted for nobody and at no time, until it is let go."""
+        """A pinned model is never evicted until it is unpinned."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=150), idle_timeout_s=10, cleanup_interval_s=1)
         bench.use("a")
         bench.residency.pin("a", True)
@@ -95,18 +95,18 @@ class TestStaying:
         assert bench.states()["b"] == "resident"
 
     def test_release_without_reference(self) -> None:
-        """References never go below zero: a release too many is a mistake that is said."""
+        """A release without a reference raises."""
         bench = Bench({"a": 100})
         with pytest.raises(ValueError, match="no reference"):
             bench.residency.release("a", None)
 
 
 class TestUnload:
-    """Unloading by hand."""
+    """An admin's unload."""
 
     @pytest.mark.parametrize("offloaded", [False, True])
-    def test_gives_everything_up(self, *, offloaded: bool) -> None:
-        """A model is dropped from wherever it is, pinned or not."""
+    def test_drops_from_anywhere(self, *, offloaded: bool) -> None:
+        """An unload drops the model from the device or host RAM, pinned or not."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0 if offloaded else None)
         bench.settle()
@@ -127,47 +127,47 @@ class TestUnload:
         assert bench.states() == {"a": "resident"}
 
     def test_prevented_by_a_request(self) -> None:
-        """A request that comes between the word and the deed keeps its model."""
+        """A request that arrives before the drop begins prevents it."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("a")
         bench.residency.acquire("b")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.residency.unload("a")
         bench.residency.acquire("a")
-        bench.finish(move)
+        bench.finish(transition)
         bench.settle()
         assert bench.transitions == [("load", "a"), ("load", "b")]
 
-    def test_of_a_model_that_is_loading(self) -> None:
-        """A model that nobody needs any more is dropped when its load has ended."""
+    def test_of_a_loading_model(self) -> None:
+        """A loading model is dropped once its load has ended."""
         bench = Bench({"a": 100})
         bench.residency.load("a")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.residency.unload("a")
-        bench.finish(move)
+        bench.finish(transition)
         bench.settle()
         assert bench.transitions == [("load", "a"), ("drop", "a")]
 
     def test_of_an_absent_model(self) -> None:
-        """There is nothing to do."""
+        """An unload of an absent model does nothing."""
         bench = Bench({"a": 100})
         bench.residency.unload("a")
         assert bench.advance() == []
 
-    def test_request_during_the_move_away(self) -> None:
-        """A model that is being offloaded counts as gone at once, and comes back for a request that came meanwhile."""
+    def test_request_during_an_offload(self) -> None:
+        """A model counts as gone from the start of its offload; a request meanwhile restores it."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
-        move = bench.next_transition()
-        assert move.kind == "offload"
+        transition = bench.next_transition()
+        assert transition.kind == "offload"
         assert bench.states() == {"a": "offloaded"}
         bench.residency.acquire("a")
-        bench.finish(move)
+        bench.finish(transition)
         bench.settle()
         assert bench.transitions[-1] == ("restore", "a")
 
-    def test_of_a_model_of_the_start(self) -> None:
-        """Unloaded by hand it is not waited for any more; where that is refused, it is."""
+    def test_of_a_preloaded_model(self) -> None:
+        """An unload ends the start's wait for a model; a refused unload does not."""
         bench = Bench({"a": 100, "b": 100})
         bench.residency.preload(["a", "b"])
         bench.residency.acquire("b")
@@ -177,11 +177,11 @@ class TestUnload:
         assert bench.residency.preloading == ["b"]
 
 
-class TestTrouble:
-    """Moves that fail, and engines that break."""
+class TestFailures:
+    """Failing transitions and broken engines."""
 
     def test_failed_load(self) -> None:
-        """A load that fails leaves the model absent, its requests fail with the reason, and the next may try again."""
+        """A failed load leaves the model absent and refuses its requests; the next request tries again."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
         refusal = bench.fail_next(ModelState.ABSENT, message="a file vanished")
@@ -193,13 +193,13 @@ class TestTrouble:
         bench.settle()
         assert (bench.model("a").state, bench.model("a").detail) == ("absent", "a file vanished")
         bench.residency.acquire("a")
-        move = bench.next_transition()
+        transition = bench.next_transition()
         assert (bench.model("a").state, bench.model("a").detail) == ("loading", "a file vanished")
-        bench.finish(move)
+        bench.finish(transition)
         assert bench.model("a").detail == ""
 
     def test_failed_restore(self) -> None:
-        """A restore that fails leaves the model offloaded, with its figures."""
+        """A failed restore leaves the model offloaded, with its figures."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
         bench.settle()
@@ -209,23 +209,23 @@ class TestTrouble:
         assert bench.model("a").host_bytes == 100
 
     def test_out_of_memory_is_tried_once_more(self) -> None:
-        """A load that ran out of memory evicts what is idle and is tried once more, and once only."""
+        """A load that runs out of memory evicts idle models and is tried once more, not twice."""
         bench = Bench({"a": 100, "b": 100, "c": 100})
         bench.use("b")
         bench.residency.acquire("c")
         bench.settle()
         bench.residency.acquire("a")
         assert bench.fail_next(ModelState.ABSENT, "insufficient_vram") is None
-        move = bench.next_transition()
-        assert move == Transition("b", "offload")
-        bench.finish(move)
+        transition = bench.next_transition()
+        assert transition == Transition("b", "offload")
+        bench.finish(transition)
         bench.residency.release("c", None)
         refusal = bench.fail_next(ModelState.ABSENT, "insufficient_vram")
         assert refusal is not None
         assert refusal.code == "insufficient_vram"
 
     def test_out_of_memory_is_tried_once_more_for_each(self) -> None:
-        """A second try that somebody else used up, and gave up on, is not missing to the next who asks."""
+        """The second try is granted anew for the next request."""
         bench = Bench({"a": 100, "b": 100})
         for _ in range(2):
             bench.use("b")
@@ -236,25 +236,25 @@ class TestTrouble:
             assert bench.states() == {"a": "absent", "b": "offloaded"}
 
     def test_out_of_memory_with_nothing_idle(self) -> None:
-        """Where nothing can be evicted the load fails at once."""
+        """If nothing is idle, the load fails at once."""
         bench = Bench({"a": 100})
         bench.residency.acquire("a")
         assert bench.fail_next(ModelState.ABSENT, "insufficient_vram") is not None
 
     def test_failed_offload(self) -> None:
-        """An offload that fails gave the model up: it is absent, holds nothing, and nobody has to hear of it."""
+        """A failed offload leaves the model absent and refuses nothing."""
         bench = Bench({"a": 100})
         bench.use("a", keep_alive_s=0)
-        move = bench.next_transition()
+        transition = bench.next_transition()
         bench.device.put("a", ModelState.ABSENT, 0)
-        assert bench.residency.handle(failed(move, ModelState.ABSENT)) is None
+        assert bench.residency.handle(failed(transition, ModelState.ABSENT)) is None
         assert bench.states() == {"a": "absent"}
         assert bench.model("a").bytes == {}
         bench.use("a")
         assert bench.transitions[-1] == ("load", "a")
 
     def test_broken_engine(self) -> None:
-        """A model whose engine broke is dropped, whoever waits for it, and comes back for them."""
+        """A broken engine is dropped even if requests wait, and the model is loaded for them."""
         bench = Bench({"a": 100, "b": 100})
         bench.use("b")
         bench.residency.acquire("a")
@@ -270,8 +270,8 @@ class TestTrouble:
         bench.settle()
         assert bench.transitions[-1] == ("drop", "a")
 
-    def test_report_of_another_move(self) -> None:
-        """A report that does not belong to the move in flight is a mistake that is said."""
+    def test_report_of_another_transition(self) -> None:
+        """A report of another transition than the one in flight raises."""
         bench = Bench({"a": 100})
         with pytest.raises(ValueError, match="not in flight"):
             bench.residency.handle(done(Transition("a", "load"), bench.device.put("a", ModelState.RESIDENT, 1)))

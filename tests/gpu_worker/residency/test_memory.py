@@ -16,26 +16,26 @@ GIB = 2**30
 
 
 class TestBudget:
-    """What may be taken."""
+    """Budgets."""
 
     @pytest.mark.parametrize(
         ("total_gib", "free_gib", "reserve_bytes"),
         [(8, 8, MIN_RESERVE_BYTES), (80, 60, 80 * GIB // 20), (8, 0.5, GIB // 4), (8, 0, 0)],
     )
     def test_default(self, total_gib: float, free_gib: float, reserve_bytes: int) -> None:
-        """All that is free but a share of the total, a minimum of it at least, and never more than half of it."""
+        """The default budget is what is free less a reserve: a share of the total, at least a minimum, at most half."""
         free = int(free_gib * GIB)
         usage = Usage(total_bytes=int(total_gib * GIB), used_bytes=0, free_bytes=free, ours_bytes=0)
         assert default_budget(usage, 0) == free - reserve_bytes
 
-    def test_as_set(self) -> None:
-        """A budget that is set is the budget, on the device and on the host."""
+    def test_configured(self) -> None:
+        """A configured budget counts as it is, on the device and on the host."""
         probe = open_probe("cpu", budget_bytes=123, host_budget_bytes=456)
         assert probe.device().budget_bytes == 123
         assert probe.host().budget_bytes == 456
 
     def test_of_a_cpu(self, tmp_path: Path) -> None:
-        """On a CPU the device's follows what is free, what this process grew by being its own; the host's stays."""
+        """In CPU mode the device's budget follows free RAM plus this process's growth; the host's is fixed at start."""
         proc = a_proc(tmp_path / "proc", total_kib=4 * 2**20, available_kib=2 * 2**20, resident_pages=1000)
         probe = CpuProbe(proc=proc, cgroup=tmp_path / "none")
         at_start = 2 * GIB - MIN_RESERVE_BYTES
@@ -47,7 +47,7 @@ class TestBudget:
         assert probe.host().budget_bytes == at_start
 
     def test_of_a_gpu(self) -> None:
-        """On a GPU what this process holds is its own, and what its neighbours take or give back is seen at once."""
+        """On a GPU the budget is what this process holds plus what is free, at every reading."""
         driver = FakeDriver(Usage(total_bytes=8 * GIB, used_bytes=3 * GIB, free_bytes=5 * GIB, ours_bytes=GIB))
         probe = CudaProbe(driver)
         device = probe.device()
@@ -61,14 +61,14 @@ class TestCuda:
     """The probe of a GPU."""
 
     def test_reclaim(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Freed blocks go back to the driver once all work on them is over."""
+        """`reclaim` synchronizes, then empties the allocator's cache."""
         torch = FakeTorch()
         monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type] -- stands in for the module
         CudaProbe(FakeDriver(Usage(total_bytes=1, used_bytes=0, free_bytes=1, ours_bytes=0))).reclaim(collect=False)
         assert torch.calls == ["synchronize", "empty_cache"]
 
-    def test_looking_does_not_import_torch(self) -> None:
-        """The probe of a CPU, and of a GPU that NVML knows, are read without importing torch."""
+    def test_reading_does_not_import_torch(self) -> None:
+        """Reading a CPU, or a GPU through NVML, imports no torch."""
         script = (
             "import sys\n"
             "from gpu_worker.residency.memory import CudaProbe, open_probe\n"

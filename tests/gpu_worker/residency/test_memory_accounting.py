@@ -1,4 +1,4 @@
-"""What counts where it is reckoned whether one more model fits."""
+"""Memory accounting: which bytes count when one more model has to fit."""
 
 from gpu_worker.residency.models import ModelState
 from tests.gpu_worker.fakes import FakeDevice
@@ -6,42 +6,42 @@ from tests.gpu_worker.residency.bench import Bench
 
 
 class TestDevice:
-    """What is held, and what is free."""
+    """Held and free bytes."""
 
-    def test_others_memory_counts(self) -> None:
-        """Within the budget, what the driver says is free decides: other processes hold memory too."""
+    def test_other_processes_count(self) -> None:
+        """Other processes' memory counts: the driver's free bytes bind even within the budget."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(total_bytes=400, budget_bytes=400))
         bench.use("a")
         bench.device.others_bytes = 250
         bench.use("b")
         assert ("offload", "a") in bench.transitions
 
-    def test_all_that_the_process_holds_counts_on_a_gpu(self) -> None:
-        """On a GPU the budget bounds the whole process, the CUDA context and the codec among it."""
+    def test_gpu_budget_covers_the_process(self) -> None:
+        """On a GPU the budget covers the whole process, with the CUDA context and the codec."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.device.on_device["the context"] = 60
         bench.use("a", "b")
         assert ("offload", "a") in bench.transitions
 
-    def test_on_a_cpu_the_models_count(self) -> None:
-        """On a CPU the interpreter is no part of the budget, only what the models hold."""
+    def test_cpu_budget_covers_the_models(self) -> None:
+        """In CPU mode the budget covers the models alone, not the interpreter."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(kind="cpu", budget_bytes=200))
         bench.device.on_device["the interpreter"] = 500
         bench.use("a", "b")
         assert bench.states() == {"a": "resident", "b": "resident"}
 
-    def test_on_a_cpu_offloaded_weights_need_no_second_place(self) -> None:
-        """Restoring on a CPU takes the room that the offloaded weights leave."""
+    def test_cpu_restore_reuses_memory(self) -> None:
+        """In CPU mode a restore reuses the memory of the offloaded weights."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(kind="cpu", total_bytes=220, budget_bytes=150))
         bench.use("a", "b", "a")
         assert bench.transitions[-2:] == [("offload", "b"), ("restore", "a")]
 
 
 class TestSizes:
-    """How large a model will be."""
+    """A model's expected size."""
 
     def test_last_measured_size_replaces_the_estimate(self) -> None:
-        """The catalogue's estimate counts until a model has been measured, its size in use from then on."""
+        """The catalogue's estimate counts until the model has been measured."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.sizes["a"] = 180
         bench.use("a", "b")
@@ -49,8 +49,8 @@ class TestSizes:
         bench.use("a")
         assert bench.states() == {"a": "resident", "b": "offloaded"}
 
-    def test_growth_does_not_forbid_a_new_load(self) -> None:
-        """A model that grew and was dropped is loaded by the estimate, for it begins small."""
+    def test_growth_does_not_prevent_a_load(self) -> None:
+        """A model that grew and was dropped loads by its estimate, since it starts small."""
         bench = Bench({"a": 100, "b": 60}, FakeDevice(budget_bytes=170))
         bench.use("b")
         bench.use("a")
@@ -68,7 +68,7 @@ class TestSizes:
         assert bench.states() == {"a": "resident", "b": "resident"}
 
     def test_growth_in_use_counts(self) -> None:
-        """What a model has grown to in use is told, and counts when it comes back from host RAM."""
+        """A resident model's growth shows in its status and counts for its restore."""
         bench = Bench({"a": 100, "b": 100}, FakeDevice(budget_bytes=250))
         bench.use("a")
         bench.residency.measured("a", bench.device.put("a", ModelState.RESIDENT, 160))
@@ -78,8 +78,8 @@ class TestSizes:
         bench.use("a")
         assert bench.states() == {"a": "resident", "b": "offloaded"}
 
-    def test_a_model_without_bytes_always_fits(self) -> None:
-        """An engine that holds no device memory is never refused for it, nor evicted to make room."""
+    def test_an_engine_without_bytes_always_fits(self) -> None:
+        """An engine without device memory is never refused for lack of it, and never a victim."""
         bench = Bench({"tiny": 0, "a": 100, "b": 100}, FakeDevice(budget_bytes=100))
         bench.residency.acquire("a")
         bench.settle()

@@ -1,4 +1,4 @@
-"""Moves are carried out one after the other, measured, and leave nothing behind where they fail."""
+"""The mover: one transition after the other, measured, and nothing left behind after a failure."""
 
 import sys
 import weakref
@@ -24,7 +24,7 @@ from tests.gpu_worker.residency.bench import FakeEngine
 
 
 class Bench:
-    """A loader over a fake device, whose opener can be told to fail."""
+    """A Mover over a fake device, whose engines can be made to fail."""
 
     def __init__(self) -> None:
         self.device = FakeDevice()
@@ -40,7 +40,7 @@ class Bench:
         return self.engines[-1]
 
     def move(self, kind: TransitionKind, model: str = "a") -> TransitionDone:
-        """Have it moved, successfully."""
+        """Move a model; the transition has to work."""
         self.mover.submit(Transition(model, kind))
         report = self.reports.wait()
         assert isinstance(report, TransitionDone), report
@@ -48,7 +48,7 @@ class Bench:
         return report
 
     def fail(self, kind: TransitionKind, model: str = "a") -> TransitionFailed:
-        """Have it moved, in vain."""
+        """Move a model; the transition has to fail."""
         self.mover.submit(Transition(model, kind))
         report = self.reports.wait()
         assert isinstance(report, TransitionFailed), report
@@ -58,14 +58,14 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """A bench whose loader ends with the test."""
+    """A bench whose mover ends with the test."""
     bench = Bench()
     yield bench
     bench.mover.close(10)
 
 
-def test_the_way_there_and_back(bench: Bench) -> None:
-    """Each kind of move does its work on the loader's thread and tells what was measured before and after it."""
+def test_every_kind(bench: Bench) -> None:
+    """Each kind of transition runs on the mover thread and reports what was measured around it."""
     loaded = bench.move("load")
     assert (loaded.before_bytes, loaded.after_bytes) == (0, 100)
     assert loaded.memory == Memory(device={"weights": 100})
@@ -85,8 +85,8 @@ def test_the_way_there_and_back(bench: Bench) -> None:
     assert bench.engines[0].threads == {"mover"}
 
 
-def test_memory_is_given_back_after_every_move(bench: Bench) -> None:
-    """What a move freed is back with its owner before the measuring; garbage is collected only after a drop."""
+def test_reclaims_after_every_transition(bench: Bench) -> None:
+    """Freed memory is reclaimed before the second measurement; garbage is collected only after a drop."""
     bench.move("load")
     bench.move("offload")
     bench.move("restore")
@@ -95,13 +95,13 @@ def test_memory_is_given_back_after_every_move(bench: Bench) -> None:
     assert (bench.device.reclaimed, bench.device.collected) == (4, 1)
 
 
-def test_one_after_the_other(bench: Bench) -> None:
-    """Moves end in the order in which they were submitted."""
-    moves = [Transition("a", "load"), Transition("b", "load"), Transition("a", "drop")]
-    for move in moves:
-        bench.mover.submit(move)
-    reports = [bench.reports.wait() for _ in moves]
-    assert [report.transition for report in reports if not isinstance(report, MoverFailed)] == moves
+def test_in_order(bench: Bench) -> None:
+    """Transitions end in the order of their submission."""
+    transitions = [Transition("a", "load"), Transition("b", "load"), Transition("a", "drop")]
+    for transition in transitions:
+        bench.mover.submit(transition)
+    reports = [bench.reports.wait() for _ in transitions]
+    assert [report.transition for report in reports if not isinstance(report, MoverFailed)] == transitions
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_one_after_the_other(bench: Bench) -> None:
     ],
 )
 def test_failed_load(bench: Bench, error: Exception, code: str, message: str) -> None:
-    """A load that fails says why in the contract's words, leaves nothing behind, and the next may try again."""
+    """A failed load reports a code of the HTTP contract, leaves nothing behind, and can be repeated."""
 
     def fail() -> None:
         raise error
@@ -138,7 +138,7 @@ def test_failed_load(bench: Bench, error: Exception, code: str, message: str) ->
 
 @pytest.mark.parametrize("error_type", [RuntimeError, MemoryError, JobError])
 def test_half_a_load_is_freed(bench: Bench, error_type: type[Exception]) -> None:
-    """What a failed load had made before it failed is gone when the failure is told, whoever keeps the error."""
+    """Everything that a failed load had made is freed before the report, even if a log handler keeps the error."""
 
     class Weights:
         pass
@@ -174,7 +174,7 @@ def test_half_a_load_is_freed(bench: Bench, error_type: type[Exception]) -> None
 
 
 def test_failed_restore(bench: Bench) -> None:
-    """A restore that fails half way is undone: the model is offloaded as before, and can be restored later."""
+    """A failed restore is undone: the model is offloaded as before and can be restored later."""
     bench.move("load")
     bench.move("offload")
     bench.engines[0].troubles["restore"] = MemoryError()
@@ -186,7 +186,7 @@ def test_failed_restore(bench: Bench) -> None:
 
 
 def test_restore_that_cannot_be_undone(bench: Bench) -> None:
-    """A model that can be neither restored nor offloaded is dropped, and loaded afresh the next time."""
+    """A model that can be neither restored nor offloaded is dropped, and loaded the next time."""
     bench.move("load")
     bench.move("offload")
     bench.engines[0].troubles.update(restore=MemoryError(), offload=RuntimeError())
@@ -196,7 +196,7 @@ def test_restore_that_cannot_be_undone(bench: Bench) -> None:
 
 
 def test_failed_offload(bench: Bench) -> None:
-    """A model that cannot be offloaded is dropped: it had to leave, and nobody uses it."""
+    """A model that cannot be offloaded is dropped."""
     bench.move("load")
     bench.engines[0].troubles["offload"] = MemoryError()
     report = bench.fail("offload")
@@ -205,7 +205,7 @@ def test_failed_offload(bench: Bench) -> None:
 
 
 def test_broken_device(bench: Bench) -> None:
-    """A device lost to this process is told as such: every further move would wait or fail for ever."""
+    """A broken device ends the mover with MoverFailed; later transitions are not carried out."""
     bench.move("load")
     bench.engines[0].troubles["offload"] = RuntimeError("CUDA error: an illegal memory access was encountered")
     bench.mover.submit(Transition("a", "offload"))
@@ -214,8 +214,8 @@ def test_broken_device(bench: Bench) -> None:
     assert "illegal memory access" in report.reason
 
 
-def test_engine_that_will_not_close(bench: Bench) -> None:
-    """An engine whose closing fails is forgotten all the same: a drop always works."""
+def test_failed_close(bench: Bench) -> None:
+    """A drop works even if the engine's close raises."""
     bench.move("load")
     bench.engines[0].troubles["close"] = RuntimeError()
     assert bench.move("drop").memory == Memory()
@@ -223,7 +223,7 @@ def test_engine_that_will_not_close(bench: Bench) -> None:
 
 
 def test_close(bench: Bench) -> None:
-    """At the end the moves submitted before are carried out, every engine is closed, and the thread ends."""
+    """`close` carries out what was submitted, closes every engine and ends the thread."""
     bench.move("load")
     bench.mover.submit(Transition("b", "load"))
     bench.mover.close(10)

@@ -14,7 +14,7 @@ from tests.gpu_worker.residency.fake_drivers import FakeNvml, FakeTorch
 
 
 class TestDrivers:
-    """NVML where it knows the device, else torch."""
+    """NVML if it knows the device, else torch."""
 
     def test_nvml(self) -> None:
         """The device's figures and this process's part are NVML's."""
@@ -26,7 +26,7 @@ class TestDrivers:
         "nvml",
         [FakeNvml(0, 250), FakeNvml(os.getpid(), None), FakeNvml(trouble="nvmlDeviceGetComputeRunningProcesses")],
     )
-    def test_nvml_that_does_not_know_us(self, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nvml_without_this_process(self, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where NVML cannot tell this process's part it is what torch and its context hold, and nothing without torch.
 
         So it is in containers (ids of their own), and on WSL 2 and virtual GPUs (no list at all).
@@ -52,7 +52,7 @@ class TestDrivers:
         ],
     )
     def test_nvml_device(self, visible: str | None, handle: int | str) -> None:
-        """The device is the first that CUDA_VISIBLE_DEVICES names, by number, by id or by the beginning of one."""
+        """The device is the first of CUDA_VISIBLE_DEVICES, by index, by UUID or by the beginning of a UUID."""
         nvml = FakeNvml()
         NvmlDriver(nvml, visible).read()
         assert nvml.asked == handle
@@ -71,7 +71,7 @@ class TestDrivers:
             (None, "0", TorchDriver),
         ],
     )
-    def test_who_tells(
+    def test_which_driver(
         self, nvml: FakeNvml | None, visible: str, driver: type, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """NVML where it can; torch where that is missing, broken, or would tell of more than CUDA will use.
@@ -88,7 +88,7 @@ class TestDrivers:
         assert (device.name, device.total_bytes) == (name, total)
 
     def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """There is none where neither NVML nor torch sees one, or where all are hidden."""
+        """There is no GPU if neither NVML nor torch sees one, or if all are hidden."""
         torch = FakeTorch()
         torch.available = False
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
