@@ -1,4 +1,4 @@
-"""Host RAM: what the kernel says of it, and freed memory given back to the system.
+"""Host RAM: the kernel's figures, and freed memory returned to the system.
 
 A container's limit counts: the figures are the smaller of the machine's and the control group's.
 """
@@ -7,14 +7,14 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
-PROC: Final = Path("/proc")
-CGROUP: Final = Path("/sys/fs/cgroup")
+_PROC: Final = Path("/proc")
+_CGROUP: Final = Path("/sys/fs/cgroup")
 _KIB: Final = 1024
 
 
@@ -27,17 +27,17 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     ours_bytes: int
 
 
-def read_ram(proc: Path = PROC, cgroup: Path = CGROUP) -> Usage:
-    """The RAM as /proc and the process's control group (a container's limit) tell it."""
+def read_ram(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Usage:
+    """RAM as /proc and the process's control group (a container's limit) report it."""
     fields = dict(_fields(proc / "meminfo"))
     total, free = fields["MemTotal"] * _KIB, fields["MemAvailable"] * _KIB
     # statm counts pages; the second figure is what this process has resident.
     resident_pages = int((proc / "self" / "statm").read_text().split()[1])
     with contextlib.suppress(OSError, ValueError, KeyError):
         limit = int((cgroup / "memory.max").read_text())
-        # Files the kernel can forget are counted as used by the group, but are as good as free.
-        forgettable = dict(_fields(cgroup / "memory.stat"))["inactive_file"]
-        in_use = int((cgroup / "memory.current").read_text()) - forgettable
+        # The group counts cached files as used; the kernel evicts them when memory is needed.
+        evictable = dict(_fields(cgroup / "memory.stat"))["inactive_file"]
+        in_use = int((cgroup / "memory.current").read_text()) - evictable
         total, free = min(total, limit), max(0, min(free, limit - in_use))
     return Usage(
         total_bytes=total,
@@ -47,8 +47,24 @@ def read_ram(proc: Path = PROC, cgroup: Path = CGROUP) -> Usage:
     )
 
 
+class CpuDriver:
+    """CPU mode: the device's memory is host RAM."""
+
+    kind: Literal["cuda", "cpu"] = "cpu"
+
+    def __init__(self, ram: Callable[[], Usage] = read_ram) -> None:
+        self.read = ram
+
+    def name(self) -> str:
+        """The name of every CPU."""
+        return "CPU"
+
+    def start(self) -> None:
+        """Nothing has to be started."""
+
+
 def trim_host(*, collect: bool) -> None:
-    """Let the C library return what is free to the system, where it can (glibc); before that `collect` garbage."""
+    """Let the C library (glibc) return free memory to the system; with `collect`, collect garbage first."""
     if collect:
         gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -6,126 +6,100 @@ Reading never starts CUDA: where NVML answers, torch is not even imported.
 
 import importlib
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
-from gpu_worker.residency.host_ram import CGROUP, PROC, Usage, read_ram, trim_host
-from gpu_worker.residency.nvidia import CudaDriver, TorchDriver, nvml_driver
+import msgspec
+
+from gpu_worker.residency.host_ram import CpuDriver, Usage, read_ram, trim_host
+from gpu_worker.residency.nvidia import TorchDriver, nvml_driver
 from shared.protocol import DeviceMemory, HostMemory
 
 MIN_RESERVE_BYTES: Final = 512 * 2**20
 RESERVE_SHARE: Final = 0.05
-"""What the default budget leaves to others: this share of the total, MIN_RESERVE_BYTES at least, half of what could be
-taken at most."""
+"""The reserve of a default budget: this share of the total, at least MIN_RESERVE_BYTES, at most half of the rest."""
 
 
-class MemoryProbe(Protocol):
-    """Measures memory. Callable from any thread."""
+class MemoryDriver(Protocol):
+    """What tells about one device: NvmlDriver, TorchDriver or CpuDriver. Callable from any thread."""
 
-    def device(self) -> DeviceMemory:
+    kind: Literal["cuda", "cpu"]
+
+    def name(self) -> str:
+        """The device's name."""
+        ...
+
+    def start(self) -> None:
+        """Start the device in this process; see MemoryProbe.start."""
+        ...
+
+    def read(self) -> Usage:
         """The device's memory now."""
         ...
 
-    def host(self) -> HostMemory:
-        """Host RAM now; what offloaded models hold of it is not the probe's to know and 0."""
-        ...
 
-    def reclaim(self, *, collect: bool) -> None:
-        """Give memory that was freed back to the driver and the system, and before that `collect` garbage.
+class MemoryProbe:
+    """Measures the device through `driver`, and host RAM. Callable from any thread.
 
-        Collecting stops every thread of the process for as long as it takes:
-        250 ms were measured with torch and transformers imported (2 cores), 0 where they had been frozen (gc.freeze).
-        """
-        ...
-
-
-class CpuProbe:
-    """The device is the CPU: its memory is the RAM.
-
-    The default budget counts what this process has grown by since the start as held by models.
+    A budget of None is what this process holds plus what is free, less a reserve, at every reading:
+    it follows other processes that come and go.
+    The host's default budget is set at start: the kernel does not count pinned memory as this process's.
     """
 
     def __init__(
         self,
+        driver: MemoryDriver,
         *,
         budget_bytes: int | None = None,
         host_budget_bytes: int | None = None,
-        proc: Path = PROC,
-        cgroup: Path = CGROUP,
-    ) -> None:
-        self._proc = proc
-        self._cgroup = cgroup
-        self._budget_bytes = budget_bytes
-        at_start = read_ram(proc, cgroup)
-        self._ours_at_start = at_start.ours_bytes
-        self._host_budget_bytes = default_budget(at_start, 0) if host_budget_bytes is None else host_budget_bytes
-
-    def start(self) -> None:
-        """There is nothing to start."""
-
-    def device(self) -> DeviceMemory:
-        """The RAM, `ours_bytes` being what this process has resident."""
-        ram = read_ram(self._proc, self._cgroup)
-        budget_bytes = self._budget_bytes
-        if budget_bytes is None:
-            budget_bytes = default_budget(ram, max(0, ram.ours_bytes - self._ours_at_start))
-        return _device("CPU", "cpu", ram, budget_bytes)
-
-    def host(self) -> HostMemory:
-        """The RAM."""
-        return _host(read_ram(self._proc, self._cgroup), self._host_budget_bytes)
-
-    def reclaim(self, *, collect: bool) -> None:
-        """Give freed memory back to the system."""
-        trim_host(collect=collect)
-
-
-class CudaProbe:
-    """The device is a CUDA GPU; what `driver` says of it is believed.
-
-    The default budget is what this process holds and what is free, less a reserve, at every reading:
-    it follows the neighbours that come and go.
-    That of the host is made at the start: the kernel does not count pinned memory as this process's.
-    """
-
-    def __init__(
-        self,
-        driver: CudaDriver,
-        *,
-        budget_bytes: int | None = None,
-        host_budget_bytes: int | None = None,
-        proc: Path = PROC,
-        cgroup: Path = CGROUP,
+        ram: Callable[[], Usage] = read_ram,
     ) -> None:
         self._driver = driver
-        self._proc = proc
-        self._cgroup = cgroup
         self._name = driver.name()
         self._budget_bytes = budget_bytes
-        default_host = default_budget(read_ram(proc, cgroup), 0)
-        self._host_budget_bytes = default_host if host_budget_bytes is None else host_budget_bytes
+        # In CPU mode the interpreter and its libraries, all that is there at the start, are not held by models.
+        self._base_bytes = driver.read().ours_bytes if driver.kind == "cpu" else 0
+        self._ram = ram
+        self._host_budget_bytes = default_budget(ram(), 0) if host_budget_bytes is None else host_budget_bytes
 
     def start(self) -> None:
-        """Start CUDA in this process, where torch is imported, and note what its context takes of the device.
+        """Start CUDA in this process if torch is imported, and measure what its context takes of the device.
 
-        To be called before the first engine is opened: NVML does not tell what each process holds everywhere.
+        Call it before the first engine is opened: NVML does not list every process's memory everywhere.
         """
         self._driver.start()
 
     def device(self) -> DeviceMemory:
-        """The GPU's memory."""
+        """The device's memory now."""
         usage = self._driver.read()
         budget_bytes = self._budget_bytes
         if budget_bytes is None:
-            budget_bytes = default_budget(usage, usage.ours_bytes)
-        return _device(self._name, "cuda", usage, budget_bytes)
+            budget_bytes = default_budget(usage, max(0, usage.ours_bytes - self._base_bytes))
+        return DeviceMemory(
+            name=self._name,
+            kind=self._driver.kind,
+            others_bytes=max(0, usage.used_bytes - usage.ours_bytes),
+            budget_bytes=budget_bytes,
+            **msgspec.structs.asdict(usage),
+        )
 
     def host(self) -> HostMemory:
-        """The RAM."""
-        return _host(read_ram(self._proc, self._cgroup), self._host_budget_bytes)
+        """Host RAM now. `offloaded_bytes` is 0: Residency knows that part, not the probe."""
+        ram = self._ram()
+        return HostMemory(
+            total_bytes=ram.total_bytes,
+            free_bytes=ram.free_bytes,
+            ours_bytes=ram.ours_bytes,
+            offloaded_bytes=0,
+            budget_bytes=self._host_budget_bytes,
+        )
 
     def reclaim(self, *, collect: bool) -> None:
-        """Give the allocator's unused blocks back to the driver, and freed memory to the system."""
+        """Return freed memory to the driver and the system; with `collect`, collect garbage first.
+
+        A collection stops every thread of the process: 250 ms were measured with torch and transformers imported
+        (2 cores), 0 after gc.freeze.
+        """
         trim_host(collect=collect)
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
@@ -133,44 +107,16 @@ class CudaProbe:
             torch.cuda.empty_cache()
 
 
-def open_probe(
-    kind: str, *, budget_bytes: int | None = None, host_budget_bytes: int | None = None
-) -> CpuProbe | CudaProbe:
-    """The probe of "cuda" (the first visible device) or "cpu".
-
-    A budget of None is what is free less a reserve, and what is held already.
-    """
-    if kind == "cpu":
-        return CpuProbe(budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
-    driver = nvml_driver() or TorchDriver(importlib.import_module("torch"))
-    return CudaProbe(driver, budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
+def open_probe(kind: str, *, budget_bytes: int | None = None, host_budget_bytes: int | None = None) -> MemoryProbe:
+    """The probe of "cuda" (the first visible device) or "cpu"; for budgets see MemoryProbe."""
+    driver: MemoryDriver = CpuDriver()
+    if kind == "cuda":
+        driver = nvml_driver() or TorchDriver(importlib.import_module("torch"))
+    return MemoryProbe(driver, budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
 
 
 def default_budget(usage: Usage, held_bytes: int) -> int:
-    """What may be held of a memory when no budget is set: `held_bytes`, and what is free but a reserve for others."""
+    """The budget when none is configured: `held_bytes` plus what is free, less a reserve for other processes."""
     reserve = max(MIN_RESERVE_BYTES, int(usage.total_bytes * RESERVE_SHARE))
     most = held_bytes + usage.free_bytes
     return most - min(reserve, most // 2)
-
-
-def _device(name: str, kind: Literal["cuda", "cpu"], usage: Usage, budget_bytes: int) -> DeviceMemory:
-    return DeviceMemory(
-        name=name,
-        kind=kind,
-        total_bytes=usage.total_bytes,
-        used_bytes=usage.used_bytes,
-        free_bytes=usage.free_bytes,
-        ours_bytes=usage.ours_bytes,
-        others_bytes=max(0, usage.used_bytes - usage.ours_bytes),
-        budget_bytes=budget_bytes,
-    )
-
-
-def _host(usage: Usage, budget_bytes: int) -> HostMemory:
-    return HostMemory(
-        total_bytes=usage.total_bytes,
-        free_bytes=usage.free_bytes,
-        ours_bytes=usage.ours_bytes,
-        offloaded_bytes=0,
-        budget_bytes=budget_bytes,
-    )

@@ -1,31 +1,15 @@
-"""NVIDIA devices: which one CUDA will use, and its memory as the driver tells it.
+"""NVIDIA devices: which one CUDA will use, and its memory as the driver reports it.
 
-NVML answers without starting CUDA; torch is asked only where the driver has no NVML.
+NVML answers without starting CUDA. torch is asked only if the driver has no NVML.
 """
 
 import ctypes
 import importlib
 import os
 import sys
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from gpu_worker.residency.host_ram import Usage
-
-
-class CudaDriver(Protocol):
-    """Who tells about a CUDA device."""
-
-    def start(self) -> None:
-        """See CudaProbe."""
-        ...
-
-    def name(self) -> str:
-        """What the device is called."""
-        ...
-
-    def read(self) -> Usage:
-        """Its memory now."""
-        ...
 
 
 class NvmlDriver:
@@ -33,8 +17,10 @@ class NvmlDriver:
 
     `nvml` is the module pynvml, `visible` the value of CUDA_VISIBLE_DEVICES: its first entry is the device.
     NVML counts devices in the order of the PCI bus; CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID.
-    Raises pynvml's NVMLError where it knows no such device.
+    Raises pynvml's NVMLError for an unknown device.
     """
+
+    kind: Literal["cuda", "cpu"] = "cuda"
 
     def __init__(self, nvml: Any, visible: str | None) -> None:
         self._nvml = nvml
@@ -44,7 +30,7 @@ class NvmlDriver:
 
     @property
     def partitioned(self) -> bool:
-        """Whether CUDA will use but an instance of the device (MIG), where the figures here are those of the whole."""
+        """Whether CUDA will use one instance of the device (MIG): NVML's figures are then those of the whole device."""
         try:
             current, _pending = self._nvml.nvmlDeviceGetMigMode(self._handle)
         except self._nvml.NVMLError:
@@ -52,7 +38,7 @@ class NvmlDriver:
         return bool(current)
 
     def start(self) -> None:
-        """See CudaProbe."""
+        """Start CUDA and measure what its context takes."""
         torch = sys.modules.get("torch")
         if torch is None or torch.cuda.is_initialized():
             return
@@ -62,12 +48,12 @@ class NvmlDriver:
         self._context_bytes = max(0, int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used) - before)
 
     def name(self) -> str:
-        """What nvidia-smi calls the device."""
+        """The name that nvidia-smi shows."""
         name = self._nvml.nvmlDeviceGetName(self._handle)
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def read(self) -> Usage:
-        """The device's memory; ours is what torch and its context hold where the driver does not tell."""
+        """If NVML does not list this process, its part is what torch has reserved plus the CUDA context."""
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
         listed = self._listed()
         return Usage(
@@ -78,7 +64,7 @@ class NvmlDriver:
         )
 
     def _find(self, name: str) -> Any:
-        """The device that CUDA calls so: by its number, or its id, of a GPU also the first digits."""
+        """The device of that index or UUID; the beginning of a GPU's UUID is enough, as for CUDA."""
         if name.isdigit():
             return self._nvml.nvmlDeviceGetHandleByIndex(int(name))
         if name.startswith("GPU-"):
@@ -90,10 +76,9 @@ class NvmlDriver:
         return self._nvml.nvmlDeviceGetHandleByUUID(name)
 
     def _listed(self) -> int | None:
-        """This process's part as NVML lists it; None where it does not.
+        """This process's bytes in NVML's list, or None if it is not in the list.
 
-        WSL 2 and virtual GPUs have no such list, or none with memory;
-        in a container processes are listed by their ids outside of it.
+        WSL 2 and virtual GPUs have no such list, or none with memory; a container's processes appear under other ids.
         """
         try:
             processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
@@ -104,20 +89,22 @@ class NvmlDriver:
 
 
 class TorchDriver:
-    """torch's own view, where NVML has none. Reading it starts CUDA in this process."""
+    """torch's figures, for devices without NVML. Reading them starts CUDA in this process."""
+
+    kind: Literal["cuda", "cpu"] = "cuda"
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
 
     def start(self) -> None:
-        """See CudaProbe; reading has started it."""
+        """Do nothing: reading starts CUDA."""
 
     def name(self) -> str:
-        """What CUDA calls the device."""
+        """The name that CUDA reports."""
         return str(self._torch.cuda.get_device_name())
 
     def read(self) -> Usage:
-        """The device's memory; ours is what torch has reserved, without the CUDA context."""
+        """This process's part is what torch has reserved, without the CUDA context."""
         free, total = self._torch.cuda.mem_get_info()
         return Usage(
             total_bytes=int(total),
@@ -128,9 +115,9 @@ class TorchDriver:
 
 
 def cuda_present() -> bool:
-    """Whether there is a GPU that this process may use, as NVML says, or else torch.
+    """Whether this process may use a GPU, according to NVML, or else to torch.
 
-    NVML does not say that torch was built for it. torch is imported only where CUDA's driver is installed without NVML.
+    NVML does not say whether torch was built for CUDA. torch is imported only if CUDA's driver is there without NVML.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in {"", "-1"}:
@@ -146,7 +133,7 @@ def cuda_present() -> bool:
 
 
 def nvml_driver() -> NvmlDriver | None:
-    """NVML's view of the device that CUDA will use; None where it cannot give one."""
+    """NVML for the device that CUDA will use; None if NVML is missing, broken, or would report a whole MIG device."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
@@ -155,7 +142,7 @@ def nvml_driver() -> NvmlDriver | None:
         driver = NvmlDriver(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         driver.read()
     except nvml.NVMLError:
-        return None  # a machine whose driver has no NVML, or only half of it, still has CUDA
+        return None  # such a machine may still have CUDA
     return None if driver.partitioned else driver
 
 

@@ -11,6 +11,8 @@ UUIDS = [b"GPU-11112222-aaaa", b"GPU-33334444-bbbb", b"GPU-33335555-cccc"]
 class FakeDriver:
     """A CUDA driver with a fixed reading."""
 
+    kind = "cuda"
+
     def __init__(self, usage: Usage) -> None:
         self.usage = usage
 

@@ -1,5 +1,6 @@
 """The probe: budgets, and what reading and reclaiming may not do."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.residency.host_ram import Usage
-from gpu_worker.residency.memory import MIN_RESERVE_BYTES, CpuProbe, CudaProbe, default_budget, open_probe
+from gpu_worker.residency.host_ram import CpuDriver, Usage, read_ram
+from gpu_worker.residency.memory import MIN_RESERVE_BYTES, MemoryProbe, default_budget, open_probe
 from tests.gpu_worker.residency.fake_drivers import FakeDriver, FakeTorch
 from tests.gpu_worker.residency.test_host_ram import a_proc
 
@@ -37,7 +38,8 @@ class TestBudget:
     def test_of_a_cpu(self, tmp_path: Path) -> None:
         """In CPU mode the device's budget follows free RAM plus this process's growth; the host's is fixed at start."""
         proc = a_proc(tmp_path / "proc", total_kib=4 * 2**20, available_kib=2 * 2**20, resident_pages=1000)
-        probe = CpuProbe(proc=proc, cgroup=tmp_path / "none")
+        ram = functools.partial(read_ram, proc, tmp_path / "none")
+        probe = MemoryProbe(CpuDriver(ram), ram=ram)
         at_start = 2 * GIB - MIN_RESERVE_BYTES
         assert probe.device().budget_bytes == probe.host().budget_bytes == at_start
         (proc / "meminfo").write_text(f"MemTotal: 4194304 kB\nMemAvailable: {3 * 2**19} kB\n")
@@ -49,7 +51,7 @@ class TestBudget:
     def test_of_a_gpu(self) -> None:
         """On a GPU the budget is what this process holds plus what is free, at every reading."""
         driver = FakeDriver(Usage(total_bytes=8 * GIB, used_bytes=3 * GIB, free_bytes=5 * GIB, ours_bytes=GIB))
-        probe = CudaProbe(driver)
+        probe = MemoryProbe(driver)
         device = probe.device()
         assert device.budget_bytes == 6 * GIB - MIN_RESERVE_BYTES
         assert (device.name, device.kind, device.others_bytes) == ("a fake GPU", "cuda", 2 * GIB)
@@ -64,18 +66,18 @@ class TestCuda:
         """`reclaim` synchronizes, then empties the allocator's cache."""
         torch = FakeTorch()
         monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type] -- stands in for the module
-        CudaProbe(FakeDriver(Usage(total_bytes=1, used_bytes=0, free_bytes=1, ours_bytes=0))).reclaim(collect=False)
+        MemoryProbe(FakeDriver(Usage(total_bytes=1, used_bytes=0, free_bytes=1, ours_bytes=0))).reclaim(collect=False)
         assert torch.calls == ["synchronize", "empty_cache"]
 
     def test_reading_does_not_import_torch(self) -> None:
         """Reading a CPU, or a GPU through NVML, imports no torch."""
         script = (
             "import sys\n"
-            "from gpu_worker.residency.memory import CudaProbe, open_probe\n"
+            "from gpu_worker.residency.memory import MemoryProbe, open_probe\n"
             "from gpu_worker.residency.nvidia import NvmlDriver, cuda_present\n"
             "from tests.gpu_worker.residency.fake_drivers import FakeNvml\n"
             "cuda_present()\n"
-            "for probe in (open_probe('cpu'), CudaProbe(NvmlDriver(FakeNvml(), None))):\n"
+            "for probe in (open_probe('cpu'), MemoryProbe(NvmlDriver(FakeNvml(), None))):\n"
             "    probe.start(), probe.device(), probe.host(), probe.reclaim(collect=True)\n"
             "sys.exit('torch' in sys.modules)\n"
         )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpu_worker.residency.host_ram import Usage
-from gpu_worker.residency.memory import CudaProbe, open_probe
+from gpu_worker.residency.memory import MemoryProbe, open_probe
 from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_present
 from tests.gpu_worker.residency.fake_drivers import FakeNvml, FakeTorch
 
@@ -31,7 +31,7 @@ class TestDrivers:
 
         So it is in containers (ids of their own), and on WSL 2 and virtual GPUs (no list at all).
         """
-        probe = CudaProbe(NvmlDriver(nvml, None))
+        probe = MemoryProbe(NvmlDriver(nvml, None))
         monkeypatch.delitem(sys.modules, "torch", raising=False)
         probe.start()
         assert probe.device().ours_bytes == 0
