@@ -1,4 +1,4 @@
-"""The engine on a CUDA device, graphs on: what the CPU tests hold must hold there too."""
+"""The engine on a CUDA device, with graphs: what the CPU tests assert holds there, too."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _exact_products() -> Iterator[None]:
-    """float32 means float32."""
+    """Products in float32 are computed in float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -32,7 +32,7 @@ def _exact_products() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def speaker() -> Iterator[QwenEngine]:
-    """One engine on CUDA for tests that leave it as they found it."""
+    """One engine on CUDA, for tests that leave it idle."""
     made = engine("custom_voice", device="cuda")
     yield made
     assert made.capacity() == 4
@@ -42,7 +42,7 @@ def speaker() -> Iterator[QwenEngine]:
 @pytest.mark.parametrize("kind", ["custom_voice", "voice_design", "base"])
 @pytest.mark.parametrize("graphs", [True, False])
 def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
-    """Every layout, joining and leaving a mixed batch, captured and not: the official package's greedy codes."""
+    """Requests of every layout join and leave a batch; with graphs and without, the codes are the official ones."""
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
     with torch.inference_mode():
         ours = Ours(kind, None, slots=rows_needed(8, torch.device("cuda")), device="cuda")
@@ -59,7 +59,7 @@ def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
 
 
 def test_captured_and_uncaptured_bfloat16_agree() -> None:
-    """The same kernels at the same sizes: graphs change nothing, sampled or greedy."""
+    """The kernels and sizes are the same, so graphs change nothing, sampled or greedy."""
     sampled = SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.05)
     spoken = []
     with torch.inference_mode():
@@ -78,9 +78,10 @@ def test_captured_and_uncaptured_bfloat16_agree() -> None:
 
 
 def test_norms_round_where_the_official_ones_do() -> None:
-    """bfloat16 before the weight, as on a CPU: a kernel that rounds once, behind it, differs in a fifth of all values.
+    """They round to bfloat16 before the weight, as on a CPU.
 
-    One that sums in another order may differ where a value lies between two.
+    A kernel that rounds once, after the weight, would differ in a fifth of all values.
+    A kernel that sums in another order may differ in the few values that lie between two.
     """
     x, weight = 3 * torch.randn(4096, 1024, device="cuda"), 1 + 0.2 * torch.randn(1024, device="cuda")
     x, weight = x.bfloat16(), weight.bfloat16()
@@ -89,8 +90,8 @@ def test_norms_round_where_the_official_ones_do() -> None:
     assert (Norm(weight, 1e-6)(x) != wanted).float().mean() < 0.01
 
 
-def test_audio_is_the_same_in_any_company(speaker: QwenEngine) -> None:
-    """float32: twelve jobs on four slots, joining at odd moments, end with the same frames as each alone."""
+def test_audio_is_the_same_alone_and_in_a_batch(speaker: QwenEngine) -> None:
+    """In float32, twelve jobs that share four slots and join at odd moments give the same frames as each alone."""
     jobs = [job(number, "Hello world. " * (1 + number % 3)) for number in range(12)]
     together = run(speaker, jobs, every=3)
     for one in jobs:
@@ -99,12 +100,12 @@ def test_audio_is_the_same_in_any_company(speaker: QwenEngine) -> None:
         ours, theirs = (
             torch.frombuffer(bytearray(pcm), dtype=torch.int16).int() for pcm in (together[one.id].pcm, alone.pcm)
         )
-        # The decoder's kernels depend on its batch: a sample may round the other way, and no more.
+        # The decoder's kernels depend on its batch size: a sample may round the other way.
         assert (ours - theirs).abs().max() <= 1
 
 
 def test_frame_counts_are_those_of_the_cpu(speaker: QwenEngine) -> None:
-    """Running one frame ahead neither loses nor adds one, at a cap and at the model's own end."""
+    """Running one frame ahead neither loses nor adds a frame, at a cap and at the model's own end."""
     on_cpu = engine("custom_voice")
     for number, frames in ((3, 30), (4, 1), (4, 2), (17, 9), (31, 30)):
         one = job(number, sampling=Sampling(seed=number, max_new_tokens=frames))
@@ -113,7 +114,7 @@ def test_frame_counts_are_those_of_the_cpu(speaker: QwenEngine) -> None:
 
 
 def test_cancelling_and_stalling_harm_no_neighbour(speaker: QwenEngine) -> None:
-    """A slot is free at once while its last frame is still on the device, and its next owner hears nothing of it."""
+    """A slot is free while its last frame is still on the device, and its next job gets nothing of that frame."""
     jobs = [job(number, sampling=Sampling(seed=17, max_new_tokens=20)) for number in range(4)]
     outcomes = {one.id: Outcome() for one in jobs}
     for one in jobs:
@@ -131,12 +132,9 @@ def test_cancelling_and_stalling_harm_no_neighbour(speaker: QwenEngine) -> None:
     assert lengths[late.id] == len(run(speaker, [late])[late.id].pcm)
 
 
-def test_a_newcomer_makes_nobody_wait_for_the_device(speaker: QwenEngine) -> None:
-    """Prompt, slot, frames and decodes of one who joins while another speaks: any hidden synchronisation is an error.
-
-    Nothing of its prompt was made before.
-    """
-    run(speaker, [job(0)])  # what libraries make at their first call
+def test_a_job_that_joins_never_waits_for_the_device(speaker: QwenEngine) -> None:
+    """Its prompt, prefill, frames and decodes beside a running job contain no synchronisation. Nothing is cached."""
+    run(speaker, [job(0)])  # libraries allocate at their first call
     outcomes = {name: Outcome() for name in ("job 1", "job 2")}
     speaker.admit(job(1))
     take(speaker, outcomes, 0)
@@ -154,11 +152,11 @@ def test_a_newcomer_makes_nobody_wait_for_the_device(speaker: QwenEngine) -> Non
 
 @pytest.mark.parametrize("kind", ["custom_voice", "base"])
 def test_offloading_returns_the_memory_and_changes_no_sample(kind: Kind) -> None:
-    """At least 95 % of the measured bytes are given up, and graphs speak again after the move."""
+    """At least 95 % of the measured bytes are freed, and after the restore the same graphs give the same audio."""
     made = engine(kind, device="cuda")
     one = job(17) if kind == "custom_voice" else clone(17)
     before = run(made, [one])[one.id].pcm
-    # A pool of graphs is counted as a whole, what is in use of it changes; test_residency asks the driver for it.
+    # The graphs' pool is counted as a whole, and its use changes; test_residency compares it with the driver's number.
     held = sum(size for purpose, size in made.memory().device.items() if purpose != "graphs")
     torch.cuda.synchronize()
     used = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Moving models beside those that speak, by the driver's own number. What needs no GPU runs on the CPU as well."""
+"""Models move beside running jobs; memory is the driver's own number. Tests that need no GPU run on the CPU as well."""
 
 import itertools
 import time
@@ -14,7 +14,7 @@ from gpu_worker.engines.base import Job, Pcm, Sampling
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.runtime import cuda_graphs
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.residency import open_probe
 from tests.checkpoints import tiny, write
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take
@@ -28,12 +28,12 @@ Device = Literal["cpu", "cuda"]
 MIB = 2**20
 
 MOST_SILENT_S = 0.25
-"""A stream that speaks may wait for the next piece so long while another model moves."""
+"""The longest that a stream may wait for its next PCM while another model moves."""
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 1.7B, CustomVoice."""
+    """A CustomVoice checkpoint of 1.7B parameters."""
     directory = tmp_path_factory.mktemp("full") / "checkpoint"
     write(directory, "custom_voice", "1b7", full=True)
     return directory
@@ -41,13 +41,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loader() -> Iterator[ThreadPoolExecutor]:
-    """The one thread that opens and moves, as in the worker."""
+    """The one thread that opens and moves engines, as in the worker."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         yield thread
 
 
 def used(device: Device) -> int:
-    """Bytes in use as the driver says, or the kernel of this process, with nothing kept back for later."""
+    """Bytes in use, with all caches returned: on CUDA the driver's number, on CPU the kernel's for this process."""
     probe = open_probe(device)
     probe.reclaim(collect=True)
     reading = probe.device()
@@ -55,14 +55,14 @@ def used(device: Device) -> int:
 
 
 def cuda_options(checkpoint: Path) -> QwenOptions:
-    """As the worker opens engines on a GPU, the checkpoint's codec being there and staying."""
+    """The worker's options on a GPU. The checkpoint's codec is loaded and stays."""
     codecs = SharedCodecs(dtype=torch.bfloat16, device=torch.device("cuda"))
     codecs.acquire(checkpoint)
     return QwenOptions(codecs=codecs, device="cuda", slots=8)
 
 
 def moves(speaker: QwenEngine) -> None:
-    """There and back, as the worker's loader does it."""
+    """To the host and back, as the worker's mover does it."""
     probe = open_probe("cuda")
     speaker.offload()
     probe.reclaim(collect=False)
@@ -74,9 +74,9 @@ def moves(speaker: QwenEngine) -> None:
 def test_offload_returns_the_bytes_and_restore_speaks(
     device: Device, full: Path, loader: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of what loading 1.7B took from the driver, graphs included, 95 % go back; the time until it speaks is printed."""
+    """Of the driver's bytes that loading 1.7B took, graphs included, 95 % go back. Prints the time to a frame."""
     options = loader.submit(cuda_options, full).result()
-    # What the first load brings for good (kernels, handles, workspaces) is the process's, not the model's.
+    # Kernels, handles and workspaces of the first load stay for good: they belong to the process, not to the model.
     loader.submit(lambda: open_engine(full, options).close()).result()
     before = used(device)
     made = loader.submit(open_engine, full, options).result()
@@ -112,7 +112,7 @@ def test_offload_returns_the_bytes_and_restore_speaks(
 def test_moving_a_model_makes_no_other_fall_silent(
     device: Device, full: Path, loader: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While one of 1.7B goes and comes back, none of the streams of another waits longer than it may; printed."""
+    """While a model of 1.7B moves there and back, no stream waits longer than MOST_SILENT_S. Prints the waits."""
     assert device == "cuda"
     options = loader.submit(cuda_options, full).result()
     moved, speaker = (loader.submit(open_engine, full, options).result() for _ in range(2))
@@ -146,7 +146,7 @@ def test_moving_a_model_makes_no_other_fall_silent(
 
 @on_both
 def test_speech_beside_moves_is_the_same(device: Device, loader: ThreadPoolExecutor) -> None:
-    """Not a sample changes while another engine is offloaded, restored, closed and opened: they share no scratch."""
+    """No sample changes while another engine is offloaded, restored, closed and opened: they share no memory."""
 
     def opened() -> QwenEngine:
         return engine("custom_voice", device=device)
@@ -176,15 +176,16 @@ def test_speech_beside_moves_is_the_same(device: Device, loader: ThreadPoolExecu
 
 @on_both
 def test_cycles_do_not_grow(device: Device, loader: ThreadPoolExecutor) -> None:
-    """Ten times to the host and back, and five engines opened and closed: the memory in use stays what it was."""
+    """An engine moves to the host and back, and others are opened and closed: the memory in use does not grow."""
     made = loader.submit(engine, "custom_voice", device=device).result()
     offloaded, closed = [], []
-    for _ in range(10):
+    cycles, engines = (10, 5) if device == "cuda" else (5, 3)
+    for _ in range(cycles):
         loader.submit(made.offload).result()
         offloaded.append(used(device))
         loader.submit(made.restore).result()
     loader.submit(made.close).result()
-    for _ in range(5):
+    for _ in range(engines):
         loader.submit(lambda: engine("base", device=device).close()).result()
         closed.append(used(device))
     assert offloaded[-1] - offloaded[2] <= 16 * MIB
@@ -192,13 +193,13 @@ def test_cycles_do_not_grow(device: Device, loader: ThreadPoolExecutor) -> None:
 
 
 @on_cuda
-@pytest.mark.parametrize("trouble", ["out of memory", "not allowed"])
-def test_a_failed_recording_leaves_all_as_before(
-    device: Device, trouble: str, loader: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", ["out of memory", "not allowed"])
+def test_a_failed_capture_leaves_everything_as_before(
+    device: Device, error: str, loader: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a restore: memory is back where it was, another engine speaks on, and the next restore succeeds.
+    """If a restore fails at a capture, its memory is freed, another engine speaks on, and the next restore succeeds.
 
-    Where memory runs out the recording is sound; after a call that is not allowed in one CUDA has given it up.
+    A capture stays valid if memory runs out. CUDA invalidates it after a call that is not allowed in a capture.
     """
     made, other = (loader.submit(engine, "custom_voice", device=device).result() for _ in range(2))
     jobs = [job(number) for number in range(2)]
@@ -210,19 +211,16 @@ def test_a_failed_recording_leaves_all_as_before(
     for one in jobs:
         other.admit(one)
     take(other, outcomes, 0)
-    record = cuda_graphs._record
-    recorded = itertools.count()
+    talker_step = Qwen3TTSModel.talker_step
 
-    def failing(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-        def fail() -> None:
-            function()
-            if trouble == "out of memory":
+    def failing(self: Qwen3TTSModel, *args: Any, **kwargs: Any) -> None:
+        talker_step(self, *args, **kwargs)
+        if torch.cuda.is_current_stream_capturing():
+            if error == "out of memory":
                 raise torch.OutOfMemoryError("made up")
             torch.cuda.synchronize()
 
-        return record(fail if next(recorded) == 3 else function, pool)
-
-    monkeypatch.setattr(cuda_graphs, "_record", failing)
+    monkeypatch.setattr(Qwen3TTSModel, "talker_step", failing)
     with pytest.raises(RuntimeError):
         loader.submit(made.restore).result()
     monkeypatch.undo()
@@ -239,7 +237,7 @@ def test_a_failed_recording_leaves_all_as_before(
 
 @on_both
 def test_the_codec_goes_with_the_last_engine(device: Device) -> None:
-    """And is not counted with any of them."""
+    """Its bytes are counted with none of the engines."""
     codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))
     options = QwenOptions(codecs=codecs, device=device, slots=1, max_model_len=256, streams=shared(device).streams)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "base")]

@@ -18,7 +18,7 @@ WEIGHTS = 1 << 30
 
 
 def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None) -> int:
-    """What fits on a made-up GPU."""
+    """Slots that fit on a made-up GPU with `free` bytes."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
     codecs = shared().codecs
     options = QwenOptions(codecs=codecs, device="cuda", room=None if room is None else lambda: room)
@@ -30,7 +30,7 @@ def slots(monkeypatch: pytest.MonkeyPatch, *, free: int, room: int | None = None
 
 
 def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a large card with a small budget, the budget decides; without room for one slot the figures are told."""
+    """A small budget decides on a large GPU. If not even one slot fits, the error has the figures."""
     assert slots(monkeypatch, free=80 << 30) == MAX_SLOTS
     few = WEIGHTS + (16 << 20)
     assert slots(monkeypatch, free=80 << 30, room=few) == slots(monkeypatch, free=few) < MAX_SLOTS
@@ -39,29 +39,29 @@ def test_slots_take_a_share_of_what_is_free_and_within_the_budget(monkeypatch: p
     assert refusal.value.code == "insufficient_vram"
 
 
-def test_slots_waste_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their number is always a batch size, since the state has as many rows anyway."""
+def test_the_number_of_slots_is_a_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state has as many rows anyway, so fewer slots would waste rows."""
     found = {slots(monkeypatch, free=WEIGHTS + (mib << 20)) for mib in range(8, 200, 8)}
     assert len(found) > 2
     assert found <= set(BATCH_SIZES)
 
 
 def test_float16_is_refused_on_a_cpu() -> None:
-    """The message says what to set instead."""
+    """The message names the dtypes that a CPU computes in."""
     with pytest.raises(JobError, match="a CPU computes in float32 or bfloat16") as refusal:
         engine("custom_voice", dtype="float16")
     assert refusal.value.code == "model_unavailable"
 
 
 def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cuDNN would round by itself is left alone once an engine is there."""
+    """Opening an engine keeps cuDNN from rounding their inputs to TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     engine("custom_voice").close()
     assert not torch.backends.cudnn.allow_tf32
 
 
 def test_large_vocabularies_are_split_as_officially(tmp_path: Path) -> None:
-    """Words are cut as the official wrapper cuts them, which for vocabularies of published size is a way of its own."""
+    """The official wrapper splits words in a way of its own if the vocabulary has the size of published ones."""
     directory = tmp_path / "large"
     shutil.copytree(tiny("custom_voice"), directory)
     file = directory / "vocab.json"

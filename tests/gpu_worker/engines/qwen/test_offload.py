@@ -5,8 +5,8 @@ import torch
 from gpu_worker.engines.qwen.offload import WeightOffloader, offload_bytes, restore_bytes
 
 
-def test_scratch_is_freed_and_comes_back_empty() -> None:
-    """On CPU the weights stay where they are; scratch memory goes, and views of it survive."""
+def test_scratch_memory_is_freed_and_comes_back_as_zeros() -> None:
+    """On CPU the weights stay where they are. Scratch memory is freed, and views of it stay valid."""
     weight, scratch = torch.arange(10.0), torch.ones(4, 8)
     view = scratch[:, 2:3]
     offloader = WeightOffloader([weight, weight, scratch], {"kv": [scratch]}, torch.device("cpu"))
@@ -26,7 +26,7 @@ def test_scratch_is_freed_and_comes_back_empty() -> None:
 
 
 def test_a_failed_restore_leaves_everything_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where memory runs out midway, nothing is held, and the next restore can succeed."""
+    """If memory runs out midway, no memory is held, and the next restore can succeed."""
     tensors = [torch.ones(4), torch.ones(8)]
     offloader = WeightOffloader([], {"a": tensors[:1], "b": tensors[1:]}, torch.device("cpu"))
     offloader.offload()
@@ -44,14 +44,14 @@ def test_a_failed_restore_leaves_everything_offloaded(monkeypatch: pytest.Monkey
     sizes: list[int] = []
     monkeypatch.setattr(torch.UntypedStorage, "resize_", lambda _storage, size: sizes.append(size))
     offloader.offload()
-    assert sizes == [], "offloaded is offloaded: undoing the restore must not touch what is not there"
+    assert sizes == [], "a second offload must not touch storages that are freed"
     monkeypatch.undo()
     offloader.restore()
     assert torch.equal(tensors[1], torch.zeros(8))
 
 
 def test_a_restore_that_fails_late_leaves_everything_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where all memory was there, and it was filling it that failed."""
+    """Even if all memory could be allocated, and filling it failed."""
     scratch = torch.ones(4)
     offloader = WeightOffloader([], {"kv": [scratch]}, torch.device("cpu"))
     offloader.offload()
@@ -71,7 +71,7 @@ def test_a_restore_that_fails_late_leaves_everything_offloaded(monkeypatch: pyte
 
 @pytest.mark.parametrize("sizes", [[], [1], [64], [63, 1, 65], [200, 7, 300, 0, 5], [64] * 4])
 def test_bytes_go_through_the_host_unchanged(sizes: list[int]) -> None:
-    """Packed into blocks of one size, and a last one that is no larger than it must be; each part comes back."""
+    """The blocks have one size, and the last one the smallest power of two that holds the rest."""
     parts = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
     blocks = offload_bytes(parts, pinned=False, block_bytes=64)
     total = sum(sizes)
@@ -83,12 +83,12 @@ def test_bytes_go_through_the_host_unchanged(sizes: list[int]) -> None:
         assert torch.equal(one, other)
 
 
-def test_closing_ends_where_weights_cannot_be_taken_from_their_holders() -> None:
-    """Those that numpy has seen, as all that a CPU computes with in the dtype of the file: what can be is given up."""
-    seen, scratch = torch.from_numpy(np.ones(4, dtype=np.float32)), torch.ones(4)
+def test_closing_succeeds_although_some_weights_cannot_be_freed() -> None:
+    """Weights shared with numpy cannot, as on a CPU that computes in the file's dtype; all other memory is freed."""
+    shared, scratch = torch.from_numpy(np.ones(4, dtype=np.float32)), torch.ones(4)
     closed: list[str] = []
     offloader = WeightOffloader(
-        [seen], {"kv": [scratch]}, torch.device("cpu"), on_close=lambda: closed.append("closed")
+        [shared], {"kv": [scratch]}, torch.device("cpu"), on_close=lambda: closed.append("closed")
     )
     offloader.close()
     assert closed == ["closed"]
@@ -96,8 +96,8 @@ def test_closing_ends_where_weights_cannot_be_taken_from_their_holders() -> None
     assert offloader.memory().device == {}
 
 
-def test_what_others_hold_is_counted_with_it() -> None:
-    """By purpose, added up where several hold the same; what holds nothing is not mentioned. Closing is told, once."""
+def test_extra_memory_is_counted() -> None:
+    """Bytes of one purpose are added up, and purposes without bytes are left out. `on_close` is called once."""
     closed: list[str] = []
     offloader = WeightOffloader(
         [torch.ones(2)],

@@ -10,12 +10,12 @@ CPU = torch.device("cpu")
 
 
 def kernels() -> list[object]:
-    """The portable ones."""
+    """The backends that run on every device."""
     return [attention(backend, CPU, torch.float32) for backend in ("eager", "sdpa")]
 
 
 def test_backends_agree_on_prompts() -> None:
-    """Causal attention with grouped heads, computed in two ways."""
+    """Causal attention with grouped heads is the same in both."""
     query, key, value = torch.randn(2, 9, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     eager, sdpa = (kernel.prefill(query, key, value) for kernel in kernels())
     assert eager.shape == query.shape
@@ -23,7 +23,7 @@ def test_backends_agree_on_prompts() -> None:
 
 
 def test_a_row_reads_its_own_length_and_no_further() -> None:
-    """Masked at different lengths, both backends give what each row gives alone at its true length."""
+    """Under a mask, each row gives what it gives alone, without one, at its own length."""
     query, key, value = torch.randn(3, 4, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)
     lengths = torch.tensor([1, 7, 10])
     for kernel in kernels():
@@ -43,8 +43,8 @@ def test_a_row_reads_its_own_length_and_no_further() -> None:
         ("paged", "cpu", torch.float32),
     ],
 )
-def test_what_cannot_run_here_is_refused(backend: str, device: str, dtype: torch.dtype) -> None:
-    """The message says why, and nothing else is taken in its place."""
+def test_a_backend_that_cannot_run_here_is_refused(backend: str, device: str, dtype: torch.dtype) -> None:
+    """The message says why. No other backend is taken instead."""
     with pytest.raises(JobError, match=backend) as refusal:
         attention(backend, torch.device(device), dtype)
     assert refusal.value.code == "model_unavailable"
@@ -52,6 +52,6 @@ def test_what_cannot_run_here_is_refused(backend: str, device: str, dtype: torch
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
 def test_a_missing_package_is_named() -> None:
-    """flash_attention_2 without flash-attn says what is missing."""
+    """The error of flash_attention_2 names flash-attn."""
     with pytest.raises(JobError, match="flash-attn"):
         attention("flash_attention_2", torch.device("cuda"), torch.bfloat16)

@@ -26,8 +26,8 @@ def test_norm_rounds_where_the_official_one_does(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, theirs(x).detach(), rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
-def test_a_norms_weight_may_be_part_of_what_reads_it() -> None:
-    """In float32 the product is the same, to rounding; in bfloat16 nothing is folded, because that rounds elsewhere."""
+def test_a_norms_weight_is_folded_into_the_matrix_that_reads_it() -> None:
+    """In float32 the product is the same, to rounding. In bfloat16 nothing is folded: that would round elsewhere."""
     weight, matrix, x = torch.randn(64), torch.randn(8, 64), torch.randn(5, 64)
     wanted = Norm(weight, 1e-6)(x) @ matrix.t()
     norm = Norm(weight, 1e-6)
@@ -42,7 +42,7 @@ def test_a_norms_weight_may_be_part_of_what_reads_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope_is_the_official_rotation(dtype: torch.dtype) -> None:
-    """The tables and the rolled product equal cos and sin of the official module, far positions included."""
+    """The tables and the product with a rolled vector equal those of the official module, far positions included."""
     module = official("custom_voice", None).model.talker.code_predictor.model.rotary_emb
     shape = Shape(
         hidden_size=64,
@@ -59,13 +59,13 @@ def test_rope_is_the_official_rotation(dtype: torch.dtype) -> None:
     positions = torch.tensor([0, 1, 17, 2000])
     x = torch.randn(4, 3, 32).to(dtype)
     cos, sin = (table.transpose(0, 1) for table in module(x, positions[None]))
-    turned = torch.cat((-x[..., 16:], x[..., :16]), -1)
+    rotated = torch.cat((-x[..., 16:], x[..., :16]), -1)
     our_cos, our_sin = Rope(shape, 2048, dtype, torch.device("cpu")).at(positions)
-    assert torch.equal(x * our_cos + x.roll(16, -1) * our_sin, x * cos + turned * sin)
+    assert torch.equal(x * our_cos + x.roll(16, -1) * our_sin, x * cos + rotated * sin)
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(64, 192), (128, 64), (512, 512), (1024, 512)])
-def test_a_row_does_not_depend_on_its_company(inner: int, outer: int) -> None:
+def test_products_are_batch_invariant(inner: int, outer: int) -> None:
     """Padded to full groups, a row's product is the same to the last bit at any batch size and place."""
     generator = torch.Generator().manual_seed(0)
     linear = Linear(torch.randn(outer, inner, generator=generator))
@@ -84,16 +84,16 @@ def _unpacked(linear: Linear) -> torch.Tensor:
     return linear.weight.to_dense()
 
 
-def test_padding_fills_groups_and_only_those() -> None:
-    """Zeros behind the rows, up to a multiple of BATCH_MULTIPLE."""
+def test_padding_fills_the_last_group() -> None:
+    """Rows of zeros stand behind the rows, up to a multiple of BATCH_MULTIPLE; a full group gets none."""
     assert pad_rows(torch.ones(BATCH_MULTIPLE, 3)).shape == (BATCH_MULTIPLE, 3)
     padded = pad_rows(torch.ones(BATCH_MULTIPLE + 1, 3))
     assert padded.shape == (2 * BATCH_MULTIPLE, 3)
     assert padded.sum() == 3 * (BATCH_MULTIPLE + 1)
 
 
-def test_weights_are_found_wherever_they_are_held() -> None:
-    """Tensors, lists of them, and those of other TensorHolder."""
+def test_tensors_are_found_in_every_attribute() -> None:
+    """An attribute may be a tensor, another TensorHolder, or a list of both."""
 
     class Inner(TensorHolder):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ def _inference() -> object:
 
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_prompts_and_codes_equal_the_official_ones(index: int) -> None:
-    """Every layout: the talker's input and trailing text to the last bit, and the same greedy codes."""
+    """In every layout, prompt and trailing text are equal to the last bit, and the greedy codes are the same."""
     case, wanted = CASES[index], expected(index)
     ours = Ours(case.kind, case.size)
     prompt = ours.prompt(case)
@@ -29,13 +29,13 @@ def test_prompts_and_codes_equal_the_official_ones(index: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["custom_voice", "base"])
-def test_a_mixed_batch_says_what_each_says_alone(kind: str) -> None:
-    """Requests of all layouts join, leave early and take over slots, and every one's codes stay the official ones."""
+def test_a_mixed_batch_gives_the_official_codes(kind: str) -> None:
+    """Requests of all layouts join, leave early and take over slots; each one's codes stay the official ones."""
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
     ours = Ours(CASES[numbers[0]].kind, None)
     requests = [
-        Request(prompt=ours.prompt(CASES[number]), join=3 * turn + place % 3, frames=FRAMES if turn < 2 else 4)
-        for turn in range(3)
+        Request(prompt=ours.prompt(CASES[number]), join=3 * round_ + place % 3, frames=FRAMES if round_ < 2 else 4)
+        for round_ in range(3)
         for place, number in enumerate(numbers)
     ]
     for request, codes, number in zip(requests, generate(ours, requests), numbers * 3, strict=True):
@@ -45,38 +45,38 @@ def test_a_mixed_batch_says_what_each_says_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_backends_give_the_same_codes(backend: str) -> None:
-    """Both portable backends follow the official eager one."""
+    """Both portable backends give the codes of the official eager one."""
     ours = Ours("base", None, backend=backend)
     (codes,) = generate(ours, [Request(prompt=ours.prompt(CASES[12]))])
     assert torch.equal(codes, expected(12).codes[: len(codes)])
 
 
-def test_a_seed_says_the_same_alone_and_in_company() -> None:
-    """Sampled codes depend on request and seed alone, whatever shares the batch and in whichever slot."""
+def test_a_seed_gives_the_same_codes_alone_and_in_a_batch() -> None:
+    """Sampled codes depend on request and seed alone, not on the batch or the slot."""
     ours = Ours("custom_voice", None)
     cases = [case for case in CASES if case.kind == "custom_voice" and case.size is None]
     full_vocab = SamplingParams(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
     requests = [
         Request(
             prompt=ours.prompt(case),
-            seed=10 * turn + place,
-            join=turn + 2 * place,
-            frames=12,
-            choice=(SAMPLED, full_vocab, GREEDY)[(turn + place) % 3],
+            seed=10 * round_ + place,
+            join=round_ + 2 * place,
+            frames=10,
+            choice=(SAMPLED, full_vocab, GREEDY)[(round_ + place) % 3],
         )
-        for turn in range(3)
+        for round_ in range(2)
         for place, case in enumerate(cases)
     ]
     together = generate(ours, requests)
     for request, codes in zip(requests, together, strict=True):
         (alone,) = generate(ours, [request])
         assert torch.equal(codes, alone)
-    other = generate(ours, [Request(prompt=requests[0].prompt, seed=99, frames=12, choice=SAMPLED)])[0]
+    other = generate(ours, [Request(prompt=requests[0].prompt, seed=99, frames=10, choice=SAMPLED)])[0]
     assert not torch.equal(other[: len(together[0])], together[0][: len(other)])
 
 
 def test_fixed_shapes_give_the_same_codes() -> None:
-    """What graphs capture (padded prompts, masked caches, spare rows) says the same as true lengths do."""
+    """Padded prompts, masked caches and rows of padding, as graphs need them, give the codes of true lengths."""
     ours = Ours("custom_voice", None, slots=BATCH_SIZES[3] + 1)
     requests = [
         Request(prompt=ours.prompt(case), join=place, frames=10)
@@ -87,8 +87,8 @@ def test_fixed_shapes_give_the_same_codes() -> None:
         assert torch.equal(codes, wanted)
 
 
-def test_a_waiting_row_is_left_as_it_is() -> None:
-    """A slot that is not active says, once it is again, what it would have said without the pause."""
+def test_an_inactive_slot_keeps_its_state() -> None:
+    """Once the slot is active again, it gives the codes that it would have given without the pause."""
     ours = Ours("custom_voice", None)
     state, runner = ours.model.state, CpuModelRunner(ours.model)
     prompt = ours.prompt(CASES[0])
@@ -107,9 +107,10 @@ def test_a_waiting_row_is_left_as_it_is() -> None:
 
 
 def test_reduced_precision_follows_the_official_rounding() -> None:
-    """bfloat16, teacher-forced: logits are as near to the official bfloat16 ones as rounding allows.
+    """Teacher-forced bfloat16 logits are as near to the official bfloat16 ones as rounding allows.
 
-    Rounding in other places than the official modules costs audible quality; their distance to float32 is the measure.
+    Rounding in other places than the official modules costs audible quality. The measure is the distance of the
+    official bfloat16 logits to float32 ones.
     """
     wanted = expected(0)
     codes = wanted.codes[:10]

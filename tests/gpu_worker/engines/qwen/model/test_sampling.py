@@ -33,7 +33,7 @@ def parameters(rows: int, *, temperature: float, top_k: int, top_p: float, unifo
 
 
 def official(scores: torch.Tensor, *, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Transformers' probabilities."""
+    """The probabilities that Transformers' processors leave."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)])
     if top_p < 1:
         processors.append(TopPLogitsWarper(top_p))
@@ -41,7 +41,7 @@ def official(scores: torch.Tensor, *, temperature: float, top_k: int, top_p: flo
 
 
 def inverse(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """What a uniform chooses among probabilities, best first."""
+    """The ids that the uniforms choose by the inverse of the cumulative distribution, best first."""
     values, ids = probabilities.sort(descending=True, stable=True)
     cumulative = values.double().cumsum(-1)
     return ids.gather(1, torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True))[:, 0]
@@ -54,7 +54,7 @@ def inverse(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def test_the_choice_is_that_of_transformers_processors(
     candidates: int, temperature: float, top_k: int, top_p: float
 ) -> None:
-    """For fixed uniforms the id is the one whose share of Transformers' distribution the uniform falls in."""
+    """The id is the one in whose share of Transformers' distribution the uniform falls."""
     generator = torch.Generator().manual_seed(top_k)
     scores = torch.randn(200, VOCABULARY, generator=generator) * 4
     uniform = torch.rand(200, 1, generator=generator)
@@ -67,8 +67,8 @@ def test_the_choice_is_that_of_transformers_processors(
 
 @pytest.mark.parametrize("candidates", [64, VOCABULARY])
 @pytest.mark.parametrize(("top_k", "chosen"), [(10, False), (11, True)])
-def test_the_end_stands_in_line_for_top_k(candidates: int, top_k: int, chosen: bool) -> None:  # noqa: FBT001 - a column
-    """The end is an id like any other: 11th best, it is never chosen among ten, and is among eleven."""
+def test_the_end_counts_among_top_k(candidates: int, top_k: int, chosen: bool) -> None:  # noqa: FBT001 - a column
+    """The end is an id like any other: the 11th best is never sampled with top_k 10, and is with 11."""
     draws = 500
     scores = torch.full((draws, VOCABULARY), -5.0)
     scores[:, :10] = torch.linspace(1.0, 0.9, 10)
@@ -78,8 +78,8 @@ def test_the_end_stands_in_line_for_top_k(candidates: int, top_k: int, chosen: b
     assert bool((ours == VOCABULARY - 1).any()) is chosen
 
 
-def test_no_limits_look_at_every_id() -> None:
-    """top_k over the whole vocabulary and top_p 1 leave the plain softmax."""
+def test_without_limits_every_id_can_be_sampled() -> None:
+    """top_k of the whole vocabulary and top_p 1 leave the plain softmax."""
     scores = torch.randn(100, VOCABULARY, generator=torch.Generator().manual_seed(1))
     uniform = torch.rand(100, 1, generator=torch.Generator().manual_seed(2))
     ours = sample(scores, parameters(100, temperature=1.0, top_k=VOCABULARY, top_p=1.0, uniform=uniform), VOCABULARY)
@@ -88,7 +88,7 @@ def test_no_limits_look_at_every_id() -> None:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_frequencies_are_those_of_the_distribution(top_p: float) -> None:
-    """Chi-square over 20,000 draws from the distribution that Transformers' processors leave."""
+    """Chi-square of 20,000 draws against the distribution that Transformers' processors leave."""
     draws = 20_000
     scores = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
     uniform = torch.from_numpy(uniforms(7, 0, draws, 1)[:draws, None])
@@ -105,8 +105,8 @@ def test_frequencies_are_those_of_the_distribution(top_p: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_code_predictors_sampler_is_the_same(dtype: torch.dtype) -> None:
-    """With constant top_k and temperature, in reduced precision with all of its ties."""
+def test_the_code_predictors_sampler_gives_the_same_ids(dtype: torch.dtype) -> None:
+    """In reduced precision, with all of its ties, as well."""
     logits = (torch.randn(300, 2048, generator=torch.Generator().manual_seed(4)) * 4).to(dtype)
     uniform = torch.rand(300, 1, generator=torch.Generator().manual_seed(5))
     ours = sample_fixed(logits, uniform, top_k=50, temperature=0.9)
@@ -118,7 +118,7 @@ def test_the_code_predictors_sampler_is_the_same(dtype: torch.dtype) -> None:
 
 
 def test_a_uniform_of_zero_is_greedy_and_the_largest_one_stays_inside() -> None:
-    """The ends of the unit interval choose the best and the last candidate, never a removed one."""
+    """The ends of the unit interval sample the best and the last candidate, never a removed one."""
     scores = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(6)) * 3
     zero, top = torch.zeros(50, 1), torch.full((50, 1), float(np.float32(1 - 2**-22)))
     limits = {"temperature": 0.9, "top_k": 50, "top_p": 0.9}
@@ -127,8 +127,8 @@ def test_a_uniform_of_zero_is_greedy_and_the_largest_one_stays_inside() -> None:
     assert (official(scores, **limits).gather(1, last[:, None]) > 0).all()
 
 
-def test_a_row_of_nan_chooses_something_and_harms_no_other() -> None:
-    """A request whose numbers broke must not raise for all."""
+def test_a_row_of_nan_harms_no_other_row() -> None:
+    """It gets some id of the vocabulary; an error would fail the whole batch."""
     scores = torch.randn(3, VOCABULARY)
     scores[1] = float("nan")
     chosen = sample(scores, parameters(3, temperature=0.9, top_k=50, top_p=1.0, uniform=torch.zeros(3, 1)), 64)
@@ -138,7 +138,7 @@ def test_a_row_of_nan_chooses_something_and_harms_no_other() -> None:
 
 
 def test_repetition_is_penalised_as_transformers_does() -> None:
-    """Equal to the last bit, whatever the sign of the score, and once however often an id was seen."""
+    """Equal to the last bit, for scores of both signs, and once for an id that was sampled several times."""
     scores = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(8))
     ids = torch.randint(0, VOCABULARY, (4, 30), generator=torch.Generator().manual_seed(9))
     seen = torch.zeros(4, VOCABULARY, dtype=torch.bool).scatter_(1, torch.cat((ids, ids), 1), value=True)
@@ -149,7 +149,7 @@ def test_repetition_is_penalised_as_transformers_does() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("vocabulary", [2048, 2049, 100])
 def test_topk_is_that_of_torch(rows: int, vocabulary: int) -> None:
-    """Selecting groups first changes nothing, also where the vocabulary is no multiple of a group."""
+    """Selecting groups first changes nothing, even if the vocabulary is not a multiple of the group."""
     scores = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(rows))
     scores[:, -1] = 9.0
     for ours, wanted in zip(topk(scores, 50), scores.topk(50), strict=True):
@@ -157,7 +157,7 @@ def test_topk_is_that_of_torch(rows: int, vocabulary: int) -> None:
 
 
 def test_randomness_belongs_to_seed_and_utterance() -> None:
-    """More frames extend it, another seed or utterance replaces it, and 1 is never reached."""
+    """More frames extend the uniforms, another seed or utterance changes them all, and 1 is never reached."""
     assert np.array_equal(uniforms(5, 0, 10, 16), uniforms(5, 0, 20, 16)[:161])
     assert not np.array_equal(uniforms(5, 0, 10, 16), uniforms(5, 1, 10, 16))
     assert not np.array_equal(uniforms(5, 0, 10, 16), uniforms(6, 0, 10, 16))

@@ -1,5 +1,3 @@
-"""Speaker embeddings, as the official model extracts them."""
-
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("size", ["0b6", "1b7"])
 def test_embeddings_are_the_official_ones(size: Size) -> None:
-    """Bit for bit, for both sizes, and different recordings have different embeddings."""
+    """Bit for bit, for both sizes. Different recordings have different embeddings."""
     encoder = SpeakerEncoder(tiny("base", size), dtype=torch.float32, device=CPU)
     embeddings = []
     for samples in (12_000, 48_000):
@@ -30,16 +28,16 @@ def test_embeddings_are_the_official_ones(size: Size) -> None:
     assert not torch.allclose(embeddings[0], embeddings[1])
 
 
-def test_the_embedding_has_the_dtype_asked_for() -> None:
-    """As the official model, the whole encoder runs in the model's dtype."""
+def test_the_embedding_has_the_encoders_dtype() -> None:
+    """The whole encoder runs in it, as in the official model."""
     encoder = SpeakerEncoder(tiny("base"), dtype=torch.bfloat16, device=CPU)
 
     assert encoder(torch.randn(24_000) * 0.1).dtype is torch.bfloat16
     assert {tensor.dtype for tensor in encoder.tensors()} == {torch.bfloat16}
 
 
-def test_an_encoder_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    """A configuration of other sizes than the weights' is refused."""
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path: Path) -> None:
+    """The error names config.json."""
     target = tmp_path / "model"
     shutil.copytree(tiny("base"), target, copy_function=lambda a, b: Path(b).hardlink_to(a))
     path = target / "config.json"
