@@ -1,6 +1,6 @@
-"""`python -m gpu_worker`: the worker process. `python -m gpu_worker download NAME …`: fetch weights.
+"""`python -m gpu_worker`: the worker process. `python -m gpu_worker download NAME …`: download weights.
 
-It claims its address, wires the parts, obeys signals, drains, and dies with its parent.
+The process claims its address, builds its parts, drains on a signal, and ends with its parent.
 Exit codes: 0 drained, 1 the device is broken, 2 wrong settings, 3 another worker serves this address.
 """
 
@@ -13,21 +13,20 @@ import threading
 import time
 import uuid
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
-from gpu_worker.requests import Request
 from gpu_worker.residency import Checkpoints, Mover, Progress, Residency, ResidencyOptions, cuda_present, open_probe
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
 from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite
-from gpu_worker.worker import Drain, Wake, Worker
+from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
 from shared.log import set_up_logging
@@ -40,39 +39,39 @@ EXIT_WRONG_SETTINGS: Final = 2
 EXIT_ALREADY_RUNNING: Final = 3
 
 DEFAULT_CONCURRENCY: Final = 64
-"""Requests with a slot at once, where TTS_MAX_CONCURRENCY does not say; each engine has its own bound below that."""
+"""Requests with a slot at once if TTS_MAX_CONCURRENCY is not set; each engine may have a lower bound."""
 
-_LOADER_GRACE_S: Final = 10.0
-"""How long the end waits for a load in flight."""
+_MOVER_GRACE_S: Final = 10.0
+"""How long the end of the process waits for a transition in flight."""
 
-_WRITER_GRACE_S: Final = 3.0
-"""How long the end waits for a voice that is being written, where the drain was not long enough for it."""
+_VOICE_WRITER_GRACE_S: Final = 3.0
+"""How long the end of the process waits for a voice that is still being written after the drain."""
 
 _PARENT_POLL_S: Final = 0.5
 _PARENT_GRACE_S: Final = 2.0
-"""How long the loop may take to end after its parent has died, before the process is ended under it."""
+"""How long the loop may take to end after the parent has died; then the process exits regardless."""
 
 log = structlog.get_logger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the worker, or fetch weights; the answer is the exit code."""
+    """Run the worker or one of the commands; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m gpu_worker",
-        description="The GPU worker of the speech server: it owns the models. `python -m server` starts it by itself.",
+        description="The GPU worker of the speech server: it owns the models. `python -m server` starts one.",
         epilog="Configured by TTS_* variables, also from .env; TTS_WORKER_URL=ipc:///private/dir/worker.ipc is needed.",
     )
     parser.add_argument(
-        "--parent", type=int, metavar="PID", help="the process to end with (default: the one that is the parent now)"
+        "--parent", type=int, metavar="PID", help="end when this process ends (default: the current parent)"
     )
     parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="how many workers there were before, for the statistics"
+        "--restarts", type=int, default=0, metavar="N", help="how many workers ran before this one, for the statistics"
     )
     commands = parser.add_subparsers(dest="command")
-    fetch = commands.add_parser("download", help="fetch the weights of models into TTS_MODELS_DIR")
-    fetch.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, a model's id or its hub id")
-    commands.add_parser("cuda", help="look for a CUDA device that it may use; exit code 1 if there is none")
-    commands.add_parser("health", help="ask the worker at TTS_WORKER_URL whether it is alive; exit code 1 if not")
+    download = commands.add_parser("download", help="download the weights of models into TTS_MODELS_DIR")
+    download.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, or any id of the model")
+    commands.add_parser("cuda", help="exit code 0 if there is a CUDA device to use, else 1")
+    commands.add_parser("health", help="exit code 0 if the worker at TTS_WORKER_URL is alive, else 1")
     chosen = parser.parse_args(arguments)
     if chosen.command == "cuda":
         return 0 if cuda_present() else 1
@@ -123,7 +122,7 @@ def _health(url: str, token: str) -> int:
 
 def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
     set_up_logging(settings.log_level, settings.log_format, "gpu_worker")
-    # NVML numbers devices by their place on the bus; CUDA, left to itself, puts the fastest first.
+    # NVML numbers devices by their place on the bus; CUDA by default puts the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         lock = claim(url)
@@ -131,34 +130,34 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunningError) else EXIT_WRONG_SETTINGS
     with lock:
-        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         transport = Transport(url, settings.worker_token, inbox.put)
-        # Building imports torch where a model needs it, which takes seconds: the end may come before they are over.
-        _obey_signals(inbox, settings.drain_timeout_s)
+        # Building may import torch, which takes seconds: a signal may come before that is done.
+        _drain_on_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
-        worker, loader, fetcher, writer = build_worker(settings, transport, inbox, restarts=restarts)
+        worker, mover, checkpoints, voice_writer = build_worker(settings, transport, inbox, restarts=restarts)
         transport.start()
-        loader.start()
-        fetcher.start()
-        writer.start()
-        log.info("ready to be asked", pid=os.getpid())
+        mover.start()
+        checkpoints.start()
+        voice_writer.start()
+        log.info("worker_ready", pid=os.getpid())
         try:
             worker.run()
         except BrokenDeviceError as error:
-            log.critical("the device is broken in this process; a new one is needed", reason=str(error))
+            log.critical("device_broken_new_process_needed", reason=str(error))
             return EXIT_BROKEN_DEVICE
         finally:
             transport.stop()
-            writer.close(timeout_s=_WRITER_GRACE_S)
-        loader.close(timeout_s=_LOADER_GRACE_S)
+            voice_writer.close(timeout_s=_VOICE_WRITER_GRACE_S)
+        mover.close(timeout_s=_MOVER_GRACE_S)
         log.info("drained")
     return 0
 
 
 def build_worker(
-    settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Any]", *, restarts: int
+    settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Command]", *, restarts: int
 ) -> tuple[Worker, Mover, Checkpoints, SerialThread[VoiceWrite]]:
-    """The only place where the worker's parts are wired together; the caller starts those that have a thread."""
+    """Build and connect all parts of the worker, here alone. The caller starts the parts with a thread."""
     catalog = load_catalog()
     device = settings.default_device
     if device == "auto":
@@ -168,21 +167,21 @@ def build_worker(
         budget_bytes=_bytes(settings.vram_budget_mb),
         host_budget_bytes=_bytes(settings.host_budget_mb),
     )
-    registry = EngineFactory(
+    factory = EngineFactory(
         settings,
         catalog,
         device,
         progress=lambda model, detail: inbox.put(Progress(model=model, detail=detail)),
-        room=lambda: _room(probe.device()),
+        room=lambda: _free_bytes(probe.device()),
         start_device=probe.start,
         wake=lambda: inbox.put(Wake()),
     )
-    loader = Mover(catalog, registry.open, probe, inbox.put)
-    fetcher = Checkpoints(catalog, registry, inbox.put)
+    mover = Mover(catalog, factory.open, probe, inbox.put)
+    checkpoints = Checkpoints(catalog, factory, inbox.put)
     voice_files = VoiceFiles(settings.voices_dir)
-    writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
-    default_model = registry.default_model()
-    registry.prepare()
+    voice_writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
+    default_model = factory.default_model()
+    factory.prepare()
     options = ResidencyOptions(
         idle_timeout_s=settings.idle_timeout_s,
         host_idle_timeout_s=settings.host_idle_timeout_s,
@@ -190,43 +189,43 @@ def build_worker(
         cleanup_enabled=settings.cleanup_enabled,
     )
     residency = Residency(
-        [registry.estimated(spec) for spec in catalog],
+        [factory.estimated(spec) for spec in catalog],
         options,
         probe=probe,
-        move=loader.submit,
-        see_to_files=fetcher.submit,
+        move=mover.submit,
+        see_to_files=checkpoints.submit,
         clock=time.monotonic,
     )
     for spec in catalog:
-        residency.handle(fetcher.check(spec.id))
-    log.info("default model", model=default_model, device=probe.device().name)
-    if problem := registry.problem_of(next(spec for spec in catalog if spec.id == default_model)):
-        log.warning("the default model cannot speak, so the service is not ready", model=default_model, reason=problem)
+        residency.handle(checkpoints.check(spec.id))
+    log.info("default_model", model=default_model, device=probe.device().name)
+    if problem := factory.problem_of(next(spec for spec in catalog if spec.id == default_model)):
+        log.warning("default_model_unavailable", model=default_model, reason=problem)
     worker = Worker(
         catalog=catalog,
         send=transport.send,
         inbox=inbox,
-        scheduler=Scheduler[Request](settings.max_queue),
+        scheduler=Scheduler(settings.max_queue),
         residency=residency,
-        voices=VoiceStore(voice_files, writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
-        reporter=Stats(
+        voices=VoiceStore(voice_files, voice_writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
+        stats=Stats(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,
             settings={**settings.of_worker(), "default_device": device},
             restarts=restarts,
             probe=probe,
-            shared_bytes=registry.shared_bytes,
+            shared_bytes=factory.shared_bytes,
             clock=time.monotonic,
         ),
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
         clock=time.monotonic,
-        preload=registry.models_to_preload(default_model),
+        preload=factory.models_to_preload(default_model),
     )
-    return worker, loader, fetcher, writer
+    return worker, mover, checkpoints, voice_writer
 
 
-def _room(device: DeviceMemory) -> int:
+def _free_bytes(device: DeviceMemory) -> int:
     """Bytes of the device that this process may still take."""
     return min(device.free_bytes, device.budget_bytes - device.ours_bytes)
 
@@ -236,7 +235,7 @@ def _bytes(megabytes: int | None) -> int | None:
 
 
 def _reserved_voices(catalog: list[ModelSpec]) -> set[str]:
-    """Names that a saved voice may not take, since they mean a preset one of the family that clones voices."""
+    """Names that a saved voice may not have: OpenAI's voices and the presets of the model family that clones voices."""
     names = set(OPENAI_VOICES)
     cloning = {spec.engine for spec in catalog if spec.task == "Base"}
     for spec in (spec for spec in catalog if spec.engine in cloning):
@@ -244,7 +243,7 @@ def _reserved_voices(catalog: list[ModelSpec]) -> set[str]:
     return names
 
 
-def _obey_signals(inbox: "queue.SimpleQueue[Any]", drain_timeout_s: float) -> None:
+def _drain_on_signals(inbox: "queue.SimpleQueue[Command]", drain_timeout_s: float) -> None:
     def drain(_signal: int, _frame: FrameType | None) -> None:
         inbox.put(Drain(drain_timeout_s))
 
@@ -252,8 +251,8 @@ def _obey_signals(inbox: "queue.SimpleQueue[Any]", drain_timeout_s: float) -> No
     signal.signal(signal.SIGINT, drain)
 
 
-def _die_with_parent(inbox: "queue.SimpleQueue[Any]", parent: int) -> None:
-    """End this process when whoever started it is gone: nobody would ever stop it otherwise."""
+def _die_with_parent(inbox: "queue.SimpleQueue[Command]", parent: int) -> None:
+    """End this process when its parent is gone: no other process would stop it."""
     while os.getppid() == parent:
         time.sleep(_PARENT_POLL_S)
     inbox.put(Drain(0.0))

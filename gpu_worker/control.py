@@ -92,15 +92,15 @@ class ControlHandler:
         residency: Residency,
         voices: VoiceStore,
         submit: Callable[[Request], None],
-        require: Callable[[str], ModelSpec],
+        check_model: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        """`submit` queues a request and `require` looks a model up; both raise JobError while the worker drains."""
+        """`submit` queues a request, `check_model` refuses an unknown model; both raise JobError during a drain."""
         self._specs = specs
         self._residency = residency
         self._voices = voices
         self._submit = submit
-        self._require = require
+        self._check_model = check_model
         self._clock = clock
         self._pending: list[_Pending] = []
 
@@ -193,7 +193,7 @@ class ControlHandler:
         return None
 
     def _load(self, caller: _Caller, model: str) -> None:
-        self._require(model)
+        self._check_model(model)
         self._residency.load(model)
         # The later of a load and an unload wins.
         self._fail(_PendingUnload, model, JobError("model_busy", f"{model} was to be loaded meanwhile", param="model"))
@@ -279,7 +279,7 @@ class ControlHandler:
                 model=spec.id,
                 sink=CollectingSink(save),
                 keep_alive_s=None,
-                arrived=self._clock(),
+                arrived_at=self._clock(),
                 job=Job(
                     id=f"design-{uuid.uuid4().hex}",
                     task="VoiceDesign",

@@ -1,11 +1,18 @@
-"""One request on its way through the worker, and where its speech goes. Owned by the synthesis thread alone."""
+"""A request: its state, its sink and its playback clock. Owned by the synthesis thread alone.
 
+    QUEUED -> RUNNING -> DRAINING -> DONE
+
+Only `Request` writes the state. It knows neither queue nor engine nor model: the Worker keeps these in step with it.
+"""
+
+import enum
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, assert_never
 
-from gpu_worker.engines.base import FinishReason, Job, JobError, Usage
-from gpu_worker.playback import Playback
+import msgspec
+
+from gpu_worker.engines.base import Done, FinishReason, Job, JobError, Usage
 from shared.pcm import SAMPLE_RATE, bytes_for
 from shared.protocol import Audio, Failed, Finished, Message, Started, StreamState, Timings
 
@@ -13,7 +20,27 @@ CLIENT_CHARS: Final = 20
 """Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
 
 Send = Callable[[Message, bytes | None], None]
-"""Queues a message, with its payload, for the web worker that asked."""
+"""Queues a message, with its payload, for the web worker of the request."""
+
+
+class RequestState(enum.Enum):
+    """QUEUED: in the scheduler. RUNNING: holds a slot. QUEUED and RUNNING requests hold a reference on their model.
+
+    DRAINING: said in full; the last audio waits for credit. DONE: the last message is sent, or the request cancelled.
+    """
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DRAINING = "draining"
+    DONE = "done"
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """Outcome of a request whose web worker cancelled it or is gone: no message follows."""
+
+
+Outcome = Done | JobError | Cancelled
+"""How a request ends: said in full, failed, or cancelled."""
 
 
 class Sink(Protocol):
@@ -21,7 +48,16 @@ class Sink(Protocol):
 
     @property
     def stalled(self) -> bool:
-        """Whether it can take no more for now."""
+        """Whether the sink can take no more audio for now."""
+        ...
+
+    @property
+    def drained(self) -> bool:
+        """Whether the sink has passed on everything that it was given."""
+        ...
+
+    def grant(self, chunks: int) -> None:
+        """Credit for `chunks` more pieces."""
         ...
 
     def started(self, model: str) -> None:
@@ -33,23 +69,23 @@ class Sink(Protocol):
         ...
 
     def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        """Everything has been said."""
+        """The speech is complete."""
         ...
 
     def failed(self, error: JobError) -> None:
-        """It did not work; nothing follows."""
+        """The request failed; nothing follows."""
         ...
 
 
 class PeerSink:
-    """Speech for a web worker, never more of it under way than that web worker gave credit for."""
+    """Sends speech to a web worker, never more pieces than it gave credit for."""
 
     def __init__(self, request_id: str, send: Send, credit: int) -> None:
         self._id = request_id
         self._send = send
         self._credit = credit
         self._seq = 0
-        # An engine may emit one more piece in the step that used up the credit, and its last word behind that.
+        # An engine may emit one more piece in the step that used up the credit, and Finished follows behind it.
         self._waiting: deque[tuple[Message, bytes | None]] = deque()
 
     @property
@@ -63,12 +99,12 @@ class PeerSink:
         return not self._waiting
 
     def grant(self, chunks: int) -> None:
-        """The web worker can take `chunks` more."""
+        """Send what waited for this credit. Negative credit counts as none."""
         self._credit += max(0, chunks)
         self._flush()
 
     def started(self, model: str) -> None:
-        """Say that it holds a slot."""
+        """Send Started."""
         self._send(Started(id=self._id, model=model, sample_rate=SAMPLE_RATE), None)
 
     def audio(self, pcm: bytes) -> None:
@@ -78,12 +114,12 @@ class PeerSink:
         self._flush()
 
     def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        """Say so, behind the last piece."""
+        """Send Finished behind the last piece."""
         self._waiting.append((Finished(id=self._id, reason=reason, usage=usage, timings=timings), None))
         self._flush()
 
     def failed(self, error: JobError) -> None:
-        """Say so at once: what was not sent yet would only delay it."""
+        """Send Failed at once, and drop the pieces that still wait."""
         self._waiting.clear()
         self._send(failed_message(self._id, error), None)
 
@@ -99,35 +135,81 @@ class PeerSink:
 
 
 class CollectingSink:
-    """Speech for the worker's own use, whole: `on_done` gets it, or the error that prevented it."""
-
-    def __init__(self, on_done: Callable[[bytes | JobError], None]) -> None:
-        self._heard = bytearray()
-        self._on_done = on_done
+    """Collects speech for the worker's own use. `on_done` gets all of it, or the error, once."""
 
     stalled = False
+    drained = True
+
+    def __init__(self, on_done: Callable[[bytes | JobError], None]) -> None:
+        self._pcm = bytearray()
+        self._on_done = on_done
+
+    def grant(self, chunks: int) -> None:
+        """Credit does not matter here."""
 
     def started(self, model: str) -> None:
-        """Nobody needs to know."""
+        """The start does not matter here."""
 
     def audio(self, pcm: bytes) -> None:
         """Keep the next piece."""
-        self._heard += pcm
+        self._pcm += pcm
 
     def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:  # noqa: ARG002 -- the Sink's
-        """Hand over the whole; speech that had to be cut off is none."""
+        """Pass on the speech; if it was cut off, pass on an error."""
         if reason == "length":
             self.failed(JobError("synthesis_failed", "the model did not come to an end of what it said; try again"))
             return
-        self._on_done(bytes(self._heard))
+        self._on_done(bytes(self._pcm))
 
     def failed(self, error: JobError) -> None:
-        """Hand over the error."""
+        """Pass on the error."""
         self._on_done(error)
 
 
+class Playback:
+    """The clock of a player that starts with the first piece and keeps nothing back: the strictest there is.
+
+    `now` is the worker's monotonic seconds. `audio_s` is the audio delivered, `underrun_s` how long the player had run
+    out of it, `paused_s` how long the reader took nothing: the player stands still then, and that is no underrun.
+    """
+
+    def __init__(self) -> None:
+        self.audio_s = 0.0
+        self.underrun_s = 0.0
+        self.paused_s = 0.0
+        self._ends_at: float | None = None
+        self._paused_at: float | None = None
+
+    def add(self, seconds: float, now: float) -> None:
+        """Deliver the next piece."""
+        if self._paused_at is not None:
+            now = self._paused_at
+        if self._ends_at is None:
+            self._ends_at = now
+        elif now > self._ends_at:
+            self.underrun_s += now - self._ends_at
+            self._ends_at = now
+        self._ends_at += seconds
+        self.audio_s += seconds
+
+    def pause(self, now: float) -> None:
+        """The reader takes no more for now."""
+        if self._paused_at is None:
+            self._paused_at = now
+
+    def resume(self, now: float) -> None:
+        """The reader takes more again; no effect if it was not paused."""
+        if self._paused_at is None:
+            return
+        paused_s = now - self._paused_at
+        self._paused_at = None
+        self.paused_s += paused_s
+        if self._ends_at is not None:
+            self._ends_at += paused_s
+
+
 class Request:
-    """A request from its place in the queue to its last word; times are the worker's monotonic seconds."""
+    """A request from the queue to its last message. Times are the worker's monotonic seconds."""
 
     def __init__(
         self,
@@ -139,7 +221,7 @@ class Request:
         job: Job,
         sink: Sink,
         keep_alive_s: float | None,
-        arrived: float,
+        arrived_at: float,
     ) -> None:
         self.peer = peer
         self.id = request_id
@@ -148,46 +230,88 @@ class Request:
         self.job = job
         self.sink = sink
         self.keep_alive_s = keep_alive_s
-        self.arrived = arrived
-        self.model_ready = arrived
-        self.admitted: float | None = None
-        self.first_audio: float | None = None
+        self.arrived_at = arrived_at
+        self.model_ready_at = arrived_at
+        self.started_at: float | None = None
+        self.first_audio_at: float | None = None
         self.stalled_since: float | None = None
-        self.tried_again = False
+        self.retried = False
         self.playback = Playback()
+        self._state = RequestState.QUEUED
 
-    def hand_on(self, pcm: bytes, now: float) -> None:
-        """Give the next piece to whoever listens, and keep account of what a player makes of it."""
+    @property
+    def state(self) -> RequestState:
+        """The state; see RequestState for what it implies."""
+        return self._state
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the request could go on, or end, if its reader took more."""
+        return self._state is not RequestState.QUEUED and self.sink.stalled
+
+    def start(self, now: float) -> None:
+        """QUEUED -> RUNNING: the engine has taken the job."""
+        self._state = RequestState.RUNNING
+        self.started_at = now
+        self.sink.started(self.model)
+
+    def push(self, pcm: bytes, now: float) -> None:
+        """Pass the next piece to the sink, and advance the playback clock."""
+        if self.first_audio_at is None:
+            self.first_audio_at = now
         self.sink.audio(pcm)
         self.playback.add(len(pcm) / bytes_for(1.0), now)
         if self.sink.stalled:
-            self.playback.hold(now)
+            self.playback.pause(now)
+
+    def grant(self, chunks: int, now: float) -> None:
+        """The reader can take `chunks` more pieces. DRAINING -> DONE if these were the last."""
+        self.sink.grant(chunks)
+        self.stalled_since = None
+        if not self.sink.stalled:
+            self.playback.resume(now)
+        if self._state is RequestState.DRAINING and self.sink.drained:
+            self._state = RequestState.DONE
+
+    def end(self, outcome: Outcome, now: float) -> None:
+        """Pass the outcome to the sink. Any state -> DONE, or DRAINING if audio still waits for credit."""
+        match outcome:
+            case Done(reason=reason, usage=usage):
+                self.sink.finished(reason, usage, self.timings(now))
+            case JobError():
+                self.sink.failed(outcome)
+            case Cancelled():
+                self._state = RequestState.DONE
+                return
+            case _:
+                assert_never(outcome)
+        self._state = RequestState.DONE if self.sink.drained else RequestState.DRAINING
 
     def timings(self, now: float) -> Timings:
         """Where the time went, in seconds, up to `now`."""
-        admitted = self.admitted if self.admitted is not None else now
+        started_at = self.started_at if self.started_at is not None else now
         return Timings(
-            queue_s=admitted - self.arrived,
-            load_s=max(0.0, min(self.model_ready, admitted) - self.arrived),
-            first_audio_s=(self.first_audio if self.first_audio is not None else now) - self.arrived,
-            total_s=now - self.arrived,
+            queue_s=started_at - self.arrived_at,
+            load_s=max(0.0, min(self.model_ready_at, started_at) - self.arrived_at),
+            first_audio_s=(self.first_audio_at if self.first_audio_at is not None else now) - self.arrived_at,
+            total_s=now - self.arrived_at,
         )
 
-    def state(self, now: float) -> StreamState:
-        """What dashboards are told of it."""
-        stalled = self.sink.stalled
+    def to_struct(self, now: float) -> StreamState:
+        """The part of the request that dashboards show."""
+        queued = self._state is RequestState.QUEUED
         return StreamState(
             id=self.id,
             model=self.model,
             client=self.client[:CLIENT_CHARS],
-            state="waiting" if self.admitted is None else "stalled" if stalled else "speaking",
-            age_s=round(now - self.arrived, 3),
+            state="waiting" if queued else "stalled" if self.stalled else "speaking",
+            age_s=round(now - self.arrived_at, 3),
             audio_s=round(self.playback.audio_s, 3),
         )
 
 
 def failed_message(message_id: str, error: JobError) -> Failed:
-    """A JobError as the web worker is told of it."""
+    """`error` as a message to the web worker."""
     return Failed(
         id=message_id,
         code=error.code,

@@ -1,112 +1,87 @@
-"""The queue of requests that wait for a slot: bounded, fair between clients, first come first served within one.
+"""The queue of requests that wait for a slot: bounded, fair between clients, first come first served within a client.
 
-It decides who is next and nothing else; it knows neither sockets nor tensors nor what a request is made of.
+It decides which request is next and nothing else. It knows neither sockets nor tensors, neither engines nor models.
 """
 
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final
+
+from gpu_worker.requests import Request
 
 _SMOOTHING: Final = 0.2
-"""Weight of the newest request in the running mean of how long one holds its slot."""
-
-
-class Waiting(Protocol):
-    """What the queue has to know of a request."""
-
-    @property
-    def client(self) -> str:
-        """Who asked; requests of one client queue behind each other."""
-        ...
-
-    @property
-    def model(self) -> str:
-        """The id of the model it needs."""
-        ...
-
-
-T = TypeVar("T", bound=Waiting)
+"""Weight of the newest request in the running mean of slot times."""
 
 
 class QueueFullError(Exception):
-    """The queue holds as many requests as it may.
+    """The queue is full; `wait_s` estimates in how many seconds a place will be free."""
 
-    `position` is the place the request would have had (from 1), `wait_s` an estimate of its wait in seconds.
-    """
-
-    def __init__(self, position: int, wait_s: float) -> None:
-        waiting = position - 1
+    def __init__(self, waiting: int, wait_s: float) -> None:
         before = "1 request is" if waiting == 1 else f"{waiting} requests are"
         super().__init__(f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s")
-        self.position = position
         self.wait_s = wait_s
 
 
-class Scheduler(Generic[T]):
-    """Requests waiting for a slot; clients take turns, so one with a hundred requests delays no other by a hundred."""
+class Scheduler:
+    """Requests waiting for a slot. Clients take turns: one with a hundred requests delays another by one of them."""
 
     def __init__(self, max_queue: int) -> None:
         self._max_queue = max_queue
-        self._lines: OrderedDict[str, deque[T]] = OrderedDict()
+        self._queues: OrderedDict[str, deque[Request]] = OrderedDict()  # by client, the one whose turn it is first
         self._mean_s = 1.0
 
     def __len__(self) -> int:
-        return sum(len(line) for line in self._lines.values())
+        return sum(len(queue) for queue in self._queues.values())
 
-    def __iter__(self) -> Iterator[T]:
-        for line in self._lines.values():
-            yield from line
+    def __iter__(self) -> Iterator[Request]:
+        for queue in self._queues.values():
+            yield from queue
 
-    def submit(self, request: T, slots: int) -> None:
-        """Let `request` wait; QueueFullError where there is no place. `slots` is for the estimate in that error."""
+    def submit(self, request: Request, slots: int) -> None:
+        """Queue `request`; QueueFullError if there is no place. `slots` is for the estimate in that error."""
         waiting = len(self)
         if waiting >= self._max_queue:
-            raise QueueFullError(waiting + 1, self.estimate_s(waiting, slots))
-        self._lines.setdefault(request.client, deque()).append(request)
+            raise QueueFullError(waiting, self.estimated_wait_s(waiting, slots))
+        self._queues.setdefault(request.client, deque()).append(request)
 
-    def put_back(self, request: T) -> None:
-        """Let a request that `next` took out wait again, where it was: it is the next to be tried."""
-        self._lines.setdefault(request.client, deque()).appendleft(request)
-        self._lines.move_to_end(request.client, last=False)
+    def put_back(self, request: Request) -> None:
+        """Queue a request that `next` took out in front of all others."""
+        self._queues.setdefault(request.client, deque()).appendleft(request)
+        self._queues.move_to_end(request.client, last=False)
 
-    def next(self, admissible: Callable[[str], bool]) -> T | None:
-        """Take out the request that is to start now, or None.
+    def next(self, admissible: Callable[[str], bool]) -> Request | None:
+        """Take out the request to start now, or None. `admissible(model)`: whether the model has a free slot.
 
-        `admissible` says of a model whether it could start one. The client whose turn it is goes to the back of the
-        turns; a request whose model cannot start now holds up no request for another model.
+        The client of that request goes to the end of the turns.
+        A request for a model without a free slot holds up no request for another model.
         """
         refused: set[str] = set()
-        for client, line in self._lines.items():
-            for request in line:
+        for client, queue in self._queues.items():
+            for request in queue:
                 if request.model in refused:
                     continue
                 if not admissible(request.model):
                     refused.add(request.model)
                     continue
-                self._take(client, request)
-                if client in self._lines:
-                    self._lines.move_to_end(client)
+                self.remove(request)
+                if client in self._queues:
+                    self._queues.move_to_end(client)
                 return request
         return None
 
-    def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
-        """Take out every request that `unwanted` says yes to, in no particular order of clients."""
-        removed = [request for request in self if unwanted(request)]
-        for request in removed:
-            self._take(request.client, request)
-        return removed
+    def remove(self, request: Request) -> None:
+        """Take out `request`; no effect if it is not queued."""
+        queue = self._queues.get(request.client, deque())
+        if request in queue:
+            queue.remove(request)
+            if not queue:
+                del self._queues[request.client]
 
-    def finished(self, held_s: float) -> None:
-        """A request left its slot after `held_s` seconds: what the next estimate is made of."""
-        self._mean_s += _SMOOTHING * (held_s - self._mean_s)
+    def record_slot_time(self, seconds: float) -> None:
+        """A request held its slot for so long: the base of the next estimate."""
+        self._mean_s += _SMOOTHING * (seconds - self._mean_s)
 
-    def estimate_s(self, ahead: int, slots: int) -> float:
-        """Roughly how many seconds a request with `ahead` others before it waits."""
+    def estimated_wait_s(self, ahead: int, slots: int) -> float:
+        """Roughly how many seconds a request waits behind `ahead` others."""
         return max(1.0, self._mean_s * (ahead + 1) / max(1, slots))
-
-    def _take(self, client: str, request: T) -> None:
-        line = self._lines[client]
-        line.remove(request)
-        if not line:
-            del self._lines[client]

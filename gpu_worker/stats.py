@@ -1,14 +1,16 @@
-"""The figures of the process: counters, and the snapshot that dashboards read. Owned by the synthesis thread."""
+"""Counters and histograms of the process, and the snapshot that dashboards read. Owned by the synthesis thread."""
 
 import os
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Any, Final, assert_never
 
 import msgspec
 
-from gpu_worker.requests import Request
+from gpu_worker.engines.base import Done, JobError
+from gpu_worker.requests import Cancelled, Outcome, Request, RequestState
 from gpu_worker.residency import MemoryProbe, TransitionDone, TransitionFailed
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
@@ -26,19 +28,18 @@ from shared.protocol import (
     Snapshot,
 )
 
-READING_S: Final = 0.2
-"""A reading of the device's and the host's memory serves for so long: every look at /admin/vram asks for one."""
+MEMORY_READING_S: Final = 0.2
+"""How long one reading of the device's and the host's memory is used: every GET /admin/vram needs one."""
 
-MOST_STREAMS: Final = 50
-"""Streams that a snapshot lists: some hundred bytes each, in every answer to a ping."""
-
-Outcome = Literal["started", "finished", "failed", "cancelled", "rejected"]
+MAX_STREAMS: Final = 50
+"""Streams in a snapshot: some hundred bytes each, in every answer to a ping."""
 
 
 class Stats:
-    """Counts what happens and puts snapshots together.
+    """Counts requests and transitions, and builds snapshots.
 
-    `settings` are the worker's in force, under their public names; `restarts` is what its supervisor told it.
+    `settings` are the worker's settings in force, under their public names.
+    `restarts` is how many workers the supervisor started before this one.
     """
 
     def __init__(
@@ -60,40 +61,49 @@ class Stats:
         self._shared_bytes = shared_bytes
         self._clock = clock
         self._started_at = clock()
-        self._counts: dict[Outcome, int] = dict.fromkeys(("started", "finished", "failed", "cancelled", "rejected"), 0)
+        self._counts: Counter[str] = Counter()
         self._figures: dict[str, _Figures] = {}
         self._memory: tuple[DeviceMemory, HostMemory] | None = None
         self._memory_read_at = 0.0
 
-    def count(self, outcome: Outcome) -> None:
-        """One more request went this way."""
-        self._counts[outcome] += 1
+    def request_started(self) -> None:
+        """Count a request that has got a slot."""
+        self._counts["started"] += 1
 
-    def began(self, request: Request) -> None:
-        """The request's first piece is there, now."""
-        self._of(request.model).first_audio_s.add(self._clock() - request.arrived)
+    def request_rejected(self) -> None:
+        """Count a request that was not even queued."""
+        self._counts["rejected"] += 1
 
-    def spoken(self, request: Request) -> None:
-        """The request has been said in full, now."""
-        figures, playback = self._of(request.model), request.playback
-        figures.underrun_s.add(playback.dry_s)
-        if playback.audio_s and request.admitted is not None:
-            took_s = self._clock() - request.admitted - playback.held_s
-            figures.real_time_factor.add(took_s / playback.audio_s)
+    def first_audio(self, request: Request) -> None:
+        """Record the time to first audio: the request's first piece is there now."""
+        self._figures_of(request.model).first_audio_s.add(self._clock() - request.arrived_at)
 
-    def moved(self, report: TransitionDone | TransitionFailed) -> None:
-        """A model was moved, or could not be."""
-        figures, kind = self._of(report.transition.model), report.transition.kind
+    def request_finished(self, request: Request, outcome: Outcome) -> None:
+        """Count a request that now leaves its slot or the queue; speech said in full also counts in the histograms."""
+        match outcome:
+            case Done():
+                self._counts["finished"] += 1
+                self._record_speech(request)
+            case JobError():
+                self._counts["failed"] += 1
+            case Cancelled():
+                self._counts["cancelled"] += 1
+            case _:
+                assert_never(outcome)
+
+    def transition_ended(self, report: TransitionDone | TransitionFailed) -> None:
+        """Count a model transition, or its failure."""
+        figures, kind = self._figures_of(report.transition.model), report.transition.kind
         if isinstance(report, TransitionDone):
             figures.moves_s.setdefault(kind, _Distribution(MOVE_BOUNDS_S)).add(report.seconds)
             return
         figures.failed_moves[kind] = figures.failed_moves.get(kind, 0) + 1
         if report.error.code == "insufficient_vram":
-            self.ran_out_of_memory(report.transition.model)
+            self.out_of_memory(report.transition.model)
 
-    def ran_out_of_memory(self, model: str) -> None:
-        """The device had no more memory for the model."""
-        self._of(model).out_of_memory += 1
+    def out_of_memory(self, model: str) -> None:
+        """Count that the device ran out of memory for the model."""
+        self._figures_of(model).out_of_memory += 1
 
     def snapshot(
         self,
@@ -109,15 +119,15 @@ class Stats:
         requests: Iterable[Request],
         preloading: Sequence[str] = (),
     ) -> Snapshot:
-        """Everything at this moment; of `requests`, all that are open, those with a slot come first.
+        """The state of the worker now. `requests` are all open ones; those with a slot are listed first.
 
         `offloaded_bytes`: host RAM that models hold.
         """
         now = self._clock()
-        if self._memory is None or now - self._memory_read_at >= READING_S:
+        if self._memory is None or now - self._memory_read_at >= MEMORY_READING_S:
             self._memory, self._memory_read_at = (self._probe.device(), self._probe.host()), now
         device, host = self._memory
-        streams = sorted(requests, key=lambda request: request.admitted is None)
+        streams = sorted(requests, key=lambda request: request.state is RequestState.QUEUED)
         return Snapshot(
             pid=os.getpid(),
             boot_id=self.boot_id,
@@ -136,16 +146,23 @@ class Stats:
             cleanup=cleanup,
             preloading=list(preloading),
             restarts=self._restarts,
-            figures={model: figures.told() for model, figures in self._figures.items()},
-            streams=[request.state(now) for request in islice(streams, MOST_STREAMS)],
+            figures={model: figures.to_struct() for model, figures in self._figures.items()},
+            streams=[request.to_struct(now) for request in islice(streams, MAX_STREAMS)],
         )
 
-    def _of(self, model: str) -> "_Figures":
+    def _record_speech(self, request: Request) -> None:
+        figures, playback = self._figures_of(request.model), request.playback
+        figures.underrun_s.add(playback.underrun_s)
+        if playback.audio_s and request.started_at is not None:
+            synthesis_s = self._clock() - request.started_at - playback.paused_s
+            figures.real_time_factor.add(synthesis_s / playback.audio_s)
+
+    def _figures_of(self, model: str) -> "_Figures":
         return self._figures.setdefault(model, _Figures())
 
 
 class _Distribution:
-    """A Histogram that is still counted."""
+    """The mutable form of a Histogram."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -157,12 +174,12 @@ class _Distribution:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def told(self) -> Histogram:
+    def to_struct(self) -> Histogram:
         return Histogram(counts=list(self._counts), sum=self._sum)
 
 
 class _Figures:
-    """ModelFigures that are still counted."""
+    """The mutable form of ModelFigures."""
 
     def __init__(self) -> None:
         self.first_audio_s = _Distribution(FIRST_AUDIO_BOUNDS_S)
@@ -172,12 +189,12 @@ class _Figures:
         self.failed_moves: dict[str, int] = {}
         self.out_of_memory = 0
 
-    def told(self) -> ModelFigures:
+    def to_struct(self) -> ModelFigures:
         return ModelFigures(
-            first_audio_s=self.first_audio_s.told(),
-            real_time_factor=self.real_time_factor.told(),
-            underrun_s=self.underrun_s.told(),
-            moves_s={kind: seconds.told() for kind, seconds in self.moves_s.items()},
+            first_audio_s=self.first_audio_s.to_struct(),
+            real_time_factor=self.real_time_factor.to_struct(),
+            underrun_s=self.underrun_s.to_struct(),
+            moves_s={kind: seconds.to_struct() for kind, seconds in self.moves_s.items()},
             failed_moves=dict(self.failed_moves),
             out_of_memory=self.out_of_memory,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from tests.gpu_worker.fake_engines import WorkerBench
+from tests.gpu_worker.worker_bench import WorkerBench
 
 
 @pytest.fixture

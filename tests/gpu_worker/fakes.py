@@ -1,21 +1,22 @@
-"""Stand-ins for what moves and measures models: a clock, a device that keeps count, an engine that only holds bytes."""
+"""Stand-ins for the parts of the worker: a clock, a device that counts bytes, files of models and of voices."""
 
 import threading
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from gpu_worker.engines.base import Memory
+from gpu_worker.engines.base import Job, Memory
+from gpu_worker.requests import CollectingSink, Request, Sink
 from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory
 
 WALL = 1_700_000_000.0
-"""What the wall clock shows when a FakeClock shows 0."""
+"""Unix seconds at which a FakeClock shows 0."""
 
 
 def a_spec(model: str, estimated_bytes: int = 100) -> ModelSpec:
-    """A model that takes `estimated_bytes`, as far as the catalogue knows."""
+    """A model of the catalogue with that estimate of its size."""
     return ModelSpec(
         id=model,
         name=model,
@@ -28,14 +29,30 @@ def a_spec(model: str, estimated_bytes: int = 100) -> ModelSpec:
     )
 
 
+def a_request(
+    request_id: str = "r", *, client: str = "alice", model: str = "m", sink: Sink | None = None, arrived_at: float = 0.0
+) -> Request:
+    """A queued request."""
+    return Request(
+        peer=b"web",
+        request_id=request_id,
+        client=client,
+        model=model,
+        job=Job(id=request_id, task="Base", text="a secret"),
+        sink=sink or CollectingSink(lambda _result: None),
+        keep_alive_s=None,
+        arrived_at=arrived_at,
+    )
+
+
 class FakeClock:
-    """Seconds that pass when they are told to."""
+    """Seconds that pass when a test says so."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
 
     def __call__(self) -> float:
-        """Now."""
+        """The time."""
         return self.now
 
     def advance(self, seconds: float) -> None:
@@ -44,9 +61,9 @@ class FakeClock:
 
 
 class FakeDevice:
-    """A device and a host that hold what is put there, and say so: the truth that decisions are compared with.
+    """A device and a host that count the bytes that models put there. It is the MemoryProbe, too.
 
-    It is the MemoryProbe too. On a CPU the two memories are one.
+    On a CPU the two memories are one.
     """
 
     def __init__(
@@ -70,7 +87,7 @@ class FakeDevice:
         self.reclaimed = 0
 
     def device(self) -> DeviceMemory:
-        """What is on the device."""
+        """The device's memory."""
         ours = sum(self.on_device.values()) + (sum(self.on_host.values()) if self.kind == "cpu" else 0)
         used = ours + self.others_bytes
         return DeviceMemory(
@@ -85,7 +102,7 @@ class FakeDevice:
         )
 
     def host(self) -> HostMemory:
-        """What is in host RAM."""
+        """The host's memory."""
         ours = sum(self.on_host.values())
         return HostMemory(
             total_bytes=self.host_total_bytes,
@@ -155,51 +172,51 @@ class FakeFiles:
 
 
 class SlowVoiceFiles(VoiceFiles):
-    """Voices on the real disk, which takes its time: `gate`, cleared, holds up whoever writes.
+    """Voices on the real disk. While `gate` is cleared, writes wait.
 
-    `troubles` are raised by the next writes, one after the other. It notes the threads that wrote.
+    The next writes raise the `errors`, one each. `threads` are the names of the threads that wrote.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.gate = threading.Event()
         self.gate.set()
-        self.troubles: list[Exception] = []
+        self.errors: list[Exception] = []
         self.threads: set[str] = set()
 
     def save(self, record: VoiceRecord, pcm: bytes) -> None:
-        """Write, in time."""
+        """Wait, then write."""
         self._wait()
         super().save(record, pcm)
 
     def delete(self, record: VoiceRecord) -> None:
-        """Take away, in time."""
+        """Wait, then delete."""
         self._wait()
         super().delete(record)
 
     def _wait(self) -> None:
         self.threads.add(threading.current_thread().name)
         assert self.gate.wait(10)
-        if self.troubles:
-            raise self.troubles.pop(0)
+        if self.errors:
+            raise self.errors.pop(0)
 
 
 Report = TypeVar("Report")
 
 
 class Reports(Generic[Report]):
-    """Where a thread's reports go; `wait` gives the next."""
+    """Collects the reports of a thread; `wait` returns the next."""
 
     def __init__(self) -> None:
         self._arrived = threading.Semaphore(0)
         self._reports: list[Report] = []
 
     def __call__(self, report: Report) -> None:
-        """Take the next report."""
+        """Add a report."""
         self._reports.append(report)
         self._arrived.release()
 
     def wait(self, timeout_s: float = 10.0) -> Report:
-        """The oldest report not yet taken; AssertionError where none comes in time."""
+        """Take the oldest report; AssertionError if none comes in time."""
         assert self._arrived.acquire(timeout=timeout_s), "no report came"
         return self._reports.pop(0)

@@ -1,6 +1,5 @@
 """Calls, through the loop that answers them: models by hand, cleanup passes, saved voices."""
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -24,20 +23,16 @@ from shared.protocol import (
     Reply,
     UnloadModel,
 )
-from tests.gpu_worker.fake_engines import VOICE, WEB, WorkerBench, pcm_of
 from tests.gpu_worker.fakes import WALL, FakeDevice, a_spec
-
-OTHER = b"web-2"
-
-MakeBench = Callable[..., WorkerBench]
+from tests.gpu_worker.worker_bench import OTHER, VOICE, WEB, MakeBench, WorkerBench, pcm_of
 
 
 def _done(bench: WorkerBench, action: Action, payload: bytes | None = None, call_id: str = "c") -> Any:
     """The one answer to a call, once everything has come to rest."""
-    before = len(bench.heard(call_id))
+    before = len(bench.messages(call_id))
     bench.call(call_id, action, payload)
     bench.settle()
-    (answer,) = bench.heard(call_id)[before:]
+    (answer,) = bench.messages(call_id)[before:]
     return answer
 
 
@@ -46,13 +41,13 @@ class TestLoad:
 
     def test_answered_when_it_is_there(self, bench: WorkerBench) -> None:
         """The answer comes with the model, not before; asked again, at once."""
-        bench.gate.clear()
+        bench.load_gate.clear()
         bench.call("c", LoadModel(model="m"))
         bench.turn(3)
-        assert bench.heard("c") == []
-        bench.gate.set()
+        assert bench.messages("c") == []
+        bench.load_gate.set()
         bench.settle()
-        (reply,) = bench.heard("c")
+        (reply,) = bench.messages("c")
         assert (reply.model.id, reply.model.state, reply.model.bytes) == ("m", "resident", {"weights": 100})
         assert _done(bench, LoadModel(model="m"), call_id="d").model.state == "resident"
         assert len(bench.opened) == 1
@@ -66,20 +61,20 @@ class TestLoad:
 
     def test_given_up(self, bench: WorkerBench) -> None:
         """A call that nobody waits for is not answered; the model comes all the same, and others are told."""
-        bench.gate.clear()
+        bench.load_gate.clear()
         for call_id in ("c", "d"):
             bench.call(call_id, LoadModel(model="m"))
         bench.turn(2)
         bench.cancel("c", peer=b"web-2")
         bench.cancel("d")
-        bench.gate.set()
+        bench.load_gate.set()
         bench.settle()
-        assert (bench.kinds("c"), bench.heard("d")) == (["Reply"], [])
+        assert (bench.kinds("c"), bench.messages("d")) == (["Reply"], [])
         assert bench.states() == {"m": "resident"}
 
     def test_fails(self, bench: WorkerBench) -> None:
         """A load that fails says why; the next call tries again."""
-        bench.open_troubles["m"] = [JobError("model_unavailable", "a shard is damaged")]
+        bench.open_errors["m"] = [JobError("model_unavailable", "a shard is damaged")]
         failed = _done(bench, LoadModel(model="m"))
         assert (failed.code, failed.message) == ("model_unavailable", "a shard is damaged")
         assert _done(bench, LoadModel(model="m"), call_id="d").model.state == "resident"
@@ -101,16 +96,16 @@ class TestLoad:
 
     def test_overtaken_by_an_unload(self, bench: WorkerBench) -> None:
         """Of a load and an unload that meet, the later counts, and the earlier is told."""
-        bench.gate.clear()
+        bench.load_gate.clear()
         bench.call("c", LoadModel(model="m"))
         bench.turn(2)
         bench.call("d", UnloadModel(model="m"))
         bench.turn()
-        assert [message.code for message in bench.heard("c")] == ["model_busy"]
-        assert bench.heard("d") == []
-        bench.gate.set()
+        assert [message.code for message in bench.messages("c")] == ["model_busy"]
+        assert bench.messages("d") == []
+        bench.load_gate.set()
         bench.settle()
-        assert [message.model.state for message in bench.heard("d")] == ["absent"]
+        assert [message.model.state for message in bench.messages("d")] == ["absent"]
         assert bench.states() == {"m": "absent"}
 
 
@@ -147,7 +142,7 @@ class TestUnload:
         bench.call("d", UnloadModel(model="m"))
         bench.speak("r", "a b")
         bench.settle()
-        assert [message.code for message in bench.heard("d")] == ["model_busy"]
+        assert [message.code for message in bench.messages("d")] == ["model_busy"]
         assert bench.words("r") == "a b"
         assert len(bench.opened) == 1
 
@@ -158,18 +153,18 @@ class TestUnload:
         bench.speak("r", "a b")
         bench.cancel("r")
         bench.settle()
-        assert [message.code for message in bench.heard("d")] == ["model_busy"]
+        assert [message.code for message in bench.messages("d")] == ["model_busy"]
 
     def test_request_during_the_drop(self, bench: WorkerBench) -> None:
         """A request that comes too late to prevent it waits for the model to come back; the call is answered."""
         _done(bench, LoadModel(model="m"))
         bench.call("d", UnloadModel(model="m"))
-        bench.gate.clear()
+        bench.load_gate.clear()
         bench.turn()
         bench.speak("r", "a b")
-        bench.gate.set()
+        bench.load_gate.set()
         bench.settle()
-        assert [message.model.state for message in bench.heard("d")] == ["absent"]
+        assert [message.model.state for message in bench.messages("d")] == ["absent"]
         assert bench.words("r") == "a b"
         assert len(bench.opened) == 2
 
@@ -179,8 +174,8 @@ class TestUnload:
         bench.call("d", UnloadModel(model="m"))
         bench.call("e", LoadModel(model="m"))
         bench.settle()
-        assert [message.code for message in bench.heard("d")] == ["model_busy"]
-        assert [message.model.state for message in bench.heard("e")] == ["resident"]
+        assert [message.code for message in bench.messages("d")] == ["model_busy"]
+        assert [message.model.state for message in bench.messages("e")] == ["resident"]
 
     def test_unknown(self, bench: WorkerBench) -> None:
         """A model that there is not."""
@@ -202,11 +197,11 @@ class TestPinAndCleanup:
         bench.call("c", Cleanup())
         bench.call("d", Cleanup())
         bench.settle()
-        (reply,) = bench.heard("c")
+        (reply,) = bench.messages("c")
         assert (reply.cleanup.models_checked, reply.cleanup.models_unloaded) == (["m", "n"], ["m"])
         assert (reply.cleanup.vram_before_bytes, reply.cleanup.vram_after_bytes) == (150, 50)
         assert reply.cleanup.timestamp == WALL + bench.clock.now
-        assert bench.heard("d") == [msgspec.structs.replace(reply, id="d")]
+        assert bench.messages("d") == [msgspec.structs.replace(reply, id="d")]
         assert bench.snapshot().cleanup == reply.cleanup
 
     def test_unpin(self, make_bench: MakeBench) -> None:
@@ -253,57 +248,57 @@ class TestSlowDisk:
 
     def test_nobody_waits(self, bench: WorkerBench) -> None:
         """Streams speak while a voice is saved and while it is deleted; the calls are answered when it is done."""
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("c", CloneVoice(name="Ada"), VOICE)
         bench.speak("r", "a b c")
         bench.settle()
-        assert (bench.words("r"), bench.heard("c"), bench.snapshot().voices) == ("a b c", [], [])
-        bench.disk.gate.set()
+        assert (bench.words("r"), bench.messages("c"), bench.snapshot().voices) == ("a b c", [], [])
+        bench.voice_files.gate.set()
         bench.settle()
-        (reply,) = bench.heard("c")
+        (reply,) = bench.messages("c")
         assert bench.snapshot().voices == [reply.voice]
 
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("d", DeleteVoice(id=reply.voice.id))
         bench.speak("s", "x y z", voice=reply.voice.id, saved_voice=True)
         bench.settle()
-        assert (bench.words("s"), bench.heard("d")) == ("x y z", [])
-        bench.disk.gate.set()
+        assert (bench.words("s"), bench.messages("d")) == ("x y z", [])
+        bench.voice_files.gate.set()
         bench.settle()
-        assert bench.heard("d") == [Reply(id="d", voice=reply.voice)]
-        assert bench.disk.threads == {"voices"}
+        assert bench.messages("d") == [Reply(id="d", voice=reply.voice)]
+        assert bench.voice_files.threads == {"voices"}
 
     def test_gone_with_the_answer(self, bench: WorkerBench) -> None:
         """A request that comes behind the answer to a deletion does not find the voice, even in the same turn."""
         voice = bench.save_voice("Ada")
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("d", DeleteVoice(id=voice.id))
         bench.turn()
-        bench.disk.gate.set()
-        bench.writer.close(10)  # the report is in the inbox
+        bench.voice_files.gate.set()
+        bench.voice_writer.close(10)  # the report is in the inbox
         bench.speak("r", "a", voice=voice.id, saved_voice=True)
         bench.turn()
-        assert (bench.kinds("d"), bench.answer("r").code) == (["Reply"], "voice_not_found")
+        assert (bench.kinds("d"), bench.last_message("r").code) == (["Reply"], "voice_not_found")
 
     def test_two_of_one_name(self, bench: WorkerBench) -> None:
         """Of two who save one name at once the first gets it, and the second hears at once that it is taken."""
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("c", CloneVoice(name="Ada"), VOICE)
         bench.call("d", CloneVoice(name="ada"), VOICE)
         bench.turn()
-        assert (bench.heard("c"), bench.answer("d").param) == ([], "name")
-        bench.disk.gate.set()
+        assert (bench.messages("c"), bench.last_message("d").param) == ([], "name")
+        bench.voice_files.gate.set()
         bench.settle()
         assert (bench.kinds("c"), bench.kinds("d"), len(bench.voices.list())) == (["Reply"], ["Failed"], 1)
 
     def test_one_too_many(self, make_bench: MakeBench) -> None:
         """No more voices are kept than may be, however many are saved at once."""
         bench = make_bench(max_voices=2)
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         for name in ("Ada", "Bob", "Cy"):
             bench.call(name, CloneVoice(name=name), VOICE)
         bench.turn()
-        bench.disk.gate.set()
+        bench.voice_files.gate.set()
         bench.settle()
         assert [bench.kinds(name) for name in ("Ada", "Bob", "Cy")] == [["Reply"], ["Reply"], ["Failed"]]
         assert len(bench.voices.list()) == 2
@@ -314,11 +309,11 @@ class TestSlowDisk:
         for call_id in ("c", "d"):
             bench.call(call_id, DeleteVoice(id=voice.id))
         bench.settle()
-        assert (bench.kinds("c"), [message.code for message in bench.heard("d")]) == (["Reply"], ["voice_not_found"])
+        assert (bench.kinds("c"), [message.code for message in bench.messages("d")]) == (["Reply"], ["voice_not_found"])
 
     def test_fails(self, bench: WorkerBench) -> None:
         """A disk that does not take a voice, or keep it from going, is told of, and nothing has changed."""
-        bench.disk.troubles = [OSError(28, "No space left on device")]
+        bench.voice_files.errors = [OSError(28, "No space left on device")]
         failed = _done(bench, CloneVoice(name="Ada"), VOICE)
         assert (failed.code, failed.message) == (
             "synthesis_failed",
@@ -326,14 +321,14 @@ class TestSlowDisk:
         )
         assert bench.snapshot().voices == []
         voice = _done(bench, CloneVoice(name="Ada"), VOICE, call_id="d").voice
-        bench.disk.troubles = [OSError(30, "Read-only file system")]
+        bench.voice_files.errors = [OSError(30, "Read-only file system")]
         failed = _done(bench, DeleteVoice(id=voice.id), call_id="e")
         assert failed.message == "the voice could not be deleted: Read-only file system"
         assert bench.snapshot().voices == [voice]
 
     def test_given_up(self, bench: WorkerBench) -> None:
         """What was begun is completed; whoever has gone, or does not wait any more, is told nothing, and others are."""
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("c", CloneVoice(name="Ada"), VOICE)
         bench.call("c", CloneVoice(name="Bob"), VOICE, peer=OTHER)
         bench.call("d", CloneVoice(name="Cy"), VOICE)
@@ -341,29 +336,29 @@ class TestSlowDisk:
         bench.cancel("c")
         bench.inbox.put(PeerGone(OTHER))
         bench.turn()
-        bench.disk.gate.set()
+        bench.voice_files.gate.set()
         bench.settle()
-        assert (bench.heard("c"), bench.heard("c", OTHER), bench.kinds("d")) == ([], [], ["Reply"])
+        assert (bench.messages("c"), bench.messages("c", OTHER), bench.kinds("d")) == ([], [], ["Reply"])
         assert [voice.name for voice in bench.snapshot().voices] == ["Ada", "Bob", "Cy"]
 
     def test_drain(self, bench: WorkerBench) -> None:
         """The end waits for what is being written, and its caller hears how it went; nobody's leaving shortens that."""
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("c", CloneVoice(name="Ada"), VOICE)
         bench.call("d", CloneVoice(name="Bob"), VOICE)
         bench.inbox.put(Drain(30))
         bench.turn(3)
         bench.cancel("d")
         bench.turn(3)
-        bench.disk.gate.set()
+        bench.voice_files.gate.set()
         bench.worker.run()
-        assert (bench.kinds("c"), bench.heard("d")) == (["Reply"], [])
+        assert (bench.kinds("c"), bench.messages("d")) == (["Reply"], [])
         assert [voice.name for voice in bench.voices.list()] == ["Ada", "Bob"]
 
     def test_drain_ends(self, bench: WorkerBench) -> None:
         """But not for ever: who still waits then hears that nobody knows how it ends."""
         voice = bench.save_voice("Bob")
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("c", CloneVoice(name="Ada"), VOICE)
         bench.call("d", DeleteVoice(id=voice.id))
         bench.inbox.put(Drain(30))
@@ -371,7 +366,7 @@ class TestSlowDisk:
         bench.clock.advance(31)
         bench.worker.run()
         for call_id, done in (("c", "saved"), ("d", "deleted")):
-            (failed,) = bench.heard(call_id)
+            (failed,) = bench.messages(call_id)
             assert failed.code == "shutting_down"
             assert failed.message.endswith(f"the voice may be {done} all the same")
 
@@ -388,7 +383,7 @@ class TestDesign:
         """The model is asked for one text in the voice described; its recording and the text are the voice."""
         bench.call("c", DesignVoice(name="Ada", prompt="an old sailor"))
         bench.settle()
-        (reply,) = bench.heard("c")
+        (reply,) = bench.messages("c")
         assert (reply.voice.name, reply.voice.kind) == ("Ada", "design")
         assert (reply.voice.in_context, reply.voice.description) == (True, "an old sailor")
         (job,) = bench.engines["designer"].admitted
@@ -406,7 +401,7 @@ class TestDesign:
 
     def test_fails(self, bench: WorkerBench) -> None:
         """Where the model fails, nothing is kept, and the call is told why."""
-        bench.open_troubles["designer"] = [JobError("model_unavailable", "a shard is damaged")]
+        bench.open_errors["designer"] = [JobError("model_unavailable", "a shard is damaged")]
         assert _done(bench, DesignVoice(name="Ada", prompt="p")) == Failed(
             id="c", code="model_unavailable", message="a shard is damaged", param="model", retry_after_s=5.0
         )
@@ -415,17 +410,17 @@ class TestDesign:
     @pytest.mark.parametrize("speaking", [False, True])
     def test_given_up(self, bench: WorkerBench, *, speaking: bool) -> None:
         """Nobody waits any more: no model speaks for it, queued or begun, nothing is kept and nothing answered."""
-        bench.gate.clear()
+        bench.load_gate.clear()
         bench.call("c", DesignVoice(name="Ada", prompt="p"))
         bench.turn(2)
         if speaking:
-            bench.gate.set()
+            bench.load_gate.set()
             while not bench.engines or not bench.engines["designer"].admitted:
                 bench.turn()
         bench.cancel("c")
-        bench.gate.set()
+        bench.load_gate.set()
         bench.settle()
-        assert bench.heard("c") == []
+        assert bench.messages("c") == []
         assert len(bench.voices.list()) == 0
         assert bench.references() == {"designer": 0}
         assert bench.snapshot().requests.cancelled == 1
@@ -433,20 +428,20 @@ class TestDesign:
 
     def test_given_up_while_it_is_written(self, bench: WorkerBench) -> None:
         """Once the model has spoken its speech is kept, and the model let go, whatever the disk and the caller do."""
-        bench.disk.gate.clear()
+        bench.voice_files.gate.clear()
         bench.call("c", DesignVoice(name="Ada", prompt="p"))
         bench.settle()
-        assert (bench.heard("c"), bench.references(), bench.voices.writing) == ([], {"designer": 0}, True)
+        assert (bench.messages("c"), bench.references(), bench.voices.writing) == ([], {"designer": 0}, True)
         bench.cancel("c")
         bench.turn()
-        bench.disk.gate.set()
+        bench.voice_files.gate.set()
         bench.settle()
-        assert bench.heard("c") == []
+        assert bench.messages("c") == []
         assert [voice.kind for voice in bench.voices.list()] == ["design"]
 
     def test_disk_that_is_full(self, bench: WorkerBench) -> None:
         """What the disk does not take is not kept, and the call is told why."""
-        bench.disk.troubles = [OSError(28, "No space left on device")]
+        bench.voice_files.errors = [OSError(28, "No space left on device")]
         failed = _done(bench, DesignVoice(name="Ada", prompt="p"))
         assert (failed.code, failed.message) == (
             "synthesis_failed",
@@ -456,13 +451,13 @@ class TestDesign:
 
     def test_of_a_web_worker_that_is_gone(self, bench: WorkerBench) -> None:
         """A web worker that dies takes its calls with it."""
-        bench.gate.clear()
+        bench.load_gate.clear()
         bench.call("c", DesignVoice(name="Ada", prompt="p"))
         bench.turn(2)
         bench.inbox.put(PeerGone(WEB))
-        bench.gate.set()
+        bench.load_gate.set()
         bench.settle()
-        assert bench.heard("c") == []
+        assert bench.messages("c") == []
         assert len(bench.voices.list()) == 0
 
     def test_name_taken_first(self, bench: WorkerBench) -> None:
@@ -477,7 +472,7 @@ class TestDesign:
         bench.call("d", CloneVoice(name="Ada"), VOICE)
         bench.settle()
         assert bench.kinds("d") == ["Reply"]
-        assert [message.code for message in bench.heard("c")] == ["invalid_value"]
+        assert [message.code for message in bench.messages("c")] == ["invalid_value"]
 
     def test_queue_full(self, make_bench: MakeBench) -> None:
         """It waits like a request, and is refused like one."""
@@ -486,7 +481,7 @@ class TestDesign:
         for name in ("one", "two", "three"):
             bench.call(name, DesignVoice(name=name, prompt="p"))
         bench.turn()
-        assert [message.code for message in bench.heard("three")] == ["queue_full"]
+        assert [message.code for message in bench.messages("three")] == ["queue_full"]
 
     def test_shutting_down(self, bench: WorkerBench) -> None:
         """What is not ready when the worker ends is refused."""
@@ -495,8 +490,8 @@ class TestDesign:
         bench.call("d", DesignVoice(name="Bob", prompt="p"))
         bench.worker.run()
         bench.turn()
-        assert bench.answer("c").code == "shutting_down"
-        assert bench.answer("d").code == "shutting_down"
+        assert bench.last_message("c").code == "shutting_down"
+        assert bench.last_message("d").code == "shutting_down"
 
     def test_no_such_model(self, make_bench: MakeBench) -> None:
         """A catalogue without a voice-design model says so."""

@@ -187,7 +187,7 @@ class TestStarts:
             _, words = worker.communicate(timeout=WAIT_S)
         finally:
             worker.kill()
-        (warning,) = [line for line in words.splitlines() if "the default model cannot speak" in line]
+        (warning,) = [line for line in words.splitlines() if "default_model_unavailable" in line]
         assert model in warning
         assert "python -m gpu_worker download" in warning or GPU_EXTRA in warning
 

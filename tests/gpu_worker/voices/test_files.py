@@ -67,25 +67,25 @@ def test_writes_in_order_on_the_thread(
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason"),
+    ("error", "reason"),
     [(OSError(28, "No space left on device"), "No space left on device"), (ValueError("a defect"), "a defect")],
 )
 def test_an_error_is_reported(
     writer: SerialThread[VoiceWrite],
     files: SlowVoiceFiles,
     reports: Reports[VoiceWritten],
-    trouble: Exception,
+    error: Exception,
     reason: str,
 ) -> None:
     """An error fails its own write, with the disk's message; the next writes are carried out."""
     ada = a_save("ada")
-    files.troubles = [trouble]
+    files.errors = [error]
     writer.submit(ada)
     writer.submit(ada)
     writer.submit(a_delete(ada))
-    error = reports.wait().error
-    assert isinstance(error, JobError)
-    assert (error.code, error.param) == ("synthesis_failed", None)
-    assert error.message.startswith("the voice could not be saved: ")
-    assert reason in error.message
+    raised = reports.wait().error
+    assert isinstance(raised, JobError)
+    assert (raised.code, raised.param) == ("synthesis_failed", None)
+    assert raised.message.startswith("the voice could not be saved: ")
+    assert reason in raised.message
     assert [reports.wait().error, reports.wait().error] == [None, None]

@@ -1,9 +1,9 @@
-"""A worker that is run turn by turn: real parts, but for engines that speak words and a clock that waits."""
+"""WorkerBench: a worker of real parts, run turn by turn, with engines that speak words and a fake clock."""
 
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +46,27 @@ from shared.protocol import (
 from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, SlowVoiceFiles, a_spec
 
 WEB = b"web-1"
-"""The web worker that speaks where a test does not say which."""
+"""The web worker of a test that does not name one."""
+
+OTHER = b"web-2"
+"""Another web worker."""
 
 VOICE = b"\3\7" * 24_000
 """A recording that a voice can be cloned from."""
 
 FAULT = "fault"
-"""A word at which a job fails alone."""
+"""The word at which a job fails by itself."""
 
 
 def pcm_of(word: str) -> bytes:
-    """What a SpeakingEngine says for a word."""
+    """The audio of a SpeakingEngine for a word."""
     return word.encode().ljust(8, b"\0")
 
 
 class SpeakingEngine:
-    """Says one word of every job's text in every step, in a slot for each.
+    """An engine that speaks one word of every job's text in every step.
 
-    `admit_troubles` and `step_troubles` are raised one after the other, None meaning none this time.
+    The next calls of `admit` and `step` raise `admit_errors` and `step_errors`, one each; None raises nothing.
     A step takes `step_s` on `clock`. `admitted` are the jobs that got a slot, in order.
     """
 
@@ -76,39 +79,44 @@ class SpeakingEngine:
         self.state = ModelState.RESIDENT
         self._memory = device.put(model, ModelState.RESIDENT, n_bytes)
         self._words: dict[str, deque[str]] = {}
-        self.admit_troubles: deque[Exception | None] = deque()
-        self.step_troubles: deque[Exception | None] = deque()
+        self.admit_errors: deque[Exception | None] = deque()
+        self.step_errors: deque[Exception | None] = deque()
         self.step_s = 0.0
         self.steps = 0
         self.admitted: list[Job] = []
 
     @property
     def jobs(self) -> set[str]:
-        """The texts that are being spoken."""
+        """The texts of the jobs in a slot."""
         return {job.text for job in self.admitted if job.id in self._words}
 
+    @property
+    def job_ids(self) -> set[str]:
+        """The ids of the jobs in a slot."""
+        return set(self._words)
+
     def capacity(self) -> int:
-        """Slots that are free."""
+        """The free slots."""
         return self._slots - len(self._words)
 
     def admit(self, job: Job) -> None:
-        """Take a job; one more than there are slots is a defect of who asks."""
+        """Take a job; the caller must not ask for more slots than there are."""
         assert self.state is ModelState.RESIDENT
         assert self.capacity() > 0
         assert job.id not in self._words
-        _raise_next(self.admit_troubles)
+        _raise_next(self.admit_errors)
         self.admitted.append(job)
         self._words[job.id] = deque(job.text.split())
 
     def runnable(self, stalled: Collection[str]) -> bool:
-        """Whether any job may go on."""
+        """Whether any job is not stalled."""
         return any(job_id not in stalled for job_id in self._words)
 
     def step(self, stalled: Collection[str]) -> list[Event]:
-        """One word of every job that may go on."""
+        """Speak one word of every job that is not stalled."""
         assert self.state is ModelState.RESIDENT
         self.steps += 1
-        _raise_next(self.step_troubles)
+        _raise_next(self.step_errors)
         self._clock.advance(self.step_s)
         events: list[Event] = []
         for job_id, words in list(self._words.items()):
@@ -120,32 +128,32 @@ class SpeakingEngine:
                 events.append(Fault(job_id, JobError("invalid_audio", "this one cannot be said", param="ref_audio")))
                 continue
             job = next(job for job in self.admitted if job.id == job_id)
-            drawl = 200 if job.task == "VoiceDesign" else 1  # what is kept as a voice lasts a second
-            events.append(Pcm(job_id, pcm_of(word) * drawl))
+            repeats = 200 if job.task == "VoiceDesign" else 1  # a saved voice lasts at least a second
+            events.append(Pcm(job_id, pcm_of(word) * repeats))
             if not words:
                 self.cancel(job_id)
-                said = job.text.split()
-                events.append(Done(job_id, "stop", Usage(input_tokens=len(said), output_tokens=2 * len(said))))
+                count = len(job.text.split())
+                events.append(Done(job_id, "stop", Usage(input_tokens=count, output_tokens=2 * count)))
         return events
 
     def cancel(self, job_id: str) -> None:
-        """Forget a job."""
+        """Free the slot of a job."""
         self._words.pop(job_id, None)
 
     def offload(self) -> None:
-        """Move to the host; with a job in a slot that is a defect of who asks."""
+        """Move the weights to the host; the caller must not do that while a job holds a slot."""
         self._move(ModelState.OFFLOADED)
 
     def restore(self) -> None:
-        """Move back."""
+        """Move the weights back."""
         self._move(ModelState.RESIDENT)
 
     def close(self) -> None:
-        """Give everything up."""
+        """Free the weights."""
         self._move(ModelState.ABSENT)
 
     def memory(self) -> Memory:
-        """`n_bytes` wherever it is."""
+        """`n_bytes`, wherever they are."""
         self._memory = self._device.put(self._model, self.state, self.n_bytes)
         return self._memory
 
@@ -156,7 +164,7 @@ class SpeakingEngine:
 
 
 class _Inbox(queue.SimpleQueue[Any]):
-    """An idle worker waits for the other threads, unless they are held, and never for the clock."""
+    """An idle worker waits for a report of the other threads if one is expected, and never for the clock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,37 +172,50 @@ class _Inbox(queue.SimpleQueue[Any]):
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: FBT001, FBT002 -- SimpleQueue's
         del block, timeout
-        return self._noted(super().get(timeout=10 if self.bench.expects_report else 0))
+        return self._record(super().get(timeout=10 if self.bench.expects_report else 0))
 
     def get_nowait(self) -> Any:
-        return self._noted(super().get_nowait())
+        return self._record(super().get_nowait())
 
-    def _noted(self, command: Any) -> Any:
+    def _record(self, command: Any) -> Any:
         if isinstance(command, (FilesChecked, Downloaded)):
-            self.bench.checkpoints.under_way[CheckFiles if isinstance(command, FilesChecked) else Download] -= 1
+            self.bench.checkpoints.pending[CheckFiles if isinstance(command, FilesChecked) else Download] -= 1
         if isinstance(command, (TransitionDone, TransitionFailed)):
             self.bench.in_transition = None
         return command
 
 
 class _CountingCheckpoints(Checkpoints):
-    """Counts what is under way: submitted, and not yet taken note of by the worker."""
+    """Counts the checks and downloads whose report the worker has not handled yet."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.under_way: Counter[type] = Counter()
+        self.pending: Counter[type] = Counter()
 
-    def submit(self, errand: CheckFiles | Download) -> None:
-        self.under_way[type(errand)] += 1
-        super().submit(errand)
+    def submit(self, work: CheckFiles | Download) -> None:
+        self.pending[type(work)] += 1
+        super().submit(work)
+
+
+class _RecordingScheduler(Scheduler):
+    """Keeps every request that was ever queued."""
+
+    def __init__(self, max_queue: int) -> None:
+        super().__init__(max_queue)
+        self.submitted: list[Request] = []
+
+    def submit(self, request: Request, slots: int) -> None:
+        super().submit(request, slots)
+        self.submitted.append(request)
 
 
 class WorkerBench:
-    """A Worker with the models of `sizes`, each opened as a SpeakingEngine.
+    """A Worker with the models of `sizes`, each with a SpeakingEngine.
 
-    `gate`, cleared, holds the mover in a load. With `loses_transitions` no transition ends.
-    `open_troubles` are raised by the next openings of a model.
-    `files` are what there is of the models, `disk` keeps the voices. `sent` is everything the worker has said.
+    While `load_gate` is cleared, loads wait. With `loses_transitions` no transition ends.
+    The next loads of a model raise its `open_errors`, one each.
+    `files` are the files of models, `voice_files` those of voices. `sent` is every message of the worker.
+    `scheduler.submitted` is every request that was ever queued.
     """
 
     def __init__(
@@ -219,11 +240,11 @@ class WorkerBench:
         self.sent: list[tuple[bytes, Message, bytes | None]] = []
         self.opened: list[SpeakingEngine] = []
         self.engines: dict[str, SpeakingEngine] = {}
-        self.open_troubles: dict[str, list[Exception]] = {}
+        self.open_errors: dict[str, list[Exception]] = {}
         self.files = FakeFiles()
         self.load_s = 0.0
-        self.gate = threading.Event()
-        self.gate.set()
+        self.load_gate = threading.Event()
+        self.load_gate.set()
         self._slots = slots
         self.inbox = _Inbox()
         self.inbox.bench = self
@@ -241,17 +262,22 @@ class WorkerBench:
             clock=self.clock,
             wall=lambda: WALL + self.clock.now,
         )
-        self.disk = SlowVoiceFiles(voices_dir)
-        self.writer = SerialThread[VoiceWrite]("voices", lambda write: self.inbox.put(self.disk.write(write)))
-        self.voices = VoiceStore(self.disk, self.writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL)
+        self.voice_files = SlowVoiceFiles(voices_dir)
+        self.voice_writer = SerialThread[VoiceWrite](
+            "voices", lambda write: self.inbox.put(self.voice_files.write(write))
+        )
+        self.voices = VoiceStore(
+            self.voice_files, self.voice_writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL
+        )
+        self.scheduler = _RecordingScheduler(max_queue)
         self.worker = Worker(
             catalog=self.specs,
             send=lambda peer, message, payload: self.sent.append((peer, message, payload)),
             inbox=self.inbox,
-            scheduler=Scheduler[Request](max_queue),
+            scheduler=self.scheduler,
             residency=self.residency,
             voices=self.voices,
-            reporter=Stats(
+            stats=Stats(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
                 settings={"idle_timeout": 300.0},
@@ -267,59 +293,59 @@ class WorkerBench:
         )
         self.mover.start()
         self.checkpoints.start()
-        self.writer.start()
+        self.voice_writer.start()
 
     def close(self) -> None:
         """End the threads."""
-        self.gate.set()
+        self.load_gate.set()
         self.files.gate.set()
-        self.disk.gate.set()
+        self.voice_files.gate.set()
         self.mover.close(10)
         self.checkpoints.close(10)
-        self.writer.close(10)
+        self.voice_writer.close(10)
 
-    # --- what a web worker says --------------------------------------------------------------------------------------
+    # --- messages of a web worker ------------------------------------------------------------------------------------
 
-    def tell(self, message: Any, payload: bytes | None = None, peer: bytes = WEB) -> None:
-        """A message is in the inbox."""
+    def send(self, message: Any, payload: bytes | None = None, peer: bytes = WEB) -> None:
+        """Put a message into the inbox."""
         self.inbox.put(Incoming(peer, message, payload))
 
     def speak(
         self, request_id: str, text: str, *, peer: bytes = WEB, payload: bytes | None = None, **changes: Any
     ) -> None:
-        """Ask for speech, with credit enough for all of it unless told otherwise."""
+        """Send a Speak, with credit for all of the speech unless `changes` say otherwise."""
         plain = Speak(id=request_id, client="alice", model="m", task="Base", text=text, credit=1_000)
-        self.tell(msgspec.structs.replace(plain, **changes), payload, peer)
+        self.send(msgspec.structs.replace(plain, **changes), payload, peer)
 
     def call(self, call_id: str, action: Action, payload: bytes | None = None, peer: bytes = WEB) -> None:
-        """Ask for something else."""
-        self.tell(Call(id=call_id, client="alice", action=action), payload, peer)
+        """Send a Call."""
+        self.send(Call(id=call_id, client="alice", action=action), payload, peer)
 
     def credit(self, request_id: str, chunks: int) -> None:
-        """Give credit."""
-        self.tell(Credit(id=request_id, chunks=chunks))
+        """Send a Credit."""
+        self.send(Credit(id=request_id, chunks=chunks))
 
     def cancel(self, request_id: str, peer: bytes = WEB) -> None:
-        """Nobody listens any more."""
-        self.tell(Cancel(id=request_id), peer=peer)
+        """Send a Cancel."""
+        self.send(Cancel(id=request_id), peer=peer)
 
     def save_voice(self, name: str, text: str | None = None) -> SavedVoice:
-        """A voice that is there already."""
+        """Save a voice and wait for it."""
         self.call(f"save-{name}", CloneVoice(name=name, text=text), VOICE)
         self.settle()
-        voice = self.answer(f"save-{name}").voice
+        voice = self.last_message(f"save-{name}").voice
         assert isinstance(voice, SavedVoice)
         return voice
 
     # --- running it --------------------------------------------------------------------------------------------------
 
     def turn(self, times: int = 1) -> None:
-        """So many turns of the loop."""
+        """Run so many turns of the loop."""
         for _ in range(times):
             self.worker.turn()
 
     def settle(self) -> None:
-        """Turn until nothing happens any more."""
+        """Run turns until nothing changes any more."""
         rest = 0
         for _ in range(10_000):
             before = self._progress()
@@ -328,36 +354,36 @@ class WorkerBench:
             rest = rest + 1 if still else 0
             if rest == 3:
                 return
-        raise AssertionError("it does not come to rest")
+        raise AssertionError("the worker does not settle")
 
     @property
     def is_moving(self) -> bool:
-        """Whether a model is on its way."""
+        """Whether a model is in transition."""
         return self.in_transition is not None
 
     @property
     def expects_report(self) -> bool:
-        """Whether something will be reported that is not held."""
-        if self.is_moving and self.gate.is_set() and not self.loses_transitions:
+        """Whether a thread will report something that no gate holds up."""
+        if self.is_moving and self.load_gate.is_set() and not self.loses_transitions:
             return True
-        if self.voices.writing and self.disk.gate.is_set():
+        if self.voices.writing and self.voice_files.gate.is_set():
             return True
-        under_way = self.checkpoints.under_way
-        return under_way[CheckFiles] > 0 or (under_way[Download] > 0 and self.files.gate.is_set())
+        pending = self.checkpoints.pending
+        return pending[CheckFiles] > 0 or (pending[Download] > 0 and self.files.gate.is_set())
 
-    # --- what came of it ---------------------------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------------------
 
-    def heard(self, request_id: str, peer: bytes = WEB) -> list[Any]:
+    def messages(self, request_id: str, peer: bytes = WEB) -> list[Any]:
         """The messages for a request or call, in order."""
         return [message for to, message, _ in self.sent if to == peer and getattr(message, "id", None) == request_id]
 
     def kinds(self, request_id: str, peer: bytes = WEB) -> list[str]:
-        """What those messages are."""
-        return [type(message).__name__ for message in self.heard(request_id, peer)]
+        """The types of those messages."""
+        return [type(message).__name__ for message in self.messages(request_id, peer)]
 
-    def answer(self, request_id: str) -> Any:
+    def last_message(self, request_id: str) -> Any:
         """The last message for a request or call."""
-        return self.heard(request_id)[-1]
+        return self.messages(request_id)[-1]
 
     def words(self, request_id: str, peer: bytes = WEB) -> str:
         """The words of a request that were sent."""
@@ -369,17 +395,17 @@ class WorkerBench:
         return " ".join(said)
 
     def snapshot(self) -> Snapshot:
-        """What the worker answers to a ping now."""
-        self.tell(Ping())
+        """The snapshot in the answer to a Ping."""
+        self.send(Ping())
         self.turn()
         return next(message.snapshot for _, message, _ in reversed(self.sent) if isinstance(message, Pong))
 
     def states(self) -> dict[str, str]:
-        """Where each model is."""
+        """The state of each model."""
         return {model.id: model.state for model in self.residency.statuses()}
 
     def references(self) -> dict[str, int]:
-        """How many requests each model has."""
+        """The references of each model."""
         return {model.id: model.references for model in self.residency.statuses()}
 
     def _progress(self) -> tuple[int, int, dict[str, str]]:
@@ -391,10 +417,10 @@ class WorkerBench:
             self.mover.submit(transition)
 
     def _open(self, spec: ModelSpec) -> SpeakingEngine:
-        assert self.gate.wait(10)
+        assert self.load_gate.wait(10)
         self.clock.advance(self.load_s)
-        if troubles := self.open_troubles.get(spec.id):
-            raise troubles.pop(0)
+        if errors := self.open_errors.get(spec.id):
+            raise errors.pop(0)
         n_bytes = self.sizes.get(spec.id, 100)
         engine = SpeakingEngine(spec.id, self.device, self.clock, slots=self._slots, n_bytes=n_bytes)
         self.engines[spec.id] = engine
@@ -402,7 +428,20 @@ class WorkerBench:
         return engine
 
 
-def _raise_next(troubles: deque[Exception | None]) -> None:
-    trouble = troubles.popleft() if troubles else None
-    if trouble is not None:
-        raise trouble
+def _raise_next(errors: deque[Exception | None]) -> None:
+    error = errors.popleft() if errors else None
+    if error is not None:
+        raise error
+
+
+MakeBench = Callable[..., WorkerBench]
+"""The fixture `make_bench`: takes the arguments of WorkerBench without its directory."""
+
+
+def loaded(bench: WorkerBench, *models: str) -> WorkerBench:
+    """The bench with these models resident, each after one request; their messages are dropped."""
+    for model in models or ("m",):
+        bench.speak(f"first-{model}", "hello", model=model)
+    bench.settle()
+    bench.sent.clear()
+    return bench

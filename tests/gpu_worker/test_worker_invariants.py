@@ -1,0 +1,150 @@
+"""What holds after every turn, through any mixture of requests, credit, cancels, faults and departures."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from gpu_worker.requests import RequestState
+from gpu_worker.transport import PeerGone
+from shared.protocol import Audio, Credit
+from tests.gpu_worker.fakes import FakeDevice
+from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
+
+
+class _RandomClients:
+    """Web workers that act at random. `credit` is what each request got, `dropped` the cancelled requests."""
+
+    def __init__(self, bench: WorkerBench, seed: int) -> None:
+        self._bench = bench
+        self._dice = random.Random(seed)  # noqa: S311 -- a dice, not a secret
+        self.credit: dict[tuple[bytes, str], int] = {}
+        self.dropped: set[tuple[bytes, str]] = set()
+
+    def act(self) -> None:
+        """Do one thing, and run a few turns."""
+        actions = [self._speak, self._speak, self._grant, self._grant, self._cancel, self._leave, self._break]
+        self._dice.choice(actions)(self._dice.choice([b"web-1", b"web-2", b"web-3"]))
+        self._bench.turn(self._dice.randrange(3))
+
+    def read_everything(self) -> None:
+        """Grant credit for everything that is left."""
+        for peer, name in self.credit.keys() - self.dropped:
+            self._give(peer, name, 100)
+        self._bench.settle()
+
+    def _speak(self, peer: bytes) -> None:
+        name, credit = f"r{len(self.credit)}", self._dice.randrange(4)
+        self.credit[peer, name] = credit
+        words = " ".join(self._dice.choices(["a", "b", "c", "d", "e", "fault"], k=self._dice.randrange(1, 9)))
+        model, client = self._dice.choice("mn"), self._dice.choice("xyz")
+        self._bench.speak(name, words, peer=peer, model=model, client=client, credit=credit)
+
+    def _grant(self, peer: bytes) -> None:
+        for name in self._one_of(peer):
+            self._give(peer, name, self._dice.randrange(1, 5))
+
+    def _cancel(self, peer: bytes) -> None:
+        for name in self._one_of(peer):
+            self.dropped.add((peer, name))
+            self._bench.cancel(name, peer)
+
+    def _leave(self, peer: bytes) -> None:
+        if self._dice.random() < 0.1:
+            self.dropped.update(key for key in self.credit if key[0] == peer)
+            self._bench.inbox.put(PeerGone(peer))
+
+    def _break(self, _peer: bytes) -> None:
+        if self._bench.engines and self._dice.random() < 0.3:
+            error = self._dice.choice([ValueError("broken"), MemoryError("full")])
+            self._bench.engines[self._dice.choice(list(self._bench.engines))].step_errors.append(error)
+
+    def _give(self, peer: bytes, name: str, chunks: int) -> None:
+        self.credit[peer, name] += chunks
+        self._bench.send(Credit(id=name, chunks=chunks), peer=peer)
+
+    def _one_of(self, peer: bytes) -> list[str]:
+        mine = [name for to, name in self.credit if to == peer and (to, name) not in self.dropped]
+        return [self._dice.choice(mine)] if mine else []
+
+
+def _check_states(bench: WorkerBench) -> None:
+    """Each state means what RequestState says: in the queue, in a slot, a reference on the model, or none of these."""
+    by_state = {state: [r for r in bench.scheduler.submitted if r.state is state] for state in RequestState}
+    queued, running = by_state[RequestState.QUEUED], by_state[RequestState.RUNNING]
+    assert Counter(bench.scheduler) == Counter(queued)
+    slots = set().union(*(engine.job_ids for engine in bench.engines.values()))
+    assert slots == {request.job.id for request in running}
+    references = Counter(request.model for request in [*queued, *running])
+    assert bench.references() == {model: references[model] for model in bench.sizes}
+    drained = [request.id for request in by_state[RequestState.DRAINING] if request.sink.drained]
+    assert drained == []
+
+
+def _check_counts(bench: WorkerBench, requests: int) -> None:
+    """Every request is counted once when it leaves the queue or its slot, and once when it gets one."""
+    submitted = bench.scheduler.submitted
+    left = sum(request.state in {RequestState.DRAINING, RequestState.DONE} for request in submitted)
+    counts = bench.snapshot().requests
+    assert counts.started == sum(request.started_at is not None for request in submitted)
+    assert counts.finished + counts.failed + counts.cancelled == left
+    assert counts.rejected == requests - len(submitted)
+
+
+def test_states_draining(make_bench: MakeBench) -> None:
+    """The checks hold in a turn with a request of every state."""
+    bench = loaded(make_bench(slots=1))
+    engine = bench.engines["m"]
+    step = engine.step
+    engine.step = lambda stalled: [*step(stalled)[:1], *step(stalled)]  # type: ignore[method-assign] # two words a step
+    bench.speak("draining", "a b", credit=1)
+    bench.turn()
+    for name in ("running", "queued"):
+        bench.speak(name, "a b c d e", credit=0)
+    bench.turn()
+    states = {request.id: request.state for request in bench.scheduler.submitted}
+    assert states == {
+        "first-m": RequestState.DONE,
+        "draining": RequestState.DRAINING,
+        "running": RequestState.RUNNING,
+        "queued": RequestState.QUEUED,
+    }
+    _check_states(bench)
+    _check_counts(bench, requests=4)
+
+
+@pytest.mark.parametrize(("seed", "budget_bytes"), [(0, 150), (1, 200), (2, 200)])
+def test_any_mixture(make_bench: MakeBench, seed: int, budget_bytes: int) -> None:
+    """No more pieces than credit, no gap, one last message and none behind it, none for a cancelled request.
+
+    The states and counts hold after every act. In the end no slot, no place in the queue and no reference is left.
+    """
+    device = FakeDevice(budget_bytes=budget_bytes)
+    bench = make_bench({"m": 100, "n": 100}, slots=3, max_concurrency=4, max_queue=6, device=device)
+    clients = _RandomClients(bench, seed)
+    for act in range(1_000):
+        clients.act()
+        _check_states(bench)
+        if act % 50 == 0:
+            bench.settle()
+            _check_counts(bench, len(clients.credit))
+    clients.read_everything()
+    _check_states(bench)
+    _check_counts(bench, len(clients.credit))
+
+    ends = {"Finished": 0, "Failed": 0}
+    for (peer, name), credit in clients.credit.items():
+        kinds = bench.kinds(name, peer)
+        numbers = [message.seq for message in bench.messages(name, peer) if isinstance(message, Audio)]
+        assert numbers == list(range(len(numbers)))
+        assert len(numbers) <= credit
+        ended = [kind for kind in kinds if kind in ends]
+        assert len(ended) == 1 or (not ended and (peer, name) in clients.dropped)
+        for end in ended:
+            assert kinds[-1] == end
+            ends[end] += 1
+    assert min(ends.values()) > 10
+    assert {request.state for request in bench.scheduler.submitted} == {RequestState.DONE}
+    snapshot = bench.snapshot()
+    assert (snapshot.running, snapshot.queued) == (0, 0)
+    assert snapshot.requests.failed + snapshot.requests.rejected == ends["Failed"]

@@ -1,0 +1,82 @@
+"""What the loop counts of speech and models."""
+
+import pytest
+
+from shared.protocol import (
+    VERSION,
+    Hello,
+    Welcome,
+)
+from tests.gpu_worker.worker_bench import WorkerBench, loaded
+
+
+class TestFigures:
+    """The figures of a model in the snapshot."""
+
+    def test_speech(self, bench: WorkerBench) -> None:
+        """Every stream counts once, at its first audio and at its end; the load counts as a transition."""
+        bench.load_s = 2.0
+        bench.speak("r", "a b c")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert (sum(figures.first_audio_s.counts), figures.first_audio_s.sum) == (1, pytest.approx(2.0))
+        assert (sum(figures.real_time_factor.counts), sum(figures.underrun_s.counts)) == (1, 1)
+        assert {kind: sum(moves.counts) for kind, moves in figures.moves_s.items()} == {"load": 1}
+
+    def test_underrun(self, bench: WorkerBench) -> None:
+        """Steps that take longer than their audio lasts cause underruns."""
+        loaded(bench)
+        bench.engines["m"].step_s = 1.0
+        bench.speak("r", "a b c")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert figures.underrun_s.sum == pytest.approx(2.0, abs=0.01)
+        assert sum(figures.underrun_s.counts[1:]) == 1
+
+    def test_pause_of_the_reader(self, bench: WorkerBench) -> None:
+        """A lack of credit is no underrun."""
+        loaded(bench)
+        bench.speak("r", "a b c", credit=1)
+        bench.settle()
+        bench.clock.advance(30)
+        bench.credit("r", 9)
+        bench.settle()
+        assert bench.words("r") == "a b c"
+        figures = bench.snapshot().figures["m"]
+        assert figures.underrun_s.sum == pytest.approx(0.0, abs=0.01)
+        assert figures.real_time_factor.sum == pytest.approx(0.0, abs=1.0)
+
+    def test_cancelled(self, bench: WorkerBench) -> None:
+        """A cancelled stream counts at its first audio, but not at its end."""
+        loaded(bench)
+        bench.speak("r", "a b c")
+        bench.turn()
+        bench.cancel("r")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert (sum(figures.first_audio_s.counts), sum(figures.underrun_s.counts)) == (2, 1)
+
+    def test_failures(self, bench: WorkerBench) -> None:
+        """A failed load, and memory that runs out in a step and in an admission."""
+        bench.open_errors["m"] = [OSError("no such file")]
+        bench.speak("r", "a")
+        bench.settle()
+        bench.speak("s", "a")
+        bench.settle()
+        bench.engines["m"].step_errors.append(MemoryError())
+        bench.speak("t", "a")
+        bench.settle()
+        bench.engines["m"].admit_errors.append(MemoryError())
+        bench.speak("u", "a")
+        bench.settle()
+        figures = bench.snapshot().figures["m"]
+        assert (figures.failed_moves, figures.out_of_memory) == ({"load": 1}, 2)
+        assert sum(figures.moves_s["load"].counts) == 1
+
+    def test_settings(self, bench: WorkerBench) -> None:
+        """Welcome has the settings of this worker."""
+        bench.send(Hello(version=VERSION, token=""))
+        bench.turn()
+        _, welcome, _ = bench.sent[-1]
+        assert isinstance(welcome, Welcome)
+        assert welcome.settings == {"idle_timeout": 300.0, "default_model": "m"}
