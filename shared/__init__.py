@@ -1,1 +1,1 @@
-"""What the web side and the GPU worker must agree on; it imports neither of them."""
+"""What the web side and the GPU worker share: protocol, settings, catalogue and rules. It imports neither side."""

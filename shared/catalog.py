@@ -1,6 +1,6 @@
-"""The catalogue: models/*.toml as Structs, and how the names that clients write find a model, a voice, a language.
+"""The catalogue: the models described in models/*.toml, and the names that find a model, a voice or a language.
 
-It says what could be spoken with; whether a model's weights are there is the GPU worker's to know.
+It lists the models that this project knows. The GPU worker knows which of them have their weights on disk.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Final, Literal
 import msgspec
 
 CATALOG_DIR: Final = Path(__file__).resolve().parent.parent / "models"
-"""Where the descriptions that belong to this project lie, one TOML a model."""
+"""The folder with this project's descriptions: one TOML file for each model."""
 
 OPENAI_VOICES: Final = (
     "alloy",
@@ -26,7 +26,7 @@ OPENAI_VOICES: Final = (
     "marin",
     "cedar",
 )
-"""The voice names of OpenAI's speech API; each model maps every one of them to a voice of its own."""
+"""The voice names of OpenAI's speech API; each model with voices maps all of them to voices of its own."""
 
 
 class CatalogError(Exception):
@@ -34,7 +34,7 @@ class CatalogError(Exception):
 
 
 class Voice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A preset voice. `id` is what the engine calls it; `language` is its native one."""
+    """A preset voice. `id` is its name in the engine, `language` its native language."""
 
     id: str
     name: str
@@ -43,20 +43,20 @@ class Voice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Language(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A language a model speaks: its name in lower case, and the codes that clients write for it."""
+    """A language of a model: its name in lower case, and the codes that clients may use for it."""
 
     name: str
     codes: list[str]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model, as its TOML describes it.
+    """The description of one model.
 
-    `id` is what clients call it; `hf_id` is its Hugging Face repository ("" where it has none).
-    `size` is "small" or "large" within a family of models, "" where there are no sizes.
-    `instructions`: whether it follows style instructions (a voice-design model needs a description instead).
-    `sampling`: whether seeds, temperatures and the like mean anything to it.
-    `estimated_bytes` is what it takes on the device before anything was measured.
+    `id` is its name for clients; `hf_id` is its Hugging Face repository ("" if it has none).
+    `size` is "small" or "large" within a family of models, "" in a family without sizes.
+    `instructions`: the model follows style instructions (a voice-design model needs a description instead).
+    `sampling`: the model uses seeds, temperatures and the like.
+    `estimated_bytes` is its size on the device until it was measured.
     """
 
     id: str
@@ -76,12 +76,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     openai_voices: dict[str, str] = {}
 
     def answers_to(self, name: str) -> bool:
-        """Whether `name` (case aside) is this model's id, Hugging Face id or one of its aliases."""
+        """True if `name`, in any case, is the model's id, its Hugging Face id or one of its aliases."""
         wanted = name.casefold()
         return any(wanted == known.casefold() for known in (self.id, self.hf_id, *self.aliases) if known)
 
     def voice(self, name: str) -> Voice | None:
-        """The preset voice that `name` means (case aside): by id, by name, or by OpenAI's name for it."""
+        """The preset voice with this id, name or OpenAI name, in any case; None if there is none."""
         wanted = name.casefold()
         for voice in self.voices:
             if wanted in (voice.id.casefold(), voice.name.casefold()):
@@ -90,9 +90,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return next((voice for voice in self.voices if voice.id == mapped), None)
 
     def language(self, name: str) -> str | None:
-        """The model's own name of the language that `name` means ("English", "en", "en-US"); None if it has none.
+        """The model's name of a language that a client writes as "English", "en" or "en-US"; None if it has none.
 
-        A code with a region finds the language without it, where the region itself is not listed.
+        A code with an unknown region finds the language without the region.
         """
         wanted = name.casefold().replace("_", "-").strip()
         base = wanted.split("-")[0]
@@ -106,7 +106,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def load_catalog(directory: Path = CATALOG_DIR) -> list[ModelSpec]:
-    """Every model described in `directory`, by id; CatalogError names the file and what is wrong in it."""
+    """The models described in `directory`; CatalogError names the file and the problem."""
     specs: list[ModelSpec] = []
     for path in sorted(directory.glob("*.toml")):
         try:
@@ -129,9 +129,9 @@ def _problem_of(spec: ModelSpec, others: list[ModelSpec]) -> str | None:
     if spec.task == "CustomVoice" and not spec.voices:
         return "a CustomVoice model needs voices"
     known = {voice.id for voice in spec.voices}
-    strangers = sorted(set(spec.openai_voices.values()) - known)
-    if strangers:
-        return f"openai_voices names voices that the model lacks: {', '.join(strangers)}"
+    unknown = sorted(set(spec.openai_voices.values()) - known)
+    if unknown:
+        return f"openai_voices names voices that the model lacks: {', '.join(unknown)}"
     missing = [name for name in OPENAI_VOICES if name not in spec.openai_voices]
     if spec.voices and missing:
         return f"openai_voices leaves out {', '.join(missing)}"

@@ -1,6 +1,6 @@
-"""Where settings come from: the environment and, behind it, the file .env in the current folder.
+"""The settings and their surroundings: the variables they come from, and the models and folders that they name.
 
-And whether they fit what there is: the catalogue, and the disk of the machine that the GPU worker runs on.
+The variables are those of the environment and, where it lacks one, of the file .env in the current folder.
 """
 
 import os
@@ -13,17 +13,17 @@ from shared.catalog import load_catalog
 from shared.settings import PREFIX, Settings, variable_of
 
 NO_CUDA: Final = "there is no CUDA device that this process may use"
-"""What is wrong with TTS_DEFAULT_DEVICE=cuda, where it is; the GPU worker finds out."""
+"""The problem of TTS_DEFAULT_DEVICE=cuda on a machine without such a device; the GPU worker looks for it."""
 
 
 def environment() -> dict[str, str]:
-    """The process's environment, completed by the TTS_* variables of .env."""
+    """The environment of the process, and the TTS_* variables of .env that it lacks."""
     from_file = {name: value for name, value in dotenv_values(".env").items() if name.startswith(PREFIX) and value}
     return from_file | os.environ
 
 
 def unknown_models(settings: Settings) -> list[str]:
-    """The settings that name a model which the catalogue lacks; CatalogError where models/ itself cannot be read."""
+    """Problems of settings that name an unknown model; CatalogError if models/ cannot be read."""
     catalog = load_catalog()
     named = [("preload", name) for name in settings.preload] + [("model_paths", name) for name in settings.model_paths]
     if settings.default_model != "auto":
@@ -37,9 +37,9 @@ def unknown_models(settings: Settings) -> list[str]:
 
 
 def wrong_places(settings: Settings) -> list[str]:
-    """The settings that name folders which are not there, or cannot be written where voices are to be saved.
+    """Problems of settings that name a missing folder of weights, or a folder for voices that cannot be written.
 
-    For the machine that the GPU worker runs on; nothing is created.
+    Call it on the machine of the GPU worker. It creates nothing.
     """
     problems = [
         f"{variable_of('model_paths')}: {path} (for {name}) is not a folder"
@@ -55,6 +55,6 @@ def wrong_places(settings: Settings) -> list[str]:
 
 
 def _writable(directory: Path) -> bool:
-    """Whether files can be made in it, or it can be made itself."""
-    place = next(place for place in (directory, *directory.absolute().parents) if os.path.lexists(place))
-    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)  # noqa: PTH112 -- as above
+    """True if files can be created in `directory`, or the directory itself."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)  # noqa: PTH112 -- as above

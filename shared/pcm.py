@@ -1,4 +1,4 @@
-"""Sample and frame arithmetic of the one PCM layout that crosses the socket: 24 kHz, mono, int16 little-endian."""
+"""Sample arithmetic of the one PCM layout between the processes: 24 kHz, mono, int16 little-endian."""
 
 from typing import Final
 
@@ -12,7 +12,7 @@ FRAME_SAMPLES: Final = 1_920
 
 
 def samples_of(data: bytes | memoryview) -> int:
-    """How many samples `data` holds; ValueError where it ends inside one."""
+    """The number of samples in `data`; ValueError if it ends inside a sample."""
     samples, rest = divmod(len(data), BYTES_PER_SAMPLE)
     if rest:
         raise ValueError(f"{len(data)} bytes of 16-bit PCM end inside a sample")
@@ -20,10 +20,10 @@ def samples_of(data: bytes | memoryview) -> int:
 
 
 def seconds_of(data: bytes | memoryview) -> float:
-    """How long `data` sounds, in seconds."""
+    """The duration of `data`."""
     return samples_of(data) / SAMPLE_RATE
 
 
 def bytes_for(seconds: float) -> int:
-    """How many bytes `seconds` of sound take, to the nearest sample."""
+    """The number of bytes of `seconds` of sound, rounded to a whole sample."""
     return round(seconds * SAMPLE_RATE) * BYTES_PER_SAMPLE

@@ -1,7 +1,7 @@
-"""The settings: TTS_* variables -> one frozen Struct, checked once, every mistake named at once.
+"""The settings: TTS_* variables become one frozen Struct; all mistakes are reported together.
 
-Each field's annotation carries its limits; the variable is TTS_ and the field's name (without a unit's suffix).
-Both processes read the same variables, so the web side and the worker can be configured from one file.
+A field's annotation has its limits; its variable is TTS_ and the field's name without the suffix of a unit.
+The web side and the GPU worker read the same variables, so one file configures both. .env.example explains each.
 """
 
 import re
@@ -22,7 +22,7 @@ Megabytes = Annotated[int, Meta(ge=1, le=100_000_000)]
 
 
 class SettingsError(Exception):
-    """One or more settings are wrong; the message names every one of them."""
+    """One or more settings are wrong; the message names each of them."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("wrong settings:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -30,7 +30,7 @@ class SettingsError(Exception):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that can be set. The secrets among them never leave this Struct: see `public`."""
+    """All settings. `public` leaves the secrets among them out."""
 
     # the web side
     host: Annotated[str, Meta(min_length=1, max_length=255)] = "127.0.0.1"
@@ -80,7 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["console", "json"] = "console"
 
     def public(self) -> dict[str, Any]:
-        """The settings in force as plain JSON values, keys and tokens left out."""
+        """The settings as plain JSON values, without keys and tokens."""
         shown: dict[str, Any] = {}
         for name in self.__struct_fields__:
             value = getattr(self, name)
@@ -91,35 +91,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return shown
 
     def of_worker(self) -> dict[str, Any]:
-        """Those of `public` that only the GPU worker acts by, whose environment may differ from the web side's."""
-        return {name: value for name, value in self.public().items() if name not in _OF_THE_WEB_SIDE}
+        """The public settings that the GPU worker alone uses; its environment may differ from the web side's."""
+        return {name: value for name, value in self.public().items() if name not in _USED_BY_WEB_SIDE}
 
 
 SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
-"""The published names of the two sizes, as they are reported."""
+"""The published names of the two sizes, for reports."""
 
-_OF_THE_WEB_SIDE: Final = {
+_USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls"),
     *("drain_timeout", "log_level", "log_format"),
 }
-"""Public names of what the web side acts by, alone or beside the worker."""
+"""The public names of settings that the web side uses, alone or with the worker."""
 
 _SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
 _SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}
-_LOWERED: Final = {"default_device", "default_model_size", "attention_backend", "dtype", "log_level", "log_format"}
+_LOWER_CASE: Final = {"default_device", "default_model_size", "attention_backend", "dtype", "log_level", "log_format"}
 _ORIGIN: Final = re.compile(r"http://[^\s/?#@A-Z]+(?<!:80)|https://[^\s/?#@A-Z]+(?<!:443)")
-"""What browsers send as Origin."""
+"""The form of a browser's Origin header."""
 
 _TRUE: Final = {"1", "true", "yes", "on"}
 _FALSE: Final = {"0", "false", "no", "off"}
 
 
 def load_settings(environ: Mapping[str, str], *checks: Callable[[Settings], list[str]]) -> Settings:
-    """The settings that the TTS_* variables of `environ` ask for; an empty one counts as not set.
+    """The settings by the TTS_* variables of `environ`; an empty variable counts as not set.
 
-    Each of `checks` says what else is wrong with them; it sees the default in the place of a wrong value.
-    Raises SettingsError naming every wrong value, every TTS_* variable that is none of ours, and what the checks found.
+    Each of `checks` returns more problems; it sees the default in the place of a wrong value.
+    Raises SettingsError with all wrong values, unknown TTS_* variables and problems of the checks.
     """
     fields = {variable_of(field.name): field for field in msgspec.structs.fields(Settings)}
     given = {name: text.strip() for name, text in environ.items() if name.startswith(PREFIX) and text.strip()}
@@ -128,11 +128,11 @@ def load_settings(environ: Mapping[str, str], *checks: Callable[[Settings], list
     for name in sorted(given.keys() & fields.keys()):
         field = fields[name]
         try:
-            values[field.name] = _value(field.name, field.type, given[name])
+            values[field.name] = _parse(field.name, field.type, given[name])
         except ValueError as error:
             problems.append(f"{name}: {error}")
     settings = Settings(**values)
-    for check in (_contradictions, *checks):
+    for check in (_problems, *checks):
         problems += check(settings)
     if problems:
         raise SettingsError(problems)
@@ -144,9 +144,9 @@ def variable_of(field: str) -> str:
     return PREFIX + field.removesuffix("_s").upper()
 
 
-def _value(name: str, kind: Any, text: str) -> Any:
-    """`text` as the field's type; ValueError says what is wrong with it, without repeating a secret."""
-    if name in _LOWERED:
+def _parse(name: str, kind: Any, text: str) -> Any:
+    """`text` as a value of the field's type; the message of a ValueError never repeats a secret."""
+    if name in _LOWER_CASE:
         text = text.lower()
         text = _SIZE_SPELLINGS.get(text, text) if name == "default_model_size" else text
     raw: Any = text
@@ -156,12 +156,12 @@ def _value(name: str, kind: Any, text: str) -> Any:
         raw = text.lower() in _TRUE
     elif get_origin(kind) is list:
         raw = [part.strip() for part in text.split(",") if part.strip()]
-        if not raw:  # keys that were meant and are none would leave the doors open
-            raise ValueError("values separated by commas are expected, and there is none")
+        if not raw:  # a list of keys that is empty by mistake would leave the service open
+            raise ValueError("must have values, separated by commas; there is none")
     elif get_origin(kind) is dict:
         raw = _pairs(text)
     try:
-        return msgspec.convert(raw, kind, strict=False, dec_hook=_path)
+        return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
         choices = choices_in(kind)
         problem = one_of(choices) if choices else reword(str(error), from_text=True)
@@ -173,17 +173,17 @@ def _pairs(text: str) -> dict[str, str]:
     for part in text.split(","):
         name, separator, path = part.partition("=")
         if not separator or not name.strip() or not path.strip():
-            raise ValueError(f"model=path, separated by commas, is expected, not {part.strip()!r}")
+            raise ValueError(f"must be model=path, separated by commas, not {part.strip()!r}")
         pairs[name.strip()] = path.strip()
     return pairs
 
 
-def _path(_kind: type, value: Any) -> Path:
-    """The one type of a setting that msgspec leaves to us."""
+def _to_path(_kind: type, value: Any) -> Path:
+    """The hook for the one type of a setting that msgspec does not know."""
     return Path(value).expanduser()
 
 
-def _contradictions(settings: Settings) -> list[str]:
+def _problems(settings: Settings) -> list[str]:
     problems = []
     if settings.worker_url is not None:
         try:
@@ -192,9 +192,9 @@ def _contradictions(settings: Settings) -> list[str]:
             problems.append(f"{variable_of('worker_url')}: {error}")
     for name in ("api_keys", "admin_keys"):
         if any(not key.isascii() or not key.isprintable() or " " in key for key in getattr(settings, name)):
-            problems.append(f"{variable_of(name)}: a key is printable ASCII without spaces")
+            problems.append(f"{variable_of(name)}: a key must be printable ASCII without spaces")
     for origin in settings.cors_origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
-            meant = "http:// or https://, a host in lower case, a port where it is not the usual one, and no path"
-            problems.append(f"{variable_of('cors_origins')}: an origin is {meant}; {origin!r} would match none")
+            form = "http:// or https://, a host in lower case, a port unless it is the default one, and no path"
+            problems.append(f"{variable_of('cors_origins')}: an origin is {form}; {origin!r} would match none")
     return problems

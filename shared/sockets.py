@@ -1,8 +1,8 @@
-"""Every ZeroMQ option of the project, in one place.
+"""The two ZeroMQ sockets and all their options, and the address that they meet at.
 
-One ROUTER is bound by the GPU worker; one DEALER a web process connects to it, over ipc:// inside a private directory.
-Heartbeats find a stopped or unreachable peer in 1.5 s; they do not find a thread that holds the interpreter's lock,
-which is why the synthesis loop itself answers pings.
+The GPU worker binds one ROUTER. Each web worker connects one DEALER to it, over ipc:// inside a private directory.
+Heartbeats find a stopped or unreachable peer in 1.5 s. They do not find a thread that holds the interpreter's lock,
+so the synthesis loop itself answers pings.
 """
 
 import fcntl
@@ -16,15 +16,15 @@ import zmq
 HEARTBEAT_INTERVAL_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 1_000
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-"""No message of ours comes near it: the largest is a 60 s recording, 2.9 MB."""
+"""Far above the largest message, a recording of 60 s with 2.9 MB."""
 
 _IPC_PREFIX: Final = "ipc://"
 _MAX_IPC_PATH: Final = 107
-"""What the kernel allows for a Unix socket's path, in bytes."""
+"""The kernel's limit for the path of a Unix socket, in bytes."""
 
 
 class AddressError(Exception):
-    """The worker's address cannot be used; the message says why and what to do."""
+    """The worker's address cannot be used; the message gives the reason and what to do."""
 
 
 class AlreadyRunningError(AddressError):
@@ -32,9 +32,9 @@ class AlreadyRunningError(AddressError):
 
 
 def ipc_path(url: str) -> Path:
-    """The file behind an ipc:// URL; AddressError where it cannot be one."""
+    """The path in an ipc:// URL; AddressError if no socket can have it."""
     if not url.startswith(_IPC_PREFIX) or url.startswith(_IPC_PREFIX + "@"):
-        raise AddressError(f"{url!r}: the GPU worker is reached over ipc:///absolute/path only")
+        raise AddressError(f"{url!r}: the address of the GPU worker must be ipc:///absolute/path")
     path = Path(url.removeprefix(_IPC_PREFIX))
     if not path.is_absolute():
         raise AddressError(f"{url!r}: the path after ipc:// must be absolute")
@@ -44,10 +44,11 @@ def ipc_path(url: str) -> Path:
 
 
 def claim(url: str) -> IO[bytes]:
-    """Take the address for this process: its directory private (0700), its lock held until the file is closed.
+    """Claim the address for this process: make its directory private (0700) and hold its lock.
 
-    A second bind on an ipc path would succeed and silently steal it, so the lock is what makes the worker the only one.
-    Raises AlreadyRunningError where another holds it, AddressError where the directory is not ours alone.
+    The lock is held until the returned file is closed. Without the lock, a second bind on an ipc path would succeed
+    and silently steal the address. Raises AlreadyRunningError if another process holds the lock, AddressError if
+    the directory does not belong to this user alone.
     """
     path = ipc_path(url)
     try:
@@ -67,9 +68,9 @@ def claim(url: str) -> IO[bytes]:
 
 
 def bind_router(context: zmq.Context[Any], url: str) -> zmq.Socket[bytes]:
-    """The worker's end. The caller has claimed the address.
+    """The GPU worker's socket. Claim the address first.
 
-    ROUTER_MANDATORY makes a send to a web worker that is gone an error (EHOSTUNREACH) instead of a silent loss.
+    With ROUTER_MANDATORY, a send to a web worker that is gone is an error (EHOSTUNREACH) and not a silent loss.
     """
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _set_common(router)
@@ -83,14 +84,14 @@ def bind_router(context: zmq.Context[Any], url: str) -> zmq.Socket[bytes]:
 
 
 def connect_dealer(context: Any, url: str) -> Any:
-    """A web worker's end; `context` decides whether it is an asyncio socket.
+    """A web worker's socket; of an asyncio context, it is an asyncio socket.
 
-    IMMEDIATE makes a send without a living worker fail at once (zmq.Again) instead of queueing for one.
+    With IMMEDIATE, a send without a connected worker fails at once (zmq.Again) and is not queued.
     """
     dealer = context.socket(zmq.DEALER)
     _set_common(dealer)
     dealer.setsockopt(zmq.IMMEDIATE, 1)
-    # Without growing pauses: a Unix socket costs nothing to try, and they made a new worker be met 0.4 s late.
+    # Constant pauses: a try on a Unix socket costs nothing, and growing pauses connected a new worker 0.4 s late.
     dealer.setsockopt(zmq.RECONNECT_IVL, 50)
     dealer.setsockopt(zmq.HANDSHAKE_IVL, 2_000)
     dealer.connect(url)
@@ -99,8 +100,8 @@ def connect_dealer(context: Any, url: str) -> Any:
 
 def _set_common(socket: Any) -> None:
     socket.setsockopt(zmq.LINGER, 0)
-    # Credits, the bounded queue and single pings bound what is under way;
-    # a high-water mark would drop or block instead.
+    # Credits, the bounded queue and single pings limit the messages in flight;
+    # a high-water mark would drop messages or block.
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)

@@ -1,4 +1,4 @@
-"""The models' descriptions, and the names by which clients find them."""
+"""The descriptions of models, and the names that find a model, a voice or a language."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def _write(directory: Path, **files: str) -> Path:
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, ModelSpec]:
-    """The descriptions that belong to the project."""
+    """The descriptions of this project, by id."""
     return {spec.id: spec for spec in load_catalog()}
 
 
@@ -37,7 +37,7 @@ class TestShipped:
     """models/*.toml."""
 
     def test_all_there(self, shipped: dict[str, ModelSpec]) -> None:
-        """espeak-ng and the five published Qwen3-TTS checkpoints, by the names their publisher gave them."""
+        """There are espeak-ng and the five published Qwen3-TTS checkpoints."""
         assert sorted(spec.hf_id for spec in shipped.values()) == [
             "",
             "Qwen/Qwen3-TTS-12Hz-0.6B-Base",
@@ -49,18 +49,18 @@ class TestShipped:
         assert shipped["espeak-ng"].engine == "espeak"
 
     def test_names(self, shipped: dict[str, ModelSpec]) -> None:
-        """Every id, hub id and alias, in any case, means one model."""
+        """Each id, hub id and alias, in any case, finds one model."""
         for spec in shipped.values():
             for name in filter(None, (spec.id, spec.hf_id, *spec.aliases)):
                 for spelling in (name, name.upper(), name.lower()):
                     assert [other.id for other in shipped.values() if other.answers_to(spelling)] == [spec.id]
 
-    def test_nobody_answers_to_nothing(self, shipped: dict[str, ModelSpec]) -> None:
-        """A model without a hub id is not found by an empty name."""
+    def test_an_empty_name_finds_no_model(self, shipped: dict[str, ModelSpec]) -> None:
+        """An empty name does not find the model without a hub id."""
         assert not any(spec.answers_to("") for spec in shipped.values())
 
     def test_task_and_names_agree(self, shipped: dict[str, ModelSpec]) -> None:
-        """The task and the size are those of the checkpoint's published name."""
+        """Task and size are those in the checkpoint's published name."""
         for spec in shipped.values():
             if spec.hf_id:
                 assert spec.hf_id.endswith(spec.task)
@@ -69,7 +69,7 @@ class TestShipped:
                 assert spec.instructions == (spec.size == "large" and spec.task != "Base")
 
     def test_openai_voices(self, shipped: dict[str, ModelSpec]) -> None:
-        """Each of OpenAI's names is a voice of every model that has voices, in any case."""
+        """In each model with voices, each OpenAI name, in any case, finds a voice."""
         assert len(OPENAI_VOICES) == 13
         for spec in shipped.values():
             for name in OPENAI_VOICES if spec.voices else ():
@@ -78,7 +78,7 @@ class TestShipped:
                 assert voice in spec.voices
 
     def test_voices(self, shipped: dict[str, ModelSpec]) -> None:
-        """Voices are found by id and name, each name means one, and speaks a language of its model."""
+        """Ids and names find one voice each, and its language is one of its model's."""
         for spec in shipped.values():
             names = [name.casefold() for voice in spec.voices for name in {voice.id.casefold(), voice.name.casefold()}]
             assert len(names) == len(set(names))
@@ -89,7 +89,7 @@ class TestShipped:
                 assert voice.description
 
     def test_languages(self, shipped: dict[str, ModelSpec]) -> None:
-        """Names are in lower case, and every name and code means one language of the model."""
+        """Names are in lower case; each name and code finds one language of the model."""
         for spec in shipped.values():
             assert spec.languages
             for language in spec.languages:
@@ -98,7 +98,7 @@ class TestShipped:
                     assert spec.language(name) == language.name
 
     def test_espeak_is_rich(self, shipped: dict[str, ModelSpec]) -> None:
-        """The default engine has voices and languages to choose from."""
+        """The default engine has at least 20 voices and 20 languages."""
         assert len(shipped["espeak-ng"].voices) >= 20
         assert len(shipped["espeak-ng"].languages) >= 20
 
@@ -124,18 +124,18 @@ class TestShipped:
         ],
     )
     def test_language_spellings(self, shipped: dict[str, ModelSpec], written: str, meant: str | None) -> None:
-        """A language is found by what clients write; a region nobody knows is left away, and no more than that."""
+        """Names and codes find a language; an unknown region is ignored, and nothing else is."""
         for model in ("espeak-ng", "qwen3-tts-1.7b-customvoice"):
             assert shipped[model].language(written) == meant
 
     def test_unknown_voice(self, shipped: dict[str, ModelSpec]) -> None:
-        """A voice that there is not is not replaced by another."""
+        """An unknown voice is not replaced by another."""
         assert shipped["espeak-ng"].voice("nobody") is None
         assert shipped["qwen3-tts-1.7b-base"].voice("alloy") is None
 
 
 class TestMistakes:
-    """A description that will not do is named by its file."""
+    """Wrong descriptions are errors that name the file."""
 
     @pytest.mark.parametrize(
         ("text", "problem"),
@@ -151,34 +151,34 @@ class TestMistakes:
         ],
     )
     def test_named(self, tmp_path: Path, text: str, problem: str) -> None:
-        """The error says which file it is in, and what."""
+        """The error has the file and the problem."""
         with pytest.raises(CatalogError) as caught:
             load_catalog(_write(tmp_path, bad=text))
         assert str(caught.value).startswith(f"{tmp_path / 'bad.toml'}: ")
         assert problem in str(caught.value)
 
     def test_not_text(self, tmp_path: Path) -> None:
-        """A file in another encoding is named as well."""
+        """A file in another encoding is an error."""
         (tmp_path / "bad.toml").write_bytes(PLAIN.replace("nobody", "Jürgen").encode("latin-1"))
         with pytest.raises(CatalogError, match=r"bad\.toml: "):
             load_catalog(tmp_path)
 
     @pytest.mark.parametrize("line", ['hf_id = "PLAIN"', 'aliases = ["x", "Plain"]'])
     def test_name_taken(self, tmp_path: Path, line: str) -> None:
-        """No name may mean two models."""
+        """A name must not find two models."""
         other = PLAIN.replace('id = "plain"', f'id = "other"\n{line}')
         with pytest.raises(CatalogError, match=r"z\.toml: '(PLAIN|Plain)' already names plain"):
             load_catalog(_write(tmp_path, a=PLAIN, z=other))
 
     def test_none(self, tmp_path: Path) -> None:
-        """A directory without any is a mistake, not an empty catalogue."""
+        """A directory without descriptions is an error, not an empty catalogue."""
         with pytest.raises(CatalogError, match="no model is described there"):
             load_catalog(tmp_path)
         with pytest.raises(CatalogError, match="no model is described there"):
             load_catalog(tmp_path / "nowhere")
 
     def test_good(self, tmp_path: Path) -> None:
-        """What the mistakes above were made of is right without them."""
+        """The descriptions above without their mistakes are accepted."""
         voiced = VOICED.replace('"plain"', '"voiced"')
         voiced += "[openai_voices]\n" + "".join(f'{name} = "v"\n' for name in OPENAI_VOICES)
         plain, other = load_catalog(_write(tmp_path, a=PLAIN, b=voiced))

@@ -1,4 +1,4 @@
-"""Settings against what there is: .env, the catalogue, the disk."""
+"""Settings and their surroundings: .env, the catalogue, the disk."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from shared.settings import Settings, SettingsError, load_settings
 
 
 def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """.env gives what the environment leaves out; what is not TTS_* stays out of it."""
+    """.env gives the TTS_* variables that the environment lacks, and no others."""
     monkeypatch.chdir(tmp_path)
     Path(".env").write_text('TTS_PORT=1\nTTS_MAX_QUEUE="7"\nTTS_HOST=\nTTS_DTYPE\nPATH=/nowhere\n')
     monkeypatch.setenv("TTS_PORT", "2")
@@ -19,8 +19,8 @@ def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp
     assert found["PATH"] != "/nowhere"
 
 
-def test_models_that_there_are_not() -> None:
-    """A model that the catalogue lacks is a wrong setting, and the message lists what there is."""
+def test_unknown_models_are_problems() -> None:
+    """A model that the catalogue lacks is a problem, and the message lists the known models."""
     settings = load_settings(
         {"TTS_DEFAULT_MODEL": "nothing", "TTS_PRELOAD": "espeak, void", "TTS_MODEL_PATHS": "none=/"},
     )
@@ -29,15 +29,15 @@ def test_models_that_there_are_not() -> None:
     assert all("espeak-ng" in problem for problem in problems)
 
 
-def test_models_that_there_are() -> None:
-    """A model goes by its id, its hub id or an alias, in any case; auto is none and right all the same."""
+def test_known_models_are_no_problem() -> None:
+    """A setting may name a model by its id, its hub id or an alias, in any case; auto names none."""
     names = {"TTS_DEFAULT_MODEL": "Espeak", "TTS_MODEL_PATHS": "qwen/qwen3-tts-12hz-1.7b-base=/"}
     assert unknown_models(load_settings(names)) == []
     assert unknown_models(Settings()) == []
 
 
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
-    """A model's configured folder must be one."""
+def test_missing_weights_are_problems(tmp_path: Path) -> None:
+    """The path of a model must be a folder."""
     file = tmp_path / "file"
     file.touch()
     names = {"a": tmp_path, "b": tmp_path / "nowhere", "c": file}
@@ -49,8 +49,8 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["file", "file/voices", "dangling"])
-def test_voices_that_could_not_be_saved(tmp_path: Path, folder: str) -> None:
-    """A folder that cannot be written, or made, is told at the start and not by the first upload."""
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, folder: str) -> None:
+    """A folder for voices that cannot be written or created is a problem unless no voices are saved."""
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     (problem,) = wrong_places(Settings(voices_dir=tmp_path / folder))
@@ -58,8 +58,8 @@ def test_voices_that_could_not_be_saved(tmp_path: Path, folder: str) -> None:
     assert wrong_places(Settings(voices_dir=tmp_path / folder, max_voices=0)) == []
 
 
-def test_a_folder_for_voices_may_be_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It need not be there, as the default one is not on a fresh machine, and the check does not make it."""
+def test_a_folder_for_voices_may_be_created_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be missing, as the default one on a fresh machine; the check does not create it."""
     monkeypatch.chdir(tmp_path)
     assert wrong_places(Settings()) == []
     assert wrong_places(Settings(voices_dir=tmp_path / "some" / "where")) == []
@@ -67,7 +67,7 @@ def test_a_folder_for_voices_may_be_made_later(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_mistake_at_once() -> None:
-    """What the catalogue and the disk find stands in one message with what is wrong in itself."""
+    """One message has the problems of the catalogue, of the disk and of the values."""
     wrong = {"TTS_PORT": "many", "TTS_PRELOAD": "void", "TTS_VOICES_DIR": "/dev/null/x", "TTS_NO_SUCH": "1"}
     with pytest.raises(SettingsError) as caught:
         load_settings(wrong, unknown_models, wrong_places)

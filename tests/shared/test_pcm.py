@@ -1,4 +1,4 @@
-"""Sample and frame arithmetic."""
+"""The arithmetic of samples, bytes and seconds."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE, bytes_for, samples_of, second
 
 
 def test_one_second() -> None:
-    """A second is 24,000 samples of two bytes, and so many bytes are a second."""
+    """A second has 24,000 samples of two bytes."""
     assert bytes_for(1.0) == 48_000
     assert samples_of(b"\0" * 48_000) == SAMPLE_RATE
     assert seconds_of(memoryview(b"\0" * 48_000)) == 1.0
@@ -18,19 +18,19 @@ def test_one_frame() -> None:
 
 
 def test_nothing() -> None:
-    """No bytes are no time."""
+    """No bytes have no duration."""
     assert (samples_of(b""), seconds_of(b""), bytes_for(0.0)) == (0, 0.0, 0)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1 / 3, 0.00001, 7.77777])
 def test_whole_samples(seconds: float) -> None:
-    """Whatever the time, the bytes hold whole samples, to the nearest."""
+    """Any duration is rounded to whole samples."""
     assert bytes_for(seconds) % 2 == 0
     assert abs(bytes_for(seconds) / 2 - seconds * SAMPLE_RATE) <= 0.5
 
 
 def test_half_a_sample() -> None:
-    """Bytes that end inside a sample are no PCM."""
+    """Bytes that end inside a sample are an error."""
     with pytest.raises(ValueError, match=r"3 bytes .* end inside a sample"):
         samples_of(b"abc")
     with pytest.raises(ValueError, match="1 bytes"):

@@ -1,4 +1,4 @@
-"""The conversation: what is encoded comes out as it went in, and nothing else comes in."""
+"""The protocol: each message survives encoding and decoding, and nothing else is accepted."""
 
 from typing import Any
 
@@ -128,53 +128,53 @@ def _named(message: Any) -> str:
     return type(message).__name__
 
 
-class TestThereAndBack:
-    """What is said is what is heard."""
+class TestRoundTrip:
+    """A decoded message equals the encoded one."""
 
     @pytest.mark.parametrize("message", FROM_WEB, ids=_named)
     def test_from_web(self, message: Any) -> None:
-        """Every message of a web worker, with and without a payload."""
+        """Each message of a web worker, with and without a payload."""
         assert decode_from_web(encode(message)) == (message, None)
         assert decode_from_web(encode(message, b"\1\2")) == (message, b"\1\2")
 
     @pytest.mark.parametrize("message", FROM_WORKER, ids=_named)
     def test_from_worker(self, message: Any) -> None:
-        """Every message of the GPU worker."""
+        """Each message of the GPU worker."""
         assert decode_from_worker(encode(message)) == (message, None)
 
     def test_empty_payload(self) -> None:
-        """An empty payload is a payload."""
+        """An empty payload is not the same as none."""
         assert decode_from_worker(encode(Audio(id="r", seq=0), b"")) == (Audio(id="r", seq=0), b"")
 
     def test_small_audio_header(self) -> None:
-        """The header of the message that is sent most is a few bytes."""
+        """The header of the most frequent message is short."""
         assert len(encode(Audio(id="0" * 32, seq=1_000))[0]) < 70
 
     def test_immutable(self) -> None:
-        """What crosses threads and processes cannot be changed on the way."""
+        """Messages cross threads, so they cannot be changed."""
         credit: Any = Credit(id="r", chunks=1)
         with pytest.raises(AttributeError):
             credit.chunks = 2
 
 
 class TestRefused:
-    """What is not of this conversation."""
+    """Other bytes are a ProtocolError."""
 
     @pytest.mark.parametrize("message", FROM_WORKER, ids=_named)
-    def test_wrong_way_round(self, message: Any) -> None:
-        """A web worker does not say what only the GPU worker says."""
+    def test_worker_message_from_web(self, message: Any) -> None:
+        """A web worker must not send a message of the GPU worker."""
         with pytest.raises(ProtocolError):
             decode_from_web(encode(message))
 
     @pytest.mark.parametrize("message", FROM_WEB, ids=_named)
-    def test_wrong_way_round_too(self, message: Any) -> None:
-        """Nor the other way."""
+    def test_web_message_from_worker(self, message: Any) -> None:
+        """The GPU worker must not send a message of a web worker."""
         with pytest.raises(ProtocolError):
             decode_from_worker(encode(message))
 
     @pytest.mark.parametrize("count", [0, 3, 10])
     def test_number_of_frames(self, count: int) -> None:
-        """One or two frames."""
+        """A message has one or two frames."""
         with pytest.raises(ProtocolError, match=f"not {count}"):
             decode_from_web([b"x"] * count)
 
@@ -199,18 +199,18 @@ class TestRefused:
         ],
     )
     def test_garbage(self, header: bytes) -> None:
-        """Truncated, overlong, mistyped, unknown, or nested without end: one error, whatever it is."""
+        """A header that is truncated, too long, of a wrong type, unknown or deeply nested is a ProtocolError."""
         with pytest.raises(ProtocolError, match=f"not a message of version {VERSION}"):
             decode_from_web([header])
 
     def test_every_prefix(self) -> None:
-        """A message cut anywhere is not a message."""
+        """A message that is cut anywhere is a ProtocolError."""
         header = encode(FROM_WEB[2])[0]
         for length in range(len(header)):
             with pytest.raises(ProtocolError):
                 decode_from_web([header[:length]])
 
     def test_newer_fields(self) -> None:
-        """A field that this version does not know is passed over."""
+        """A field that this version does not know is ignored."""
         header = msgspec.msgpack.encode({"type": "Cancel", "id": "r", "why": {"deep": [1]}})
         assert decode_from_web([header]) == (Cancel(id="r"), None)

@@ -1,4 +1,4 @@
-"""TTS_* variables: every one of them, every mistake at once, and no secret in any message."""
+"""Settings: each TTS_* variable, all mistakes in one message, and no secret in any message."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,22 +92,22 @@ INVALID: list[tuple[str, str, str]] = [
 
 
 class TestValues:
-    """What each variable may say."""
+    """The values of each variable."""
 
     @pytest.mark.parametrize(("name", "text", "value"), VALID, ids=[name for name, *_ in VALID])
     def test_valid(self, name: str, text: str, value: Any) -> None:
-        """It arrives in its field, as that field's type, and changes no other."""
+        """A value gets into its field, with the field's type, and changes no other field."""
         field = next(field.name for field in msgspec.structs.fields(Settings) if variable_of(field.name) == name)
         assert load_settings({name: f" {text} "}) == msgspec.structs.replace(Settings(), **{field: value})
 
     def test_every_variable_is_tested(self) -> None:
-        """A setting that is new has its line above."""
+        """Each setting has a line in VALID."""
         fields = msgspec.structs.fields(Settings)
         assert {name for name, *_ in VALID} == {variable_of(field.name) for field in fields}
 
     @pytest.mark.parametrize(("name", "text", "problem"), INVALID)
     def test_invalid(self, name: str, text: str, problem: str) -> None:
-        """A wrong value is refused by the variable's name, with what would be right."""
+        """The message for a wrong value has the variable and the right form."""
         with pytest.raises(SettingsError) as caught:
             load_settings({name: text})
         (line,) = caught.value.problems
@@ -116,17 +116,17 @@ class TestValues:
 
     @pytest.mark.parametrize("origin", ["*", "https://*.example", "http://a.example:443", "http://[::1]:8080"])
     def test_other_origins(self, origin: str) -> None:
-        """A star is an origin, alone or as a part of one; ports and addresses may be in it."""
+        """A star, alone or within an origin, ports and IPv6 addresses are accepted."""
         assert load_settings({"TTS_CORS_ORIGINS": origin}).cors_origins == [origin]
 
     @pytest.mark.parametrize("text", ["1", "true", "Yes", "ON"])
     def test_true(self, text: str) -> None:
-        """The usual words for yes."""
+        """The usual words for true are accepted, in any case."""
         assert load_settings({"TTS_ALLOW_DOWNLOAD": text}).allow_download
 
     @pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
     def test_false(self, text: str) -> None:
-        """The usual words for no."""
+        """The usual words for false are accepted, in any case."""
         assert not load_settings({"TTS_CLEANUP_ENABLED": text}).cleanup_enabled
 
 
@@ -134,17 +134,17 @@ class TestTogether:
     """All variables at once."""
 
     def test_nothing_set(self) -> None:
-        """Without any the defaults are in force, and a stranger cannot reach the port."""
+        """Without variables the defaults hold, and the port is not reachable from other machines."""
         assert load_settings({}) == Settings()
         assert load_settings({"PATH": "/bin", "TTSX": "1"}) == Settings()
         assert Settings().host == "127.0.0.1"
 
     def test_empty_is_not_set(self) -> None:
-        """An empty variable, as a compose file makes them, is none, even where the name is not ours."""
+        """An empty variable, as compose files make them, counts as not set, even with an unknown name."""
         assert load_settings({"TTS_PORT": "", "TTS_MAX_QUEUE": "  ", "TTS_UNKNOWN": ""}) == Settings()
 
     def test_every_mistake_at_once(self) -> None:
-        """Each mistake is named in one message: values, names that are not ours, contradictions."""
+        """One message has all mistakes: values, unknown names, and values that are wrong together."""
         with pytest.raises(SettingsError) as caught:
             load_settings(
                 {
@@ -163,12 +163,12 @@ class TestTogether:
 
 
 class TestSecrets:
-    """Keys and tokens stay where they are."""
+    """Keys and tokens are never shown."""
 
     SECRETS: ClassVar = ("hush-token", "sk-user", "sk-admin")
 
     def test_public(self) -> None:
-        """What is shown is plain JSON, by the names of API.md, without the secrets."""
+        """`public` gives plain JSON by the public names, without the secrets."""
         settings = load_settings(
             {
                 "TTS_WORKER_TOKEN": "hush-token",
@@ -187,7 +187,7 @@ class TestSecrets:
         assert load_settings({}).public()["default_model_size"] == "1.7B"
 
     def test_of_worker(self) -> None:
-        """What the worker tells of its settings is public, and nothing that the web side acts by."""
+        """`of_worker` gives public settings, and none that the web side uses."""
         settings = load_settings({"TTS_WORKER_TOKEN": "hush-token", "TTS_IDLE_TIMEOUT": "5", "TTS_PORT": "8001"})
         told = settings.of_worker()
         assert told.items() < settings.public().items()
@@ -203,7 +203,7 @@ class TestSecrets:
         ],
     )
     def test_not_in_errors(self, name: str, text: str) -> None:
-        """A wrong secret is named by its variable, not by its value."""
+        """The message for a wrong secret has its variable, not its value."""
         with pytest.raises(SettingsError) as caught:
             load_settings({name: text, "TTS_PORT": "0"})
         assert name in str(caught.value)
