@@ -1,6 +1,6 @@
-"""What clients send and get: Structs with their limits in them, from which the OpenAPI is made as well.
+"""The bodies of requests and responses: Structs with the limits of their fields. The OpenAPI is made from them.
 
-It owns shapes and the limits of single fields; what fields mean together is resolution.py's.
+resolution.py owns the rules between fields.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -9,16 +9,16 @@ import msgspec
 from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, Format
-from shared.protocol import State, Task
+from shared.protocol import SavedVoice, State, Task
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
 MAX_NAME: Final = 200
 MAX_KEEP_ALIVE_S: Final = 31_536_000
-"""A year; who wants longer says -1."""
+"""A year; -1 means longer than that: for ever."""
 
 ALIASES: Final = {"speaker": "voice", "instruct": "instructions", "text": "input"}
-"""Names that other speech servers use for the same fields."""
+"""Other speech servers' names of fields -> ours."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 
@@ -29,88 +29,102 @@ class VoiceRef(msgspec.Struct, frozen=True, kw_only=True):
     id: Name
 
 
-def _says(description: str, **limits: Any) -> Meta:
+def _describe(description: str, **limits: Any) -> Meta:
     return Meta(description=description, **limits)
 
 
 class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What to say, and how. `speaker`, `instruct` and `text` are taken for `voice`, `instructions` and `input`."""
+    """A text, and how to speak it. `text`, `speaker` and `instruct` are other names of `input`, `voice` and
+    `instructions`.
+    """
 
     input: Annotated[
-        str, _says("What to say.", min_length=1, examples=["The quick brown fox jumps over the lazy dog."])
+        str, _describe("The text to speak.", min_length=1, examples=["The quick brown fox jumps over the lazy dog."])
     ]
     model: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=MAX_NAME)] | None,
-        _says(
-            "A model's id, alias or Hugging Face id; case does not matter. "
-            "tts-1, tts-1-hd and gpt-4o-mini-tts mean the default model.",
+        Name | None,
+        _describe(
+            "A model's id, alias or Hugging Face id, in any case. "
+            "tts-1, tts-1-hd and gpt-4o-mini-tts stand for the default model.",
             examples=["tts-1"],
         ),
     ] = None
     voice: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=MAX_NAME)] | VoiceRef | None,
-        _says(
-            "A voice of the model, an OpenAI name or a saved voice; case does not matter. "
-            "Where a description or a recording makes the voice, OpenAI's names are ignored and others are refused.",
+        Name | VoiceRef | None,
+        _describe(
+            "A voice of the model, an OpenAI voice name or a saved voice, in any case. "
+            "If a description or a recording makes the voice, OpenAI's names are ignored and other names are refused.",
             examples=["alloy"],
         ),
     ] = None
     instructions: Annotated[
         Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None,
-        _says("How to say it; for a voice-design model, the description of the voice."),
+        _describe("How to speak the text; for a voice-design model, the description of the voice."),
     ] = None
     response_format: Annotated[
         Format | None,
-        _says("The audio format; pcm is 24 kHz mono int16 little-endian."),
+        _describe("The audio format; pcm is 24 kHz mono int16 little-endian."),
     ] = None
     speed: Annotated[
         Annotated[float, Meta(ge=MIN_SPEED, le=MAX_SPEED)] | None,
-        _says("How fast; the pitch stays."),
+        _describe("The speed of the speech; its pitch does not change."),
     ] = None
     stream_format: Annotated[
         Literal["audio", "sse"] | None,
-        _says("audio: the bytes of the format. sse: server-sent events."),
+        _describe("audio: the bytes of the audio format. sse: server-sent events."),
     ] = None
     stream: Annotated[
         bool | None,
-        _says("false: the whole body at once, with Content-Length. By default audio leaves as it is made."),
+        _describe("false: one whole body with Content-Length. By default, audio is sent while it is made."),
     ] = None
     language: Annotated[
         Annotated[str, Meta(min_length=1, max_length=64)] | None,
-        _says("A name (English), a code (en, en-US) or auto."),
+        _describe("A language's name (English) or code (en, en-US), or auto."),
     ] = None
-    task_type: Annotated[Task | None, _says("Which kind of model; deduced where it is left out.")] = None
+    task_type: Annotated[Task | None, _describe("The kind of model; by default it follows from the other fields.")] = (
+        None
+    )
     ref_audio: Annotated[
         str | None,
-        _says("The recording to clone: a data URL or base64; an http(s) URL only where the server allows it."),
+        _describe("The recording to clone: a data URL or base64, or an http(s) URL if the server allows URLs."),
     ] = None
     ref_text: Annotated[
         Annotated[str, Meta(max_length=MAX_REF_TEXT)] | None,
-        _says("What is said in ref_audio."),
+        _describe("The transcript of ref_audio."),
     ] = None
     x_vector_only_mode: Annotated[
         bool | None,
-        _says("Clone from the speaker's embedding alone; needs no ref_text."),
+        _describe("Clone from the speaker embedding alone, without ref_text."),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
-        _says("The same seed gives the same speech again."),
+        _describe("The same seed gives the same speech again."),
     ] = None
-    temperature: Annotated[Annotated[float, Meta(ge=0, le=2)] | None, _says("0 is greedy.")] = None
-    top_k: Annotated[Annotated[int, Meta(ge=0, le=4096)] | None, _says("0 means all.")] = None
-    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, _says("Nucleus sampling.")] = None
-    repetition_penalty: Annotated[Annotated[float, Meta(ge=0.5, le=2)] | None, _says("1 is none.")] = None
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, _describe("The sampling temperature; 0 is greedy.")
+    ] = None
+    top_k: Annotated[
+        Annotated[int, Meta(ge=0, le=4096)] | None, _describe("Sample from the k most likely tokens; 0 means all.")
+    ] = None
+    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, _describe("Nucleus sampling.")] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(ge=0.5, le=2)] | None, _describe("The penalty for repeated tokens; 1 means none.")
+    ] = None
     max_new_tokens: Annotated[
         Annotated[int, Meta(ge=1, le=8192)] | None,
-        _says("At most so many frames of 80 ms in all."),
+        _describe("The most frames, of 80 ms each, for the whole request."),
     ] = None
     non_streaming_mode: Annotated[
         bool | None,
-        _says("Qwen3-TTS's text layout: the whole text before the first frame. Not about transport."),
+        _describe(
+            "Qwen3-TTS's text layout: the whole text before the first frame. It does not change how audio is sent."
+        ),
     ] = None
     keep_alive: Annotated[
         int | float | Annotated[str, Meta(max_length=32)] | None,
-        _says("How long the model stays resident after this request: seconds, 5m, 1h30m, 0, or -1 for ever."),
+        _describe(
+            "How long the model stays resident after this request: seconds, 5m, 1h30m, 0 (not at all) or -1 (for ever)."
+        ),
     ] = None
 
 
@@ -118,7 +132,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpeechUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the text and codec tokens of the speech."""
+    """Tokens of the text (input) and of the speech (output)."""
 
     input_tokens: int
     output_tokens: int
@@ -126,13 +140,13 @@ class SpeechUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpeechDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="speech.audio.delta"):
-    """A piece of audio: base64 of bytes of `response_format`."""
+    """The next bytes of audio in `response_format`, as base64."""
 
     audio: str
 
 
 class SpeechDone(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="speech.audio.done"):
-    """Everything has been said."""
+    """The last event of a complete speech."""
 
     usage: SpeechUsage
 
@@ -141,7 +155,7 @@ class SpeechDone(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as OpenAI lists it, and what this server knows beyond that. `voices` are the ids of its own voices."""
+    """A model in OpenAI's shape, with more fields. `voices` are the ids of its preset voices."""
 
     id: str
     created: int
@@ -158,7 +172,7 @@ class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelId(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's id, for clients that read no more."""
+    """A model's id alone."""
 
     id: str
 
@@ -172,7 +186,10 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VoiceObject(msgspec.Struct, frozen=True, kw_only=True):
-    """A voice that speech can be asked for with. `kind`: preset, an OpenAI name, a clone or a designed voice."""
+    """A voice that a speech request can name, and the model that speaks with it.
+
+    `kind`: a preset voice, an OpenAI name for one, or a saved voice (clone or design).
+    """
 
     id: str
     name: str
@@ -182,35 +199,32 @@ class VoiceObject(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["preset", "openai", "clone", "design"]
 
 
+class SavedVoiceObject(SavedVoice, frozen=True, kw_only=True):
+    """A saved voice. `type` is how it was made, `created_at` in Unix seconds, `seconds` the recording's length.
+
+    `in_context`: the recording's transcript is known, so the voice is cloned from more than a speaker embedding.
+    """
+
+    kind: Literal["clone", "design"] = msgspec.field(name="type")
+    object: Literal["audio.voice"] = "audio.voice"
+
+
 class VoiceList(msgspec.Struct, frozen=True, kw_only=True):
-    """All voices; `uploaded_voices` are the saved ones among them, with more about each."""
+    """All voices; `uploaded_voices` are the saved ones among them, with more fields."""
 
     voices: list[VoiceObject]
-    uploaded_voices: list["SavedVoiceObject"]
+    uploaded_voices: list[SavedVoiceObject]
 
 
 class VoiceNames(msgspec.Struct, frozen=True, kw_only=True):
-    """The same as plain strings, for clients that read only those (`?legacy=true`)."""
+    """The ids of all voices, for clients that read plain strings (`?legacy=true`)."""
 
     voices: list[str]
     uploaded_voices: list[str]
 
 
-class SavedVoiceObject(msgspec.Struct, frozen=True, kw_only=True):
-    """A saved voice; `type` is how it came to be, `created_at` in Unix seconds, `seconds` the recording's length."""
-
-    id: str
-    name: str
-    created_at: int
-    type: Literal["clone", "design"]
-    description: str = ""
-    seconds: float = 0.0
-    in_context: bool = False
-    object: Literal["audio.voice"] = "audio.voice"
-
-
 class VoiceDeleted(msgspec.Struct, frozen=True, kw_only=True):
-    """The voice is gone."""
+    """The id of the deleted voice."""
 
     id: str
     object: Literal["audio.voice.deleted"] = "audio.voice.deleted"
@@ -221,7 +235,7 @@ class VoiceDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True):
-    """What this is and where to go from here."""
+    """The service's name and version, and its most important paths."""
 
     status: str
     service: str
@@ -231,14 +245,14 @@ class Root(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """This web process lives; `timestamp` in Unix seconds."""
+    """The web process is running; `timestamp` in Unix seconds."""
 
     status: Literal["healthy"]
     timestamp: float
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
-    """Speech can be asked for; `model` is the default one."""
+    """The service is ready to speak; `model` is the default model, `worker` the boot id of the GPU worker."""
 
     status: Literal["ready"]
     model: str
@@ -246,6 +260,6 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """All is well."""
+    """Always ok."""
 
     status: Literal["ok"] = "ok"

@@ -196,11 +196,11 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     name: str
-    kind: Literal["clone", "design"]
     created_at: int
+    kind: Literal["clone", "design"]
+    description: str = ""
     seconds: float
     in_context: bool
-    description: str = ""
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,7 +212,6 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     state: State
-    detail: str = ""
     bytes: dict[str, int] = {}
     host_bytes: int = 0
     last_used: float | None = None
@@ -220,6 +219,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     references: int = 0
     pinned: bool = False
     keep_alive_s: float | None = None
+    detail: str = ""
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):

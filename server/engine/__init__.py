@@ -1,9 +1,19 @@
-"""The web side's end of the conversation with the GPU worker: speech requests, admin calls and snapshots.
+"""The web side's end of the conversation with the GPU worker: speech requests, admin calls, snapshots and lookups.
 
 Outsiders import the names below, never a module of the package.
 """
 
 from server.engine.client import INITIAL_CREDIT, EngineClient, Speech
+from server.engine.lookups import cached_catalog, find_saved_voice, fresh_catalog, status_of
 from server.engine.zmq import ZmqEngineClient
 
-__all__ = ["INITIAL_CREDIT", "EngineClient", "Speech", "ZmqEngineClient"]
+__all__ = [
+    "INITIAL_CREDIT",
+    "EngineClient",
+    "Speech",
+    "ZmqEngineClient",
+    "cached_catalog",
+    "find_saved_voice",
+    "fresh_catalog",
+    "status_of",
+]

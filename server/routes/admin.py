@@ -1,6 +1,6 @@
-"""/admin: the settings in force, what the worker does and holds, and residency by hand.
+"""/admin: the settings in force, the GPU worker's figures and memory, and loading, unloading and pinning of models.
 
-Everything that is only looked at comes with the answer to a ping: watching costs the GPU worker next to nothing.
+Read-only operations answer from a snapshot, which comes with each Pong: watching costs the GPU worker almost nothing.
 """
 
 import os
@@ -11,12 +11,11 @@ from litestar import Request, get, post
 from litestar.params import FromPath, PathParameter, QueryParameter
 
 from server.dependencies import EngineDependency, SettingsDependency
-from server.engine import EngineClient
+from server.engine import EngineClient, cached_catalog
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.streaming import cancel_on_disconnect
-from server.resolution import model_named
-from server.routes.models import known
+from server.resolution import resolve_model
 from server.version import VERSION
 from shared.protocol import (
     Action,
@@ -28,7 +27,6 @@ from shared.protocol import (
     LoadModel,
     ModelStatus,
     PinModel,
-    State,
     StreamState,
     UnloadModel,
 )
@@ -36,10 +34,10 @@ from shared.settings import Settings
 
 STATS_MAX_AGE_S: Final = 0.25
 _VRAM_MAX_AGE_S: Final = 0.0
-"""Whoever has just moved a model looks whether it is there; many who look share one question to the worker."""
+"""A client that has just moved a model wants to see it moved. Clients that ask at the same time share one Ping."""
 
 _LOAD_TIMEOUT_S: Final = 600.0
-"""Loading may have to download first; who waits longer asks again."""
+"""Loading may include a download. A client that needs longer asks again."""
 
 _CLEANUP_TIMEOUT_S: Final = 60.0
 _MIB: Final = 1024 * 1024
@@ -48,7 +46,7 @@ ModelAction = Literal["load", "unload", "pin", "unpin"]
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Which GPU worker it is; `restarts`: how many its supervisor has replaced, 0 where it runs by itself."""
+    """The GPU worker's process; `restarts` counts the workers that its supervisor has replaced (0 without one)."""
 
     pid: int
     boot_id: str
@@ -57,9 +55,9 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker does now, and what it has done since it started; `web_pid` is the web worker that answers.
+    """Requests now and since the GPU worker started; `web_pid` is the web worker that answers.
 
-    `streams` are the requests with a slot, then those that wait for one, the oldest first and fifty at most.
+    `streams`: requests with a slot, then those that wait for one; the oldest first, at most fifty.
     """
 
     web_pid: int
@@ -74,7 +72,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CleanupReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The settings of the eviction of idle models, and what a pass did; figures are null before the first pass."""
+    """The settings of the eviction of idle models, and the figures of a pass; null before the first pass."""
 
     cleanup_enabled: bool
     cleanup_interval: float
@@ -89,51 +87,39 @@ class CleanupReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     models_checked: list[str] | None = None
 
 
-class ModelMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a model is and what it holds: `bytes` on the device by purpose, `host_bytes` in RAM."""
-
-    id: str
-    state: State
-    bytes: dict[str, int]
-    host_bytes: int
-    last_used: float | None
-    idle_s: float | None
-    references: int
-    pinned: bool
-    keep_alive_s: float | None
-    detail: str
-
-
 class Vram(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory as the device's driver and the worker tell it, in bytes; `shared` is what several models use together."""
+    """Memory in bytes: the device's as its driver reports it, the host's, and each model's.
+
+    `shared` is memory on the device that several models use together.
+    """
 
     device: DeviceMemory
     shared: dict[str, int]
     host: HostMemory
-    models: list[ModelMemory]
+    models: list[ModelStatus]
 
 
 @get(
     "/config",
     operation_id="getConfig",
-    summary="The settings in force",
+    summary="Get the settings in force",
     tags=["Admin"],
     responses=documented(401, 403, 500),
 )
 async def config(engine: EngineDependency, settings: SettingsDependency) -> dict[str, Any]:
-    """All settings but the secret ones; what the worker acts by is as the worker has it, once it has been met."""
-    return {"api_version": VERSION, **_in_force(engine, settings)}
+    """All settings except keys and tokens. The GPU worker's settings are its own, from its last connection on."""
+    return {"api_version": VERSION, **_settings_in_force(engine, settings)}
 
 
 @get(
     "/stats",
     operation_id="getStats",
-    summary="What the worker does",
+    summary="Get the request figures",
     tags=["Admin"],
     responses=documented(401, 403, 500, 503),
 )
 async def stats(engine: EngineDependency) -> Stats:
-    """Requests running, queued and done, at most 250 ms old."""
+    """Requests that run, wait and have ended; at most 250 ms old."""
     snapshot = await engine.fresh_snapshot(STATS_MAX_AGE_S)
     return Stats(
         web_pid=os.getpid(),
@@ -153,25 +139,25 @@ async def stats(engine: EngineDependency) -> Stats:
 @get(
     "/vram",
     operation_id="getVram",
-    summary="Memory by model and purpose",
+    summary="Get memory by model and purpose",
     tags=["Admin"],
     responses=documented(401, 403, 500, 503),
 )
 async def vram(engine: EngineDependency) -> Vram:
-    """The device's figures are its driver's."""
+    """Memory of the device, of the host and of each model, as of now."""
     snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
     return Vram(
         device=snapshot.device,
         shared=snapshot.shared_bytes,
         host=snapshot.host,
-        models=[_memory_of(model) for model in snapshot.models],
+        models=snapshot.models,
     )
 
 
 @post(
     "/cleanup",
     operation_id="cleanUp",
-    summary="The last eviction pass, or a new one",
+    summary="Get the last eviction pass, or run one",
     tags=["Admin"],
     status_code=200,
     responses=documented(400, 401, 403, 500, 503),
@@ -183,13 +169,13 @@ async def cleanup(
     *,
     trigger: Annotated[bool, QueryParameter(description="Run a pass now instead of reporting the last one.")] = False,
 ) -> CleanupReport:
-    """What the eviction of idle models did; with `trigger=true` after doing it now."""
+    """The figures of the last eviction of idle models; with `trigger=true`, of one that runs now."""
     if not trigger:
         snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
-        return _report(_in_force(engine, settings), snapshot.cleanup, completed=False)
+        return _report(_settings_in_force(engine, settings), snapshot.cleanup, completed=False)
     cleaning = engine.call(Cleanup(), client=client_of(settings, request), timeout_s=_CLEANUP_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, cleaning)
-    return _report(_in_force(engine, settings), reply.cleanup, completed=True)
+    return _report(_settings_in_force(engine, settings), reply.cleanup, completed=True)
 
 
 @post(
@@ -206,8 +192,8 @@ async def move_model(
     action: Annotated[ModelAction, PathParameter(description="What to do with the model.")],
     engine: EngineDependency,
     settings: SettingsDependency,
-) -> ModelMemory:
-    """Residency by hand; the answer says where the model is then. A busy model is not unloaded (409)."""
+) -> ModelStatus:
+    """Load, unload, pin or unpin a model, and answer with its state afterwards. A busy model is not unloaded (409)."""
     return await _move(request, model_id, action, engine, settings)
 
 
@@ -220,16 +206,16 @@ async def move_model_of_hub(
     action: FromPath[ModelAction],
     engine: EngineDependency,
     settings: SettingsDependency,
-) -> ModelMemory:
-    """The same by Hugging Face id, which holds a slash."""
+) -> ModelStatus:
+    """The same by Hugging Face id, which contains a slash."""
     return await _move(request, f"{owner}/{name}", action, engine, settings)
 
 
 async def _move(
     request: Request[Any, Any, Any], name: str, action: ModelAction, engine: EngineClient, settings: Settings
-) -> ModelMemory:
-    catalog, snapshot = known(engine)
-    model = model_named(name, catalog, snapshot.default_model).id
+) -> ModelStatus:
+    catalog, snapshot = cached_catalog(engine)
+    model = resolve_model(name, catalog, snapshot.default_model).id
     actions: dict[ModelAction, Action] = {
         "load": LoadModel(model=model),
         "unload": UnloadModel(model=model),
@@ -239,23 +225,18 @@ async def _move(
     moving = engine.call(actions[action], client=client_of(settings, request), timeout_s=_LOAD_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, moving)
     if reply.model is None:
-        raise ApiError("internal_error", "The GPU worker did not say where the model is.")
-    return _memory_of(reply.model)
+        raise ApiError("internal_error", "The GPU worker did not send the model's status.")
+    return reply.model
 
 
-def _memory_of(model: ModelStatus) -> ModelMemory:
-    return ModelMemory(**msgspec.structs.asdict(model))
-
-
-def _in_force(engine: EngineClient, settings: Settings) -> dict[str, Any]:
-    """The settings by public name: the worker's may come from another environment than this process's."""
+def _settings_in_force(engine: EngineClient, settings: Settings) -> dict[str, Any]:
+    """The settings by their public names. The worker's own replace ours: its environment may be another one."""
     return {**settings.public(), **engine.worker_settings}
 
 
 def _report(in_force: dict[str, Any], done: CleanupPass | None, *, completed: bool) -> CleanupReport:
-    before, after = (_mb(done.vram_before_bytes), _mb(done.vram_after_bytes)) if done else (None, None)
+    before, after = (_mib(done.vram_before_bytes), _mib(done.vram_after_bytes)) if done else (None, None)
     standing: Literal["running", "disabled"] = "running" if in_force["cleanup_enabled"] else "disabled"
-    unloaded = done.models_unloaded if done else []
     return CleanupReport(
         cleanup_enabled=in_force["cleanup_enabled"],
         cleanup_interval=in_force["cleanup_interval"],
@@ -264,9 +245,9 @@ def _report(in_force: dict[str, Any], done: CleanupPass | None, *, completed: bo
         timestamp=done.timestamp if done else None,
         vram_before_mb=before,
         vram_after_mb=after,
-        # Of the figures beside it, so that whoever subtracts them finds this one.
+        # The difference of the rounded figures, so that the three figures of the answer agree.
         vram_freed_mb=round(before - after, 2) if before is not None and after is not None else None,
-        models_unloaded=unloaded,
+        models_unloaded=done.models_unloaded if done else [],
         message=_message(done) if completed and done else "",
         models_checked=done.models_checked if completed and done else None,
     )
@@ -277,5 +258,5 @@ def _message(done: CleanupPass) -> str:
     return f"Idle models: {len(offloaded)} moved to host RAM, {len(done.models_dropped)} dropped from memory."
 
 
-def _mb(count: int) -> float:
+def _mib(count: int) -> float:
     return round(count / _MIB, 2)

@@ -1,4 +1,4 @@
-"""What this is, whether it lives, whether it can speak: the questions of people, probes and load balancers."""
+"""The questions of people, probes and load balancers: what is this, is it running, is it ready?"""
 
 import time
 from typing import Any
@@ -12,9 +12,9 @@ from server.schemas import Health, Ready, Root, Status
 from server.version import VERSION
 
 
-@get("/", operation_id="getRoot", summary="What this is", tags=["Service"])
+@get("/", operation_id="getRoot", summary="Get the service's name and version", tags=["Service"])
 async def root(settings: SettingsDependency) -> Root:
-    """Name, version and the way to the rest."""
+    """Name, version and the most important paths."""
     return Root(
         status="ok",
         service=settings.api_title,
@@ -24,7 +24,7 @@ async def root(settings: SettingsDependency) -> Root:
     )
 
 
-@get("/health", operation_id="getHealth", summary="Does this web process live?", tags=["Service"])
+@get("/health", operation_id="getHealth", summary="Is this web process running?", tags=["Service"])
 async def health() -> Health:
     """200 as long as this process can answer; it says nothing about the GPU worker."""
     return Health(status="healthy", timestamp=time.time())
@@ -33,25 +33,25 @@ async def health() -> Health:
 @get(
     "/ready",
     operation_id="getReady",
-    summary="Can speech be asked for?",
+    summary="Is the service ready to speak?",
     tags=["Service"],
     responses=documented(500, 503),
 )
 async def ready(engine: EngineDependency) -> Ready:
-    """200 while the synthesis loop answers pings and the default model can be served; else 503 with the reason."""
+    """200 while the GPU worker answers and the default model can be served; else 503 with the reason."""
     reason = engine.unavailable_reason()
     snapshot = engine.snapshot
     if reason is not None or snapshot is None:
-        raise ApiError("worker_unavailable", reason or "The GPU worker has not said anything yet.")
+        raise ApiError("worker_unavailable", reason or "The GPU worker has sent no report yet.")
     if not snapshot.accepting:
         raise ApiError("shutting_down", "The GPU worker is shutting down.")
     default = next((model for model in snapshot.models if model.id == snapshot.default_model), None)
     if default is None:
-        raise ApiError("model_unavailable", f"The default model {snapshot.default_model} is not known.")
+        raise ApiError("model_unavailable", f"The default model {snapshot.default_model} is unknown.")
     if default.id in snapshot.preloading:
         raise ApiError("model_unavailable", f"The default model {default.id} is loading. {default.detail}".strip())
     if default.state == "unavailable" or (default.state != "resident" and default.detail):
-        # An absent or offloaded model comes when it is asked for, unless the last attempt says why it does not.
+        # An absent or offloaded model is loaded by its next request, unless `detail` says why its last load failed.
         detail = default.detail.rstrip(".")
         raise ApiError("model_unavailable", f"The default model {default.id} cannot be served now: {detail}.")
     return Ready(status="ready", model=snapshot.default_model, worker=snapshot.boot_id)
@@ -60,16 +60,16 @@ async def ready(engine: EngineDependency) -> Ready:
 @get(
     "/test",
     operation_id="getTest",
-    summary="The probe of wyoming-openai",
+    summary="Answer the probe of wyoming-openai",
     tags=["Service"],
     responses=documented(401, 403, 500),
 )
 async def test() -> Status:
-    """All is well."""
+    """Always ok."""
     return Status()
 
 
 @get("/readyz", include_in_schema=False)
 async def readyz() -> Any:
-    """There is nothing: clients take who answers here for another product."""
+    """Always 404: some clients take a server that answers here for another product."""
     raise NotFoundException

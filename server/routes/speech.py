@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 
 from server.audio import CONTENT_TYPES, Encoder
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.engine import INITIAL_CREDIT, EngineClient
+from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.json_bodies import SpeechJson
@@ -19,8 +19,6 @@ from server.http.request_scope import request_id_of
 from server.http.speech_response import SpeechResponse
 from server.http.streaming import can_break, cancel_on_disconnect
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
-from server.routes.models import known
-from server.saved_voices import find_saved_voice
 from server.schemas import SpeechRequest
 from shared.protocol import Speak
 
@@ -68,7 +66,7 @@ async def create_speech(
 
 
 async def _resolve(data: JSONBody[SpeechRequest], engine: EngineClient, client: str) -> Resolved:
-    catalog, snapshot = known(engine)
+    catalog, snapshot = cached_catalog(engine)
     name = saved_voice_name(data, catalog, snapshot.default_model)
     saved = await find_saved_voice(name, engine, client) if name is not None else None
     return resolve(data, catalog, snapshot.default_model, saved)

@@ -1,6 +1,6 @@
-"""/v1/audio/voices: the voices that there are, and those that clients make and delete.
+"""/v1/audio/voices: list, make and delete voices.
 
-The worker owns saved voices; here recordings become PCM and names are checked.
+The GPU worker owns the saved voices. This module checks names and turns recordings into PCM.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -16,14 +16,12 @@ from msgspec import Meta
 
 from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.engine import EngineClient
+from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, status_of
 from server.http.auth import client_of
 from server.http.error_handlers import handle_unexpected
 from server.http.errors import ApiError, ErrorEnvelope, documented, error_response
 from server.http.streaming import cancel_on_disconnect
-from server.resolution import find_model, model_named
-from server.routes.models import known, latest, state_of
-from server.saved_voices import find_saved_voice
+from server.resolution import find_model, resolve_model
 from server.schemas import (
     MAX_INSTRUCTIONS,
     MAX_NAME,
@@ -39,17 +37,17 @@ from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedV
 from shared.text import is_printable
 
 _MAKE_TIMEOUT_S: Final = 300.0
-"""Making a voice may have to load a model first."""
+"""Making a voice may include loading a model."""
 
 _DELETE_TIMEOUT_S: Final = 10.0
 
-VoiceName = Annotated[str, PathParameter(description="An id or a name; a name may hold a slash.")]
+VoiceName = Annotated[str, PathParameter(description="A voice's id or name; a name may contain a slash.")]
 
 Text = Annotated[str, Meta(max_length=MAX_NAME)]
 
 
 class VoiceForm(msgspec.Struct, kw_only=True):
-    """A recording to clone (`audio_sample`), or with `type=prompt` a description to design a voice from."""
+    """A recording to clone (`audio_sample`) or, with `type=prompt`, the description of a voice to design."""
 
     name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
     type: Literal["clone", "prompt"] = "clone"
@@ -67,7 +65,7 @@ def _needs_form(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRo
 
 
 def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
-    """Litestar's parser lets text in a wrong encoding, and encodings that there are not, pass as Python's errors."""
+    """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
     if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
         return error_response(ApiError("invalid_value", "The form holds text that is not UTF-8."))
     return handle_unexpected(request, error)
@@ -76,7 +74,7 @@ def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[
 @get(
     "/voices",
     operation_id="listVoices",
-    summary="All voices",
+    summary="List the voices",
     tags=["Voices"],
     responses=documented(400, 401, 403, 404, 500, 503),
 )
@@ -84,27 +82,27 @@ async def list_voices(
     engine: EngineDependency,
     *,
     model: Annotated[
-        str | None, QueryParameter(description="Only the voices of this model.", max_length=MAX_NAME)
+        str | None, QueryParameter(description="List only the voices of this model.", max_length=MAX_NAME)
     ] = None,
     legacy: Annotated[bool, QueryParameter(description="Plain strings instead of objects.")] = False,
 ) -> VoiceList | VoiceNames:
     """Preset voices, OpenAI's names for them, and saved voices; the default model's first.
 
-    Without `model` the models that cannot be served are left out.
+    Without `model`, the list leaves out the voices of models that cannot be served.
     """
-    catalog, snapshot = await latest(engine)
-    named = [model_named(model, catalog, snapshot.default_model)] if model is not None else None
+    catalog, snapshot = await fresh_catalog(engine)
+    named = [resolve_model(model, catalog, snapshot.default_model)] if model is not None else None
     specs = named or _served(catalog, snapshot)
     voices = [voice for spec in specs for voice in _voices_of(spec)]
     default = find_model(snapshot.default_model, catalog)
-    # Of several Base models the one that speech without a model's name goes to.
+    # Of several Base models, the one that a speech request without a model would use.
     bases = (spec for spec in specs if spec.task == "Base")
     base = min(bases, key=lambda spec: spec.size != default.size, default=None)
     saved = snapshot.voices if model is None or base is not None else []
-    voices += [_saved_as_voice(voice, base) for voice in saved]
+    voices += [_saved_in_list(voice, base) for voice in saved]
     if legacy:
         return VoiceNames(voices=list(dict.fromkeys(v.id for v in voices)), uploaded_voices=[v.id for v in saved])
-    return VoiceList(voices=voices, uploaded_voices=[_saved_object(voice) for voice in saved])
+    return VoiceList(voices=voices, uploaded_voices=[_saved_voice_object(voice) for voice in saved])
 
 
 @post(
@@ -124,15 +122,15 @@ async def create_voice(
     settings: SettingsDependency,
     decoder_pool: DecoderPoolDependency,
 ) -> SavedVoiceObject:
-    """Clone a voice from a recording (1 to 60 s, at most 10 MiB), or let a description make one."""
+    """Save a voice, cloned from a recording (1 to 60 s, at most 10 MiB) or designed from a description."""
     name = data.name.strip()
     if not is_printable(name):
-        raise ApiError("invalid_value", "name: printable characters are expected.", param="name")
+        raise ApiError("invalid_value", "name: must have printable characters only.", param="name")
     action: Action
     pcm = None
     if data.type == "prompt":
         if not (data.prompt or "").strip():
-            raise ApiError("invalid_value", "prompt: describe the voice.", param="prompt")
+            raise ApiError("invalid_value", "prompt: must describe the voice.", param="prompt")
         action = DesignVoice(name=name, prompt=data.prompt or "", description=data.description or "")
     else:
         sample = await _sample(data.audio_sample)
@@ -145,26 +143,28 @@ async def create_voice(
         )
     making = engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, making)
-    return _saved_object(_voice_in(reply.voice))
+    if reply.voice is None:
+        raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
+    return _saved_voice_object(reply.voice)
 
 
 @get(
     "/voices/{voice_id:path}",
     operation_id="getVoice",
-    summary="One voice",
+    summary="Get a voice",
     tags=["Voices"],
     responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def get_voice(
     request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceObject | SavedVoiceObject:
-    """The voice of that id or name; where several models have one, that of the first model in the list."""
+    """The voice with that id or name; if several models have one, that of the first model in the list."""
     name = voice_id.removeprefix("/")
     # No saved voice can have the name of one of these.
-    for voice in (voice for spec in _served(*known(engine)) for voice in _voices_of(spec)):
+    for voice in (voice for spec in _served(*cached_catalog(engine)) for voice in _voices_of(spec)):
         if name.casefold() in (voice.id.casefold(), voice.name.casefold()):
             return voice
-    return _saved_object(await _existing(name, engine, client_of(settings, request)))
+    return _saved_voice_object(await _existing(name, engine, client_of(settings, request)))
 
 
 @delete(
@@ -178,35 +178,35 @@ async def get_voice(
 async def delete_voice(
     request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceDeleted:
-    """Forget the saved voice of that id or name."""
+    """Delete the saved voice with that id or name."""
     client = client_of(settings, request)
     voice = await _existing(voice_id.removeprefix("/"), engine, client)
     try:
         await engine.call(DeleteVoice(id=voice.id), client=client, timeout_s=_DELETE_TIMEOUT_S)
     except ApiError as error:
-        # Somebody else deleted it meanwhile.
+        # Another client has deleted the voice meanwhile.
         raise _no_such_voice() if error.code == "voice_not_found" else error from None
     return VoiceDeleted(id=voice.id)
 
 
 async def _sample(upload: UploadFile | None) -> bytes:
     if upload is None:
-        raise ApiError("invalid_value", "audio_sample is missing: send a recording as a file.", param="audio_sample")
+        raise ApiError("invalid_value", "audio_sample: is missing; send a recording as a file.", param="audio_sample")
     data = await upload.read(MAX_REFERENCE_BYTES + 1)
     if len(data) > MAX_REFERENCE_BYTES:
-        said = f"audio_sample: larger than {MAX_REFERENCE_BYTES // 2**20} MiB."
-        raise ApiError("request_too_large", said, param="audio_sample")
+        message = f"audio_sample: must have at most {MAX_REFERENCE_BYTES // 2**20} MiB."
+        raise ApiError("request_too_large", message, param="audio_sample")
     return data
 
 
 def _served(catalog: list[ModelSpec], snapshot: Snapshot) -> list[ModelSpec]:
-    """The models that can be asked to speak, the default one first."""
-    served = [spec for spec in catalog if state_of(spec, snapshot).state != "unavailable"]
+    """The models that can speak, the default one first."""
+    served = [spec for spec in catalog if status_of(spec, snapshot).state != "unavailable"]
     return sorted(served, key=lambda spec: spec.id != snapshot.default_model)
 
 
 async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
-    await latest(engine)
+    await fresh_catalog(engine)
     voice = await find_saved_voice(name, engine, client)
     if voice is None:
         raise _no_such_voice()
@@ -214,13 +214,7 @@ async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
 
 
 def _no_such_voice() -> ApiError:
-    return ApiError("voice_not_found", "There is no saved voice of that id or name.", param="voice_id", status=404)
-
-
-def _voice_in(voice: SavedVoice | None) -> SavedVoice:
-    if voice is None:
-        raise ApiError("internal_error", "The GPU worker saved the voice and did not name it.")
-    return voice
+    return ApiError("voice_not_found", "There is no saved voice with that id or name.", param="voice_id", status=404)
 
 
 def _voices_of(spec: ModelSpec) -> list[VoiceObject]:
@@ -238,7 +232,7 @@ def _voice_object(
     )
 
 
-def _saved_as_voice(voice: SavedVoice, base: ModelSpec | None) -> VoiceObject:
+def _saved_in_list(voice: SavedVoice, base: ModelSpec | None) -> VoiceObject:
     return VoiceObject(
         id=voice.id,
         name=voice.name,
@@ -249,13 +243,5 @@ def _saved_as_voice(voice: SavedVoice, base: ModelSpec | None) -> VoiceObject:
     )
 
 
-def _saved_object(voice: SavedVoice) -> SavedVoiceObject:
-    return SavedVoiceObject(
-        id=voice.id,
-        name=voice.name,
-        created_at=voice.created_at,
-        type=voice.kind,
-        description=voice.description,
-        seconds=voice.seconds,
-        in_context=voice.in_context,
-    )
+def _saved_voice_object(voice: SavedVoice) -> SavedVoiceObject:
+    return SavedVoiceObject(**msgspec.structs.asdict(voice))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from server.http.errors import ApiError
-from server.resolution import check_input, keep_alive_s, model_named, resolve, saved_voice_name
+from server.resolution import check_input, keep_alive_s, resolve, resolve_model, saved_voice_name
 from server.schemas import SpeechRequest, VoiceRef
 from shared.catalog import load_catalog
 from shared.protocol import SavedVoice
@@ -190,4 +190,4 @@ def test_input_that_can_be_said(text: str) -> None:
 
 def test_openai_names_are_models() -> None:
     """They name the default model when one model is asked for, too."""
-    assert model_named("tts-1", CATALOG, LARGE).id == SMALL
+    assert resolve_model("tts-1", CATALOG, LARGE).id == SMALL

@@ -1,0 +1,55 @@
+"""Lookups that routes share: the catalogue with a cached or a fresh snapshot, a model's status, a saved voice."""
+
+from contextlib import suppress
+from typing import Final
+
+from server.engine.client import EngineClient
+from server.http.errors import ApiError
+from shared.catalog import ModelSpec
+from shared.protocol import FindVoice, ModelStatus, SavedVoice, Snapshot
+
+_FIND_VOICE_TIMEOUT_S: Final = 5.0
+
+CatalogAndSnapshot = tuple[list[ModelSpec], Snapshot]
+
+
+def cached_catalog(engine: EngineClient) -> CatalogAndSnapshot:
+    """The catalogue and the latest snapshot; ApiError (`worker_unavailable`) before the first connection."""
+    if engine.snapshot is None or not engine.catalog:
+        message = engine.unavailable_reason() or "The GPU worker has not reported its models yet."
+        raise ApiError("worker_unavailable", message)
+    return engine.catalog, engine.snapshot
+
+
+async def fresh_catalog(engine: EngineClient) -> CatalogAndSnapshot:
+    """The catalogue and a new snapshot, which holds the changes that other web workers have just made.
+
+    If the worker does not answer, the latest snapshot is used.
+    """
+    with suppress(ApiError):
+        await engine.fresh_snapshot(0)
+    return cached_catalog(engine)
+
+
+def status_of(spec: ModelSpec, snapshot: Snapshot) -> ModelStatus:
+    """The model's status; "absent" if the snapshot does not name the model."""
+    named = (status for status in snapshot.models if status.id == spec.id)
+    return next(named, ModelStatus(id=spec.id, state="absent"))
+
+
+async def find_saved_voice(name: str, engine: EngineClient, client: str) -> SavedVoice | None:
+    """The saved voice with that id or name (in any case), or None; ApiError without a worker.
+
+    The snapshot answers without a message. If it lacks the voice, the worker is asked: another web worker may have
+    saved the voice a moment ago.
+    """
+    wanted = name.casefold()
+    for voice in engine.snapshot.voices if engine.snapshot else ():
+        if wanted in (voice.id.casefold(), voice.name.casefold()):
+            return voice
+    try:
+        return (await engine.call(FindVoice(name=name), client=client, timeout_s=_FIND_VOICE_TIMEOUT_S)).voice
+    except ApiError as error:
+        if error.code == "voice_not_found":
+            return None
+        raise
