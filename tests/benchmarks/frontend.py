@@ -162,7 +162,7 @@ def print_streams(folder: Path, rounds: Sequence[int], seconds: float, web_worke
     """One line a round; memory at the end."""
     print(f"\nreal-time streams of {seconds:g} s, {web_workers} web workers")
     print(f"{'':6}{'streams':>8}{'complete':>10}{'underruns':>11}{'late p99 ms':>13}{'max ms':>8}   cores used")
-    with running(folder, "tests.benchmarks.paced_worker", str(seconds)) as url:
+    with running(folder, "tests.benchmarks.fixed_rate_worker", str(seconds)) as url:
         service = Service(folder, WORKER_URL=url, WEB_WORKERS=web_workers)
         try:
             service.wait_ready()

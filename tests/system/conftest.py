@@ -1,28 +1,23 @@
-"""Running services for the system tests: one shared by the tests that leave it as it was, others on demand."""
+"""Services for the system tests: one that several tests share, and services of a test's own."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.service import Service
+from tests.system.service import Service, running_service
 
 
 @pytest.fixture(scope="session")
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two web workers over one GPU worker, for tests that break nothing."""
-    service = Service(tmp_path_factory.mktemp("service"), WEB_WORKERS=2)
-    try:
-        service.wait_ready()
+    """Two web workers over one GPU worker, for tests that leave the service as they found it."""
+    with running_service(tmp_path_factory.mktemp("service"), WEB_WORKERS=2) as service:
         yield service
-        assert service.stop() == 0
-    finally:
-        service.kill()
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Start a service of this test's own, to be treated as badly as the test likes."""
+    """Start a service that this test alone uses and may damage."""
     services: list[Service] = []
 
     def started(**settings: object) -> Service:

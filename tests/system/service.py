@@ -1,8 +1,9 @@
-"""The real service for tests: `python -m server` on a free port of the loopback, with everything it starts."""
+"""The real service for tests: `python -m server` on a free port of the loopback, with every process that it starts."""
 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,24 +19,24 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S: Final = 30.0
 
 SPIN_S: Final = 0.1
-"""Of a core's time, which is what `stretched` asks for to see how long it takes to get it."""
+"""CPU time that `stretched` uses to measure how busy the machine is."""
 
 
-def eventually(holds: Callable[[], object], timeout_s: float, what: str | Callable[[], str]) -> float:
-    """Wait until `holds()` is true, looking every 10 ms; how many seconds that took. AssertionError after the limit.
+def eventually(condition: Callable[[], object], timeout_s: float, what: str | Callable[[], str]) -> float:
+    """Check `condition` every 10 ms until it is true; the seconds that took. AssertionError after `timeout_s`.
 
-    `what` is waited for; a function is asked for it only once it has not come.
+    `what` describes the condition in the error; a function is called only when the error is raised.
     """
     began = time.monotonic()
-    while not holds():
+    while not condition():
         waited = time.monotonic() - began
         assert waited < timeout_s, f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
-        time.sleep(0.01)  # between two looks at another process, never in the place of one
+        time.sleep(0.01)  # polls another process; no test relies on the length of this pause
     return time.monotonic() - began
 
 
 def stretched(limit_s: float) -> float:
-    """`limit_s` on a machine that is free; on a busy one longer, by as much as it makes this process wait."""
+    """`limit_s`, or more if the machine is busy: multiplied by wall time over CPU time of a short computation."""
     wall, own = time.monotonic(), time.process_time()
     while time.process_time() - own < SPIN_S:
         pass
@@ -54,16 +55,23 @@ def children_of(pid: int) -> set[int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """What the process has in RAM."""
+    """The process's memory in RAM."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is more than a zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process's environment without its TTS_* variables, and with `settings`, named without that prefix."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
+    ours = {f"TTS_{name}": str(value) for name, value in settings.items()}
+    return inherited | ours | {"PYTHONPATH": str(ROOT)}
 
 
 class Service:
@@ -78,17 +86,18 @@ class Service:
             "VOICES_DIR": directory / "voices",
             "MAX_INPUT_CHARS": 100_000,
         }
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
-        environment.update({f"TTS_{name}": str(value) for name, value in {**defaults, **settings}.items()})
-        environment["PYTHONPATH"] = str(ROOT)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server"], cwd=directory, env=environment, stdout=log, stderr=log
+                [sys.executable, "-m", "server"],
+                cwd=directory,
+                env=environment(**{**defaults, **settings}),
+                stdout=log,
+                stderr=log,
             )
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> "Service":
-        """Wait until /ready says 200; how the service died, if it did."""
+        """Wait until /ready answers 200. AssertionError with the log if the service ends before."""
 
         def ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()
@@ -98,7 +107,7 @@ class Service:
         return self
 
     def is_ready(self) -> bool:
-        """Whether /ready says 200 now."""
+        """Whether /ready answers 200 now."""
         with contextlib.suppress(httpx.TransportError):
             return self.http.get("/ready", timeout=2).status_code == httpx.codes.OK
         return False
@@ -109,17 +118,30 @@ class Service:
         answer.raise_for_status()
         return answer.json()
 
+    def running(self) -> int:
+        """Requests that hold a slot, as /admin/stats counts them."""
+        count: int = self.stats()["running"]
+        return count
+
+    def queued(self) -> int:
+        """Requests that wait for a slot, as /admin/stats counts them."""
+        count: int = self.stats()["queued"]
+        return count
+
     def worker_pid(self) -> int:
         """The GPU worker's process id, as the service reports it."""
         pid: int = self.stats()["worker"]["pid"]
         return pid
 
     def web_pids(self) -> set[int]:
-        """The processes that the service started and that are not the GPU worker."""
+        """The service's child processes but the GPU worker."""
         return children_of(self.process.pid) - {self.worker_pid()}
 
     def wait_serving(self, web_workers: int, timeout_s: float = START_TIMEOUT_S) -> set[int]:
-        """Wait until so many web workers answer, each connection going to any of them; their process ids."""
+        """Wait until `web_workers` different web workers have answered; their process ids.
+
+        The kernel hands every new connection to one of them.
+        """
         seen: set[int] = set()
 
         def all_answer() -> bool:
@@ -144,16 +166,57 @@ class Service:
             yield answer
 
     def stop(self, timeout_s: float = 45) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM and wait; the exit code."""
         self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
     def kill(self) -> None:
-        """End whatever is left of it."""
+        """Kill every process of the service that still runs."""
         self.http.close()
         for pid in [*children_of(self.process.pid), self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def slow_reader(service: Service, text: str, **fields: object) -> socket.socket:
+    """A client that requests speech over a bare socket with a small buffer, and reads nothing."""
+    request = httpx.Request("POST", service.url + "/v1/audio/speech", json={"input": text, **fields})
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", service.port))
+    headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{headers}\r\n".encode() + request.content)
+    return connection
+
+
+@contextlib.contextmanager
+def running_service(
+    directory: Path, *, start_timeout_s: float = START_TIMEOUT_S, **settings: object
+) -> Iterator[Service]:
+    """A ready service. At the end it stops at SIGTERM with exit code 0, unless the test failed."""
+    service = Service(directory, **settings)
+    try:
+        yield service.wait_ready(start_timeout_s)
+        assert service.stop() == 0
+    finally:
+        service.kill()
+
+
+@contextlib.contextmanager
+def running_worker(directory: Path, **settings: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`python -m gpu_worker` on its own: its TTS_WORKER_URL and its process, which ends at SIGTERM with exit code 0."""
+    private = directory / "run"
+    private.mkdir(mode=0o700)
+    url = f"ipc://{private}/worker.ipc"
+    variables = environment(VOICES_DIR=directory / "worker-voices", WORKER_URL=url, **settings)
+    worker = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=directory, env=variables)
+    try:
+        yield url, worker
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()

@@ -1,10 +1,8 @@
-"""The admin endpoints over the real service: the shapes that API clients rely on, and figures that are true."""
+"""The admin endpoints over the real service: the shapes that API clients rely on, and true figures."""
 
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +15,25 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shared.settings import Settings
 from tests.recogniser import SENTENCES
-from tests.system.residents import EXACT_MALLOC, FRAMES, LARGE, SMALL, STAYS, Residents, checkpoints, model_paths
-from tests.system.service import ROOT, START_TIMEOUT_S, Service, eventually, resident_bytes
-from tests.system.test_faults import slow_reader
+from tests.system.residency_service import (
+    EXACT_MALLOC,
+    FRAMES,
+    LARGE,
+    SMALL,
+    STAYS,
+    ResidencyService,
+    checkpoints,
+    model_paths,
+)
+from tests.system.service import (
+    START_TIMEOUT_S,
+    Service,
+    eventually,
+    resident_bytes,
+    running_service,
+    running_worker,
+    slow_reader,
+)
 
 MIB: Final = 2**20
 ESPEAK: Final = "espeak-ng"
@@ -52,51 +66,47 @@ ENTRY: Final = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Residents]:
-    """A service that evicts nothing on its own."""
-    with pytest.MonkeyPatch.context() as environment:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResidencyService]:
+    """A service whose cleanup is disabled: it evicts no model on its own."""
+    settings = {
+        "MODEL_PATHS": model_paths(checkpoints()),
+        "DEFAULT_DEVICE": "cpu",
+        "DEFAULT_MODEL": ESPEAK,
+        "CLEANUP_ENABLED": "false",
+        "CLEANUP_INTERVAL": 0.1,
+        "IDLE_TIMEOUT": IDLE_S,
+    }
+    with pytest.MonkeyPatch.context() as variables:
         for name, value in EXACT_MALLOC.items():
-            environment.setenv(name, value)
-        service = Service(
-            tmp_path_factory.mktemp("admin"),
-            MODEL_PATHS=model_paths(checkpoints()),
-            DEFAULT_DEVICE="cpu",
-            DEFAULT_MODEL=ESPEAK,
-            CLEANUP_ENABLED="false",
-            CLEANUP_INTERVAL=0.1,
-            IDLE_TIMEOUT=IDLE_S,
-        )
-    try:
-        service.wait_ready(90)  # importing torch beside other tests takes its time
-        yield Residents(service)
-        assert service.stop() == 0
-    finally:
-        service.kill()
+            variables.setenv(name, value)
+        # Importing torch takes long on a busy machine.
+        with running_service(tmp_path_factory.mktemp("admin"), start_timeout_s=90, **settings) as service:
+            yield ResidencyService(service)
 
 
 @pytest.fixture(autouse=True)
-def _absent(models: Residents) -> None:
-    """Every test begins with no model loaded but espeak-ng."""
-    models.forget()
+def _absent(models: ResidencyService) -> None:
+    """Before every test, unload every model but espeak-ng."""
+    models.unload_all()
 
 
-def cleanup(models: Residents, **query: str) -> dict[str, Any]:
+def cleanup(models: ResidencyService, **query: str) -> dict[str, Any]:
     """The body of POST /admin/cleanup."""
     answer = models.service.http.post("/admin/cleanup", params=query)
     assert answer.status_code == httpx.codes.OK, answer.text
     return cast("dict[str, Any]", answer.json())
 
 
-def idle(models: Residents, model: str) -> None:
-    """Wait until the model has been idle for longer than the timeout."""
-    models.wait_for(lambda books: books[model]["idle_s"] > IDLE_S, 5, "idle")
+def wait_idle(models: ResidencyService, model: str) -> None:
+    """Wait until the model has been idle for longer than TTS_IDLE_TIMEOUT."""
+    models.wait_for(lambda entries: entries[model]["idle_s"] > IDLE_S, 5, "idle")
 
 
 class TestCleanup:
     """POST /admin/cleanup."""
 
-    def test_before_the_first_pass(self, models: Residents) -> None:
-        """The first test of the file: there are settings, and no figures yet."""
+    def test_before_the_first_pass(self, models: ResidencyService) -> None:
+        """Must be the first test of the file: the answer has the settings, and no figures yet."""
         assert cleanup(models) == {
             "cleanup_enabled": False,
             "cleanup_interval": 0.1,
@@ -109,20 +119,20 @@ class TestCleanup:
             "models_unloaded": [],
         }
 
-    def test_triggered(self, models: Residents) -> None:
-        """A pass now: what was idle has left the device, and the figures are those of the process itself."""
+    def test_triggered(self, models: ResidencyService) -> None:
+        """A pass at once: idle models leave the device, and the figures equal those of the process."""
         held = models.do(SMALL, "load")["bytes"]
-        idle(models, SMALL)
+        wait_idle(models, SMALL)
         models.do(LARGE, "load")
         models.do(LARGE, "pin")
         worker = models.service.worker_pid()
         before = resident_bytes(worker)
-        asked = time.time()
+        requested = time.time()
         done = cleanup(models, trigger="true")
         after = resident_bytes(worker)
         assert done.keys() == LAST_PASS | {"message", "models_checked"}
         assert done["status"] == "completed"
-        assert asked - 1 <= done["timestamp"] <= time.time() + 1
+        assert requested - 1 <= done["timestamp"] <= time.time() + 1
         assert {SMALL, LARGE} <= set(done["models_checked"])
         assert SMALL in done["models_unloaded"]
         assert LARGE not in done["models_unloaded"]
@@ -130,29 +140,29 @@ class TestCleanup:
         assert done["vram_before_mb"] == pytest.approx(before / MIB, abs=2)
         assert done["vram_after_mb"] == pytest.approx(after / MIB, abs=2)
         assert done["vram_freed_mb"] == round(done["vram_before_mb"] - done["vram_after_mb"], 2)
-        given_back = sum(size for what, size in held.items() if what not in STAYS)
-        assert done["vram_freed_mb"] == pytest.approx(given_back / MIB, abs=2)
+        freed = sum(size for purpose, size in held.items() if purpose not in STAYS)
+        assert done["vram_freed_mb"] == pytest.approx(freed / MIB, abs=2)
         last = cleanup(models, trigger="false")
         assert last.keys() == LAST_PASS
         assert last == {**{name: done[name] for name in LAST_PASS}, "status": "disabled"}
 
-    def test_with_nothing_to_do(self, models: Residents) -> None:
-        """A pass that finds nothing frees nothing, and says so."""
+    def test_with_nothing_to_do(self, models: ResidencyService) -> None:
+        """A pass without idle models frees nothing, and its figures show that."""
         cleanup(models, trigger="true")
         done = cleanup(models, trigger="true")
         assert done["models_unloaded"] == []
         assert done["vram_freed_mb"] == pytest.approx(0, abs=0.5)
 
-    def test_not_on_its_own(self, models: Residents) -> None:
-        """Where cleanup is off, an idle model stays until a pass is asked for."""
+    def test_not_on_its_own(self, models: ResidencyService) -> None:
+        """With cleanup disabled, an idle model stays until a pass is triggered."""
         models.do(SMALL, "load")
-        models.wait_for(lambda books: books[SMALL]["idle_s"] > 5 * IDLE_S, 5, "idle for long")
-        assert models.places()[SMALL] == "resident"
+        models.wait_for(lambda entries: entries[SMALL]["idle_s"] > 5 * IDLE_S, 5, "idle for long")
+        assert models.states()[SMALL] == "resident"
         assert SMALL in cleanup(models, trigger="true")["models_unloaded"]
-        assert models.places()[SMALL] == "offloaded"
+        assert models.states()[SMALL] == "offloaded"
 
-    def test_wrong_trigger(self, models: Residents) -> None:
-        """What is neither true nor false is a 400 in the contract's shape."""
+    def test_wrong_trigger(self, models: ResidencyService) -> None:
+        """A trigger that is neither true nor false is a 400 in OpenAI's shape."""
         answer = models.service.http.post("/admin/cleanup", params={"trigger": "perhaps"})
         assert answer.status_code == httpx.codes.BAD_REQUEST
         assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -161,7 +171,7 @@ class TestCleanup:
 class TestVram:
     """GET /admin/vram."""
 
-    def test_shape(self, models: Residents) -> None:
+    def test_shape(self, models: ResidencyService) -> None:
         """Every field, and nothing else."""
         found = models.vram()
         assert found.keys() == {"device", "shared", "host", "models"}
@@ -174,8 +184,8 @@ class TestVram:
         for entry in found["models"]:
             assert entry.keys() == ENTRY
 
-    def test_figures(self, models: Residents) -> None:
-        """They add up, and are those of the process and of its models."""
+    def test_figures(self, models: ResidencyService) -> None:
+        """The figures add up, and equal those of the process and of its models."""
         models.say(SMALL)
         models.do(LARGE, "load")
         found = models.vram()
@@ -185,18 +195,18 @@ class TestVram:
         assert device["ours_bytes"] + device["others_bytes"] == device["used_bytes"]
         assert device["ours_bytes"] == pytest.approx(resident_bytes(models.service.worker_pid()), abs=2 * MIB)
         assert found["shared"]["codec"] > MIB
-        books = {entry["id"]: entry for entry in found["models"]}
+        entries = {entry["id"]: entry for entry in found["models"]}
         for model in (SMALL, LARGE):
-            assert {"weights", "kv"} <= books[model]["bytes"].keys()
-            assert min(books[model]["bytes"].values()) > 0
-        assert books[LARGE]["bytes"]["weights"] > books[SMALL]["bytes"]["weights"]
-        assert books[SMALL]["last_used"] == pytest.approx(time.time(), abs=10)
-        assert 0 <= books[SMALL]["idle_s"] < 10
-        assert books[ESPEAK]["bytes"] == {}
+            assert {"weights", "kv"} <= entries[model]["bytes"].keys()
+            assert min(entries[model]["bytes"].values()) > 0
+        assert entries[LARGE]["bytes"]["weights"] > entries[SMALL]["bytes"]["weights"]
+        assert entries[SMALL]["last_used"] == pytest.approx(time.time(), abs=10)
+        assert 0 <= entries[SMALL]["idle_s"] < 10
+        assert entries[ESPEAK]["bytes"] == {}
 
-    def test_loading_is_measured(self, models: Residents) -> None:
-        """What a model says it holds is what the process grew by, and what it gives back."""
-        models.say(SMALL)  # whatever comes with the first load is there
+    def test_loading_is_measured(self, models: ResidencyService) -> None:
+        """A model's reported bytes are what the process grows by at the load and shrinks by at the unload."""
+        models.say(SMALL)  # allocates everything that only the first load allocates
         models.do(SMALL, "unload")
         worker = models.service.worker_pid()
         before = resident_bytes(worker)
@@ -206,35 +216,35 @@ class TestVram:
         assert loaded - before == pytest.approx(held, abs=4 * MIB)
         assert resident_bytes(worker) - before < 3 * MIB
 
-    def test_offloaded(self, models: Residents) -> None:
-        """What an offloaded model keeps is counted as host memory, of the model and in all."""
+    def test_offloaded(self, models: ResidencyService) -> None:
+        """An offloaded model's bytes are counted as host memory, in its entry and in the total."""
         held = models.do(SMALL, "load")["bytes"]
-        stays = sum(held[what] for what in STAYS)
-        idle(models, SMALL)
+        stays = sum(held[purpose] for purpose in STAYS)
+        wait_idle(models, SMALL)
         cleanup(models, trigger="true")
         found = models.vram()
         entry = next(entry for entry in found["models"] if entry["id"] == SMALL)
         assert (entry["state"], entry["bytes"], entry["host_bytes"]) == ("offloaded", {}, stays)
         assert found["host"]["offloaded_bytes"] == stays
 
-    def test_speaking(self, models: Residents) -> None:
-        """A model that speaks has references and is not idle; its keep_alive shows afterwards."""
+    def test_speaking(self, models: ResidencyService) -> None:
+        """A model with a running request has references and is not idle; afterwards its entry shows the keep_alive."""
         text = " ".join(SENTENCES * 20)
         with models.service.stream(text, **models.fields(SMALL, stream=True, max_new_tokens=None)) as answer:
             pieces = answer.iter_raw()
             next(pieces)
-            entry = models.books()[SMALL]
+            entry = models.entries()[SMALL]
             assert (entry["references"], entry["idle_s"], entry["keep_alive_s"]) == (1, None, None)
         models.say(SMALL, keep_alive="5m")
-        entry = models.books()[SMALL]
+        entry = models.entries()[SMALL]
         assert (entry["references"], entry["keep_alive_s"]) == (0, 300)
 
 
 class TestModels:
     """POST /admin/models/{id}/load, unload, pin, unpin."""
 
-    def test_each(self, models: Residents) -> None:
-        """Each says where the model is then, and may be asked twice."""
+    def test_each(self, models: ResidencyService) -> None:
+        """Each action returns the model's entry, and may be repeated."""
         for _ in range(2):
             loaded = models.do(SMALL, "load")
             assert loaded.keys() == ENTRY
@@ -249,29 +259,29 @@ class TestModels:
     @pytest.mark.parametrize(
         "name", [SMALL.upper(), "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice", "qwen%2FQwen3-TTS-12Hz-0.6B-CustomVoice"]
     )
-    def test_names(self, models: Residents, name: str) -> None:
-        """A model may be named as in a request, its hub's id with the slash included."""
+    def test_names(self, models: ResidencyService, name: str) -> None:
+        """A model may have any name that a request may use, its Hugging Face id with the slash included."""
         assert models.do(name, "load")["id"] == SMALL
 
-    def test_pinned_may_be_unloaded(self, models: Residents) -> None:
-        """A pin keeps others from evicting; whoever unloads by hand means it."""
+    def test_pinned_may_be_unloaded(self, models: ResidencyService) -> None:
+        """A pin prevents evictions, not an explicit unload."""
         models.do(SMALL, "load")
         models.do(SMALL, "pin")
         assert models.do(SMALL, "unload")["state"] == "absent"
 
-    def test_offloaded_comes_back(self, models: Residents) -> None:
-        """Load restores what was offloaded; unload drops it from the host."""
+    def test_offloaded_comes_back(self, models: ResidencyService) -> None:
+        """Load restores an offloaded model; unload drops it from host RAM."""
         models.do(SMALL, "load")
-        idle(models, SMALL)
+        wait_idle(models, SMALL)
         cleanup(models, trigger="true")
         assert models.do(SMALL, "load")["state"] == "resident"
-        idle(models, SMALL)
+        wait_idle(models, SMALL)
         cleanup(models, trigger="true")
-        gone = models.do(SMALL, "unload")
-        assert (gone["state"], gone["host_bytes"]) == ("absent", 0)
+        dropped = models.do(SMALL, "unload")
+        assert (dropped["state"], dropped["host_bytes"]) == ("absent", 0)
 
-    def test_busy_is_not_unloaded(self, models: Residents) -> None:
-        """409 while the model speaks, in the contract's shape; the stream goes on to its end."""
+    def test_busy_is_not_unloaded(self, models: ResidencyService) -> None:
+        """409 while the model has a running request, in OpenAI's shape; the stream completes."""
         fields = models.fields(SMALL, stream=True, max_new_tokens=40)
         whole = models.service.speech(SENTENCES[0], **fields).content
         with models.service.stream(SENTENCES[0], **fields) as answer:
@@ -285,20 +295,20 @@ class TestModels:
             assert heard + b"".join(pieces) == whole
         assert models.do(SMALL, "unload")["state"] == "absent"
 
-    def test_queued_is_busy(self, models: Residents) -> None:
-        """A request that waits for a slot keeps its model as well as one that speaks."""
+    def test_queued_is_busy(self, models: ResidencyService) -> None:
+        """A queued request keeps its model as well as a running one."""
         slots = 8
         fields = models.fields(SMALL, stream=True, max_new_tokens=None)
         readers = [slow_reader(models.service, " ".join(SENTENCES), **fields) for _ in range(slots + 1)]
         try:
-            eventually(lambda: models.service.stats()["queued"] == 1, 20, "a request in the queue")
+            eventually(lambda: models.service.queued() == 1, 20, "a request in the queue")
             assert f"{slots + 1} request" in models.post(SMALL, "unload").json()["error"]["message"]
         finally:
             for reader in readers:
                 reader.close()
 
-    def test_without_weights(self, models: Residents) -> None:
-        """What has no weights cannot be loaded: 503 and what to do; it can be pinned and unloaded."""
+    def test_without_weights(self, models: ResidencyService) -> None:
+        """A model without weights cannot be loaded: 503 and the command that helps; unloading it is allowed."""
         refused = models.post(WITHOUT_WEIGHTS, "load")
         assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
         assert refused.json()["error"]["code"] == "model_unavailable"
@@ -307,15 +317,15 @@ class TestModels:
         assert models.do(WITHOUT_WEIGHTS, "unload")["state"] == "unavailable"
 
     @pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin"])
-    def test_unknown_model(self, models: Residents, action: str) -> None:
-        """404, and the message lists what there is."""
+    def test_unknown_model(self, models: ResidencyService, action: str) -> None:
+        """404, and the message lists the known models."""
         answer = models.post("no-such-model", action)
         assert answer.status_code == httpx.codes.NOT_FOUND
         assert answer.json()["error"]["code"] == "model_not_found"
         assert SMALL in answer.json()["error"]["message"]
 
-    def test_unknown_action(self, models: Residents) -> None:
-        """A client's error, in the contract's shape."""
+    def test_unknown_action(self, models: ResidencyService) -> None:
+        """A client error, in OpenAI's shape."""
         answer = models.post(SMALL, "explode")
         assert answer.status_code in {httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND}
         assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -324,33 +334,33 @@ class TestModels:
 class TestListed:
     """GET /v1/models."""
 
-    def listed(self, models: Residents, model: str = SMALL) -> dict[str, Any]:
+    def listed(self, models: ResidencyService, model: str = SMALL) -> dict[str, Any]:
         """The entry of a model."""
         return cast("dict[str, Any]", models.service.http.get(f"/v1/models/{model}").json())
 
-    def reaches(self, models: Residents, state: str) -> dict[str, Any]:
-        """The entry, once the list says that state."""
+    def listed_as(self, models: ResidencyService, state: str) -> dict[str, Any]:
+        """The entry, as soon as the list has the model in that state."""
         eventually(lambda: self.listed(models)["state"] == state, 2, state)
         return self.listed(models)
 
-    def test_states(self, models: Residents) -> None:
-        """The list follows the model through every place, with the bytes that it holds on the device."""
-        assert self.reaches(models, "absent")["loaded_bytes"] == 0
+    def test_states(self, models: ResidencyService) -> None:
+        """The list shows each state of the model, with its bytes on the device."""
+        assert self.listed_as(models, "absent")["loaded_bytes"] == 0
         held = sum(models.do(SMALL, "load")["bytes"].values())
-        assert self.reaches(models, "resident")["loaded_bytes"] == held
-        idle(models, SMALL)
+        assert self.listed_as(models, "resident")["loaded_bytes"] == held
+        wait_idle(models, SMALL)
         cleanup(models, trigger="true")
-        assert self.reaches(models, "offloaded")["loaded_bytes"] == 0
+        assert self.listed_as(models, "offloaded")["loaded_bytes"] == 0
         models.say(SMALL)
-        assert self.reaches(models, "resident")["loaded_bytes"] == held
+        assert self.listed_as(models, "resident")["loaded_bytes"] == held
         models.do(SMALL, "unload")
-        assert self.reaches(models, "absent")["loaded_bytes"] == 0
+        assert self.listed_as(models, "absent")["loaded_bytes"] == 0
         unavailable = self.listed(models, WITHOUT_WEIGHTS)
         assert unavailable["state"] == "unavailable"
         assert unavailable["detail"]
 
-    def test_fields(self, models: Residents) -> None:
-        """Both lists have what OpenAI's clients, Open WebUI and our own pages read."""
+    def test_fields(self, models: ResidencyService) -> None:
+        """Both lists have the fields that OpenAI's clients, Open WebUI and our own pages read."""
         bodies = [models.service.http.get(path).json() for path in ("/v1/models", "/v1/audio/models")]
         for body in bodies:
             assert body["object"] == "list"
@@ -365,8 +375,8 @@ class TestListed:
 class TestConfig:
     """GET /admin/config."""
 
-    def test_complete(self, models: Residents) -> None:
-        """Every setting but the secret ones, as it is in force."""
+    def test_complete(self, models: ResidencyService) -> None:
+        """Every setting but the secret ones, with the value in force."""
         config = models.service.http.get("/admin/config").json()
         secret = {"worker_token", "api_keys", "admin_keys"}
         named = {field.name.removesuffix("_s") for field in msgspec.structs.fields(Settings)}
@@ -379,47 +389,32 @@ class TestConfig:
         assert config["default_model"] == ESPEAK
 
     def test_of_the_worker(self, tmp_path: Path, start: Callable[..., Service]) -> None:
-        """Where the two sides run apart, what the worker acts by is told as the worker has it."""
-        directory = tmp_path / "run"
-        directory.mkdir(mode=0o700)
-        url = f"ipc://{directory}/worker.ipc"
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
-        theirs = {"IDLE_TIMEOUT": "7", "CLEANUP_INTERVAL": "3", "CLEANUP_ENABLED": "false", "DEFAULT_DEVICE": "cpu"}
-        environment = {
-            **plain,
-            **{f"TTS_{name}": value for name, value in theirs.items()},
-            "TTS_WORKER_URL": url,
-            "TTS_VOICES_DIR": str(tmp_path / "voices"),
-            "PYTHONPATH": str(ROOT),
-        }
-        worker = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=tmp_path, env=environment)
-        try:
+        """If server and worker run apart, the worker's settings are shown as the worker has them."""
+        theirs = {"IDLE_TIMEOUT": 7, "CLEANUP_INTERVAL": 3, "CLEANUP_ENABLED": "false", "DEFAULT_DEVICE": "cpu"}
+        with running_worker(tmp_path, **theirs) as (url, _):
             service = start(WORKER_URL=url, IDLE_TIMEOUT=9, MAX_INPUT_CHARS=50)
             config = service.http.get("/admin/config").json()
             assert (config["idle_timeout"], config["cleanup_interval"], config["cleanup_enabled"]) == (7, 3, False)
-            # "auto" in both environments: the worker has found out what that means.
+            # "auto" in both environments: the worker has resolved it.
             assert (config["default_device"], config["default_model"]) == ("cpu", ESPEAK)
             assert (config["max_input_chars"], config["port"]) == (50, service.port)
             last = service.http.post("/admin/cleanup").json()
             assert (last["idle_timeout"], last["cleanup_interval"], last["status"]) == (7, 3, "disabled")
             assert service.stats()["worker"]["restarts"] == 0
             assert service.stop() == 0
-        finally:
-            worker.kill()
-            worker.wait()
 
 
 class TestStats:
     """GET /admin/stats."""
 
-    def test_streams(self, models: Residents) -> None:
-        """Each stream is listed while it lasts, with how far it is, and without a word of what it says."""
+    def test_streams(self, models: ResidencyService) -> None:
+        """Each stream is listed while it runs, with its progress and without its text."""
         assert models.service.stats()["streams"] == []
         text, fields = " ".join(SENTENCES * 20), models.fields(SMALL, stream=True, max_new_tokens=None)
         with models.service.stream(text, **fields) as answer:
-            pieces = answer.iter_raw()  # kept: an iterator that is let go closes the connection
+            pieces = answer.iter_raw()  # keep the iterator: its deletion closes the connection
             next(pieces)
-            # What a web worker knows is as old as its last ping: then the stream may still have been waiting.
+            # A snapshot is as old as the last Pong: in it the stream may still be queued.
             eventually(lambda: any(one["audio_s"] for one in models.service.stats()["streams"]), 5, "a stream")
             stats = models.service.http.get("/admin/stats")
             [stream] = stats.json()["streams"]
@@ -430,36 +425,36 @@ class TestStats:
         assert stream["audio_s"] > 0
         assert 0 < stream["age_s"] < 120
         assert SENTENCES[0] not in stats.text
-        eventually(lambda: not models.service.stats()["streams"], 10, "its end")
+        eventually(lambda: not models.service.stats()["streams"], 10, "the end of the stream")
 
     def test_restarts(self, start: Callable[..., Service]) -> None:
-        """Every web worker tells the same number, one that was born after the GPU worker's death as well."""
+        """Every web worker reports the same number, even one that started after the GPU worker's death."""
         service = start(WEB_WORKERS=2)
         os.kill(service.worker_pid(), signal.SIGKILL)
         eventually(service.is_ready, START_TIMEOUT_S, "ready again")
         witness, *_ = service.wait_serving(2)
         os.kill(witness, signal.SIGKILL)
-        told: dict[int, list[int]] = {}
+        reported: dict[int, list[int]] = {}
 
-        def two_others_tell() -> bool:
+        def two_others_report() -> bool:
             with contextlib.suppress(httpx.TransportError):
                 stats = httpx.get(f"{service.url}/admin/stats", timeout=2, trust_env=False)
                 if stats.status_code == httpx.codes.OK:
                     figures = httpx.get(f"{service.url}/metrics", timeout=2, trust_env=False).text
                     seen = [line for line in figures.splitlines() if line.startswith("tts_worker_restarts_total")]
                     assert seen in ([], ["tts_worker_restarts_total 1.0"])
-                    told.setdefault(stats.json()["web_pid"], []).append(stats.json()["worker"]["restarts"])
-            return len(told.keys() - {witness}) == 2
+                    reported.setdefault(stats.json()["web_pid"], []).append(stats.json()["worker"]["restarts"])
+            return len(reported.keys() - {witness}) == 2
 
-        eventually(two_others_tell, START_TIMEOUT_S, "two web workers")
-        assert {restarts for heard in told.values() for restarts in heard} == {1}
+        eventually(two_others_report, START_TIMEOUT_S, "two web workers")
+        assert {restarts for counts in reported.values() for restarts in counts} == {1}
 
 
 class TestMetrics:
     """GET /metrics."""
 
-    def figures(self, models: Residents) -> dict[tuple[str, ...], float]:
-        """What is told of SMALL: by a sample's name and the values of its other labels."""
+    def figures(self, models: ResidencyService) -> dict[tuple[str, ...], float]:
+        """The samples of SMALL, by name and the values of their other labels."""
         models.vram()  # a snapshot of now
         text = models.service.http.get("/metrics").text
         return {
@@ -469,25 +464,25 @@ class TestMetrics:
             if sample.labels.get("model") == SMALL
         }
 
-    def test_speech_and_moves(self, models: Residents) -> None:
-        """What one request adds: its loading, its first sound, and how it would have been heard."""
+    def test_speech_and_transitions(self, models: ResidencyService) -> None:
+        """One request adds its load, its time to first audio, its real-time factor and its underruns."""
         before = self.figures(models)
         began = time.monotonic()
         models.say(SMALL)
         took_s = time.monotonic() - began
-        idle(models, SMALL)
+        wait_idle(models, SMALL)
         cleanup(models, trigger="true")
         after = self.figures(models)
 
         def more(*name: str) -> float:
             return after[name] - before.get(name, 0.0)
 
-        for move in ("load", "offload"):
-            assert more("tts_model_moves_total", move) == 1
+        for transition in ("load", "offload"):
+            assert more("tts_model_moves_total", transition) == 1
         for histogram in ("tts_time_to_first_audio_seconds", "tts_real_time_factor", "tts_underrun_seconds"):
             assert more(f"{histogram}_count") == 1
         loaded_s = more("tts_model_move_seconds_sum", "load")
         assert 0 < loaded_s < more("tts_time_to_first_audio_seconds_sum") < took_s
-        # Four frames of 80 ms: the factor is the rest of the time by that, whoever else uses this machine.
+        # Four frames of 80 ms: the factor is at most the rest of the time divided by their length.
         assert 0 < more("tts_real_time_factor_sum") * FRAMES * 0.08 < took_s - loaded_s
         assert 0 <= more("tts_underrun_seconds_sum") < took_s

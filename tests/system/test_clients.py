@@ -1,4 +1,4 @@
-"""What clients get: the unmodified OpenAI SDK, every format and speed, the right words, audio as it is made."""
+"""What clients receive: the unmodified OpenAI SDK, every format and speed, the right words, audio without delay."""
 
 import base64
 import io
@@ -18,20 +18,20 @@ from tests.recogniser import SENTENCES, recognise
 from tests.system.service import Service, eventually
 
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
-LONG = " ".join(SENTENCES * 10)
-"""Eight minutes of speech."""
+LONG = " ".join(SENTENCES * 5)
+"""Four minutes of speech."""
 
 
 @pytest.fixture
 def client(shared_service: Service) -> openai.OpenAI:
-    """OpenAI's SDK, which knows nothing of us but the address."""
+    """OpenAI's SDK with our address, and no other change."""
     return openai.OpenAI(base_url=f"{shared_service.url}/v1", api_key="none", max_retries=0)
 
 
-def heard(data: bytes, audio_format: str) -> tuple[int, int, int]:
-    """Samples, rate and channels of `data`, by libsndfile where it can.
+def measured(data: bytes, audio_format: str) -> tuple[int, int, int]:
+    """Samples, rate and channels of `data`, by libsndfile for mp3 and opus.
 
-    It has no AAC, and of a stream's WAV or FLAC, whose header cannot say how long it is, it makes nothing.
+    libsndfile has no AAC, and it rejects the WAV and FLAC of a stream, whose headers do not know the length.
     """
     if audio_format in {"mp3", "opus"}:
         sound, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
@@ -46,7 +46,7 @@ def heard(data: bytes, audio_format: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize("audio_format", FORMATS)
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_sdk_gets_every_format(client: openai.OpenAI, audio_format: Any, *, streamed: bool) -> None:
-    """The SDK's two ways to speak give 24 kHz mono of the pcm answer's length within 3 %, with the right words."""
+    """Both calls of the SDK give 24 kHz mono of the pcm answer's length within 3 %, with the right words."""
     sentence = SENTENCES[FORMATS.index(audio_format)]
     request: dict[str, Any] = {"model": "tts-1", "voice": "alloy", "input": sentence}
     pcm = client.audio.speech.create(**request, response_format="pcm").content
@@ -56,7 +56,7 @@ def test_sdk_gets_every_format(client: openai.OpenAI, audio_format: Any, *, stre
     else:
         body = {"stream": False}
         data = client.audio.speech.create(**request, response_format=audio_format, extra_body=body).content
-    samples, rate, channels = heard(data, audio_format)
+    samples, rate, channels = measured(data, audio_format)
     assert (rate, channels) == (SAMPLE_RATE, 1)
     assert samples == pytest.approx(len(pcm) / 2, rel=0.03)
     assert recognise(decode(data, audio_format)) == sentence
@@ -71,18 +71,18 @@ def test_speed_changes_the_length_and_not_the_words(shared_service: Service, aud
     pcm = shared_service.speech(text, response_format="pcm").content
     for stream in (False, True):
         data = shared_service.speech(text, response_format=audio_format, speed=speed, stream=stream).content
-        samples, _, _ = heard(data, audio_format)
+        samples, _, _ = measured(data, audio_format)
         assert samples == pytest.approx(len(pcm) / 2 / speed, rel=0.03)
 
 
 def test_every_sentence_is_told_from_nineteen_others(shared_service: Service) -> None:
-    """A recogniser with a closed grammar hears the sentence that was asked for, all twenty of them."""
+    """A recogniser with a closed grammar hears each of the twenty sentences."""
     said = [recognise(shared_service.speech(sentence, response_format="pcm").content) for sentence in SENTENCES]
     assert said == list(SENTENCES)
 
 
-def test_sdk_exceptions_carry_our_words(client: openai.OpenAI) -> None:
-    """What is wrong arrives as the SDK's own exception with our message, param and code."""
+def test_sdk_exceptions_carry_our_message(client: openai.OpenAI) -> None:
+    """An error arrives as the SDK's own exception with our message, param and code."""
     with pytest.raises(openai.BadRequestError, match="no voice") as caught:
         client.audio.speech.create(model="tts-1", voice="nobody", input="Hello.")
     assert (caught.value.code, caught.value.param) == ("voice_not_found", "voice")
@@ -102,14 +102,14 @@ def test_sdk_lists_models(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_first_bytes_come_before_the_end_and_decode_alone(shared_service: Service, audio_format: str) -> None:
-    """While a long text is still being spoken its first bytes are here, and they are sound by themselves."""
+    """The first bytes arrive while the request is still running, and they decode to audio by themselves."""
     with shared_service.stream(LONG, response_format=audio_format) as answer:
         first = b""
         chunks = answer.iter_raw()
         while len(first) < 400 or not decode(first, audio_format):
             first += next(chunks)
-        # The worker holds this request's slot as long as it has not been spoken to its end.
-        eventually(lambda: shared_service.stats()["running"] >= 1, 1, "a request that is still spoken")
+        # The request holds its slot until its last frame is made.
+        eventually(lambda: shared_service.running() >= 1, 1, "a running request")
         assert len(decode(first, audio_format)) / 2 / SAMPLE_RATE < 2.0
         rest = first + b"".join(chunks)
     assert len(decode(rest, audio_format)) / 2 / SAMPLE_RATE > 60
@@ -131,42 +131,42 @@ def test_events_are_openais(shared_service: Service) -> None:
 
 
 def test_whole_answers_say_how_they_went(shared_service: Service) -> None:
-    """A whole body has its length, its finish reason and its timings; a stream is as long and has none of them."""
+    """A whole answer has length, finish reason and timings in its headers; a stream has the audio without them."""
     whole = shared_service.speech(SENTENCES[5], response_format="pcm", stream=False)
     streamed = shared_service.speech(SENTENCES[5], response_format="pcm")
     assert int(whole.headers["content-length"]) == len(whole.content)
     assert whole.headers["x-finish-reason"] == "stop"
     assert "first_audio;dur=" in whole.headers["server-timing"]
     assert "content-length" not in streamed.headers
-    # espeak-ng draws its breath at random: the samples differ from time to time, their number hardly.
+    # espeak-ng adds noise: samples differ from run to run, and their number slightly.
     assert len(streamed.content) == pytest.approx(len(whole.content), rel=0.001)
 
 
 def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
-    """Both web workers answer, and both know the same GPU worker process."""
-    asked: set[int] = set()
+    """Both web workers answer, and both report the same GPU worker process."""
+    web_pids: set[int] = set()
     workers: set[int] = set()
 
     def both_answered() -> bool:
-        # A new connection each time, so that the kernel hands it to either of them.
+        # The kernel hands each new connection to either of them.
         with httpx.Client(base_url=shared_service.url, trust_env=False) as http:
             answer = http.get("/admin/stats").json()
         workers.add(answer["worker"]["pid"])
-        asked.add(answer["web_pid"])
-        return len(asked) == 2
+        web_pids.add(answer["web_pid"])
+        return len(web_pids) == 2
 
     eventually(both_answered, 20, "answers of both web workers")
     assert len(workers) == 1
-    assert workers.isdisjoint(asked)
+    assert workers.isdisjoint(web_pids)
 
 
 def test_stats_are_fresh(shared_service: Service) -> None:
-    """What /admin/stats says is never older than 250 ms: the worker's uptime in it grows with the clock."""
+    """/admin/stats is never older than 250 ms: the worker's uptime in it grows with the clock."""
     began = time.monotonic()
     first = shared_service.stats()["worker"]["uptime_s"]
     answered = asked = time.monotonic()
     while asked < answered + 1.5:
         asked = time.monotonic()
         later = shared_service.stats()["worker"]["uptime_s"]
-        # At most 250 ms old when it was asked for, and as much again for its way through a busy machine.
+        # At most 250 ms old at the request, and as much again for its way through a busy machine.
         assert asked - answered - 0.5 <= later - first <= time.monotonic() - began + 0.5

@@ -1,10 +1,12 @@
-"""Qwen3-TTS over HTTP, with small random checkpoints: every task, exact frames, many at once, and what is refused."""
+"""Qwen3-TTS over HTTP, with small random checkpoints: every task, exact frames, many requests at once, refusals."""
 
 import base64
 import contextlib
 import io
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -15,7 +17,7 @@ import soundfile
 from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE
 from tests.audio import decode
 from tests.checkpoints import tiny
-from tests.system.service import Service, eventually, stretched
+from tests.system.service import Service, eventually, running_service, stretched
 
 CUSTOM_SMALL: Final = "qwen3-tts-0.6b-customvoice"
 CUSTOM: Final = "qwen3-tts-1.7b-customvoice"
@@ -34,22 +36,18 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         DESIGN: tiny("voice_design", "1b7"),
         BASE: tiny("base", "1b7"),
     }
-    service = Service(
-        tmp_path_factory.mktemp("qwen"),
-        MODEL_PATHS=",".join(f"{model}={path.resolve()}" for model, path in paths.items()),
-        DEFAULT_MODEL=CUSTOM,
-        MAX_CONCURRENCY=SLOTS,
-        WEB_WORKERS=2,
-    )
-    try:
-        yield service.wait_ready(60)
-        assert service.stop() == 0
-    finally:
-        service.kill()
+    settings = {
+        "MODEL_PATHS": ",".join(f"{model}={path.resolve()}" for model, path in paths.items()),
+        "DEFAULT_MODEL": CUSTOM,
+        "MAX_CONCURRENCY": SLOTS,
+        "WEB_WORKERS": 2,
+    }
+    with running_service(tmp_path_factory.mktemp("qwen"), start_timeout_s=60, **settings) as service:
+        yield service
 
 
 def recording(seconds: float, *, rate: int = SAMPLE_RATE, silent: bool = False, audio_format: str = "WAV") -> bytes:
-    """Something like a voice: a buzz whose loudness goes up and down."""
+    """A voice-like sound: a buzz whose loudness goes up and down."""
     time = np.arange(round(seconds * rate)) / rate
     sound = 0.3 * np.sign(np.sin(2 * np.pi * 140 * time)) * np.abs(np.sin(2 * np.pi * 3 * time))
     file = io.BytesIO()
@@ -58,12 +56,12 @@ def recording(seconds: float, *, rate: int = SAMPLE_RATE, silent: bool = False, 
 
 
 def data_url(data: bytes, kind: str = "audio/wav") -> str:
-    """`data` as clients put it into JSON."""
+    """`data` as a data URL, the form in which clients send audio in JSON."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def speak(service: Service, **fields: Any) -> httpx.Response:
-    """POST /v1/audio/speech: pcm, a seed and few frames unless `fields` say otherwise."""
+    """POST /v1/audio/speech; `fields` replace the defaults: pcm, a seed and few frames."""
     defaults: dict[str, Any] = {"input": "Good morning.", "response_format": "pcm", "seed": 7, "max_new_tokens": 12}
     return service.http.post("/v1/audio/speech", json=defaults | fields)
 
@@ -82,8 +80,8 @@ TASKS: Final[dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("fields", TASKS.values(), ids=TASKS)
-def test_every_task_streams_what_it_gives_whole(service: Service, fields: dict[str, Any]) -> None:
-    """For each task the stream is the whole answer, sample for sample, in frames of 1,920 samples."""
+def test_every_task_streams_its_whole_answer(service: Service, fields: dict[str, Any]) -> None:
+    """For each task the stream equals the whole answer, sample for sample, in frames of 1,920 samples."""
     whole = speak(service, **fields, stream=False)
     assert whole.status_code == httpx.codes.OK, whole.text
     assert len(whole.content) % FRAME_BYTES == 0
@@ -93,15 +91,15 @@ def test_every_task_streams_what_it_gives_whole(service: Service, fields: dict[s
 
 @pytest.mark.parametrize("audio_format", ["mp3", "opus", "aac", "flac", "wav"])
 def test_every_format(service: Service, audio_format: str) -> None:
-    """What the codec made arrives in every format, as long as in pcm."""
+    """Every format gives as much audio as pcm."""
     pcm = speak(service, max_new_tokens=30).content
     data = speak(service, max_new_tokens=30, response_format=audio_format).content
-    # AAC and MP3 come in whole frames of their own, of up to 1,152 samples.
+    # AAC and MP3 have frames of up to 1,152 samples, and only whole ones.
     assert len(decode(data, audio_format)) == pytest.approx(len(pcm), abs=2 * 2 * 1152)
 
 
 def test_max_new_tokens_is_exact(service: Service) -> None:
-    """`max_new_tokens` caps the frames, to the frame, and the answer says that it was cut."""
+    """`max_new_tokens` limits the number of frames exactly, and the finish reason is `length`."""
     for frames in (1, 2, 5, 9):
         answer = speak(service, max_new_tokens=frames, stream=False)
         assert len(answer.content) == frames * FRAME_BYTES
@@ -109,14 +107,14 @@ def test_max_new_tokens_is_exact(service: Service) -> None:
 
 
 def test_first_chunk_is_one_frame_and_does_not_wait_for_the_text(service: Service) -> None:
-    """The first piece of a stream is a single frame, and it is here long before a long text has been spoken."""
+    """The first chunk of a stream is a single frame, and it arrives long before a long text is finished."""
     text = "This is a sentence. " * 60
     with service.stream(text, response_format="pcm", seed=1) as answer:
         chunks = answer.iter_raw()
         assert len(next(chunks)) == FRAME_BYTES
-        eventually(lambda: service.stats()["running"] == 1, 1, "a request that is still spoken")
+        eventually(lambda: service.running() == 1, 1, "a running request")
         limit_s = stretched(0.5)
-    eventually(lambda: service.stats()["running"] == 0, limit_s, "the slot freed")
+    eventually(lambda: service.running() == 0, limit_s, "the slot freed")
 
 
 def test_seed_decides_and_greedy_needs_none(service: Service) -> None:
@@ -129,7 +127,7 @@ def test_seed_decides_and_greedy_needs_none(service: Service) -> None:
 
 
 def test_thirty_two_clients_on_eight_slots(service: Service) -> None:
-    """32 clients at once get exactly what each would get alone, by its seed, whatever the company."""
+    """32 clients at once get exactly the audio that each gets alone, by its seed."""
     requests = [
         {
             "input": f"Client number {number} speaks.",
@@ -146,19 +144,19 @@ def test_thirty_two_clients_on_eight_slots(service: Service) -> None:
     assert [answer.content for answer in together] == alone
 
 
-def test_clients_that_leave_give_their_slots_to_others(service: Service) -> None:
-    """With every slot taken by listeners that leave, those who waited are served, exactly."""
+def test_clients_that_leave_free_their_slots(service: Service) -> None:
+    """All slots are taken and their clients disconnect: the queued requests run and give exact audio."""
     expected = speak(service, seed=3).content
     long_text = "This goes on and on. " * 100
     with ThreadPoolExecutor(4) as pool, contextlib.ExitStack() as listeners:
         for _ in range(SLOTS):
             listeners.enter_context(service.stream(long_text, response_format="pcm"))
-        eventually(lambda: service.stats()["running"] == SLOTS, 5, "every slot taken")
+        eventually(lambda: service.running() == SLOTS, 5, "every slot taken")
         waiting = [pool.submit(speak, service, seed=3) for _ in range(4)]
-        eventually(lambda: service.stats()["queued"] == 4, 5, "four in the queue")
+        eventually(lambda: service.queued() == 4, 5, "four in the queue")
         listeners.close()
         assert [answer.result(20).content for answer in waiting] == [expected] * 4
-    eventually(lambda: service.stats()["running"] == 0, 1, "all slots free")
+    eventually(lambda: service.running() == 0, 1, "all slots free")
 
 
 REFUSED: Final[dict[str, tuple[dict[str, Any], int, str, str | None]]] = {
@@ -203,10 +201,10 @@ REFUSED: Final[dict[str, tuple[dict[str, Any], int, str, str | None]]] = {
 
 
 @pytest.mark.parametrize(("fields", "status", "code", "param"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_done_is_refused(
+def test_invalid_requests_are_refused(
     service: Service, fields: dict[str, Any], status: int, code: str, param: str | None
 ) -> None:
-    """A request that makes no sense gets its status, code and field; a valid one right after it succeeds."""
+    """An invalid request gets its status, code and field; a valid one right after it succeeds."""
     answer = speak(service, **fields)
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
     error = answer.json()["error"]
@@ -215,7 +213,7 @@ def test_what_cannot_be_done_is_refused(
 
 
 def test_saved_voices(service: Service) -> None:
-    """A voice saved through one web worker speaks through every one at once, until it is deleted."""
+    """A voice saved through one web worker is usable through every one at once, until it is deleted."""
     upload = {"audio_sample": ("a.wav", recording(2.0), "audio/wav")}
     made = service.http.post("/v1/audio/voices", data={"name": "Anna", "ref_text": "Buzz."}, files=upload)
     assert made.status_code == httpx.codes.OK, made.text
@@ -223,7 +221,7 @@ def test_saved_voices(service: Service) -> None:
     voice_id = made.json()["id"]
     inline = speak(service, ref_audio=data_url(recording(2.0)), ref_text="Buzz.").content
     for name in ("Anna", "anna", voice_id, {"id": voice_id}):
-        # A new connection each time: either web worker may answer.
+        # The kernel hands each new connection to either web worker.
         with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as http:
             body = {"input": "Good morning.", "voice": name, "response_format": "pcm", "seed": 7, "max_new_tokens": 12}
             assert http.post("/v1/audio/speech", json=body).content == inline
@@ -237,9 +235,9 @@ def test_saved_voices(service: Service) -> None:
 
 
 def test_designed_voice(service: Service) -> None:
-    """A voice designed from words is kept, and speaks the same with the same seed."""
+    """A voice designed from a prompt is saved, and gives the same audio with the same seed."""
     body = {"type": "prompt", "name": "Captain", "prompt": "An old sea captain."}
-    # One in ten times random weights say less than a voice takes, or come to no end, and that is refused.
+    # One time in ten random weights say too little for a voice, or do not end; the server then refuses to save it.
     for _ in range(9):
         made = service.http.post("/v1/audio/voices", files={name: (None, value) for name, value in body.items()})
         if made.is_success:
@@ -250,20 +248,14 @@ def test_designed_voice(service: Service) -> None:
     assert len(spoken[0]) % FRAME_BYTES == 0
 
 
-def test_saved_voices_survive_a_restart(tmp_path: Any) -> None:
-    """A voice is there, and sounds the same, after the service was stopped and started again."""
-    settings = {"MODEL_PATHS": f"{BASE}={tiny('base', '1b7').resolve()}", "DEFAULT_MODEL": BASE}
+def test_saved_voices_survive_a_restart(service: Service, tmp_path: Path) -> None:
+    """Another service with a copy of the voices folder has the voice, and gives the same audio."""
     upload = {"audio_sample": ("a.flac", recording(2.0, audio_format="FLAC"), "audio/flac")}
-    spoken = []
-    for start in range(2):
-        service = Service(tmp_path, **settings)
-        try:
-            service.wait_ready(60)
-            if start == 0:
-                assert service.http.post("/v1/audio/voices", data={"name": "Anna"}, files=upload).is_success
-            spoken.append(speak(service, voice="Anna").content)
-            assert service.stop() == 0
-        finally:
-            service.kill()
-    assert spoken[0] == spoken[1]
-    assert spoken[0]
+    assert service.http.post("/v1/audio/voices", data={"name": "Berta"}, files=upload).is_success
+    before = speak(service, voice="Berta", model=BASE).content
+    voices = service.http.get("/admin/config").json()["voices_dir"]
+    shutil.copytree(voices, tmp_path / "copy")
+    settings = {"MODEL_PATHS": f"{BASE}={tiny('base', '1b7').resolve()}", "DEFAULT_MODEL": BASE}
+    with running_service(tmp_path, start_timeout_s=60, VOICES_DIR=tmp_path / "copy", **settings) as second:
+        assert speak(second, voice="Berta").content == before
+    assert before

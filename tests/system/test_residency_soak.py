@@ -1,31 +1,31 @@
-"""A thousand times round: loads, offloads, restores and drops leave nothing behind."""
+"""A thousand rounds of load, offload, restore and drop leave nothing behind."""
 
 from collections.abc import Callable
 from statistics import median
 
 import pytest
 
-from tests.system.residents import DESIGN, EXACT_MALLOC, SMALL, Residents, checkpoints, model_paths
+from tests.system.residency_service import DESIGN, EXACT_MALLOC, SMALL, ResidencyService, checkpoints, model_paths
 from tests.system.service import Service, resident_bytes
 
 WARM_UP = 100
 ROUNDS = 1000
 READINGS = 20
-"""Of the memory, at the beginning and at the end of the rounds that count; their medians are compared."""
+"""Memory readings at the beginning and at the end of the measured rounds; the test compares their medians."""
 
 
 @pytest.mark.soak
 def test_thousand_rounds_leave_nothing_behind(start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 loads, offloads, restores and drops of one model beside another leak less than 1 % of the worker's memory.
 
-    The web worker, which carried the calls, does not grow either; and the model said the same all along.
+    The web worker, which forwards the calls, does not grow either, and the model gives the same audio every time.
     """
     for name, value in EXACT_MALLOC.items():
         monkeypatch.setenv(name, value)
     service = start(
         MODEL_PATHS=model_paths(checkpoints()), DEFAULT_DEVICE="cpu", DEFAULT_MODEL="espeak-ng", CLEANUP_ENABLED="false"
     )
-    models = Residents(service)
+    models = ResidencyService(service)
     models.do(DESIGN, "load")
     processes = {"worker": service.worker_pid(), "web": service.stats()["web_pid"]}
     readings: dict[str, list[int]] = {name: [] for name in processes}

@@ -1,15 +1,11 @@
-"""Many requests, many of them given up halfway: memory stays flat, every slot comes back, every request is counted.
+"""Many requests, half of them cancelled: memory stays flat, every slot is freed, every request is counted.
 
-The long runs are marked `soak`; short ones of the same make hold in every run of the suite.
+The long runs are marked `soak`; every run of the suite has a short version of each.
 """
 
 import asyncio
-import os
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,109 +14,69 @@ from typing import Final, Literal
 import httpx
 import msgspec
 import pytest
-import zmq
 
-from shared.protocol import (
-    VERSION,
-    Audio,
-    Cancel,
-    Failed,
-    Finished,
-    Hello,
-    Message,
-    Ping,
-    Pong,
-    Sampling,
-    Snapshot,
-    Speak,
-    Started,
-    Welcome,
-    decode_from_worker,
-    encode,
-)
-from shared.sockets import connect_dealer
+from shared.protocol import Audio, Cancel, Failed, Finished, Message, Ping, Pong, Sampling, Snapshot, Speak, Started
 from tests.checkpoints import tiny
 from tests.recogniser import SENTENCES
-from tests.system.service import ROOT, Service, eventually, resident_bytes
+from tests.system.residency_service import EXACT_MALLOC
+from tests.system.service import Service, eventually, resident_bytes, running_worker
+from tests.system.worker_client import WorkerClient
 
 MODEL: Final = "qwen3-tts-0.6b-customvoice"
 SLOTS: Final = 8
-COMPANY: Final = 24
-"""Requests under way at once: three times what the slots hold, so the queue is in use as well."""
+OPEN_REQUESTS: Final = 24
+"""Open requests at once: three times the number of slots, so that the queue is used as well."""
 
-Leave = Literal["never", "at once", "when it starts", "when it speaks"]
-LEAVES: Final[Sequence[Leave]] = ("never", "never", "never", "at once", "when it starts", "when it speaks")
-"""What becomes of a request, drawn for each."""
+CancelAt = Literal["never", "at once", "Started", "Audio"]
+CANCEL_AT: Final[Sequence[CancelAt]] = ("never", "never", "never", "at once", "Started", "Audio")
+"""When the client cancels a request; drawn for each request."""
 
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 FORMS: Final[Sequence[dict[str, object]]] = ({}, {"stream": False}, {"stream_format": "sse"})
 ROUNDS: Final = 12
-"""Readings of the memory, so many requests apart as a test says."""
-
-RETURN_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""What is freed goes back to the kernel at once.
-
-Left alone, glibc keeps tens of megabytes for the next FLAC encoder, and what a process uses cannot be read off it.
-"""
-
-SILENCE_S: Final = 20.0
-"""Without a word from the worker for so long, something hangs."""
+"""Readings of the memory; a test says how many requests lie between two of them."""
 
 
 class Tally(msgspec.Struct):
-    """What became of the requests, as seen from here."""
+    """How many requests ended in which way, as the client counts them."""
 
-    heard: int = 0
-    left: int = 0
+    finished: int = 0
+    cancelled: int = 0
 
 
-class Company:
-    """A web worker's end of the conversation that keeps many requests under way and gives some of them up."""
+class LoadClient:
+    """Keeps OPEN_REQUESTS requests open at a GPU worker and cancels some of them."""
 
-    def __init__(self, url: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealer = connect_dealer(self._context, url)
+    def __init__(self, worker: WorkerClient) -> None:
+        self._worker = worker
         self._random = random.Random(1)  # noqa: S311 -- the same run again, not a secret
-        self._open: dict[str, Leave] = {}
-        self._asked = 0
+        self._open: dict[str, CancelAt] = {}
+        self._sent = 0
         self.tally = Tally()
 
-    def meet(self) -> Snapshot:
-        """Say hello as soon as the worker is there, and wait until its model is resident."""
-        assert self._dealer.poll(30_000, zmq.POLLOUT), "no worker"
-        self._send(Hello(version=VERSION, token=""))
-        assert isinstance(self._receive(), Welcome)
-        eventually(lambda: not self.snapshot().preloading, 60, "the model loaded")
-        return self.snapshot()
-
-    def close(self) -> None:
-        """Hang up."""
-        self._dealer.close()
-        self._context.term()
-
-    def talk(self, requests: int) -> None:
-        """Ask for so many more, and see each of them through."""
-        last = self._asked + requests
-        while self._open or self._asked < last:
-            while self._asked < last and len(self._open) < COMPANY:
-                self._ask()
+    def run(self, requests: int) -> None:
+        """Send so many more requests, and follow each of them to its end."""
+        last = self._sent + requests
+        while self._open or self._sent < last:
+            while self._sent < last and len(self._open) < OPEN_REQUESTS:
+                self._send_next()
             if self._open:
-                self._hear(self._receive())
+                self._handle(self._worker.receive())
 
     def snapshot(self) -> Snapshot:
-        """What the worker says of itself now."""
-        self._send(Ping())
-        while not isinstance(message := self._receive(), Pong):
-            self._hear(message)
+        """The worker's snapshot of now."""
+        self._worker.send(Ping())
+        while not isinstance(message := self._worker.receive(), Pong):
+            self._handle(message)
         return message.snapshot
 
-    def _ask(self) -> None:
-        self._asked += 1
-        name, leave = f"{self._asked}", self._random.choice(LEAVES)
-        # So few frames that the credit never runs out: nobody grants more here.
-        sampling = Sampling(seed=self._asked, max_new_tokens=self._random.randint(1, 6))
+    def _send_next(self) -> None:
+        self._sent += 1
+        name, cancel_at = f"{self._sent}", self._random.choice(CANCEL_AT)
+        # So few frames that the credit suffices: this client grants no more.
+        sampling = Sampling(seed=self._sent, max_new_tokens=self._random.randint(1, 6))
         text = self._random.choice(SENTENCES)
-        client = f"client {self._asked % 5}"
+        client = f"client {self._sent % 5}"
         speak = Speak(
             id=name,
             client=client,
@@ -131,106 +87,84 @@ class Company:
             sampling=sampling,
             credit=16,
         )
-        self._send(speak)
-        self._open[name] = leave
-        if leave == "at once":
-            self._leave(name)
+        self._worker.send(speak)
+        self._open[name] = cancel_at
+        if cancel_at == "at once":
+            self._cancel(name)
 
-    def _hear(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
             case Failed():
                 raise AssertionError(message)
-            case Started(id=name) if self._open.get(name) == "when it starts":
-                self._leave(name)
-            case Audio(id=name) if self._open.get(name) == "when it speaks":
-                self._leave(name)
+            case Started(id=name) if self._open.get(name) == "Started":
+                self._cancel(name)
+            case Audio(id=name) if self._open.get(name) == "Audio":
+                self._cancel(name)
             case Finished(id=name) if name in self._open:
                 del self._open[name]
-                self.tally.heard += 1
+                self.tally.finished += 1
 
-    def _leave(self, name: str) -> None:
+    def _cancel(self, name: str) -> None:
         del self._open[name]
-        self._send(Cancel(id=name))
-        self.tally.left += 1
-
-    def _send(self, message: Message) -> None:
-        self._dealer.send_multipart(encode(message))
-
-    def _receive(self) -> Message:
-        assert self._dealer.poll(SILENCE_S * 1000), f"the worker said nothing for {SILENCE_S} s"
-        message: Message = decode_from_worker(self._dealer.recv_multipart())[0]
-        return message
+        self._worker.send(Cancel(id=name))
+        self.tally.cancelled += 1
 
 
 @contextmanager
-def small_engine(folder: Path) -> Iterator[tuple[Company, int]]:
-    """A worker process with a small Qwen3-TTS model, met; and its process id."""
-    with tempfile.TemporaryDirectory() as private:  # ipc paths are short
-        url = f"ipc://{private}/w.ipc"
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
-        environ |= {
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "TTS_WORKER_URL": url,
-            "TTS_DEFAULT_MODEL": MODEL,
-            "TTS_DEFAULT_DEVICE": "cpu",
-            "TTS_MODEL_PATHS": f"{MODEL}={tiny('custom_voice').resolve()}",
-            "TTS_MAX_CONCURRENCY": str(SLOTS),
-            "TTS_VOICES_DIR": str(folder / "voices"),
-            "TTS_LOG_LEVEL": "warning",
-        }
-        worker = subprocess.Popen([sys.executable, "-m", "gpu_worker"], env=environ, cwd=folder)
-        company = Company(url)
-        try:
-            company.meet()
-            yield company, worker.pid
-            worker.terminate()
-            assert worker.wait(30) == 0
-        finally:
-            company.close()
-            worker.kill()
-            worker.wait()
+def qwen_worker(folder: Path) -> Iterator[tuple[LoadClient, int]]:
+    """A worker process with a small Qwen3-TTS model: a client that is connected to it, and its process id."""
+    settings = {
+        "DEFAULT_MODEL": MODEL,
+        "DEFAULT_DEVICE": "cpu",
+        "MODEL_PATHS": f"{MODEL}={tiny('custom_voice').resolve()}",
+        "MAX_CONCURRENCY": SLOTS,
+        "LOG_LEVEL": "warning",
+    }
+    with running_worker(folder, **settings) as (url, worker), WorkerClient(url) as connected:
+        client = LoadClient(connected)
+        eventually(lambda: not client.snapshot().preloading, 60, "the model loaded")
+        yield client, worker.pid
 
 
 @pytest.mark.parametrize(
     ("warm_up", "each"),
-    [pytest.param(100, 20, id="short"), pytest.param(1000, 750, id="long", marks=pytest.mark.soak)],
+    [pytest.param(100, 10, id="short"), pytest.param(1000, 750, id="long", marks=pytest.mark.soak)],
 )
 def test_engine_keeps_nothing_of_its_requests(tmp_path: Path, warm_up: int, each: int) -> None:
-    """Qwen3-TTS over ZeroMQ, in company, half of it given up: memory grows by less than 1 %, all slots are free.
+    """Qwen3-TTS over ZeroMQ, half of the requests cancelled: memory grows by less than 1 %, all slots are free.
 
-    Whoever was not given up was heard to the end, and every request was counted as finished or as cancelled.
+    Every request that was not cancelled finishes, and every request is counted as finished or as cancelled.
     """
-    with small_engine(tmp_path) as (company, pid):
-        company.talk(warm_up)
+    with qwen_worker(tmp_path) as (client, pid):
+        client.run(warm_up)
         memory = []
         for _ in range(ROUNDS):
-            company.talk(each)
+            client.run(each)
             memory.append(resident_bytes(pid))
-        eventually(lambda: company.snapshot().running == 0, 5, "the last ones cancelled")
-        snapshot, tally = company.snapshot(), company.tally
+        eventually(lambda: client.snapshot().running == 0, 5, "the last requests cancelled")
+        snapshot, tally = client.snapshot(), client.tally
     counted = snapshot.requests
     assert (snapshot.queued, snapshot.slots) == (0, SLOTS)
-    assert tally.heard + tally.left == warm_up + ROUNDS * each
-    assert counted.finished + counted.cancelled == tally.heard + tally.left
-    assert counted.finished >= tally.heard > 0
-    assert 0 < counted.cancelled <= tally.left
+    assert tally.finished + tally.cancelled == warm_up + ROUNDS * each
+    assert counted.finished + counted.cancelled == tally.finished + tally.cancelled
+    assert counted.finished >= tally.finished > 0
+    assert 0 < counted.cancelled <= tally.cancelled
     assert (counted.failed, counted.rejected) == (0, 0)
     assert growth(memory) < 0.01, memory
 
 
 @pytest.mark.parametrize(
     ("warm_up", "each", "most"),
-    [pytest.param(150, 15, 0.05, id="short"), pytest.param(1000, 750, 0.01, id="long", marks=pytest.mark.soak)],
+    [pytest.param(100, 10, 0.05, id="short"), pytest.param(1000, 750, 0.01, id="long", marks=pytest.mark.soak)],
 )
 def test_clients_that_come_and_go_leave_nothing(
     start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, warm_up: int, each: int, most: float
 ) -> None:
-    """espeak-ng over HTTP in every format and form, clients leaving at any moment: both processes stay as they are.
+    """espeak-ng over HTTP in every format and form, clients disconnecting at any moment: no process grows.
 
-    Whoever stayed got a 200 to its end; nothing failed, nothing was refused, and what began was ended.
+    Every client that stays gets a whole 200; no request fails or is refused, and each that began has ended.
     """
-    for name, value in RETURN_MEMORY.items():
+    for name, value in EXACT_MALLOC.items():
         monkeypatch.setenv(name, value)
     service = start(LOG_LEVEL="warning")
     (web,), gpu = service.web_pids(), service.worker_pid()
@@ -240,14 +174,14 @@ def test_clients_that_come_and_go_leave_nothing(
     memory: dict[int, list[int]] = {web: [], gpu: []}
     for _ in range(ROUNDS):
         asyncio.run(visit(service, each, random_, tally))
-        eventually(lambda: idle(service), 5, "the departed forgotten")
+        eventually(lambda: idle(service), 5, "no requests")
         for pid, found in memory.items():
             found.append(resident_bytes(pid))
     counted = service.stats()["requests"]
-    assert tally.heard + tally.left == warm_up + ROUNDS * each
-    assert tally.heard <= counted["finished"]
-    # A client may leave before anybody has read what it wants.
-    assert 0 < counted["cancelled"] <= counted["finished"] + counted["cancelled"] - tally.heard <= tally.left
+    assert tally.finished + tally.cancelled == warm_up + ROUNDS * each
+    assert tally.finished <= counted["finished"]
+    # A client may disconnect before its request has been read.
+    assert 0 < counted["cancelled"] <= counted["finished"] + counted["cancelled"] - tally.finished <= tally.cancelled
     assert (counted["failed"], counted["rejected"]) == (0, 0)
     assert (web, gpu) == (service.stats()["web_pid"], service.worker_pid())
     for found in memory.values():
@@ -255,7 +189,7 @@ def test_clients_that_come_and_go_leave_nothing(
 
 
 async def visit(service: Service, requests: int, random_: random.Random, tally: Tally) -> None:
-    """So many requests by sixteen clients, some of whom leave: before their answer begins, or in the middle of it."""
+    """Send so many requests from sixteen clients, some of which disconnect before or during their answer."""
     numbers = iter(range(requests))
 
     async def client(http: httpx.AsyncClient) -> None:
@@ -270,23 +204,23 @@ async def visit(service: Service, requests: int, random_: random.Random, tally: 
                 async with asyncio.timeout(patience_s):
                     answer = await http.post("/v1/audio/speech", json=body | random_.choice(FORMS))
             except TimeoutError:
-                tally.left += 1
+                tally.cancelled += 1
                 continue
             assert answer.status_code == httpx.codes.OK, answer.text
             assert answer.content
-            tally.heard += 1
+            tally.finished += 1
 
     async with httpx.AsyncClient(base_url=service.url, timeout=60, trust_env=False) as http:
         await asyncio.gather(*(client(http) for _ in range(16)))
 
 
 def idle(service: Service) -> bool:
-    """Whether the worker has no requests."""
+    """Whether no request is running or queued."""
     stats = service.stats()
     return bool(stats["running"] == stats["queued"] == 0)
 
 
 def growth(memory: Sequence[int]) -> float:
-    """By what part of the first third's median the last third's is larger: a single reading says little."""
+    """The relative growth from the median of the first third to that of the last; single readings vary too much."""
     third = len(memory) // 3
     return statistics.median(memory[-third:]) / statistics.median(memory[:third]) - 1

@@ -1,6 +1,5 @@
-"""How the service starts, and how it refuses to."""
+"""How the service starts, and which settings it refuses to start with."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_port
-from tests.system.service import ROOT, Service
+from tests.system.service import Service, environment, running_worker
 
 
-def run(module: str, directory: Path, **settings: object) -> "subprocess.CompletedProcess[str]":
+def run(module: str, directory: Path, *arguments: str, **settings: object) -> "subprocess.CompletedProcess[str]":
     """`python -m module` with these TTS_* variables, to its end."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
-    environment |= {f"TTS_{name}": str(value) for name, value in settings.items()} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", module]
     return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-m", module, *arguments],
+        cwd=directory,
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
 
 
@@ -39,14 +41,14 @@ def test_wrong_settings_are_named_all_at_once(tmp_path: Path, module: str) -> No
 
 
 def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:
-    """A default model that does not exist is a wrong setting of the whole service, not an endless restart."""
+    """An unknown default model ends the whole service with exit code 2; the GPU worker is not restarted for ever."""
     ended = run("server", tmp_path, PORT=free_port(), DEFAULT_MODEL="no-such-model")
     assert ended.returncode == 2
     assert "no-such-model" in ended.stderr
 
 
 def test_dotenv_is_read_and_the_environment_wins(tmp_path: Path) -> None:
-    """Settings come from .env where the environment does not say otherwise."""
+    """Settings come from .env unless the environment has them as well."""
     (tmp_path / ".env").write_text(f"TTS_PORT={free_port()}\nTTS_API_TITLE=From the file\nTTS_MAX_QUEUE=7\n")
     service = Service(tmp_path, MAX_QUEUE=9)
     try:
@@ -56,36 +58,16 @@ def test_dotenv_is_read_and_the_environment_wins(tmp_path: Path) -> None:
     assert (config["api_title"], config["max_queue"], config["port"]) == ("From the file", 9, service.port)
 
 
-def test_second_worker_is_refused(tmp_path: Path) -> None:
-    """A second GPU worker on the same address ends with exit code 3, and the first goes on."""
-    directory = tmp_path / "run"
-    directory.mkdir(mode=0o700)
-    address = {"TTS_WORKER_URL": f"ipc://{directory}/worker.ipc"}
-    environment = {**os.environ, **address, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=tmp_path, env=environment)
-    try:
-        ask = [sys.executable, "-m", "gpu_worker", "health"]
-        assert subprocess.run(ask, cwd=tmp_path, env=environment, timeout=30, check=False).returncode == 0
-        assert run("gpu_worker", tmp_path, WORKER_URL=address["TTS_WORKER_URL"]).returncode == 3
-        assert first.poll() is None
-    finally:
-        first.terminate()
-        assert first.wait(10) == 0
-
-
 def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Service]) -> None:
-    """With TTS_WORKER_URL the server starts no worker of its own, and speaks once the one it names is there."""
-    directory = tmp_path / "run"
-    directory.mkdir(mode=0o700)
-    url = f"ipc://{directory}/worker.ipc"
-    environment = {**os.environ, "TTS_WORKER_URL": url, "TTS_VOICES_DIR": str(tmp_path / "v"), "PYTHONPATH": str(ROOT)}
-    worker = subprocess.Popen([sys.executable, "-m", "gpu_worker"], cwd=tmp_path, env=environment)
-    try:
+    """With TTS_WORKER_URL the server starts no worker of its own and uses the one at that address.
+
+    A second GPU worker at the same address ends with exit code 3, and the first goes on.
+    """
+    with running_worker(tmp_path) as (url, worker):
+        assert run("gpu_worker", tmp_path, "health", WORKER_URL=url).returncode == 0
+        assert run("gpu_worker", tmp_path, WORKER_URL=url).returncode == 3
         service = start(WORKER_URL=url)
         assert service.worker_pid() == worker.pid
         assert service.speech("Hello.").status_code == 200
         assert service.stop() == 0
         assert worker.poll() is None
-    finally:
-        worker.terminate()
-        assert worker.wait(10) == 0

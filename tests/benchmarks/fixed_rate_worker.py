@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.paced_worker URL SECONDS`: a GPU worker that speaks exactly as fast as one listens.
+"""`python -m tests.benchmarks.fixed_rate_worker URL SECONDS`: a GPU worker that speaks exactly as fast as one listens.
 
 Every request gets SECONDS of recorded speech in frames of 80 ms, one each 80 ms: what a GPU that just keeps up would
 send. It costs next to nothing, so that what is measured is the front end.

@@ -1,4 +1,4 @@
-"""Three small Qwen3-TTS models behind one service: how they are asked for, where they are, what they hold."""
+"""Three small Qwen3-TTS models behind one service: requests to them, their places, their bytes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +15,16 @@ DESIGN: Final = "qwen3-tts-1.7b-voicedesign"
 MODELS: Final = (SMALL, LARGE, DESIGN)
 
 FRAMES: Final = 4
-"""Frames of a short answer; the checkpoints would speak for seconds."""
+"""Frames of a short answer; without a limit the checkpoints speak for seconds."""
 
 EXACT_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""Tensors get mappings of their own and give them back: left alone, glibc keeps some for the next ones,
-and what a process holds cannot be read off it."""
+"""glibc then maps every tensor by itself and returns freed memory to the kernel at once.
+
+By default glibc keeps tens of megabytes for later, and a process's resident memory does not show what it uses.
+"""
 
 STAYS: Final = ("weights", "graphs", "workspace")
-"""What an offloaded model keeps, by purpose: on a CPU it lies in the same RAM either way. The rest is given back."""
+"""The purposes whose bytes an offloaded model keeps. On a CPU they lie in the same RAM; the other bytes are freed."""
 
 _CHECKPOINTS: Final[dict[str, tuple[Kind, Size]]] = {
     SMALL: ("custom_voice", "0b6"),
@@ -33,17 +35,17 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {DESIGN: {"instructions": "Calm and 
 
 
 def checkpoints() -> dict[str, Path]:
-    """Each model's small random checkpoint; not to be written to."""
+    """Each model's small random checkpoint; tests must not write to it."""
     return {model: tiny(*made).resolve() for model, made in _CHECKPOINTS.items()}
 
 
 def model_paths(paths: dict[str, Path]) -> str:
-    """The setting that says where checkpoints are."""
+    """The value of TTS_MODEL_PATHS."""
     return ",".join(f"{model}={path}" for model, path in paths.items())
 
 
-class Residents:
-    """The models of `service`."""
+class ResidencyService:
+    """The three models of `service`."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -53,13 +55,13 @@ class Residents:
         return self.service.speech(text, **self.fields(model, **fields))
 
     def say(self, model: str, **fields: Any) -> bytes:
-        """What the model says, as pcm."""
+        """The pcm of a short request that must succeed."""
         answer = self.ask(model, **fields)
         assert answer.status_code == httpx.codes.OK, answer.text
         return answer.content
 
     def fields(self, model: str, **fields: Any) -> dict[str, Any]:
-        """The fields of a request that this model understands."""
+        """The fields of a request that this model accepts."""
         defaults = {"response_format": "pcm", "seed": 7, "max_new_tokens": FRAMES, "stream": False}
         return {"model": model, **defaults, **_FIELDS.get(model, {}), **fields}
 
@@ -68,55 +70,59 @@ class Residents:
         return self.service.http.post(f"/admin/models/{model}/{action}")
 
     def do(self, model: str, action: str) -> dict[str, Any]:
-        """The same, which must work: where the model is then."""
+        """`post` that must succeed: the model's entry afterwards."""
         answer = self.post(model, action)
         assert answer.status_code == httpx.codes.OK, answer.text
         return cast("dict[str, Any]", answer.json())
 
     def vram(self) -> dict[str, Any]:
-        """/admin/vram once the device has been read anew; by itself the device's figures may be 0.2 s old."""
+        """/admin/vram with figures that were read after this call began; without waiting they may be 0.2 s old."""
         began = self._uptime_s()
-        # What /admin/stats says is 250 ms old at most: one that is younger by more came after this call began.
+        # /admin/stats is at most 250 ms old: once its clock has moved by more, its figures are newer than this call.
         eventually(lambda: self._uptime_s() > began + 0.25, 5, "a new reading")
         return cast("dict[str, Any]", self.service.http.get("/admin/vram").json())
 
-    def books(self) -> dict[str, dict[str, Any]]:
+    def entries(self) -> dict[str, dict[str, Any]]:
         """The entry of every model in /admin/vram, as of now."""
         return {entry["id"]: entry for entry in self.vram()["models"]}
 
-    def places(self) -> dict[str, str]:
-        """Where each of the three is now."""
-        books = self.books()
-        return {model: books[model]["state"] for model in MODELS}
+    def states(self) -> dict[str, str]:
+        """The state of each of the three models now."""
+        entries = self.entries()
+        return {model: entries[model]["state"] for model in MODELS}
 
-    def wait_for(self, holds: Callable[[dict[str, dict[str, Any]]], object], timeout_s: float, what: str) -> float:
-        """Wait until the books of now or later say so; how many seconds that took."""
+    def wait_for(self, condition: Callable[[dict[str, dict[str, Any]]], object], timeout_s: float, what: str) -> float:
+        """Wait until `condition` holds for the models' entries; the seconds that took."""
 
-        def look() -> object:
+        def holds() -> object:
             entries = self.service.http.get("/admin/vram").json()["models"]
-            return holds({entry["id"]: entry for entry in entries})
+            return condition({entry["id"]: entry for entry in entries})
 
-        return eventually(look, timeout_s, what)
+        return eventually(holds, timeout_s, what)
 
-    def forget(self) -> None:
-        """Unpin and unload all three, once nobody speaks."""
-        eventually(lambda: self.service.stats()["running"] + self.service.stats()["queued"] == 0, 20, "silence")
+    def wait_for_state(self, model: str, state: str, timeout_s: float) -> float:
+        """Wait until the model is in that state; the seconds that took."""
+        return self.wait_for(lambda entries: entries[model]["state"] == state, timeout_s, f"{model} {state}")
+
+    def unload_all(self) -> None:
+        """Unpin and unload the three models as soon as no request is running or queued."""
+        eventually(lambda: self.service.running() + self.service.queued() == 0, 20, "no requests")
         for model in MODELS:
             self.do(model, "unpin")
             self.do(model, "unload")
 
     def go_round(self, model: str) -> bytes:
-        """Load the model, offload it, restore it and drop it; what it said in between, the same before and after."""
+        """Load the model, offload it, restore it and drop it; the pcm that it gave before and after the offload."""
         self.do(model, "load")
-        said = self.say(model, max_new_tokens=1, keep_alive=0)
-        # The pass ends after the model has gone, whether the pass or its keep_alive made it go.
+        pcm = self.say(model, max_new_tokens=1, keep_alive=0)
+        # Either the keep_alive or this pass offloads the model; the pass ends after that.
         self.service.http.post("/admin/cleanup", params={"trigger": "true"}).raise_for_status()
         restored = self.do(model, "load")
         assert (restored["state"], restored["host_bytes"]) == ("resident", 0)
-        assert self.say(model, max_new_tokens=1) == said
-        gone = self.do(model, "unload")
-        assert (gone["state"], gone["bytes"], gone["host_bytes"]) == ("absent", {}, 0)
-        return said
+        assert self.say(model, max_new_tokens=1) == pcm
+        dropped = self.do(model, "unload")
+        assert (dropped["state"], dropped["bytes"], dropped["host_bytes"]) == ("absent", {}, 0)
+        return pcm
 
     def _uptime_s(self) -> float:
         uptime_s: float = self.service.stats()["worker"]["uptime_s"]
