@@ -28,7 +28,7 @@ from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.model.attention import Backend, attention
-from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_shape
+from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_bytes
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder
 from gpu_worker.engines.qwen.model.qwen3_tts import MAX_TRAILING_TOKENS, Qwen3TTSModel
 from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
@@ -121,7 +121,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     config, generation = read_config(directory), read_generation_config(directory)
     kernel = attention(options.attention_backend, device, dtype)
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
-        size = weights.nbytes + first_layer_inputs_bytes(config.talker_config, dtype)
+        size = weights.nbytes + first_layer_inputs_bytes(config.talker_config.code_predictor_config, dtype)
         slots = options.slots or slots_that_fit(size, config, codec, options)
         model = Qwen3TTSModel(
             weights, config, generation, kernel, slots=rows_needed(slots, device), max_model_len=options.max_model_len
@@ -205,11 +205,6 @@ def slot_bytes(shape: TalkerShape, dtype: torch.dtype, max_model_len: int) -> in
     return kv + MAX_TRAILING_TOKENS * shape.hidden_size * width + max_model_len * shape.num_code_groups * 4
 
 
-def first_layer_inputs_bytes(shape: TalkerShape, dtype: torch.dtype) -> int:
-    """Bytes of `CodePredictor.first_layer_inputs`: for published sizes in bfloat16, 280 MiB."""
-    return math.prod(first_layer_inputs_shape(shape.code_predictor_config)) * dtype.itemsize
-
-
 def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
     """Bytes that the checkpoint in `directory` will take on the device; its weights are not read.
 
@@ -224,7 +219,7 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
     shape = read_config(directory).talker_config
-    computed_at_load = first_layer_inputs_bytes(shape, computed)
+    computed_at_load = first_layer_inputs_bytes(shape.code_predictor_config, computed)
     if device == "cpu":
         computed_at_load += trace_bytes(shape.code_predictor_config, slots)
     return weights + computed_at_load + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)

@@ -113,20 +113,16 @@ class WeightOffloader:
 
     def memory(self, **extra: int) -> Memory:
         """Bytes by place and purpose; `extra`: what else the engine holds on the device."""
-        held: Counter[str] = Counter()
+        weights = Counter(weights=sum(block.nbytes for block in self._host) or self._weight_bytes)
+        held = Counter(extra)
         for purpose, storages in self._scratch.items() if self._resident else ():
             held[purpose] = sum(size for _, size in storages)
-        for memory in (lambda: extra, *self._extra_memory):
+        for memory in self._extra_memory:
             held.update(memory())
-        other = {purpose: size for purpose, size in held.items() if size}
-        weights = {"weights": self._weight_bytes} if self._weight_bytes else {}
-        if self._resident:
-            return Memory(device=weights | other)
-        if self._device.type == "cpu":
-            return Memory(host=weights | other)
-        if self._host:
-            weights = {"weights": sum(block.nbytes for block in self._host)}
-        return Memory(device=other, host=weights)
+        if not self._resident and self._device.type == "cuda":
+            return Memory(device=dict(+held), host=dict(+weights))
+        together = dict(+(weights + held))
+        return Memory(device=together) if self._resident else Memory(host=together)
 
 
 def release_storage(tensors: Iterable[Tensor]) -> None:

@@ -5,11 +5,12 @@ The arithmetic is Qwen3TTSModel's, one code path for both runners.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
 import torch
+from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.model.kv_cache import SlotLengths
@@ -18,13 +19,13 @@ from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
     BATCH_SIZES,
-    BucketedFunction,
     CapturedBuckets,
-    Inputs,
+    largest_first,
     padded,
     smallest_bucket,
 )
 from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 
@@ -202,26 +203,19 @@ class CudaGraphModelRunner:
             self._buckets.run(("talker_step", batch, kv_len), talker_step)
 
     def prepare(self) -> None:
-        model = self._model
+        model, streams = self._model, self._streams
         model.state.active.fill_(False)
-        predict = BucketedFunction(
-            "code_predictor_step", lambda batch, *_: model.code_predictor_step(batch), self._batch_sizes
-        )
-        talk = BucketedFunction(
-            "talker_step",
-            lambda batch, kv_len, _: model.talker_step(batch, (), kv_len, full_vocab=False),
-            self._batch_sizes,
-            self._kv_lengths,
-        )
-        prefill = BucketedFunction(
-            "prefill",
-            lambda _batch, _length, inputs: model.prefill(*inputs, full_vocab=False),
-            self._prefill_batch_sizes,
-            self._prefill_lengths,
-            self._new_inputs,
-        )
-        streams = self._streams
-        self._buckets.capture((predict, talk, prefill), capturing=streams.frame_capture, warming=streams.transfer)
+        functions: dict[Key, Callable[[], None]] = {}
+        for batch, kv_len in largest_first(self._batch_sizes, self._kv_lengths):
+            step = functools.partial(model.code_predictor_step, batch)
+            functions.setdefault(("code_predictor_step", batch, 0), step)
+            step = functools.partial(model.talker_step, batch, (), kv_len, full_vocab=False)
+            functions["talker_step", batch, kv_len] = step
+        for batch, length in largest_first(self._prefill_batch_sizes, self._prefill_lengths):
+            bucket = ("prefill", batch, length)
+            embeds, where = self._buckets.inputs[bucket] = self._new_inputs(batch, length)
+            functions[bucket] = functools.partial(model.prefill, embeds, *where, full_vocab=False)
+        self._buckets.capture(functions, capturing=streams.frame_capture, warming=streams.transfer)
 
     def release(self) -> None:
         self._buckets.release()
@@ -238,26 +232,24 @@ class CudaGraphModelRunner:
     def _prefill(self, group: Sequence[PrefillInput], length: int, *, full_vocab: bool) -> None:
         batch = smallest_bucket(len(group), self._prefill_batch_sizes)
         bucket = ("prefill", batch, length)
-        embeds, slots, lengths = self._buckets.inputs(bucket) or self._new_inputs(batch, length)
+        embeds, where = self._buckets.inputs.get(bucket) or self._new_inputs(batch, length)
         for row, one in enumerate(group):
             embeds[row, : len(one.prompt.embeds)] = one.prompt.embeds
-        for numbers, target, padding in (
-            ([one.slot for one in group], slots, self._padding_slot),
-            ([len(one.prompt.embeds) for one in group], lengths, 1),
-        ):
-            target.copy_(to_device(padded(numbers, batch, padding), target.device), non_blocking=True)
-        eager = functools.partial(self._model.prefill, embeds, slots, lengths, full_vocab=full_vocab)
+        slots, lengths = ([one.slot for one in group], [len(one.prompt.embeds) for one in group])
+        numbers = [*padded(slots, batch, self._padding_slot), *padded(lengths, batch, 1)]
+        where.copy_(to_device(numbers, where.device).view(2, batch), non_blocking=True)
+        eager = functools.partial(self._model.prefill, embeds, *where, full_vocab=full_vocab)
         if full_vocab:
             eager()
         else:
             self._buckets.run(bucket, eager)
 
-    def _new_inputs(self, batch: int, length: int) -> Inputs:
-        """Embeddings [batch, length, hidden], slots and prompt lengths int64 [batch], all of them padding."""
+    def _new_inputs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [batch, length, hidden]; slots and prompt lengths, int64 [2, batch], all of them padding."""
         table = self._model.codec_table
-        numbers = torch.full((2, batch), self._padding_slot, dtype=torch.int64, device=table.device)
-        numbers[1] = 1
-        return table.new_zeros(batch, length, table.shape[1]), numbers[0], numbers[1]
+        where = torch.full((2, batch), self._padding_slot, dtype=torch.int64, device=table.device)
+        where[1] = 1
+        return table.new_zeros(batch, length, table.shape[1]), where
 
     def _padded_length(self, tokens: int) -> int:
         power_of_2 = 1 << (tokens - 1).bit_length()

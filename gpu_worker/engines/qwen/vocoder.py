@@ -5,7 +5,7 @@ sequence.py decides when a chunk is due.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -16,12 +16,12 @@ from gpu_worker.engines.qwen.codec import Codec, StreamSnapshot
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
     BATCH_SIZES,
-    BucketedFunction,
     CapturedBuckets,
-    Inputs,
+    largest_first,
     padded,
     smallest_bucket,
 )
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy, to_device
 from gpu_worker.engines.qwen.sequence import RunningJob
@@ -99,7 +99,7 @@ class Vocoder:
         with torch.cuda.stream(self._stream):
             batch = smallest_bucket(len(group), self._batch_sizes)
             bucket = ("decode", batch, chunk)
-            where, pcm = self._buckets.inputs(bucket) or self._new_inputs(batch, chunk)
+            where, pcm = self._buckets.inputs.get(bucket) or self._new_inputs(batch, chunk)
             numbers = [*padded(slots, batch, self.state.scratch), *padded(starts, batch, 0)]
             where.copy_(to_device(numbers, where.device).view(2, batch), non_blocking=True)
             host_copy = HostCopy(pcm[: len(group)], group)
@@ -111,14 +111,11 @@ class Vocoder:
         """Capture the graphs on CUDA, the largest first."""
         if not self._cuda:
             return
-        decode = BucketedFunction(
-            "decode",
-            lambda _batch, chunk, inputs: self._decode_into(inputs[0], chunk, inputs[1]),
-            self._batch_sizes,
-            CAPTURED_CHUNKS,
-            self._new_inputs,
-        )
-        self._buckets.capture([decode], capturing=self._streams.codec_capture, warming=self._streams.transfer)
+        functions: dict[Key, Callable[[], None]] = {}
+        for batch, chunk in largest_first(self._batch_sizes, CAPTURED_CHUNKS):
+            where, pcm = self._buckets.inputs["decode", batch, chunk] = self._new_inputs(batch, chunk)
+            functions["decode", batch, chunk] = functools.partial(self._decode_into, where, chunk, pcm)
+        self._buckets.capture(functions, capturing=self._streams.codec_capture, warming=self._streams.transfer)
 
     def memory(self) -> dict[str, int]:
         """Device bytes by purpose, without the codec streams."""
@@ -148,7 +145,7 @@ class Vocoder:
         waveform = self._codec.decode(self._ring_buffer[slots[:, None], frames], slots, self.state)
         pcm.copy_((waveform * _PEAK).round_())
 
-    def _new_inputs(self, batch: int, chunk: int) -> Inputs:
+    def _new_inputs(self, batch: int, chunk: int) -> tuple[Tensor, Tensor]:
         """Slots and first frames int64 [2, batch], all of them padding, and PCM int16 [batch, samples]."""
         where = torch.full((2, batch), self.state.scratch, dtype=torch.int64, device=self._ring_buffer.device)
         where[1] = 0

@@ -18,10 +18,14 @@ from gpu_worker.engines.qwen.model.layers import QKV, Linear, Rope, Stack, Tenso
 from gpu_worker.engines.qwen.model.sampling import sample_fixed
 
 
-def first_layer_inputs_shape(shape: Shape) -> tuple[int, int]:
-    """(rows, values a row) of `CodePredictor.first_layer_inputs`, all codebooks together."""
-    qkv = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-    return (shape.num_code_groups - 2) * shape.vocab_size, shape.hidden_size + qkv
+def first_layer_inputs_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of `CodePredictor.first_layer_inputs`: for published sizes in bfloat16, 280 MiB."""
+    return (shape.num_code_groups - 2) * shape.vocab_size * _first_layer_input_values(shape) * dtype.itemsize
+
+
+def _first_layer_input_values(shape: Shape) -> int:
+    """An input, and the first layer's queries, keys and values of it."""
+    return shape.hidden_size + (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
 
 
 class FrameCache:
@@ -40,7 +44,7 @@ class FrameCache:
         self._written = [[cache[:, :, i].unbind() for i in range(size[2])] for cache in caches]
         self._read = [[cache[:, :, : i + 1].transpose(2, 3).unbind() for i in range(size[2])] for cache in caches]
         heads, kv_heads, hidden = shape.num_attention_heads, shape.num_key_value_heads, shape.hidden_size
-        inputs = like.new_zeros(rows, first_layer_inputs_shape(shape)[1])
+        inputs = like.new_zeros(rows, _first_layer_input_values(shape))
         self.inputs = [inputs[:batch] for batch in range(rows + 1)]
         """By batch size: where a forward after the first finds its first layer's input. The rows behind are padding."""
         self.hidden = inputs[:, :hidden]

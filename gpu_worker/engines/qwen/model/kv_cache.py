@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import TensorHolder, pad_rows
+from gpu_worker.engines.qwen.model.layers import Attend, TensorHolder, pad_rows
 
 SlotLengths = Sequence[tuple[int, int]]
 """(slot, cached tokens that it reads) of each slot whose result matters."""
@@ -27,55 +27,46 @@ class KVCache(TensorHolder):
         self.values = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
 
 
-class PrefillAttend:
-    """Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens."""
+def prefill_attend(cache: KVCache, attention: Attention, slots: Tensor, tokens: int) -> Attend:
+    """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
 
-    def __init__(self, cache: KVCache, attention: Attention, slots: Tensor, tokens: int) -> None:
-        """`slots`: int64 [prompts]; `tokens`: the length that the prompts are padded to."""
-        self._cache = cache
-        self._attention = attention
-        self._slots = slots
-        self._tokens = tokens
+    `slots`: int64 [prompts]. `tokens`: the length that the prompts are padded to. Its rows are [prompts * tokens].
+    """
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As Attend; rows are [prompts * tokens]."""
-        query, key, value = (x.unflatten(0, (-1, self._tokens)) for x in (query, key, value))
-        self._cache.keys[layer][:, : self._tokens].index_copy_(0, self._slots, key)
-        self._cache.values[layer][:, : self._tokens].index_copy_(0, self._slots, value)
-        return self._attention.prefill(query, key, value).flatten(2).flatten(0, 1)
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.unflatten(0, (-1, tokens)) for x in (query, key, value))
+        cache.keys[layer][:, :tokens].index_copy_(0, slots, key)
+        cache.values[layer][:, :tokens].index_copy_(0, slots, value)
+        return attention.prefill(query, key, value).flatten(2).flatten(0, 1)
+
+    return attend
 
 
-class DecodeAttend:
-    """Attend of one token a slot, for slots 0 to batch - 1: writes it at its position, and reads the slot's cache."""
+def decode_attend(
+    cache: KVCache, attention: Attention, positions: Tensor, slot_lengths: SlotLengths, kv_len: int
+) -> Attend:
+    """The Attend of one token a slot, for slots 0 to batch - 1: writes it at its position, and reads the slot's cache.
 
-    def __init__(
-        self, cache: KVCache, attention: Attention, positions: Tensor, slot_lengths: SlotLengths, kv_len: int
-    ) -> None:
-        """`positions`: int64 [batch], where each slot's token goes.
+    `positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
+    With `slot_lengths`, each slot in it reads its own length, and the other slots are left out.
+    Without, every slot reads the first `kv_len` positions under a mask: fixed shapes, as graphs need them.
+    """
+    batch = len(positions)
+    mask = None if slot_lengths else attention.length_mask(positions + 1, kv_len)
+    index = (torch.arange(batch, device=positions.device), positions)
 
-        With `slot_lengths`, each slot in it reads its own length, and the other slots are left out.
-        Without, every slot reads the first `kv_len` positions under a mask: fixed shapes, as graphs need them.
-        """
-        self._cache = cache
-        self._attention = attention
-        self._positions = positions
-        self._mask = None if slot_lengths else attention.length_mask(positions + 1, kv_len)
-        self._index = (torch.arange(len(positions), device=positions.device), positions)
-        self._slot_lengths = slot_lengths
-        self._kv_len = kv_len
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As Attend; rows are the slots, and padding behind them."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        batch = len(self._positions)
-        keys.index_put_(self._index, key[:batch])
-        values.index_put_(self._index, value[:batch])
-        if not self._slot_lengths:
-            keys, values = (x[:batch, : self._kv_len].transpose(1, 2) for x in (keys, values))
-            return pad_rows(self._attention.decode(query[:batch], keys, values, self._mask))
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys.index_put_(index, key[:batch])
+        values.index_put_(index, value[:batch])
+        if not slot_lengths:
+            keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in (keys, values))
+            return pad_rows(attention.decode(query[:batch], keys, values, mask))
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         out = torch.zeros_like(query).flatten(1)
-        for slot, length in self._slot_lengths:
+        for slot, length in slot_lengths:
             one = slice(slot, slot + 1)
-            out[one] = self._attention.decode(query[one], keys[one, :, :length], values[one, :, :length], None)
+            out[one] = attention.decode(query[one], keys[one, :, :length], values[one, :, :length], None)
         return out
+
+    return attend

@@ -97,7 +97,7 @@ class Qwen3TTSModel(TensorHolder):
     def talker_step(self, batch: int, slot_lengths: SlotLengths, kv_len: int, *, full_vocab: bool) -> None:
         """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.
 
-        `slot_lengths`, `kv_len`: see DecodeAttend; `full_vocab`: see `prefill`.
+        `slot_lengths`, `kv_len`: see decode_attend; `full_vocab`: see `prefill`.
         Rows that are not active are computed and not kept, so a frame that failed midway can be made again.
         """
         state, part = self.state, slice(0, batch)

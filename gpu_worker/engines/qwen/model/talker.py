@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.kv_cache import DecodeAttend, KVCache, PrefillAttend, SlotLengths
+from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths, decode_attend, prefill_attend
 from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, TensorHolder, pad_rows
 
 EOS_INDEX: Final = -1
@@ -49,7 +49,7 @@ class Talker(TensorHolder):
         Padding writes to the cache behind `lengths`; decode steps overwrite those positions before they read them.
         """
         prompts, tokens, _ = embeds.shape
-        attend = PrefillAttend(self.cache, self._attention, slots, tokens)
+        attend = prefill_attend(self.cache, self._attention, slots, tokens)
         x = self.stack(embeds.flatten(0, 1), self.rope.span(0, tokens, prompts), attend)
         last = torch.arange(prompts, device=slots.device) * tokens + lengths - 1
         hidden = self.stack.norm(x.index_select(0, last))
@@ -58,10 +58,10 @@ class Talker(TensorHolder):
     def decode(self, x: Tensor, positions: Tensor, slot_lengths: SlotLengths, kv_len: int) -> tuple[Tensor, Tensor]:
         """Read one token of each of the first slots: x [batch, hidden], positions int64 [batch].
 
-        Returns hidden states and logits as `prefill` does. `slot_lengths`, `kv_len`: see DecodeAttend.
+        Returns hidden states and logits as `prefill` does. `slot_lengths`, `kv_len`: see decode_attend.
         """
         batch = x.shape[0]
-        attend = DecodeAttend(self.cache, self._attention, positions, slot_lengths, kv_len)
+        attend = decode_attend(self.cache, self._attention, positions, slot_lengths, kv_len)
         padded = pad_rows(x)
         rope = self.rope.at(functional.pad(positions, (0, padded.shape[0] - batch)))
         hidden = self.stack.norm(self.stack(padded, rope, attend))

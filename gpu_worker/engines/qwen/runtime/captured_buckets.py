@@ -1,70 +1,39 @@
 """Functions captured for a few input sizes, their buckets: inputs are padded to the smallest bucket that holds them.
 
-Owns the batch sizes, the captured functions' static inputs, and the order of capture.
-It knows nothing of what the functions compute, nor which bucket a caller needs.
+Owns the batch sizes, the graphs and the static inputs that they read. It knows nothing of what the functions compute.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
-import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Graph, Key, capture_graphs
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Key, capture_graphs
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes that functions are captured for."""
 
-Inputs = tuple[Tensor, ...]
-"""The tensors that a captured function reads and writes at every replay."""
-
-CaptureGraphs = Callable[..., tuple[Mapping[Key, Graph], int]]
-
-
-class BucketedFunction(msgspec.Struct, frozen=True):
-    """What to capture: `function`(batch size, length, inputs), for every batch size with every length.
-
-    `batch_sizes` and `lengths` ascend; a function without a length has the one length 0.
-    `new_inputs` allocates the static inputs of a batch size and length.
-    """
-
-    name: str
-    function: Callable[[int, int, Inputs], None]
-    batch_sizes: Sequence[int]
-    lengths: Sequence[int] = (0,)
-    new_inputs: Callable[[int, int], Inputs] = lambda _batch, _length: ()
-
 
 class CapturedBuckets:
-    """Captured functions and their static inputs, by bucket: (name, batch size, length)."""
+    """Captured functions and their static inputs by bucket: (name, batch size, length), with length 0 for none."""
 
-    def __init__(self, capture_graphs: CaptureGraphs = capture_graphs) -> None:
+    def __init__(self, capture_graphs: Callable[..., tuple[Mapping[Key, Any], int]] = capture_graphs) -> None:
         """`capture_graphs`: as in cuda_graphs.py."""
         self._capture_graphs = capture_graphs
-        self._graphs: Mapping[Key, Graph] = {}
-        self._inputs: dict[Key, Inputs] = {}
+        self._graphs: Mapping[Key, Any] = {}
         self._pool_bytes = 0
+        self.inputs: dict[Key, tuple[Tensor, ...]] = {}
+        """Tensors that a bucket's function reads and writes at every replay. Allocate them before `capture`."""
 
     def capture(
-        self, functions: Iterable[BucketedFunction], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
+        self, functions: Mapping[Key, Callable[[], None]], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
     ) -> None:
-        """Capture all functions in the order given, each one's largest bucket first. The streams: see capture_graphs.
+        """Capture functions, the largest bucket first (see `largest_first`). The streams are those of capture_graphs.
 
         If this raises, no graph is kept.
         """
-        calls: dict[Key, Callable[[], None]] = {}
-        for one in functions:
-            for batch in reversed(one.batch_sizes):
-                for length in reversed(one.lengths):
-                    inputs = self._inputs[one.name, batch, length] = one.new_inputs(batch, length)
-                    calls[one.name, batch, length] = functools.partial(one.function, batch, length, inputs)
-        self._graphs, self._pool_bytes = self._capture_graphs(calls, capturing=capturing, warming=warming)
-
-    def inputs(self, bucket: Key) -> Inputs | None:
-        """The static inputs of a bucket; None if it was not captured."""
-        return self._inputs.get(bucket)
+        self._graphs, self._pool_bytes = self._capture_graphs(functions, capturing=capturing, warming=warming)
 
     def run(self, bucket: Key, eager: Callable[[], None]) -> None:
         """Replay a bucket's graph; call `eager` if it was not captured."""
@@ -75,15 +44,20 @@ class CapturedBuckets:
             graph.replay()
 
     def release(self) -> None:
-        """Free graphs and static inputs; `capture` makes them again."""
+        """Free graphs and static inputs."""
         self._graphs = {}
-        self._inputs.clear()
         self._pool_bytes = 0
+        self.inputs.clear()
 
     def memory(self) -> dict[str, int]:
         """Device bytes by purpose."""
-        inputs = sum(tensor.nbytes for tensors in self._inputs.values() for tensor in tensors)
+        inputs = sum(tensor.nbytes for tensors in self.inputs.values() for tensor in tensors)
         return {"graphs": self._pool_bytes, "workspace": inputs}
+
+
+def largest_first(batch_sizes: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Every (batch size, length), in the order of capture: smaller ones then fit into the memory of larger ones."""
+    return ((batch, length) for batch in reversed(batch_sizes) for length in reversed(lengths))
 
 
 def smallest_bucket(number: int, sizes: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ Owns the capture: warm-up, memory pool, streams, and what a failed capture leave
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -13,17 +13,9 @@ Key = tuple[str, int, int]
 """What a function does, and two sizes."""
 
 
-class Graph(Protocol):
-    """A captured function."""
-
-    def replay(self) -> None:
-        """Run it on the current stream."""
-        ...
-
-
 def capture_graphs(
     functions: Mapping[Key, Callable[[], None]], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
-) -> tuple[dict[Key, Graph], int]:
+) -> tuple[dict[Key, torch.cuda.CUDAGraph], int]:
     """Capture functions as graphs that share one memory pool; returns the graphs and the pool's bytes.
 
     Every function first runs on `warming`, so that libraries allocate what they need; then each is captured on
@@ -40,7 +32,7 @@ def capture_graphs(
     # every graph, 50 to 90 times a model, and each time wait until no model has work on the device.
     torch.cuda.empty_cache()
     pool = torch.cuda.graph_pool_handle()
-    graphs: dict[Key, Graph] = {}
+    graphs: dict[Key, torch.cuda.CUDAGraph] = {}
     try:
         with torch.cuda.stream(capturing):
             for key, function in functions.items():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen.model import layers
-from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_shape
 from gpu_worker.engines.qwen.runner import (
     PREFILL_LENGTHS,
     CpuModelRunner,
@@ -129,7 +128,8 @@ def test_captured_functions_give_the_codes_of_eager_ones() -> None:
             # The inputs of a prompt of each captured length. And for the one batch size: the code predictor's
             # KV cache, the first layer's inputs, and cosines and sines of the first forward's two tokens.
             inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in PREFILL_LENGTHS if tokens < 256)
-            scratch = cached + first_layer_inputs_shape(predictor)[1] + 2 * 2 * predictor.head_dim
+            qkv = (predictor.num_attention_heads + 2 * predictor.num_key_value_heads) * predictor.head_dim
+            scratch = cached + predictor.hidden_size + qkv + 2 * 2 * predictor.head_dim
             assert memory["workspace"] == inputs + 8 * 4 * scratch
             for codes, expected in zip(generate(ours, requests, runner), wanted, strict=True):
                 assert torch.equal(codes, expected)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Graph, Key, capture_graphs
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Key, capture_graphs
 
 POOL = (0, 7)
 
@@ -115,7 +115,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def capture(cuda: FakeCuda, **functions: Callable[[], None]) -> tuple[dict[Key, Graph], int]:
+def capture(cuda: FakeCuda, **functions: Callable[[], None]) -> tuple[dict[Key, torch.cuda.CUDAGraph], int]:
     """Capture functions by name."""
     streams: Any = {name: FakeStream(name, cuda.calls) for name in ("capturing", "warming")}
     return capture_graphs({(name, 1, 0): function for name, function in functions.items()}, **streams)
