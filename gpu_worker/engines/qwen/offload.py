@@ -102,7 +102,7 @@ class WeightOffloader:
     def close(self) -> None:
         """Free everything for good."""
         for storages in (self._weights, *self._scratch.values()):
-            _free_for_good(storages)
+            _free(storages)
         self._weights = []
         self._scratch = {}
         self._host = []
@@ -130,7 +130,7 @@ def release_storage(tensors: Iterable[Tensor]) -> None:
 
     Memory shared with numpy (weights on CPU, as they were read) is freed with its last reference instead.
     """
-    _free_for_good(_storages(tensors))
+    _free(_storages(tensors))
 
 
 def offload_bytes(parts: Sequence[Tensor], *, pinned: bool, block_bytes: int = BLOCK_BYTES) -> list[Tensor]:
@@ -175,10 +175,7 @@ def _storages(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int
     return [(storage, storage.nbytes()) for storage in {storage.data_ptr(): storage for storage in found}.values()]
 
 
-def _free_for_good(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
-    _free(item for item in storages if item[0].resizable())
-
-
 def _free(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
     for storage, _ in storages:
-        storage.resize_(0)
+        if storage.resizable():  # memory shared with numpy is not
+            storage.resize_(0)

@@ -160,12 +160,7 @@ class CudaGraphModelRunner:
     """
 
     def __init__(
-        self,
-        model: Qwen3TTSModel,
-        slots: int,
-        max_model_len: int,
-        streams: CudaStreams | None = None,
-        buckets: CapturedBuckets | None = None,
+        self, model: Qwen3TTSModel, slots: int, max_model_len: int, streams: CudaStreams | None = None
     ) -> None:
         """`slots`: requests served at once. The model has a row behind the largest batch size, for padding."""
         batch_invariant = model.codec_table.dtype == torch.float32
@@ -179,7 +174,7 @@ class CudaGraphModelRunner:
         self._kv_lengths = [*shorter, max_model_len]
         self._prefill_batch_sizes = [1] if batch_invariant else [n for n in PREFILL_BATCH_SIZES if n <= largest]
         self._prefill_lengths = [length for length in PREFILL_LENGTHS if length < max_model_len]
-        self._buckets = buckets or CapturedBuckets()
+        self._buckets = CapturedBuckets()
 
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:
         """Read prompts whose lengths fall into the same bucket together."""

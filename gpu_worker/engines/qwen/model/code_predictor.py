@@ -148,7 +148,8 @@ class CodePredictor(TensorHolder):
         inputs = cache.inputs[batch]
         for group in range(1, self.groups):
             logits = self.heads[group - 1](self.stack.norm(x))
-            code = self._sample(logits if batch == rows else logits[:batch], levels[group - 1])
+            logits = logits if batch == rows else logits[:batch]
+            code = sample_fixed(logits, levels[group - 1], top_k=self._top_k, temperature=self._temperature)
             codes.append(code)
             if group < self.groups - 1:
                 cache.position = group + 1
@@ -178,6 +179,3 @@ class CodePredictor(TensorHolder):
         """Rows of the codec table, read at one position -> [rows, values of a first-layer input]."""
         x = self._embed(rows)
         return torch.cat((x, *(part.flatten(1) for part in self.stack.layers[0].project(x, rope_step))), 1)
-
-    def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        return sample_fixed(logits, uniform, top_k=self._top_k, temperature=self._temperature)

@@ -4,7 +4,7 @@ Owns the batch sizes, the graphs and the static inputs that they read. It knows 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ BATCH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 class CapturedBuckets:
     """Captured functions and their static inputs by bucket: (name, batch size, length), with length 0 for none."""
 
-    def __init__(self, capture_graphs: Callable[..., tuple[Mapping[Key, Any], int]] = capture_graphs) -> None:
-        """`capture_graphs`: as in cuda_graphs.py."""
-        self._capture_graphs = capture_graphs
-        self._graphs: Mapping[Key, Any] = {}
+    def __init__(self) -> None:
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self._pool_bytes = 0
         self.inputs: dict[Key, tuple[Tensor, ...]] = {}
         """Tensors that a bucket's function reads and writes at every replay. Allocate them before `capture`."""
@@ -33,7 +31,7 @@ class CapturedBuckets:
 
         If this raises, no graph is kept.
         """
-        self._graphs, self._pool_bytes = self._capture_graphs(functions, capturing=capturing, warming=warming)
+        self._graphs, self._pool_bytes = capture_graphs(functions, capturing=capturing, warming=warming)
 
     def run(self, bucket: Key, eager: Callable[[], None]) -> None:
         """Replay a bucket's graph; call `eager` if it was not captured."""

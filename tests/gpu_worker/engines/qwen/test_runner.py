@@ -13,7 +13,8 @@ from gpu_worker.engines.qwen.runner import (
     PrefillInput,
     rows_needed,
 )
-from gpu_worker.engines.qwen.runtime.captured_buckets import CapturedBuckets, smallest_bucket
+from gpu_worker.engines.qwen.runtime import captured_buckets
+from gpu_worker.engines.qwen.runtime.captured_buckets import smallest_bucket
 from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
@@ -105,12 +106,13 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
     assert torch.get_num_threads() == threads
 
 
-def test_captured_functions_give_the_codes_of_eager_ones() -> None:
+def test_captured_functions_give_the_codes_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """They read their inputs where these were at the capture; the same holds after a release and a second capture."""
     fake = FakeCapture()
+    monkeypatch.setattr(captured_buckets, "capture_graphs", fake)
     streams: Any = SimpleNamespace(frame_capture="frame_capture", transfer="transfer")
     ours = Ours("custom_voice", None, slots=9)
-    runner = CudaGraphModelRunner(ours.model, 8, 256, streams, CapturedBuckets(fake))
+    runner = CudaGraphModelRunner(ours.model, 8, 256, streams)
     shape = ours.config.talker_config
     predictor = shape.code_predictor_config
     cached = predictor.num_hidden_layers * 2 * 16 * predictor.num_key_value_heads * predictor.head_dim

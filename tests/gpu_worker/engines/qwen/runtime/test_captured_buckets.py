@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
     BATCH_SIZES,
     CapturedBuckets,
@@ -16,9 +17,11 @@ from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture
 STREAMS: Any = {"capturing": "capturing", "warming": "warming"}
 
 
-def captured() -> CapturedBuckets:
+@pytest.fixture
+def buckets(monkeypatch: pytest.MonkeyPatch) -> CapturedBuckets:
     """A function that doubles [batch, length] ones in place, captured for two batch sizes with two lengths."""
-    buckets = CapturedBuckets(FakeCapture())
+    monkeypatch.setattr(captured_buckets, "capture_graphs", FakeCapture())
+    buckets = CapturedBuckets()
     functions: dict[Key, Any] = {}
     for batch, length in largest_first((1, 4), (8, 16)):
         (values,) = buckets.inputs["double", batch, length] = (torch.ones(batch, length),)
@@ -45,9 +48,8 @@ def test_the_largest_bucket_comes_first() -> None:
     assert list(largest_first((1, 4), (8, 16))) == [(4, 16), (4, 8), (1, 16), (1, 8)]
 
 
-def test_a_captured_bucket_is_replayed_on_its_static_inputs() -> None:
+def test_a_captured_bucket_is_replayed_on_its_static_inputs(buckets: CapturedBuckets) -> None:
     """Every other bucket runs eagerly. (The warm-up of the capture is the first doubling.)"""
-    buckets = captured()
     eager: list[Key] = []
     for key in (("double", 4, 8), ("double", 4, 9), ("another", 4, 8)):
         buckets.run(key, lambda key=key: eager.append(key))  # type: ignore[misc]
@@ -56,9 +58,8 @@ def test_a_captured_bucket_is_replayed_on_its_static_inputs() -> None:
     assert torch.equal(buckets.inputs["double", 1, 8][0], torch.full((1, 8), 2.0))
 
 
-def test_released_buckets_hold_no_memory() -> None:
+def test_released_buckets_hold_no_memory(buckets: CapturedBuckets) -> None:
     """Graphs and inputs are counted while they are there; afterwards everything runs eagerly."""
-    buckets = captured()
     assert buckets.memory() == {"graphs": 7, "workspace": (4 + 1) * (8 + 16) * 4}
     buckets.release()
     assert buckets.memory() == {"graphs": 0, "workspace": 0}
