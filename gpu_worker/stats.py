@@ -14,15 +14,15 @@ from gpu_worker.requests import Cancelled, Outcome, Request, RequestState
 from gpu_worker.residency import MemoryProbe, TransitionDone, TransitionFailed
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
-    MOVE_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
+    TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
     CleanupPass,
     Counters,
     DeviceMemory,
     Histogram,
     HostMemory,
-    ModelFigures,
+    ModelStats,
     ModelStatus,
     SavedVoice,
     Snapshot,
@@ -62,7 +62,7 @@ class Stats:
         self._clock = clock
         self._started_at = clock()
         self._counts: Counter[str] = Counter()
-        self._figures: dict[str, _Figures] = {}
+        self._model_stats: dict[str, _ModelCounts] = {}
         self._memory: tuple[DeviceMemory, HostMemory] | None = None
         self._memory_read_at = 0.0
 
@@ -76,7 +76,7 @@ class Stats:
 
     def first_audio(self, request: Request) -> None:
         """Record the time to first audio: the request's first piece is there now."""
-        self._figures_of(request.model).first_audio_s.add(self._clock() - request.arrived_at)
+        self._model_stats_of(request.model).first_audio_s.add(self._clock() - request.arrived_at)
 
     def request_finished(self, request: Request, outcome: Outcome) -> None:
         """Count a request that now leaves its slot or the queue; speech said in full also counts in the histograms."""
@@ -93,17 +93,17 @@ class Stats:
 
     def transition_ended(self, report: TransitionDone | TransitionFailed) -> None:
         """Count a model transition, or its failure."""
-        figures, kind = self._figures_of(report.transition.model), report.transition.kind
+        model_stats, kind = self._model_stats_of(report.transition.model), report.transition.kind
         if isinstance(report, TransitionDone):
-            figures.moves_s.setdefault(kind, _Distribution(MOVE_BOUNDS_S)).add(report.seconds)
+            model_stats.transitions_s.setdefault(kind, _Distribution(TRANSITION_BOUNDS_S)).add(report.seconds)
             return
-        figures.failed_moves[kind] = figures.failed_moves.get(kind, 0) + 1
+        model_stats.failed_transitions[kind] = model_stats.failed_transitions.get(kind, 0) + 1
         if report.error.code == "insufficient_vram":
             self.out_of_memory(report.transition.model)
 
     def out_of_memory(self, model: str) -> None:
         """Count that the device ran out of memory for the model."""
-        self._figures_of(model).out_of_memory += 1
+        self._model_stats_of(model).out_of_memory += 1
 
     def snapshot(
         self,
@@ -146,19 +146,19 @@ class Stats:
             cleanup=cleanup,
             preloading=list(preloading),
             restarts=self._restarts,
-            figures={model: figures.to_struct() for model, figures in self._figures.items()},
+            model_stats={model: model_stats.to_struct() for model, model_stats in self._model_stats.items()},
             streams=[request.to_struct(now) for request in islice(streams, MAX_STREAMS)],
         )
 
     def _record_speech(self, request: Request) -> None:
-        figures, playback = self._figures_of(request.model), request.playback
-        figures.underrun_s.add(playback.underrun_s)
+        model_stats, playback = self._model_stats_of(request.model), request.playback
+        model_stats.underrun_s.add(playback.underrun_s)
         if playback.audio_s and request.started_at is not None:
             synthesis_s = self._clock() - request.started_at - playback.paused_s
-            figures.real_time_factor.add(synthesis_s / playback.audio_s)
+            model_stats.real_time_factor.add(synthesis_s / playback.audio_s)
 
-    def _figures_of(self, model: str) -> "_Figures":
-        return self._figures.setdefault(model, _Figures())
+    def _model_stats_of(self, model: str) -> "_ModelCounts":
+        return self._model_stats.setdefault(model, _ModelCounts())
 
 
 class _Distribution:
@@ -178,23 +178,23 @@ class _Distribution:
         return Histogram(counts=list(self._counts), sum=self._sum)
 
 
-class _Figures:
-    """The mutable form of ModelFigures."""
+class _ModelCounts:
+    """The mutable form of ModelStats."""
 
     def __init__(self) -> None:
         self.first_audio_s = _Distribution(FIRST_AUDIO_BOUNDS_S)
         self.real_time_factor = _Distribution(REAL_TIME_FACTOR_BOUNDS)
         self.underrun_s = _Distribution(UNDERRUN_BOUNDS_S)
-        self.moves_s: dict[str, _Distribution] = {}
-        self.failed_moves: dict[str, int] = {}
+        self.transitions_s: dict[str, _Distribution] = {}
+        self.failed_transitions: dict[str, int] = {}
         self.out_of_memory = 0
 
-    def to_struct(self) -> ModelFigures:
-        return ModelFigures(
+    def to_struct(self) -> ModelStats:
+        return ModelStats(
             first_audio_s=self.first_audio_s.to_struct(),
             real_time_factor=self.real_time_factor.to_struct(),
             underrun_s=self.underrun_s.to_struct(),
-            moves_s={kind: seconds.to_struct() for kind, seconds in self.moves_s.items()},
-            failed_moves=dict(self.failed_moves),
+            transitions_s={kind: seconds.to_struct() for kind, seconds in self.transitions_s.items()},
+            failed_transitions=dict(self.failed_transitions),
             out_of_memory=self.out_of_memory,
         )

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, Format
-from shared.protocol import SavedVoice, State, Task
+from shared.protocol import PublicState, SavedVoice, Task
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
@@ -165,7 +165,7 @@ class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
     task: Task
     languages: list[str]
     voices: list[str]
-    state: State
+    state: PublicState
     loaded_bytes: int
     detail: str = ""
     object: Literal["model"] = "model"

@@ -1,13 +1,13 @@
-"""The conversation between a web worker and the GPU worker: tagged Structs, version, encode and decode.
+"""The protocol between the web workers and the GPU worker: its messages as tagged Structs, encode and decode.
 
-A message is one header frame (a msgpack-encoded tagged Struct) and, where the message carries sound, one payload frame
-of raw PCM (24 kHz mono int16 little-endian). Nothing else crosses the socket, and nothing here is ever pickled.
+A message is one header frame (a tagged Struct in msgpack) and, if it has sound, one payload frame of raw PCM
+(24 kHz mono int16 little-endian). Nothing else crosses the socket, and nothing is ever pickled.
 
     web worker -> GPU worker: Hello, Speak (+PCM of a reference), Credit, Cancel, Call (+PCM of a recording), Ping
     GPU worker -> web worker: Welcome, Started, Audio (+PCM), Finished, Failed, Reply, Pong
 
 The worker answers a Speak with Started, Audio …, and then exactly one Finished or Failed;
-it sends at most as many Audio messages as it holds credit for.
+it never sends more Audio messages than it has credit for.
 """
 
 from typing import Any, Final, Literal
@@ -17,25 +17,26 @@ import msgspec
 from shared.catalog import ModelSpec
 
 VERSION: Final = 1
-"""Both sides say theirs in Hello and Welcome; they talk only when it is the same."""
+"""Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 Task = Literal["CustomVoice", "VoiceDesign", "Base"]
-State = Literal["absent", "loading", "resident", "offloaded", "unavailable"]
+PublicState = Literal["absent", "loading", "resident", "offloaded", "unavailable"]
+"""The state of a model as clients see it; the GPU worker itself tells more states apart."""
 
 
 class ProtocolError(Exception):
-    """A message that is not of this conversation."""
+    """The frames are not a message of this protocol."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """The parent of every message; the class's name is its tag on the wire."""
+    """The base of all messages; the name of the class is the tag on the wire."""
 
 
-# --- what both sides say about a request -----------------------------------------------------------------------------
+# --- parts of messages -----------------------------------------------------------------------------------------------
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Sampling parameters of one request; None means the model's own default.
+    """The sampling parameters of one request; None means the model's default.
 
     `temperature` 0 is greedy at both levels (talker and code predictor).
     `max_new_tokens` caps the frames (80 ms each) of the whole request.
@@ -50,16 +51,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the text that went in and codec tokens (frames of 80 ms) that came out."""
+    """The tokens of the input text and the codec tokens (frames of 80 ms) of the speech."""
 
     input_tokens: int
     output_tokens: int
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request's time went, in seconds since it reached the worker.
+    """The times of one request, in seconds since it reached the worker.
 
-    `queue_s` is the wait before admission, of which `load_s` passed while the model was brought to the device.
+    `queue_s` is the wait before admission; `load_s` is the part of it in which the model was loaded or restored.
     """
 
     queue_s: float
@@ -72,20 +73,20 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """The first word on every new connection."""
+    """The first message on each connection."""
 
     version: int
     token: str
 
 
 class Speak(Message, frozen=True, kw_only=True):
-    """Speak `text`; names are already resolved to what the model itself uses.
+    """Speak `text`. Model, voice and language have the model's own names.
 
-    `client` is the key of fairness: requests of one client queue behind each other, not in front of others.
-    `voice` is a preset voice, "" where the task takes none, or with `saved_voice` the id of a saved one.
-    The payload, if any, is the reference recording to clone; `reference_text` is its transcript.
-    `keep_alive_s`: how long the model stays resident after this request; negative: for ever; None: as configured.
-    `credit` is how many Audio messages may be sent before the first Credit.
+    `client` is the key of fairness: requests of one client wait for each other, not other clients for them.
+    `voice` is a preset voice, "" if the task takes none, or with `saved_voice` the id of a saved voice.
+    The payload, if there is one, is the reference recording to clone; `reference_text` is its transcript.
+    `keep_alive_s`: the model stays resident for so long after this request; negative: for ever; None: as configured.
+    `credit` is the number of Audio messages that may be sent before the first Credit.
     """
 
     id: str
@@ -106,53 +107,53 @@ class Speak(Message, frozen=True, kw_only=True):
 
 
 class Credit(Message, frozen=True, kw_only=True):
-    """The web worker has passed on `chunks` Audio messages and can take as many more."""
+    """Allow `chunks` more Audio messages, because the web worker has passed on as many."""
 
     id: str
     chunks: int
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """Nobody listens to this request any more, or waits for this call; idempotent, never answered."""
+    """End a Speak or a Call, because its client is gone. Idempotent; it has no answer."""
 
     id: str
 
 
 class Ping(Message, frozen=True, kw_only=True):
-    """Is the synthesis loop alive? Answered by that loop, not by the socket's thread."""
+    """Ask for a Pong. The synthesis loop answers, not the socket's thread, so a Pong proves that the loop is alive."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Bring a model to the device."""
+    """Load a model, or restore it from host RAM."""
 
     model: str
 
 
 class UnloadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Drop a model from the device and from host RAM; refused (`model_busy`) while it has requests."""
+    """Drop a model from device and host RAM; refused (`model_busy`) while it has requests."""
 
     model: str
 
 
 class PinModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Keep a model from being evicted, or let it go again."""
+    """Protect a model from eviction, or end that."""
 
     model: str
     pinned: bool
 
 
 class Cleanup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run an eviction pass now."""
+    """Run a pass that evicts idle models now."""
 
 
 class FindVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Look a saved voice up by id or name, case aside."""
+    """Find a saved voice by id or name, in any case."""
 
     name: str
 
 
 class CloneVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Save the payload as a voice: in context with `text` (its transcript), as a speaker embedding without."""
+    """Save the payload as a voice: cloned in context if `text` (its transcript) is there, else by speaker embedding."""
 
     name: str
     text: str | None = None
@@ -161,7 +162,7 @@ class CloneVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Let the voice-design model speak as `prompt` describes, and save that as a voice."""
+    """Let the voice-design model speak as `prompt` describes, and save its speech as a voice."""
 
     name: str
     prompt: str
@@ -169,7 +170,7 @@ class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class DeleteVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Forget a saved voice, by id."""
+    """Delete the saved voice with this id."""
 
     id: str
 
@@ -178,7 +179,7 @@ Action = LoadModel | UnloadModel | PinModel | Cleanup | FindVoice | CloneVoice |
 
 
 class Call(Message, frozen=True, kw_only=True):
-    """Do something other than speak; answered by Reply or Failed."""
+    """Do an action that is not speech; the answer is Reply or Failed."""
 
     id: str
     client: str
@@ -189,9 +190,9 @@ class Call(Message, frozen=True, kw_only=True):
 
 
 class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A voice kept on the worker's disk; `created_at` in Unix seconds.
+    """A voice on the worker's disk. `created_at` is in Unix seconds.
 
-    `in_context`: its transcript is known, so it is cloned in context rather than from a speaker embedding alone.
+    `in_context`: its transcript is known, so it is cloned in context and not from a speaker embedding alone.
     """
 
     id: str
@@ -204,14 +205,14 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one model is, and what it holds there (bytes by purpose, as measured).
+    """The state of one model and its measured memory: `bytes` on the device by purpose, `host_bytes` in host RAM.
 
-    `detail` says why a model is unavailable, or how far its loading or download has come.
-    `keep_alive_s` negative: never evicted for idleness; None: as configured.
+    `detail` is the reason why a model is unavailable, or the progress of its load or download.
+    `references` counts its requests. `keep_alive_s` negative: not evicted when idle; None: as configured.
     """
 
     id: str
-    state: State
+    state: PublicState
     bytes: dict[str, int] = {}
     host_bytes: int = 0
     last_used: float | None = None
@@ -223,7 +224,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """The device's memory in bytes, as its driver tells it; on a CPU, the RAM and this process's part of it."""
+    """The device's memory by its driver, in bytes; on a CPU, the RAM and the part of it that this process uses."""
 
     name: str
     kind: Literal["cuda", "cpu"]
@@ -236,7 +237,7 @@ class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Host RAM in bytes: the machine's, this process's, and what offloaded models hold of it."""
+    """Host RAM in bytes: of the machine, of this process, and of offloaded models."""
 
     total_bytes: int
     free_bytes: int
@@ -246,9 +247,9 @@ class HostMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CleanupPass(msgspec.Struct, frozen=True, kw_only=True):
-    """What one eviction pass did; `timestamp` in Unix seconds, bytes as measured around it.
+    """The result of one pass over idle models. `timestamp` is in Unix seconds; bytes were measured before and after.
 
-    `models_dropped` are those of the unloaded that left host RAM too.
+    `models_dropped` are those of `models_unloaded` that left host RAM too.
     """
 
     timestamp: float
@@ -260,7 +261,7 @@ class CleanupPass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests since the worker started."""
+    """The number of requests since the worker started."""
 
     started: int = 0
     finished: int = 0
@@ -272,42 +273,42 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 FIRST_AUDIO_BOUNDS_S: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAL_TIME_FACTOR_BOUNDS: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 0.9, 1.0, 1.5, 2.0, 5.0)
 UNDERRUN_BOUNDS_S: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""The first bound holds the streams that never ran dry; all above it are underruns."""
+"""The first bucket counts streams without an underrun."""
 
-MOVE_BOUNDS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+TRANSITION_BOUNDS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How many values were at most each bound and above the one before, at last those above all; and their sum.
+    """The number of values in each bucket and their sum; empty without values.
 
-    Which bounds these are, both sides know. Without a value there are no counts at all.
+    The upper bounds of the buckets are the constants above; the last bucket has the values above all bounds.
     """
 
     counts: list[int] = []
     sum: float = 0.0
 
 
-class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one model has done since the worker started.
+class ModelStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The statistics of one model since the worker started.
 
-    `first_audio_s`: from a request's arrival to its first piece. `real_time_factor`: seconds of synthesis for a second
-    of audio, without the time that its reader held it up. `underrun_s`: how long a player that begins with the first
-    piece would have had nothing to play. All three count streams.
-    `moves_s` and `failed_moves` are by the kind of move: load, restore, offload or drop.
+    The first three count streams. `first_audio_s`: from the arrival of a request to its first audio.
+    `real_time_factor`: seconds of synthesis for each second of audio, without the time that its reader stalled.
+    `underrun_s`: the time in which a player that starts with the first audio would have had nothing to play.
+    `transitions_s` and `failed_transitions` are by kind: load, restore, offload or drop.
     """
 
     first_audio_s: Histogram = Histogram()
     real_time_factor: Histogram = Histogram()
     underrun_s: Histogram = Histogram()
-    moves_s: dict[str, Histogram] = {}
-    failed_moves: dict[str, int] = {}
+    transitions_s: dict[str, Histogram] = {}
+    failed_transitions: dict[str, int] = {}
     out_of_memory: int = 0
 
 
 class StreamState(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, never what it says. `age_s` since it arrived, `audio_s` the sound made so far.
+    """One request, without its text. `age_s` is the time since its arrival, `audio_s` the audio made so far.
 
-    waiting: for a slot or its model. stalled: its reader takes nothing.
+    waiting: for a slot or its model. stalled: its reader takes no audio.
     `client` is the beginning of the key of fairness.
     """
 
@@ -320,10 +321,10 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that dashboards read, as the synthesis loop saw it when it answered a ping.
+    """The worker's state when it answered a ping: all that health, metrics and dashboards read.
 
-    It is sent several times a second: `figures` name the models that did something, `streams` the oldest few.
-    `restarts` is how often this worker's supervisor has started another one before it.
+    It is sent several times a second, so `model_stats` has active models alone and `streams` the oldest few.
+    `restarts` is the number of workers that the supervisor started before this one.
     """
 
     pid: int
@@ -342,17 +343,17 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     voices: list[SavedVoice]
     cleanup: CleanupPass | None = None
     preloading: list[str] = []
-    """Models that the worker was told to load at its start and that have not arrived yet."""
+    """Models of TTS_PRELOAD, and the default one, that are not loaded yet."""
 
     restarts: int = 0
-    figures: dict[str, ModelFigures] = {}
+    model_stats: dict[str, ModelStats] = {}
     streams: list[StreamState] = []
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The answer to Hello: who the worker is and what it can speak with.
+    """The answer to Hello: the worker's identity, catalogue and first snapshot.
 
-    `settings` are those in force that only the worker acts by, under their public names, without secrets.
+    `settings` are the settings that the worker alone uses, by their public names, without secrets.
     """
 
     version: int
@@ -363,7 +364,7 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 
 class Started(Message, frozen=True, kw_only=True):
-    """The request holds a slot and will be heard; `sample_rate` in Hz."""
+    """The request has a slot. `sample_rate` is in Hz."""
 
     id: str
     model: str
@@ -371,14 +372,14 @@ class Started(Message, frozen=True, kw_only=True):
 
 
 class Audio(Message, frozen=True, kw_only=True):
-    """The payload is the next piece of speech; `seq` counts from 0, and a gap is an error."""
+    """The payload is the next PCM of the speech; `seq` counts from 0, and a gap is an error."""
 
     id: str
     seq: int
 
 
 class Finished(Message, frozen=True, kw_only=True):
-    """Everything has been said."""
+    """The speech is complete; `reason` "length": a limit cut it."""
 
     id: str
     reason: Literal["stop", "length"]
@@ -387,9 +388,9 @@ class Finished(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """A Speak or a Call did not work; `code` is one of the HTTP contract's, `param` the request field at fault.
+    """A Speak or a Call failed. `code` is an error code of the HTTP contract, `param` the wrong request field.
 
-    A Failed with an empty `id` answers a Hello that was refused.
+    With an empty `id` it refuses a Hello.
     """
 
     id: str
@@ -400,7 +401,7 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class Reply(Message, frozen=True, kw_only=True):
-    """A Call worked; which field is set depends on its action."""
+    """A Call succeeded; its action decides which field is set."""
 
     id: str
     voice: SavedVoice | None = None
@@ -409,7 +410,7 @@ class Reply(Message, frozen=True, kw_only=True):
 
 
 class Pong(Message, frozen=True, kw_only=True):
-    """The synthesis loop is alive, and this is what it saw."""
+    """The synthesis loop is alive; `snapshot` is its state."""
 
     boot_id: str
     snapshot: Snapshot
@@ -424,18 +425,18 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 
 
 def encode(message: Message, payload: bytes | None = None) -> list[bytes]:
-    """The frames of `message`, ready for send_multipart."""
+    """The frames of `message` for send_multipart."""
     header = _encoder.encode(message)
     return [header] if payload is None else [header, payload]
 
 
 def decode_from_web(frames: list[bytes]) -> tuple[FromWeb, bytes | None]:
-    """What a web worker said, and its payload; ProtocolError where that is not of this conversation."""
+    """The message of a web worker, and its payload; ProtocolError if it is none."""
     return _decode(_from_web, frames)
 
 
 def decode_from_worker(frames: list[bytes]) -> tuple[FromWorker, bytes | None]:
-    """What the GPU worker said, and its payload; ProtocolError where that is not of this conversation."""
+    """The message of the GPU worker, and its payload; ProtocolError if it is none."""
     return _decode(_from_worker, frames)
 
 

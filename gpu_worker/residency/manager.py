@@ -36,7 +36,7 @@ from gpu_worker.residency.models import (
     TransitionFailed,
 )
 from shared.catalog import ModelSpec
-from shared.protocol import CleanupPass, ModelStatus, State
+from shared.protocol import CleanupPass, ModelStatus, PublicState
 
 FILE_CHECK_S: Final = 5.0
 """How often the files of absent models are checked."""
@@ -48,7 +48,7 @@ RECLAIM_S: Final = 5.0
 """How often at most caches are emptied for a model that finds no room."""
 
 
-_PUBLIC_STATES: Final[dict[ModelState, State]] = {
+_PUBLIC_STATES: Final[dict[ModelState, PublicState]] = {
     ModelState.ABSENT: "absent",
     ModelState.LOADING: "loading",
     ModelState.RESIDENT: "resident",
@@ -471,9 +471,9 @@ class Residency:
         entry.used_at = self._wall()
 
 
-def _public_state(entry: ModelEntry) -> State:
+def _public_state(entry: ModelEntry) -> PublicState:
     """The state as clients see it. A model that is leaving counts as gone already, so nothing starts on it."""
-    state: State = _PUBLIC_STATES[entry.state]
+    state: PublicState = _PUBLIC_STATES[entry.state]
     if entry.state in MOVING:
         return state
     if entry.broken:

@@ -18,13 +18,13 @@ from server.dependencies import EngineDependency
 from server.http.errors import documented
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
-    MOVE_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
+    TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
     Histogram,
-    ModelFigures,
+    ModelStats,
+    PublicState,
     Snapshot,
-    State,
 )
 
 _CONTENT_TYPE: Final = "text/plain; version=0.0.4"
@@ -60,8 +60,8 @@ class _Figures(Collector):
         if snapshot is not None:
             yield from _of_the_worker(snapshot)
             yield from _of_memory(snapshot)
-            yield from _of_speech(snapshot.figures)
-            yield from _of_moves(snapshot.figures)
+            yield from _of_speech(snapshot.model_stats)
+            yield from _of_transitions(snapshot.model_stats)
 
 
 def _of_the_worker(snapshot: Snapshot) -> Iterator[Metric]:
@@ -81,7 +81,7 @@ def _of_memory(snapshot: Snapshot) -> Iterator[Metric]:
     device = [((kind,), getattr(snapshot.device, f"{kind}_bytes")) for kind in kinds]
     shared = [((purpose,), size) for purpose, size in snapshot.shared_bytes.items()]
     held = [((model.id, purpose), size) for model in snapshot.models for purpose, size in model.bytes.items()]
-    states = [((model.id, state), model.state == state) for model in snapshot.models for state in get_args(State)]
+    states = [((model.id, state), model.state == state) for model in snapshot.models for state in get_args(PublicState)]
     offloaded = [((), snapshot.host.offloaded_bytes)]
     yield _gauge("tts_device_memory_bytes", "The device's memory, as its driver tells it.", device, ["kind"])
     yield _gauge("tts_shared_bytes", "What several models use together on the device.", shared, ["purpose"])
@@ -90,46 +90,47 @@ def _of_memory(snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauge("tts_model_state", "1 for the state that a model is in.", states, ["model", "state"])
 
 
-def _of_speech(figures: dict[str, ModelFigures]) -> Iterator[Metric]:
-    by_model = {(model,): figure for model, figure in figures.items()}
+def _of_speech(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:
+    by_model = {(model,): stats for model, stats in model_stats.items()}
     yield _histogram(
         "tts_time_to_first_audio_seconds",
         "From a request's arrival at the worker to its first sound.",
         FIRST_AUDIO_BOUNDS_S,
-        [(labels, figure.first_audio_s) for labels, figure in by_model.items()],
+        [(labels, stats.first_audio_s) for labels, stats in by_model.items()],
         ["model"],
     )
     yield _histogram(
         "tts_real_time_factor",
         "Seconds of synthesis for a second of audio, of each stream that was said in full.",
         REAL_TIME_FACTOR_BOUNDS,
-        [(labels, figure.real_time_factor) for labels, figure in by_model.items()],
+        [(labels, stats.real_time_factor) for labels, stats in by_model.items()],
         ["model"],
     )
     yield _histogram(
         "tts_underrun_seconds",
         "How long a player that buffers nothing would have stood still, of each stream that was said in full.",
         UNDERRUN_BOUNDS_S,
-        [(labels, figure.underrun_s) for labels, figure in by_model.items()],
+        [(labels, stats.underrun_s) for labels, stats in by_model.items()],
         ["model"],
     )
-    underruns = [(labels, sum(figure.underrun_s.counts[1:])) for labels, figure in by_model.items()]
+    underruns = [(labels, sum(stats.underrun_s.counts[1:])) for labels, stats in by_model.items()]
     yield _counter("tts_underruns", "Streams whose player would have stood still.", underruns, ["model"])
 
 
-def _of_moves(figures: dict[str, ModelFigures]) -> Iterator[Metric]:
+def _of_transitions(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:
     labels = ["model", "move"]
-    moves = [((model, move), took) for model, figure in figures.items() for move, took in figure.moves_s.items()]
-    failed = [((model, move), n) for model, figure in figures.items() for move, n in figure.failed_moves.items()]
-    short = [((model,), figure.out_of_memory) for model, figure in figures.items()]
+    by_model = model_stats.items()
+    took = [((model, kind), seconds) for model, stats in by_model for kind, seconds in stats.transitions_s.items()]
+    failed = [((model, kind), count) for model, stats in by_model for kind, count in stats.failed_transitions.items()]
+    short = [((model,), stats.out_of_memory) for model, stats in by_model]
     yield _counter(
         "tts_model_moves",
         "Models that were moved: loaded, restored to the device, offloaded from it (evicted), dropped.",
-        [(of, sum(took.counts)) for of, took in moves],
+        [(of, sum(seconds.counts)) for of, seconds in took],
         labels,
     )
     yield _counter("tts_model_move_failures", "Moves that did not work, loads among them.", failed, labels)
-    yield _histogram("tts_model_move_seconds", "How long moving a model took.", MOVE_BOUNDS_S, moves, labels)
+    yield _histogram("tts_model_move_seconds", "How long moving a model took.", TRANSITION_BOUNDS_S, took, labels)
     yield _counter("tts_out_of_memory", "Times that the device had no memory left for a model.", short, ["model"])
 
 

@@ -13,12 +13,12 @@ from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Stats
 from shared.pcm import bytes_for
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
-    MOVE_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
+    TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
     Counters,
     Histogram,
-    ModelFigures,
+    ModelStats,
     Snapshot,
     StreamState,
 )
@@ -77,8 +77,8 @@ def _snapshot(stats: Stats, **changes: Any) -> Snapshot:
     return stats.snapshot(**{**given, **changes})
 
 
-def _figures(stats: Stats, model: str = "m") -> ModelFigures:
-    return _snapshot(stats).figures[model]
+def _model_stats(stats: Stats, model: str = "m") -> ModelStats:
+    return _snapshot(stats).model_stats[model]
 
 
 def _bucket(histogram: Histogram, bounds: tuple[float, ...]) -> float:
@@ -105,7 +105,7 @@ class TestRequests:
         request = _request(clock)
         clock.advance(0.4)
         stats.first_audio(request)
-        histogram = _figures(stats).first_audio_s
+        histogram = _model_stats(stats).first_audio_s
         assert histogram.sum == pytest.approx(0.4)
         assert _bucket(histogram, FIRST_AUDIO_BOUNDS_S) == 0.5
 
@@ -114,7 +114,7 @@ class TestRequests:
         request = _request(clock)
         clock.advance(2.0)
         stats.first_audio(request)
-        assert _bucket(_figures(stats).first_audio_s, FIRST_AUDIO_BOUNDS_S) == 2.0
+        assert _bucket(_model_stats(stats).first_audio_s, FIRST_AUDIO_BOUNDS_S) == 2.0
 
     def test_faster_than_real_time(self, stats: Stats, clock: FakeClock) -> None:
         """The real-time factor is synthesis time by audio time, from the start on; in time means no underrun."""
@@ -125,10 +125,10 @@ class TestRequests:
             clock.advance(0.25)
             request.push(bytes(bytes_for(1.0)), clock())
         stats.request_finished(request, DONE)
-        figures = _figures(stats)
-        assert figures.real_time_factor.sum == pytest.approx(0.25)
-        assert _bucket(figures.real_time_factor, REAL_TIME_FACTOR_BOUNDS) == 0.3
-        assert _bucket(figures.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
+        model_stats = _model_stats(stats)
+        assert model_stats.real_time_factor.sum == pytest.approx(0.25)
+        assert _bucket(model_stats.real_time_factor, REAL_TIME_FACTOR_BOUNDS) == 0.3
+        assert _bucket(model_stats.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
 
     def test_slower_than_real_time(self, stats: Stats, clock: FakeClock) -> None:
         """The underrun is the sum of the seconds for which the player had no audio."""
@@ -138,10 +138,10 @@ class TestRequests:
             clock.advance(1.2)
             request.push(bytes(bytes_for(1.0)), clock())
         stats.request_finished(request, DONE)
-        figures = _figures(stats)
-        assert figures.real_time_factor.sum == pytest.approx(1.2)
-        assert figures.underrun_s.sum == pytest.approx(0.4)
-        assert _bucket(figures.underrun_s, UNDERRUN_BOUNDS_S) == 0.5
+        model_stats = _model_stats(stats)
+        assert model_stats.real_time_factor.sum == pytest.approx(1.2)
+        assert model_stats.underrun_s.sum == pytest.approx(0.4)
+        assert _bucket(model_stats.underrun_s, UNDERRUN_BOUNDS_S) == 0.5
 
     def test_slow_reader(self, stats: Stats, clock: FakeClock) -> None:
         """A pause of the reader is neither an underrun nor slow synthesis."""
@@ -154,22 +154,22 @@ class TestRequests:
         clock.advance(0.5)
         request.push(bytes(bytes_for(1.0)), clock())
         stats.request_finished(request, DONE)
-        figures = _figures(stats)
-        assert figures.real_time_factor.sum == pytest.approx(0.5)
-        assert _bucket(figures.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
+        model_stats = _model_stats(stats)
+        assert model_stats.real_time_factor.sum == pytest.approx(0.5)
+        assert _bucket(model_stats.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
 
     def test_no_audio(self, stats: Stats, clock: FakeClock) -> None:
         """A stream without audio has no real-time factor."""
         request = _request(clock)
         request.start(clock())
         stats.request_finished(request, DONE)
-        assert _figures(stats).real_time_factor == Histogram()
+        assert _model_stats(stats).real_time_factor == Histogram()
 
     def test_models_apart(self, stats: Stats, clock: FakeClock) -> None:
         """Every model has its own figures; a model that did nothing has none."""
         stats.first_audio(_request(clock, model="m"))
         stats.first_audio(_request(clock, model="n"))
-        assert _snapshot(stats).figures.keys() == {"m", "n"}
+        assert _snapshot(stats).model_stats.keys() == {"m", "n"}
 
 
 class TestTransitions:
@@ -189,11 +189,14 @@ class TestTransitions:
                     seconds=seconds,
                 )
             )
-        figures = _figures(stats)
-        assert figures.moves_s.keys() == {kind}
-        assert (sum(figures.moves_s[kind].counts), figures.moves_s[kind].sum) == (2, pytest.approx(40.2))
-        assert len(figures.moves_s[kind].counts) == len(MOVE_BOUNDS_S) + 1
-        assert (figures.failed_moves, figures.out_of_memory) == ({}, 0)
+        model_stats = _model_stats(stats)
+        assert model_stats.transitions_s.keys() == {kind}
+        assert (sum(model_stats.transitions_s[kind].counts), model_stats.transitions_s[kind].sum) == (
+            2,
+            pytest.approx(40.2),
+        )
+        assert len(model_stats.transitions_s[kind].counts) == len(TRANSITION_BOUNDS_S) + 1
+        assert (model_stats.failed_transitions, model_stats.out_of_memory) == ({}, 0)
 
     @pytest.mark.parametrize(("code", "short"), [("model_unavailable", 0), ("insufficient_vram", 1)])
     def test_failed(self, stats: Stats, code: str, short: int) -> None:
@@ -202,13 +205,13 @@ class TestTransitions:
         stats.transition_ended(
             TransitionFailed(transition=load, error=JobError(code, "it broke"), state=ModelState.ABSENT)
         )
-        assert _figures(stats) == ModelFigures(failed_moves={"load": 1}, out_of_memory=short)
+        assert _model_stats(stats) == ModelStats(failed_transitions={"load": 1}, out_of_memory=short)
 
     def test_out_of_memory(self, stats: Stats) -> None:
         """Every time is counted."""
         stats.out_of_memory("m")
         stats.out_of_memory("m")
-        assert _figures(stats).out_of_memory == 2
+        assert _model_stats(stats).out_of_memory == 2
 
 
 class TestStreams:

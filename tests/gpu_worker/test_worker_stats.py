@@ -18,10 +18,10 @@ class TestFigures:
         bench.load_s = 2.0
         bench.speak("r", "a b c")
         bench.settle()
-        figures = bench.snapshot().figures["m"]
-        assert (sum(figures.first_audio_s.counts), figures.first_audio_s.sum) == (1, pytest.approx(2.0))
-        assert (sum(figures.real_time_factor.counts), sum(figures.underrun_s.counts)) == (1, 1)
-        assert {kind: sum(moves.counts) for kind, moves in figures.moves_s.items()} == {"load": 1}
+        model_stats = bench.snapshot().model_stats["m"]
+        assert (sum(model_stats.first_audio_s.counts), model_stats.first_audio_s.sum) == (1, pytest.approx(2.0))
+        assert (sum(model_stats.real_time_factor.counts), sum(model_stats.underrun_s.counts)) == (1, 1)
+        assert {kind: sum(moves.counts) for kind, moves in model_stats.transitions_s.items()} == {"load": 1}
 
     def test_underrun(self, bench: WorkerBench) -> None:
         """Steps that take longer than their audio lasts cause underruns."""
@@ -29,9 +29,9 @@ class TestFigures:
         bench.engines["m"].step_s = 1.0
         bench.speak("r", "a b c")
         bench.settle()
-        figures = bench.snapshot().figures["m"]
-        assert figures.underrun_s.sum == pytest.approx(2.0, abs=0.01)
-        assert sum(figures.underrun_s.counts[1:]) == 1
+        model_stats = bench.snapshot().model_stats["m"]
+        assert model_stats.underrun_s.sum == pytest.approx(2.0, abs=0.01)
+        assert sum(model_stats.underrun_s.counts[1:]) == 1
 
     def test_pause_of_the_reader(self, bench: WorkerBench) -> None:
         """A lack of credit is no underrun."""
@@ -42,9 +42,9 @@ class TestFigures:
         bench.credit("r", 9)
         bench.settle()
         assert bench.words("r") == "a b c"
-        figures = bench.snapshot().figures["m"]
-        assert figures.underrun_s.sum == pytest.approx(0.0, abs=0.01)
-        assert figures.real_time_factor.sum == pytest.approx(0.0, abs=1.0)
+        model_stats = bench.snapshot().model_stats["m"]
+        assert model_stats.underrun_s.sum == pytest.approx(0.0, abs=0.01)
+        assert model_stats.real_time_factor.sum == pytest.approx(0.0, abs=1.0)
 
     def test_cancelled(self, bench: WorkerBench) -> None:
         """A cancelled stream counts at its first audio, but not at its end."""
@@ -53,8 +53,8 @@ class TestFigures:
         bench.turn()
         bench.cancel("r")
         bench.settle()
-        figures = bench.snapshot().figures["m"]
-        assert (sum(figures.first_audio_s.counts), sum(figures.underrun_s.counts)) == (2, 1)
+        model_stats = bench.snapshot().model_stats["m"]
+        assert (sum(model_stats.first_audio_s.counts), sum(model_stats.underrun_s.counts)) == (2, 1)
 
     def test_failures(self, bench: WorkerBench) -> None:
         """A failed load, and memory that runs out in a step and in an admission."""
@@ -69,9 +69,9 @@ class TestFigures:
         bench.engines["m"].admit_errors.append(MemoryError())
         bench.speak("u", "a")
         bench.settle()
-        figures = bench.snapshot().figures["m"]
-        assert (figures.failed_moves, figures.out_of_memory) == ({"load": 1}, 2)
-        assert sum(figures.moves_s["load"].counts) == 1
+        model_stats = bench.snapshot().model_stats["m"]
+        assert (model_stats.failed_transitions, model_stats.out_of_memory) == ({"load": 1}, 2)
+        assert sum(model_stats.transitions_s["load"].counts) == 1
 
     def test_settings(self, bench: WorkerBench) -> None:
         """Welcome has the settings of this worker."""

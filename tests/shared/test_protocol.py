@@ -23,7 +23,7 @@ from shared.protocol import (
     Hello,
     Histogram,
     LoadModel,
-    ModelFigures,
+    ModelStats,
     ModelStatus,
     Ping,
     PinModel,
@@ -114,9 +114,9 @@ FROM_WORKER = [
         snapshot=a_snapshot(
             load_catalog(),
             restarts=2,
-            figures={
-                "m": ModelFigures(first_audio_s=Histogram(counts=[0, 3], sum=1.5), failed_moves={"load": 1}),
-                "n": ModelFigures(moves_s={"offload": Histogram(counts=[2, 0], sum=0.5)}, out_of_memory=1),
+            model_stats={
+                "m": ModelStats(first_audio_s=Histogram(counts=[0, 3], sum=1.5), failed_transitions={"load": 1}),
+                "n": ModelStats(transitions_s={"offload": Histogram(counts=[2, 0], sum=0.5)}, out_of_memory=1),
             },
             streams=[StreamState(id="r", model="m", client="c", state="stalled", age_s=2.5, audio_s=1.0)],
         ),

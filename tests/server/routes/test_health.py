@@ -7,7 +7,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from shared.protocol import State
+from shared.protocol import PublicState
 from tests.fakes import FakeWorker
 from tests.server.running import serving, until
 
@@ -41,7 +41,9 @@ async def client(worker: FakeWorker) -> AsyncIterator[httpx.AsyncClient]:
         ("loading", "fetching model.safetensors", 503),
     ],
 )
-async def test_ready(worker: FakeWorker, client: httpx.AsyncClient, state: State, detail: str, status: int) -> None:
+async def test_ready(
+    worker: FakeWorker, client: httpx.AsyncClient, state: PublicState, detail: str, status: int
+) -> None:
     """A model that would come if it were asked for is as good as there; one that failed to come, or is far, is not."""
     before = worker.snapshot
     models = [

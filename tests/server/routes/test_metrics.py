@@ -9,7 +9,14 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared.protocol import FIRST_AUDIO_BOUNDS_S, MOVE_BOUNDS_S, UNDERRUN_BOUNDS_S, Histogram, ModelFigures, ModelStatus
+from shared.protocol import (
+    FIRST_AUDIO_BOUNDS_S,
+    TRANSITION_BOUNDS_S,
+    UNDERRUN_BOUNDS_S,
+    Histogram,
+    ModelStats,
+    ModelStatus,
+)
 from tests.fakes import FakeWorker
 from tests.server.running import serving
 
@@ -27,15 +34,18 @@ def _histogram(bounds: tuple[float, ...], counts: dict[int, int], total: float) 
     return Histogram(counts=[counts.get(bucket, 0) for bucket in range(len(bounds) + 1)], sum=total)
 
 
-FIGURES = {
-    MODEL: ModelFigures(
+MODEL_STATS = {
+    MODEL: ModelStats(
         first_audio_s=_histogram(FIRST_AUDIO_BOUNDS_S, {0: 2, 4: 3, len(FIRST_AUDIO_BOUNDS_S): 1}, 101.5),
         underrun_s=_histogram(UNDERRUN_BOUNDS_S, {0: 4, 3: 1, 5: 1}, 0.6),
-        moves_s={"load": _histogram(MOVE_BOUNDS_S, {2: 1}, 0.2), "offload": _histogram(MOVE_BOUNDS_S, {0: 7}, 0.1)},
-        failed_moves={"load": 3},
+        transitions_s={
+            "load": _histogram(TRANSITION_BOUNDS_S, {2: 1}, 0.2),
+            "offload": _histogram(TRANSITION_BOUNDS_S, {0: 7}, 0.1),
+        },
+        failed_transitions={"load": 3},
         out_of_memory=2,
     ),
-    ODD: ModelFigures(failed_moves={"restore": 1}),
+    ODD: ModelStats(failed_transitions={"restore": 1}),
 }
 
 
@@ -43,7 +53,7 @@ FIGURES = {
 def worker(tmp_path_factory: pytest.TempPathFactory) -> FakeWorker:
     """A worker that has done this and that."""
     path: Path = tmp_path_factory.mktemp("metrics")
-    fake = FakeWorker(path / "w.ipc", figures=FIGURES, restarts=3, running=2, queued=1)
+    fake = FakeWorker(path / "w.ipc", model_stats=MODEL_STATS, restarts=3, running=2, queued=1)
     models = [*fake.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
     fake.snapshot = msgspec.structs.replace(fake.snapshot, models=models)
     return fake
