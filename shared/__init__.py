@@ -1,1 +1,1 @@
-"""What the web side and the GPU worker share: protocol, settings, catalogue and rules. It imports neither side."""
+"""The parts that web side and GPU worker share: protocol, settings, catalogue and rules. It imports neither side."""

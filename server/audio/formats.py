@@ -47,8 +47,8 @@ and the length of an answer stays within 3 % of the speech from 2.7 s on.
 class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """PyAV's options for one format.
 
-    `undeclared_delay` is the codec's delay in samples (for MP3 with the decoder's 529) if no player is told of it;
-    `declared_when_whole`: the header of a finished file does tell the delay.
+    `undeclared_delay` is the codec's delay in samples (for MP3 with the decoder's 529) if the stream cannot declare it.
+    `declared_when_whole`: the header of a finished file declares it.
     `first_packets` are sent together at first: a decoder that has to recognise MP3 by itself needs two frames,
     and Ogg's muxer writes a page when the next one begins.
 
@@ -166,7 +166,7 @@ class _CompressedWriter:
 
     The first packets of a codec hold nothing but its delay, and its last packet is padded.
     Ogg, FLAC and the header of a whole MP3 file tell the player how much to skip; MP3 streams and AAC cannot.
-    For these, only the last packet before the first audible one is kept: that one needs the overlap in it.
+    For these, only the last packet before the first audible one is kept, because the audible one needs its overlap.
     At the end, packets beyond the true length are left out as far as they hold nothing audible.
     If speech breaks off loudly, such an answer is still up to 52 ms (MP3) or 81 ms (AAC) longer.
     """

@@ -1,7 +1,7 @@
 """The web workers: granian's processes, started again when they die, and given up if none can ever start.
 
 `WebServer` replaces granian's answer to their deaths and nothing else: granian ends the whole service
-when one web worker dies twice within 5.5 s, however well the others are.
+when one web worker dies twice within 5.5 s, even if the others serve.
 That answer is private in granian; test_granian_contract.py names what this module uses of it.
 """
 
@@ -65,7 +65,7 @@ class _WorkerState:
 class WebServer(MPServer):
     """Granian with the web workers that `settings` ask for; each runs the application that `create` returns.
 
-    Web workers are forked, so they share what was set up before.
+    Web workers are forked, so they inherit the state of the main process.
     """
 
     def __init__(self, settings: Settings, create: Callable[[], HttpMiddleware]) -> None:
