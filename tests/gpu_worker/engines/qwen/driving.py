@@ -1,8 +1,8 @@
-"""Driving an engine in tests: opening one on a small checkpoint, and running jobs to their ends."""
+"""Driving an engine in tests: building one on a small checkpoint, and running jobs to their ends."""
 
 import functools
+import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import wait
 from typing import Any, Literal
 
 import msgspec
@@ -10,14 +10,17 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference, Sampling
-from gpu_worker.engines.qwen.build import QwenOptions, open_engine
+from gpu_worker.engines.qwen.build import QwenOptions, build_parts
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
-from gpu_worker.engines.qwen.engine import QwenEngine
+from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from tests.checkpoints import Kind, Size, tiny
+
+_woken = threading.Event()
+"""Set when an encoded reference may have made an engine runnable."""
 
 
 class Outcome(msgspec.Struct):
-    """What came of a job: its PCM chunks, its end, and the number of the step that brought each."""
+    """What an engine returned for a job: its PCM chunks, its end, and the number of the step of each chunk."""
 
     chunks: list[bytes] = []
     steps: list[int] = []
@@ -25,22 +28,32 @@ class Outcome(msgspec.Struct):
 
     @property
     def pcm(self) -> bytes:
-        """All that was spoken."""
+        """The whole speech."""
         return b"".join(self.chunks)
 
 
 @functools.cache
 def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
-    """What all engines on a device share: streams, and the speech tokenizer of all small checkpoints, which stays."""
+    """The options of all engines on a device. They share streams, and the codec of all small checkpoints."""
     codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))
-    codecs.acquire(tiny("custom_voice"))
-    return QwenOptions(codecs=codecs, device=device)
+    codecs.acquire(tiny("custom_voice"))  # so the codec is loaded once, and stays
+    return QwenOptions(codecs=codecs, device=device, wake=_woken.set)
+
+
+def parts(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> Parts:
+    """The parts of a new engine, in float32 by default. A test may replace some of them."""
+    options = {"slots": 4, "max_model_len": 512, "dtype": "float32", **options}
+    return build_parts(options.pop("directory", tiny(kind, size)), msgspec.structs.replace(shared(device), **options))
+
+
+def assemble(parts: Parts) -> QwenEngine:
+    """An engine of these parts."""
+    return QwenEngine(parts, pause_s=shared().pause_s, cuda=parts.state.active.is_cuda)
 
 
 def engine(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> QwenEngine:
-    """A new engine, float32 unless told otherwise."""
-    options = {"slots": 4, "max_model_len": 512, "dtype": "float32", **options}
-    return open_engine(tiny(kind, size), msgspec.structs.replace(shared(device), **options))
+    """A new engine, see `parts`."""
+    return assemble(parts(kind, size, device, **options))
 
 
 def job(number: int, text: str = "Hello world, good morning.", **fields: Any) -> Job:
@@ -52,14 +65,14 @@ def job(number: int, text: str = "Hello world, good morning.", **fields: Any) ->
 
 
 def recording(seconds: float = 1.0, seed: int = 0) -> bytes:
-    """A made-up recording: noise under a slow envelope."""
+    """A made-up recording: noise under a slow envelope, 24 kHz mono int16."""
     samples = round(seconds * 24_000)
     noise = np.random.default_rng(seed).normal(size=samples) * (1.2 + np.sin(np.arange(samples) / 3000))
     return (noise * 3000).clip(-32767, 32767).astype("<i2").tobytes()
 
 
 def clone(number: int, *, text: str | None = "the speech of today", **fields: Any) -> Job:
-    """A job that speaks like a recording, in context where `text`, its transcript, is given."""
+    """A job that clones a recording: in context if `text`, its transcript, is given."""
     reference = Reference.of(recording(seed=number), text=text, x_vector_only=text is None)
     return job(number, task="Base", voice="", reference=reference, **fields)
 
@@ -67,23 +80,30 @@ def clone(number: int, *, text: str | None = "the speech of today", **fields: An
 def run(
     speaker: QwenEngine, jobs: Iterable[Job], *, every: int = 0, stalled: Sequence[str] = (), limit: int = 5000
 ) -> dict[str, Outcome]:
-    """Admit jobs as slots allow (one every `every` steps), step until all have ended."""
+    """Admit jobs as slots allow (one every `every` steps), and step until all have ended."""
     waiting = list(jobs)
     outcomes = {waited.id: Outcome() for waited in waiting}
     for number in range(limit):
         if waiting and speaker.capacity() and (not every or number % every == 0):
             speaker.admit(waiting.pop(0))
             continue
-        if not speaker.runnable(stalled):
-            wait([held.reference for held in speaker._sequences.values() if held.reference])
+        wait_until_runnable(speaker, stalled)
         take(speaker, outcomes, number, stalled)
         if not waiting and all(outcome.end or name in stalled for name, outcome in outcomes.items()):
             return outcomes
     raise AssertionError(f"not done after {limit} steps: {outcomes}")
 
 
+def wait_until_runnable(speaker: QwenEngine, stalled: Sequence[str] = ()) -> None:
+    """Wait while the engine only waits for references that are being encoded."""
+    _woken.clear()
+    while not speaker.runnable(stalled):
+        assert _woken.wait(60), "no reference was encoded"
+        _woken.clear()
+
+
 def take(speaker: QwenEngine, outcomes: dict[str, Outcome], number: int, stalled: Sequence[str] = ()) -> None:
-    """One step."""
+    """Do one step, and add its events to the outcomes."""
     for event in speaker.step(stalled):
         outcome = outcomes[event.job_id]
         assert outcome.end is None, "an event after the end"

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import Done, JobError
-from gpu_worker.engines.qwen.build import QwenOptions, open_engine
+from gpu_worker.engines.qwen.build import open_engine
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import clone, run
+from tests.gpu_worker.engines.qwen.driving import clone, run, shared
 
 DECODER = "speech_tokenizer/model.safetensors"
 
@@ -59,7 +59,7 @@ def test_a_codec_goes_with_its_last_user(codecs: SharedCodecs) -> None:
 
 def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
     """Offloaded or not; the last to close frees it."""
-    options = QwenOptions(codecs=codecs, device="cpu", slots=1, max_model_len=256)
+    options = msgspec.structs.replace(shared(), codecs=codecs, slots=1, max_model_len=256)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "voice_design")]
     engines[0].offload()
     engines[1].close()
@@ -70,7 +70,7 @@ def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
 
 def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path) -> None:
     """What was loaded for it is freed; what others use stays."""
-    options = QwenOptions(codecs=codecs, device="cpu", slots=1, max_model_len=256)
+    options = msgspec.structs.replace(shared(), codecs=codecs, slots=1, max_model_len=256)
     broken = copy(tiny("custom_voice"), tmp_path / "broken")
     (broken / "tokenizer_config.json").write_text("{")
     for path in (broken / "vocab.json", broken / "tokenizer.json"):
@@ -88,7 +88,7 @@ def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path)
 
 def test_cloning_needs_no_checkpoint_but_its_own(codecs: SharedCodecs, tmp_path: Path) -> None:
     """The encoder is loaded late, when the files that the shared decoder came from may be gone."""
-    options = QwenOptions(codecs=codecs, device="cpu", slots=1, max_model_len=512)
+    options = msgspec.structs.replace(shared(), codecs=codecs, slots=1, max_model_len=512)
     first = open_engine(copy(tiny("custom_voice"), tmp_path / "first"), options)
     shutil.rmtree(tmp_path / "first")
     second = open_engine(tiny("base"), options)
