@@ -128,7 +128,7 @@ def leave_if_idle(
 def next_drop(entries: Sequence[ModelEntry]) -> Transition | None:
     """Drop the first broken or unloaded model. A broken one goes even if requests wait for the model."""
     for entry in entries:
-        if entry.broken or (entry.requested == "unload" and entry.state is not ModelState.ABSENT):
+        if entry.broken or entry.requested == "unload":
             return Transition(entry.id, "drop")
     return None
 

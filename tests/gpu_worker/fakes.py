@@ -83,11 +83,13 @@ class FakeDevice:
         self.others_bytes = 0
         self.on_device: dict[str, int] = {}
         self.on_host: dict[str, int] = {}
+        self.readings = 0
         self.collected = 0
         self.reclaimed = 0
 
     def device(self) -> DeviceMemory:
         """The device's memory."""
+        self.readings += 1
         ours = sum(self.on_device.values()) + (sum(self.on_host.values()) if self.kind == "cpu" else 0)
         used = ours + self.others_bytes
         return DeviceMemory(

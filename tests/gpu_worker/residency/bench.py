@@ -80,9 +80,11 @@ class FakeEngine:
         self._memory = self._device.put(self._model, state, self._n_bytes)
 
 
-def done(transition: Transition, memory: Memory) -> TransitionDone:
+def done(transition: Transition, memory: Memory, engine: FakeEngine | None = None) -> TransitionDone:
     """The report of a transition that worked; fields that Residency does not read are left empty."""
-    return TransitionDone(transition=transition, engine=None, memory=memory, before_bytes=0, after_bytes=0, seconds=0.0)
+    return TransitionDone(
+        transition=transition, engine=engine, memory=memory, before_bytes=0, after_bytes=0, seconds=0.0
+    )
 
 
 def failed(
@@ -140,8 +142,11 @@ class Bench:
     def finish(self, transition: Transition) -> None:
         """The transition works."""
         self.transitions.append((transition.kind, transition.model))
-        memory = self.device.put(transition.model, TARGET_STATE[transition.kind], self.sizes[transition.model])
-        assert self.residency.handle(done(transition, memory)) is None
+        model, state = transition.model, TARGET_STATE[transition.kind]
+        n_bytes = self.sizes[model]
+        engine = FakeEngine(model, self.device, n_bytes) if state is ModelState.RESIDENT else None
+        memory = self.device.put(model, state, n_bytes)
+        assert self.residency.handle(done(transition, memory, engine)) is None
 
     def fail_next(
         self, state: ModelState, code: str = "model_unavailable", message: str = "it broke"

@@ -35,6 +35,20 @@ class TestIdle:
         bench.settle()
         assert bench.states() == {"a": "offloaded"}
 
+    def test_one_pass_an_interval(self) -> None:
+        """No second pass runs before the interval is over."""
+        bench = Bench({"a": 100}, cleanup_interval_s=30)
+        bench.clock.advance(30)
+        bench.settle()
+        first = bench.residency.last_cleanup
+        assert first is not None
+        bench.clock.advance(29)
+        bench.settle()
+        assert bench.residency.last_cleanup is first
+        bench.clock.advance(1)
+        bench.settle()
+        assert bench.residency.last_cleanup is not first
+
     def test_a_long_request_is_not_idle(self) -> None:
         """The idle time begins at the end of the last request, however long that request took."""
         bench = Bench({"a": 100}, idle_timeout_s=10, cleanup_interval_s=1)

@@ -74,6 +74,26 @@ class TestLoading:
         assert bench.model("a").host_bytes == 100
 
 
+class TestCost:
+    """What a turn of the loop costs while nothing changes."""
+
+    def test_no_reading_without_a_change(self) -> None:
+        """Memory is read after a change and not again before the next one: a reading of NVML takes a millisecond."""
+        bench = Bench({"a": 100, "b": 100})
+        bench.use("a")
+        bench.settle()
+        readings = bench.device.readings
+        bench.residency.acquire("a")
+        for _ in range(3):
+            assert bench.advance() == []
+        assert bench.device.readings == readings
+        bench.residency.release("a", None)
+        assert bench.advance() == []
+        assert bench.device.readings == readings + 1
+        assert bench.advance() == []
+        assert bench.device.readings == readings + 1
+
+
 class TestPins:
     """Pins and references."""
 

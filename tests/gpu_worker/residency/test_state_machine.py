@@ -238,6 +238,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert sum(status.bytes.values()) == self.device.on_device.get(model, 0)
             assert status.host_bytes == self.device.on_host.get(model, 0)
             assert self.residency.is_settled(model) == (model not in self.broken)
+        ready = {status.id for status in self.residency.statuses() if status.state == "resident"}
+        assert self.residency.engines.keys() == ready, "only resident models have an engine to start on"
         assert self.residency.offloaded_bytes() == sum(status.host_bytes for status in self.residency.statuses())
 
     # --- steps and their checks --------------------------------------------------------------------------------------
