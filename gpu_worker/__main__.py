@@ -28,7 +28,7 @@ from gpu_worker.transport import Transport
 from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
-from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
+from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
 from shared.log import set_up_logging
 from shared.protocol import DeviceMemory
 from shared.settings import Settings, SettingsError, load_settings, variable_of
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "health":
             settings = load_settings(environment(), _no_address)
             return _health(str(settings.worker_url), settings.worker_token)
-        settings = load_settings(environment(), _no_address, unknown_models, wrong_places, _no_device)
+        settings = load_settings(environment(), _no_address, unknown_models, unusable_folders, _no_device)
         return _serve(settings, str(settings.worker_url), chosen.parent or os.getppid(), chosen.restarts)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")
@@ -211,7 +211,7 @@ def build_worker(
         stats=Stats(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,
-            settings={**settings.of_worker(), "default_device": device},
+            settings={**settings.worker_public(), "default_device": device},
             restarts=restarts,
             probe=probe,
             shared_bytes=factory.shared_bytes,

@@ -36,7 +36,7 @@ def unknown_models(settings: Settings) -> list[str]:
     ]
 
 
-def wrong_places(settings: Settings) -> list[str]:
+def unusable_folders(settings: Settings) -> list[str]:
     """Problems of settings that name a missing folder of weights, or a folder for voices that cannot be written.
 
     Call it on the machine of the GPU worker. It creates nothing.

@@ -81,16 +81,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def public(self) -> dict[str, Any]:
         """The settings as plain JSON values, without keys and tokens."""
-        shown: dict[str, Any] = {}
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if name in _SECRET:
-                continue
-            shown[name.removesuffix("_s")] = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
-        shown["default_model_size"] = SIZE_NAMES[self.default_model_size]
-        return shown
+        values = msgspec.to_builtins(self, str_keys=True, enc_hook=str)
+        shown = {name.removesuffix("_s"): value for name, value in values.items() if name not in _SECRET}
+        return shown | {"default_model_size": SIZE_NAMES[self.default_model_size]}
 
-    def of_worker(self) -> dict[str, Any]:
+    def worker_public(self) -> dict[str, Any]:
         """The public settings that the GPU worker alone uses; its environment may differ from the web side's."""
         return {name: value for name, value in self.public().items() if name not in _USED_BY_WEB_SIDE}
 

@@ -7,7 +7,7 @@ a `_Recipe`.
 import array
 import io
 import struct
-from typing import TYPE_CHECKING, Final, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import av
 import msgspec
@@ -93,20 +93,12 @@ _RECIPES: Final[dict[str, _Recipe]] = {
 }
 
 
-class Writer(Protocol):
-    """Writes whole samples of PCM in one format."""
+def writer_for(response_format: Format, *, streaming: bool) -> "_PcmWriter | _CompressedWriter":
+    """A writer for the PCM of one answer.
 
-    def write(self, pcm: bytes) -> bytes:
-        """Take PCM; returns the bytes that can be sent now."""
-        ...
-
-    def end(self) -> bytes:
-        """The rest of the bytes."""
-        ...
-
-
-def writer_for(response_format: Format, *, streaming: bool) -> Writer:
-    """A writer for one answer; with `streaming` it returns bytes as soon as it can, else the whole file at its end."""
+    Its `write` takes whole samples and returns the bytes that can be sent now; `end` returns the rest.
+    Without `streaming`, `end` returns the whole file.
+    """
     if response_format in _RECIPES:
         return _CompressedWriter(_RECIPES[response_format], streaming=streaming)
     return _PcmWriter(header=response_format == "wav", streaming=streaming)

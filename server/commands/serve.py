@@ -25,7 +25,7 @@ import structlog
 from server.app import from_environment
 from server.processes import Supervisor, WebServer
 from shared.catalog import CatalogError
-from shared.environment import NO_CUDA, environment, unknown_models, wrong_places
+from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
 from shared.log import set_up_logging
 from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, ipc_path
@@ -99,7 +99,7 @@ def _worker_problems(settings: Settings) -> list[str]:
     """The settings that would stop the GPU worker, if it runs on this machine."""
     if settings.worker_url is not None:
         return []
-    problems = wrong_places(settings)
+    problems = unusable_folders(settings)
     if settings.default_device == "cuda":
         # A process of its own looks for the device, so that the web side never loads the worker's code.
         probe = subprocess.run([sys.executable, "-m", "gpu_worker", "cuda"], stdin=subprocess.DEVNULL, check=False)

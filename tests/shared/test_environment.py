@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.environment import environment, unknown_models, wrong_places
+from shared.environment import environment, unknown_models, unusable_folders
 from shared.settings import Settings, SettingsError, load_settings
 
 
@@ -41,7 +41,7 @@ def test_missing_weights_are_problems(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     names = {"a": tmp_path, "b": tmp_path / "nowhere", "c": file}
-    problems = wrong_places(Settings(model_paths=names, voices_dir=tmp_path))
+    problems = unusable_folders(Settings(model_paths=names, voices_dir=tmp_path))
     assert [problem.split(" (")[0] for problem in problems] == [
         f"TTS_MODEL_PATHS: {tmp_path / 'nowhere'}",
         f"TTS_MODEL_PATHS: {file}",
@@ -53,16 +53,16 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, folder: st
     """A folder for voices that cannot be written or created is a problem unless no voices are saved."""
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
-    (problem,) = wrong_places(Settings(voices_dir=tmp_path / folder))
+    (problem,) = unusable_folders(Settings(voices_dir=tmp_path / folder))
     assert problem.startswith("TTS_VOICES_DIR: ")
-    assert wrong_places(Settings(voices_dir=tmp_path / folder, max_voices=0)) == []
+    assert unusable_folders(Settings(voices_dir=tmp_path / folder, max_voices=0)) == []
 
 
 def test_a_folder_for_voices_may_be_created_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder may be missing, as the default one on a fresh machine; the check does not create it."""
     monkeypatch.chdir(tmp_path)
-    assert wrong_places(Settings()) == []
-    assert wrong_places(Settings(voices_dir=tmp_path / "some" / "where")) == []
+    assert unusable_folders(Settings()) == []
+    assert unusable_folders(Settings(voices_dir=tmp_path / "some" / "where")) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,5 +70,5 @@ def test_every_mistake_at_once() -> None:
     """One message has the problems of the catalogue, of the disk and of the values."""
     wrong = {"TTS_PORT": "many", "TTS_PRELOAD": "void", "TTS_VOICES_DIR": "/dev/null/x", "TTS_NO_SUCH": "1"}
     with pytest.raises(SettingsError) as caught:
-        load_settings(wrong, unknown_models, wrong_places)
+        load_settings(wrong, unknown_models, unusable_folders)
     assert sorted(problem.split(":")[0] for problem in caught.value.problems) == sorted(wrong)

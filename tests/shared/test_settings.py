@@ -187,9 +187,9 @@ class TestSecrets:
         assert load_settings({}).public()["default_model_size"] == "1.7B"
 
     def test_of_worker(self) -> None:
-        """`of_worker` gives public settings, and none that the web side uses."""
+        """`worker_public` gives public settings, and none that the web side uses."""
         settings = load_settings({"TTS_WORKER_TOKEN": "hush-token", "TTS_IDLE_TIMEOUT": "5", "TTS_PORT": "8001"})
-        told = settings.of_worker()
+        told = settings.worker_public()
         assert told.items() < settings.public().items()
         assert (told["idle_timeout"], told["max_queue"], told["dtype"]) == (5.0, 64, "auto")
         assert not {"port", "host", "worker_url", "cors_origins", "max_input_chars", "log_level"} & told.keys()
