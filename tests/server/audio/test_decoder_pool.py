@@ -69,17 +69,13 @@ def pool_of(script: str) -> DecoderPool:
 
 async def test_a_recording_becomes_pcm() -> None:
     """Base64, a data URL and an upload give the same PCM, decoded by the program."""
-    recordings = DecoderPool(allow_urls=False)
+    pool = DecoderPool(allow_urls=False)
     encoder = Encoder("flac")
     file = encoder.feed(tone(2.5)) + encoder.finish()
-    pcm = await recordings.decode(file, "audio_sample")
+    pcm = await pool.decode(file, "audio_sample")
     assert seconds_of(pcm) == pytest.approx(2.5, abs=0.07)
     text = base64.b64encode(file).decode()
-    assert (
-        await recordings.decode_ref_audio(text)
-        == await recordings.decode_ref_audio(f"data:audio/flac;base64,{text}")
-        == pcm
-    )
+    assert await pool.decode_ref_audio(text) == await pool.decode_ref_audio(f"data:audio/flac;base64,{text}") == pcm
 
 
 @pytest.mark.parametrize(
@@ -122,8 +118,8 @@ async def test_a_decoder_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_a_few_at_a_time(gate: Gate) -> None:
     """The third decoder starts when one of the first two has ended; each request gets its own PCM."""
-    recordings = DecoderPool(allow_urls=False, command=gate.command)
-    work = [asyncio.create_task(recordings.decode(bytes([number]), "a")) for number in range(5)]
+    pool = DecoderPool(allow_urls=False, command=gate.command)
+    work = [asyncio.create_task(pool.decode(bytes([number]), "a")) for number in range(5)]
     await becomes(lambda: len(gate.events()) == MAX_PROCESSES)
     gate.open(5)
     assert await asyncio.gather(*work) == [bytes([number]) for number in range(5)]
@@ -135,18 +131,18 @@ async def test_a_few_at_a_time(gate: Gate) -> None:
 
 async def test_too_many_recordings_are_refused(gate: Gate) -> None:
     """A recording beyond the limit is a 429 at once; when others have ended it is accepted."""
-    recordings = DecoderPool(allow_urls=False, command=gate.command)
-    work = [asyncio.create_task(recordings.decode(b"x", "a")) for _ in range(MAX_PROCESSES + MAX_WAITING)]
+    pool = DecoderPool(allow_urls=False, command=gate.command)
+    work = [asyncio.create_task(pool.decode(b"x", "a")) for _ in range(MAX_PROCESSES + MAX_WAITING)]
     await becomes(lambda: len(gate.events()) == MAX_PROCESSES)
     with pytest.raises(ApiError, match="too many recordings") as refusal:
-        await recordings.decode(b"x", "a")
+        await pool.decode(b"x", "a")
     assert (refusal.value.code, refusal.value.status) == ("queue_full", 429)
     assert refusal.value.retry_after_s
     for task in work:
         task.cancel()
     await asyncio.gather(*work, return_exceptions=True)
     gate.open(1)
-    assert await recordings.decode(b"x", "a") == b"x"
+    assert await pool.decode(b"x", "a") == b"x"
 
 
 async def test_fetching_is_bounded_too() -> None:
@@ -160,25 +156,25 @@ async def test_fetching_is_bounded_too() -> None:
         finally:
             fetching.remove(url)
 
-    recordings = DecoderPool(allow_urls=True, fetch=fetch)
+    pool = DecoderPool(allow_urls=True, fetch=fetch)
     urls = [f"https://site.test/{number}" for number in range(MAX_PROCESSES + MAX_WAITING)]
-    work = [asyncio.create_task(recordings.decode_ref_audio(url)) for url in urls]
+    work = [asyncio.create_task(pool.decode_ref_audio(url)) for url in urls]
     await becomes(lambda: len(fetching) == len(urls))
     for further in ("https://site.test/more", "AAAA"):
         with pytest.raises(ApiError, match="too many recordings"):
-            await recordings.decode_ref_audio(further)
+            await pool.decode_ref_audio(further)
     for task in work:
         task.cancel()
     await asyncio.gather(*work, return_exceptions=True)
     assert not fetching
     with pytest.raises(ApiError, match="not an audio file"):
-        await recordings.decode_ref_audio("AAAA")
+        await pool.decode_ref_audio("AAAA")
 
 
 async def test_a_cancelled_request_ends_its_process(gate: Gate) -> None:
     """The decoder of a cancelled request is killed."""
-    recordings = DecoderPool(allow_urls=False, command=gate.command)
-    work = asyncio.create_task(recordings.decode(b"x", "a"))
+    pool = DecoderPool(allow_urls=False, command=gate.command)
+    work = asyncio.create_task(pool.decode(b"x", "a"))
     await becomes(gate.events)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
