@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import msgspec
-import numpy as np
 import structlog
 import torch
 
@@ -284,13 +283,10 @@ class QwenEngine:
                 if len(self._deliveries) <= max_pending and not head.ready():
                     return
                 for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
-                    self._deliver_chunk(sequence, samples)
+                    if sequence.alive:
+                        sequence.check_silence(samples, FRAME_SAMPLES)
+                        self._emit(sequence, samples.tobytes())
             self._deliveries.popleft()
-
-    def _deliver_chunk(self, sequence: RunningJob, samples: np.ndarray) -> None:
-        if sequence.alive:
-            sequence.check_silence(samples, FRAME_SAMPLES)
-            self._emit(sequence, samples.tobytes())
 
     def _end_utterance(self, end: UtteranceEnd) -> None:
         """End the job, or start its next utterance. Events are added last, behind everything that may raise."""

@@ -166,11 +166,10 @@ class Planner:
             raise JobError("voice_not_found", f"no voice {job.voice!r}; there are: {known}", param="voice")
         if job.instructions and (task == "Base" or not config.follows_instructions):
             raise JobError("invalid_value", "this model cannot follow instructions", param="instructions")
-        if (job.reference is not None) != (task == "Base"):
-            message = "this model speaks like a recording: ref_audio is missing"
-            if task != "Base":
-                raise JobError("task_mismatch", f"a {task} model takes no recording", param="ref_audio")
-            raise JobError("invalid_value", message, param="ref_audio")
+        if job.reference is not None and task != "Base":
+            raise JobError("task_mismatch", f"a {task} model takes no recording", param="ref_audio")
+        if job.reference is None and task == "Base":
+            raise JobError("invalid_value", "this model clones a recording: ref_audio is missing", param="ref_audio")
         if job.reference is not None and not job.reference.x_vector_only:
             if not transcript:
                 message = "ref_text, the transcript of the recording, is missing; or set x_vector_only_mode"

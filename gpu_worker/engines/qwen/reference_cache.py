@@ -78,12 +78,8 @@ class ReferenceCache:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, EncodedReference] = OrderedDict()
         self._encodings: dict[str, _Encoding] = {}
-        self._bytes = 0
-
-    @property
-    def bytes(self) -> int:
+        self.bytes = 0
         """Bytes of the kept references."""
-        return self._bytes
 
     def request(self, reference: Reference) -> Future[EncodedReference]:
         """The future of the encoded reference. It raises what the encoder raised.
@@ -139,7 +135,7 @@ class ReferenceCache:
         wait(running)
         with self._lock:
             self._kept.clear()
-            self._bytes = 0
+            self.bytes = 0
 
     def close(self) -> None:
         """Clear, and end the thread."""
@@ -151,21 +147,19 @@ class ReferenceCache:
             encoding = self._encodings.get(key)
             if encoding is None:  # cancelled
                 return
-            reference, future = encoding.reference, encoding.future
-            future.set_running_or_notify_cancel()
+            encoding.future.set_running_or_notify_cancel()
         try:
-            encoded = self._encode_pcm(reference)
+            encoded = self._encode_pcm(encoding.reference)
         except BaseException as error:  # noqa: BLE001 -- the future raises it
             with self._lock:
                 self._encodings.pop(key, None)
             # A job keeps the error until its second attempt. The tensors of the first attempt must be freed before.
             traceback.clear_frames(error.__traceback__)
-            future.set_exception(error)
-            # The error's traceback refers to this frame: without its locals, the frame keeps nothing alive.
-            del encoding, reference, future
+            encoding.future.set_exception(error)
+            del encoding  # the error's traceback refers to this frame, so its locals would stay alive
             return
         self._keep(key, encoded)
-        future.set_result(encoded)
+        encoding.future.set_result(encoded)
 
     def _encode_pcm(self, reference: Reference) -> EncodedReference:
         waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 2**15
@@ -176,7 +170,7 @@ class ReferenceCache:
             self._encodings.pop(key, None)
             if encoded.bytes <= self._max_bytes:
                 self._kept[key] = encoded
-                self._bytes += encoded.bytes
-            while self._bytes > self._max_bytes:
+                self.bytes += encoded.bytes
+            while self.bytes > self._max_bytes:
                 _, oldest = self._kept.popitem(last=False)
-                self._bytes -= oldest.bytes
+                self.bytes -= oldest.bytes

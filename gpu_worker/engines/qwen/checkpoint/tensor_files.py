@@ -23,31 +23,20 @@ if TYPE_CHECKING:  # importing torch takes seconds, and looking for a checkpoint
     import torch
     from torch import Tensor
 
-_DTYPE_BYTES: Final = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+_DTYPES: Final = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
-_TORCH_NAMES: Final = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+"""The dtypes of checkpoints: torch's name, and bytes of a value."""
+
 _MAX_HEADER_BYTES: Final = 100_000_000
 """The limit of the safetensors format."""
 
@@ -61,6 +50,11 @@ class TensorInfo(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
+
+    def nbytes(self, floats_as: "torch.dtype | None" = None) -> int:
+        """Bytes of the tensor, with floating-point values converted to `floats_as`. KeyError for an unknown dtype."""
+        name, width = _DTYPES[self.dtype]
+        return math.prod(self.shape) * (floats_as.itemsize if floats_as and "float" in name else width)
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -156,11 +150,7 @@ class LazyTensors(Mapping[str, "Tensor"]):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together, after their conversion."""
-        return sum(
-            math.prod(place.info.shape)
-            * (self._dtype.itemsize if self._dtype and place.info.dtype in _FLOATS else _DTYPE_BYTES[place.info.dtype])
-            for place in self._places.values()
-        )
+        return sum(place.info.nbytes(self._dtype) for place in self._places.values())
 
     def __getitem__(self, name: str) -> "Tensor":
         place = self._places[name]
@@ -234,7 +224,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         raise unavailable(path, f"has a damaged header: {error}") from error
     for name, info in tensors.items():
         start, end = info.data_offsets
-        if info.dtype not in _DTYPE_BYTES or end - start != math.prod(info.shape) * _DTYPE_BYTES[info.dtype]:
+        if info.dtype not in _DTYPES or end - start != info.nbytes():
             raise unavailable(path, f"has a damaged header at {name}")
     expected = 8 + length + max((info.data_offsets[1] for info in tensors.values()), default=0)
     if size != expected:
@@ -246,7 +236,7 @@ def _read_tensor(file: BufferedReader, info: TensorInfo) -> "Tensor":
     """The tensor at the current offset of `file`. Raises EOFError if the file ends within the tensor."""
     import torch  # noqa: PLC0415 -- importing torch takes seconds, and looking for a checkpoint must not
 
-    tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH_NAMES[info.dtype]))
+    tensor = torch.empty(info.shape, dtype=getattr(torch, _DTYPES[info.dtype][0]))
     if tensor.numel() and file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
         raise EOFError
     return tensor
