@@ -1,17 +1,17 @@
-"""What the worker's tests share."""
+"""The bench of the worker's tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from tests.gpu_worker.worker_bench import WorkerBench
+from tests.gpu_worker.worker_bench import MakeBench, WorkerBench
 
 
 @pytest.fixture
-def make_bench(tmp_path: Path) -> Iterator[Callable[..., WorkerBench]]:
-    """Make a WorkerBench that is taken down with the test."""
+def make_bench(tmp_path: Path) -> Iterator[MakeBench]:
+    """Make a WorkerBench that is closed after the test."""
     benches: list[WorkerBench] = []
 
     def make(*arguments: object, **options: object) -> WorkerBench:
@@ -19,13 +19,13 @@ def make_bench(tmp_path: Path) -> Iterator[Callable[..., WorkerBench]]:
         benches.append(bench)
         return bench
 
-    with capture_logs():  # tracebacks of the faults that tests provoke take longer to render than all the rest
+    with capture_logs():  # rendering the tracebacks of provoked errors takes longer than all the rest
         yield make
     for bench in benches:
         bench.close()
 
 
 @pytest.fixture
-def bench(make_bench: Callable[..., WorkerBench]) -> WorkerBench:
+def bench(make_bench: MakeBench) -> WorkerBench:
     """A WorkerBench with one model, "m"."""
     return make_bench()

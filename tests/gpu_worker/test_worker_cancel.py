@@ -25,6 +25,21 @@ class TestCancel:
         assert bench.kinds("r") == ["Started", "Audio"]
         assert bench.snapshot().requests == Counters(started=3, finished=2, cancelled=1)
 
+    def test_estimate(self, make_bench: MakeBench) -> None:
+        """A cancelled request, which held its slot too short, does not shorten the estimate of a full queue."""
+        bench = loaded(make_bench(slots=1, max_queue=1))
+        for name in ("r", "s", "t"):
+            bench.speak(name, "a b c")
+        bench.turn()
+        before_s = bench.last_message("t").retry_after_s
+        bench.clock.advance(100)
+        bench.cancel("r")
+        bench.turn()
+        for name in ("u", "v"):
+            bench.speak(name, "a b c")
+        bench.turn()
+        assert bench.last_message("v").retry_after_s == before_s
+
     def test_queued(self, make_bench: MakeBench) -> None:
         """A cancelled queued request never starts and gets no message."""
         bench = loaded(make_bench(slots=1))

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def pcm_of(word: str) -> bytes:
 
 
 class SpeakingEngine:
-    """An engine that speaks one word of every job's text in every step.
+    """An engine that speaks `words_per_step` words of every job's text in every step, one unless a test sets it.
 
     The next calls of `admit` and `step` raise `admit_errors` and `step_errors`, one each; None raises nothing.
     A step takes `step_s` on `clock`. `admitted` are the jobs that got a slot, in order.
@@ -82,6 +82,7 @@ class SpeakingEngine:
         self.admit_errors: deque[Exception | None] = deque()
         self.step_errors: deque[Exception | None] = deque()
         self.step_s = 0.0
+        self.words_per_step = 1
         self.steps = 0
         self.admitted: list[Job] = []
 
@@ -113,28 +114,28 @@ class SpeakingEngine:
         return any(job_id not in stalled for job_id in self._words)
 
     def step(self, stalled: Collection[str]) -> list[Event]:
-        """Speak one word of every job that is not stalled."""
+        """Speak the next words of every job that is not stalled."""
         assert self.state is ModelState.RESIDENT
         self.steps += 1
         _raise_next(self.step_errors)
         self._clock.advance(self.step_s)
-        events: list[Event] = []
-        for job_id, words in list(self._words.items()):
-            if job_id in stalled:
-                continue
-            word = words.popleft()
+        latest = {job.id: job for job in self.admitted}
+        running = [latest[job_id] for job_id in self._words if job_id not in stalled]
+        return [event for job in running for event in self._speak(job)]
+
+    def _speak(self, job: Job) -> Iterator[Event]:
+        words = self._words[job.id]
+        for word in [words.popleft() for _ in range(min(self.words_per_step, len(words)))]:
             if word == FAULT:
-                self.cancel(job_id)
-                events.append(Fault(job_id, JobError("invalid_audio", "this one cannot be said", param="ref_audio")))
-                continue
-            job = next(job for job in self.admitted if job.id == job_id)
+                self.cancel(job.id)
+                yield Fault(job.id, JobError("invalid_audio", "this one cannot be said", param="ref_audio"))
+                return
             repeats = 200 if job.task == "VoiceDesign" else 1  # a saved voice lasts at least a second
-            events.append(Pcm(job_id, pcm_of(word) * repeats))
-            if not words:
-                self.cancel(job_id)
-                count = len(job.text.split())
-                events.append(Done(job_id, "stop", Usage(input_tokens=count, output_tokens=2 * count)))
-        return events
+            yield Pcm(job.id, pcm_of(word) * repeats)
+        if not words:
+            self.cancel(job.id)
+            count = len(job.text.split())
+            yield Done(job.id, "stop", Usage(input_tokens=count, output_tokens=2 * count))
 
     def cancel(self, job_id: str) -> None:
         """Free the slot of a job."""
@@ -331,9 +332,7 @@ class WorkerBench:
 
     def save_voice(self, name: str, text: str | None = None) -> SavedVoice:
         """Save a voice and wait for it."""
-        self.call(f"save-{name}", CloneVoice(name=name, text=text), VOICE)
-        self.settle()
-        voice = self.last_message(f"save-{name}").voice
+        voice = self.result_of(CloneVoice(name=name, text=text), VOICE, call_id=f"save-{name}").voice
         assert isinstance(voice, SavedVoice)
         return voice
 
@@ -393,6 +392,14 @@ class WorkerBench:
             if to == peer and isinstance(message, Audio) and message.id == request_id and payload is not None
         ]
         return " ".join(said)
+
+    def result_of(self, action: Action, payload: bytes | None = None, call_id: str = "c") -> Any:
+        """The one answer to a call, after everything has settled."""
+        before = len(self.messages(call_id))
+        self.call(call_id, action, payload)
+        self.settle()
+        (answer,) = self.messages(call_id)[before:]
+        return answer
 
     def snapshot(self) -> Snapshot:
         """The snapshot in the answer to a Ping."""
