@@ -11,7 +11,7 @@ from gpu_worker.engines.qwen.model.layers import Norm
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from tests.checkpoints import Kind
-from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, engine, job, parts, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate
 
 pytestmark = [
@@ -132,8 +132,10 @@ def test_cancelling_and_stalling_harm_no_neighbour(speaker: QwenEngine) -> None:
     assert lengths[late.id] == len(run(speaker, [late])[late.id].pcm)
 
 
-def test_a_job_that_joins_never_waits_for_the_device(speaker: QwenEngine) -> None:
+def test_a_job_that_joins_never_waits_for_the_device() -> None:
     """Its prompt, prefill, frames and decodes beside a running job contain no synchronisation. Nothing is cached."""
+    made = parts("custom_voice", device="cuda")
+    speaker = assemble(made)
     run(speaker, [job(0)])  # libraries allocate at their first call
     outcomes = {name: Outcome() for name in ("job 1", "job 2")}
     speaker.admit(job(1))
@@ -142,12 +144,13 @@ def test_a_job_that_joins_never_waits_for_the_device(speaker: QwenEngine) -> Non
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        speaker._parts.prompts.clear_cache()
+        made.prompts.clear_cache()
         speaker.admit(job(2))
         while not all(outcome.end for outcome in outcomes.values()):
             take(speaker, outcomes, 0)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    speaker.close()
 
 
 @pytest.mark.parametrize("kind", ["custom_voice", "base"])

@@ -26,6 +26,8 @@ BATCH_MULTIPLE: Final = 4
 
 MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
 With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
+This was seen on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512, MKL's sums depend on the batch in some shapes
+(128 inputs to 64 outputs, from 5 rows up), so there a seed may give other codes in another batch.
 """
 
 
@@ -66,7 +68,7 @@ class Linear(TensorHolder):
         return self(x) if padded is x else self(padded)[: x.shape[0]]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Y + x Wᵀ, without bias. Only float32 adds within the product: that rounds once less than the official sum."""
+        """`y` + x Wᵀ, without bias. Only float32 adds within the product, which rounds once less than a sum."""
         if x.dtype != torch.float32:
             return y + self(x)
         if self._transposed is None:
@@ -74,7 +76,7 @@ class Linear(TensorHolder):
         return torch.addmm(y, x, self._transposed)
 
     def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
-        """Y + x Wᵀ + b: the form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing."""
+        """`y` + x Wᵀ + b: the form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
 
 

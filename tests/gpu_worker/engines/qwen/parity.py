@@ -154,6 +154,7 @@ class Ours:
         self.prompts = PromptBuilder(
             weights, self.config, lambda text: tokenizer(text)["input_ids"], self.model.embed_codes
         )
+        self.runner = CpuModelRunner(self.model)
 
     def prompt(self, case: Case) -> Prompt:
         """The prompt of a case."""
@@ -169,6 +170,12 @@ class Ours:
             instructions=case.instructions,
             whole_text=case.whole_text,
         )
+
+
+@functools.cache
+def our_model(kind: Kind, size: Size | None = None, generation: Generation = "published") -> Ours:
+    """Ours, loaded and traced once for all tests that only call `generate`."""
+    return Ours(kind, size, generation=generation)
 
 
 def randomness(seed: int) -> np.ndarray:
@@ -190,7 +197,7 @@ def generate(ours: Ours, requests: Sequence[Request], runner: ModelRunner | None
     """Codes of requests that share the slots, taking the lowest free one, [frames, groups] each."""
     model = ours.model
     state = model.state
-    runner = runner or CpuModelRunner(model)
+    runner = runner or ours.runner
     codes: list[list[Tensor]] = [[] for _ in requests]
     slots: dict[int, int] = {}
     free = list(range(8))

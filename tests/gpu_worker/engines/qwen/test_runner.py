@@ -119,9 +119,8 @@ def test_captured_functions_give_the_codes_of_eager_ones(monkeypatch: pytest.Mon
     assert runner.memory() == {"graphs": 0, "workspace": 0}
     with torch.inference_mode():
         requests = [Request(prompt=ours.prompt(case), join=place, frames=6) for place, case in enumerate(CASES[:3])]
-        eager = CpuModelRunner(ours.model)
-        wanted = generate(ours, requests, eager)
-        eager.close()
+        wanted = generate(ours, requests)
+        ours.runner.close()
         for _ in range(2):
             runner.prepare()
             memory = runner.memory()

@@ -17,7 +17,7 @@ from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.planner import sampling_params
 from tests.checkpoints import Generation, Kind, Size
-from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate
+from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate, our_model
 
 FRAMES = 12
 
@@ -73,7 +73,7 @@ def request(ours: Ours, run: int, join: int = 0) -> Request:
 def test_sampled_codes_equal_the_official_ones(run: int) -> None:
     """Every layout, checkpoints with and without a projection: the same codes, and the end at the same frame."""
     case = CASES[RUNS[run][0]]
-    ours = Ours(case.kind, case.size)
+    ours = our_model(case.kind, case.size)
     (codes,) = generate(ours, [request(ours, run)])
     assert torch.equal(codes, wanted(run))
 
@@ -84,7 +84,7 @@ def test_sampled_codes_equal_the_official_ones(run: int) -> None:
 )
 def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -> None:
     """Requests with parameters of their own join, end and take over slots: each one's codes are the official ones."""
-    ours = Ours(kind, size)
+    ours = our_model(kind, size)
     numbers = [run for run, (index, _) in enumerate(RUNS) if (CASES[index].kind, CASES[index].size) == (kind, size)]
     runs = (numbers * 10)[:10]
     requests = [request(ours, run, join=2 * place) for place, run in enumerate(runs)]
@@ -95,7 +95,7 @@ def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -
 @pytest.mark.parametrize("seed", [11, 14])
 def test_speech_does_not_end_before_it_begins(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the model would end in its first two frames, it goes on as the official one does."""
-    ours = Ours(LAYOUT.kind, LAYOUT.size)
+    ours = our_model(LAYOUT.kind, LAYOUT.size)
     choice = SamplingParams(greedy=False, **PUBLISHED)
     request = Request(prompt=ours.prompt(LAYOUT), frames=6, choice=choice, seed=seed)
     (codes,) = generate(ours, [request])
@@ -133,7 +133,7 @@ def test_a_request_replaces_what_it_names(asking: dict[str, float]) -> None:
 def spoken(generation: Generation, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Our codes and the official ones of one text, with nothing said but what `sampling` names."""
     case = msgspec.structs.replace(LAYOUT, generation=generation)
-    ours = Ours(case.kind, case.size, generation=generation)
+    ours = our_model(case.kind, case.size, generation)
     choice = sampling_params(sampling, ours.generation)
     (codes,) = generate(ours, [Request(prompt=ours.prompt(case), frames=10, choice=choice, seed=sampling.seed or 0)])
     named = {name: value for name, value in msgspec.structs.asdict(sampling).items() if value is not None}

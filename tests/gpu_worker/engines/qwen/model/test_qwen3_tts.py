@@ -2,9 +2,19 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
-from gpu_worker.engines.qwen.runner import CpuModelRunner, CudaGraphModelRunner
+from gpu_worker.engines.qwen.runner import CudaGraphModelRunner
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
-from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate, official
+from tests.gpu_worker.engines.qwen.parity import (
+    CASES,
+    FRAMES,
+    GREEDY,
+    Ours,
+    Request,
+    expected,
+    generate,
+    official,
+    our_model,
+)
 
 SAMPLED = SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=0.95, repetition_penalty=1.05)
 
@@ -19,7 +29,7 @@ def _inference() -> object:
 def test_prompts_and_codes_equal_the_official_ones(index: int) -> None:
     """In every layout, prompt and trailing text are equal to the last bit, and the greedy codes are the same."""
     case, wanted = CASES[index], expected(index)
-    ours = Ours(case.kind, case.size)
+    ours = our_model(case.kind, case.size)
     prompt = ours.prompt(case)
     assert torch.equal(prompt.embeds, wanted.embeds)
     assert torch.equal(prompt.trailing, wanted.trailing)
@@ -32,7 +42,7 @@ def test_prompts_and_codes_equal_the_official_ones(index: int) -> None:
 def test_a_mixed_batch_gives_the_official_codes(kind: str) -> None:
     """Requests of all layouts join, leave early and take over slots; each one's codes stay the official ones."""
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
-    ours = Ours(CASES[numbers[0]].kind, None)
+    ours = our_model(CASES[numbers[0]].kind)
     requests = [
         Request(prompt=ours.prompt(CASES[number]), join=3 * round_ + place % 3, frames=FRAMES if round_ < 2 else 4)
         for round_ in range(3)
@@ -53,7 +63,7 @@ def test_attention_backends_give_the_same_codes(backend: str) -> None:
 
 def test_a_seed_gives_the_same_codes_alone_and_in_a_batch() -> None:
     """Sampled codes depend on request and seed alone, not on the batch or the slot."""
-    ours = Ours("custom_voice", None)
+    ours = our_model("custom_voice")
     cases = [case for case in CASES if case.kind == "custom_voice" and case.size is None]
     full_vocab = SamplingParams(greedy=False, temperature=1.1, top_k=0, top_p=1.0, repetition_penalty=1.2)
     requests = [
@@ -83,14 +93,14 @@ def test_fixed_shapes_give_the_same_codes() -> None:
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
     ]
     padded = generate(ours, requests, CudaGraphModelRunner(ours.model, slots=8, max_model_len=256))
-    for codes, wanted in zip(padded, generate(ours, requests, CpuModelRunner(ours.model)), strict=True):
+    for codes, wanted in zip(padded, generate(ours, requests), strict=True):
         assert torch.equal(codes, wanted)
 
 
 def test_an_inactive_slot_keeps_its_state() -> None:
     """Once the slot is active again, it gives the codes that it would have given without the pause."""
-    ours = Ours("custom_voice", None)
-    state, runner = ours.model.state, CpuModelRunner(ours.model)
+    ours = our_model("custom_voice")
+    state, runner = ours.model.state, ours.runner
     prompt = ours.prompt(CASES[0])
     (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, choice=SAMPLED)])
     codes = generate(ours, [Request(prompt=prompt, frames=3, choice=SAMPLED)])[0]
@@ -115,7 +125,7 @@ def test_reduced_precision_follows_the_official_rounding() -> None:
     wanted = expected(0)
     codes = wanted.codes[:10]
     ours = Ours("custom_voice", None, backend="eager", dtype=torch.bfloat16)
-    exact = Ours("custom_voice", None)
+    exact = our_model("custom_voice")
     inputs = torch.cat((wanted.embeds, exact.model.embed_codes(codes) + wanted.trailing[:1]))
 
     def official_logits(dtype: torch.dtype) -> torch.Tensor:
