@@ -187,7 +187,7 @@ def _problems(settings: Settings) -> list[str]:
             problems.append(f"{variable_of('worker_url')}: {error}")
     for name in ("api_keys", "admin_keys"):
         if any(not key.isascii() or not key.isprintable() or " " in key for key in getattr(settings, name)):
-            problems.append(f"{variable_of(name)}: a key must be printable ASCII without spaces")
+            problems.append(f"{variable_of(name)}: every key must be printable ASCII without spaces")
     for origin in settings.cors_origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             form = "http:// or https://, a host in lower case, a port unless it is the default one, and no path"
