@@ -35,13 +35,7 @@ from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import EncodedReference, ReferenceCache
-from gpu_worker.engines.qwen.runner import (
-    CpuModelRunner,
-    CudaGraphModelRunner,
-    ModelRunner,
-    rows_needed,
-    trace_bytes,
-)
+from gpu_worker.engines.qwen.runner import CpuModelRunner, CudaGraphModelRunner, ModelRunner, rows_needed, trace_bytes
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.vocoder import Vocoder

@@ -37,10 +37,7 @@ def test_a_row_reads_its_own_length_and_no_further() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "device", "dtype"),
-    [
-        ("flash_attention_2", "cpu", torch.bfloat16),
-        ("flash_attention_2", "cuda", torch.float32),
-    ],
+    [("flash_attention_2", "cpu", torch.bfloat16), ("flash_attention_2", "cuda", torch.float32)],
 )
 def test_a_backend_that_cannot_run_here_is_refused(backend: str, device: str, dtype: torch.dtype) -> None:
     """The message says why. No other backend is taken instead."""
