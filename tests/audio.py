@@ -1,6 +1,6 @@
-"""What tests hear with: a decoder that shares nothing with the server's encoder but FFmpeg, and simple sounds.
+"""Audio for tests: a decoder that shares only FFmpeg with the server's encoder, and simple sounds.
 
-Everything here gives or takes 24 kHz mono int16 little-endian PCM, as bytes.
+Every function takes or returns 24 kHz mono int16 little-endian PCM, as bytes.
 """
 
 import array
@@ -13,7 +13,7 @@ from shared.pcm import SAMPLE_RATE
 
 
 def decode(data: bytes, audio_format: str | None = None) -> bytes:
-    """The sound in `data`; `audio_format` names the container where a player would know it from the Content-Type."""
+    """The audio in `data`; `audio_format` names the container that a player knows from the Content-Type."""
     if audio_format == "pcm":
         return data
     demuxer = {"opus": "ogg", "aac": "aac"}.get(audio_format or "", audio_format)
@@ -34,7 +34,7 @@ def tone(seconds: float, *, hertz: float = 300.0, amplitude: float = 9_000.0, fa
 
 
 def peak(pcm: bytes) -> int:
-    """The largest sample, its sign aside."""
+    """The largest absolute value of a sample."""
     return max((abs(sample) for sample in array.array("h", pcm)), default=0)
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on the loopback: lists and serves the files of one directory, and remembers what was fetched."""
+"""A Hugging Face hub on the loopback: lists and serves the files of one directory, and records the downloads."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class FakeHub:
     """Serves `directory` as the repository `hf_id`.
 
-    `refuse`: names that answer 403; `sizes`: sizes to claim in the listing instead of the true ones.
-    `fetched`: names of the files that were sent, in order.
+    `refuse`: names that answer 403; `sizes`: sizes in the listing that replace the true ones.
+    `fetched`: names of the sent files, in order.
     """
 
     def __init__(self, hf_id: str, directory: Path) -> None:

@@ -1,6 +1,6 @@
-"""An ear for the tests: which of twenty sentences was said, or none; pocketsphinx with a closed grammar.
+"""A speech recogniser for tests, with a closed grammar of twenty sentences: pocketsphinx.
 
-It does not notice small dropouts, so it is paired with sample counts.
+It misses small dropouts: tests compare sample counts as well.
 """
 
 import functools
@@ -13,7 +13,7 @@ import soxr
 from shared.pcm import SAMPLE_RATE
 
 RATE: Final = 16_000
-"""What pocketsphinx's acoustic model was trained on, in Hz."""
+"""The sample rate of pocketsphinx's acoustic model, in Hz."""
 
 SENTENCES: Final = (
     "The quick brown fox jumps over the lazy dog.",
@@ -40,7 +40,7 @@ SENTENCES: Final = (
 
 
 def recognise(pcm: bytes, sentences: int = 1) -> str | None:
-    """What `pcm` (24 kHz mono int16) says, if it is so many of SENTENCES, as far as an ear can tell."""
+    """The words of `pcm` (24 kHz mono int16), or None if they are not exactly so many of SENTENCES."""
     decoder = _decoder(sentences)
     sound = soxr.resample(np.frombuffer(pcm, dtype="<i2"), SAMPLE_RATE, RATE)
     decoder.start_utt()

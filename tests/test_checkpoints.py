@@ -1,9 +1,7 @@
-"""The random checkpoints themselves: the official package takes them, and their full sizes are the published ones."""
+"""The random checkpoints: the official package loads them, and their full sizes are the published ones."""
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen.checkpoint.verification import verify
-from tests.checkpoints import Kind, Size, checkpoint_name, codec_config, model_config, tiny
+from tests.checkpoints import Kind, Size, checkpoint_name, codec_config, main, model_config, tiny
 from tests.official_package import official_package
 
 MODELS: list[tuple[Kind, Size]] = [
@@ -26,7 +24,7 @@ MODELS: list[tuple[Kind, Size]] = [
 
 @pytest.mark.parametrize(("kind", "size"), MODELS)
 def test_the_official_package_speaks_with_them(kind: Kind, size: Size) -> None:
-    """Every official call of the type gives audible, unclipped speech of whole frames."""
+    """Every official call for the model's type gives audible, unclipped audio of whole frames."""
     model = official_package().Model.from_pretrained(str(tiny(kind, size)), dtype=torch.float32)
     recording = (np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32), 24_000)
     common: dict[str, Any] = {"text": "Hello world, good morning.", "language": "English", "max_new_tokens": 6}
@@ -70,7 +68,7 @@ def test_seeds_make_different_weights_and_the_same_seed_the_same_path() -> None:
 
 
 def test_odd_ones_differ_in_every_number() -> None:
-    """What they say differs from the published, so that a number which is not read is a number that is heard."""
+    """Every value differs from the published one, so that a value which is not read changes the audio."""
     published, odd = (
         json.loads((tiny("base", generation=generation) / "generation_config.json").read_text())
         for generation in ("published", "odd")
@@ -93,13 +91,15 @@ def test_full_sizes_are_the_published_ones(size: Size, millions: int) -> None:
     assert round(sum(math.prod(tensor.shape) for tensor in codec.decoder.state_dict().values()) / 1e6) == 114
 
 
-def test_the_command_line_writes_them_under_their_published_names(tmp_path: Path) -> None:
+def test_the_command_line_writes_them_under_their_published_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`python -m tests.checkpoints DIR --kind base` writes both sizes of that type and refuses to overwrite."""
-    command = [sys.executable, "-m", "tests.checkpoints", str(tmp_path), "--kind", "base"]
-
-    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    monkeypatch.setattr("sys.argv", ["checkpoints", str(tmp_path), "--kind", "base"])
+    main()
     for size in ("0b6", "1b7"):
         verify(tmp_path / checkpoint_name("base", size))
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "exists already" in capsys.readouterr().err

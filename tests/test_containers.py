@@ -1,4 +1,4 @@
-"""compose.yaml and the Dockerfile, by what they say: no Docker is needed to see whether their parts fit together."""
+"""compose.yaml and the Dockerfile, read as text: their parts fit together. Docker is not needed."""
 
 import re
 from pathlib import Path
@@ -18,17 +18,17 @@ DOCKERFILE: Final = (ROOT / "Dockerfile").read_text()
 
 
 def environment(service: str) -> dict[str, str]:
-    """A container's variables, with compose's own defaults in the place of what the caller may set."""
+    """A container's variables, with compose's defaults for those that the caller may set."""
     return {name: filled_in(str(value)) for name, value in SERVICES[service]["environment"].items()}
 
 
 def filled_in(text: str) -> str:
-    """What compose makes of ${NAME:-default} where NAME is not set."""
+    """`text` with the default for each ${NAME:-default}, as compose fills it in if NAME is not set."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
 def mounts(service: str) -> dict[str, str]:
-    """Volume by the folder it is mounted at."""
+    """Volumes by the folders at which they are mounted."""
     pairs = (filled_in(volume).split(":") for volume in SERVICES[service]["volumes"])
     return {target: source for source, target in pairs}
 
@@ -39,7 +39,7 @@ def seconds(duration: str) -> int:
 
 
 def test_plain_up_is_the_gpu_and_the_profile_any_machine() -> None:
-    """`docker compose up` starts what has no profile; naming server-cpu brings its worker along, and no other."""
+    """`docker compose up` starts the GPU pair, which has no profile; `up server-cpu` starts the CPU pair alone."""
     profiles = {name: service.get("profiles", []) for name, service in SERVICES.items()}
     assert profiles == {"server": [], "gpu_worker": [], "server-cpu": ["cpu"], "gpu_worker-cpu": ["cpu"]}
     for server, worker in PAIRS:
@@ -62,7 +62,7 @@ def test_the_two_meet_in_a_private_volume(pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_settings_are_right(service: str) -> None:
+def test_settings_are_valid(service: str) -> None:
     """Each container starts with these variables."""
     settings = load_settings(environment(service))
     assert settings.worker_url
@@ -83,7 +83,7 @@ def test_every_volume_can_be_written(service: str) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_what_is_kept_lies_in_volumes(pair: tuple[str, str]) -> None:
+def test_weights_and_voices_lie_in_volumes(pair: tuple[str, str]) -> None:
     """Weights and voices outlive the container that owns them."""
     worker = pair[1]
     where = environment(worker)
@@ -99,21 +99,21 @@ def test_a_stop_lets_streams_end(service: str) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_health_is_asked_of_each_for_itself(pair: tuple[str, str]) -> None:
-    """The server's /health, and the worker's synthesis loop."""
+def test_each_service_has_its_own_health_check(pair: tuple[str, str]) -> None:
+    """The server answers /health, and the worker's synthesis loop answers a Ping."""
     server, worker = (SERVICES[service]["healthcheck"] for service in pair)
     assert f":{environment(pair[0])['TTS_PORT']}/health" in server["test"][-1]
     assert worker["test"] == ["CMD", "python", "-m", "gpu_worker", "health"]
 
 
-def test_no_stranger_gets_in() -> None:
-    """Ports are published on the loopback alone."""
+def test_ports_are_published_on_the_loopback() -> None:
+    """No port is reachable from other machines."""
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert published == ["127.0.0.1:8000:8000"] * 2
 
 
-def test_the_image_is_made_of_what_is_here() -> None:
-    """Every source that is copied into it exists, and none of it is kept out of the build."""
+def test_every_source_of_the_image_exists() -> None:
+    """Every COPY source exists, and .dockerignore excludes none."""
     kept_out = [line for line in (ROOT / ".dockerignore").read_text().split() if "*" not in line]
     sources = [source for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for source in line.split()[:-1]]
     assert sources

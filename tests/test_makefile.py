@@ -1,4 +1,4 @@
-"""The Makefile on machines that lack what it asks for: one line that says what to install, and nothing half made."""
+"""The Makefile on machines without what it needs: one line that names it, and no half-made environment."""
 
 import shutil
 import subprocess
@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 @pytest.mark.parametrize(
-    ("lacking", "said"),
+    ("lacking", "message"),
     [
         ("sys.version_info = (3, 10)", "Python 3.11 or newer is needed"),
         ("sys.modules['ensurepip'] = None", "python3-venv"),  # Debian's python3 as it comes
     ],
 )
-def test_what_python_lacks_is_said(tmp_path: Path, lacking: str, said: str) -> None:
-    """Before a venv is begun: one that fails leaves a python behind, and the next run would take it for whole."""
+def test_missing_parts_of_python_are_named(tmp_path: Path, lacking: str, message: str) -> None:
+    """The check comes before the venv: a venv that fails leaves a python behind, and looks complete to the next run."""
     python = tmp_path / "python"
     python.write_text(
         f"#!{sys.executable}\nimport sys\n{lacking}\n"
@@ -33,6 +33,6 @@ def test_what_python_lacks_is_said(tmp_path: Path, lacking: str, said: str) -> N
     (tmp_path / "pyproject.toml").touch()
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode != 0
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert "a venv was begun" not in ended.stderr
     assert not (tmp_path / ".venv").exists()

@@ -1,4 +1,4 @@
-"""The ear itself: it has to hear what is said, and nothing where nothing of it is said."""
+"""The recogniser itself: it recognises each sentence, and nothing in other sounds."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.recogniser import SENTENCES, recognise
 
 @pytest.fixture(scope="module")
 def spoken() -> dict[str, bytes]:
-    """Every sentence as espeak-ng says it."""
+    """Every sentence, spoken by espeak-ng."""
     engine = EspeakEngine(next(spec for spec in load_catalog() if spec.engine == "espeak"))
     sounds = {}
     for sentence in SENTENCES:
@@ -23,19 +23,19 @@ def spoken() -> dict[str, bytes]:
     return sounds
 
 
-def test_it_hears_each_sentence(spoken: dict[str, bytes]) -> None:
-    """All twenty are told apart."""
+def test_each_sentence_is_recognised(spoken: dict[str, bytes]) -> None:
+    """Each of the twenty gives its own words."""
     assert [recognise(pcm) for pcm in spoken.values()] == list(SENTENCES)
 
 
-def test_it_hears_pairs(spoken: dict[str, bytes]) -> None:
-    """Two sentences in a row are heard as these two, in their order."""
+def test_pairs_are_recognised(spoken: dict[str, bytes]) -> None:
+    """Two sentences in a row are recognised in their order."""
     pair = spoken[SENTENCES[3]] + spoken[SENTENCES[11]]
     assert recognise(pair, sentences=2) == f"{SENTENCES[3]} {SENTENCES[11]}"
 
 
-def test_it_hears_nothing_in_what_is_no_speech(spoken: dict[str, bytes]) -> None:
-    """Noise, silence, half a sentence and a sentence backwards are none of the twenty."""
+def test_other_sounds_are_not_recognised(spoken: dict[str, bytes]) -> None:
+    """Noise, silence, half a sentence and a reversed sentence are none of the twenty."""
     sentence = SENTENCES[0]
     noise = np.random.default_rng(0).integers(-3000, 3000, 48_000).astype("<i2").tobytes()
     backwards = np.frombuffer(spoken[sentence], "<i2")[::-1].tobytes()

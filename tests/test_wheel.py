@@ -1,4 +1,4 @@
-"""The wheel: everything that running from it takes, and nothing of whoever built it."""
+"""The wheel: all modules and files of the product, and no files of the machine that built it."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder into which a wheel of this project was unpacked."""
+    """A folder with the unpacked wheel of this project."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -35,8 +35,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built / "unpacked"
 
 
-def test_models_are_described_in_it(unpacked: Path, tmp_path: Path) -> None:
-    """Where only the wheel is installed, the catalogue is the project's own."""
+def test_it_has_the_catalogue(unpacked: Path, tmp_path: Path) -> None:
+    """With only the wheel installed, the catalogue is the project's."""
     program = "from shared import catalog; print(catalog.__file__, *(spec.id for spec in catalog.load_catalog()))"
     environ = os.environ | {"PYTHONPATH": str(unpacked)}
     said = subprocess.run(
@@ -45,8 +45,8 @@ def test_models_are_described_in_it(unpacked: Path, tmp_path: Path) -> None:
     assert said.split() == [str(unpacked / "shared" / "catalog.py"), *(spec.id for spec in load_catalog())]
 
 
-def test_it_holds_what_is_served_and_no_more(unpacked: Path) -> None:
-    """Every module and static file of the product is in it; tests, weights and caches are not."""
+def test_it_has_all_of_the_product_and_no_more(unpacked: Path) -> None:
+    """Every module and static file of the product is in the wheel; tests, weights and caches are not."""
     packed = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
     packed = {path for path in packed if not path.parts[0].endswith(".dist-info")}
     ours = {path for name in ("server", "gpu_worker", "shared") for path in (ROOT / name).rglob("*") if path.is_file()}

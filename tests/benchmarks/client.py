@@ -1,7 +1,7 @@
-"""An open-loop client: requests leave when a Poisson process says so, whether or not earlier ones were answered.
+"""An open-loop client: requests leave at the times of a Poisson process, whether or not earlier ones were answered.
 
-It notes when which bytes came, and no more: what they are worth is worked out after the load (see playback.py).
-One connection a request, bare asyncio streams: next to no work, so that the server is what is measured.
+It records the arrival time of all bytes, and no more: playback.py evaluates them after the load.
+Each request has a connection of its own, over bare asyncio streams: the client needs little CPU time.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ TOO_MANY = 429
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What came back for one request; seconds since the instant at which the request was due.
+    """The answer to one request; all times are seconds since the request was due.
 
-    Counting from there, a client or server that falls behind shows in the latencies instead of hiding in them.
-    `error` is empty for an answer that came to its proper end.
+    Latencies therefore include the delay of a client or server that falls behind.
+    `error` is empty for a complete answer.
     """
 
     sent_s: float
@@ -31,13 +31,13 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def refused(self) -> bool:
-        """Whether the server said that it has no room."""
+        """Whether the server's queue was full."""
         return self.status == TOO_MANY
 
 
 def poisson(rate: float, seconds: float, most: int, seed: int) -> list[float]:
-    """When requests are due: at `rate` a second on average for `seconds`, `most` at most."""
-    random_ = random.Random(seed)  # noqa: S311 -- a benchmark's, which has to be the same again
+    """The times at which requests are due: `rate` a second on average for `seconds`, at most `most`."""
+    random_ = random.Random(seed)  # noqa: S311 -- a benchmark's, which must be repeatable
     due: list[float] = []
     now = random_.expovariate(rate)
     while now < seconds and len(due) < most:
@@ -49,7 +49,7 @@ def poisson(rate: float, seconds: float, most: int, seed: int) -> list[float]:
 async def load(
     url: str, bodies: list[dict[str, Any]], due: list[float], timeout_s: float
 ) -> tuple[list[Answer], float]:
-    """Send every body when it is due; the answers, and the seconds from the first departure to the last end."""
+    """Send every body when it is due; the answers, and the seconds from the first request to the last end."""
     loop = asyncio.get_running_loop()
     began = loop.time() + 0.1
 
@@ -63,7 +63,7 @@ async def load(
 
 
 async def ask(url: str, body: dict[str, Any], timeout_s: float, due: float | None = None) -> Answer:
-    """One request for speech, `due` on the loop's clock (None: now); it never raises for what a server may do."""
+    """One request for speech, `due` on the loop's clock (None: now). Failures of the server are in Answer.error."""
     loop = asyncio.get_running_loop()
     due = loop.time() if due is None else due
     sent = loop.time() - due
@@ -98,7 +98,7 @@ def _request(host: str, body: dict[str, Any]) -> bytes:
 
 
 async def _chunk(reader: asyncio.StreamReader) -> bytes:
-    """The next chunk of a chunked body, empty at its proper end; EOFError or ValueError where it breaks off."""
+    """The next chunk of a chunked body, empty at its end; EOFError or ValueError if the body breaks off."""
     size = int(await reader.readline(), 16)
     return (await reader.readexactly(size + 2))[:-2]
 

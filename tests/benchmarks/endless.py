@@ -1,7 +1,7 @@
-"""Random checkpoints that never say they are done: `python -m tests.benchmarks.endless --size tiny`.
+"""Random checkpoints that never predict end of speech: `python -m tests.benchmarks.endless --size tiny`.
 
-Every request then lasts as long as its `max_new_tokens` says, over HTTP as well: lengths are forced from outside,
-without a switch in the server. Prints the directory, which is kept under `.cache/checkpoints/`.
+Every request then has exactly `max_new_tokens` frames, over HTTP as well: the server needs no switch for that.
+Prints the directory, which is kept under `.cache/checkpoints/`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _HEAD: Final = "talker.codec_head.weight"
 def endless(size: str) -> Path:
     """The directory of a CustomVoice checkpoint of `size`, a key of SIZES; made on first use."""
     source = tiny("custom_voice") if size == "tiny" else None
-    # A small checkpoint's parent is named after what made it.
+    # The name of a small checkpoint's parent identifies the code that made it.
     key = source.parent.name if source else f"full-{size}"
     target = CACHE / "endless" / key / checkpoint_name("custom_voice", SIZES[size])
     if target.is_dir():
@@ -39,7 +39,7 @@ def endless(size: str) -> Path:
 def silence_end(weights: Path) -> None:
     """Zero the end-of-speech row of the codebook-0 head, in place.
 
-    Its logit is then always 0, far below the 50 best of 2049 random ones, which are all that is sampled from.
+    Its logit is then always 0, far below the 50 largest of 2049 random ones, and only those are sampled.
     """
     with weights.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))

@@ -1,8 +1,8 @@
-"""How fast frames are made, beside the official package: `python -m tests.benchmarks.engine`.
+"""The engine's speed, beside the official package's: `python -m tests.benchmarks.engine`.
 
-Closed loop: so many streams at once, each of a forced number of frames, codec included.
-Same checkpoint, same run, same threads. By default the small random checkpoint; nothing here says anything about
-quality, natural lengths or audible latency.
+Closed loop: a number of streams at once, each with a forced number of frames, codec included.
+Both use the same checkpoint, run and threads. The default is a small random checkpoint.
+The figures say nothing about quality, natural lengths or audible latency.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from tests.benchmarks.stages import Clock
 from tests.checkpoints import tiny
 
 PROFILED_STEPS: Final = 8
-"""A longest chunk of the codec's, so that its share is in it."""
+"""As many as the codec's longest chunk, so that the count includes one codec call."""
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One measurement: milliseconds a step (a frame of every stream), by percentile, and where they went."""
+    """One measurement: the milliseconds of each step (one frame of every stream), and of each of its stages."""
 
     streams: int
     frames: int
@@ -45,14 +45,14 @@ class Result(msgspec.Struct, frozen=True):
 
     @property
     def frame_ms(self) -> float:
-        """Milliseconds of the whole run a frame and stream."""
+        """Milliseconds of the whole run, divided by its streams and frames."""
         return 1000 * self.seconds / (self.streams * self.frames)
 
 
 def measure(
     engine: QwenEngine, job: Callable[[int], Job], streams: int, frames: int, *, clock: Clock, staged: bool = False
 ) -> Result:
-    """Speak `streams` jobs of exactly `frames` frames at once."""
+    """Run `streams` jobs of exactly `frames` frames at once. RuntimeError if a job ends early."""
     with stages.staged(engine, clock) if staged else nullcontext({}) as parts:
         for number in range(streams):
             engine.admit(job(number))
@@ -70,7 +70,7 @@ def measure(
                 first = 1000 * (now - start)
         seconds = clock() - start
     if spoken != streams * frames * 3840:
-        raise RuntimeError(f"{spoken / 3840} frames were spoken instead of {streams * frames}")
+        raise RuntimeError(f"{spoken / 3840} frames instead of {streams * frames}")
     per_step = {name: 1000 * value / len(steps) for name, value in parts.items()}
     return Result(streams, frames, seconds, steps, first, per_step)
 
@@ -90,7 +90,7 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
 
 
 def _codec_dtype(arguments: argparse.Namespace) -> torch.dtype:
-    """What was asked for, or what the service takes: the model's."""
+    """The argument, or the model's dtype, as in the service."""
     return compute_dtype(arguments.device, arguments.codec_dtype or arguments.dtype)
 
 
@@ -112,7 +112,7 @@ def main() -> None:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: time of this process alone, for machines that others use too; only with --threads 1",
+        help="cpu: CPU time of this process, for busy machines; only with --threads 1",
     )
     parser.add_argument("--no-official", action="store_true")
     arguments = parser.parse_args()
@@ -121,7 +121,7 @@ def main() -> None:
         parser.error("--clock cpu measures one thread of a CPU")
     if arguments.frames <= stages.WARM_UP_STEPS + PROFILED_STEPS:
         parser.error(
-            f"--frames is more than {stages.WARM_UP_STEPS + PROFILED_STEPS}: launches are counted behind a warm-up"
+            f"--frames must exceed {stages.WARM_UP_STEPS + PROFILED_STEPS}: launches are counted after a warm-up"
         )
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     arguments.streams = arguments.streams or ([1, 8, 16, 32, 64, 128] if cuda else [1, 4, 8, 16])
@@ -144,7 +144,7 @@ def main() -> None:
     print("\n".join(f"- {line}" for line in machine.describe()))
     where = f"on {arguments.device}" if cuda else f"{arguments.threads} threads"
     dtype = compute_dtype(arguments.device, arguments.dtype)
-    print(f"- {directory.name}, random or real weights as they are, {dtype}, codec {_codec_dtype(arguments)}, {where}")
+    print(f"- {directory.name}, {dtype}, codec {_codec_dtype(arguments)}, {where}")
     print(f"- {arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
     base = None
     if not arguments.no_official:
@@ -166,16 +166,16 @@ def main() -> None:
 
 
 def _print_stages(engine: QwenEngine, job: Callable[[int], Job], arguments: argparse.Namespace, clock: Clock) -> None:
-    """Where a step's time goes, beside its floor, and what it launches."""
+    """Print the time of a step's stages beside their floors, and the number of launches."""
     cuda = arguments.device == "cuda"
     bandwidth = stages.copy_bandwidth(torch.device(arguments.device), clock)
     counted = "kernels" if cuda else "operators"
-    print("\nwhere a step's time goes, ms (timed apart, so a little slower),")
-    print(f"and what reading the bytes alone takes, at the {bandwidth / 1e9:.0f} GB/s that a copy reached")
+    print("\nmilliseconds of a step by stage (a run of its own, slightly slower),")
+    print(f"and the floor: reading the bytes alone, at the {bandwidth / 1e9:.0f} GB/s that a copy reached")
     for streams in arguments.streams:
         result = measure(engine, job, streams, arguments.frames, clock=clock, staged=True)
         shown = [f"{name} {value:.2f}" for name, value in result.stages_ms.items()]
-        if not cuda:  # there the parts overlap, and their sum is no part of a step
+        if not cuda:  # on CUDA the stages overlap, and their sum is not a part of the step
             total = 1000 * result.seconds / len(result.steps_ms)
             inner = sum(value for name, value in result.stages_ms.items() if "of which" not in name)
             shown.append(f"python and the rest {total - inner:.2f}")

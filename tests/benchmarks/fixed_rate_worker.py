@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.fixed_rate_worker URL SECONDS`: a GPU worker that speaks exactly as fast as one listens.
+"""`python -m tests.benchmarks.fixed_rate_worker URL SECONDS`: a GPU worker that sends audio in real time.
 
-Every request gets SECONDS of recorded speech in frames of 80 ms, one each 80 ms: what a GPU that just keeps up would
-send. It costs next to nothing, so that what is measured is the front end.
+Every request gets SECONDS of recorded speech, one frame of 80 ms each 80 ms, as from a GPU that just keeps up.
+The worker needs almost no CPU time, so that the front end is measured.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ TEXT: Final = "This is speech that goes on for a while, so that an encoder has t
 
 
 async def serve(url: str, frames: int) -> None:
-    """Answer every Speak with `frames` frames in real time, until the process is ended."""
+    """Answer every Speak with `frames` frames in real time, until the process ends."""
     context = zmq.asyncio.Context()
     router: Any = bind_router(context, url)
     catalog = load_catalog()

@@ -1,11 +1,11 @@
-"""What the front end adds to an engine, and how much it holds: `python -m tests.benchmarks.frontend`.
+"""The latency that the front end adds, and the streams that it carries: `python -m tests.benchmarks.frontend`.
 
-- Time to the first byte over HTTP beside the engine's own first chunk (espeak-ng over bare ZeroMQ), in turns.
-- Real-time streams: a stand-in worker sends every stream 80 ms of speech each 80 ms, a client in this process takes
-  them; a stream underruns where a player that starts with a buffer of 200 ms would have run dry.
+- Time to the first byte over HTTP, and to the engine's first chunk (espeak-ng over bare ZeroMQ), in turns.
+- Real-time streams: fixed_rate_worker sends every stream 80 ms of speech each 80 ms, and a client in this process
+  reads them. A stream underruns if a player with a buffer of 200 ms would have run dry.
 - Resident memory of a web worker, before and after.
 
-All processes, the client's too, share the machine's cores: read the figures with the machine's line above them.
+All processes share the machine's cores, the client as well: read the figures with the machine's line above them.
 """
 
 import argparse
@@ -21,16 +21,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgspec
 import uvloop
-import zmq
 
-from shared.protocol import VERSION, Audio, Cancel, Hello, Message, Speak, Welcome, decode_from_worker, encode
-from shared.sockets import connect_dealer
+from shared.protocol import Audio, Cancel, Speak
 from tests.benchmarks import machine
-from tests.system.service import ROOT, Service, children_of, resident_bytes
+from tests.system.service import Service, children_of, environment, resident_bytes
+from tests.system.worker_client import WorkerClient
 
 TEXT: Final = "Good morning, this is a short sentence."
 PLAYER_BUFFER_S: Final = 0.2
@@ -38,7 +37,7 @@ BYTES_A_SECOND: Final = {"pcm": 48_000, "mp3": 8_000}
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """One round of concurrent streams: how late the worst chunks came, and what each process computed."""
+    """One round of concurrent streams: how late the worst chunks were, and the CPU time of each process."""
 
     audio_format: str
     streams: int
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def print_first_bytes(folder: Path, requests: int) -> None:
-    """Direct, pcm and mp3 in turns, so that whatever else the machine does falls on all alike."""
+    """Measure the engine alone, pcm and mp3 in turns, so that other load of the machine affects all of them alike."""
     times: dict[str, list[float]] = {"engine alone": [], "http pcm": [], "http mp3": []}
     with running(folder, "gpu_worker") as url:
         service = Service(folder, WORKER_URL=url)
@@ -77,14 +76,14 @@ def print_first_bytes(folder: Path, requests: int) -> None:
             service.wait_ready()
             memory = resident_bytes(next(iter(children_of(service.process.pid))))
             connection = http.client.HTTPConnection("127.0.0.1", service.port)
-            with Direct(url) as direct:
+            with WorkerClient(url) as worker:
                 for count in range(requests + 10):
                     measured = {
-                        "engine alone": direct.first_chunk_s(f"{count}"),
+                        "engine alone": first_chunk_s(worker, f"{count}"),
                         "http pcm": first_byte_s(connection, "pcm"),
                         "http mp3": first_byte_s(connection, "mp3"),
                     }
-                    if count >= 10:  # the first ten warm everything up
+                    if count >= 10:  # the first ten are the warm-up
                         for name, seconds in measured.items():
                             times[name].append(seconds)
             connection.close()
@@ -99,48 +98,18 @@ def print_first_bytes(folder: Path, requests: int) -> None:
     print(f"\nresident memory of a web worker: {memory / 2**20:.0f} MB at start, {after / 2**20:.0f} MB afterwards")
 
 
-class Direct:
-    """A web worker's end of the conversation and nothing else."""
-
-    def __init__(self, url: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealer = connect_dealer(self._context, url)
-
-    def __enter__(self) -> Self:
-        self._dealer.poll(5_000, zmq.POLLOUT)
-        self._send(Hello(version=VERSION, token=""))
-        self._receive(Welcome)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._dealer.close()
-        self._context.term()
-
-    def first_chunk_s(self, name: str) -> float:
-        """Seconds from a Speak to its first Audio."""
-        began = time.perf_counter()
-        self._send(
-            Speak(
-                id=name,
-                client="benchmark",
-                model="espeak-ng",
-                task="CustomVoice",
-                text=TEXT,
-                voice="en-us+f2",
-                credit=1,
-            )
-        )
-        self._receive(Audio)
-        seconds = time.perf_counter() - began
-        self._send(Cancel(id=name))
-        return seconds
-
-    def _send(self, message: Message) -> None:
-        self._dealer.send_multipart(encode(message))
-
-    def _receive(self, kind: type[Message]) -> None:
-        while not isinstance(decode_from_worker(self._dealer.recv_multipart())[0], kind):
-            pass
+def first_chunk_s(worker: WorkerClient, name: str) -> float:
+    """Seconds from a Speak to its first Audio."""
+    speak = Speak(
+        id=name, client="benchmark", model="espeak-ng", task="CustomVoice", text=TEXT, voice="en-us+f2", credit=1
+    )
+    began = time.perf_counter()
+    worker.send(speak)
+    while not isinstance(worker.receive(), Audio):
+        pass
+    seconds = time.perf_counter() - began
+    worker.send(Cancel(id=name))
+    return seconds
 
 
 def first_byte_s(connection: http.client.HTTPConnection, audio_format: str) -> float:
@@ -159,7 +128,7 @@ def first_byte_s(connection: http.client.HTTPConnection, audio_format: str) -> f
 
 
 def print_streams(folder: Path, rounds: Sequence[int], seconds: float, web_workers: int) -> None:
-    """One line a round; memory at the end."""
+    """Print one line for each round, and the memory at the end."""
     print(f"\nreal-time streams of {seconds:g} s, {web_workers} web workers")
     print(f"{'':6}{'streams':>8}{'complete':>10}{'underruns':>11}{'late p99 ms':>13}{'max ms':>8}   cores used")
     with running(folder, "tests.benchmarks.fixed_rate_worker", str(seconds)) as url:
@@ -202,7 +171,7 @@ async def measure(port: int, audio_format: str, streams: int, webs: Sequence[int
 
 
 async def one_stream(port: int, audio_format: str, *, delay_s: float) -> list[float]:
-    """How many seconds late each piece came, for a player that began with the first; raises if the stream breaks."""
+    """Each piece's lateness in seconds, for a player that begins with the first piece. Raises if the stream breaks."""
     await asyncio.sleep(delay_s)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"input": TEXT, "response_format": audio_format, "model": "espeak-ng"}).encode()
@@ -230,11 +199,10 @@ async def one_stream(port: int, audio_format: str, *, delay_s: float) -> list[fl
 
 @contextlib.contextmanager
 def running(folder: Path, module: str, *arguments: str) -> Iterator[str]:
-    """A worker process at an address of its own, which is what this gives."""
+    """A worker process; the address at which it listens."""
     private = Path(tempfile.mkdtemp(dir=folder))
     url = f"ipc://{private}/w.ipc"
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
-    environ |= {"TTS_WORKER_URL": url, "TTS_LOG_LEVEL": "warning", "PYTHONPATH": str(ROOT)}
+    environ = environment(WORKER_URL=url, LOG_LEVEL="warning")
     command = [sys.executable, "-m", module, *([url, *arguments] if arguments else [])]
     worker = subprocess.Popen(command, env=environ, cwd=folder)
     try:
@@ -251,7 +219,7 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """What the processes have computed so far."""
+    """The processes' CPU time so far."""
     ticks = 0
     for pid in pids:
         fields: list[Any] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,13 +1,13 @@
-"""How the service does under load that does not wait for it: `python -m tests.benchmarks.load`.
+"""The service under open-loop load: `python -m tests.benchmarks.load`.
 
-Requests arrive as a Poisson process at so many a second (open loop), each with its length declared (`max_new_tokens`).
-Client-observed over HTTP from the instant a request was due; first byte, first playable sample,
-real-time factor, and how often a player would have run dry that begins with the first sample it can decode.
+Requests arrive as a Poisson process at a given rate, each with a declared length (`max_new_tokens`).
+The client measures over HTTP from the instant a request was due: first byte, first playable sample, real-time factor,
+and the underruns of a player that begins with the first sample it can decode.
 
 Without `--url` it starts the service itself, with a random checkpoint that never ends by itself (see endless.py).
-With random weights, nothing here says anything about quality, natural lengths or audible latency.
-This process is the client and no more: checkpoint and service are made by others.
-Exit code 1 where a request failed; a refusal (429) is counted apart, since an open loop may ask for more than there is.
+With random weights the figures say nothing about quality, natural lengths or audible latency.
+This process is only the client: other processes make the checkpoint and run the service.
+Exit code 1 if a request failed. A refusal (429) is counted separately: an open loop may exceed the capacity.
 """
 
 import argparse
@@ -43,10 +43,10 @@ TEXTS: Final = (
 )
 FRAME_S: Final = FRAME_SAMPLES / SAMPLE_RATE
 MOST_FRAMES: Final = 192
-"""The engine caps short texts here, whatever a request declares."""
+"""The engine limits short texts to so many frames, whatever a request declares."""
 
 CLIENT_LATE_MS: Final = 20.0
-"""A client that itself fell behind by more than this measured itself."""
+"""If the client fell behind by more than this, its latencies include its own delay."""
 
 HEADER: Final = (
     "| req/s | format | asked | spoken | refused | failed "
@@ -56,7 +56,7 @@ HEADER: Final = (
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """One rate with one format. `played` are the answers that were complete."""
+    """One rate with one format. `played`: playback of the complete answers."""
 
     rate: float
     audio_format: str
@@ -67,12 +67,12 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def refused(self) -> int:
-        """Requests that met a full queue."""
+        """Requests that were refused because the queue was full."""
         return sum(answer.refused for answer in self.answers)
 
     @property
     def errors(self) -> list[str]:
-        """What went wrong with the requests that were neither spoken nor refused."""
+        """The errors of the requests that were neither complete nor refused."""
         return [answer.error for answer in self.answers if answer.error and not answer.refused]
 
     @property
@@ -115,8 +115,8 @@ def main() -> int:
             url = stack.enter_context(_service(arguments, checkpoint))
         model = arguments.model or (None if arguments.url else MODELS[arguments.size])
         print("\n".join(f"- {line}" for line in _conditions(arguments, url, model)), flush=True)
-        ask = Asker(url, model, arguments.frames, arguments.seed, arguments.timeout)
-        problem = ask.warm_up(arguments.warm_up)
+        requester = Requester(url, model, arguments.frames, arguments.seed, arguments.timeout)
+        problem = requester.warm_up(arguments.warm_up)
         if problem:
             print(f"\nthe warm-up failed: {problem}")
             return 1
@@ -124,13 +124,13 @@ def main() -> int:
         rounds = []
         for rate in arguments.rates:
             for audio_format in arguments.formats:
-                rounds.append(ask.round(rate, audio_format, arguments.seconds, arguments.requests))
+                rounds.append(requester.round(rate, audio_format, arguments.seconds, arguments.requests))
                 print(rounds[-1].row(), flush=True)
     return _verdict(rounds)
 
 
-class Asker:
-    """Asks one service for speech of one declared length."""
+class Requester:
+    """Sends requests of one declared length to one service."""
 
     def __init__(self, url: str, model: str | None, frames: int, seed: int, timeout_s: float) -> None:
         self._url = url
@@ -140,7 +140,7 @@ class Asker:
         self._timeout_s = timeout_s
 
     def warm_up(self, requests: int) -> str:
-        """All formats, first one by one and then together; what went wrong, if anything did."""
+        """Request all formats, first one by one and then at once; the first error, or an empty string."""
         bodies = [self._body(number, FORMATS[number % len(FORMATS)]) for number in range(requests)]
         answers: list[client.Answer] = []
         for body in bodies[: len(FORMATS)]:
@@ -149,7 +149,7 @@ class Asker:
         return next((answer.error for answer in answers if answer.error and not answer.refused), "")
 
     def round(self, rate: float, audio_format: str, seconds: float, most: int) -> Round:
-        """Ask at `rate` for `seconds`, and wait for the last answer."""
+        """Send requests at `rate` for `seconds`, and wait for the last answer."""
         due = client.poisson(rate, seconds, most, self._seed)
         bodies = [self._body(number, audio_format) for number in range(len(due))]
         answers, wall_s = uvloop.run(client.load(self._url, bodies, due, self._timeout_s))
@@ -170,13 +170,13 @@ class Asker:
 
 
 def _run(module: str, *arguments: str) -> str:
-    """What a module that imports torch prints: this process is the client and no more."""
+    """The output of a module that imports torch: the client's own process does not."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=machine.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def _official(arguments: argparse.Namespace, checkpoint: str) -> str:
-    """What the official package does with the same checkpoint and lengths, before the service takes the machine."""
+    """The official package's figures with the same checkpoint and lengths, measured before the service starts."""
     frames = str(arguments.frames)
     options = ("--frames", frames, "--device", arguments.device, "--dtype", arguments.dtype)
     frame_ms = float(_run("tests.benchmarks.official", checkpoint, *options).splitlines()[-1])
@@ -189,7 +189,7 @@ def _official(arguments: argparse.Namespace, checkpoint: str) -> str:
 
 @contextlib.contextmanager
 def _service(arguments: argparse.Namespace, checkpoint: str) -> Iterator[str]:
-    """The service with this checkpoint; its address."""
+    """Run the service with this checkpoint; its address."""
     model = MODELS[arguments.size]
     settings: dict[str, object] = {
         "DEFAULT_MODEL": model,
@@ -213,7 +213,7 @@ def _service(arguments: argparse.Namespace, checkpoint: str) -> Iterator[str]:
 
 
 def _conditions(arguments: argparse.Namespace, url: str, model: str | None) -> list[str]:
-    """What was asked, of what."""
+    """The measured service, and the requests."""
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
         stats, device = http.get("/admin/stats").json(), http.get("/admin/vram").json()["device"]
     if arguments.url:
@@ -231,7 +231,7 @@ def _conditions(arguments: argparse.Namespace, url: str, model: str | None) -> l
 
 
 def _verdict(rounds: Sequence[Round]) -> int:
-    """Say what the table cannot; the exit code."""
+    """Print the client's delay and all errors; the exit code."""
     late_ms = max((1000 * answer.sent_s for round_ in rounds for answer in round_.answers), default=0.0)
     print(f"\nthe client was late by {late_ms:.0f} ms at most")
     if late_ms > CLIENT_LATE_MS:
@@ -254,21 +254,21 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.load", description=__doc__)
-    parser.add_argument("--url", help="a service that runs already; lengths are then forced only if its model plays on")
-    parser.add_argument("--model", help="with --url: the model to ask for; default: the service's")
+    parser.add_argument("--url", help="a running service, whose model may end by itself")
+    parser.add_argument("--model", help="with --url: the model to request; default: the service's")
     parser.add_argument("--size", choices=tuple(MODELS), default="tiny", help="of the random checkpoint")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--slots", type=int, help="requests speaking at once; default: the engine's choice")
-    parser.add_argument("--queue", type=int, default=64, help="requests waiting at most; more are refused")
+    parser.add_argument("--slots", type=int, help="running requests at once; default: the engine's choice")
+    parser.add_argument("--queue", type=int, default=64, help="most queued requests; more are refused")
     parser.add_argument("--web-workers", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 5, 10, 20], help="requests a second")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--frames", type=int, default=75, help="declared length of every request, 80 ms each")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long requests arrive, each line of the table")
-    parser.add_argument("--requests", type=int, default=600, help="at most so many, each line of the table")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long requests arrive, for each line")
+    parser.add_argument("--requests", type=int, default=600, help="most requests, for each line")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request has failed")
-    parser.add_argument("--warm-up", type=int, default=16, help="requests before anything is measured")
+    parser.add_argument("--warm-up", type=int, default=16, help="requests before the measurement")
     parser.add_argument("--no-official", action="store_true", help="leave out the official package")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

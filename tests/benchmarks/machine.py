@@ -1,6 +1,6 @@
-"""What a benchmark's figures were measured on: processor, memory, GPU with its clocks, versions, commit, date.
+"""Describes the machine of a benchmark: processor, memory, GPU with its clocks, versions, commit, date.
 
-It only looks; it changes no clocks and imports no torch, so a light client may ask it.
+It changes no clocks, and does not import torch, so that a small client process may use it.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 def describe() -> list[str]:
-    """One line each: when and which commit, the processor, every GPU that NVML sees, the versions."""
+    """One line each: date and commit, the processor, every GPU that NVML finds, the versions."""
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return [f"{now}, commit {commit()}", processor(), *gpus(), versions()]
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """The checked-out commit, and whether files differ from it."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -32,7 +32,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """Model, cores that this process may use, RAM, and how busy the machine is already."""
+    """Model, the cores that this process may use, RAM, and the load average."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -44,7 +44,7 @@ def processor() -> str:
 
 
 def gpus() -> list[str]:
-    """Name, memory, driver, clocks (now / most, MHz) and power limit of every GPU; one line that says so if none."""
+    """Name, memory, driver, clocks (now / maximum, MHz) and power limit of every GPU; one line if there is none."""
     try:
         import pynvml  # noqa: PLC0415 -- of the gpu extra
 
@@ -63,7 +63,7 @@ def gpus() -> list[str]:
 
 def _gpu(nvml: Any, device: Any) -> str:
     parts = [nvml.nvmlDeviceGetName(device), f"{nvml.nvmlDeviceGetMemoryInfo(device).total / 2**30:.0f} GiB"]
-    # A virtual or partitioned GPU may not tell these.
+    # A virtual or partitioned GPU may not support these.
     with contextlib.suppress(nvml.NVMLError):
         for name, clock in (("SM", nvml.NVML_CLOCK_SM), ("memory", nvml.NVML_CLOCK_MEM)):
             now, most = nvml.nvmlDeviceGetClockInfo(device, clock), nvml.nvmlDeviceGetMaxClockInfo(device, clock)
@@ -82,5 +82,5 @@ def versions() -> str:
 
 
 def _git(*arguments: str) -> str:
-    answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S607 -- the git of whoever runs this
+    answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S607 -- the user's own git
     return answer.stdout.strip()

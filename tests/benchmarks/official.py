@@ -1,7 +1,7 @@
-"""How fast the official package speaks: `python -m tests.benchmarks.official DIRECTORY` prints milliseconds a frame.
+"""The official package's speed: `python -m tests.benchmarks.official DIRECTORY` prints milliseconds a frame.
 
-One stream, one request after the other: it neither streams nor batches requests that come and go.
-The benchmarks that compare with it measure it in the same run; this is where.
+One stream, one request after the other: the package neither streams nor batches continuously.
+The benchmarks that compare with it call this module in the same run.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from tests.official_package import official_package
 
 TEXT: Final = "Hello world, good morning to the speech of today."
 RUNS: Final = 2
-"""After one to warm up; the quicker one counts."""
+"""After a warm-up run; the faster one counts."""
 
 
 def frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, clock: Clock) -> float:
-    """Milliseconds a frame of one stream, codec included, over runs of so many forced frames."""
+    """Milliseconds a frame of one stream, codec included, over runs of `frames` forced frames."""
     model = official_package().Model.from_pretrained(
         str(directory), dtype=dtype, attn_implementation="sdpa", device_map=device
     )
@@ -30,7 +30,7 @@ def frame_ms(directory: Path, frames: int, device: str, dtype: torch.dtype, cloc
     talk = model.model.talker.generate
 
     def forced(**kwargs: Any) -> Any:
-        # One more than the frames it makes.
+        # The official package makes one frame less.
         return talk(**{**kwargs, "min_new_tokens": frames, "max_new_tokens": frames + 1})
 
     model.model.talker.generate = forced

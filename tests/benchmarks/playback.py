@@ -1,6 +1,6 @@
-"""What a player would have made of an answer: when it could begin, and where it ran dry. Computed after the load.
+"""Plays an answer back after the load: when playback can begin, and where it underruns.
 
-The player is the strictest there is: it begins with the first sample that it can decode, and buffers nothing first.
+The player is the strictest possible: it begins with the first sample that it can decode, without a buffer.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ FORMATS: Final = ("pcm", "mp3")
 
 
 class Playback(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer as heard, in seconds; `first_playable_s` since the request was due."""
+    """One answer's playback, in seconds; `first_byte_s` and `first_playable_s` count from when the request was due."""
 
     first_byte_s: float
     first_playable_s: float
@@ -25,7 +25,7 @@ class Playback(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def play(arrivals: list[tuple[float, bytes]], audio_format: str) -> Playback:
-    """Decode an answer as it came, and play it; ValueError where there is nothing to hear."""
+    """Decode an answer piece by piece, and play it. ValueError if it has no audio."""
     decoder = _Pcm() if audio_format == "pcm" else _Mp3()
     heard = [(instant, decoder.samples(data)) for instant, data in arrivals]
     if heard:
@@ -37,7 +37,7 @@ def play(arrivals: list[tuple[float, bytes]], audio_format: str) -> Playback:
 
 
 def listen(heard: Iterable[tuple[float, float]]) -> tuple[float, float, int, float]:
-    """From (instant, seconds of audio that came then): first instant with sound, seconds in all, stalls, stalled."""
+    """From (instant, seconds of audio) pairs: first instant with audio, seconds of audio, stalls, stalled seconds."""
     first: float | None = None
     dry = audio_s = stall_s = 0.0
     stalls = 0
@@ -53,12 +53,12 @@ def listen(heard: Iterable[tuple[float, float]]) -> tuple[float, float, int, flo
         dry += seconds
         audio_s += seconds
     if first is None:
-        raise ValueError("nothing to hear")
+        raise ValueError("no audio")
     return first, audio_s, stalls, stall_s
 
 
 class _Pcm:
-    """Samples in bytes cut anywhere."""
+    """Counts samples in pieces of any length."""
 
     _bytes = 0
 
@@ -72,7 +72,7 @@ class _Pcm:
 
 
 class _Mp3:
-    """Samples that FFmpeg's decoder can give once these bytes are there."""
+    """Counts the samples that FFmpeg's decoder returns for each piece."""
 
     def __init__(self) -> None:
         self._codec = av.CodecContext.create("mp3", "r")
@@ -81,6 +81,6 @@ class _Mp3:
         return sum(frame.samples for packet in self._codec.parse(data) for frame in self._codec.decode(packet))
 
     def rest(self) -> int:
-        """What the parser held back, since only the next frame or the end tells that a frame is complete."""
+        """The samples of the last frame: the parser returns a frame when it sees the next one or the end."""
         held = self._codec.parse(None)
         return sum(frame.samples for packet in held for frame in self._codec.decode(packet))

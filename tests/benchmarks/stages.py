@@ -1,8 +1,8 @@
-"""Where a frame's time goes, how near that is to what memory allows, and how many kernels it takes.
+"""The stages of a step: their times, their floors by memory bandwidth, and the number of kernels.
 
-Times are the host's on CPU, where a part is over when it returns, and CUDA events' on a GPU, where it is not.
-The floor counts bytes alone: every weight read once a forward, keys and values once a frame, at the bandwidth that a
-copy on this device was just seen to reach. Nothing reaches it, and a large codec batch is bound by arithmetic instead.
+On CPU a stage is timed by the host's clock. On a GPU a call returns before its stage ends: CUDA events time it.
+The floor counts bytes alone: every weight is read once a forward, keys and values once a frame, at the bandwidth of a
+copy on this device. No step reaches the floor, and arithmetic rather than memory limits a large codec batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +15,10 @@ from torch import Tensor
 from gpu_worker.engines.qwen.engine import QwenEngine
 
 Clock = Callable[[], float]
-"""Seconds that only grow."""
+"""Returns seconds that never decrease."""
 
 COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 256 << 20}
-"""Far more than any cache holds."""
+"""Far more than any cache."""
 
 WARM_UP_STEPS: Final = 8
 
@@ -28,12 +28,12 @@ _GRAPHS: Final = {
     "prefill": "prefill",
     "decode": "codec",
 }
-"""What captured functions are called in the table."""
+"""The stages' names in the table, by captured function."""
 
 
 @contextmanager
 def staged(engine: QwenEngine, clock: Clock) -> Iterator[dict[str, float]]:
-    """Time the parts of every step made meanwhile; the seconds by part are there at the end."""
+    """Time the stages of every step inside the `with` block; at its end the dict has the seconds by stage."""
     stages: dict[str, float] = {}
     with _events(engine, stages) if engine._cuda else _calls(engine, stages, clock):
         yield stages
@@ -75,7 +75,7 @@ def _timed(function: Callable[..., Any], stages: dict[str, float], stage: str, c
 
 @contextmanager
 def _events(engine: QwenEngine, stages: dict[str, float]) -> Iterator[None]:
-    """Events around every replay, on the stream that it runs on; read when all is over, so nothing waits for them."""
+    """Record events around every replay, on its stream. They are read at the end, so that no step waits for them."""
     parts = engine._parts
     runner: Any = parts.runner
     graphs = (runner._buckets, parts.vocoder._buckets)
@@ -102,7 +102,7 @@ def _events(engine: QwenEngine, stages: dict[str, float]) -> Iterator[None]:
 
 
 def copy_bandwidth(device: torch.device, clock: Clock) -> float:
-    """Bytes a second that a copy within the device's memory moves, read and written, the best of five."""
+    """Bytes a second of a copy within the device's memory, read and written; the best of five."""
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     best = float("inf")
@@ -116,9 +116,9 @@ def copy_bandwidth(device: torch.device, clock: Clock) -> float:
 
 
 def floors_ms(engine: QwenEngine, streams: int, context: int, *, chunk: int, bandwidth: float) -> dict[str, float]:
-    """Milliseconds a frame of all streams, by part, if nothing but reading the bytes took time.
+    """Milliseconds a frame of all streams, by stage, if only reading the bytes took time.
 
-    `context`: tokens that each stream's cache holds; `chunk`: frames a decoder call makes of each stream.
+    `context`: tokens in each stream's cache; `chunk`: frames of each stream in one decoder call.
     """
     parts = engine._parts
     runner: Any = parts.runner
@@ -130,8 +130,7 @@ def floors_ms(engine: QwenEngine, streams: int, context: int, *, chunk: int, ban
     known = _bytes(predictor.stack.layers[0].qkv.tensors())
     forwards = predictor.groups - 1
     read = {
-        # The stack is read by each of the forwards, but the first layer's projections by the first of them alone;
-        # a head by one of them.
+        # Each forward reads the stack; only the first one reads the first layer's projections; one reads each head.
         "code predictor": forwards * _bytes(predictor.stack.tensors()) - (forwards - 1) * known + heads,
         "talker": _bytes(talker.stack.tensors()) + _bytes(talker.head.tensors()) + streams * context * token,
         "codec": _bytes(parts.vocoder._codec._decoder.tensors()) / chunk,
@@ -140,7 +139,7 @@ def floors_ms(engine: QwenEngine, streams: int, context: int, *, chunk: int, ban
 
 
 def launches(engine: QwenEngine, steps: int) -> float:
-    """Kernels (on CPU: operators) that one step launches, over `steps` of a run that is under way."""
+    """Kernels (on CPU: operators) that one step launches; the mean over `steps` steps of running jobs."""
     cuda = engine._cuda
     for _ in range(WARM_UP_STEPS):
         engine.step(())
@@ -156,12 +155,12 @@ def launches(engine: QwenEngine, steps: int) -> float:
 
 
 def _is_operator(event: Any) -> bool:
-    """Whether an event of the profile is one; on CPU, one that another one called is part of that one."""
+    """Whether an event of the profile is an operator."""
     return event is not None and event.name.startswith("aten::")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all, those that are held twice (a weight and its transpose) counted once."""
+    """Bytes of all tensors; a tensor that shares its storage (a weight and its transpose) counts once."""
     once = {id(x) if x.is_mkldnn else x.data_ptr(): x for x in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in once.values())
 

@@ -1,4 +1,4 @@
-"""The open-loop client: what it makes of good, refused and broken answers."""
+"""The open-loop client, with whole, refused and broken answers."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 @asynccontextmanager
 async def answering(*pieces: bytes) -> AsyncIterator[str]:
-    """A server that says this and hangs up; its address."""
+    """A server that sends these pieces and closes the connection; its address."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"}")
@@ -29,7 +29,7 @@ async def answering(*pieces: bytes) -> AsyncIterator[str]:
 
 
 async def test_whole_answer() -> None:
-    """Chunks come out as they came in, and the end is proper."""
+    """Every chunk is recorded, and the answer is complete."""
     async with answering(HEAD, b"3\r\nabc\r\n", b"2\r\nde\r\n0\r\n\r\n") as url:
         answer = await client.ask(url, {"input": "x"}, timeout_s=5)
     assert [data for _, data in answer.arrivals] == [b"abc", b"de"]
@@ -39,7 +39,7 @@ async def test_whole_answer() -> None:
 
 @pytest.mark.parametrize("pieces", [[HEAD, b"3\r\nabc\r\n"], [HEAD, b"3\r\na"], [HEAD], [b""]])
 async def test_answer_that_breaks_off_failed(pieces: list[bytes]) -> None:
-    """A transfer without its last chunk is no success, however much came."""
+    """A transfer without its last chunk is a failure, however much arrived."""
     async with answering(*pieces) as url:
         answer = await client.ask(url, {"input": "x"}, timeout_s=5)
     assert answer.error
@@ -48,14 +48,14 @@ async def test_answer_that_breaks_off_failed(pieces: list[bytes]) -> None:
 
 @pytest.mark.parametrize(("status", "refused"), [(429, True), (503, False)])
 async def test_refusals_are_told_from_failures(status: int, refused: bool) -> None:  # noqa: FBT001 -- a parameter
-    """A 429 is a refusal; any other status is a failure, with what it says."""
+    """A 429 is a refusal; any other status is a failure, with its body as the error."""
     async with answering(f"HTTP/1.1 {status} No\r\nContent-Length: 4\r\n\r\nbusy".encode()) as url:
         answer = await client.ask(url, {"input": "x"}, timeout_s=5)
     assert (answer.refused, answer.error) == (refused, f"{status} busy")
 
 
 async def test_answer_that_never_ends_failed() -> None:
-    """The time limit ends a request, says so, and hangs up."""
+    """The time limit ends a request with an error and closes its connection."""
     left = asyncio.Event()
 
     async def listen_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -73,7 +73,7 @@ async def test_answer_that_never_ends_failed() -> None:
 
 
 async def test_latency_counts_from_when_it_was_due() -> None:
-    """A request that leaves late has waited: the client's own delay is part of what it reports."""
+    """Latencies include the client's own delay."""
     async with answering(HEAD, b"1\r\na\r\n0\r\n\r\n") as url:
         due = asyncio.get_running_loop().time() - 2.0
         answer = await client.ask(url, {"input": "x"}, timeout_s=5, due=due)
@@ -81,7 +81,7 @@ async def test_latency_counts_from_when_it_was_due() -> None:
 
 
 def test_poisson_is_the_same_again_and_has_its_rate() -> None:
-    """A seed gives the same instants; over a long time there are as many as the rate says; never more than `most`."""
+    """A seed gives the same times; their number fits the rate over a long time, and never exceeds `most`."""
     due = client.poisson(10, 100, 10_000, seed=1)
     assert due == client.poisson(10, 100, 10_000, seed=1) == sorted(due)
     assert due != client.poisson(10, 100, 10_000, seed=2)

@@ -1,4 +1,4 @@
-"""Checkpoints that never end by themselves."""
+"""Checkpoints that never predict end of speech."""
 
 import shutil
 from pathlib import Path

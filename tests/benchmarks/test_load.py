@@ -1,4 +1,4 @@
-"""What the load benchmark makes of its answers."""
+"""The load benchmark's evaluation of its answers."""
 
 import pytest
 
@@ -21,21 +21,21 @@ def an_answer(*arrivals: tuple[float, bytes], status: int = 200, error: str = ""
 
 
 def test_row_counts_every_request_once() -> None:
-    """Spoken, refused and failed are all that was asked; percentiles are those of what was spoken."""
+    """Complete, refused and failed requests add up; percentiles are those of the complete ones."""
     spoken = an_answer((0.1, WHOLE[:3840]), (0.3, WHOLE[3840:]))
     round_ = a_round(spoken, an_answer(status=429, error="429 full"), an_answer(status=500, error="500 no"))
     cells = [cell.strip() for cell in round_.row().strip("|").split("|")]
     assert cells == ["1", "pcm", "3", "1", "1", "1", "100", "100", "0.50", "1", "0.12", "0.1", "0"]
 
 
-def test_answers_shorter_than_declared_are_told() -> None:
-    """A frame too few is a request cut short; exactly what was declared is not."""
+def test_answers_shorter_than_declared_are_counted() -> None:
+    """An answer with a frame too few is cut short; one with the declared length is not."""
     assert a_round(an_answer((0.1, WHOLE))).cut_short == 0
     assert a_round(an_answer((0.1, WHOLE)), frames=11).cut_short == 1
 
 
 def test_failure_is_an_exit_code_and_a_refusal_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    """One failed request fails the benchmark; a full queue under an open loop does not. A late client is named."""
+    """One failed request fails the benchmark; a refusal does not. The client's own delay is printed."""
     refused = an_answer(status=429, error="429 full")
     assert _verdict([a_round(refused)]) == 0
     assert "too busy" not in capsys.readouterr().out

@@ -13,13 +13,13 @@ class FakeNvmlError(Exception):
 
 
 class FakeNvml:
-    """One GPU; `shy`: it does not tell its clocks."""
+    """One GPU; `without_clocks`: its driver does not report clocks."""
 
     NVMLError = FakeNvmlError
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
 
-    def __init__(self, *, shy: bool) -> None:
-        self._shy = shy
+    def __init__(self, *, without_clocks: bool) -> None:
+        self._without_clocks = without_clocks
         self.open = False
 
     def nvmlInit(self) -> None:  # noqa: N802 -- NVML's names, here and below
@@ -52,7 +52,7 @@ class FakeNvml:
 
     def nvmlDeviceGetClockInfo(self, _device: int, clock: int) -> int:  # noqa: N802
         """A tenth below the most."""
-        if self._shy:
+        if self._without_clocks:
             raise FakeNvmlError
         return 900 * clock
 
@@ -65,18 +65,18 @@ class FakeNvml:
         return 700_000
 
 
-@pytest.mark.parametrize("shy", [False, True])
-def test_gpu_is_described_with_its_clocks_where_it_tells_them(monkeypatch: pytest.MonkeyPatch, *, shy: bool) -> None:
-    """Name, memory and driver always; clocks and power limit unless the driver keeps them to itself. NVML is closed."""
-    nvml = FakeNvml(shy=shy)
+@pytest.mark.parametrize("without_clocks", [False, True])
+def test_gpu_is_described_with_its_clocks_if_known(monkeypatch: pytest.MonkeyPatch, *, without_clocks: bool) -> None:
+    """Name, memory and driver always; clocks and power limit if the driver reports them. NVML is closed."""
+    nvml = FakeNvml(without_clocks=without_clocks)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    clocks = "" if shy else ", SM clock 900 of 1000 MHz, memory clock 1800 of 2000 MHz, 700 W"
+    clocks = "" if without_clocks else ", SM clock 900 of 1000 MHz, memory clock 1800 of 2000 MHz, 700 W"
     assert machine.gpus() == [f"Fast One, 80 GiB{clocks}, driver 580.1"]
     assert not nvml.open
 
 
 def test_description_names_time_commit_and_versions() -> None:
-    """Whoever reads a figure can tell when, from what and on what it was measured."""
+    """The description has time, commit, processor, GPUs and versions."""
     when, processor, *gpus, versions = machine.describe()
     assert "UTC, commit " in when
     assert "cores" in processor

@@ -1,4 +1,4 @@
-"""The benchmark's player: when it can begin, and when it runs dry."""
+"""The benchmark's player: when it can begin, and when it underruns."""
 
 import pytest
 
@@ -9,20 +9,20 @@ SECOND = bytes(48_000)
 
 
 def test_player_that_is_always_ahead_never_stalls() -> None:
-    """Audio that comes before it is due is no underrun."""
+    """Audio that arrives before it is due causes no underrun."""
     assert listen([(1.0, 0.5), (1.4, 0.5), (1.9, 0.5)]) == (1.0, 1.5, 0, 0.0)
 
 
-def test_player_that_runs_dry_counts_each_time() -> None:
-    """Every gap is one stall, as long as silence lasted; playback goes on later by as much."""
+def test_each_gap_is_one_stall() -> None:
+    """Every gap is one stall of the gap's length, and delays the playback of the rest by as much."""
     first, audio_s, stalls, stall_s = listen([(1.0, 0.0), (2.0, 1.0), (3.5, 1.0), (4.4, 1.0), (6.0, 1.0)])
     assert (first, audio_s, stalls) == (2.0, 4.0, 2)
     assert stall_s == pytest.approx(0.5 + 0.5)
 
 
-def test_silence_is_no_playback() -> None:
-    """An answer without sound cannot be scored."""
-    with pytest.raises(ValueError, match="nothing to hear"):
+def test_an_answer_without_audio_is_an_error() -> None:
+    """An answer without audio has no playback."""
+    with pytest.raises(ValueError, match="no audio"):
         listen([(1.0, 0.0)])
 
 
@@ -33,7 +33,7 @@ def test_pcm_is_counted_across_cuts_inside_a_sample() -> None:
 
 
 def test_mp3_is_as_long_as_what_was_encoded() -> None:
-    """Decoding what came, as it came, gives the length of the speech but for the codec's last packet."""
+    """Decoding the pieces gives the length of the encoded speech, but for the codec's last packet."""
     encoder = Encoder("mp3")
     pieces = [encoder.feed(SECOND), encoder.feed(SECOND), encoder.finish()]
     heard = play([(0.5, pieces[0]), (1.5, pieces[1]), (1.6, pieces[2])], "mp3")

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what the engine's benchmark prints beside its table."""
+"""The stages of a step, their floors and their launches, as the engine's benchmark prints them."""
 
 import itertools
 import time
@@ -19,13 +19,13 @@ def engine() -> QwenEngine:
 
 
 def job(name: str) -> Job:
-    """One of 25 frames: the noise that this checkpoint speaks ends there with this seed."""
+    """A job of 25 frames: with this seed the random checkpoint predicts end of speech there."""
     sampling = Sampling(seed=4, max_new_tokens=40)
     return Job(id=name, task="CustomVoice", text="Hello world.", voice="ryan", language="english", sampling=sampling)
 
 
-def test_every_part_of_a_step_is_timed_and_nothing_stays_behind(engine: QwenEngine) -> None:
-    """Talker, code predictor and codec have their share while it lasts; afterwards the engine is as it was."""
+def test_every_stage_is_timed_and_the_engine_is_restored(engine: QwenEngine) -> None:
+    """Talker, code predictor and codec have times inside the block; after it the engine is unchanged."""
     engine.admit(job("timed"))
     with stages.staged(engine, time.perf_counter) as parts:
         for _ in range(4):
@@ -41,7 +41,7 @@ def test_every_part_of_a_step_is_timed_and_nothing_stays_behind(engine: QwenEngi
 
 
 def test_the_floor_counts_what_a_frame_reads(engine: QwenEngine) -> None:
-    """Weights once whatever the batch, the cache a stream and token, the codec once a chunk."""
+    """Weights count once for any batch, the cache for each stream and token, the codec once a chunk."""
     alone = stages.floors_ms(engine, 1, 100, chunk=8, bandwidth=1e9)
     many = stages.floors_ms(engine, 4, 100, chunk=4, bandwidth=1e9)
     assert many["code predictor"] == alone["code predictor"]
@@ -52,7 +52,7 @@ def test_the_floor_counts_what_a_frame_reads(engine: QwenEngine) -> None:
 
 
 def test_launches_are_counted_a_step(engine: QwenEngine) -> None:
-    """Some hundreds of operators, and as many again whenever it is asked."""
+    """Some hundreds of operators, and the same number in a second run."""
     counts = []
     for number in range(2):
         engine.admit(job(str(number)))
@@ -63,6 +63,6 @@ def test_launches_are_counted_a_step(engine: QwenEngine) -> None:
 
 
 def test_bandwidth_is_that_of_the_quickest_copy() -> None:
-    """Read and written, by a clock of our own."""
+    """Bytes read and written in the fastest of five copies, by a fake clock."""
     ticks = itertools.accumulate(itertools.cycle([2.0, 1.0]))
     assert stages.copy_bandwidth(torch.device("cpu"), lambda: next(ticks)) == 2 * stages.COPY_BYTES["cpu"]
