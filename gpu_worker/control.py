@@ -11,17 +11,20 @@ from typing import Final, assert_never
 import msgspec
 
 from gpu_worker.engines.base import Job, JobError, Sampling
-from gpu_worker.requests import CollectingSink, Request, failed_message
+from gpu_worker.requests import Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
 from gpu_worker.voices import VoiceStore, VoiceWrite, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
+    Audio,
     Call,
     Cleanup,
     CloneVoice,
     DeleteVoice,
     DesignVoice,
+    Failed,
     FindVoice,
+    Finished,
     LoadModel,
     Message,
     PinModel,
@@ -37,6 +40,9 @@ DESIGN_TEXT: Final = (
 
 DESIGN_MAX_FRAMES: Final = 375
 """30 s, three times what the text takes: a model that does not stop makes no voice of half an hour."""
+
+_UNLIMITED: Final = 2**62
+"""Credit of the sink that collects a designed voice: it must never stall."""
 
 Answer = Callable[[Message], None]
 
@@ -254,22 +260,19 @@ class ControlHandler:
         if spec is None:
             raise JobError("model_unavailable", "no model of the catalogue designs voices", retry_after_s=60)
         self._voices.check_new(action.name)
+        pcm = bytearray()
 
-        def save(result: bytes | JobError) -> None:
-            try:
-                if isinstance(result, JobError):
-                    raise result
-                write = self._voices.create(
-                    name=action.name,
-                    kind="design",
-                    pcm=result,
-                    text=DESIGN_TEXT,
-                    description=action.description or action.prompt,
-                )
-            except JobError as error:
-                caller.fail(error)
-            else:
-                self._pending.append(_PendingVoiceWrite(caller, write))
+        def collect(message: Message, payload: bytes | None) -> None:
+            match message:
+                case Audio():
+                    pcm.extend(payload or b"")
+                case Finished(reason="stop"):
+                    self._save_design(caller, action, bytes(pcm))
+                case Finished():
+                    reason = "the model did not come to an end of what it said; try again"
+                    caller.fail(JobError("synthesis_failed", reason))
+                case Failed():
+                    caller.answer(message)
 
         self._submit(
             Request(
@@ -277,7 +280,7 @@ class ControlHandler:
                 request_id=caller.call_id,
                 client=client,
                 model=spec.id,
-                sink=CollectingSink(save),
+                sink=Sink(caller.call_id, collect, credit=_UNLIMITED),
                 keep_alive_s=None,
                 arrived_at=self._clock(),
                 job=Job(
@@ -290,3 +293,17 @@ class ControlHandler:
                 ),
             ),
         )
+
+    def _save_design(self, caller: _Caller, action: DesignVoice, pcm: bytes) -> None:
+        try:
+            write = self._voices.create(
+                name=action.name,
+                kind="design",
+                pcm=pcm,
+                text=DESIGN_TEXT,
+                description=action.description or action.prompt,
+            )
+        except JobError as error:
+            caller.fail(error)
+        else:
+            self._pending.append(_PendingVoiceWrite(caller, write))

@@ -8,7 +8,7 @@ Only `Request` writes the state. It knows neither queue nor engine nor model: th
 import enum
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol, assert_never
+from typing import Final, assert_never
 
 import msgspec
 
@@ -20,7 +20,7 @@ CLIENT_CHARS: Final = 20
 """Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
 
 Send = Callable[[Message, bytes | None], None]
-"""Queues a message, with its payload, for the web worker of the request."""
+"""Takes a message and its payload: audio, 24 kHz mono int16."""
 
 
 class RequestState(enum.Enum):
@@ -43,42 +43,8 @@ Outcome = Done | JobError | Cancelled
 """How a request ends: said in full, failed, or cancelled."""
 
 
-class Sink(Protocol):
-    """Where one request's speech goes."""
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the sink can take no more audio for now."""
-        ...
-
-    @property
-    def drained(self) -> bool:
-        """Whether the sink has passed on everything that it was given."""
-        ...
-
-    def grant(self, chunks: int) -> None:
-        """Credit for `chunks` more pieces."""
-        ...
-
-    def started(self, model: str) -> None:
-        """The request holds a slot."""
-        ...
-
-    def audio(self, pcm: bytes) -> None:
-        """The next piece of speech: 24 kHz mono int16."""
-        ...
-
-    def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        """The speech is complete."""
-        ...
-
-    def failed(self, error: JobError) -> None:
-        """The request failed; nothing follows."""
-        ...
-
-
-class PeerSink:
-    """Sends speech to a web worker, never more pieces than it gave credit for."""
+class Sink:
+    """Where one request's speech goes: `send` gets its messages, never more audio than there is credit for."""
 
     def __init__(self, request_id: str, send: Send, credit: int) -> None:
         self._id = request_id
@@ -99,7 +65,7 @@ class PeerSink:
         return not self._waiting
 
     def grant(self, chunks: int) -> None:
-        """Send what waited for this credit. Negative credit counts as none."""
+        """Add credit for `chunks` pieces, and send what waited for it. Negative credit counts as none."""
         self._credit += max(0, chunks)
         self._flush()
 
@@ -132,38 +98,6 @@ class PeerSink:
                 self._credit -= 1
             self._waiting.popleft()
             self._send(message, payload)
-
-
-class CollectingSink:
-    """Collects speech for the worker's own use. `on_done` gets all of it, or the error, once."""
-
-    stalled = False
-    drained = True
-
-    def __init__(self, on_done: Callable[[bytes | JobError], None]) -> None:
-        self._pcm = bytearray()
-        self._on_done = on_done
-
-    def grant(self, chunks: int) -> None:
-        """Credit does not matter here."""
-
-    def started(self, model: str) -> None:
-        """The start does not matter here."""
-
-    def audio(self, pcm: bytes) -> None:
-        """Keep the next piece."""
-        self._pcm += pcm
-
-    def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:  # noqa: ARG002 -- the Sink's
-        """Pass on the speech; if it was cut off, pass on an error."""
-        if reason == "length":
-            self.failed(JobError("synthesis_failed", "the model did not come to an end of what it said; try again"))
-            return
-        self._on_done(bytes(self._pcm))
-
-    def failed(self, error: JobError) -> None:
-        """Pass on the error."""
-        self._on_done(error)
 
 
 class Playback:

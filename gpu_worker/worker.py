@@ -16,7 +16,7 @@ import structlog
 from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
-from gpu_worker.requests import Cancelled, Outcome, PeerSink, Request, RequestState
+from gpu_worker.requests import Cancelled, Outcome, Request, RequestState, Sink
 from gpu_worker.residency import (
     Downloaded,
     FilesChecked,
@@ -192,7 +192,7 @@ class Worker:
                 assert_never(message)
 
     def _speak(self, peer: bytes, speak: Speak, payload: bytes | None) -> None:
-        sink = PeerSink(speak.id, lambda message, pcm: self._send(peer, message, pcm), speak.credit)
+        sink = Sink(speak.id, lambda message, pcm: self._send(peer, message, pcm), speak.credit)
         try:
             reference = self._reference_of(speak, payload)
             self._submit(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from gpu_worker.engines.base import Job, Memory
-from gpu_worker.requests import CollectingSink, Request, Sink
+from gpu_worker.requests import Request, Sink
 from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
@@ -39,7 +39,7 @@ def a_request(
         client=client,
         model=model,
         job=Job(id=request_id, task="Base", text="a secret"),
-        sink=sink or CollectingSink(lambda _result: None),
+        sink=sink or Sink(request_id, lambda _message, _payload: None, credit=1_000),
         keep_alive_s=None,
         arrived_at=arrived_at,
     )

@@ -13,6 +13,7 @@ from shared.protocol import (
     DesignVoice,
     Failed,
     FindVoice,
+    LoadModel,
     Reply,
 )
 from tests.gpu_worker.fakes import a_spec
@@ -211,6 +212,15 @@ class TestDesign:
             id="c", code="model_unavailable", message="a shard is damaged", param="model", retry_after_s=5.0
         )
         assert len(bench.voices.list()) == 0
+
+    def test_cut_off(self, bench: WorkerBench) -> None:
+        """Speech that DESIGN_MAX_FRAMES cut off is not saved, and the call fails."""
+        bench.call("load", LoadModel(model="designer"))
+        bench.settle()
+        bench.engines["designer"].finish_reason = "length"
+        failed = bench.result_of(DesignVoice(name="Ada", prompt="p"))
+        assert (failed.code, "did not come to an end" in failed.message) == ("synthesis_failed", True)
+        assert bench.voices.list() == []
 
     @pytest.mark.parametrize("speaking", [False, True])
     def test_cancelled(self, bench: WorkerBench, *, speaking: bool) -> None:

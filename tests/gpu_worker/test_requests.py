@@ -1,11 +1,11 @@
-"""Request and its parts: sinks, playback clock, states and timings."""
+"""Request and its parts: sink, playback clock, states and timings."""
 
 from typing import Any
 
 import pytest
 
 from gpu_worker.engines.base import Done, JobError
-from gpu_worker.requests import Cancelled, CollectingSink, Outcome, PeerSink, Playback, Request, RequestState
+from gpu_worker.requests import Cancelled, Outcome, Playback, Request, RequestState, Sink
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Audio, Failed, Finished, Started, Timings, Usage
 from tests.gpu_worker.fakes import a_request
@@ -16,13 +16,13 @@ DONE = Done("r", "stop", USAGE)
 FRAME_S = 0.08
 
 
-def _sink(credit: int) -> tuple[PeerSink, list[tuple[Any, bytes | None]]]:
+def _sink(credit: int) -> tuple[Sink, list[tuple[Any, bytes | None]]]:
     sent: list[tuple[Any, bytes | None]] = []
-    return PeerSink("r", lambda message, payload: sent.append((message, payload)), credit), sent
+    return Sink("r", lambda message, payload: sent.append((message, payload)), credit), sent
 
 
-class TestPeerSink:
-    """Speech for a web worker."""
+class TestSink:
+    """Messages of one request, and credit."""
 
     def test_within_credit(self) -> None:
         """While there is credit, all messages are sent at once, with their numbers."""
@@ -69,38 +69,6 @@ class TestPeerSink:
         sink, _ = _sink(1)
         sink.grant(-4)
         assert not sink.stalled
-
-
-class TestCollectingSink:
-    """Speech for the worker's own use."""
-
-    def test_complete(self) -> None:
-        """`on_done` gets all pieces joined, once; the sink never stalls."""
-        results: list[bytes | JobError] = []
-        sink = CollectingSink(results.append)
-        sink.started("m")
-        sink.audio(b"aa")
-        sink.audio(b"bb")
-        assert results == []
-        assert (sink.stalled, sink.drained) == (False, True)
-        sink.finished("stop", USAGE, TIMINGS)
-        assert results == [b"aabb"]
-
-    def test_failed(self) -> None:
-        """`on_done` gets the error."""
-        results: list[bytes | JobError] = []
-        error = JobError("invalid_value", "no")
-        CollectingSink(results.append).failed(error)
-        assert results == [error]
-
-    def test_cut_off(self) -> None:
-        """Speech that was cut off by a cap is an error."""
-        results: list[bytes | JobError] = []
-        sink = CollectingSink(results.append)
-        sink.audio(b"aa")
-        sink.finished("length", USAGE, TIMINGS)
-        assert [error.code for error in results if isinstance(error, JobError)] == ["synthesis_failed"]
-        assert len(results) == 1
 
 
 class TestPlayback:

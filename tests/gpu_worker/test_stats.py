@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from gpu_worker.engines.base import Done, JobError, Memory, Usage
-from gpu_worker.requests import Cancelled, PeerSink, Request
+from gpu_worker.requests import Cancelled, Request, Sink
 from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
 from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Stats
 from shared.pcm import bytes_for
@@ -57,7 +57,7 @@ def _request(clock: FakeClock, request_id: str = "r", *, model: str = "m", credi
         request_id,
         client="key:0123456789abcdef and more",
         model=model,
-        sink=PeerSink(request_id, lambda _message, _payload: None, credit),
+        sink=Sink(request_id, lambda _message, _payload: None, credit),
         arrived_at=clock(),
     )
 

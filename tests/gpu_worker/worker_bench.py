@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Usage
+from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm, Usage
 from gpu_worker.requests import Request
 from gpu_worker.residency import (
     Checkpoints,
@@ -83,6 +83,7 @@ class SpeakingEngine:
         self.step_errors: deque[Exception | None] = deque()
         self.step_s = 0.0
         self.words_per_step = 1
+        self.finish_reason: FinishReason = "stop"
         self.steps = 0
         self.admitted: list[Job] = []
 
@@ -135,7 +136,7 @@ class SpeakingEngine:
         if not words:
             self.cancel(job.id)
             count = len(job.text.split())
-            yield Done(job.id, "stop", Usage(input_tokens=count, output_tokens=2 * count))
+            yield Done(job.id, self.finish_reason, Usage(input_tokens=count, output_tokens=2 * count))
 
     def cancel(self, job_id: str) -> None:
         """Free the slot of a job."""
