@@ -69,7 +69,7 @@ def test_captured_and_uncaptured_bfloat16_agree() -> None:
             if graphs:
                 runner.prepare()
             requests = [
-                Request(prompt=ours.prompt(CASES[place % 5]), seed=place, choice=(sampled, GREEDY)[place % 2])
+                Request(prompt=ours.prompt(CASES[place % 5]), seed=place, params=(sampled, GREEDY)[place % 2])
                 for place in range(8)
             ]
             spoken.append(generate(ours, requests, runner))

@@ -1,8 +1,6 @@
-"""The official package as a yardstick: what it feeds its talker and which codes come out, in float32.
+"""The official package as the reference: the input of its talker and its codes, in float32.
 
-Greedily, or sampled: then its draws are made from the uniforms that are ours for the same seed.
-
-And the same requests through our own prompt builder, model and runner.
+Its sampled runs use our uniforms of the same seed. This module also runs the same requests on our own model.
 """
 
 import functools
@@ -27,13 +25,13 @@ from tests.checkpoints import Generation, Kind, Size, tiny
 from tests.official_package import official_package
 
 FRAMES = 15
-"""Frames of every greedy comparison: enough for text to end and padding to follow."""
+"""Frames of every greedy comparison: enough for the text to end and padding to follow."""
 
 GREEDY = SamplingParams(greedy=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.05)
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One layout of one checkpoint. `recording`: frames of reference codes; 0 for an x-vector, None for none."""
+    """A prompt layout of a checkpoint. `recording`: frames of reference codes; 0: an x-vector, None: no reference."""
 
     kind: Kind
     size: Size | None = None
@@ -70,7 +68,7 @@ TRANSCRIPT = "the speech of today"
 
 
 class Expected(msgspec.Struct, frozen=True):
-    """What the official package did: the talker's input, the text behind it, the codes [frames, groups]."""
+    """A run of the official package: the input of the talker, the trailing text, the codes [frames, groups]."""
 
     embeds: Tensor
     trailing: Tensor
@@ -97,21 +95,21 @@ def recording(case: Case) -> tuple[Tensor, Tensor | None]:
 @functools.cache
 def expected(index: int) -> Expected:
     """The official package's greedy run of CASES[index]."""
-    return asked(CASES[index], do_sample=False, subtalker_dosample=False, repetition_penalty=1.05)
+    return official_run(CASES[index], do_sample=False, subtalker_dosample=False, repetition_penalty=1.05)
 
 
-def asked(case: Case, *, seed: int = 0, frames: int = FRAMES, **parameters: float) -> Expected:
-    """The official package's run of a case; `parameters` are its own, the checkpoint's where there are none."""
+def official_run(case: Case, *, seed: int = 0, frames: int = FRAMES, **parameters: float) -> Expected:
+    """The official package's run of a case. `parameters` replace those of the checkpoint."""
     model = official(case.kind, case.size, generation=case.generation)
     common: dict[str, Any] = {
         "text": case.text,
         "language": case.language,
         "non_streaming_mode": case.whole_text,
-        # The official package makes one frame less than it is asked for.
+        # The official package makes one frame less than its max_new_tokens.
         "max_new_tokens": frames + 1,
         **parameters,
     }
-    with _drawing(randomness(seed)), _spied(model.model) as seen:
+    with _sampling_at(randomness(seed)), _spied(model.model) as seen:
         if case.kind == "custom_voice":
             model.generate_custom_voice(speaker=case.voice, instruct=case.instructions, **common)
         elif case.kind == "voice_design":
@@ -124,7 +122,7 @@ def asked(case: Case, *, seed: int = 0, frames: int = FRAMES, **parameters: floa
                 "x_vector_only_mode": [codes is None],
                 "icl_mode": [codes is not None],
             }
-            # The wrapper loses ref_text where a prompt is given as a dictionary; its item class keeps it.
+            # The wrapper drops ref_text from a prompt that is a dictionary; the class of its items keeps it.
             made = _prompt_item(model, item)
             model.generate_voice_clone(voice_clone_prompt=[made], **common)
     return Expected(seen["inputs_embeds"][0], seen["trailing_text_hidden"][0], seen["codes"][0])
@@ -184,17 +182,17 @@ def randomness(seed: int) -> np.ndarray:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to `generate`: it joins at frame `join` and leaves after `frames` frames, speech ended or not."""
+    """A request to `generate`: it joins at frame `join` and ends after at most `frames` frames."""
 
     prompt: Prompt
     join: int = 0
     frames: int = FRAMES
-    choice: SamplingParams = GREEDY
+    params: SamplingParams = GREEDY
     seed: int = 0
 
 
 def generate(ours: Ours, requests: Sequence[Request], runner: ModelRunner | None = None) -> list[Tensor]:
-    """Codes of requests that share the slots, taking the lowest free one, [frames, groups] each."""
+    """The codes of requests that share the slots, [frames, groups] each. A request takes the lowest free slot."""
     model = ours.model
     state = model.state
     runner = runner or ours.runner
@@ -209,13 +207,13 @@ def generate(ours: Ours, requests: Sequence[Request], runner: ModelRunner | None
             slot = slots[number] = min(free)
             free.remove(slot)
             waiting.remove(number)
-            state.write(slot, request.prompt, ours.prompts.padding(), request.choice, randomness(request.seed))
-            runner.prefill([PrefillInput(slot, request.prompt, request.choice.full_vocab)])
+            state.write(slot, request.prompt, ours.prompts.padding(), request.params, randomness(request.seed))
+            runner.prefill([PrefillInput(slot, request.prompt, request.params.full_vocab)])
         if slots:
             state.active.zero_()
             state.active[list(slots.values())] = True
             rows = [(slot, len(requests[n].prompt.embeds) + len(codes[n]) + 1) for n, slot in slots.items()]
-            runner.decode_step(rows, full_vocab=any(requests[n].choice.full_vocab for n in slots))
+            runner.decode_step(rows, full_vocab=any(requests[n].params.full_vocab for n in slots))
             for number, slot in list(slots.items()):
                 codes[number].append(state.ring_buffer[slot, len(codes[number]) % RING_FRAMES].clone().cpu())
                 ended = state.next_codebook0[slot].item() == state.eos_code
@@ -226,10 +224,10 @@ def generate(ours: Ours, requests: Sequence[Request], runner: ModelRunner | None
 
 
 @contextmanager
-def _drawing(numbers: np.ndarray) -> Iterator[None]:
-    """Let `torch.multinomial` invert the distribution it is given, best first, at the number of its codebook and frame.
+def _sampling_at(numbers: np.ndarray) -> Iterator[None]:
+    """Replace `torch.multinomial`: invert the distribution, best first, at the uniform of its codebook and frame.
 
-    Probabilities of codebook 0 have the talker's 3072 ids, those of the others 2048.
+    The probabilities of codebook 0 have the 3072 ids of the talker, those of the other codebooks 2048.
     """
     first, frames = float(numbers[0]), numbers[1:].reshape(-1, 16)
     zero = iter([first, *map(float, frames[:, -1])])
@@ -252,7 +250,7 @@ def _drawing(numbers: np.ndarray) -> Iterator[None]:
 
 @contextmanager
 def _spied(model: Any) -> Iterator[dict[str, Any]]:
-    """Look over the official model's shoulder; its speech tokenizer is not called."""
+    """Record the calls within the official model. Its speech tokenizer is not called."""
     seen: dict[str, Any] = {}
     generate, talk, tokenizer = model.generate, model.talker.generate, model.speech_tokenizer
 
@@ -266,18 +264,18 @@ def _spied(model: Any) -> Iterator[dict[str, Any]]:
         return talk(**kwargs)
 
     model.generate, model.talker.generate = spy_generate, spy_talk
-    model.speech_tokenizer = _Mute()
+    model.speech_tokenizer = _NoTokenizer()
     try:
         yield seen
     finally:
         model.generate, model.talker.generate, model.speech_tokenizer = generate, talk, tokenizer
 
 
-class _Mute:
-    """A speech tokenizer that says nothing."""
+class _NoTokenizer:
+    """A speech tokenizer that decodes nothing."""
 
     def decode(self, items: list[Any]) -> tuple[list[Tensor], int]:
-        """One sample an item."""
+        """One sample for each item."""
         return [torch.zeros(1) for _ in items], 24_000
 
 

@@ -12,7 +12,7 @@ from tests.gpu_worker.engines.qwen.driving import recording
 
 
 class Encoder:
-    """Counts recordings; may be held back or made to fail."""
+    """Counts its calls. `go` blocks it, and `error` makes it fail."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -20,8 +20,8 @@ class Encoder:
         self.go.set()
         self.error: Exception | None = None
 
-    def __call__(self, waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
-        """100 bytes a reference."""
+    def __call__(self, waveform: np.ndarray, wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- ReferenceCache calls it so
+        """A reference of 100 bytes."""
         self.go.wait()
         self.calls += 1
         if self.error:
@@ -31,12 +31,12 @@ class Encoder:
 
 
 def reference(seed: int) -> Reference:
-    """A recording of its own."""
+    """A reference to the recording of this seed."""
     return Reference.of(recording(1.0, seed), text="a", x_vector_only=False)
 
 
-def test_a_reference_is_encoded_once_and_remembered() -> None:
-    """Requests that come meanwhile share the work; later ones find it done."""
+def test_a_reference_is_encoded_once_and_kept() -> None:
+    """Requests during the encoding share it. Later requests are done at once."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
     encoder.go.clear()
@@ -50,8 +50,8 @@ def test_a_reference_is_encoded_once_and_remembered() -> None:
     assert references.bytes == 0
 
 
-def test_the_oldest_goes_when_the_budget_is_spent() -> None:
-    """Bytes kept never exceed the budget, and use keeps a reference young."""
+def test_the_least_recently_used_reference_is_dropped() -> None:
+    """The kept bytes never exceed the budget, and each request renews its reference."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 250)
     for seed in (1, 2, 1, 3):
@@ -63,8 +63,8 @@ def test_the_oldest_goes_when_the_budget_is_spent() -> None:
     references.close()
 
 
-def test_what_nobody_waits_for_is_not_encoded() -> None:
-    """The last job that gives up takes a queued recording along; one that is begun, or shared, goes on."""
+def test_an_abandoned_reference_is_not_encoded() -> None:
+    """A waiting reference is cancelled when its last job abandons it. One that has begun or is shared is encoded."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
     encoder.go.clear()
@@ -82,7 +82,7 @@ def test_what_nobody_waits_for_is_not_encoded() -> None:
 
 
 def test_one_recording_in_two_modes_is_two_references() -> None:
-    """With and without codes are kept apart; the transcript makes no difference."""
+    """With and without codes are two references. The transcript makes no difference."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
     pcm = recording(1.0)
@@ -93,8 +93,8 @@ def test_one_recording_in_two_modes_is_two_references() -> None:
     references.close()
 
 
-def test_no_more_than_so_many_wait() -> None:
-    """Recordings cannot pile up: the next one is refused until there is room."""
+def test_the_number_of_waiting_references_is_limited() -> None:
+    """Beyond the limit a request is refused with `queue_full` until another reference is done."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1_000_000)
     encoder.go.clear()
@@ -109,8 +109,8 @@ def test_no_more_than_so_many_wait() -> None:
     references.close()
 
 
-def test_a_failure_is_the_requests_own_and_not_remembered() -> None:
-    """The future raises it, and the next request tries again."""
+def test_a_failure_is_not_kept() -> None:
+    """The future raises the error, and the next request tries again."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
     encoder.error = RuntimeError("made up")
@@ -122,10 +122,10 @@ def test_a_failure_is_the_requests_own_and_not_remembered() -> None:
 
 
 def test_a_failure_holds_no_memory() -> None:
-    """Who keeps the error keeps nothing of what was half encoded: it ran out of that memory."""
+    """A kept error keeps no tensor alive: the next attempt needs the memory."""
     made: list[weakref.ref[torch.Tensor]] = []
 
-    def failing(_waveform: np.ndarray, _wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- References calls it so
+    def failing(_waveform: np.ndarray, _wants_codes: bool) -> EncodedReference:  # noqa: FBT001 -- ReferenceCache calls it so
         half = torch.zeros(25)
         made.append(weakref.ref(half))
         raise torch.OutOfMemoryError("made up")
@@ -137,8 +137,8 @@ def test_a_failure_holds_no_memory() -> None:
     references.close()
 
 
-def test_clearing_waits_for_what_is_being_encoded() -> None:
-    """Weights may be moved behind it: one recording is finished, the next is never begun, and none is kept."""
+def test_clear_waits_for_the_running_encoding() -> None:
+    """The running encoding finishes, a waiting one is cancelled, and none is kept: then the weights may be moved."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
     encoder.go.clear()
@@ -161,8 +161,8 @@ def test_clearing_waits_for_what_is_being_encoded() -> None:
 @pytest.mark.parametrize(
     "pcm", [b"", b"\x00", recording(0.3), recording(1.0)[:-1], recording(60.1), bytes(48_000), b"\x01\x00" * 24_000]
 )
-def test_what_holds_no_voice_is_refused_at_once(pcm: bytes) -> None:
-    """Empty, torn, short, long, silent and nearly silent recordings never reach the encoder."""
+def test_a_recording_without_a_voice_is_refused_at_once(pcm: bytes) -> None:
+    """Empty, odd, short, long, silent and nearly silent recordings never reach the encoder."""
     encoder = Encoder()
     references = ReferenceCache(encoder, 1000)
     with pytest.raises(JobError) as refusal:

@@ -1,7 +1,7 @@
-"""Sampled speech, code for code: the official package draws at our uniforms, and must then say what we say.
+"""Sampled codes: the official package, sampling at our uniforms, must give our codes.
 
-Only whole sampled runs show the order of the processors, the parameters' way from checkpoint and request into a slot,
-and which uniform belongs to which code; greedy runs are blind to all of it.
+Only whole sampled runs test the order of the logits processors, the way of the parameters from checkpoint and request
+into a slot, and which uniform belongs to which code. Greedy runs test none of these.
 """
 
 import functools
@@ -17,14 +17,14 @@ from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.planner import sampling_params
 from tests.checkpoints import Generation, Kind, Size
-from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, asked, generate, our_model
+from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate, official_run, our_model
 
 FRAMES = 12
 
 PUBLISHED = {"temperature": 0.9, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.05}
 NARROW = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.5}
 FEW = {"temperature": 1.6, "top_k": 3, "top_p": 1.0, "repetition_penalty": 1.05}
-"""Hot enough for the end to come, were it spared the line for top_k."""
+"""Hot enough for the end of speech to be sampled, if top_k did not exclude it."""
 UNLIMITED = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "repetition_penalty": 0.8}
 WIDE = {"temperature": 1.0, "top_k": 200, "top_p": 0.9, "repetition_penalty": 2.0}
 
@@ -43,10 +43,10 @@ RUNS = [
     (13, UNLIMITED),
     (15, WIDE),
 ]
-"""Which of CASES is sampled how. A run's number is its seed."""
+"""The case and the parameters of each run. The index of a run is its seed."""
 
 LAYOUT = CASES[1]
-"""What is said where the parameters are the matter; it goes on for longer than is listened to."""
+"""The case of the tests of parameters. Its speech is longer than the tests read."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,19 +59,21 @@ def _inference() -> Iterator[None]:
 def wanted(run: int) -> Tensor:
     """The official codes of RUNS[run]."""
     index, parameters = RUNS[run]
-    return asked(CASES[index], seed=run, frames=FRAMES, do_sample=True, subtalker_dosample=True, **parameters).codes
+    return official_run(
+        CASES[index], seed=run, frames=FRAMES, do_sample=True, subtalker_dosample=True, **parameters
+    ).codes
 
 
 def request(ours: Ours, run: int, join: int = 0) -> Request:
-    """The same as a request to us."""
+    """RUNS[run] as a request to our model."""
     index, parameters = RUNS[run]
-    choice = SamplingParams(greedy=False, **parameters)
-    return Request(prompt=ours.prompt(CASES[index]), join=join, frames=FRAMES, choice=choice, seed=run)
+    params = SamplingParams(greedy=False, **parameters)
+    return Request(prompt=ours.prompt(CASES[index]), join=join, frames=FRAMES, params=params, seed=run)
 
 
 @pytest.mark.parametrize("run", range(len(RUNS)))
 def test_sampled_codes_equal_the_official_ones(run: int) -> None:
-    """Every layout, checkpoints with and without a projection: the same codes, and the end at the same frame."""
+    """For every layout, with and without a projection, the codes are the same and end at the same frame."""
     case = CASES[RUNS[run][0]]
     ours = our_model(case.kind, case.size)
     (codes,) = generate(ours, [request(ours, run)])
@@ -83,7 +85,7 @@ def test_sampled_codes_equal_the_official_ones(run: int) -> None:
     [("custom_voice", None), ("custom_voice", "1b7"), ("voice_design", None), ("base", None), ("base", "1b7")],
 )
 def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -> None:
-    """Requests with parameters of their own join, end and take over slots: each one's codes are the official ones."""
+    """Requests with different parameters join, end and reuse slots. The codes of each are the official ones."""
     ours = our_model(kind, size)
     numbers = [run for run, (index, _) in enumerate(RUNS) if (CASES[index].kind, CASES[index].size) == (kind, size)]
     runs = (numbers * 10)[:10]
@@ -93,48 +95,48 @@ def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -
 
 
 @pytest.mark.parametrize("seed", [11, 14])
-def test_speech_does_not_end_before_it_begins(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the model would end in its first two frames, it goes on as the official one does."""
+def test_speech_has_at_least_two_frames(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the end of speech is sampled earlier, the model continues as the official one does."""
     ours = our_model(LAYOUT.kind, LAYOUT.size)
-    choice = SamplingParams(greedy=False, **PUBLISHED)
-    request = Request(prompt=ours.prompt(LAYOUT), frames=6, choice=choice, seed=seed)
+    params = SamplingParams(greedy=False, **PUBLISHED)
+    request = Request(prompt=ours.prompt(LAYOUT), frames=6, params=params, seed=seed)
     (codes,) = generate(ours, [request])
     monkeypatch.setattr(qwen3_tts, "MIN_FRAMES", 0)
     (short,) = generate(ours, [request])
     assert len(short) < 2
-    official = asked(LAYOUT, seed=seed, frames=6, do_sample=True, subtalker_dosample=True, **PUBLISHED)
+    official = official_run(LAYOUT, seed=seed, frames=6, do_sample=True, subtalker_dosample=True, **PUBLISHED)
     assert torch.equal(codes, official.codes)
 
 
 @pytest.mark.parametrize("generation", ["published", "odd", "greedy talker", "greedy predictor", "greedy"])
-def test_a_checkpoint_says_how_it_is_sampled(generation: Generation) -> None:
-    """A request that asks for nothing is sampled as generation_config.json says, at both levels."""
+def test_the_checkpoints_sampling_is_the_default(generation: Generation) -> None:
+    """A request without parameters is sampled by generation_config.json, in the talker and the code predictor."""
     assert torch.equal(*spoken(generation, Sampling(seed=5)))
 
 
 @pytest.mark.parametrize(
-    "asking",
+    "parameter",
     [
         {"temperature": 0.6},
         {"top_k": 3},
         {"top_p": 0.3},
         {"repetition_penalty": 2.0},
     ],
-    ids=lambda asking: next(iter(asking)),
+    ids=lambda parameter: next(iter(parameter)),
 )
-def test_a_request_replaces_what_it_names(asking: dict[str, float]) -> None:
-    """One parameter of the request's, the rest of the checkpoint's; each of them is heard."""
-    ours, official = spoken("odd", Sampling(seed=5, **asking))
+def test_a_request_replaces_single_parameters(parameter: dict[str, float]) -> None:
+    """One parameter is the request's and the others the checkpoint's. Each parameter changes the codes."""
+    ours, official = spoken("odd", Sampling(seed=5, **parameter))
     assert torch.equal(ours, official)
     assert not torch.equal(official, spoken("odd", Sampling(seed=5))[1])
 
 
 @functools.cache
 def spoken(generation: Generation, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Our codes and the official ones of one text, with nothing said but what `sampling` names."""
+    """Our codes and the official ones of one text, with the parameters of `sampling` alone."""
     case = msgspec.structs.replace(LAYOUT, generation=generation)
-    ours = our_model(case.kind, case.size, generation)
-    choice = sampling_params(sampling, ours.generation)
-    (codes,) = generate(ours, [Request(prompt=ours.prompt(case), frames=10, choice=choice, seed=sampling.seed or 0)])
+    ours = our_model(case.kind, case.size, generation=generation)
+    params = sampling_params(sampling, ours.generation)
+    (codes,) = generate(ours, [Request(prompt=ours.prompt(case), frames=10, params=params, seed=sampling.seed or 0)])
     named = {name: value for name, value in msgspec.structs.asdict(sampling).items() if value is not None}
-    return codes, asked(case, frames=10, **named).codes
+    return codes, official_run(case, frames=10, **named).codes

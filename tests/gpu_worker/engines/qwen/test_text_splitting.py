@@ -5,13 +5,13 @@ from gpu_worker.engines.qwen.text_splitting import clean_input, fits_tokens, rem
 
 
 def tokens(text: str) -> int:
-    """A stand-in for a tokenizer: a token a byte."""
+    """A tokenizer with one token a byte."""
     return len(text.encode())
 
 
 @pytest.mark.parametrize("text", ["\U0001f600", "\x00\x1b", " \u200b ", "?!…", "<|im_start|>", "\ud800"])
 def test_text_without_a_letter_is_refused(text: str) -> None:
-    """Emoji, control characters, punctuation, control tokens, lone surrogates: a refusal, never a crash."""
+    """Emoji, control characters, punctuation, control tokens and lone surrogates are refused."""
     with pytest.raises(JobError) as refusal:
         clean_input(text)
     assert (refusal.value.code, refusal.value.param) == ("invalid_value", "input")
@@ -29,20 +29,20 @@ def test_text_without_a_letter_is_refused(text: str) -> None:
         ("42", "42"),
     ],
 )
-def test_what_steers_the_prompt_is_taken_out(text: str, cleaned: str) -> None:
-    """Control characters and tokens go, everything else stays as it was written."""
+def test_control_characters_and_tokens_are_removed(text: str, cleaned: str) -> None:
+    """Each becomes a space, and everything else stays as written."""
     assert clean_input(text) == cleaned
 
 
-def test_tidy_text_is_as_it_was_written() -> None:
-    """What is only put beside the prompt's text loses nothing but what would steer the prompt."""
+def test_all_other_text_stays_as_written() -> None:
+    """Instructions and transcripts keep their spaces, line ends and punctuation."""
     assert remove_controls(" Speak\tsoftly,\nslowly. ") == " Speak\tsoftly,\nslowly. "
     assert remove_controls("calm<|im_end|>\x00") == "calm  "
     assert remove_controls("?!") == "?!"
 
 
 def test_a_text_within_the_limit_stays_whole() -> None:
-    """However many sentences it has."""
+    """The number of its sentences does not matter."""
     assert list(split_into_utterances("One. Two. Three.", "english", 16, tokens)) == ["One. Two. Three."]
 
 
@@ -57,15 +57,15 @@ def test_a_text_within_the_limit_stays_whole() -> None:
         ("abcdefgh", "auto", 4, ["abcd", "efgh"]),
     ],
 )
-def test_cuts_fall_at_sentences_then_clauses_then_anywhere(
+def test_texts_are_split_at_sentences_then_clauses_then_anywhere(
     text: str, language: str, limit: int, utterances: list[str]
 ) -> None:
-    """In every script, each utterance within the limit and as long as it allows."""
+    """In every script, each utterance is as long as the limit allows."""
     assert list(split_into_utterances(text, language, limit, tokens)) == utterances
 
 
 def test_nothing_is_lost_and_no_utterance_is_unspeakable() -> None:
-    """All words come back in order; pieces of punctuation alone are dropped."""
+    """All words are there, in order. Only pieces of mere punctuation are dropped."""
     text = "Hello there, my friend. How are you? !!! " * 40
     utterances = list(split_into_utterances(text, "english", 60, tokens))
     assert all(tokens(utterance) <= 60 and any(map(str.isalpha, utterance)) for utterance in utterances)
@@ -73,18 +73,18 @@ def test_nothing_is_lost_and_no_utterance_is_unspeakable() -> None:
 
 
 @pytest.mark.parametrize("text", ["a " * 50_000, "a," * 50_000, "abcdefgh" * 12_500, "This is a sentence. " * 5000])
-def test_a_long_text_is_cut_as_it_is_spoken(text: str) -> None:
-    """The first utterance, and each further one, looks at some of the text only: frames of others wait meanwhile."""
-    looked_at = 0
+def test_a_long_text_is_split_while_it_is_spoken(text: str) -> None:
+    """Finding an utterance reads only a part of the text, because the frames of other jobs wait for it."""
+    read_chars = 0
 
     def counted(part: str) -> int:
-        nonlocal looked_at
-        looked_at += len(part)
+        nonlocal read_chars
+        read_chars += len(part)
         return tokens(part) // 2
 
     assert not fits_tokens(text, 96, counted)
     utterances = split_into_utterances(text, "english", 96, counted)
     for _ in range(3):
         assert 48 <= tokens(next(utterances)) // 2 <= 96
-        assert looked_at <= 4000
-        looked_at = 0
+        assert read_chars <= 4000
+        read_chars = 0

@@ -1,4 +1,4 @@
-"""The codec as a stream: whatever the chunks, slots and company, it is the official one-shot waveform."""
+"""The codec as a stream: for any chunks, slots and batches it gives the waveform of the official decoder."""
 
 import functools
 import json
@@ -16,18 +16,18 @@ from tests.gpu_worker.engines.qwen.parity import official
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-"""float32; the waveform's own standard deviation is 0.1."""
+"""In float32. The standard deviation of the waveform is 0.1."""
 
 
 @functools.cache
 def codec(dtype: torch.dtype = torch.float32) -> Codec:
-    """The small codec."""
+    """The codec of the small checkpoints."""
     return Codec(tiny("base"), dtype=dtype, device=CPU)
 
 
 @functools.cache
 def some_codes(seed: int, frames: int) -> Tensor:
-    """Random codes, int64 [frames, 16], among them entries that the checkpoint never used."""
+    """Random codes, int64 [frames, 16], some of them entries that the checkpoint never used."""
     codes = torch.randint(0, 2048, (frames, 16), generator=torch.Generator().manual_seed(seed))
     codes[::50] = 96
     return codes
@@ -35,7 +35,7 @@ def some_codes(seed: int, frames: int) -> Tensor:
 
 @functools.cache
 def one_shot(seed: int, frames: int) -> Tensor:
-    """What the official decoder makes of `some_codes`, float32 [samples]."""
+    """The official decoder's waveform of `some_codes`, float32 [samples]."""
     decoder = official("base", None).model.speech_tokenizer.model.decoder
     with torch.inference_mode():
         wave: Tensor = decoder(some_codes(seed, frames).t()[None])[0, 0]
@@ -43,7 +43,7 @@ def one_shot(seed: int, frames: int) -> Tensor:
 
 
 def stream(codes: Tensor, slot: int, state: DecoderState, chunk: int) -> Tensor:
-    """Decode `codes` in chunks; the concatenated waveform, float32 [samples]."""
+    """The waveform of `codes` decoded in chunks, float32 [samples]."""
     slots = torch.tensor([slot])
     return torch.cat([codec().decode(part[None], slots, state)[0] for part in codes.split(chunk)])
 
@@ -56,7 +56,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize(("chunk", "frames"), [(1, 160), (2, 160), (3, 160), (7, 700), (8, 700)])
 def test_any_split_gives_the_official_waveform(chunk: int, frames: int) -> None:
-    """Past the window of 72 frames and past the reach of all layers together, chunks are exact."""
+    """Chunks are exact beyond the window of 72 frames, and beyond the receptive field of all layers together."""
     state = codec().new_state(2)
 
     wave = stream(some_codes(1, frames), 1, state, chunk)
@@ -67,7 +67,7 @@ def test_any_split_gives_the_official_waveform(chunk: int, frames: int) -> None:
 
 
 def test_growing_chunks_give_the_official_waveform() -> None:
-    """The schedule that streams have (1, 1, 2, 4, 8, 8 ... and a rest) is one more split."""
+    """The chunk schedule of the engine (1, 1, 2, 4, 8, 8 ... and a rest) is one more split."""
     state = codec().new_state(1)
     parts = some_codes(2, 90).split([1, 1, 2, 4, 8, *[8] * 9, 2])
 
@@ -77,7 +77,7 @@ def test_growing_chunks_give_the_official_waveform() -> None:
 
 
 def test_streams_at_different_positions_share_a_batch() -> None:
-    """Streams that joined at different frames, in any order of slots, beside padding: each is as if alone."""
+    """Streams of different lengths, in any order of slots and beside padding, are as each one alone."""
     state = codec().new_state(4)
     lengths = {2: 0, 0: 77, 3: 5}
     waves = {slot: [stream(some_codes(slot, 125)[:start], slot, state, 8)] for slot, start in lengths.items() if start}
@@ -95,8 +95,8 @@ def test_streams_at_different_positions_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 8])
-def test_company_changes_no_bit(chunk: int) -> None:
-    """On the CPU, chunks of the schedule's lengths round alone as they do in a batch: a seed gives the same audio."""
+def test_the_batch_changes_no_bit(chunk: int) -> None:
+    """On the CPU, chunks of the captured lengths round alone as in a batch, so a seed always gives the same audio."""
     alone = [stream(some_codes(seed, 16), 0, codec().new_state(1), chunk) for seed in range(5)]
     state = codec().new_state(5)
     codes = torch.stack([some_codes(seed, 16) for seed in range(5)])
@@ -106,8 +106,8 @@ def test_company_changes_no_bit(chunk: int) -> None:
     assert torch.equal(batch, torch.stack(alone))
 
 
-def test_a_reset_slot_remembers_nothing() -> None:
-    """A reused slot gives the very samples of a fresh one, and its neighbour goes on undisturbed."""
+def test_a_reset_slot_keeps_nothing() -> None:
+    """A reused slot gives the samples of a new one, and its neighbour continues unchanged."""
     state = codec().new_state(2)
     neighbour = [stream(some_codes(7, 100)[:90], 0, state, 6)]
     stream(some_codes(3, 90), 1, state, 6)
@@ -122,10 +122,10 @@ def test_a_reset_slot_remembers_nothing() -> None:
 
 @pytest.mark.parametrize("reference", [1, 5, 12, 150])
 def test_a_primed_stream_continues_the_reference(reference: int) -> None:
-    """Priming is decoding the reference first and cutting its waveform away, for short and long references."""
+    """Priming equals decoding the reference and cutting its waveform off, for short and long references."""
     codes = some_codes(5, 180)
     state = codec().new_state(3)
-    stream(some_codes(6, 20), 2, state, 5)  # whatever was there before
+    stream(some_codes(6, 20), 2, state, 5)  # the slot was used before
 
     codec().prime(codes[:reference], 2, state)
 
@@ -135,7 +135,7 @@ def test_a_primed_stream_continues_the_reference(reference: int) -> None:
 
 
 def test_priming_with_nothing_is_a_reset() -> None:
-    """A reference without frames leaves a stream at its beginning."""
+    """Priming with a reference without frames leaves a new stream."""
     state = codec().new_state(1)
     stream(some_codes(6, 20), 0, state, 5)
 
@@ -145,7 +145,7 @@ def test_priming_with_nothing_is_a_reset() -> None:
 
 
 def test_ids_beyond_the_codebook_disturb_no_other_stream() -> None:
-    """A finished stream's last frame may hold the end-of-speech id; it must not read outside the codebooks."""
+    """The last frame of a stream may have the end-of-speech id. It must not be read outside the codebooks."""
     state = codec().new_state(2)
     wild = some_codes(8, 4).clone()
     wild[0, 0] = -1
@@ -159,7 +159,7 @@ def test_ids_beyond_the_codebook_disturb_no_other_stream() -> None:
 
 
 def test_a_chunk_longer_than_the_state_allows_is_refused() -> None:
-    """The ring would overwrite frames that the chunk's first frames still see."""
+    """The ring would overwrite frames that the first frames of the chunk attend to."""
     state = codec().new_state(1, max_chunk=2)
 
     with pytest.raises(ValueError, match="3 frames at once, where the state allows 2"):
@@ -168,7 +168,7 @@ def test_a_chunk_longer_than_the_state_allows_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
-    """Half-precision codecs give the float32 waveform with noise at least 20 dB below it."""
+    """In half precision, the noise is at least 20 dB below the waveform."""
     half = codec(dtype)
     state = half.new_state(1)
     parts = some_codes(1, 40).split(8)
@@ -180,15 +180,19 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
     assert float((wave - expected).square().mean()) < 0.01 * float(expected.var())
 
 
-def test_codebooks_are_rounded_once() -> None:
-    """Sums and counts are divided in float32, whatever the codec computes in."""
-    exact, half = (codec(dtype)._decoder.codebooks.table for dtype in (torch.float32, torch.bfloat16))
+def codebooks(dtype: torch.dtype) -> Tensor:
+    """The vectors of all 16 codebooks of a codec."""
+    (table,) = [tensor for tensor in codec(dtype).tensors() if tensor.shape[:1] == (16 * 2048,)]
+    return table
 
-    assert torch.equal(half, exact.bfloat16())
+
+def test_codebooks_are_rounded_once() -> None:
+    """Sums and counts are divided in float32, then rounded to the dtype of the codec."""
+    assert torch.equal(codebooks(torch.bfloat16), codebooks(torch.float32).bfloat16())
 
 
 def test_bytes_count_what_is_loaded() -> None:
-    """The decoder alone at first; the encoder's weights once a recording was encoded."""
+    """At first these are the weights of the decoder. `encode` adds those of the encoder."""
     fresh = Codec(tiny("base"), dtype=torch.float32, device=CPU)
     before = fresh.bytes
     fresh.encode(torch.zeros(FRAME_SAMPLES))
@@ -198,7 +202,7 @@ def test_bytes_count_what_is_loaded() -> None:
 
 
 def damaged_copy(target: Path, change: dict[str, object]) -> Path:
-    """A checkpoint whose codec config has other values in its decoder's part."""
+    """A checkpoint whose codec config has other values for the decoder."""
     path = hard_linked_copy(tiny("base"), target) / "speech_tokenizer" / "config.json"
     content = json.loads(path.read_text())
     content["decoder_config"] |= change
@@ -216,8 +220,8 @@ def damaged_copy(target: Path, change: dict[str, object]) -> Path:
         ({"head_dim": None}, "head_dim"),
     ],
 )
-def test_a_codec_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    """Configurations we cannot follow are refused with the reason, not decoded wrongly."""
+def test_an_unsupported_codec_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    """The error says what the decoder cannot do. Nothing is decoded wrongly."""
     with pytest.raises(JobError, match=message) as caught:
         Codec(damaged_copy(tmp_path / "model", change), dtype=torch.float32, device=CPU)
     assert caught.value.code == "model_unavailable"

@@ -1,4 +1,4 @@
-"""Each convolutional piece, in chunks, against torch's own convolution of the whole."""
+"""Each convolutional piece in chunks, compared with torch's convolution of the whole."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def in_chunks(piece: CausalConv | Upsample | ToMono, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rate", [1, UNFOLD_UP_TO_RATE["cpu"] + 1])
 @pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 1), (7, 3), (7, 9)])
-def test_causal_convolutions_continue(rate: int, taps: int, dilation: int) -> None:
-    """As a product of windows or directly, chunks give the convolution of the whole, padded on the left."""
+def test_causal_convolutions_continue_across_chunks(rate: int, taps: int, dilation: int) -> None:
+    """Chunks give the convolution of the whole, padded on the left, as a product of windows or directly."""
     given = weights(5, 4, taps, outputs=5)
     x = torch.randn(2, sum(CHUNKS), 4)
 
@@ -45,8 +45,8 @@ def test_causal_convolutions_continue(rate: int, taps: int, dilation: int) -> No
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (6, 3), (16, 8)])
-def test_transposed_convolutions_continue(kernel: int, stride: int) -> None:
-    """Chunks give the transposed convolution of the whole, its overhang cut off, with each bias added once."""
+def test_transposed_convolutions_continue_across_chunks(kernel: int, stride: int) -> None:
+    """Chunks give the transposed convolution of the whole, cut on the right, with the bias added once."""
     given = weights(4, 5, kernel, outputs=5)
     x = torch.randn(2, sum(CHUNKS), 4)
 
@@ -56,8 +56,8 @@ def test_transposed_convolutions_continue(kernel: int, stride: int) -> None:
     torch.testing.assert_close(y, whole[..., : sum(CHUNKS) * stride].transpose(1, 2), atol=1e-5, rtol=0)
 
 
-def test_the_convolution_to_one_channel_continues() -> None:
-    """Projecting first and summing diagonals is the same convolution."""
+def test_the_convolution_to_one_channel_continues_across_chunks() -> None:
+    """Projecting the rows and summing diagonals is the same convolution."""
     given = weights(1, 4, 7, outputs=1)
     x = torch.randn(2, sum(CHUNKS), 4)
 
@@ -68,8 +68,8 @@ def test_the_convolution_to_one_channel_continues() -> None:
     torch.testing.assert_close(y, expected[:, 0], atol=1e-5, rtol=0)
 
 
-def test_snake_is_its_formula() -> None:
-    """The official formula, x + sin²(x·e^alpha) / e^beta, by channel, however many rows are taken as one."""
+def test_snake_equals_the_official_formula() -> None:
+    """The formula is x + sin²(x·e^alpha) / e^beta, by channel, for any number of rows that are processed as one."""
     alpha, beta, x = torch.randn(3), torch.randn(3), torch.randn(2, 12, 3)
 
     for rate in (1, 2, 12):
@@ -78,6 +78,6 @@ def test_snake_is_its_formula() -> None:
         torch.testing.assert_close(y, x + (x * alpha.exp()).sin() ** 2 / (beta.exp() + 1e-9), atol=1e-6, rtol=1e-6)
 
 
-def test_a_chain_hears_as_far_back_as_its_pieces_together() -> None:
-    """Look-backs in frames add up; a partial frame counts, and one is to spare."""
+def test_the_receptive_field_of_a_chain_is_the_sum_of_its_pieces() -> None:
+    """A partial frame counts as one, and one frame is added."""
     assert receptive_frames([3.0, 1.5, 0.25]) == 6

@@ -1,4 +1,4 @@
-"""Slots of decoder state: copied, put back and moved without touching each other."""
+"""Slots of decoder state: copied, restored and moved, each without changing the others."""
 
 import torch
 
@@ -7,20 +7,20 @@ from tests.checkpoints import tiny
 
 
 def decoded(codec: Codec, state: DecoderState, slot: int, seed: int, frames: int) -> torch.Tensor:
-    """Continue `slot` by random codes."""
+    """The waveform of random codes that continue the stream in `slot`."""
     codes = torch.randint(0, 2048, (1, frames, 16), generator=torch.Generator().manual_seed(seed))
     return codec.decode(codes, torch.tensor([slot]), state)
 
 
-def test_a_snapshot_continues_in_any_slot_as_often_as_wanted() -> None:
-    """What follows a restored snapshot is, bit for bit, what followed when it was taken."""
+def test_a_snapshot_continues_in_any_slot_any_number_of_times() -> None:
+    """A restored stream continues bit for bit as the original stream did."""
     codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
     state = codec.new_state(3)
     for seed in range(12):  # 96 frames: the ring has wrapped
         decoded(codec, state, 0, seed, 8)
     snapshot = state.snapshot(0)
     expected = decoded(codec, state, 0, 100, 8)
-    for seed in range(20, 30):  # the slot moves on; the snapshot must not follow
+    for seed in range(20, 30):  # the stream continues, and the snapshot must not change
         decoded(codec, state, 0, seed, 8)
 
     other = codec.new_state(1)
@@ -31,7 +31,7 @@ def test_a_snapshot_continues_in_any_slot_as_often_as_wanted() -> None:
 
 
 def test_a_reset_clears_one_slot_alone() -> None:
-    """Reset zeroes every tensor of its slot and no other."""
+    """`reset` zeroes all tensors of its slot and no others."""
     codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
     state = codec.new_state(2)
     for slot in (0, 1):
@@ -49,8 +49,8 @@ def test_a_reset_clears_one_slot_alone() -> None:
     assert int(still.positions) == 8
 
 
-def test_bytes_are_those_of_the_tensors() -> None:
-    """A state has one slot more than asked for; a snapshot holds one slot's share."""
+def test_bytes_count_the_tensors() -> None:
+    """A state has one slot more than requested. A snapshot has the bytes of one slot."""
     codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
     state = codec.new_state(4)
 

@@ -1,4 +1,4 @@
-"""Recordings to codes, as the official tokenizer encodes them."""
+"""The codes of recordings, compared with those of the official tokenizer."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.gpu_worker.engines.qwen.parity import official
 
 @pytest.mark.parametrize("samples", [1, 1919, 1920, 5 * 1920, 60_000])
 def test_codes_are_the_official_ones(samples: int) -> None:
-    """Any length, whole frames or not, gives the official codes; in half precision too the encoder stays float32."""
+    """Recordings of any length give the official codes. The encoder computes in float32, even in a bfloat16 codec."""
     pcm = np.random.default_rng(samples).normal(0, 0.1, samples).astype(np.float32)
     expected = official("base", None).model.speech_tokenizer.encode([pcm], sr=24_000).audio_codes[0]
 

@@ -16,18 +16,18 @@ DECODER = "speech_tokenizer/model.safetensors"
 
 @pytest.fixture
 def codecs() -> SharedCodecs:
-    """None in use."""
+    """SharedCodecs without a codec in use."""
     return SharedCodecs(dtype=torch.float32, device=torch.device("cpu"))
 
 
 def copy(source: Path, target: Path) -> Path:
-    """A checkpoint of its own."""
+    """Copy a checkpoint, file by file."""
     shutil.copytree(source, target, copy_function=shutil.copyfile)
     return target
 
 
 def retrained(directory: Path) -> Path:
-    """The checkpoint with the last value of its speech tokenizer's first tensors changed: same names, shapes, size."""
+    """Change the first values of the checkpoint's speech tokenizer. Names, shapes and size stay."""
     raw = bytearray((directory / DECODER).read_bytes())
     begin = 8 + int.from_bytes(raw[:8], "little")
     raw[begin : begin + 4096] = bytes(value ^ 1 for value in raw[begin : begin + 4096])
@@ -35,8 +35,8 @@ def retrained(directory: Path) -> Path:
     return directory
 
 
-def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: SharedCodecs, tmp_path: Path) -> None:
-    """Wherever they lie; one that differs in its weights alone is not taken for the first."""
+def test_checkpoints_with_equal_tokenizers_share_a_codec(codecs: SharedCodecs, tmp_path: Path) -> None:
+    """Copies in any directory share it. A tokenizer with other weights has a codec of its own."""
     first = codecs.acquire(tiny("custom_voice"))
     assert codecs.acquire(tiny("base")) is first
     assert codecs.acquire(copy(tiny("base"), tmp_path / "copy")) is first
@@ -46,8 +46,8 @@ def test_equal_tokenizers_are_one_codec_and_others_are_not(codecs: SharedCodecs,
     assert codecs.bytes == 2 * one
 
 
-def test_a_codec_goes_with_its_last_user(codecs: SharedCodecs) -> None:
-    """Not before, and the next user gets a new one."""
+def test_the_last_user_frees_the_codec(codecs: SharedCodecs) -> None:
+    """The codec stays until then, and the next user gets a new one."""
     first = codecs.acquire(tiny("custom_voice"))
     codecs.acquire(tiny("base"))
     codecs.release(first)
@@ -57,8 +57,8 @@ def test_a_codec_goes_with_its_last_user(codecs: SharedCodecs) -> None:
     assert codecs.acquire(tiny("base")) is not first
 
 
-def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
-    """Offloaded or not; the last to close frees it."""
+def test_engines_use_their_codec_until_they_close(codecs: SharedCodecs) -> None:
+    """An offloaded engine still uses its codec. The last engine that closes frees it."""
     options = msgspec.structs.replace(shared(), codecs=codecs, slots=1, max_model_len=256)
     engines = [open_engine(tiny(kind), options) for kind in ("custom_voice", "voice_design")]
     engines[0].offload()
@@ -68,8 +68,8 @@ def test_engines_use_it_until_they_close(codecs: SharedCodecs) -> None:
     assert codecs.bytes == 0
 
 
-def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path) -> None:
-    """What was loaded for it is freed; what others use stays."""
+def test_a_failed_load_releases_its_codec(codecs: SharedCodecs, tmp_path: Path) -> None:
+    """A codec loaded for the failed load is freed. A codec that another engine uses stays."""
     options = msgspec.structs.replace(shared(), codecs=codecs, slots=1, max_model_len=256)
     broken = copy(tiny("custom_voice"), tmp_path / "broken")
     (broken / "tokenizer_config.json").write_text("{")
@@ -86,8 +86,8 @@ def test_a_load_that_fails_leaves_no_codec(codecs: SharedCodecs, tmp_path: Path)
     engine.close()
 
 
-def test_cloning_needs_no_checkpoint_but_its_own(codecs: SharedCodecs, tmp_path: Path) -> None:
-    """The encoder is loaded late, when the files that the shared decoder came from may be gone."""
+def test_cloning_needs_only_the_models_own_checkpoint(codecs: SharedCodecs, tmp_path: Path) -> None:
+    """The encoder is loaded late, when the checkpoint of the shared decoder may have been deleted."""
     options = msgspec.structs.replace(shared(), codecs=codecs, slots=1, max_model_len=512)
     first = open_engine(copy(tiny("custom_voice"), tmp_path / "first"), options)
     shutil.rmtree(tmp_path / "first")

@@ -1,4 +1,4 @@
-"""What a frame may see of the ring."""
+"""The rows of the ring that a frame attends to."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ SPAN, CHUNK, ROWS = 72, 8, 80
 
 
 @pytest.mark.parametrize("position", [0, 1, 64, 70, 71, 72, 79, 80, 81, 640, 12_345])
-def test_a_frame_sees_itself_and_the_71_before_it(position: int) -> None:
-    """For every frame of a chunk, the rows open to it hold exactly the frames of its window."""
+def test_a_frame_attends_to_itself_and_the_71_before_it(position: int) -> None:
+    """For each frame of a chunk, the unmasked rows of the ring hold exactly the frames of its window."""
     kv_rings = torch.zeros(1, 2, ROWS, 2, 1, 4)
     rope = (torch.zeros(4), torch.ones(4))
     window = Window(kv_rings, torch.tensor([1]), torch.tensor([position]), CHUNK, rope)

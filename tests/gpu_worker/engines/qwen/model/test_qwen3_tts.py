@@ -72,7 +72,7 @@ def test_a_seed_gives_the_same_codes_alone_and_in_a_batch() -> None:
             seed=10 * round_ + place,
             join=round_ + 2 * place,
             frames=10,
-            choice=(SAMPLED, full_vocab, GREEDY)[(round_ + place) % 3],
+            params=(SAMPLED, full_vocab, GREEDY)[(round_ + place) % 3],
         )
         for round_ in range(2)
         for place, case in enumerate(cases)
@@ -81,7 +81,7 @@ def test_a_seed_gives_the_same_codes_alone_and_in_a_batch() -> None:
     for request, codes in zip(requests, together, strict=True):
         (alone,) = generate(ours, [request])
         assert torch.equal(codes, alone)
-    other = generate(ours, [Request(prompt=requests[0].prompt, seed=99, frames=10, choice=SAMPLED)])[0]
+    other = generate(ours, [Request(prompt=requests[0].prompt, seed=99, frames=10, params=SAMPLED)])[0]
     assert not torch.equal(other[: len(together[0])], together[0][: len(other)])
 
 
@@ -102,8 +102,8 @@ def test_an_inactive_slot_keeps_its_state() -> None:
     ours = our_model("custom_voice")
     state, runner = ours.model.state, ours.runner
     prompt = ours.prompt(CASES[0])
-    (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, choice=SAMPLED)])
-    codes = generate(ours, [Request(prompt=prompt, frames=3, choice=SAMPLED)])[0]
+    (wanted,) = generate(ours, [Request(prompt=prompt, frames=6, params=SAMPLED)])
+    codes = generate(ours, [Request(prompt=prompt, frames=3, params=SAMPLED)])[0]
     state.active.zero_()
     state.active[1] = True
     before = state.next_codebook0.clone(), state.hidden.clone(), state.frame.clone()
