@@ -6,6 +6,7 @@ Every function takes or returns 24 kHz mono int16 little-endian PCM, as bytes.
 import array
 import io
 import math
+import wave
 
 import av
 
@@ -31,6 +32,15 @@ def tone(seconds: float, *, hertz: float = 300.0, amplitude: float = 9_000.0, fa
             for i in range(count)
         ),
     ).tobytes()
+
+
+def wav(pcm: bytes) -> bytes:
+    """`pcm` as a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        out.writeframes(pcm)
+    return file.getvalue()
 
 
 def peak(pcm: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Hand-written stand-ins for the parts of the system that a test leaves out."""
+"""Small fakes of the parts of the system that a test leaves out."""
 
 import struct
 import threading
@@ -43,13 +43,13 @@ from shared.sockets import bind_router
 
 
 def tone(text: str, chunks: int, samples: int = 1920) -> list[bytes]:
-    """PCM that tells which text it was made from: a constant that depends on the text, `chunks` times `samples`."""
+    """Recognisable PCM: `chunks` pieces of `samples` samples with one constant value that depends on `text`."""
     level = sum(text.encode()) % 8000 + 1
     return [struct.pack("<h", level) * samples] * chunks
 
 
 def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
-    """What an idle worker on a CPU with the models of `catalog` reports."""
+    """The snapshot of an idle worker on a CPU with the models of `catalog`, with some fields changed."""
     plain = Snapshot(
         pid=4711,
         boot_id="boot-1",
@@ -86,23 +86,34 @@ def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
 
 
 class FakeWorker:
-    """A GPU worker in a thread: the real socket and the real conversation, canned speech.
+    """A GPU worker in a thread: a real socket and the real protocol, with fixed answers.
 
-    Each Speak is answered with `chunks` pieces of `tone`, as credit allows.
-    `hold` keeps requests in the queue (no Started) until `release`;
-    `mute` leaves pings unanswered, `late` keeps back the answers to them;
-    `fail_with` answers every Speak with that Failed, `break_after` does so after as many chunks.
-    `on_call` answers Calls. `seen` are the messages that came, except pings.
+    It answers each Speak with `chunks` pieces of `tone`, as credit allows, and each Call with `on_call`.
+    A test may change its behaviour: `hold` keeps requests queued (no Started), `mute` answers no Ping,
+    `late` delays the Pongs, `skip_seq` leaves out a sequence number,
+    `fail_with` fails every Speak, at once or after `break_after` chunks.
+    `seen` holds the messages that arrived, except pings. `reset` undoes all changes.
     """
 
     def __init__(self, path: Path, *, chunks: int = 3, **snapshot: Any) -> None:
         self.url = f"ipc://{path}"
         self.catalog = load_catalog()
-        self.snapshot = a_snapshot(self.catalog, **snapshot)
-        self.chunks = chunks
         self.settings: dict[str, Any] = {"idle_timeout": 300.0}
         self.version = VERSION
         self.token = ""
+        self._initial = chunks, snapshot
+        self._changed = threading.Condition()
+        self._jobs: dict[str, _Job] = {}
+        self.pongs: list[tuple[bytes, Pong]] = []
+        self._stop = threading.Event()
+        self._context = zmq.Context()
+        self._thread: threading.Thread | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Return to the behaviour and the snapshot of the beginning, and forget the messages seen."""
+        self.chunks, snapshot = self._initial
+        self.snapshot = a_snapshot(self.catalog, **snapshot)
         self.hold = False
         self.mute = False
         self.late = False
@@ -113,12 +124,6 @@ class FakeWorker:
         self.on_call: Callable[[Call, bytes | None], Reply | Failed] = self._find_voice
         self.seen: list[FromWeb] = []
         self.payloads: list[bytes | None] = []
-        self._changed = threading.Condition()
-        self._jobs: dict[str, _Job] = {}
-        self.pongs: list[tuple[bytes, Pong]] = []
-        self._stop = threading.Event()
-        self._context = zmq.Context()
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self._stop.clear()
@@ -132,33 +137,33 @@ class FakeWorker:
         self._context.term()
 
     def stop(self) -> None:
-        """Die: the socket is gone, and with it every request."""
+        """Die: close the socket, and drop every request."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
             self._thread = None
 
     def restart(self, boot_id: str) -> None:
-        """Come back as another process would."""
+        """Start again as a new process would."""
         restarts = self.snapshot.restarts + 1
         self.snapshot = msgspec.structs.replace(self.snapshot, boot_id=boot_id, restarts=restarts)
         self._jobs.clear()
         self.__enter__()
 
     def wait_for(self, kind: type[Message], count: int = 1, timeout_s: float = 20.0) -> list[Any]:
-        """The messages of that kind, once there are `count` of them; AssertionError where they do not come."""
+        """The messages of that kind, as soon as `count` of them have arrived; AssertionError on timeout."""
         with self._changed:
             ok = self._changed.wait_for(lambda: len(self.of(kind)) >= count, timeout_s)
         assert ok, f"{count} {kind.__name__} expected, seen: {self.seen}"
         return self.of(kind)
 
     def of(self, kind: type[Message]) -> list[Any]:
-        """The messages of that kind that came so far."""
+        """The messages of that kind that have arrived so far."""
         return [message for message in self.seen if isinstance(message, kind)]
 
     @property
     def busy(self) -> int:
-        """Requests neither finished nor cancelled."""
+        """The number of requests that are neither finished nor cancelled."""
         return len(self._jobs)
 
     def _run(self) -> None:
@@ -179,7 +184,7 @@ class FakeWorker:
             return
         refused = self.fail_with is not None and self.break_after is None
         if isinstance(message, Speak) and not refused:
-            # Before a test is told of it: whoever waits for the request may look at `busy` next.
+            # Before `wait_for` wakes the test, which may read `busy` next.
             self._jobs[message.id] = _Job(peer, message, tone(message.text, self.chunks))
         with self._changed:
             self.seen.append(message)
@@ -243,7 +248,7 @@ class FakeWorker:
         try:
             self._router.send_multipart([peer, *encode(message, payload)], flags=zmq.NOBLOCK)
         except zmq.ZMQError:
-            # That web worker is gone.
+            # The web worker has disconnected.
             self._jobs = {key: job for key, job in self._jobs.items() if job.peer != peer}
 
 

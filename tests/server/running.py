@@ -1,11 +1,12 @@
-"""Running the web application for a test: on a real socket, in the test's own event loop."""
+"""The web application on a real socket, in the event loop of a test."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
+import pytest
 from granian.constants import Interfaces
 from granian.server.embed import Server
 
@@ -15,20 +16,52 @@ from shared.settings import Settings
 from tests.ports import free_port
 
 SPEECH = "/v1/audio/speech"
+VOICES = "/v1/audio/voices"
+SHARED_LOOP = pytest.mark.asyncio(loop_scope="session")
+"""The mark of the tests that use the fixtures of conftest.py."""
+
+Serve = Callable[..., Awaitable[httpx.AsyncClient]]
+"""The type of the fixture `serve`."""
 
 
 @asynccontextmanager
 async def serving(url: str, *, ready: bool = True, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application whose GPU worker is at `url`; by default once that one has been met."""
+    """A client of a new application whose GPU worker is at `url`; by default, wait until the application is ready."""
     app = create_app(Settings(worker_url=url, **settings))
     async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
-        await until(lambda: answers(client, "/ready" if ready else "/health"))
+        await until(lambda: responds(client, "/ready" if ready else "/health"))
         yield client
+
+
+class Services:
+    """Running applications of one GPU worker: one for each configuration, started when a test first asks for it."""
+
+    def __init__(self, stack: AsyncExitStack, url: str) -> None:
+        self._stack = stack
+        self._url = url
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    async def client(self, **settings: Any) -> httpx.AsyncClient:
+        """A client of the application with those settings, which has a snapshot of this moment."""
+        name = repr(sorted(settings.items()))
+        if name not in self._clients:
+            self._clients[name] = await self._stack.enter_async_context(serving(self._url, **settings))
+        client = self._clients[name]
+        keys = [*settings.get("admin_keys", []), *settings.get("api_keys", []), "none"]
+        headers = {"authorization": f"Bearer {keys[0]}"}
+
+        async def fresh() -> bool:
+            # The list of models makes the application ask for a new snapshot. Until it has one, it may be not ready:
+            # the event loop has stood still since the last test.
+            return await responds(client, "/v1/models", headers=headers) and await responds(client, "/ready")
+
+        await until(fresh)
+        return client
 
 
 @asynccontextmanager
 async def listening(app: HttpMiddleware) -> AsyncIterator[str]:
-    """The base URL of `app`, served by granian."""
+    """Serve `app` with granian; the base URL."""
     port = free_port()
     server = Server(app, port=port, interface=Interfaces.ASGI, log_enabled=False, websockets=False)
     serving_task = asyncio.create_task(server.serve())
@@ -41,14 +74,14 @@ async def listening(app: HttpMiddleware) -> AsyncIterator[str]:
 
 
 async def until(condition: Any, timeout_s: float = 20.0) -> None:
-    """Wait until the coroutine function `condition` gives something true; a busy machine takes its time."""
+    """Poll until the coroutine function `condition` returns a true value."""
     async with asyncio.timeout(timeout_s):
-        while not await condition():  # noqa: ASYNC110 - what is waited for is in another thread or process
-            await asyncio.sleep(0.01)  # between two looks; nothing depends on how long it is
+        while not await condition():  # noqa: ASYNC110 - the condition changes in another thread or process
+            await asyncio.sleep(0.01)  # between two polls; no result depends on its length
 
 
 async def becomes(check: Any, timeout_s: float = 20.0) -> None:
-    """Wait until the plain function `check` gives something true."""
+    """Poll until the plain function `check` returns a true value."""
 
     async def checked() -> bool:
         return bool(check())
@@ -56,10 +89,10 @@ async def becomes(check: Any, timeout_s: float = 20.0) -> None:
     await until(checked, timeout_s)
 
 
-async def answers(client: httpx.AsyncClient, path: str, status: int = httpx.codes.OK) -> bool:
-    """Whether a GET of `path` has that status, by default 200."""
+async def responds(client: httpx.AsyncClient, path: str, status: int = httpx.codes.OK, **options: Any) -> bool:
+    """True if a GET of `path` has that status, by default 200."""
     try:
-        return (await client.get(path)).status_code == status
+        return (await client.get(path, **options)).status_code == status
     except httpx.TransportError:
         return False
 

@@ -1,10 +1,9 @@
-"""Bad input over the wire: a table of requests, and the error that each must get. None is a 500, none logs a trace."""
+"""Bad input over the wire: a table of requests with the error that each must get; none is a 500 or logs an error."""
 
 import asyncio
 import base64
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,11 +11,11 @@ import pytest
 import pytest_asyncio
 import structlog
 
-from tests.fakes import FakeWorker
-from tests.server.running import SPEECH, serving
+from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve
 
 JSON = {"content-type": "application/json"}
 BASE = "qwen3-tts-1.7b-base"
+SOUND = ("audio_sample", ("a.wav", b"x"))
 NOISE = base64.b64encode(b"this is no sound" * 100).decode()
 
 
@@ -33,10 +32,10 @@ def _clone(**fields: Any) -> dict[str, Any]:
 
 
 OF_PYTHON = ("`", "<class", "UploadFile", "enum", "truncated", "of length", "array", "__")
-"""What no client has to understand."""
+"""Words that only Python programmers understand."""
 
 Case = tuple[str, dict[str, Any], int, str, str | None]
-"""Name, request, and of the answer status, code and param."""
+"""Name of the case, request, and status, code and param of the answer."""
 
 CASES: list[Case] = [
     ("input missing", {"json": {}}, 400, "invalid_value", "input"),
@@ -153,19 +152,16 @@ FINE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
-    """A server that takes bodies of up to 1 MiB."""
-    path: Path = tmp_path_factory.mktemp("bad")
-    with FakeWorker(path / "w.ipc", chunks=1) as worker:
-        async with serving(worker.url, max_body_mb=1) as client:
-            yield client
+@pytest_asyncio.fixture(loop_scope="session")
+async def client(serve: Serve) -> httpx.AsyncClient:
+    """A client of an application that takes bodies of up to 1 MiB."""
+    return await serve(max_body_mb=1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
-@pytest.mark.asyncio(loop_scope="module")
+@SHARED_LOOP
 async def test_bad_speech_request(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, case: Case) -> None:
-    """The status, code and param of the contract, in OpenAI's shape, and one line in the log, of no mistake of ours."""
+    """Status, code and param follow the contract, in OpenAI's shape; the log has one line, at level info."""
     _, request, status, code, param = case
     with caplog.at_level(logging.WARNING), structlog.testing.capture_logs() as logged:
         answer = await client.post(SPEECH, **request)
@@ -182,9 +178,9 @@ async def test_bad_speech_request(client: httpx.AsyncClient, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(("name", "request_"), FINE, ids=[case[0] for case in FINE])
-@pytest.mark.asyncio(loop_scope="module")
-async def test_odd_but_right_speech_request(client: httpx.AsyncClient, name: str, request_: dict[str, Any]) -> None:
-    """What clients send in good faith is spoken."""
+@SHARED_LOOP
+async def test_odd_but_correct_speech_request(client: httpx.AsyncClient, name: str, request_: dict[str, Any]) -> None:
+    """Odd requests that clients send in good faith are spoken."""
     _ = name
     answer = await client.post(SPEECH, **request_)
     assert answer.status_code == 200, answer.text
@@ -215,9 +211,9 @@ async def test_odd_but_right_speech_request(client: httpx.AsyncClient, name: str
         ("POST", "/v1/audio/voices", 415, "unsupported_media_type"),
     ],
 )
-@pytest.mark.asyncio(loop_scope="module")
+@SHARED_LOOP
 async def test_bad_path(client: httpx.AsyncClient, method: str, path: str, status: int, code: str) -> None:
-    """Unknown paths, things and query values get the same envelope."""
+    """Unknown paths, resources and query values get the same envelope."""
     answer = await client.request(method, path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert answer.headers["content-type"] == "application/json"
@@ -225,9 +221,9 @@ async def test_bad_path(client: httpx.AsyncClient, method: str, path: str, statu
 
 
 @pytest.mark.parametrize(("path", "hinted"), [("/audio/speech", True), ("/models", True), ("/audio", False)])
-@pytest.mark.asyncio(loop_scope="module")
+@SHARED_LOOP
 async def test_a_base_url_without_v1(client: httpx.AsyncClient, path: str, *, hinted: bool) -> None:
-    """Who left /v1 out of a client's base URL is told."""
+    """If /v1 is missing in a client's base URL, the message says so."""
     answer = await client.post(path, json={"input": "hello"})
     assert answer.status_code == 404
     assert ("/v1" in answer.json()["error"]["message"]) == hinted
@@ -242,9 +238,9 @@ async def test_a_base_url_without_v1(client: httpx.AsyncClient, path: str, *, hi
         ("PATCH", "/health", {"GET", "HEAD", "OPTIONS"}),
     ],
 )
-@pytest.mark.asyncio(loop_scope="module")
+@SHARED_LOOP
 async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, allowed: set[str]) -> None:
-    """405 with the envelope, and an Allow header that says what is possible."""
+    """405 with the envelope, and an Allow header with the possible methods."""
     answer = await client.request(method, path)
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
@@ -267,11 +263,11 @@ async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, a
         ({"name": "x", "type": "prompt", "prompt": "p" * 5000}, {"other": b"x"}, "invalid_value", "prompt"),
     ],
 )
-@pytest.mark.asyncio(loop_scope="module")
+@SHARED_LOOP
 async def test_bad_voice_form(
     client: httpx.AsyncClient, fields: dict[str, str], files: dict[str, bytes], code: str, param: str
 ) -> None:
-    """A form that makes no voice says which field is at fault."""
+    """The error of a wrong form names the field at fault."""
     answer = await client.post("/v1/audio/voices", data=fields, files=files)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
@@ -298,7 +294,7 @@ async def test_bad_voice_form(
         (b"--x\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
     ],
 )
-@pytest.mark.asyncio(loop_scope="module")
+@SHARED_LOOP
 async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_type: str) -> None:
     """A form that is none is the client's mistake."""
     answer = await client.post("/v1/audio/voices", content=content, headers={"content-type": content_type})
@@ -306,10 +302,58 @@ async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_ty
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "request_", "message"),
+    [
+        (SPEECH, {"json": {"input": 7}}, "input: must be a string, not a number."),
+        (SPEECH, {"json": {"input": ""}}, "input: must not be empty."),
+        (
+            SPEECH,
+            {"json": {"input": "x", "response_format": "ogg"}},
+            "response_format: must be one of mp3, opus, aac, flac, wav, pcm, not 'ogg'.",
+        ),
+        (SPEECH, {"json": {"input": "x", "voice": []}}, "voice: must be a string or an object, not a list."),
+        (SPEECH, {"json": {"input": "x", "voice": {}}}, "voice: needs the field id."),
+        (SPEECH, {"json": {"input": "x", "speed": 9}}, "speed: must be at most 4."),
+        (SPEECH, {"json": {"input": "x", "top_p": 0}}, "top_p: must be more than 0."),
+        (SPEECH, {"json": {"input": "x", "seed": 1.5}}, "seed: must be a whole number."),
+        (SPEECH, {"json": {"input": "x", "model": "m" * 201}}, "model: must have at most 200 characters."),
+        (
+            SPEECH,
+            {"content": rb'{"input": "\ud800"}'},
+            r"The body is not valid JSON: \ud800 is half of a character.",
+        ),
+        (SPEECH, {"content": b'{"input": "x'}, "The body is not valid JSON: it ends too early."),
+        (
+            SPEECH,
+            {"content": b"x" * 2**21, "headers": {"content-type": "application/json"}},
+            "The request's body is larger than the 1 MiB that this server takes (TTS_MAX_BODY_MB).",
+        ),
+        (VOICES, {"files": [("name", ("n", b"x")), SOUND]}, "name: must be a string, not a file."),
+        (VOICES, {"files": [("name", (None, "x")), ("audio_sample", (None, "x"))]}, "audio_sample: must be a file."),
+        (
+            VOICES,
+            {"files": [("name", (None, "x")), ("type", (None, "song")), SOUND]},
+            "type: must be one of clone, prompt, not 'song'.",
+        ),
+        (
+            "/admin/models/espeak-ng/paint",
+            {},
+            "action: must be one of load, unload, pin, unpin, not 'paint'.",
+        ),
+        ("/admin/cleanup?trigger=perhaps", {}, "trigger: must be true or false."),
+    ],
+)
+@SHARED_LOOP
+async def test_messages(client: httpx.AsyncClient, path: str, request_: dict[str, Any], message: str) -> None:
+    """A message names the field, and the choices or the limits, in plain words."""
+    assert (await client.post(path, **request_)).json()["error"]["message"] == message
+
+
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.asyncio(loop_scope="module")
-async def test_a_huge_body_is_refused_readably(client: httpx.AsyncClient, chunked: bool) -> None:  # noqa: FBT001 - pytest
-    """A client that is still sending when it is refused reads the refusal, and not a reset connection."""
+@SHARED_LOOP
+async def test_the_refusal_of_a_huge_body_arrives(client: httpx.AsyncClient, chunked: bool) -> None:  # noqa: FBT001 - pytest
+    """A client that is still sending when its request is refused reads the refusal and sees no reset."""
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(40):
@@ -320,9 +364,9 @@ async def test_a_huge_body_is_refused_readably(client: httpx.AsyncClient, chunke
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_a_client_that_leaves_while_sending(client: httpx.AsyncClient) -> None:
-    """A body that never becomes complete is nobody's mistake here: nothing is logged, and the next client is served."""
+@SHARED_LOOP
+async def test_disconnecting_within_the_body(client: httpx.AsyncClient) -> None:
+    """A client that disconnects within its body causes no error in the log, and the next client is served."""
     head = f"POST {SPEECH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
     with structlog.testing.capture_logs() as logged:
         _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)

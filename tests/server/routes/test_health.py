@@ -1,31 +1,59 @@
-"""/ready: 200 only where the default model can be served."""
-
-from collections.abc import AsyncIterator
+"""The questions of probes: /, /health, /ready and the probes of other clients."""
 
 import httpx
 import msgspec
 import pytest
-import pytest_asyncio
 
 from shared.protocol import PublicState
 from tests.fakes import FakeWorker
-from tests.server.running import serving, until
+from tests.server.running import SHARED_LOOP, Serve, responds
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> FakeWorker:
-    """The worker that all tests of this module talk to."""
-    return FakeWorker(tmp_path_factory.mktemp("health") / "w.ipc")
+pytestmark = SHARED_LOOP
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client(worker: FakeWorker) -> AsyncIterator[httpx.AsyncClient]:
-    """A server of that worker."""
-    with worker:
-        async with serving(worker.url) as client:
-            yield client
+async def test_root(serve: Serve) -> None:
+    """The service's name, version and most important paths."""
+    client = await serve(api_title="A title")
+    answer = (await client.get("/")).json()
+    assert answer.pop("version")
+    assert answer == {
+        "status": "ok",
+        "service": "A title",
+        "docs": "/docs",
+        "endpoints": {"speech": "/v1/audio/speech", "models": "/v1/models", "voices": "/v1/audio/voices"},
+    }
+
+
+async def test_health(client: httpx.AsyncClient) -> None:
+    """A JSON object with a timestamp: some clients cannot read the bare text OK."""
+    answer = (await client.get("/health")).json()
+    assert answer["status"] == "healthy"
+    assert answer["timestamp"] > 1_700_000_000
+
+
+async def test_probe_of_wyoming_openai(client: httpx.AsyncClient) -> None:
+    """Its test answers ok."""
+    assert (await client.get("/v1/test")).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"accepting": False}, "shutting_down", "shutting down"),
+        ({"default_model": "none"}, "model_unavailable", "none"),
+    ],
+)
+async def test_not_ready(
+    client: httpx.AsyncClient, worker: FakeWorker, changes: dict[str, object], code: str, words: str
+) -> None:
+    """A worker that is connected but cannot serve the default model is a 503 with the reason."""
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, **changes)
+    assert await responds(client, "/v1/audio/voices/none", 404)  # waits for a fresh snapshot
+    answer = await client.get("/ready")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == code
+    assert words in answer.json()["error"]["message"]
+    assert answer.headers["retry-after"]
 
 
 @pytest.mark.parametrize(
@@ -44,20 +72,15 @@ async def client(worker: FakeWorker) -> AsyncIterator[httpx.AsyncClient]:
 async def test_ready(
     worker: FakeWorker, client: httpx.AsyncClient, state: PublicState, detail: str, status: int
 ) -> None:
-    """A model that would come if it were asked for is as good as there; one that failed to come, or is far, is not."""
-    before = worker.snapshot
+    """Ready, if the next request would load the default model; not ready, if its last load failed or takes long."""
     models = [
-        msgspec.structs.replace(model, state=state, detail=detail) if model.id == before.default_model else model
-        for model in before.models
+        msgspec.structs.replace(model, state=state, detail=detail)
+        if model.id == worker.snapshot.default_model
+        else model
+        for model in worker.snapshot.models
     ]
-    uptime_s = before.uptime_s + 1
-    worker.snapshot = msgspec.structs.replace(before, models=models, uptime_s=uptime_s)
-
-    async def seen() -> bool:
-        stats: float = (await client.get("/admin/stats")).json()["worker"]["uptime_s"]
-        return stats == uptime_s
-
-    await until(seen)
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, models=models)
+    assert await responds(client, "/v1/models")
     answer = await client.get("/ready")
     assert answer.status_code == status
     if status != 200:

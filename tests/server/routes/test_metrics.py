@@ -1,6 +1,5 @@
-"""GET /metrics: Prometheus' own parser reads it, and finds what the worker counted."""
+"""GET /metrics: Prometheus' own parser reads the figures of the snapshot."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -18,19 +17,19 @@ from shared.protocol import (
     ModelStatus,
 )
 from tests.fakes import FakeWorker
-from tests.server.running import serving
+from tests.server.running import SHARED_LOOP, serving
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = SHARED_LOOP
 
 MODEL = "espeak-ng"
 ODD = 'a "model"\\\nof another line'
-"""An id that no catalogue has: what is written between quotes has to be escaped."""
+"""An id that no catalogue has: labels must be escaped."""
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def _histogram(bounds: tuple[float, ...], counts: dict[int, int], total: float) -> Histogram:
-    """`counts` values in the buckets of those numbers."""
+    """A histogram with `counts` (bucket number -> values), and the sum `total`."""
     return Histogram(counts=[counts.get(bucket, 0) for bucket in range(len(bounds) + 1)], sum=total)
 
 
@@ -49,25 +48,17 @@ MODEL_STATS = {
 }
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> FakeWorker:
-    """A worker that has done this and that."""
-    path: Path = tmp_path_factory.mktemp("metrics")
-    fake = FakeWorker(path / "w.ipc", model_stats=MODEL_STATS, restarts=3, running=2, queued=1)
-    models = [*fake.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
-    fake.snapshot = msgspec.structs.replace(fake.snapshot, models=models)
-    return fake
+@pytest.fixture
+def worker(worker: FakeWorker) -> FakeWorker:
+    """A worker with figures."""
+    models = [*worker.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
+    worker.snapshot = msgspec.structs.replace(
+        worker.snapshot, models=models, model_stats=MODEL_STATS, restarts=3, running=2, queued=1
+    )
+    return worker
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client(worker: FakeWorker) -> AsyncIterator[httpx.AsyncClient]:
-    """A server that has met the worker."""
-    with worker:
-        async with serving(worker.url) as client:
-            yield client
-
-
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def samples(client: httpx.AsyncClient) -> Samples:
     """Every sample by its name and labels."""
     return _parsed((await client.get("/metrics")).text)
@@ -90,7 +81,7 @@ def _value(samples: Samples, name: str, **labels: str) -> float:
 
 
 async def test_format(client: httpx.AsyncClient) -> None:
-    """The text format that every Prometheus reads, whatever is asked for."""
+    """Prometheus' text format, whatever the Accept header asks for."""
     for accept in ("*/*", "application/openmetrics-text; version=1.0.0", "application/json"):
         answer = await client.get("/metrics", headers={"accept": accept})
         assert answer.status_code == 200
@@ -98,7 +89,7 @@ async def test_format(client: httpx.AsyncClient) -> None:
 
 
 async def test_worker(samples: Samples) -> None:
-    """That it lives, and what it does."""
+    """The worker is up, and its counts of requests."""
     assert _value(samples, "tts_worker_up") == 1
     assert _value(samples, "tts_worker_uptime_seconds") == 12.5
     assert _value(samples, "tts_worker_restarts_total") == 3
@@ -110,7 +101,7 @@ async def test_worker(samples: Samples) -> None:
 
 
 async def test_memory(samples: Samples) -> None:
-    """The device's, the models' and the host's."""
+    """Memory of the device, the models and the host."""
     assert _value(samples, "tts_device_memory_bytes", kind="others") == 5_000
     assert _value(samples, "tts_shared_bytes", purpose="codec") == 123
     assert _value(samples, "tts_model_bytes", model="m", purpose="kv") == 2
@@ -120,7 +111,7 @@ async def test_memory(samples: Samples) -> None:
 
 
 async def test_first_audio(samples: Samples) -> None:
-    """Buckets hold all values up to their bound, the last one all there are."""
+    """Buckets are cumulative: each counts all values up to its bound, the last one all values."""
     name = "tts_time_to_first_audio_seconds"
     buckets = [_value(samples, f"{name}_bucket", model=MODEL, le=str(bound)) for bound in FIRST_AUDIO_BOUNDS_S]
     assert buckets == [2, 2, 2, 2, *[5] * (len(FIRST_AUDIO_BOUNDS_S) - 4)]
@@ -130,7 +121,7 @@ async def test_first_audio(samples: Samples) -> None:
 
 
 async def test_underruns(samples: Samples) -> None:
-    """Streams that never ran dry are counted among the streams and are no underruns."""
+    """Streams without an underrun are counted as streams and not as underruns."""
     assert _value(samples, "tts_underrun_seconds_bucket", model=MODEL, le="0.0") == 4
     assert _value(samples, "tts_underrun_seconds_count", model=MODEL) == 6
     assert _value(samples, "tts_underrun_seconds_sum", model=MODEL) == 0.6
@@ -138,7 +129,7 @@ async def test_underruns(samples: Samples) -> None:
 
 
 async def test_moves(samples: Samples) -> None:
-    """Loads and evictions by model, those that failed beside them, and how long they took."""
+    """Transitions by model and kind, their failures and their durations."""
     assert _value(samples, "tts_model_moves_total", model=MODEL, move="load") == 1
     assert _value(samples, "tts_model_moves_total", model=MODEL, move="offload") == 7
     assert _value(samples, "tts_model_move_failures_total", model=MODEL, move="load") == 3
@@ -147,8 +138,8 @@ async def test_moves(samples: Samples) -> None:
     assert _value(samples, "tts_out_of_memory_total", model=MODEL) == 2
 
 
-async def test_nothing_seen_yet(samples: Samples) -> None:
-    """A histogram without a value is left out rather than told as zeros with wrong bounds."""
+async def test_empty_histograms(samples: Samples) -> None:
+    """A histogram without values is left out."""
     assert not [name for name, _ in samples if name.startswith("tts_real_time_factor")]
 
 
@@ -158,7 +149,7 @@ async def test_labels_are_escaped(samples: Samples) -> None:
 
 
 async def test_without_a_worker(tmp_path: Path) -> None:
-    """There is one thing to say, and it is no error: the scrape itself works."""
+    """The scrape works, and its one figure says that the worker is down."""
     async with serving(f"ipc://{tmp_path}/none.ipc", ready=False) as client:
         answer = await client.get("/metrics")
     assert answer.status_code == 200

@@ -1,23 +1,19 @@
-"""Voices over a real socket: the lists that clients read, and saved voices made, used and deleted."""
+"""/v1/audio/voices: the lists, and the making and deleting of saved voices."""
 
 import asyncio
-import base64
-import io
-import wave
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import msgspec
-import numpy as np
 import pytest
-import pytest_asyncio
 
-from shared.protocol import Call, Cancel, CloneVoice, DeleteVoice, DesignVoice, Failed, Reply, SavedVoice, Speak
+from shared.protocol import Call, Cancel, CloneVoice, DeleteVoice, DesignVoice, Failed, Reply, SavedVoice
+from tests.audio import tone, wav
 from tests.fakes import FakeWorker
-from tests.server.running import SPEECH, answers, serving, until
+from tests.server.running import SHARED_LOOP, VOICES, responds, serving, until
 
-VOICES = "/v1/audio/voices"
+pytestmark = SHARED_LOOP
+
 SAVED = SavedVoice(
     id="v1", name="Grandma", kind="clone", created_at=7, seconds=3.0, in_context=True, description="warm"
 )
@@ -25,36 +21,21 @@ LARGE = "qwen3-tts-1.7b-customvoice"
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[FakeWorker]:
-    """A worker whose default is a model that has a Base model beside it."""
-    with FakeWorker(tmp_path / "w.ipc", default_model=LARGE) as fake:
-        yield fake
-
-
-@pytest_asyncio.fixture
-async def client(worker: FakeWorker) -> AsyncIterator[httpx.AsyncClient]:
-    """A server of that worker."""
-    async with serving(worker.url) as client:
-        yield client
+def worker(worker: FakeWorker) -> FakeWorker:
+    """A worker whose default model has a Base model in its family."""
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, default_model=LARGE)
+    return worker
 
 
 def a_recording(seconds: float = 2.0) -> bytes:
-    """A WAV of a hum."""
-    times = np.arange(int(24_000 * seconds)) / 24_000
-    samples = (8_000 * np.sin(2 * np.pi * 220 * times)).astype("<i2")
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(24_000)
-        out.writeframes(samples.tobytes())
-    return file.getvalue()
+    """A WAV file of a tone."""
+    return wav(tone(seconds, fade_s=0))
 
 
 async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """The default model's voices first, OpenAI's names, saved voices; narrowed, and as plain strings.
+    """The default model's voices first, then OpenAI's names and saved voices; of one model, and as plain strings.
 
-    A voice that was saved a moment ago is among them, with the Base model that it is spoken with by default.
+    A saved voice names the Base model that speaks with it by default.
     """
     worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[SAVED])
     answer = (await client.get(VOICES)).json()
@@ -83,17 +64,19 @@ async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     }
 
 
-async def test_lists_while_the_worker_is_away(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """Its last word is better than none."""
-    before = (await client.get(VOICES)).json()
-    worker.stop()
-    await until(lambda: answers(client, "/ready", 503))
-    assert (await client.get(VOICES)).json() == before
-    assert (await client.get("/v1/models")).status_code == 200
+async def test_lists_without_the_worker(tmp_path: Path) -> None:
+    """If the worker does not answer, the lists come from the latest snapshot."""
+    with FakeWorker(tmp_path / "w.ipc") as own_worker:
+        async with serving(own_worker.url) as client:
+            before = (await client.get(VOICES)).json()
+            own_worker.stop()
+            await until(lambda: responds(client, "/ready", 503))
+            assert (await client.get(VOICES)).json() == before
+            assert (await client.get("/v1/models")).status_code == 200
 
 
 async def test_one_voice(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """Every voice of the list can be looked at by its id; OpenAI's and preset ones without a question to the worker."""
+    """Each voice of the list has a resource of its own; preset voices and OpenAI's names need no Call."""
     listed = (await client.get(VOICES)).json()["voices"]
     for voice in {voice["id"]: voice for voice in reversed(listed)}.values():
         assert (await client.get(f"{VOICES}/{voice['id'].replace('+', '%2B')}")).json() == voice
@@ -102,8 +85,8 @@ async def test_one_voice(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     assert (await client.get(f"{VOICES}/nobody")).status_code == 404
 
 
-async def test_a_client_that_leaves_is_not_worked_for(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """Who leaves while a voice is made, or a model is loaded, has the worker told so."""
+async def test_disconnecting_cancels_the_call(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """If the client disconnects while a voice is made or a model is loaded, the worker gets a Cancel."""
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
     form = {"name": (None, "Ada"), "type": (None, "prompt"), "prompt": (None, "an old sailor")}
     for number, asked in enumerate((client.post(VOICES, files=form), client.post(f"/admin/models/{LARGE}/load")), 1):
@@ -115,7 +98,7 @@ async def test_a_client_that_leaves_is_not_worked_for(client: httpx.AsyncClient,
 
 
 async def test_a_clone_is_made_of_pcm(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """The worker gets 24 kHz PCM and the transcript; the client gets OpenAI's answer."""
+    """The worker gets 24 kHz PCM and the transcript; the client gets OpenAI's object."""
     worker.on_call = lambda call, _payload: Reply(id=call.id, voice=SAVED)
     form = {"name": " Grandma ", "ref_text": "hello there", "consent": "she agreed", "description": "warm"}
     answer = await client.post(VOICES, data=form, files={"audio_sample": ("g.wav", a_recording(), "audio/wav")})
@@ -130,7 +113,7 @@ async def test_a_clone_is_made_of_pcm(client: httpx.AsyncClient, worker: FakeWor
 
 
 async def test_a_voice_is_designed(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """type=prompt needs no recording."""
+    """With type=prompt no recording is needed."""
     worker.on_call = lambda call, _payload: Reply(id=call.id, voice=SAVED)
     form = {"type": (None, "prompt"), "name": (None, "Pirate"), "prompt": (None, "a gruff old pirate")}
     answer = await client.post(VOICES, files=form)
@@ -147,34 +130,15 @@ async def test_the_workers_refusal_is_told(client: httpx.AsyncClient, worker: Fa
 
 
 async def test_limits_of_a_recording(client: httpx.AsyncClient) -> None:
-    """Too short and too large are told apart."""
+    """A short recording is a 400, a large one a 413."""
     short = await client.post(VOICES, data={"name": "x"}, files={"audio_sample": a_recording(0.2)})
     assert (short.status_code, short.json()["error"]["code"]) == (400, "invalid_audio")
     large = await client.post(VOICES, data={"name": "x"}, files={"audio_sample": b"x" * (10 * 2**20 + 1)})
     assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
 
 
-async def test_a_voice_made_a_moment_ago_is_spoken_with(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """A voice that the snapshot does not hold yet is asked for, and goes to the Base model as saved."""
-    worker.saved.append(SAVED)
-    answer = await client.post(SPEECH, json={"input": "hi", "voice": "Grandma"})
-    assert answer.status_code == 200, answer.text
-    [speak] = worker.of(Speak)
-    assert (speak.model, speak.task, speak.voice, speak.saved_voice) == ("qwen3-tts-1.7b-base", "Base", "v1", True)
-
-
-async def test_a_recording_in_the_request(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """ref_audio reaches the worker as PCM, its transcript beside it, and chooses the Base model."""
-    encoded = "data:audio/wav;base64," + base64.b64encode(a_recording()).decode()
-    answer = await client.post(SPEECH, json={"input": "hi", "ref_audio": encoded, "ref_text": "la"})
-    assert answer.status_code == 200, answer.text
-    [speak] = worker.of(Speak)
-    assert (speak.model, speak.task, speak.reference_text) == ("qwen3-tts-1.7b-base", "Base", "la")
-    assert [len(payload) for payload in worker.payloads if payload is not None] == [96_000]
-
-
 async def test_delete(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """The voice is found by name, too, and deleted by its id."""
+    """The voice is found by its name, and deleted by its id."""
     worker.saved.append(SAVED)
     find = worker.on_call
     worker.on_call = lambda call, payload: (
@@ -185,11 +149,11 @@ async def test_delete(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     assert worker.of(Call)[-1].action == DeleteVoice(id="v1")
 
 
-async def test_a_voice_that_is_gone_is_gone_at_once(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """What was deleted a moment ago, here or elsewhere, is a 404 for whoever looks at it or deletes it again."""
+async def test_a_deleted_voice_is_a_404(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """A voice deleted a moment ago, by this or another web worker, is a 404 for GET and DELETE."""
     worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[SAVED])
     assert (await client.get(f"{VOICES}/v1")).status_code == 200
-    # Deleted by somebody else between the look for it and the deletion.
+    # Another client deletes the voice between the lookup and the deletion.
     worker.on_call = lambda call, _payload: Failed(id=call.id, code="voice_not_found", message="gone", param="voice")
     answer = await client.delete(f"{VOICES}/v1")
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "voice_id")
@@ -199,7 +163,7 @@ async def test_a_voice_that_is_gone_is_gone_at_once(client: httpx.AsyncClient, w
 
 
 async def test_a_name_may_hold_a_slash(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """A voice that can be saved under a name is found and deleted by it, however the slash is written."""
+    """A name with a slash finds and deletes its voice, with the slash escaped or not."""
     named = msgspec.structs.replace(SAVED, name="AC/DC")
     worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[named])
     worker.on_call = lambda call, _payload: Reply(id=call.id)
