@@ -172,7 +172,7 @@ def build_worker(
         catalog,
         device,
         progress=lambda model, detail: inbox.put(Progress(model=model, detail=detail)),
-        room=lambda: _free_bytes(probe.device()),
+        free_bytes=lambda: _free_bytes(probe.device()),
         start_device=probe.start,
         wake=lambda: inbox.put(Wake()),
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEMO_EXTRA: Final = 'espeak-ng is not installed; install the "demo" extra: pip install "qwen3-tts-server[demo]"'
 GPU_EXTRA: Final = 'install the "gpu" extra: pip install "qwen3-tts-server[gpu]", or `make serve WITH_QWEN=1`'
 
-_KIND_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
+_MODEL_TYPE_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
 
 
 class EngineFactory:
@@ -39,13 +39,13 @@ class EngineFactory:
         device: Literal["cuda", "cpu"],
         *,
         progress: Callable[[str, str], None] = lambda _model, _detail: None,
-        room: Callable[[], int] | None = None,
+        free_bytes: Callable[[], int] | None = None,
         start_device: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`progress(model, detail)` is called on the thread that downloads.
 
-        `room` returns the bytes of the device that may still be taken; None: all that are free.
+        `free_bytes` returns the bytes of the device that may still be taken; None: all that are free.
         `start_device` is called once, on the thread that opens engines, before the first use of the device.
         `wake` is called on any thread when an engine may have become runnable without a call.
         """
@@ -53,7 +53,7 @@ class EngineFactory:
         self._specs = list(specs)
         self._device: Literal["cuda", "cpu"] = device
         self._progress = progress
-        self._room = room
+        self._free_bytes = free_bytes
         self._start_device = start_device
         self._wake = wake
         self._options: QwenOptions | None = None
@@ -110,8 +110,8 @@ class EngineFactory:
             return spec
         return msgspec.structs.replace(spec, estimated_bytes=needed)
 
-    def needs_fetch(self, spec: ModelSpec) -> bool:
-        """True if the model's checkpoint is not here but `fetch` may download it."""
+    def needs_download(self, spec: ModelSpec) -> bool:
+        """True if the model's checkpoint is not here but `download` may fetch it."""
         if spec.engine != "qwen" or not self._settings.allow_download or self._configured(spec) is not None:
             return False
         try:
@@ -120,11 +120,11 @@ class EngineFactory:
             return True
         return False
 
-    def fetch(self, spec: ModelSpec) -> None:
+    def download(self, spec: ModelSpec) -> None:
         """Download the model's checkpoint, for minutes to hours; JobError if that fails or the files are wrong."""
         self._directory_of(spec, allow_download=self._settings.allow_download)
 
-    def stamp_of(self, spec: ModelSpec) -> str:
+    def file_stamp(self, spec: ModelSpec) -> str:
         """A string that changes when the files of the model's checkpoint change.
 
         It covers the directory from TTS_MODEL_PATHS or TTS_MODELS_DIR. The Hugging Face cache is left out:
@@ -203,8 +203,8 @@ class EngineFactory:
             progress=lambda detail: self._progress(spec.id, detail),
         )
         found = read_config(directory).tts_model_type
-        if found != _KIND_OF_TASK[spec.task]:
-            problem = f"holds a {found} model, where {spec.id} is {_KIND_OF_TASK[spec.task]}"
+        if found != _MODEL_TYPE_OF_TASK[spec.task]:
+            problem = f"holds a {found} model, where {spec.id} is {_MODEL_TYPE_OF_TASK[spec.task]}"
             raise JobError("model_unavailable", f"{directory / 'config.json'}: {problem}")
         return directory
 
@@ -227,7 +227,7 @@ class EngineFactory:
                 pause_s=self._settings.sentence_pause_ms / 1000,
                 reference_cache_bytes=self._settings.reference_cache_mb * 2**20,
                 encoder_lock=threading.Lock(),
-                room=self._room,
+                room=self._free_bytes,
                 wake=self._wake,
             )
         return self._options

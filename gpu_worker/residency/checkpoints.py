@@ -60,8 +60,8 @@ class Checkpoints:
         spec = self._specs[model]
         try:
             problem = self._factory.problem_of(spec) or ""
-            remote = not problem and self._factory.needs_fetch(spec)
-            stamp = self._factory.stamp_of(spec)
+            remote = not problem and self._factory.needs_download(spec)
+            stamp = self._factory.file_stamp(spec)
         except Exception as error:
             log.exception("file_check_failed", model=model)
             return FilesChecked(model=model, problem=f"{type(error).__name__}: {error}", remote=False, stamp="")
@@ -69,7 +69,7 @@ class Checkpoints:
 
     def _download(self, model: str) -> Downloaded:
         try:
-            self._factory.fetch(self._specs[model])
+            self._factory.download(self._specs[model])
         except JobError as error:
             log.warning("download_failed", model=model, reason=error.message)
             return Downloaded(model=model, error=error)

@@ -133,43 +133,44 @@ class FakeDevice:
 
 
 class FakeFiles:
-    """The files of models: whole and here, but for those that are told otherwise.
+    """The files of models, in place of an EngineFactory; whole and local unless a test says otherwise.
 
-    `problems` are what is missing; a model in `remote` has to be fetched, which `gate`, cleared, holds up
-    and `fetch_troubles` prevent, one after the other. `stamps` change what a model's files look like.
+    `problems` are the answers of `problem_of`. A model in `remote` has to be downloaded, which waits while `gate` is
+    cleared; the next downloads raise the `download_errors` of the model, one each.
+    `stamps` are the stamps of changed files. `threads` are the names of the threads of each method.
     """
 
     def __init__(self) -> None:
         self.problems: dict[str, str] = {}
         self.remote: set[str] = set()
         self.stamps: dict[str, str] = {}
-        self.fetch_troubles: dict[str, list[Exception]] = {}
+        self.download_errors: dict[str, list[Exception]] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.threads: dict[str, set[str]] = {}
 
     def problem_of(self, spec: ModelSpec) -> str | None:
         """What is missing."""
-        self._note("problem_of")
+        self._record_thread("problem_of")
         return self.problems.get(spec.id)
 
-    def needs_fetch(self, spec: ModelSpec) -> bool:
-        """Whether it is elsewhere."""
+    def needs_download(self, spec: ModelSpec) -> bool:
+        """Whether the model is in `remote`."""
         return spec.id in self.remote
 
-    def stamp_of(self, spec: ModelSpec) -> str:
-        """What its files look like."""
-        return self.stamps.get(spec.id, "as ever")
+    def file_stamp(self, spec: ModelSpec) -> str:
+        """The model's stamp."""
+        return self.stamps.get(spec.id, "unchanged")
 
-    def fetch(self, spec: ModelSpec) -> None:
-        """Bring it here."""
-        self._note("fetch")
+    def download(self, spec: ModelSpec) -> None:
+        """Take the model out of `remote`."""
+        self._record_thread("download")
         assert self.gate.wait(10)
-        if troubles := self.fetch_troubles.get(spec.id):
-            raise troubles.pop(0)
+        if errors := self.download_errors.get(spec.id):
+            raise errors.pop(0)
         self.remote.discard(spec.id)
 
-    def _note(self, call: str) -> None:
+    def _record_thread(self, call: str) -> None:
         self.threads.setdefault(call, set()).add(threading.current_thread().name)
 
 

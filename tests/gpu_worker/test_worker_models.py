@@ -116,12 +116,12 @@ class TestModels:
         bench.settle()
         assert bench.words("r") == "one"
         assert bench.snapshot().models[2].detail == ""
-        assert bench.files.threads["fetch"] == {"download"}
+        assert bench.files.threads["download"] == {"download"}
 
     def test_download_fails(self, bench: WorkerBench) -> None:
         """All waiting requests and calls get the error, and the status shows it until the next request's load works."""
         bench.files.remote.add("m")
-        bench.files.fetch_troubles["m"] = [JobError("model_unavailable", "the hub is out of reach")]
+        bench.files.download_errors["m"] = [JobError("model_unavailable", "the hub is out of reach")]
         bench.speak("r", "one")
         bench.call("c", LoadModel(model="m"))
         bench.settle()

@@ -160,27 +160,27 @@ class TestFiles:
             ({"ALLOW_DOWNLOAD": "true", "MODEL_PATHS": "qwen3-tts-0.6b-base=/nowhere"}, False),
         ],
     )
-    def test_needs_fetch(
+    def test_needs_download(
         self, catalog: list[ModelSpec], tmp_path: Path, variables: dict[str, str], *, expected: bool
     ) -> None:
         """A missing checkpoint is downloaded if that is allowed, but never into a directory of TTS_MODEL_PATHS."""
         factory = _factory(catalog, MODELS_DIR=str(tmp_path), **variables)
         model = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
-        assert factory.needs_fetch(model) is expected
-        assert not factory.needs_fetch(_espeak(catalog))
+        assert factory.needs_download(model) is expected
+        assert not factory.needs_download(_espeak(catalog))
 
     def test_stamp(self, catalog: list[ModelSpec], tmp_path: Path) -> None:
         """The stamp changes with the model's files, and only then."""
         factory = _factory(catalog, MODELS_DIR=str(tmp_path))
         model = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
-        empty = factory.stamp_of(model)
+        empty = factory.file_stamp(model)
         directory = tmp_path / model.hf_id.rpartition("/")[2]
         directory.mkdir()
         (directory / "config.json").write_text("{}")
-        first = factory.stamp_of(model)
-        assert first == factory.stamp_of(model) != empty
+        first = factory.file_stamp(model)
+        assert first == factory.file_stamp(model) != empty
         (directory / "config.json").write_text('{"mended": true}')
-        assert factory.stamp_of(model) != first
+        assert factory.file_stamp(model) != first
 
 
 class TestDefaultModel:

@@ -197,6 +197,6 @@ class Bench:
             model=model,
             problem=self.problems.get(model, ""),
             remote=model in self.remote,
-            stamp=self.stamps.get(model, "as ever"),
+            stamp=self.stamps.get(model, "unchanged"),
         )
         self.residency.handle(self.found[model])

@@ -37,7 +37,7 @@ def test_check(bench: Bench) -> None:
     for model in "ab":
         bench.checkpoints.submit(CheckFiles(model))
     assert bench.reports.wait() == FilesChecked(
-        model="a", problem="there are no weights", remote=False, stamp="as ever"
+        model="a", problem="there are no weights", remote=False, stamp="unchanged"
     )
     assert bench.reports.wait() == FilesChecked(model="b", problem="", remote=True, stamp="new")
     assert bench.files.threads == {"problem_of": {"check-files"}}
@@ -56,7 +56,7 @@ def test_a_check_does_not_wait_for_a_download(bench: Bench) -> None:
     assert bench.reports.wait() == Downloaded(model="a", error=None)
     assert bench.reports.wait() == Downloaded(model="b", error=None)
     assert bench.files.remote == set()
-    assert bench.files.threads["fetch"] == {"download"}
+    assert bench.files.threads["download"] == {"download"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_check_does_not_wait_for_a_download(bench: Bench) -> None:
 )
 def test_failed_download(bench: Bench, trouble: Exception, message: str) -> None:
     """A failed download reports why, whatever was raised, and can be repeated."""
-    bench.files.fetch_troubles["a"] = [trouble]
+    bench.files.download_errors["a"] = [trouble]
     bench.checkpoints.submit(Download("a"))
     report = bench.reports.wait()
     assert isinstance(report, Downloaded)
@@ -84,7 +84,7 @@ def test_failed_check(bench: Bench) -> None:
     def broken(_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    bench.files.stamp_of = broken  # type: ignore[method-assign] # the one thing that differs
+    bench.files.file_stamp = broken  # type: ignore[method-assign] # the one thing that differs
     bench.checkpoints.submit(CheckFiles("a"))
     report = bench.reports.wait()
     assert isinstance(report, FilesChecked)
