@@ -102,7 +102,6 @@ _USED_BY_WEB_SIDE: Final = {
 
 _SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
 _SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}
-_LOWER_CASE: Final = {"default_device", "default_model_size", "attention_backend", "dtype", "log_level", "log_format"}
 _ORIGIN: Final = re.compile(r"http://[^\s/?#@A-Z]+(?<!:80)|https://[^\s/?#@A-Z]+(?<!:443)")
 """The form of a browser's Origin header."""
 
@@ -141,7 +140,8 @@ def variable_of(field: str) -> str:
 
 def _parse(name: str, kind: Any, text: str) -> Any:
     """`text` as a value of the field's type; the message of a ValueError never repeats a secret."""
-    if name in _LOWER_CASE:
+    choices = choices_in(kind)
+    if choices:
         text = text.lower()
         text = _SIZE_SPELLINGS.get(text, text) if name == "default_model_size" else text
     raw: Any = text
@@ -158,7 +158,6 @@ def _parse(name: str, kind: Any, text: str) -> Any:
     try:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
-        choices = choices_in(kind)
         problem = one_of(choices) if choices else reword(str(error), from_text=True)
         raise ValueError(problem if name in _SECRET else f"{problem}, not {text!r}") from None
 

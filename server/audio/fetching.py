@@ -32,6 +32,10 @@ _NOT_GLOBAL: Final = [
 """Parts of it that reach no host, or that have an IPv4 address inside. Python 3.11 knows half of them."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Sequence[str]]
+"""All addresses of a host, for connecting to a port."""
+
+MayConnect = Callable[[Address], bool]
 
 
 async def fetch_reference(
@@ -39,8 +43,8 @@ async def fetch_reference(
     *,
     max_bytes: int = MAX_REFERENCE_BYTES,
     timeout_s: float = FETCH_TIMEOUT_S,
-    resolve: "Callable[[str, int], Sequence[str]] | None" = None,
-    may_connect: "Callable[[Address], bool] | None" = None,
+    resolve: Resolve | None = None,
+    may_connect: MayConnect | None = None,
 ) -> bytes:
     """The body behind an http(s) URL of the public internet: at most `max_bytes`, within `timeout_s`.
 
@@ -67,12 +71,7 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-async def _fetch(
-    url: str,
-    max_bytes: int,
-    resolve: Callable[[str, int], Sequence[str]],
-    may_connect: Callable[[Address], bool],
-) -> bytes:
+async def _fetch(url: str, max_bytes: int, resolve: Resolve, may_connect: MayConnect) -> bytes:
     for _ in range(_MAX_REDIRECTS + 1):
         received = await _get(url, max_bytes, resolve, may_connect)
         status, location, body = await asyncio.to_thread(_parse_response, received)
@@ -87,12 +86,7 @@ async def _fetch(
     raise InvalidAudioError(f"the URL redirects more than {_MAX_REDIRECTS} times")
 
 
-async def _get(
-    url: str,
-    max_bytes: int,
-    resolve: Callable[[str, int], Sequence[str]],
-    may_connect: Callable[[Address], bool],
-) -> bytes:
+async def _get(url: str, max_bytes: int, resolve: Resolve, may_connect: MayConnect) -> bytes:
     """The whole response to one GET, with its head."""
     try:
         parts = urllib.parse.urlsplit(url)
