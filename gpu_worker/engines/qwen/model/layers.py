@@ -27,7 +27,8 @@ BATCH_MULTIPLE: Final = 4
 MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
 With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
 This was seen on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512, MKL's sums depend on the batch in some shapes
-(128 inputs to 64 outputs, from 5 rows up), so there a seed may give other codes in another batch.
+(128 inputs to 64 outputs, from 5 rows up), so there a seed may give other codes in another batch,
+unless the environment has MKL_CBWR=AUTO,STRICT: with it these products were batch invariant, and took no longer.
 """
 
 
