@@ -1,5 +1,6 @@
 """The bodies of requests and responses: Structs with the limits of their fields. The OpenAPI is made from them.
 
+Bodies that belong to one route alone (/admin, the form for a new voice) are in that route's file.
 resolution.py owns the rules between fields.
 """
 

@@ -1,4 +1,4 @@
-"""The version that the service reports: that of the installed package."""
+"""The version that the service reports: the installed package's."""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final

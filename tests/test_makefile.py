@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
     ("lacking", "message"),
     [
         ("sys.version_info = (3, 10)", "Python 3.11 or newer is needed"),
-        ("sys.modules['ensurepip'] = None", "python3-venv"),  # Debian's python3 as it comes
+        ("sys.modules['ensurepip'] = None", "python3-venv"),  # Debian's python3 without python3-venv
     ],
 )
 def test_missing_parts_of_python_are_named(tmp_path: Path, lacking: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""README.md and .env.example, held to what they say: their commands run, and their names mean something."""
+"""README.md, the documents in .github and .env.example: their commands run, and their names and links exist."""
 
 import os
 import re
@@ -20,10 +20,10 @@ from tests.system.service import Service
 ROOT: Final = Path(__file__).resolve().parents[1]
 README: Final = (ROOT / "README.md").read_text()
 HERE: Final = "http://127.0.0.1:8000"
-"""Where the README's service listens."""
+"""The address of the README's service."""
 
 GPU_COMMANDS: Final = re.compile(r"audio_sample|type=prompt|qwen3-tts|gpu_worker download")
-"""In commands that need published weights."""
+"""Found in the commands that need published weights."""
 
 
 def blocks(language: str) -> list[str]:
@@ -32,20 +32,20 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """The README's shell commands, one a line, without what the reader is told beside them."""
+    """The README's shell commands, one a line, without comments."""
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
     return [" ".join(line.split()) for line in lines if line]
 
 
-def those(beginning: str) -> list[str]:
-    """The commands that begin like that and that a service without published weights can answer."""
+def commands_with(beginning: str) -> list[str]:
+    """The commands that begin like that and need no published weights."""
     return [line for line in commands() if line.startswith(beginning) and not GPU_COMMANDS.search(line)]
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """What `make serve` starts."""
+    """The service, as `make serve` starts it."""
     service = Service(tmp_path_factory.mktemp("service"))
     try:
         yield service.wait_ready()
@@ -54,7 +54,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def run(command: list[str], service: Service, directory: Path) -> str:
-    """What the command says on stdout, with the service in the place of the README's."""
+    """The command's output, with our service in the place of the README's."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TTS_")}
     environ |= {"PYTHONPATH": str(ROOT), "TTS_PORT": str(service.port), "NO_PROXY": "127.0.0.1"}
     ended = subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, timeout=60, check=False)
@@ -63,7 +63,7 @@ def run(command: list[str], service: Service, directory: Path) -> str:
 
 
 def bash(line: str, service: Service, directory: Path) -> str:
-    """As `run`, for a line of a shell; what a player would hear ends in a file."""
+    """As `run`, for a shell command; the audio for a player goes to a file."""
     line = line.replace(HERE, service.url).replace(".venv/bin/python", sys.executable)
     line = line.replace("ffplay -nodisp -autoexit -", "cat > heard.mp3")
     return run(["bash", "-o", "pipefail", "-c", line], service, directory)
@@ -71,40 +71,40 @@ def bash(line: str, service: Service, directory: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(service: Service, tmp_path: Path) -> None:
-    """The first request that a reader makes gives an mp3."""
-    (line,) = those("curl")
+    """The README's first request gives an mp3."""
+    (line,) = commands_with("curl")
     bash(line, service, tmp_path)
     assert soundfile.info(tmp_path / "hello.mp3").duration > 0.5
 
 
 def test_openai_sdk(service: Service, tmp_path: Path) -> None:
-    """OpenAI's own client speaks with this server as shown."""
+    """The program with OpenAI's client runs as shown."""
     (program,) = blocks("python")
     run([sys.executable, "-c", program.replace(HERE, service.url)], service, tmp_path)
     assert soundfile.info(tmp_path / "speech.ogg").duration > 0.5
 
 
 def test_command_line(service: Service, tmp_path: Path) -> None:
-    """Every command shown finds the service and does what it says."""
-    said = {}
-    for line in those(".venv/bin/python -m server"):
+    """Every subcommand runs as shown."""
+    outputs = {}
+    for line in commands_with(".venv/bin/python -m server"):
         name = line.split()[3]
-        said[name] = bash(line + (" --once" if name == "top" else ""), service, tmp_path)
-    assert said.keys() == {"say", "voices", "top"}
-    assert "alloy" in said["voices"]
+        outputs[name] = bash(line + (" --once" if name == "top" else ""), service, tmp_path)
+    assert outputs.keys() == {"say", "voices", "top"}
+    assert "alloy" in outputs["voices"]
     for file in ("evening.mp3", "heard.mp3"):
         assert soundfile.info(tmp_path / file).duration > 0.5
 
 
-def test_every_command_is_known() -> None:
-    """A command that is neither run here nor listed below is a new one: run it here, or say where it is."""
-    elsewhere = ("make ", "docker compose ")  # below, and test_containers.py
-    left = [line for line in commands() if not GPU_COMMANDS.search(line) and not line.startswith(elsewhere)]
-    assert sorted(left) == sorted([*those("curl"), *those(".venv/bin/python -m server")])
+def test_every_command_is_tested() -> None:
+    """A command that no test covers fails here: run it in this file, or add it to the list below."""
+    elsewhere = ("make ", "docker compose ")  # see test_make_targets, and test_containers.py
+    tested = [line for line in commands() if not GPU_COMMANDS.search(line) and not line.startswith(elsewhere)]
+    assert sorted(tested) == sorted([*commands_with("curl"), *commands_with(".venv/bin/python -m server")])
 
 
 def test_weights_are_named_as_the_catalogue_does() -> None:
-    """What `download` is shown with is a published model's size and task; every model of the table exists."""
+    """Every size and task is a published model's, and every model of the table is in the catalogue."""
     published = [spec for spec in load_catalog() if spec.hf_id]
     sizes = set(re.findall(r"\b(?:0\.6B|1\.7B)-\w+", README))
     assert sizes == {spec.hf_id.partition("12Hz-")[2] for spec in published}
@@ -113,7 +113,7 @@ def test_weights_are_named_as_the_catalogue_does() -> None:
 
 
 def test_make_targets() -> None:
-    """Every `make` of the README and of CONTRIBUTING is a target."""
+    """Every `make` command of the README and of CONTRIBUTING is a target."""
     text = README + (ROOT / ".github" / "CONTRIBUTING.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE))
@@ -121,16 +121,17 @@ def test_make_targets() -> None:
 
 
 def test_endpoints(service: Service) -> None:
-    """Every endpoint that the README says to look at is one of the service."""
+    """Every GET endpoint that the README names answers 200."""
     named = re.findall(r"`GET (/[^`]*)`", README)
     assert named
     assert {path: service.http.get(path).status_code for path in named} == dict.fromkeys(named, 200)
 
 
 def test_linked_files() -> None:
-    """Every file that is linked to is there."""
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    """Every linked file exists."""
+    for document in (ROOT / "README.md", *(ROOT / ".github").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def example() -> list[tuple[bool, str, str]]:
@@ -140,14 +141,14 @@ def example() -> list[tuple[bool, str, str]]:
 
 
 def test_env_example_lists_every_setting() -> None:
-    """Each once, and none that there is not."""
+    """Each setting once, and no other name."""
     assert sorted(name for _, name, _ in example()) == sorted(
         variable_of(field.name) for field in msgspec.structs.fields(Settings)
     )
 
 
 def test_env_example_shows_the_defaults() -> None:
-    """Copied as it is, it changes nothing; what is commented out has no default and a value that would do."""
+    """A copy of the file changes nothing. A commented setting has no default, and an example that is valid."""
     assert load_settings({name: value for comment, name, value in example() if not comment}) == Settings()
     default = {variable_of(field.name): getattr(Settings(), field.name) for field in msgspec.structs.fields(Settings)}
     for comment, name, value in example():

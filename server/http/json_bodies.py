@@ -21,51 +21,49 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def outline_of(kind: type[msgspec.Struct], aliases: dict[str, str]) -> "msgspec.json.Decoder[Any]":
-    """A decoder that splits a body into the fields of `kind` and their aliases, each still JSON, and skips the rest.
+class JsonDecoder(Generic[T]):
+    """Decodes JSON bodies as a `kind`; `aliases` are other names of its fields."""
 
-    Decoding the whole body could block the event loop: 16 MB of empty lists in an unknown field take 1.5 s and 500 MB.
-    """
-    fields = [(name, msgspec.Raw, msgspec.Raw(b"")) for name in (*kind.__struct_fields__, *aliases)]
-    return msgspec.json.Decoder(msgspec.defstruct("Outline", fields))
+    def __init__(self, kind: type[T], aliases: dict[str, str]) -> None:
+        self.kind = kind
+        self._aliases = aliases
+        # Splits a body into its known fields, each still JSON, and skips the rest. Decoding all of it could block the
+        # event loop: 16 MB of empty lists in an unknown field take 1.5 s and 500 MB.
+        fields = [(name, msgspec.Raw, msgspec.Raw(b"")) for name in (*get_type_hints(kind), *aliases)]
+        self._outline = msgspec.json.Decoder(msgspec.defstruct("Outline", fields))
 
+    def decode(self, body: bytes, content_type: str) -> T:
+        """Decode `body`. Raises ApiError: `unsupported_media_type`, `invalid_json`, `invalid_value`.
 
-def decode_json(
-    body: bytes, content_type: str, kind: type[T], aliases: dict[str, str], outline: "msgspec.json.Decoder[Any]"
-) -> T:
-    """Decode `body` as a `kind`. Raises ApiError: `unsupported_media_type`, `invalid_json`, `invalid_value`.
+        An alias counts if the field itself is missing or null; of a repeated key the last counts.
+        """
+        if content_type not in {"", "application/json"} and not content_type.endswith("+json"):
+            raise ApiError("unsupported_media_type", "Send the body as JSON, with Content-Type: application/json.")
+        try:
+            body.decode()  # msgspec does not check the text of fields that it skips
+            return msgspec.json.decode(self._known_fields(body), type=self.kind)
+        except UnicodeDecodeError:
+            raise ApiError("invalid_json", "The body is not UTF-8.") from None
+        except RecursionError:
+            raise ApiError("invalid_json", "The body is nested too deeply.") from None
+        except msgspec.ValidationError as error:
+            raise _of_field(str(error), self.kind) from None
+        except msgspec.DecodeError as error:
+            problem = reword_malformed_json(str(error), body)
+            raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
 
-    An alias counts if the field itself is missing or null; of a repeated key the last counts.
-    `outline` is `outline_of(kind, aliases)`.
-    """
-    if content_type not in {"", "application/json"} and not content_type.endswith("+json"):
-        raise ApiError("unsupported_media_type", "Send the body as JSON, with Content-Type: application/json.")
-    try:
-        body.decode()  # msgspec does not check the text of fields that it skips
-        return msgspec.json.decode(_known_fields(body, aliases, outline), type=kind)
-    except UnicodeDecodeError:
-        raise ApiError("invalid_json", "The body is not UTF-8.") from None
-    except RecursionError:
-        raise ApiError("invalid_json", "The body is nested too deeply.") from None
-    except msgspec.ValidationError as error:
-        raise _of_field(str(error), kind) from None
-    except msgspec.DecodeError as error:
-        problem = reword_malformed_json(str(error), body)
-        raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
-
-
-def _known_fields(body: bytes, aliases: dict[str, str], outline: "msgspec.json.Decoder[Any]") -> bytes:
-    """The JSON object `body` reduced to the known fields, each under its own name."""
-    try:
-        split = outline.decode(body)
-    except msgspec.ValidationError:
-        raise ApiError("invalid_json", "The body must be a JSON object.") from None
-    fields = {name: value for name in split.__struct_fields__ if (value := bytes(getattr(split, name)))}
-    for alias, field in aliases.items():
-        value = fields.pop(alias, b"null")
-        if value != b"null" and fields.get(field, b"null") == b"null":
-            fields[field] = value
-    return b"{%s}" % b",".join(b'"%s":%s' % (field.encode(), value) for field, value in fields.items())
+    def _known_fields(self, body: bytes) -> bytes:
+        """The JSON object `body` reduced to the known fields, each under its own name."""
+        try:
+            split = self._outline.decode(body)
+        except msgspec.ValidationError:
+            raise ApiError("invalid_json", "The body must be a JSON object.") from None
+        fields = {name: value for name in split.__struct_fields__ if (value := bytes(getattr(split, name)))}
+        for alias, field in self._aliases.items():
+            value = fields.pop(alias, b"null")
+            if value != b"null" and fields.get(field, b"null") == b"null":
+                fields[field] = value
+        return b"{%s}" % b",".join(b'"%s":%s' % (field.encode(), value) for field, value in fields.items())
 
 
 def _of_field(message: str, kind: Any) -> ApiError:
@@ -80,22 +78,20 @@ def _of_field(message: str, kind: Any) -> ApiError:
 
 
 class StrictJson(AbstractDTO[T], Generic[T]):
-    """The DTO that decodes a handler's `data` with `decode_json`; the OpenAPI schema is the Struct's own."""
+    """The DTO that decodes a handler's `data` with `decoder`; the OpenAPI schema is the Struct's own."""
 
     config: ClassVar[DTOConfig] = DTOConfig()
-    kind: ClassVar[type[Any]]
-    aliases: ClassVar[dict[str, str]]
-    outline: ClassVar["msgspec.json.Decoder[Any]"]
+    decoder: ClassVar[JsonDecoder[Any]]
 
     def decode_bytes(self, value: bytes) -> Any:
         """Decode the body; Litestar's hook."""
         content_type, _parameters = self.asgi_connection.content_type  # type: ignore[attr-defined] # it is a Request
-        return decode_json(value, content_type, self.kind, self.aliases, self.outline)
+        return self.decoder.decode(value, content_type)
 
     @classmethod
     def is_supported_model_type_field(cls, field_definition: FieldDefinition) -> bool:
         """True if the handler's annotation is the Struct that this class decodes."""
-        return field_definition.annotation is cls.kind
+        return field_definition.annotation is cls.decoder.kind
 
     @classmethod
     def create_for_field_definition(cls, *_args: Any, **_kwargs: Any) -> None:
@@ -113,6 +109,4 @@ class StrictJson(AbstractDTO[T], Generic[T]):
 class SpeechJson(StrictJson[SpeechRequest]):
     """The DTO of `POST /v1/audio/speech`."""
 
-    kind = SpeechRequest
-    aliases = ALIASES
-    outline = outline_of(SpeechRequest, ALIASES)
+    decoder = JsonDecoder(SpeechRequest, ALIASES)

@@ -1,1 +1,4 @@
-"""The HTTP resources, one module each; app.py puts them together."""
+"""The HTTP resources, one module each: their paths, parameters and answers.
+
+app.py puts the routes together; no route imports another.
+"""

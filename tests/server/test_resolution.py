@@ -1,4 +1,4 @@
-"""What requests mean, rule by rule, on the real catalogue."""
+"""The meaning of requests, rule by rule, on the real catalogue."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def _ask(**fields: Any) -> SpeechRequest:
     ],
 )
 def test_model_and_voice(default: str, fields: dict[str, Any], model: str, voice: str) -> None:
-    """A named model means itself; without one, the task chooses within the default's family and size."""
+    """A named model is used as it is; otherwise the task chooses within the default's family and size."""
     resolved = resolve(_ask(**fields), CATALOG, default)
     assert (resolved.model.id, resolved.voice, resolved.saved_voice) == (model, voice, False)
 
@@ -99,7 +99,7 @@ def test_model_and_voice(default: str, fields: dict[str, Any], model: str, voice
     ],
 )
 def test_contradictions(default: str, fields: dict[str, Any], code: str, param: str) -> None:
-    """What does not fit together is refused, with the field that is at fault; never quietly dropped."""
+    """Contradictory fields are an error that names the field at fault; no field is dropped silently."""
     with pytest.raises(ApiError) as caught:
         resolve(_ask(**fields), CATALOG, default)
     assert (caught.value.code, caught.value.param) == (code, param)
@@ -110,22 +110,22 @@ def test_contradictions(default: str, fields: dict[str, Any], code: str, param: 
     [({}, BASE), ({"model": "tts-1"}, SMALL_BASE), ({"model": SMALL_BASE}, SMALL_BASE), ({"task_type": "Base"}, BASE)],
 )
 def test_a_saved_voice_goes_to_a_base_model(fields: dict[str, Any], model: str) -> None:
-    """A saved voice is cloned, by the Base model of the default's family and size or by the one that was named."""
+    """The Base model of the default's family and size speaks with a saved voice, or the named model."""
     request = _ask(voice="grandma", **fields)
     assert saved_voice_name(request, CATALOG, LARGE) == "grandma"
     resolved = resolve(request, CATALOG, LARGE, SAVED)
     assert (resolved.model.id, resolved.voice, resolved.saved_voice) == (model, "v1", True)
 
 
-def test_a_saved_voice_does_not_fit_another_task() -> None:
-    """A model that cannot clone refuses a saved voice instead of speaking with another one."""
+def test_a_saved_voice_with_a_model_of_another_task() -> None:
+    """A saved voice with a model that cannot clone is an error."""
     with pytest.raises(ApiError) as caught:
         resolve(_ask(voice="grandma", model=LARGE), CATALOG, LARGE, SAVED)
     assert (caught.value.code, caught.value.param) == ("task_mismatch", "voice")
 
 
-def test_a_saved_voice_where_the_default_cannot_clone() -> None:
-    """The message names the voice, which a client may not know for a saved one, and the models that would do."""
+def test_a_saved_voice_without_a_base_model() -> None:
+    """The message says that the voice is a saved one, and lists the models that can speak with it."""
     with pytest.raises(ApiError, match=rf"'Grandma' is a saved voice.*{BASE}") as caught:
         resolve(_ask(voice="grandma"), CATALOG, ESPEAK, SAVED)
     assert (caught.value.code, caught.value.param) == ("task_mismatch", "voice")
@@ -135,7 +135,7 @@ def test_a_saved_voice_where_the_default_cannot_clone() -> None:
     "fields", [{}, {"voice": "RYAN"}, {"voice": "alloy"}, {"voice": "x", **CLONE}, {"voice": "x", "model": DESIGN}]
 )
 def test_only_unknown_names_are_looked_up(fields: dict[str, Any]) -> None:
-    """A preset voice, OpenAI's names and voices made otherwise cost no question to the worker."""
+    """Preset voices, OpenAI's names and voices made by a recording or a description are not looked up."""
     assert saved_voice_name(_ask(**fields), CATALOG, LARGE) is None
 
 
@@ -144,7 +144,7 @@ def test_only_unknown_names_are_looked_up(fields: dict[str, Any]) -> None:
     [(None, "auto"), ("Auto", "auto"), ("English", "english"), ("en_GB", "english"), ("ZH-cn", "chinese")],
 )
 def test_language(name: str | None, language: str) -> None:
-    """Names, codes and auto, whatever their case."""
+    """Names, codes and auto, in any case."""
     assert resolve(_ask(language=name), CATALOG, LARGE).language == language
 
 
@@ -156,38 +156,38 @@ def test_language(name: str | None, language: str) -> None:
     ],
 )
 def test_keep_alive(given: float | str | None, seconds: float | None) -> None:
-    """Numbers are seconds, strings may have a unit, and everything negative means for ever."""
+    """Numbers are seconds, strings may have units, and a negative value means for ever."""
     assert keep_alive_s(given) == seconds
 
 
 @pytest.mark.parametrize("given", ["", "5 minutes", "m", "1e3", 31_536_001, "9000h", "1h30", "-"])
-def test_keep_alive_that_means_nothing(given: float | str) -> None:
-    """Anything else, or more than a year, is refused."""
+def test_invalid_keep_alive(given: float | str) -> None:
+    """Other strings, and more than a year, are errors."""
     with pytest.raises(ApiError):
         keep_alive_s(given)
 
 
 @pytest.mark.parametrize("given", [1_000_000_000, "9000h"])
 def test_keep_alive_of_more_than_a_year(given: float | str) -> None:
-    """Who asks for more than a year is told the limit, and what means for ever."""
+    """The message has the limit, and says that -1 means for ever."""
     with pytest.raises(ApiError, match=r"at most 31536000 seconds.*-1"):
         keep_alive_s(given)
 
 
 @pytest.mark.parametrize("text", ["   ", "\n\t", "\u200b\u200d", "\x01\x02", "a\0b", "x" * 11])
-def test_input_that_cannot_be_said(text: str) -> None:
-    """White space, invisible characters, null characters, and more than was allowed."""
+def test_unspeakable_input(text: str) -> None:
+    """White space, invisible characters, null characters and too long texts are errors."""
     with pytest.raises(ApiError) as caught:
         check_input(text, 10)
     assert caught.value.param == "input"
 
 
 @pytest.mark.parametrize("text", ["x" * 10, "é", "你好", "👋", " a\n"])
-def test_input_that_can_be_said(text: str) -> None:
-    """Everything that has a visible character."""
+def test_speakable_input(text: str) -> None:
+    """One visible character is enough."""
     check_input(text, 10)
 
 
-def test_openai_names_are_models() -> None:
-    """They name the default model when one model is asked for, too."""
+def test_openai_names() -> None:
+    """OpenAI's names stand for the default model, also where a single model is looked up."""
     assert resolve_model("tts-1", CATALOG, LARGE).id == SMALL

@@ -121,8 +121,8 @@ async def test_a_voice_is_designed(client: httpx.AsyncClient, worker: FakeWorker
     assert worker.of(Call)[0].action == DesignVoice(name="Pirate", prompt="a gruff old pirate")
 
 
-async def test_the_workers_refusal_is_told(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """What the worker does not want is the client's to know."""
+async def test_a_refusal_by_the_worker(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """The client gets the worker's message."""
     worker.on_call = lambda call, _payload: Failed(id=call.id, code="invalid_value", message="taken", param="name")
     answer = await client.post(VOICES, data={"name": "x"}, files={"audio_sample": a_recording()})
     assert answer.status_code == 400
