@@ -24,8 +24,9 @@ Send = Callable[[Message, bytes | None], None]
 
 
 class RequestState(enum.Enum):
-    """QUEUED: in the scheduler. RUNNING: holds a slot. QUEUED and RUNNING requests hold a reference on their model.
+    """QUEUED: in the scheduler, and only then. RUNNING: holds a slot, and only then.
 
+    Only QUEUED and RUNNING requests hold a reference on their model. A request is counted when it leaves these states.
     DRAINING: said in full; the last audio waits for credit. DONE: the last message is sent, or the request cancelled.
     """
 

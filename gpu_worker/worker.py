@@ -351,9 +351,10 @@ class Worker:
         self._finish(request, JobError("synthesis_failed", message))
 
     def _finish(self, request: Request, outcome: Outcome) -> None:
-        """End `request` in any state. The only way out of the queue or a slot; both ways give up the model and count.
+        """End `request`, in whichever state it is. No other method ends one.
 
-        A request said in full stays open as DRAINING while audio waits for credit; then another outcome may end it.
+        A request in the queue or in a slot leaves it, drops its reference on the model, and is counted: once.
+        Speech that is complete but not sent stays open as DRAINING; a second outcome may end that early.
         """
         if request.state in {RequestState.QUEUED, RequestState.RUNNING}:
             self._release(request, outcome)
@@ -476,7 +477,7 @@ class Worker:
     # --- the process -----------------------------------------------------------------------------------------------
 
     def _slots(self) -> int:
-        """How many requests can hold a slot at once; only resident models tell."""
+        """How many requests can hold a slot at once, going by the resident engines; without one, the maximum."""
         slots = sum(engine.capacity() for engine in self._residency.engines.values()) + len(self._running)
         return min(self._max_concurrency, slots) if self._residency.engines else self._max_concurrency
 

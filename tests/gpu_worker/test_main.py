@@ -1,4 +1,4 @@
-"""The worker as a process: its address, its exit codes, its end."""
+"""The worker as a process: its settings, its address, its exit codes, its end."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ WAIT_S = 30
 
 
 class _Process:
-    """Starts `python -m gpu_worker` in an empty directory, with an address in it."""
+    """Starts `python -m gpu_worker` in an empty directory, with its socket below it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -43,21 +43,21 @@ class _Process:
         )
 
     def fails(self, **variables: str) -> tuple[int, str]:
-        """Its exit code and its last words."""
+        """Run a process that ends by itself; returns its exit code and stderr."""
         process = self.start(**variables)
-        _, words = process.communicate(timeout=WAIT_S)
-        return process.returncode, words
+        _, stderr = process.communicate(timeout=WAIT_S)
+        return process.returncode, stderr
 
 
 @pytest.fixture
 def process(tmp_path: Path) -> _Process:
-    """A worker that could be started."""
+    """A worker process that is not started yet."""
     return _Process(tmp_path)
 
 
 @pytest.fixture
 def running(process: _Process) -> Iterator[subprocess.Popen[str]]:
-    """A worker that answers."""
+    """A worker process that answers."""
     worker = process.start()
     try:
         assert check(process.url, "", timeout_s=WAIT_S) is None
@@ -68,7 +68,7 @@ def running(process: _Process) -> Iterator[subprocess.Popen[str]]:
 
 
 class TestSettings:
-    """What stops the start."""
+    """Wrong settings, and commands that need none."""
 
     @pytest.fixture(autouse=True)
     def _clean(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,50 +80,50 @@ class TestSettings:
     def test_every_mistake(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        """All mistakes are named at once, those of .env too; the environment counts before it."""
+        """All mistakes are named at once, those of .env too; the environment takes precedence."""
         (tmp_path / ".env").write_text("TTS_PORT=http\nTTS_LOG_LEVEL=loud\nTTS_MAX_QUEUE\n")
         monkeypatch.setenv("TTS_IDLE_TIMEOUT", "never")
         monkeypatch.setenv("TTS_LOG_LEVEL", "info")
         assert main([]) == EXIT_WRONG_SETTINGS
-        words = capsys.readouterr().err
-        assert "TTS_PORT" in words
-        assert "TTS_IDLE_TIMEOUT" in words
-        assert "TTS_LOG_LEVEL" not in words
+        stderr = capsys.readouterr().err
+        assert "TTS_PORT" in stderr
+        assert "TTS_IDLE_TIMEOUT" in stderr
+        assert "TTS_LOG_LEVEL" not in stderr
 
     def test_mistakes_of_every_kind(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        """What only the catalogue, the disk and the driver know stands in the same message as the rest."""
+        """Mistakes that only the catalogue, the disk or the driver can show are in the same message."""
         wrong = {"PORT": "http", "DEFAULT_MODEL": "void", "MODEL_PATHS": "espeak=/nowhere", "DEFAULT_DEVICE": "cuda"}
         for name, value in wrong.items():
             monkeypatch.setenv(f"TTS_{name}", value)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert main([]) == EXIT_WRONG_SETTINGS
-        words = capsys.readouterr().err
-        named = sorted(line.split(":")[0].strip() for line in words.splitlines()[1:])
+        stderr = capsys.readouterr().err
+        named = sorted(line.split(":")[0].strip() for line in stderr.splitlines()[1:])
         assert named == sorted(f"TTS_{name}" for name in [*wrong, "WORKER_URL"])
 
     def test_downloading_without_the_gpu_extra(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """It says what to install."""
+        """The error says what to install."""
         monkeypatch.delitem(sys.modules, "gpu_worker.engines.qwen.checkpoint.download", raising=False)
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         assert main(["download", "0.6B-Base"]) == EXIT_WRONG_SETTINGS
         assert GPU_EXTRA in capsys.readouterr().err
 
     def test_no_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`python -m gpu_worker cuda` tells the server, whatever the settings are."""
+        """`python -m gpu_worker cuda` works whatever the settings are."""
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setenv("TTS_PORT", "http")
         assert main(["cuda"]) == 1
 
     def test_no_address(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """Without an address it says what one looks like."""
+        """The error shows an example of an address."""
         assert main([]) == EXIT_WRONG_SETTINGS
         assert "TTS_WORKER_URL: the worker needs an address" in capsys.readouterr().err
         assert main(["health"]) == EXIT_WRONG_SETTINGS
 
-    def test_our_own_mistakes_are_none_of_theirs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """A KeyError of a running worker is a crash, after which it is started again, and no wrong setting."""
+    def test_a_crash_is_no_wrong_setting(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A KeyError of a running worker is a crash, which the supervisor answers with a restart."""
 
         def crash(*_arguments: object) -> int:
             return {}["lost"]
@@ -134,7 +134,7 @@ class TestSettings:
             main([])
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """--help says what this is and what it needs."""
+        """--help names the setting that is needed."""
         with pytest.raises(SystemExit) as caught:
             main(["--help"])
         assert caught.value.code == 0
@@ -142,82 +142,82 @@ class TestSettings:
 
 
 class TestRefusesToStart:
-    """Found out only once it is a process."""
+    """Errors that only a real process can have."""
 
     def test_open_directory(self, process: _Process) -> None:
-        """A socket in a directory that others can enter."""
+        """The socket's directory must be private."""
         (process.directory / "run").mkdir(mode=0o755)
-        code, words = process.fails()
+        code, stderr = process.fails()
         assert code == EXIT_WRONG_SETTINGS
-        assert "mode 0700" in words
+        assert "mode 0700" in stderr
 
     def test_unknown_models(self, process: _Process) -> None:
-        """Models that the catalogue lacks."""
-        code, words = process.fails(TTS_DEFAULT_MODEL="nonesuch")
+        """The catalogue lacks the default model."""
+        code, stderr = process.fails(TTS_DEFAULT_MODEL="nonesuch")
         assert code == EXIT_WRONG_SETTINGS
-        assert "TTS_DEFAULT_MODEL: there is no model 'nonesuch'" in words
-        assert "Traceback" not in words
+        assert "TTS_DEFAULT_MODEL: there is no model 'nonesuch'" in stderr
+        assert "Traceback" not in stderr
 
     def test_no_gpu(self, process: _Process) -> None:
-        """A CUDA device asked for, and none at hand."""
-        code, words = process.fails(TTS_DEFAULT_DEVICE="cuda", CUDA_VISIBLE_DEVICES="")
+        """A CUDA device is required, and there is none."""
+        code, stderr = process.fails(TTS_DEFAULT_DEVICE="cuda", CUDA_VISIBLE_DEVICES="")
         assert code == EXIT_WRONG_SETTINGS
-        assert "TTS_DEFAULT_DEVICE" in words
+        assert "TTS_DEFAULT_DEVICE" in stderr
 
     def test_second_worker(self, process: _Process, running: subprocess.Popen[str]) -> None:
-        """A second one for the same address goes, and the first stays."""
-        code, words = process.fails()
+        """A second worker for one address ends, and the first goes on."""
+        code, stderr = process.fails()
         assert code == EXIT_ALREADY_RUNNING
-        assert "already serving" in words
+        assert "already serving" in stderr
         assert running.poll() is None
         assert check(process.url, "") is None
 
 
-class TestStarts:
-    """What it says of what it can do."""
+class TestStart:
+    """What the log says at the start."""
 
-    def test_weights_that_are_missing(self, process: _Process) -> None:
-        """A default model without weights leaves the service not ready: that is told at the start, with what to do."""
+    def test_missing_weights(self, process: _Process) -> None:
+        """Without the weights of the default model the service is not ready; the log says so, and what to do."""
         model = "qwen3-tts-1.7b-customvoice"
         empty = {"TTS_MODELS_DIR": str(process.directory / "models"), "HF_HOME": str(process.directory / "hub")}
         worker = process.start(TTS_DEFAULT_MODEL=model, **empty)
         try:
             assert check(process.url, "", timeout_s=WAIT_S) is None
             worker.terminate()
-            _, words = worker.communicate(timeout=WAIT_S)
+            _, stderr = worker.communicate(timeout=WAIT_S)
         finally:
             worker.kill()
-        (warning,) = [line for line in words.splitlines() if "default_model_unavailable" in line]
+        (warning,) = [line for line in stderr.splitlines() if "default_model_unavailable" in line]
         assert model in warning
         assert "python -m gpu_worker download" in warning or GPU_EXTRA in warning
 
 
 @pytest.mark.usefixtures("running")
-def test_voices_are_kept(process: _Process) -> None:
-    """A voice is on the disk when the answer comes, and off it again when the next does."""
+def test_voices_are_on_the_disk(process: _Process) -> None:
+    """A voice is on the disk when its call is answered, and gone when its delete is."""
     voices = process.directory / "voices"
-    kept = _asked(process.url, CloneVoice(name="Ada"), b"\1\7\2\7" * 24_000).voice
-    assert kept is not None
-    assert {path.name for path in voices.iterdir()} == {f"{kept.id}.json", f"{kept.id}.safetensors"}
-    assert _asked(process.url, DeleteVoice(id=kept.id)).voice == kept
+    saved = _call(process.url, CloneVoice(name="Ada"), b"\1\7\2\7" * 24_000).voice
+    assert saved is not None
+    assert {path.name for path in voices.iterdir()} == {f"{saved.id}.json", f"{saved.id}.safetensors"}
+    assert _call(process.url, DeleteVoice(id=saved.id)).voice == saved
     assert list(voices.iterdir()) == []
 
 
 class TestEnd:
-    """How it ends."""
+    """The end of the process."""
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signal(self, process: _Process, running: subprocess.Popen[str], number: signal.Signals) -> None:
-        """Told to end it drains, says so, and leaves the address to the next."""
+        """On a signal the worker drains, logs that, and frees the address."""
         running.send_signal(number)
-        _, words = running.communicate(timeout=WAIT_S)
+        _, stderr = running.communicate(timeout=WAIT_S)
         assert running.returncode == 0
-        assert "drained" in words
-        assert "Traceback" not in words
+        assert "drained" in stderr
+        assert "Traceback" not in stderr
         claim(process.url).close()
 
     def test_parent_dies(self, process: _Process) -> None:
-        """A worker whose parent is gone goes too: nobody else would ever stop it."""
+        """A worker ends with its parent: no other process would stop it."""
         program = (
             "import subprocess, sys\n"
             "from gpu_worker.health import check\n"
@@ -240,7 +240,7 @@ class TestHealth:
     """`python -m gpu_worker health`."""
 
     def test_alive(self, process: _Process, running: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        """0 where the loop answers, 1 where it is stopped or will not have us."""
+        """0 if the loop answers, 1 if it hangs or refuses the token."""
         monkeypatch.chdir(process.directory)
         monkeypatch.setenv("TTS_WORKER_URL", process.url)
         assert main(["health"]) == 0
@@ -251,8 +251,8 @@ class TestHealth:
         assert main(["health"]) == 1
 
 
-def _asked(url: str, action: Action, payload: bytes | None = None) -> Reply:
-    """What the worker at `url` replies to a call."""
+def _call(url: str, action: Action, payload: bytes | None = None) -> Reply:
+    """The reply of the worker at `url` to a call."""
     with zmq.Context() as context, connect_dealer(context, url) as dealer:
         dealer.send_multipart(encode(Hello(version=VERSION, token="")))
         dealer.send_multipart(encode(Call(id="c", client="alice", action=action), payload))
