@@ -11,7 +11,6 @@ from litestar.dto import AbstractDTO, DTOConfig
 from litestar.typing import FieldDefinition
 
 from server.http.errors import ApiError
-from server.schemas import ALIASES, SpeechRequest
 from shared.validation_messages import choices_in, missing_field, reword, reword_malformed_json, split_path
 
 if TYPE_CHECKING:
@@ -104,9 +103,3 @@ class StrictJson(AbstractDTO[T], Generic[T]):
         """The Struct's own schema."""
         _ = handler_id
         return schema_creator.for_field_definition(field_definition)
-
-
-class SpeechJson(StrictJson[SpeechRequest]):
-    """The DTO of `POST /v1/audio/speech`."""
-
-    decoder = JsonDecoder(SpeechRequest, ALIASES)

@@ -14,13 +14,19 @@ from server.dependencies import DecoderPoolDependency, EngineDependency, Setting
 from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
-from server.http.json_bodies import SpeechJson
+from server.http.json_bodies import JsonDecoder, StrictJson
 from server.http.request_scope import request_id_of
-from server.http.speech_response import SpeechResponse
 from server.http.streaming import can_break, cancel_on_disconnect
 from server.resolution import Resolved, check_input, resolve, saved_voice_name
-from server.schemas import SpeechRequest
+from server.routes.speech_response import SpeechResponse
+from server.schemas import ALIASES, SpeechRequest
 from shared.protocol import Speak
+
+
+class SpeechJson(StrictJson[SpeechRequest]):
+    """The DTO of the request body."""
+
+    decoder = JsonDecoder(SpeechRequest, ALIASES)
 
 
 @post(

@@ -5,14 +5,14 @@ import tracemalloc
 import pytest
 
 from server.http.errors import ApiError
-from server.http.json_bodies import SpeechJson
-from server.schemas import SpeechRequest
+from server.http.json_bodies import JsonDecoder
+from server.schemas import ALIASES, SpeechRequest
+
+DECODER = JsonDecoder(SpeechRequest, ALIASES)
 
 
 def _decoded(body: bytes) -> SpeechRequest:
-    decoded = SpeechJson.decoder.decode(body, "application/json")
-    assert isinstance(decoded, SpeechRequest)
-    return decoded
+    return DECODER.decode(body, "application/json")
 
 
 def test_aliases() -> None:

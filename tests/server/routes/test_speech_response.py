@@ -144,8 +144,8 @@ async def test_queued_events_are_kept_alive(
     client: httpx.AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the request is queued, an SSE client gets comments."""
-    monkeypatch.setattr("server.http.speech_response.SSE_GRACE_S", 0.01)
-    monkeypatch.setattr("server.http.speech_response.KEEPALIVE_S", 0.01)
+    monkeypatch.setattr("server.routes.speech_response.SSE_GRACE_S", 0.01)
+    monkeypatch.setattr("server.routes.speech_response.KEEPALIVE_S", 0.01)
     worker.hold = True
     body = {"input": "hello", "response_format": "pcm", "stream_format": "sse"}
     async with client.stream("POST", SPEECH, json=body) as answer:
