@@ -4,6 +4,7 @@ Owns the weights and the arithmetic of a block, with the rounding points of the 
 It holds no caches: keys and values go to the Attend that the caller passes.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
@@ -26,10 +27,28 @@ BATCH_MULTIPLE: Final = 4
 
 MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
 With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
-This was seen on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512, MKL's sums depend on the batch in some shapes
-(128 inputs to 64 outputs, from 5 rows up), so there a seed may give other codes in another batch,
-unless the environment has MKL_CBWR=AUTO,STRICT: with it these products were batch invariant, and took no longer.
+Which layout of W this takes depends on the processor; see `_views_are_batch_invariant`.
 """
+
+_TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
+"""Inputs and outputs of products whose sums, on an Intel Xeon with AVX-512, depend on the batch from 5 or 9 rows up."""
+
+
+@functools.cache
+def _views_are_batch_invariant() -> bool:
+    """Whether MKL's float32 products x Wᵀ of full groups are batch invariant on this processor if Wᵀ is a view of W.
+
+    They are on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512 they are if Wᵀ is contiguous, which is as fast.
+    One trial for the process; it takes a millisecond.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for inner, outer in _TRIAL_SHAPES:
+        weight, x = (torch.randn(rows, inner, generator=generator) for rows in (outer, 8 * BATCH_MULTIPLE))
+        alone = torch.cat([torch.mm(group, weight.t()) for group in x.split(BATCH_MULTIPLE)])
+        for rows in range(2 * BATCH_MULTIPLE, len(x) + 1, BATCH_MULTIPLE):
+            if not torch.equal(torch.mm(x[:rows], weight.t()), alone[:rows]):
+                return False
+    return True
 
 
 class TensorHolder:
@@ -53,7 +72,10 @@ class Linear(TensorHolder):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self.packed else weight  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
         self._outputs = weight.shape[0]
         self.bias = bias
-        self._transposed = None if self.packed else self.weight.t()
+        self._transposed = None if self.packed else weight.t()
+        if self._transposed is not None and _needs_contiguous(weight):
+            self._transposed = self._transposed.contiguous()
+            self.weight = self._transposed.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x`: [rows, in] -> [rows, out]."""
@@ -79,6 +101,10 @@ class Linear(TensorHolder):
     def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` + x Wᵀ + b: the form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
+
+
+def _needs_contiguous(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not _views_are_batch_invariant()
 
 
 def pad_rows(x: Tensor) -> Tensor:
