@@ -26,17 +26,6 @@ class ResidencyOptions(msgspec.Struct, frozen=True, kw_only=True):
     cleanup_enabled: bool = True
 
 
-class _Pass(msgspec.Struct, kw_only=True):
-    """The pass under way; `requested` by an admin, `pending` its unchecked models, `transitions` what it started."""
-
-    timestamp: float
-    before_bytes: int
-    checked: list[str]
-    requested: bool
-    pending: list[str]
-    transitions: list[Transition]
-
-
 class Cleanup:
     """One pass at a time, every interval or on request. `clock` gives monotonic seconds, `wall` Unix seconds.
 
@@ -54,14 +43,16 @@ class Cleanup:
         self._probe = probe
         self._clock = clock
         self._wall = wall
-        self._requested = False
-        self._pass: _Pass | None = None
+        self._requested = False  # by an admin
+        self._pass: CleanupPass | None = None
+        self._pending: list[str] = []
+        self._transitions: list[Transition] = []
         self._next_at = clock() + options.cleanup_interval_s
         self.last: CleanupPass | None = None
 
     def request(self) -> None:
         """Run a pass now, also if `cleanup_enabled` is false. A pass under way serves this request as well."""
-        self._requested = self._requested or self._pass is None
+        self._requested = True
 
     @property
     def running(self) -> bool:
@@ -73,45 +64,41 @@ class Cleanup:
         due = self._options.cleanup_enabled and self._clock() >= self._next_at
         if self._pass is None and (due or self._requested):
             checked = [entry.id for entry in entries if entry.state is not ModelState.ABSENT]
-            self._pass = _Pass(
+            self._pass = CleanupPass(
                 timestamp=self._wall(),
-                before_bytes=self._probe.device().ours_bytes,
-                checked=checked,
-                requested=self._requested,
-                pending=list(checked),
-                transitions=[],
+                vram_before_bytes=self._probe.device().ours_bytes,
+                vram_after_bytes=0,
+                models_checked=checked,
+                models_unloaded=[],
             )
-            self._requested = False
+            self._pending, self._transitions = list(checked), []
             self._next_at = self._clock() + self._options.cleanup_interval_s
         return self._pass is not None
 
     def idle_check(self) -> IdleCheck:
         """The models that the pass has yet to check, if one is under way, and how long a model may be idle."""
         return IdleCheck(
-            models=self._pass.pending if self._pass is not None else (),
+            models=self._pending,
             timeout_s=self._options.idle_timeout_s,
             host_timeout_s=self._options.host_idle_timeout_s,
         )
 
     def record(self, plan: Plan, entries: Sequence[ModelEntry]) -> None:
         """Note what `plan` does for the pass. A plan with no transition of the pass ends the pass."""
-        ended = self._pass
-        if ended is None:
+        if self._pass is None:
             return
-        ended.pending = [model for model in ended.pending if model not in plan.idle_checked]
+        self._pending = [model for model in self._pending if model not in plan.idle_checked]
         if plan.by_cleanup and plan.transition is not None:
-            ended.transitions.append(plan.transition)
+            self._transitions.append(plan.transition)
             return
-        self._pass = None
         busy = any(entry.references for entry in entries)
-        if not ended.transitions and (ended.requested or not busy):
+        if not self._transitions and (self._requested or not busy):
             # Every transition empties caches, but there was none; running streams would have to allocate them again.
             self._probe.reclaim(collect=False)
-        self.last = CleanupPass(
-            timestamp=ended.timestamp,
-            vram_before_bytes=ended.before_bytes,
+        self.last = msgspec.structs.replace(
+            self._pass,
             vram_after_bytes=self._probe.device().ours_bytes,
-            models_checked=ended.checked,
-            models_unloaded=list(dict.fromkeys(transition.model for transition in ended.transitions)),
-            models_dropped=[transition.model for transition in ended.transitions if transition.kind == "drop"],
+            models_unloaded=list(dict.fromkeys(transition.model for transition in self._transitions)),
+            models_dropped=[transition.model for transition in self._transitions if transition.kind == "drop"],
         )
+        self._pass, self._requested = None, False

@@ -131,10 +131,15 @@ class Residency:
         self._touch(entry)
 
     def measured(self, model: str, memory: Memory) -> None:
-        """Record what a resident model holds now: its caches grow with use."""
+        """Record what the model holds now, after a transition, or because its caches grew with use."""
         entry = self._entries[model]
+        entry.memory = memory
         if entry.state is ModelState.RESIDENT:
-            self._measure(entry, memory)
+            entry.measured_bytes = entry.device_bytes
+        elif entry.state is ModelState.OFFLOADED:
+            entry.measured_host_bytes = entry.host_bytes
+            entry.offloaded_since = self._clock()
+        self._changed = True
 
     @property
     def engines(self) -> Mapping[str, Engine]:
@@ -355,7 +360,7 @@ class Residency:
 
     def _transition_done(self, done: TransitionDone) -> None:
         entry = self._end_transition(done.transition, TARGET_STATE[done.transition.kind])
-        self._measure(entry, done.memory)
+        self.measured(entry.id, done.memory)
         if entry.state is not ModelState.RESIDENT:
             return
         if done.engine is not None:
@@ -456,15 +461,6 @@ class Residency:
             entry.shortage_checked_at = now
             if policy.fits_again(entry, self._all, self._probe.device()):
                 entry.last_error, entry.shortage_checked_at = "", None
-
-    def _measure(self, entry: ModelEntry, memory: Memory) -> None:
-        entry.memory = memory
-        if entry.state is ModelState.RESIDENT:
-            entry.measured_bytes = entry.device_bytes
-        elif entry.state is ModelState.OFFLOADED:
-            entry.measured_host_bytes = entry.host_bytes
-            entry.offloaded_since = self._clock()
-        self._changed = True
 
     def _touch(self, entry: ModelEntry) -> None:
         entry.last_used = self._clock()

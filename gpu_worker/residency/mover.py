@@ -27,11 +27,12 @@ from shared.catalog import ModelSpec
 log = structlog.get_logger(__name__)
 
 
-class Mover:
+class Mover(SerialThread[Transition]):
     """Carries out one transition after the other on a thread of its own.
 
     `open_engine` makes the engine of one of `specs`; a JobError that it raises is reported unchanged.
     `report` is called on the mover thread. After a MoverFailed nothing is moved any more.
+    `close` carries out what was submitted and closes every engine.
     """
 
     def __init__(
@@ -41,29 +42,17 @@ class Mover:
         probe: MemoryProbe,
         report: Callable[[TransitionDone | TransitionFailed | MoverFailed], None],
     ) -> None:
-        self._specs = {spec.id: spec for spec in specs}
-        self._open_engine = open_engine
-        self._probe = probe
-        self._engines: dict[str, Engine] = {}
-        self._thread: SerialThread[Transition] = SerialThread(
+        super().__init__(
             "mover",
             lambda transition: report(self._carry_out(transition)),
             # A broken device, with which no other transition would succeed, or a probe that cannot measure.
             on_error=lambda error: report(MoverFailed(_described(error))),
             on_close=self._close_all,
         )
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def submit(self, transition: Transition) -> None:
-        """Carry out `transition` once those before it have ended."""
-        self._thread.submit(transition)
-
-    def close(self, timeout_s: float | None = None) -> None:
-        """Carry out what was submitted, close every engine and end the thread; wait up to `timeout_s` for that."""
-        self._thread.close(timeout_s)
+        self._specs = {spec.id: spec for spec in specs}
+        self._open_engine = open_engine
+        self._probe = probe
+        self._engines: dict[str, Engine] = {}
 
     def _carry_out(self, transition: Transition) -> TransitionDone | TransitionFailed:
         began = time.monotonic()
