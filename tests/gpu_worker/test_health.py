@@ -46,7 +46,7 @@ def test_alive(tmp_path: Path) -> None:
         return encode(_welcome())
 
     assert _check(tmp_path, answer) is None
-    assert received == [Hello(version=VERSION, token="the token")]  # noqa: S106 -- no secret of anybody's
+    assert received == [Hello(version=VERSION, token="the token")]  # noqa: S106 -- not a secret
 
 
 def test_refused(tmp_path: Path) -> None:
