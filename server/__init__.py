@@ -1,1 +1,1 @@
-"""The web side: HTTP, audio formats and clients' habits. No torch, no GPU."""
+"""The web side: HTTP, audio formats and the habits of clients. It imports neither torch nor gpu_worker."""

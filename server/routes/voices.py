@@ -43,8 +43,6 @@ _DELETE_TIMEOUT_S: Final = 10.0
 
 VoiceName = Annotated[str, PathParameter(description="A voice's id or name; a name may contain a slash.")]
 
-Text = Annotated[str, Meta(max_length=MAX_NAME)]
-
 
 class VoiceForm(msgspec.Struct, kw_only=True):
     """A recording to clone (`audio_sample`) or, with `type=prompt`, the description of a voice to design."""
@@ -54,7 +52,7 @@ class VoiceForm(msgspec.Struct, kw_only=True):
     audio_sample: UploadFile | None = None
     ref_text: Annotated[str, Meta(max_length=MAX_REF_TEXT)] | None = None
     prompt: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
-    consent: Text | None = None
+    consent: Annotated[str, Meta(max_length=MAX_NAME)] | None = None
     description: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
 
 
@@ -67,7 +65,7 @@ def _needs_form(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRo
 def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
     """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
     if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
-        return error_response(ApiError("invalid_value", "The form holds text that is not UTF-8."))
+        return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
     return handle_unexpected(request, error)
 
 

@@ -67,6 +67,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 def test_every_operation_answers_as_described(base_url: str, mode: GenerationMode) -> None:
     """No answer is a 500, and each has a status, a media type and a body that the document describes."""
