@@ -1,13 +1,13 @@
 """Random Qwen3-TTS checkpoints in the published layout, so that everything can be tested without published weights.
 
-`tiny()` makes a small one of each type, kept under `.cache/checkpoints/` between test runs.
-`python -m tests.checkpoints DIR --size tiny|0.6B|1.7B [--kind ...]` writes them for benchmarks;
-the two full sizes have the published shapes and are written tensor by tensor, so they need little memory.
+`tiny()` makes a small one of each type, and keeps it under `.cache/checkpoints/` between test runs.
+`python -m tests.checkpoints DIR --size tiny|0.6B|1.7B [--kind ...]` writes checkpoints for benchmarks.
+The two full sizes have the published shapes. They are written tensor by tensor, so they need little memory.
 
 Shapes, ids, speakers and languages are those of the published config.json files.
-The values are noise, but noise of trained weights' magnitudes:
-everything that the official classes initialise to zero or to almost nothing gets a value that matters,
-heads are wide enough for argmax margins far above rounding errors,
+The values are noise with the magnitudes of trained weights:
+all that the official classes initialise to zero or almost zero gets a value that matters,
+the heads are wide enough for argmax margins far above rounding errors,
 and the end-of-speech row is wider still, so that speech ends by itself after some dozens of frames.
 """
 
@@ -90,9 +90,9 @@ GENERATIONS: Mapping[Generation, Mapping[str, bool | float]] = {
     "greedy predictor": {**_ODD, "subtalker_dosample": False},
     "greedy": {**_ODD, "do_sample": False, "subtalker_dosample": False},
 }
-"""generation_config.json: as published, which is what the official package assumes where it says nothing; and others.
+"""Contents of generation_config.json: the published ones, which are the official package's defaults, and others.
 
-Their every number is another one, but subtalker_top_p, which is supported at 1 only.
+All numbers of the others differ from the published ones, except subtalker_top_p: only 1 is supported.
 """
 
 _SPECIAL = (
@@ -109,18 +109,18 @@ _WORDS = ("assistant", "user", "the", "and", "ing", "hello", "speech", "voice", 
 
 _DISTRIBUTIONS = (
     ("embedding", 0.0, 0.7),
-    (r"\.(scale|gamma)$", 0.3, 0.1),  # LayerScale and ConvNeXt start at next to nothing
+    (r"\.(scale|gamma)$", 0.3, 0.1),  # LayerScale and ConvNeXt start almost at zero
     (r"\.(alpha|beta)$", 0.0, 0.3),  # Snake starts at zero
     (r"\.bias$", 0.0, 0.1),
 )
 
 
 def tiny(kind: Kind, size: Size | None = None, seed: int = 0, generation: Generation = "published") -> Path:
-    """The directory of a small random checkpoint (about 15 MB), made on first use and kept.
+    """The directory of a small random checkpoint (about 15 MB), made at the first use and kept.
 
-    `size` is what the checkpoint says it is ("0b6" ignores instructions); voice_design defaults to "1b7".
-    A "1b7" has a talker wider than its code predictor, so the projection between them is there.
-    All kinds and sizes of one seed share the same speech tokenizer weights, as the published ones do.
+    `size` is the size that config.json states ("0b6" ignores instructions); voice_design defaults to "1b7".
+    The talker of a "1b7" is wider than its code predictor, so there is a projection between them.
+    All kinds and sizes of one seed share the weights of the speech tokenizer, as the published models do.
     `generation` chooses among GENERATIONS; the weights do not depend on it.
     """
     size = size or ("1b7" if kind == "voice_design" else "0b6")
@@ -137,7 +137,7 @@ def tiny(kind: Kind, size: Size | None = None, seed: int = 0, generation: Genera
             _write_json(scratch / "generation_config.json", GENERATIONS[generation])
         try:
             scratch.rename(target)
-        except OSError:  # another test process was quicker
+        except OSError:  # another test process has made it
             shutil.rmtree(scratch)
             if not target.is_dir():
                 raise
@@ -155,7 +155,7 @@ def hard_linked_copy(source: Path, target: Path) -> Path:
 
 
 def write(directory: Path, kind: Kind, size: Size, *, full: bool, seed: int = 0) -> None:
-    """Write a whole checkpoint into a new directory: published shapes if `full`, else small ones.
+    """Write a whole checkpoint into a new directory, in the published shapes if `full`, else in small ones.
 
     The model is bfloat16 and the speech tokenizer float32, as published.
     """
@@ -341,7 +341,7 @@ def codec_config(*, full: bool) -> dict[str, Any]:
 
 
 def _value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """One tensor by its name in the checkpoint, float32. Equal names, shapes and seeds give equal tensors."""
+    """The tensor of a name in the checkpoint, float32. Equal names, shapes and seeds give equal tensors."""
     if name.endswith("initialized"):
         return torch.ones(shape)
     if name.endswith(("cluster_usage", "embedding_sum", "embed_sum")):
@@ -366,9 +366,9 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _codebook(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Codebooks are kept as sums of the vectors assigned to an entry, and how many there were.
+    """A codebook is stored as the sums and the numbers of the vectors of its entries.
 
-    A few entries were never used: that is where the official code clamps the divisor.
+    A few entries are unused: for them the official code clamps the divisor.
     """
     prefix, _, field = name.rpartition(".")
     usage = 0.5 + 50 * torch.rand(shape[0], generator=_generator(f"{prefix}.cluster_usage", seed))
@@ -386,7 +386,7 @@ def _generator(name: str, seed: int) -> torch.Generator:
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> float:
-    """How many products are summed into one output."""
+    """The number of products that are summed into one output."""
     if re.search(r"\.decoder\.\d+\.block\.1\.conv\.", "." + name):  # transposed, kernel twice the stride
         return 2 * shape[0]
     if re.search(r"decoder\.upsample\.\d+\.0\.conv\.", name):  # transposed, kernel equal to the stride
@@ -395,7 +395,7 @@ def _fan_in(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _gain(name: str) -> float:
-    """Gains below 1 where the decoder's residual sums would grow, and clipping would hide differences."""
+    """Below 1 where the residual sums of the decoder would grow until clipping hid differences."""
     if re.fullmatch(r"decoder\.decoder\.\d+\.block\.\d+\.conv[12]\.conv\.weight", name):
         return 0.5
     return 0.05 if name == "decoder.decoder.6.conv.weight" else 1.0
@@ -406,7 +406,7 @@ def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> None:
-    """Write a safetensors file one tensor at a time: a header of JSON with offsets, then the bytes."""
+    """Write a safetensors file tensor by tensor: a JSON header with offsets, then the bytes."""
     label, width = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4)}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -423,7 +423,7 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: to
 
 
 def _special_ids(*, full: bool) -> dict[str, int]:
-    """Ids of the special text tokens; a small checkpoint has them right behind its small vocabulary."""
+    """Ids of the special text tokens. In a small checkpoint they follow its small vocabulary."""
     if full:
         return _PUBLISHED_IDS
     first = len(_vocabulary())
@@ -431,7 +431,7 @@ def _special_ids(*, full: bool) -> dict[str, int]:
 
 
 def _merges() -> list[tuple[str, str]]:
-    """Byte-pair merges that build each of a few words from left to right."""
+    """Byte-pair merges that build each word of _WORDS from left to right."""
     merges: dict[tuple[str, str], None] = {}
     for word in (*_WORDS, *(f"\u0120{word}" for word in _WORDS)):  # U+0120 stands for a space in byte-level BPE
         for end in range(1, len(word)):
@@ -447,7 +447,7 @@ def _vocabulary() -> dict[str, int]:
 
 
 def _write_text_tokenizer(directory: Path, special: dict[str, int]) -> None:
-    """A byte-level BPE tokenizer in Qwen2's files; special tokens are in the vocabulary to get the ids we want."""
+    """Write a byte-level BPE tokenizer in the files of Qwen2. The vocabulary sets the ids of the special tokens."""
     _write_json(directory / "vocab.json", _vocabulary() | special)
     merges = "".join(f"{left} {right}\n" for left, right in _merges())
     (directory / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")

@@ -115,7 +115,7 @@ class _Library:
         return 0
 
 
-class _Sequence:
+class _RunningJob:
     """The state of one job: the text not yet synthesized, and the audio not yet returned by a step."""
 
     def __init__(self, job: Job, voice: str, rate: int) -> None:
@@ -155,7 +155,7 @@ class EspeakEngine:
         self._spec = spec
         self._codes = {language.name: language.codes[0] for language in spec.languages}
         self._library = _Library()
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, _RunningJob] = {}
 
     def capacity(self) -> int:
         return SLOTS - len(self._sequences)
@@ -163,7 +163,7 @@ class EspeakEngine:
     def admit(self, job: Job) -> None:
         if not is_speakable(job.text):
             raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
-        self._sequences[job.id] = _Sequence(job, self._voice_of(job), self._library.rate)
+        self._sequences[job.id] = _RunningJob(job, self._voice_of(job), self._library.rate)
 
     def runnable(self, stalled: Collection[str]) -> bool:
         return any(job_id not in stalled for job_id in self._sequences)
@@ -198,7 +198,7 @@ class EspeakEngine:
         """Nothing: the few megabytes of espeak-ng count as the process's own."""
         return Memory()
 
-    def _advance(self, sequence: _Sequence) -> list[Event]:
+    def _advance(self, sequence: _RunningJob) -> list[Event]:
         chunk_bytes = bytes_for(CHUNK_S[min(sequence.chunks, len(CHUNK_S) - 1)])
         if len(sequence.pcm) < chunk_bytes and not sequence.text_done:
             sequence.synthesize_clause(self._library)
@@ -217,7 +217,7 @@ class EspeakEngine:
             events.append(Done(sequence.job.id, reason, self._usage(sequence)))
         return events
 
-    def _usage(self, sequence: _Sequence) -> Usage:
+    def _usage(self, sequence: _RunningJob) -> Usage:
         """espeak-ng has no tokens: the input counts in words, the output in frames of 80 ms."""
         frame_bytes = FRAME_SAMPLES * BYTES_PER_SAMPLE
         return Usage(input_tokens=len(sequence.job.text.split()), output_tokens=-(-sequence.bytes_out // frame_bytes))
