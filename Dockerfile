@@ -1,4 +1,4 @@
-# One image for both services of compose.yaml. EXTRAS decides what it can speak with:
+# One image for both services of compose.yaml. EXTRAS selects the engines:
 #   demo      espeak-ng alone, small, for any CPU
 #   demo,gpu  Qwen3-TTS as well (torch with CUDA, several GB)
 FROM python:3.12-slim
@@ -6,7 +6,7 @@ FROM python:3.12-slim
 ARG EXTRAS=demo,gpu
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# The worker refuses a socket directory that is not its user's alone; a new volume takes owner and mode from here.
+# The worker refuses a socket directory that other users can open. A new volume takes its owner and mode from here.
 RUN useradd --create-home --uid 10001 tts \
     && install --directory --owner=tts --mode=0700 /run/tts \
     && install --directory --owner=tts /data/models /data/voices
@@ -20,8 +20,8 @@ COPY models/*.toml models/
 RUN pip install --editable ".[${EXTRAS}]"
 
 USER tts
-# In a container 0.0.0.0 reaches no further than the ports that are published.
+# In a container 0.0.0.0 is reachable through the published ports only.
 ENV TTS_HOST=0.0.0.0 TTS_MODELS_DIR=/data/models TTS_VOICES_DIR=/data/voices
 EXPOSE 8000
-# The default is the whole service in one container; compose.yaml runs the two processes apart.
+# By default the whole service runs in one container; compose.yaml runs its two processes in containers of their own.
 CMD ["python", "-m", "server"]

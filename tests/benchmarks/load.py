@@ -243,7 +243,7 @@ def _verdict(rounds: Sequence[Round]) -> int:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """The 50th, 95th and 99th percentile, between the values where they are few."""
+    """The 50th, 95th and 99th percentile, interpolated."""
     if not values:
         return "-"
     if len(values) == 1:

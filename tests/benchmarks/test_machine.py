@@ -57,7 +57,7 @@ class FakeNvml:
         return 900 * clock
 
     def nvmlDeviceGetMaxClockInfo(self, _device: int, clock: int) -> int:  # noqa: N802
-        """What it could do."""
+        """The maximum."""
         return 1000 * clock
 
     def nvmlDeviceGetEnforcedPowerLimit(self, _device: int) -> int:  # noqa: N802

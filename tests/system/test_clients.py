@@ -1,4 +1,4 @@
-"""What clients receive: the unmodified OpenAI SDK, every format and speed, the right words, audio without delay."""
+"""Answers as clients receive them: the unmodified OpenAI SDK, every format and speed, the right words, no delay."""
 
 import base64
 import io
