@@ -10,6 +10,7 @@ from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.model.layers import Norm
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
+from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, engine, job, parts, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate
@@ -46,7 +47,7 @@ def test_codes_equal_the_official_ones(kind: Kind, *, graphs: bool) -> None:
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
     with torch.inference_mode():
         ours = Ours(kind, None, slots=rows_needed(8, torch.device("cuda")), device="cuda")
-        runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
+        runner = CudaGraphModelRunner(ours.model, CudaStreams())
         if graphs:
             runner.prepare()
         requests = [
@@ -65,7 +66,7 @@ def test_captured_and_uncaptured_bfloat16_agree() -> None:
     with torch.inference_mode():
         for graphs in (False, True):
             ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16, device="cuda")
-            runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
+            runner = CudaGraphModelRunner(ours.model, CudaStreams())
             if graphs:
                 runner.prepare()
             requests = [

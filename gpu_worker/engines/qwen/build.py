@@ -30,7 +30,8 @@ from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_bytes
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder
-from gpu_worker.engines.qwen.model.qwen3_tts import MAX_TRAILING_TOKENS, Qwen3TTSModel
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
+from gpu_worker.engines.qwen.model.slot_state import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
@@ -127,7 +128,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
         speaker = SpeakerEncoder(directory, dtype=dtype, device=device)
     runner: ModelRunner = CpuModelRunner(model)
     if device.type == "cuda":
-        runner = CudaGraphModelRunner(model, slots, options.max_model_len, options.streams)
+        runner = CudaGraphModelRunner(model, options.streams)
     encode = _reference_encoder(directory, codec, speaker, options)
     parts = Parts(
         slots=slots,

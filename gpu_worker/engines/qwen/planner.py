@@ -13,8 +13,8 @@ import msgspec
 from gpu_worker.engines.base import Job, JobError, Sampling, Task
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
-from gpu_worker.engines.qwen.model.qwen3_tts import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
+from gpu_worker.engines.qwen.model.slot_state import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.text_splitting import (
     MAX_CHARS_PER_TOKEN,
     clean_input,

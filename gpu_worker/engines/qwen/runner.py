@@ -124,7 +124,14 @@ class CpuModelRunner:
 
     def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
         batch = max(slot for slot, _ in slot_lengths) + 1
-        self._code_predictor_step(batch)
+        padded_batch = smallest_bucket(batch, self._batch_sizes)
+        threads = torch.get_num_threads()
+        if self._single_thread:
+            torch.set_num_threads(1)
+        try:
+            self._traces.run(padded_batch, functools.partial(self._model.code_predictor_step, padded_batch))
+        finally:
+            torch.set_num_threads(threads)
         self._model.talker_step(batch, slot_lengths, kv_len=0, full_vocab=full_vocab)
 
     def prepare(self) -> None:
@@ -141,16 +148,6 @@ class CpuModelRunner:
     def memory(self) -> dict[str, int]:
         return {"graphs": self._traces.bytes, "workspace": self._model.code_predictor.scratch_bytes}
 
-    def _code_predictor_step(self, batch: int) -> None:
-        batch = smallest_bucket(batch, self._batch_sizes)
-        threads = torch.get_num_threads()
-        if self._single_thread:
-            torch.set_num_threads(1)
-        try:
-            self._traces.run(batch, functools.partial(self._model.code_predictor_step, batch))
-        finally:
-            torch.set_num_threads(threads)
-
 
 class CudaGraphModelRunner:
     """Replays graphs by batch size and length.
@@ -159,16 +156,13 @@ class CudaGraphModelRunner:
     differently, float32 has one batch size and one KV length, and reads prompts one at a time.
     """
 
-    def __init__(
-        self, model: Qwen3TTSModel, slots: int, max_model_len: int, streams: CudaStreams | None = None
-    ) -> None:
-        """`slots`: requests served at once. The model has a row behind the largest batch size, for padding."""
+    def __init__(self, model: Qwen3TTSModel, streams: CudaStreams) -> None:
+        """The model's rows are those of `rows_needed`: the last one is for padding."""
         batch_invariant = model.codec_table.dtype == torch.float32
-        largest = smallest_bucket(slots, BATCH_SIZES)
+        largest = self._padding_slot = len(model.state.frame) - 1
+        max_model_len = model.talker.cache.max_model_len
         self._model = model
-        self._max_model_len = max_model_len
-        self._padding_slot = largest
-        self._streams = streams or CudaStreams()
+        self._streams = streams
         self._batch_sizes = [largest] if batch_invariant else [size for size in BATCH_SIZES if size <= largest]
         shorter = [] if batch_invariant else [length for length in KV_LENGTHS if length < max_model_len]
         self._kv_lengths = [*shorter, max_model_len]
@@ -248,4 +242,4 @@ class CudaGraphModelRunner:
 
     def _padded_length(self, tokens: int) -> int:
         power_of_2 = 1 << (tokens - 1).bit_length()
-        return smallest_bucket(tokens, [*self._prefill_lengths, min(power_of_2, self._max_model_len)])
+        return smallest_bucket(tokens, [*self._prefill_lengths, min(power_of_2, self._kv_lengths[-1])])

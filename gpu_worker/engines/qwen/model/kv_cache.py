@@ -20,53 +20,52 @@ SlotLengths = Sequence[tuple[int, int]]
 class KVCache(TensorHolder):
     """Keys and values of all slots: per layer [slots, max_model_len, kv_heads, head_dim]."""
 
-    def __init__(self, shape: TalkerShape, slots: int, max_model_len: int, like: Tensor) -> None:
+    def __init__(self, shape: TalkerShape, attention: Attention, slots: int, max_model_len: int, like: Tensor) -> None:
         """`like`: a tensor with the cache's device and dtype."""
         size = (slots, max_model_len, shape.num_key_value_heads, shape.head_dim)
+        self.max_model_len = max_model_len
+        self._attention = attention
         self.keys = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
         self.values = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
 
+    def prefill_attend(self, slots: Tensor, tokens: int) -> Attend:
+        """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
 
-def prefill_attend(cache: KVCache, attention: Attention, slots: Tensor, tokens: int) -> Attend:
-    """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
+        `slots`: int64 [prompts]. `tokens`: the length that the prompts are padded to. Its rows are [prompts * tokens].
+        """
 
-    `slots`: int64 [prompts]. `tokens`: the length that the prompts are padded to. Its rows are [prompts * tokens].
-    """
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (x.unflatten(0, (-1, tokens)) for x in (query, key, value))
+            self.keys[layer][:, :tokens].index_copy_(0, slots, key)
+            self.values[layer][:, :tokens].index_copy_(0, slots, value)
+            return self._attention.prefill(query, key, value).flatten(2).flatten(0, 1)
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x.unflatten(0, (-1, tokens)) for x in (query, key, value))
-        cache.keys[layer][:, :tokens].index_copy_(0, slots, key)
-        cache.values[layer][:, :tokens].index_copy_(0, slots, value)
-        return attention.prefill(query, key, value).flatten(2).flatten(0, 1)
+        return attend
 
-    return attend
+    def decode_attend(self, positions: Tensor, slot_lengths: SlotLengths, kv_len: int) -> Attend:
+        """The Attend of one token a slot, for slots 0 to batch - 1.
 
+        It writes the token at its position, and reads the slot's cache.
+        `positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
+        With `slot_lengths`, each slot in it reads its own length, and the other slots are left out.
+        Without, every slot reads the first `kv_len` positions under a mask: fixed shapes, as graphs need them.
+        """
+        batch = len(positions)
+        mask = None if slot_lengths else self._attention.length_mask(positions + 1, kv_len)
+        index = (torch.arange(batch, device=positions.device), positions)
 
-def decode_attend(
-    cache: KVCache, attention: Attention, positions: Tensor, slot_lengths: SlotLengths, kv_len: int
-) -> Attend:
-    """The Attend of one token a slot, for slots 0 to batch - 1: writes it at its position, and reads the slot's cache.
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_put_(index, key[:batch])
+            values.index_put_(index, value[:batch])
+            if not slot_lengths:
+                keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in (keys, values))
+                return pad_rows(self._attention.decode(query[:batch], keys, values, mask))
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            out = torch.zeros_like(query).flatten(1)
+            for slot, length in slot_lengths:
+                one = slice(slot, slot + 1)
+                out[one] = self._attention.decode(query[one], keys[one, :, :length], values[one, :, :length], None)
+            return out
 
-    `positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
-    With `slot_lengths`, each slot in it reads its own length, and the other slots are left out.
-    Without, every slot reads the first `kv_len` positions under a mask: fixed shapes, as graphs need them.
-    """
-    batch = len(positions)
-    mask = None if slot_lengths else attention.length_mask(positions + 1, kv_len)
-    index = (torch.arange(batch, device=positions.device), positions)
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys.index_put_(index, key[:batch])
-        values.index_put_(index, value[:batch])
-        if not slot_lengths:
-            keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in (keys, values))
-            return pad_rows(attention.decode(query[:batch], keys, values, mask))
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        out = torch.zeros_like(query).flatten(1)
-        for slot, length in slot_lengths:
-            one = slice(slot, slot + 1)
-            out[one] = attention.decode(query[one], keys[one, :, :length], values[one, :, :length], None)
-        return out
-
-    return attend
+        return attend

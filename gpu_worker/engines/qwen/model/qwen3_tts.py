@@ -14,14 +14,11 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
-from gpu_worker.engines.qwen.model.kv_cache import SlotLengths
+from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.layers import TensorHolder
 from gpu_worker.engines.qwen.model.sampling import CANDIDATES, apply_repetition_penalty, sample
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES, SlotState
 from gpu_worker.engines.qwen.model.talker import EOS_INDEX, Talker
-
-MAX_TRAILING_TOKENS: Final = 512
-"""Text tokens that may trail a prompt, one a frame; longer texts are split into utterances."""
 
 MIN_FRAMES: Final = 2
 """The official package forbids the end before this many frames (`min_new_tokens`)."""
@@ -51,17 +48,9 @@ class Qwen3TTSModel(TensorHolder):
         self.codec_table = torch.cat([weights[name] for name in tables])
         offsets = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
         self.table_offsets = torch.tensor(offsets, device=self.codec_table.device)
-        self.talker = Talker(weights, shape, attention, self.codec_table, slots=slots, max_model_len=max_model_len)
+        self.talker = Talker(weights, shape, KVCache(shape, attention, slots, max_model_len, self.codec_table))
         self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table)
-        self.state = SlotState(
-            slots,
-            hidden=shape.hidden_size,
-            codes=shape.codes,
-            groups=groups,
-            trailing_tokens=MAX_TRAILING_TOKENS,
-            frames=max_model_len,
-            like=self.codec_table,
-        )
+        self.state = SlotState(shape, slots, max_model_len, self.codec_table)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """The sum of each frame's code embeddings: int64 [frames, groups] -> [frames, hidden]."""
@@ -97,7 +86,7 @@ class Qwen3TTSModel(TensorHolder):
     def talker_step(self, batch: int, slot_lengths: SlotLengths, kv_len: int, *, full_vocab: bool) -> None:
         """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.
 
-        `slot_lengths`, `kv_len`: see decode_attend; `full_vocab`: see `prefill`.
+        `slot_lengths`, `kv_len`: see KVCache.decode_attend; `full_vocab`: see `prefill`.
         Rows that are not active are computed and not kept, so a frame that failed midway can be made again.
         """
         state, part = self.state, slice(0, batch)

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.layers import TensorHolder
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.sampling import SamplingParams, SamplingTensors
 
 RING_FRAMES: Final = 16
 """Frames that the ring buffer keeps for the codec: the longest chunk, and the frames decoded while it is read."""
+
+MAX_TRAILING_TOKENS: Final = 512
+"""Text tokens that may trail a prompt, one a frame; longer texts are split into utterances."""
 
 
 class SlotState(TensorHolder):
@@ -26,28 +30,26 @@ class SlotState(TensorHolder):
     `next_codebook0` int64 [slots]: codebook 0 of the next frame; `eos_code` (the highest id) ends the utterance.
     `frame` int64 [slots]: number of the next frame. `prompt_len` int64 [slots]: tokens of the prompt.
     `active` bool [slots]: whether a decode step may change the row.
-    `trailing` [slots, trailing tokens + 1, hidden]: the text embedding of each frame, then the padding embedding.
+    `trailing` [slots, MAX_TRAILING_TOKENS + 1, hidden]: the text embedding of each frame, then the padding embedding.
     `seen` bool [slots, eos_code + 1]: codebook-0 ids sampled so far, for the repetition penalty.
     `uniform` float32 [slots, frames, groups]: each frame's uniforms; the last column samples the next codebook 0.
     `first_uniform` float32 [slots, 1]: the uniform that samples the utterance's first codebook 0.
     `ring_buffer` int64 [slots, RING_FRAMES, groups]: the codes of the last frames, frame f at f % RING_FRAMES.
     """
 
-    def __init__(
-        self, slots: int, *, hidden: int, codes: int, groups: int, trailing_tokens: int, frames: int, like: Tensor
-    ) -> None:
-        """`like`: a tensor with the device and dtype of embeddings. `codes`: codebook-0 ids that are audio."""
-        device = like.device
-        self.eos_code = codes
+    def __init__(self, shape: TalkerShape, slots: int, frames: int, like: Tensor) -> None:
+        """`frames`: the most of an utterance. `like`: a tensor with the device and dtype of embeddings."""
+        device, hidden, groups = like.device, shape.hidden_size, shape.num_code_groups
+        self.eos_code = shape.codes
         self.hidden = like.new_zeros(slots, hidden)
         self.talker_input = like.new_zeros(slots, hidden)
-        self.trailing = like.new_zeros(slots, trailing_tokens + 1, hidden)
+        self.trailing = like.new_zeros(slots, MAX_TRAILING_TOKENS + 1, hidden)
         self.next_codebook0 = torch.zeros(slots, dtype=torch.int64, device=device)
         self.frame = torch.zeros(slots, dtype=torch.int64, device=device)
         self.prompt_len = torch.zeros(slots, dtype=torch.int64, device=device)
         self.trailing_len = torch.zeros(slots, dtype=torch.int64, device=device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(slots, codes + 1, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(slots, self.eos_code + 1, dtype=torch.bool, device=device)
         self.uniform = torch.zeros(slots, frames, groups, device=device)
         self.first_uniform = torch.zeros(slots, 1, device=device)
         self.ring_buffer = torch.zeros(slots, RING_FRAMES, groups, dtype=torch.int64, device=device)

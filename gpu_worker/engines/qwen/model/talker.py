@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
-from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths, decode_attend, prefill_attend
+from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, TensorHolder, pad_rows
 
 EOS_INDEX: Final = -1
@@ -23,24 +22,14 @@ EOS_INDEX: Final = -1
 class Talker(TensorHolder):
     """Weights of the talker and the KV cache of all slots."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        shape: TalkerShape,
-        attention: Attention,
-        codec_table: Tensor,
-        *,
-        slots: int,
-        max_model_len: int,
-    ) -> None:
-        """`weights`, `codec_table`: as for CodePredictor. `max_model_len`: tokens a slot holds, prompt and frames."""
-        self._attention = attention
+    def __init__(self, weights: Mapping[str, Tensor], shape: TalkerShape, cache: KVCache) -> None:
+        """`weights`: as for CodePredictor. `cache` has their device and dtype."""
         self.stack = Stack(weights, "talker.model.", shape)
         head = weights["talker.codec_head.weight"]
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
         self.head = Linear(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None])))
-        self.rope = Rope(shape, max_model_len, codec_table.dtype, codec_table.device)
-        self.cache = KVCache(shape, slots, max_model_len, codec_table)
+        self.rope = Rope(shape, cache.max_model_len, head.dtype, head.device)
+        self.cache = cache
 
     def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Read prompts: embeds [prompts, tokens, hidden], padded at the end; slots, lengths: int64 [prompts].
@@ -49,7 +38,7 @@ class Talker(TensorHolder):
         Padding writes to the cache behind `lengths`; decode steps overwrite those positions before they read them.
         """
         prompts, tokens, _ = embeds.shape
-        attend = prefill_attend(self.cache, self._attention, slots, tokens)
+        attend = self.cache.prefill_attend(slots, tokens)
         x = self.stack(embeds.flatten(0, 1), self.rope.span(0, tokens, prompts), attend)
         last = torch.arange(prompts, device=slots.device) * tokens + lengths - 1
         hidden = self.stack.norm(x.index_select(0, last))
@@ -58,10 +47,10 @@ class Talker(TensorHolder):
     def decode(self, x: Tensor, positions: Tensor, slot_lengths: SlotLengths, kv_len: int) -> tuple[Tensor, Tensor]:
         """Read one token of each of the first slots: x [batch, hidden], positions int64 [batch].
 
-        Returns hidden states and logits as `prefill` does. `slot_lengths`, `kv_len`: see decode_attend.
+        Returns hidden states and logits as `prefill` does. `slot_lengths`, `kv_len`: see KVCache.decode_attend.
         """
         batch = x.shape[0]
-        attend = decode_attend(self.cache, self._attention, positions, slot_lengths, kv_len)
+        attend = self.cache.decode_attend(positions, slot_lengths, kv_len)
         padded = pad_rows(x)
         rope = self.rope.at(functional.pad(positions, (0, padded.shape[0] - batch)))
         hidden = self.stack.norm(self.stack(padded, rope, attend))

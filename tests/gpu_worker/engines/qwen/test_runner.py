@@ -15,6 +15,7 @@ from gpu_worker.engines.qwen.runner import (
 )
 from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.captured_buckets import smallest_bucket
+from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
@@ -28,7 +29,7 @@ def test_the_state_has_rows_for_padding_where_batches_are_fixed() -> None:
 def test_prompts_of_one_length_bucket_are_read_together() -> None:
     """bfloat16 prompts are read in groups of the captured sizes; rows of padding write to the padding slot."""
     ours = Ours("custom_voice", None, slots=9, dtype=torch.bfloat16)
-    runner = CudaGraphModelRunner(ours.model, slots=8, max_model_len=256)
+    runner = CudaGraphModelRunner(ours.model, CudaStreams())
     calls: list[tuple[int, int, list[int]]] = []
     prefill = ours.model.prefill
 
@@ -112,7 +113,7 @@ def test_captured_functions_give_the_codes_of_eager_ones(monkeypatch: pytest.Mon
     monkeypatch.setattr(captured_buckets, "capture_graphs", fake)
     streams: Any = SimpleNamespace(frame_capture="frame_capture", transfer="transfer")
     ours = Ours("custom_voice", None, slots=9)
-    runner = CudaGraphModelRunner(ours.model, 8, 256, streams)
+    runner = CudaGraphModelRunner(ours.model, streams)
     shape = ours.config.talker_config
     predictor = shape.code_predictor_config
     cached = predictor.num_hidden_layers * 2 * 16 * predictor.num_key_value_heads * predictor.head_dim

@@ -4,6 +4,7 @@ import torch
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
+from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from tests.gpu_worker.engines.qwen.parity import (
     CASES,
     FRAMES,
@@ -92,7 +93,7 @@ def test_fixed_shapes_give_the_same_codes() -> None:
         Request(prompt=ours.prompt(case), join=place, frames=10)
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
     ]
-    padded = generate(ours, requests, CudaGraphModelRunner(ours.model, slots=8, max_model_len=256))
+    padded = generate(ours, requests, CudaGraphModelRunner(ours.model, CudaStreams()))
     for codes, wanted in zip(padded, generate(ours, requests), strict=True):
         assert torch.equal(codes, wanted)
 
