@@ -8,19 +8,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from gpu_worker.engines.base import JobError
 from gpu_worker.requests import Request
 
 _SMOOTHING: Final = 0.2
 """Weight of the newest request in the running mean of slot times."""
-
-
-class QueueFullError(Exception):
-    """The queue is full; `wait_s` estimates in how many seconds a place will be free."""
-
-    def __init__(self, waiting: int, wait_s: float) -> None:
-        before = "1 request is" if waiting == 1 else f"{waiting} requests are"
-        super().__init__(f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s")
-        self.wait_s = wait_s
 
 
 class Scheduler:
@@ -39,10 +31,13 @@ class Scheduler:
             yield from queue
 
     def submit(self, request: Request, slots: int) -> None:
-        """Queue `request`; QueueFullError if there is no place. `slots` is for the estimate in that error."""
+        """Queue `request`; JobError `queue_full` if there is no place. `slots` is for the estimate in that error."""
         waiting = len(self)
         if waiting >= self._max_queue:
-            raise QueueFullError(waiting, self.estimated_wait_s(waiting, slots))
+            wait_s = self.estimated_wait_s(waiting, slots)
+            before = "1 request is" if waiting == 1 else f"{waiting} requests are"
+            message = f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s"
+            raise JobError("queue_full", f"the queue is full: {message}", retry_after_s=wait_s)
         self._queues.setdefault(request.client, deque()).append(request)
 
     def put_back(self, request: Request) -> None:

@@ -62,7 +62,7 @@ class Stats:
         self._clock = clock
         self._started_at = clock()
         self._counts: Counter[str] = Counter()
-        self._model_stats: dict[str, _ModelCounts] = {}
+        self._model_stats: dict[str, ModelStats] = {}
         self._memory: tuple[DeviceMemory, HostMemory] | None = None
         self._memory_read_at = 0.0
 
@@ -76,7 +76,9 @@ class Stats:
 
     def first_audio(self, request: Request) -> None:
         """Record the time to first audio: the request's first piece is there now."""
-        self._model_stats_of(request.model).first_audio_s.add(self._clock() - request.arrived_at)
+        seconds = self._clock() - request.arrived_at
+        histogram = self._stats_of(request.model).first_audio_s
+        self._replace(request.model, first_audio_s=_with_value(histogram, FIRST_AUDIO_BOUNDS_S, seconds))
 
     def request_finished(self, request: Request, outcome: Outcome) -> None:
         """Count a request that now leaves its slot or the queue; speech said in full also counts in the histograms."""
@@ -93,17 +95,20 @@ class Stats:
 
     def transition_ended(self, report: TransitionDone | TransitionFailed) -> None:
         """Count a model transition, or its failure."""
-        model_stats, kind = self._model_stats_of(report.transition.model), report.transition.kind
+        model, kind = report.transition.model, report.transition.kind
+        before = self._stats_of(model)
         if isinstance(report, TransitionDone):
-            model_stats.transitions_s.setdefault(kind, _Distribution(TRANSITION_BOUNDS_S)).add(report.seconds)
+            seconds = _with_value(before.transitions_s.get(kind, Histogram()), TRANSITION_BOUNDS_S, report.seconds)
+            self._replace(model, transitions_s={**before.transitions_s, kind: seconds})
             return
-        model_stats.failed_transitions[kind] = model_stats.failed_transitions.get(kind, 0) + 1
+        failures = before.failed_transitions.get(kind, 0) + 1
+        self._replace(model, failed_transitions={**before.failed_transitions, kind: failures})
         if report.error.code == "insufficient_vram":
-            self.out_of_memory(report.transition.model)
+            self.out_of_memory(model)
 
     def out_of_memory(self, model: str) -> None:
         """Count that the device ran out of memory for the model."""
-        self._model_stats_of(model).out_of_memory += 1
+        self._replace(model, out_of_memory=self._stats_of(model).out_of_memory + 1)
 
     def snapshot(
         self,
@@ -146,55 +151,29 @@ class Stats:
             cleanup=cleanup,
             preloading=list(preloading),
             restarts=self._restarts,
-            model_stats={model: model_stats.to_struct() for model, model_stats in self._model_stats.items()},
+            model_stats=dict(self._model_stats),
             streams=[request.to_struct(now) for request in islice(streams, MAX_STREAMS)],
         )
 
     def _record_speech(self, request: Request) -> None:
-        model_stats, playback = self._model_stats_of(request.model), request.playback
-        model_stats.underrun_s.add(playback.underrun_s)
+        playback, real_time_factor = request.playback, self._stats_of(request.model).real_time_factor
         if playback.audio_s and request.started_at is not None:
             synthesis_s = self._clock() - request.started_at - playback.paused_s
-            model_stats.real_time_factor.add(synthesis_s / playback.audio_s)
+            real_time_factor = _with_value(real_time_factor, REAL_TIME_FACTOR_BOUNDS, synthesis_s / playback.audio_s)
+        underrun_s = _with_value(self._stats_of(request.model).underrun_s, UNDERRUN_BOUNDS_S, playback.underrun_s)
+        self._replace(request.model, real_time_factor=real_time_factor, underrun_s=underrun_s)
 
-    def _model_stats_of(self, model: str) -> "_ModelCounts":
-        return self._model_stats.setdefault(model, _ModelCounts())
+    def _stats_of(self, model: str) -> ModelStats:
+        return self._model_stats.get(model, ModelStats())
 
-
-class _Distribution:
-    """The mutable form of a Histogram."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts: list[int] = []
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts = self._counts or [0] * (len(self._bounds) + 1)
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def to_struct(self) -> Histogram:
-        return Histogram(counts=list(self._counts), sum=self._sum)
+    def _replace(self, model: str, **changes: Any) -> None:
+        """Put the fields `changes` into the model's statistics."""
+        self._model_stats[model] = msgspec.structs.replace(self._stats_of(model), **changes)
 
 
-class _ModelCounts:
-    """The mutable form of ModelStats."""
-
-    def __init__(self) -> None:
-        self.first_audio_s = _Distribution(FIRST_AUDIO_BOUNDS_S)
-        self.real_time_factor = _Distribution(REAL_TIME_FACTOR_BOUNDS)
-        self.underrun_s = _Distribution(UNDERRUN_BOUNDS_S)
-        self.transitions_s: dict[str, _Distribution] = {}
-        self.failed_transitions: dict[str, int] = {}
-        self.out_of_memory = 0
-
-    def to_struct(self) -> ModelStats:
-        return ModelStats(
-            first_audio_s=self.first_audio_s.to_struct(),
-            real_time_factor=self.real_time_factor.to_struct(),
-            underrun_s=self.underrun_s.to_struct(),
-            transitions_s={kind: seconds.to_struct() for kind, seconds in self.transitions_s.items()},
-            failed_transitions=dict(self.failed_transitions),
-            out_of_memory=self.out_of_memory,
-        )
+def _with_value(histogram: Histogram, bounds: Sequence[float], value: float) -> Histogram:
+    """`histogram`, of which `bounds` are the upper bounds, with one more value."""
+    counts = histogram.counts or [0] * (len(bounds) + 1)
+    bucket = bisect_left(bounds, value)
+    counts = [*counts[:bucket], counts[bucket] + 1, *counts[bucket + 1 :]]
+    return Histogram(counts=counts, sum=histogram.sum + value)

@@ -28,7 +28,7 @@ from gpu_worker.residency import (
     TransitionDone,
     TransitionFailed,
 )
-from gpu_worker.scheduler import QueueFullError, Scheduler
+from gpu_worker.scheduler import Scheduler
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
 from gpu_worker.voices import VoiceStore, VoiceWritten
@@ -137,7 +137,8 @@ class Worker:
         self._admit()
         self._step_engines()
         self._end_stalled()
-        self._advance_residency()
+        for refusal in self._residency.advance():
+            self._refuse(refusal)
         self._control.answer_finished()
 
     # --- commands --------------------------------------------------------------------------------------------------
@@ -259,10 +260,6 @@ class Worker:
             known = ", ".join(self._specs)
             raise JobError("model_not_found", f"there is no model {model!r}; there are {known}", param="model")
 
-    def _advance_residency(self) -> None:
-        for refusal in self._residency.advance():
-            self._refuse(refusal)
-
     def _handle_report(self, report: Report) -> None:
         if isinstance(report, TransitionDone | TransitionFailed):
             self._stats.transition_ended(report)
@@ -302,11 +299,7 @@ class Worker:
         self._check_model(request.model)
         if (request.peer, request.id) in self._open:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
-        try:
-            self._scheduler.submit(request, self._slots())
-        except QueueFullError as error:
-            message = f"the queue is full: {error}"
-            raise JobError("queue_full", message, retry_after_s=error.wait_s) from error
+        self._scheduler.submit(request, self._slots())
         self._open[request.peer, request.id] = request
         self._residency.acquire(request.model)
         self._control.answer_finished()  # fail the unloads that the request prevents, even if it is over in a moment
