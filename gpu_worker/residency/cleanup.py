@@ -45,7 +45,6 @@ class Cleanup:
         self._wall = wall
         self._requested = False  # by an admin
         self._pass: CleanupPass | None = None
-        self._pending: list[str] = []
         self._transitions: list[Transition] = []
         self._next_at = clock() + options.cleanup_interval_s
         self.last: CleanupPass | None = None
@@ -71,14 +70,16 @@ class Cleanup:
                 models_checked=checked,
                 models_unloaded=[],
             )
-            self._pending, self._transitions = list(checked), []
+            self._transitions = []
             self._next_at = self._clock() + self._options.cleanup_interval_s
         return self._pass is not None
 
     def idle_check(self) -> IdleCheck:
-        """The models that the pass has yet to check, if one is under way, and how long a model may be idle."""
+        """The models that the pass under way may still move, each at most once, and how long a model may be idle."""
+        moved = {transition.model for transition in self._transitions}
+        checked = self._pass.models_checked if self._pass is not None else []
         return IdleCheck(
-            models=self._pending,
+            models=[model for model in checked if model not in moved],
             timeout_s=self._options.idle_timeout_s,
             host_timeout_s=self._options.host_idle_timeout_s,
         )
@@ -87,7 +88,6 @@ class Cleanup:
         """Note what `plan` does for the pass. A plan with no transition of the pass ends the pass."""
         if self._pass is None:
             return
-        self._pending = [model for model in self._pending if model not in plan.idle_checked]
         if plan.by_cleanup and plan.transition is not None:
             self._transitions.append(plan.transition)
             return

@@ -82,33 +82,26 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do now.
 
     `short`: wanted models that found no room even with every idle model gone; those not refused keep waiting.
-    `idle_checked`: models that the cleanup pass is through with; `by_cleanup`: the transition is that pass's.
+    `by_cleanup`: the transition is the cleanup pass's.
     """
 
     transition: Transition | None = None
     refusals: list[Refusal] = []
     short: list[str] = []
-    idle_checked: list[str] = []
     by_cleanup: bool = False
 
 
 def next_transition(entries: Sequence[ModelEntry], memory: MemoryReading, now: float, idle: IdleCheck) -> Plan:
     """The next transition, if any, and the requests to refuse; see the module's order of precedence."""
-    idle_checked: list[str] = []
     for entry in entries:
-        if entry.id not in idle.models:
-            continue
-        transition = leave_if_idle(entry, entries, memory, now, idle)
-        if transition is None or transition.model == entry.id:
-            idle_checked.append(entry.id)
-        if transition is not None:
-            return Plan(transition=transition, idle_checked=idle_checked, by_cleanup=True)
+        if entry.id in idle.models and (transition := leave_if_idle(entry, entries, memory, now, idle)):
+            return Plan(transition=transition, by_cleanup=True)
     transition = next_drop(entries) or next_victim(entries, memory)
     if transition is not None:
-        return Plan(transition=transition, idle_checked=idle_checked)
+        return Plan(transition=transition)
     transition, refusals, short = next_load(entries, memory, now)
     transition = transition or enforce_budgets(entries, memory)
-    return Plan(transition=transition, refusals=refusals, short=short, idle_checked=idle_checked)
+    return Plan(transition=transition, refusals=refusals, short=short)
 
 
 def leave_if_idle(
