@@ -46,7 +46,7 @@ def _calls(engine: QwenEngine, stages: dict[str, float], clock: Clock) -> Iterat
     model = runner._model
     spots: Sequence[tuple[Any, str, str]] = (
         (model, "prefill", "prefill"),
-        (runner, "_code_predictor_step", "code predictor"),
+        (runner._traces, "run", "code predictor"),
         (model, "talker_step", "talker"),
         (model, "_sample", "of which sampling"),
         (parts.vocoder, "decode", "codec"),
