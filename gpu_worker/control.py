@@ -10,7 +10,7 @@ from typing import Final, assert_never
 
 import msgspec
 
-from gpu_worker.engines.base import Job, JobError, Sampling
+from gpu_worker.engines.base import Job, JobError
 from gpu_worker.requests import Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
 from gpu_worker.voices import VoiceStore, VoiceWrite, VoiceWritten
@@ -29,6 +29,7 @@ from shared.protocol import (
     Message,
     PinModel,
     Reply,
+    Sampling,
     UnloadModel,
 )
 
@@ -277,7 +278,7 @@ class ControlHandler:
         self._submit(
             Request(
                 peer=caller.peer,
-                request_id=caller.call_id,
+                id=caller.call_id,
                 client=client,
                 model=spec.id,
                 sink=Sink(caller.call_id, collect, credit=_UNLIMITED),

@@ -8,13 +8,14 @@ Only `Request` writes the state. It knows neither queue nor engine nor model: th
 import enum
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 import msgspec
 
-from gpu_worker.engines.base import Done, FinishReason, Job, JobError, Usage
+from gpu_worker.engines.base import Done, FinishReason, Job, JobError
 from shared.pcm import SAMPLE_RATE, bytes_for
-from shared.protocol import Audio, Failed, Finished, Message, Started, StreamState, Timings
+from shared.protocol import Audio, Failed, Finished, Message, Started, StreamState, Timings, Usage
 
 CLIENT_CHARS: Final = 20
 """Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
@@ -143,50 +144,37 @@ class Playback:
             self._ends_at += paused_s
 
 
+@dataclass(eq=False, kw_only=True)
 class Request:
-    """A request from the queue to its last message. Times are the worker's monotonic seconds."""
+    """A request from the queue to its last message. Times are the worker's monotonic seconds.
 
-    def __init__(
-        self,
-        *,
-        peer: bytes,
-        request_id: str,
-        client: str,
-        model: str,
-        job: Job,
-        sink: Sink,
-        keep_alive_s: float | None,
-        arrived_at: float,
-    ) -> None:
-        self.peer = peer
-        self.id = request_id
-        self.client = client
-        self.model = model
-        self.job = job
-        self.sink = sink
-        self.keep_alive_s = keep_alive_s
-        self.arrived_at = arrived_at
-        self.model_ready_at = arrived_at
-        self.started_at: float | None = None
-        self.first_audio_at: float | None = None
-        self.stalled_since: float | None = None
-        self.retried = False
-        self.playback = Playback()
-        self._state = RequestState.QUEUED
+    `state` is written here alone; see RequestState for what it implies.
+    """
 
-    @property
-    def state(self) -> RequestState:
-        """The state; see RequestState for what it implies."""
-        return self._state
+    peer: bytes
+    id: str
+    client: str
+    model: str
+    job: Job
+    sink: Sink
+    keep_alive_s: float | None
+    arrived_at: float
+    state: RequestState = field(default=RequestState.QUEUED, init=False)
+    model_ready_at: float = field(default=0.0, init=False)
+    started_at: float | None = field(default=None, init=False)
+    first_audio_at: float | None = field(default=None, init=False)
+    stalled_since: float | None = field(default=None, init=False)
+    retried: bool = field(default=False, init=False)
+    playback: Playback = field(default_factory=Playback, init=False)
 
     @property
     def stalled(self) -> bool:
         """Whether the request could go on, or end, if its reader took more."""
-        return self._state is not RequestState.QUEUED and self.sink.stalled
+        return self.state is not RequestState.QUEUED and self.sink.stalled
 
     def start(self, now: float) -> None:
         """QUEUED -> RUNNING: the engine has taken the job."""
-        self._state = RequestState.RUNNING
+        self.state = RequestState.RUNNING
         self.started_at = now
         self.sink.started(self.model)
 
@@ -205,8 +193,8 @@ class Request:
         self.stalled_since = None
         if not self.sink.stalled:
             self.playback.resume(now)
-        if self._state is RequestState.DRAINING and self.sink.drained:
-            self._state = RequestState.DONE
+        if self.state is RequestState.DRAINING and self.sink.drained:
+            self.state = RequestState.DONE
 
     def end(self, outcome: Outcome, now: float) -> None:
         """Pass the outcome to the sink. Any state -> DONE, or DRAINING if audio still waits for credit."""
@@ -216,11 +204,11 @@ class Request:
             case JobError():
                 self.sink.failed(outcome)
             case Cancelled():
-                self._state = RequestState.DONE
+                self.state = RequestState.DONE
                 return
             case _:
                 assert_never(outcome)
-        self._state = RequestState.DONE if self.sink.drained else RequestState.DRAINING
+        self.state = RequestState.DONE if self.sink.drained else RequestState.DRAINING
 
     def timings(self, now: float) -> Timings:
         """Where the time went, in seconds, up to `now`."""
@@ -234,7 +222,7 @@ class Request:
 
     def to_struct(self, now: float) -> StreamState:
         """The part of the request that dashboards show."""
-        queued = self._state is RequestState.QUEUED
+        queued = self.state is RequestState.QUEUED
         return StreamState(
             id=self.id,
             model=self.model,

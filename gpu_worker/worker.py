@@ -199,7 +199,7 @@ class Worker:
             self._submit(
                 Request(
                     peer=peer,
-                    request_id=speak.id,
+                    id=speak.id,
                     client=speak.client,
                     model=speak.model,
                     sink=sink,

@@ -14,22 +14,6 @@ import msgspec
 
 from shared.protocol import Sampling, Task, Usage
 
-__all__ = [
-    "Done",
-    "Engine",
-    "Event",
-    "Fault",
-    "FinishReason",
-    "Job",
-    "JobError",
-    "Memory",
-    "Pcm",
-    "Reference",
-    "Sampling",
-    "Task",
-    "Usage",
-]
-
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended the speech. `length`: a limit on the number of frames ended it."""
 

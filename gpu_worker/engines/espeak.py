@@ -15,9 +15,10 @@ import espeakng_loader
 import numpy as np
 import soxr
 
-from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm, Usage
+from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
+from shared.protocol import Usage
 from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
 SLOTS: Final = 32

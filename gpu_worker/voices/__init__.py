@@ -3,16 +3,10 @@
 The store keeps the list, the files do the I/O, and a thread of the caller writes.
 """
 
-from gpu_worker.voices.checks import check_recording, check_transcript
-from gpu_worker.voices.files import VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
-from gpu_worker.voices.store import VoiceStore
-
-__all__ = [
-    "VoiceFiles",
-    "VoiceRecord",
-    "VoiceStore",
-    "VoiceWrite",
-    "VoiceWritten",
-    "check_recording",
-    "check_transcript",
-]
+from gpu_worker.voices.checks import check_recording as check_recording
+from gpu_worker.voices.checks import check_transcript as check_transcript
+from gpu_worker.voices.files import VoiceFiles as VoiceFiles
+from gpu_worker.voices.files import VoiceRecord as VoiceRecord
+from gpu_worker.voices.files import VoiceWrite as VoiceWrite
+from gpu_worker.voices.files import VoiceWritten as VoiceWritten
+from gpu_worker.voices.store import VoiceStore as VoiceStore

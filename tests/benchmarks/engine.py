@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 import torch
 
-from gpu_worker.engines.base import Job, Pcm, Sampling
+from gpu_worker.engines.base import Job, Pcm
 from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype, open_engine
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
@@ -24,6 +24,7 @@ from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.planner import TASKS
+from shared.protocol import Sampling
 from tests.benchmarks import machine, stages
 from tests.benchmarks.official import TEXT, frame_ms
 from tests.benchmarks.stages import Clock

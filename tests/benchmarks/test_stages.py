@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from gpu_worker.engines.base import Job, Sampling
+from gpu_worker.engines.base import Job
 from gpu_worker.engines.qwen.engine import QwenEngine
+from shared.protocol import Sampling
 from tests.benchmarks import stages
 from tests.gpu_worker.engines.qwen import driving
 

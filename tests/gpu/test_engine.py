@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.model.layers import Norm
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
+from shared.protocol import Sampling
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, engine, job, parts, run, take
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from gpu_worker.engines.base import Job, Pcm, Sampling
+from gpu_worker.engines.base import Job, Pcm
 from gpu_worker.engines.qwen.build import QwenOptions, open_engine
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.residency import open_probe
+from shared.protocol import Sampling
 from tests.checkpoints import tiny, write
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take
 

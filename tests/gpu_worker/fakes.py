@@ -35,7 +35,7 @@ def a_request(
     """A queued request."""
     return Request(
         peer=b"web",
-        request_id=request_id,
+        id=request_id,
         client=client,
         model=model,
         job=Job(id=request_id, task="Base", text="a secret"),

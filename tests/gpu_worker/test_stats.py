@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gpu_worker.engines.base import Done, JobError, Memory, Usage
+from gpu_worker.engines.base import Done, JobError, Memory
 from gpu_worker.requests import Cancelled, Request, Sink
 from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
 from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Stats
@@ -21,6 +21,7 @@ from shared.protocol import (
     ModelStats,
     Snapshot,
     StreamState,
+    Usage,
 )
 from tests.gpu_worker.fakes import FakeClock, FakeDevice, a_request
 

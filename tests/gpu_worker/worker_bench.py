@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm, Usage
+from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from gpu_worker.requests import Request
 from gpu_worker.residency import (
     Checkpoints,
@@ -42,6 +42,7 @@ from shared.protocol import (
     SavedVoice,
     Snapshot,
     Speak,
+    Usage,
 )
 from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, SlowVoiceFiles, a_spec
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from gpu_worker.engines.base import Job, JobError, Sampling, Task
+from gpu_worker.engines.base import Job, JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
@@ -23,6 +23,7 @@ from gpu_worker.engines.qwen.text_splitting import (
     split_into_utterances,
 )
 from gpu_worker.voices import check_transcript
+from shared.protocol import Sampling, Task
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
 

@@ -9,11 +9,12 @@ from typing import Final
 
 import numpy as np
 
-from gpu_worker.engines.base import FinishReason, Job, Usage
+from gpu_worker.engines.base import FinishReason, Job
 from gpu_worker.engines.qwen.chunk_schedule import chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.planner import Plan, Utterance
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
+from shared.protocol import Usage
 
 MAX_SILENT_FRAMES: Final = 75
 """After this many near-silent frames in a row (6 s) the model will not speak again."""

@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm, Sampling
+from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.espeak import CHUNK_S, MAX_PIECE_CHARS, SLOTS, EspeakEngine
 from shared.catalog import Voice, load_catalog
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
+from shared.protocol import Sampling
 from tests.audio import peak
 from tests.recogniser import SENTENCES, recognise
 

@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 import torch
 
-from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference, Sampling
+from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference
 from gpu_worker.engines.qwen.build import QwenOptions, build_parts
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
+from shared.protocol import Sampling
 from tests.checkpoints import Kind, Size, tiny
 
 _woken = threading.Event()

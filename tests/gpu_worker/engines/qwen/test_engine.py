@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from gpu_worker.engines.base import Done, Sampling
+from gpu_worker.engines.base import Done
 from gpu_worker.engines.qwen.engine import QwenEngine
+from shared.protocol import Sampling
 from tests.benchmarks.endless import endless
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.engines.base import Done, Fault, Job, Reference, Sampling
+from gpu_worker.engines.base import Done, Fault, Job, Reference
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.reference_cache import MAX_WAITING, EncodedReference
+from shared.protocol import Sampling
 from tests.gpu_worker.engines.qwen.driving import (
     Outcome,
     assemble,

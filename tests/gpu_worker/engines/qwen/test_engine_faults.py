@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 import msgspec
 import torch
 
-from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.vocoder import Vocoder
+from shared.protocol import Sampling
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, engine, job, parts, run, shared, take
 from tests.gpu_worker.engines.qwen.faulty_parts import OutOfMemoryOperators, SilentCodec, out_of_memory_parts

@@ -2,8 +2,9 @@
 
 import pytest
 
-from gpu_worker.engines.base import Done, Job, JobError, Reference, Sampling
+from gpu_worker.engines.base import Done, Job, JobError, Reference
 from gpu_worker.engines.qwen.engine import QwenEngine
+from shared.protocol import Sampling
 from tests.gpu_worker.engines.qwen.driving import engine, job, parts, recording, run
 from tests.gpu_worker.engines.qwen.test_engine import end_of, tokens_of
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig
 from gpu_worker.engines.qwen.planner import frame_cap, sampling_params
+from shared.protocol import Sampling
 
 CHECKPOINT = GenerationConfig(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3)
 

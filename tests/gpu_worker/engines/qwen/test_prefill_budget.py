@@ -2,8 +2,8 @@
 
 import pytest
 
-from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen import engine as engine_module
+from shared.protocol import Sampling
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, take
 
 

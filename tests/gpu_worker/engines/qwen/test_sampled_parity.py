@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.base import Sampling
 from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.planner import sampling_params
+from shared.protocol import Sampling
 from tests.checkpoints import Generation, Kind, Size
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate, official_run, our_model
 
