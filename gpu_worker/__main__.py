@@ -15,6 +15,7 @@ import uuid
 from types import FrameType
 from typing import Final
 
+import msgspec
 import structlog
 
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
@@ -135,11 +136,8 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
         # Building may import torch, which takes seconds: a signal may come before that is done.
         _drain_on_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
-        worker, mover, checkpoints, voice_writer = build_worker(settings, transport, inbox, restarts=restarts)
+        worker, mover, voice_writer = build_worker(settings, transport, inbox, restarts=restarts)
         transport.start()
-        mover.start()
-        checkpoints.start()
-        voice_writer.start()
         log.info("worker_ready", pid=os.getpid())
         try:
             worker.run()
@@ -156,8 +154,8 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
 
 def build_worker(
     settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Command]", *, restarts: int
-) -> tuple[Worker, Mover, Checkpoints, SerialThread[VoiceWrite]]:
-    """Build and connect all parts of the worker, here alone. The caller starts the parts with a thread."""
+) -> tuple[Worker, Mover, SerialThread[VoiceWrite]]:
+    """Build and connect all parts of the worker, here alone. The caller closes the parts with a thread."""
     catalog = load_catalog()
     device = settings.default_device
     if device == "auto":
@@ -182,15 +180,9 @@ def build_worker(
     voice_writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
     default_model = factory.default_model()
     factory.prepare()
-    options = ResidencyOptions(
-        idle_timeout_s=settings.idle_timeout_s,
-        host_idle_timeout_s=settings.host_idle_timeout_s,
-        cleanup_interval_s=settings.cleanup_interval_s,
-        cleanup_enabled=settings.cleanup_enabled,
-    )
     residency = Residency(
         [factory.estimated(spec) for spec in catalog],
-        options,
+        msgspec.convert(settings, ResidencyOptions, from_attributes=True),
         probe=probe,
         move=mover.submit,
         see_to_files=checkpoints.submit,
@@ -222,7 +214,7 @@ def build_worker(
         clock=time.monotonic,
         preload=factory.models_to_preload(default_model),
     )
-    return worker, mover, checkpoints, voice_writer
+    return worker, mover, voice_writer
 
 
 def _free_bytes(device: DeviceMemory) -> int:

@@ -19,7 +19,8 @@ log = structlog.get_logger(__name__)
 class SerialThread(Generic[Item]):
     """Calls `handle(item)` for every submitted item, in the order of submission, on one daemon thread.
 
-    `submit` may be called from any thread and never blocks. An item must not be None.
+    The first `submit` starts the thread. `submit` never blocks; one thread at a time may call it.
+    An item must not be None.
 
     `close` ends the thread after the items submitted before it have been handled. `on_close` then runs, as the last
     thing on the thread. `submit` raises RuntimeError after `close`.
@@ -45,21 +46,18 @@ class SerialThread(Generic[Item]):
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
-        """Start the thread; items submitted before are handled first."""
-        self._thread.start()
-
     def submit(self, item: Item) -> None:
         """Handle `item` once all items before it have been handled."""
         if self._closed:
             raise RuntimeError(f"the thread {self._thread.name!r} is closed")
         self._items.put(item)
+        if self._thread.ident is None:
+            self._thread.start()
 
     def close(self, timeout_s: float | None = None) -> None:
         """Take no more items, and wait up to `timeout_s` (None: forever) for the submitted ones.
 
         After the timeout the thread goes on; as a daemon it does not keep the process alive.
-        A thread that was never started handles nothing.
         """
         self._closed = True
         self._items.put(None)

@@ -119,7 +119,6 @@ class Engine(Protocol):
 
     def capacity(self) -> int:
         """The number of further jobs that `admit` accepts now."""
-        ...
 
     def admit(self, job: Job) -> None:
         """Take a job into a free slot. Call it only if `capacity()` is above 0.
@@ -129,11 +128,9 @@ class Engine(Protocol):
         Raises:
             JobError: the job is impossible. It holds no slot then.
         """
-        ...
 
     def runnable(self, stalled: Collection[str]) -> bool:
         """True if `step(stalled)` would do work now."""
-        ...
 
     def step(self, stalled: Collection[str]) -> list[Event]:
         """Do one unit of work for all admitted jobs except those in `stalled`, and return what it produced.
@@ -142,24 +139,18 @@ class Engine(Protocol):
         If a single job fails, the error is a Fault event; if `step` raises, the engine itself is broken.
         The exception is torch's out-of-memory error: all jobs stay admitted, and the step can be repeated.
         """
-        ...
 
     def cancel(self, job_id: str) -> None:
         """Drop a job and free its slot at once. An unknown id is ignored."""
-        ...
 
     def offload(self) -> None:
         """Move the weights to host RAM and free the device's memory. No job may be admitted."""
-        ...
 
     def restore(self) -> None:
         """Move offloaded weights back to the device, ready to speak."""
-        ...
 
     def close(self) -> None:
         """Free everything. The engine must not be used afterwards."""
-        ...
 
     def memory(self) -> Memory:
         """Bytes that the engine holds, by place and purpose. Any thread may call it."""
-        ...

@@ -38,11 +38,6 @@ class Checkpoints:
             "download", lambda download: report(self._download(download.model))
         )
 
-    def start(self) -> None:
-        """Start the threads."""
-        self._checks.start()
-        self._downloads.start()
-
     def submit(self, work: CheckFiles | Download) -> None:
         """Check or download once what was submitted before has ended."""
         if isinstance(work, CheckFiles):

@@ -7,12 +7,12 @@ Reading never starts CUDA: where NVML answers, torch is not even imported.
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Final, Literal, Protocol
+from typing import Final
 
 import msgspec
 
 from gpu_worker.residency.host_ram import CpuDriver, Usage, read_ram, trim_host
-from gpu_worker.residency.nvidia import TorchDriver, nvml_driver
+from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, nvml_driver
 from shared.protocol import DeviceMemory, HostMemory
 
 MIN_RESERVE_BYTES: Final = 512 * 2**20
@@ -20,22 +20,8 @@ RESERVE_SHARE: Final = 0.05
 """The reserve of a default budget: this share of the total, at least MIN_RESERVE_BYTES, at most half of the rest."""
 
 
-class MemoryDriver(Protocol):
-    """What tells about one device: NvmlDriver, TorchDriver or CpuDriver. Callable from any thread."""
-
-    kind: Literal["cuda", "cpu"]
-
-    def name(self) -> str:
-        """The device's name."""
-        ...
-
-    def start(self) -> None:
-        """Start the device in this process; see MemoryProbe.start."""
-        ...
-
-    def read(self) -> Usage:
-        """The device's memory now."""
-        ...
+MemoryDriver = CpuDriver | NvmlDriver | TorchDriver
+"""What measures one device: its `kind` and `name()`, `start()` and `read()`. Callable from any thread."""
 
 
 class MemoryProbe:

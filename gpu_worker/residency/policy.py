@@ -151,8 +151,10 @@ def next_load(
         if shortage is None:
             kind: TransitionKind = "load" if entry.state is ModelState.ABSENT else "restore"
             return Transition(entry.id, kind), refusals, short
+        if shortage.fits_after_eviction and shortage.of_host_ram:
+            return Transition([*shortage.host_victims, *shortage.victims][0].id, "drop"), refusals, short
         if shortage.fits_after_eviction:
-            return make_room_for(shortage, entries, memory), refusals, short
+            return evict(shortage.victims[0], entries, memory), refusals, short
         if reload_fits(entry, shortage, entries, memory.device, protected):
             return Transition(entry.id, "drop"), refusals, short
         short.append(entry.id)
@@ -197,13 +199,6 @@ def evict(entry: ModelEntry, entries: Sequence[ModelEntry], memory: MemoryReadin
     ]
     makes_room = short_bytes <= sum(other.host_bytes for other in older)
     return Transition((older[0] if makes_room else entry).id, "drop")
-
-
-def make_room_for(shortage: Shortage, entries: Sequence[ModelEntry], memory: MemoryReading) -> Transition:
-    """The next eviction against a shortage that evictions end."""
-    if shortage.of_host_ram:
-        return Transition([*shortage.host_victims, *shortage.victims][0].id, "drop")
-    return evict(shortage.victims[0], entries, memory)
 
 
 def reload_fits(
@@ -326,9 +321,10 @@ def pending_file_work(entries: Sequence[ModelEntry], *, overdue: bool) -> list[C
     """File checks and downloads to start now, one download at a time.
 
     A model's files are checked before every load, and with `overdue` for every absent model:
-    users copy weights in and delete them by hand.
+    users copy weights in and delete them by hand. Wanted models come first, the longest waiting before the others.
     """
     absent = [entry for entry in entries if entry.state is ModelState.ABSENT]
+    absent.sort(key=lambda entry: (not entry.wanted, entry.queue_number))
     work: list[CheckFiles | Download] = [
         CheckFiles(entry.id)
         for entry in absent

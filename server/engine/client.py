@@ -91,33 +91,26 @@ class EngineClient(Protocol):
     @property
     def catalog(self) -> list[ModelSpec]:
         """The models of the GPU worker, as of the last connection; empty before the first."""
-        ...
 
     @property
     def snapshot(self) -> Snapshot | None:
         """The worker's latest snapshot, of whatever age; None before the first connection."""
-        ...
 
     @property
     def worker_settings(self) -> dict[str, Any]:
         """The worker's settings by their public names, as of the last connection; empty before the first."""
-        ...
 
     def unavailable_reason(self) -> str | None:
         """Why the worker takes no requests now, as a sentence; None if it takes them."""
-        ...
 
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
         """A snapshot that is at most `max_age_s` old; ApiError (`worker_unavailable`) if none arrives in time."""
-        ...
 
     def speak(self, request: Speak, reference: bytes | None = None) -> Speech:
         """Send a speech request, with the PCM of its reference; ApiError (`worker_unavailable`) without a worker."""
-        ...
 
     async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
         """Send an admin or voice action and wait for its reply.
 
         Raises ApiError with the worker's code if the action failed, `worker_unavailable` if no reply came in time.
         """
-        ...

@@ -47,7 +47,7 @@ def handled() -> _Handled:
 
 @pytest.fixture
 def thread(handled: _Handled) -> Iterator[SerialThread[str]]:
-    """A thread that is not started yet."""
+    """A thread that the first item starts."""
     thread = SerialThread("serial", handled.handle, on_error=handled.on_error, on_close=handled.on_close)
     yield thread
     handled.gate.set()
@@ -55,10 +55,8 @@ def thread(handled: _Handled) -> Iterator[SerialThread[str]]:
 
 
 def test_handles_every_item_in_order_on_its_own_thread(thread: SerialThread[str], handled: _Handled) -> None:
-    """Items submitted before `start` come first; `close` waits for all; `on_close` is the thread's last act."""
-    thread.submit("a")
-    thread.start()
-    for item in "bcd":
+    """`close` waits for all items; `on_close` is the thread's last act."""
+    for item in "abcd":
         thread.submit(item)
 
     thread.close(TIMEOUT_S)
@@ -70,11 +68,9 @@ def test_handles_every_item_in_order_on_its_own_thread(thread: SerialThread[str]
 
 def test_an_error_ends_the_thread(thread: SerialThread[str], handled: _Handled) -> None:
     """The error is logged and given to `on_error`; later items are dropped, and submitting one is no error."""
-    for item in ("a", "bad", "b"):
-        thread.submit(item)
-
     with capture_logs() as logs:
-        thread.start()
+        for item in ("a", "bad", "b"):
+            thread.submit(item)
         assert handled.failed.wait(TIMEOUT_S)
 
     thread.submit("c")
@@ -87,7 +83,6 @@ def test_an_error_ends_the_thread(thread: SerialThread[str], handled: _Handled) 
 
 def test_takes_no_item_after_close(thread: SerialThread[str], handled: _Handled) -> None:
     """An item that would never be handled is refused."""
-    thread.start()
     thread.close(TIMEOUT_S)
 
     with pytest.raises(RuntimeError, match="serial"):
@@ -101,7 +96,6 @@ def test_close_waits_no_longer_than_its_timeout(thread: SerialThread[str], handl
     """A hanging item delays the end by the timeout; it still ends when it can."""
     handled.gate.clear()
     thread.submit("slow")
-    thread.start()
 
     thread.close(timeout_s=0.01)
 
@@ -111,8 +105,9 @@ def test_close_waits_no_longer_than_its_timeout(thread: SerialThread[str], handl
     assert handled.items == ["slow"]
 
 
-def test_close_of_a_thread_that_never_started_does_not_wait(thread: SerialThread[str], handled: _Handled) -> None:
-    """A start-up that failed half-way closes what it built."""
-    thread.submit("a")
+def test_starts_with_the_first_item(thread: SerialThread[str], handled: _Handled) -> None:
+    """Before the first item there is no thread, so a start-up that fails half-way leaves none behind."""
+    running = {each.name for each in threading.enumerate()}
+    assert "serial" not in running
     thread.close()
-    assert handled.items == []
+    assert handled.closed_after is None

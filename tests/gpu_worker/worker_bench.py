@@ -294,9 +294,6 @@ class WorkerBench:
             stall_timeout_s=stall_timeout_s,
             clock=self.clock,
         )
-        self.mover.start()
-        self.checkpoints.start()
-        self.voice_writer.start()
 
     def close(self) -> None:
         """End the threads."""

@@ -74,7 +74,6 @@ class ReferenceCache:
         self._max_bytes = max_bytes
         self._wake = wake
         self._thread = SerialThread("reference-encoder", self._handle)
-        self._started = False
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, EncodedReference] = OrderedDict()
         self._encodings: dict[str, _Encoding] = {}
@@ -106,9 +105,6 @@ class ReferenceCache:
                 raise JobError("queue_full", message, param="ref_audio", retry_after_s=5)
             future: Future[EncodedReference] = Future()
             self._encodings[reference.key] = _Encoding(reference, future)
-            if not self._started:  # most models never clone, and a failed load must leave no thread behind
-                self._thread.start()
-                self._started = True
             # The queue holds keys only, so the recording of a cancelled reference is freed at once.
             self._thread.submit(reference.key)
         future.add_done_callback(lambda _: self._wake())
@@ -149,7 +145,8 @@ class ReferenceCache:
                 return
             encoding.future.set_running_or_notify_cancel()
         try:
-            encoded = self._encode_pcm(encoding.reference)
+            waveform = np.frombuffer(encoding.reference.pcm, dtype="<i2").astype(np.float32) / 2**15
+            encoded = self._encode(waveform, not encoding.reference.x_vector_only)
         except BaseException as error:  # noqa: BLE001 -- the future raises it
             with self._lock:
                 self._encodings.pop(key, None)
@@ -160,10 +157,6 @@ class ReferenceCache:
             return
         self._keep(key, encoded)
         encoding.future.set_result(encoded)
-
-    def _encode_pcm(self, reference: Reference) -> EncodedReference:
-        waveform = np.frombuffer(reference.pcm, dtype="<i2").astype(np.float32) / 2**15
-        return self._encode(waveform, not reference.x_vector_only)
 
     def _keep(self, key: str, encoded: EncodedReference) -> None:
         with self._lock:

@@ -55,30 +55,24 @@ class ModelRunner(Protocol):
 
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:
         """Read prompts into their slots."""
-        ...
 
     def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
         """Make one frame for each slot of `slot_lengths`: (slot, tokens in its cache once the frame is read).
 
         `full_vocab`: whether the sampling parameters of any of them need the full vocabulary.
         """
-        ...
 
     def prepare(self) -> None:
         """Trace or capture the model's functions, so that the first frames are not late."""
-        ...
 
     def release(self) -> None:
         """Free everything that refers to device memory; `prepare` makes it again."""
-        ...
 
     def close(self) -> None:
         """Free everything for good."""
-        ...
 
     def memory(self) -> dict[str, int]:
         """Device bytes that `close` frees, by purpose."""
-        ...
 
 
 def rows_needed(slots: int, device: torch.device) -> int:

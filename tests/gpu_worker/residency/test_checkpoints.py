@@ -17,7 +17,6 @@ class Bench:
         self.files = FakeFiles()
         self.reports: Reports[FilesChecked | Downloaded] = Reports()
         self.checkpoints = Checkpoints([a_spec("a"), a_spec("b")], self.files, self.reports)
-        self.checkpoints.start()
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ class Bench:
         self.engines: list[FakeEngine] = []
         self.before_open: Callable[[], None] = lambda: None
         self.mover = Mover([a_spec("a"), a_spec("b")], self._open, self.device, self.reports)
-        self.mover.start()
 
     def _open(self, spec: ModelSpec) -> FakeEngine:
         self.before_open()

@@ -270,7 +270,7 @@ class TestFileWork:
         wanted = an_entry("wanted", ABSENT, references=1, files=FilesStatus())
         entries = [an_entry("absent", ABSENT), wanted, an_entry("resident", files=FilesStatus())]
         assert pending_file_work(entries, overdue=False) == [CheckFiles("wanted")]
-        assert pending_file_work(entries, overdue=True) == [CheckFiles("absent"), CheckFiles("wanted")]
+        assert pending_file_work(entries, overdue=True) == [CheckFiles("wanted"), CheckFiles("absent")]
         wanted.files.checking = True
         assert pending_file_work(entries, overdue=False) == []
 

@@ -29,7 +29,6 @@ def reports() -> Reports[VoiceWritten]:
 def writer(files: SlowVoiceFiles, reports: Reports[VoiceWritten]) -> Iterator[SerialThread[VoiceWrite]]:
     """The thread that writes, wired as in the process."""
     writer = SerialThread[VoiceWrite]("voices", lambda write: reports(files.write(write)))
-    writer.start()
     yield writer
     files.gate.set()
     writer.close(10)

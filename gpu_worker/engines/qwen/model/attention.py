@@ -20,21 +20,18 @@ class Attention(Protocol):
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
-        ...
 
     def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
         """What makes `decode` read the first `lengths` (int64 [rows]) of `tokens` cached tokens, in its backend's form.
 
         It is made once for all layers of a step: 2 kernels less in each layer.
         """
-        ...
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with one query a row over the cached tokens that a `length_mask` leaves, or over all of them if None.
 
         [rows, heads, dim] over [rows, kv_heads, tokens, dim] of any strides -> [rows, heads * dim].
         """
-        ...
 
 
 class Eager:

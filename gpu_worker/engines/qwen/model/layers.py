@@ -186,7 +186,6 @@ class Attend(Protocol):
 
         query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim] -> [rows, heads * head_dim].
         """
-        ...
 
 
 class Layer(TensorHolder):
