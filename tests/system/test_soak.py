@@ -177,6 +177,8 @@ def test_clients_that_come_and_go_leave_nothing(
         eventually(lambda: idle(service), 5, "no requests")
         for pid, found in memory.items():
             found.append(resident_bytes(pid))
+    # The figures may be a moment older than the last answer.
+    eventually(lambda: tally.finished <= service.stats()["requests"]["finished"], 5, "every answer counted")
     counted = service.stats()["requests"]
     assert tally.finished + tally.cancelled == warm_up + ROUNDS * each
     assert tally.finished <= counted["finished"]
