@@ -1,6 +1,7 @@
 """Settings of the whole suite: compute threads, Hypothesis profiles, the groups for parallel runs, and `--quick`."""
 
 import os
+import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,6 +15,9 @@ SYSTEM: Final = Path(__file__).parent / "system"
 # On two cores, several processes that each compute with two threads take longer than with one thread each.
 # torch reads the variable when it is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with SIGINT ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # "default" is short and fails in the same way each time. `make soak` takes "soak", which looks for new failures.
 hypothesis.settings.register_profile("default", max_examples=25, deadline=None, derandomize=True, database=None)
