@@ -1,4 +1,4 @@
-"""Admin calls: everything a web worker can ask for besides speech, and the callers that wait for an end.
+"""Admin calls of the web workers (load, unload, pin, cleanup, voices), and the calls that still wait for their answer.
 
 Owned by the synthesis thread. ControlHandler moves no model, synthesizes nothing and writes no file:
 it asks Residency, submits Requests and hands voices to VoiceStore.

@@ -1,4 +1,4 @@
-"""The synthesis loop: the readable centre of the process.
+"""The synthesis loop: commands, admission, steps, stalled readers, out of memory, drain.
 
 Every turn handles commands, admits requests, steps every runnable engine, delivers the events, and starts transitions.
 Worker owns all requests, on one thread; queues are all it shares with the other threads.

@@ -1,4 +1,4 @@
-"""How long a recording to clone a voice from may be, and how long its transcript.
+"""Limits of a recording that a voice is cloned from: its length, and the length of its transcript.
 
 The web workers check what a client uploads; the GPU worker checks again what it encodes or saves.
 It knows neither files nor the sound itself: silence and damage are checked where the samples are.

@@ -1,4 +1,4 @@
-"""EngineFactory opens the engine of a model. Before that, it knows if it could: packages, checkpoint, expected size.
+"""EngineFactory opens the engine of a model. It also says whether a model could be opened, and how large it will be.
 
 It decides neither when a model is loaded nor where it is. It never imports torch unless a model that needs torch can be
 opened.

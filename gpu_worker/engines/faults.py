@@ -1,4 +1,4 @@
-"""Which faults end the process: told from the others without importing torch."""
+"""Errors of engines: which mean that memory ran out, and which mean a broken device. It does not import torch."""
 
 import sys
 from typing import Final

@@ -1,4 +1,4 @@
-"""What is known of each model, and what crosses the line between deciding about models and moving them.
+"""The state of each model, and the orders and reports that policy, mover and checkpoint threads exchange.
 
 Plain data: `ModelEntry` is written by `manager.Residency` alone, read by `policy`; everything else is immutable.
 A `Transition` is carried out by the mover, one after the other.

@@ -1,4 +1,4 @@
-"""A client's recording becomes PCM: an upload, base64, a data URL or an http(s) URL, decoded in a process of its own.
+"""A client's recording becomes PCM: an upload, base64, a data URL or an http(s) URL, decoded in one of a few processes.
 
 `DecoderPool` owns the decoding processes: their number, their time, and that none outlives its request.
 decoder.py is the program that they run.

@@ -1,7 +1,7 @@
 """The audio formats of answers: their content types, and the writer that turns PCM into bytes of a format.
 
-It owns containers, codecs and their delays. A new format is a line in `CONTENT_TYPES` and, if FFmpeg encodes it,
-a `_Recipe`.
+It owns containers, codecs and their delays. A new format is a name in `Format`, a line in `CONTENT_TYPES` and,
+if FFmpeg encodes it, a `_Recipe`.
 """
 
 import array

@@ -1,4 +1,4 @@
-"""Web pages as clients: which sites' pages may call this server, and the refusal of requests that CORS lets through.
+"""Web pages as clients: which sites may call this server. Also refuses requests that CORS alone would let through.
 
 CORS only hides responses: a page of any site can make a browser send a POST, and the GPU would work for it.
 If keys are configured, such a request lacks one. Without keys its Origin header decides; other clients send none.

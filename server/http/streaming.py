@@ -1,4 +1,4 @@
-"""Responses that leave while they are made: a client that disconnects, and a transfer that must not end cleanly.
+"""Streamed responses: stopping the work when a client disconnects, and breaking a transfer after a failure.
 
 It owns the ASGI and Litestar side of a stream; it knows nothing of audio.
 """

@@ -1,4 +1,4 @@
-"""The questions of people, probes and load balancers: what is this, is it running, is it ready?"""
+"""/, /health, /ready: what this service is, whether it runs, whether it can speak."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""Prompts: the embeddings that an utterance begins with, and the text embeddings that follow one a frame.
+"""Prompts: the embeddings that an utterance begins with, and the text embeddings that follow, one for each frame.
 
 Owns the official layouts of all tasks, equal to the last bit, and a cache of their constant parts.
 It knows nothing of slots, sampling or audio: references come as codes and a speaker embedding.

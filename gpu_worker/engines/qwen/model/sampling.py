@@ -1,4 +1,4 @@
-"""Sampling of codes from logits: parameters a row, uniforms drawn beforehand, no host synchronisation.
+"""Sampling of codes from logits: each row has its parameters and its uniforms, and the host is never waited for.
 
 Owns the arithmetic of sampling. It holds no state of a request.
 Order and arithmetic are those of Transformers' processors in float32:

@@ -1,4 +1,4 @@
-"""Functions captured for a few input sizes, their buckets: inputs are padded to the smallest bucket that holds them.
+"""Functions captured for a few input sizes ("buckets"). Inputs are padded to the smallest bucket that holds them.
 
 Owns the batch sizes, the graphs and the static inputs that they read. It knows nothing of what the functions compute.
 """
