@@ -17,7 +17,7 @@ class OfficialPackage(msgspec.Struct, frozen=True, kw_only=True):
 
     `Model` is the wrapper for users, with `from_pretrained`.
     `ForConditionalGeneration` and `Config` are the transformers model and its config,
-    `TokenizerModel` and `TokenizerConfig` those of the 12 Hz speech tokenizer.
+    `TokenizerModel` and `TokenizerConfig` those of the 12 Hz speech tokenizer. `Processor` has the text tokenizer.
     """
 
     Model: Any
@@ -25,6 +25,7 @@ class OfficialPackage(msgspec.Struct, frozen=True, kw_only=True):
     Config: Any
     TokenizerModel: Any
     TokenizerConfig: Any
+    Processor: Any
 
 
 @functools.cache
@@ -39,4 +40,5 @@ def official_package() -> OfficialPackage:
         Config=models.Qwen3TTSConfig,
         TokenizerModel=core.Qwen3TTSTokenizerV2Model,
         TokenizerConfig=core.Qwen3TTSTokenizerV2Config,
+        Processor=models.Qwen3TTSProcessor,
     )

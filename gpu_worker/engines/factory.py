@@ -77,18 +77,21 @@ class EngineFactory:
         return None
 
     def prepare(self) -> None:
-        """Import torch and the official package before the first request, if any model that needs them can be opened.
+        """Import what the models need that can be opened now, before the first request.
 
-        Their import holds the GIL for up to 1.2 s at a time (2 cores, busy): running streams would fall silent.
+        That is torch, and for models that clone voices the official package.
+        An import holds the GIL for up to 1.2 s at a time (2 cores, busy): running streams would fall silent.
         Afterwards, opening a model holds it for 30 ms at most.
         The objects they create are frozen: a full garbage collection would scan them for 250 to 800 ms.
         """
-        if not any(spec.engine == "qwen" and self.problem_of(spec) is None for spec in self._specs):
+        tasks = {spec.task for spec in self._specs if spec.engine == "qwen" and self.problem_of(spec) is None}
+        if not tasks:
             return
         from gpu_worker.engines.qwen import build, codec  # noqa: F401, PLC0415 -- imports torch
         from gpu_worker.engines.qwen.checkpoint import official  # noqa: PLC0415 -- imports torch
 
-        official.load_official()
+        if "Base" in tasks:
+            official.load_official()
         gc.collect()
         gc.freeze()
 

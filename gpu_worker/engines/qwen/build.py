@@ -5,7 +5,7 @@ Owns the choice of the dtype and of the number of slots. Importing it imports to
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,8 +20,8 @@ from gpu_worker.engines.qwen.checkpoint.model_config import (
     read_config,
     read_generation_config,
 )
-from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, read_headers
+from gpu_worker.engines.qwen.checkpoint.text_tokenizer import load_text_tokenizer
 from gpu_worker.engines.qwen.checkpoint.weights import open_weights
 from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec
@@ -121,7 +121,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
         model = Qwen3TTSModel(
             weights, config, generation, kernel, slots=rows_needed(slots, device), max_model_len=options.max_model_len
         )
-        prompts = PromptBuilder(weights, config, load_tokenizer(directory), model.embed_codes)
+        prompts = PromptBuilder(weights, config, load_text_tokenizer(directory), model.embed_codes)
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
     speaker = None
     if config.tts_model_type == "base":
@@ -218,20 +218,6 @@ def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: in
     if device == "cpu":
         computed_at_load += trace_bytes(shape.code_predictor_config, slots)
     return weights + computed_at_load + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
-
-
-def load_tokenizer(directory: Path) -> Callable[[str], Sequence[int]]:
-    """The checkpoint's text tokenizer: text -> token ids.
-
-    Raises:
-        JobError: `model_unavailable` if its files cannot be used.
-    """
-    # As the official wrapper loads it: the flag changes how some tokenizers split words.
-    try:
-        processor = load_official().Processor.from_pretrained(str(directory), fix_mistral_regex=True)
-    except Exception as error:  # transformers' parsing of damaged files raises any type of error
-        raise JobError("model_unavailable", f"{directory}: the text tokenizer cannot be loaded: {error}") from error
-    return lambda text: processor.tokenizer(text)["input_ids"]
 
 
 def _reference_encoder(

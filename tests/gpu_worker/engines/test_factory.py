@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -134,14 +135,32 @@ class TestQwen:
         engine.close()
 
     def test_prepare(self, catalog: list[ModelSpec]) -> None:
-        """If a model can be opened, `prepare` imports its packages and freezes their objects.
+        """`prepare` imports what the models need that can be opened, and freezes the objects.
 
         The imports hold the GIL for a second at a time, a full garbage collection for half a second.
         """
-        factory = _factory(catalog, MODEL_PATHS=f"qwen3-tts-0.6b-customvoice={tiny('custom_voice', '0b6')}")
+        factory = _factory(catalog, MODEL_PATHS=f"qwen3-tts-0.6b-base={tiny('base', '0b6')}")
         factory.prepare()
         assert gc.get_freeze_count() > 100_000
         assert {"qwen_tts", "gpu_worker.engines.qwen.build"} <= sys.modules.keys()
+
+    def test_prepare_without_cloning(self) -> None:
+        """A process that speaks with preset voices imports torch, but not the official package: it starts sooner."""
+        program = f"""
+import sys
+from gpu_worker.engines.factory import EngineFactory
+from shared.catalog import load_catalog
+from shared.settings import load_settings
+settings = load_settings({{"TTS_MODEL_PATHS": "qwen3-tts-0.6b-customvoice={tiny("custom_voice", "0b6")}"}})
+specs = load_catalog()
+factory = EngineFactory(settings, specs, "cpu")
+factory.prepare()
+assert "torch" in sys.modules
+engine = factory.open(next(spec for spec in specs if spec.id == "qwen3-tts-0.6b-customvoice"))
+heavy = {{"transformers", "qwen_tts", "librosa", "scipy", "sklearn", "sympy", "torch._dynamo"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+        subprocess.run([sys.executable, "-c", program], check=True)
 
     def test_prepare_without_checkpoints(self, catalog: list[ModelSpec]) -> None:
         """Without a checkpoint nothing is imported: the start does not wait for torch."""

@@ -24,11 +24,10 @@ _TOKENIZER_25HZ = "qwen_tts.core.tokenizer_25hz.modeling_qwen3_tts_tokenizer_v1"
 class Official(msgspec.Struct, frozen=True, kw_only=True):
     """Classes and functions of qwen-tts 0.1.1 that the engine uses. The package has no type annotations.
 
-    `Processor` has the text tokenizer. `SpeakerEncoder` (with its config) and `mel_spectrogram` make
-    speaker embeddings. `TokenizerConfig` is the config of the 12 Hz speech tokenizer, `TokenizerEncoder` its encoder.
+    `SpeakerEncoder` (with its config) and `mel_spectrogram` make speaker embeddings.
+    `TokenizerConfig` is the config of the 12 Hz speech tokenizer, `TokenizerEncoder` its encoder.
     """
 
-    Processor: Any
     SpeakerEncoder: Any
     SpeakerEncoderConfig: Any
     mel_spectrogram: Any
@@ -52,7 +51,6 @@ def load_official() -> Official:
         with warnings.catch_warnings():
             # The deprecation warnings of librosa, numba and transformers are for their authors.
             warnings.simplefilter("ignore")
-            models = importlib.import_module("qwen_tts.core.models")
             modeling = importlib.import_module("qwen_tts.core.models.modeling_qwen3_tts")
             configuration = importlib.import_module("qwen_tts.core.models.configuration_qwen3_tts")
             core = importlib.import_module("qwen_tts.core")
@@ -61,7 +59,6 @@ def load_official() -> Official:
         sys.modules.pop(_TOKENIZER_25HZ, None)
         raise JobError("model_unavailable", f"Qwen3-TTS needs the `gpu` extra of this package: {error}") from error
     return Official(
-        Processor=models.Qwen3TTSProcessor,
         SpeakerEncoder=modeling.Qwen3TTSSpeakerEncoder,
         SpeakerEncoderConfig=configuration.Qwen3TTSSpeakerEncoderConfig,
         mel_spectrogram=modeling.mel_spectrogram,

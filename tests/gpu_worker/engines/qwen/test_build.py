@@ -1,18 +1,12 @@
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.build import MAX_SLOTS, QwenOptions, load_tokenizer, slots_that_fit
+from gpu_worker.engines.qwen.build import MAX_SLOTS, QwenOptions, slots_that_fit
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
-from gpu_worker.engines.qwen.checkpoint.official import load_official
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import engine, shared
-from tests.official_package import official_package
 
 WEIGHTS = 1 << 30
 
@@ -58,18 +52,3 @@ def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     engine("custom_voice").close()
     assert not torch.backends.cudnn.allow_tf32
-
-
-def test_large_vocabularies_are_split_as_officially(tmp_path: Path) -> None:
-    """The official wrapper splits words in a way of its own if the vocabulary has the size of published ones."""
-    directory = tmp_path / "large"
-    shutil.copytree(tiny("custom_voice"), directory)
-    file = directory / "vocab.json"
-    vocabulary = json.loads(file.read_text())
-    vocabulary |= {f"filler {number}": len(vocabulary) + number for number in range(100_000)}
-    file.write_text(json.dumps(vocabulary))
-    wanted = official_package().Model.from_pretrained(str(directory), dtype=torch.float32).processor.tokenizer
-    plain = load_official().Processor.from_pretrained(str(directory)).tokenizer
-    text = "hello'today, hello'voice"
-    assert wanted(text)["input_ids"] != plain(text)["input_ids"]
-    assert load_tokenizer(directory)(text) == wanted(text)["input_ids"]

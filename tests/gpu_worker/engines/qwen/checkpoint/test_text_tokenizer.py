@@ -1,0 +1,122 @@
+"""The text tokenizer: the ids of the official package, without its imports."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.checkpoint.text_tokenizer import load_text_tokenizer
+from tests.checkpoints import tiny
+from tests.official_package import official_package
+
+Tokenize = Callable[[str], Sequence[int]]
+
+TEXTS = (
+    "",
+    "hello'today, hello'voice and/or HELLOvoice",
+    "<|im_start|>assistant\nGood morning, world.<|im_end|>\n<|im_start|>assistant\n",
+    "<tts_pad>in the middle<tts_text_eod> <|im_end|>",
+    "  two  spaces\r\n\r\n\tand\u00a0others\u3000 ",
+    "12,345.67 € \u2013 it's WE'LL I'D \u0131 \u0130 \u017f",
+    "e\u0301 is é, Å is Å, ﬁ stays",
+    "今天天气很好。안녕하세요 おはよう मैं हूँ อรุณสวัสดิ์",
+    "\U0001f469\u200d\U0001f52c\U0001f1e9\U0001f1ea \ufffd \x00 \x7f",
+)
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    """A small checkpoint."""
+    return tiny("custom_voice")
+
+
+@pytest.fixture(scope="module")
+def official(directory: Path) -> Tokenize:
+    """Its tokenizer by the official package."""
+    return official_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def ours(directory: Path) -> Tokenize:
+    """Its tokenizer by ours."""
+    return load_text_tokenizer(directory)
+
+
+def official_tokenizer(directory: Path) -> Tokenize:
+    """The tokenizer as the official wrapper loads it."""
+    processor = official_package().Processor.from_pretrained(str(directory), fix_mistral_regex=True)
+    return lambda text: processor.tokenizer(text)["input_ids"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_the_official_ones(official: Tokenize, ours: Tokenize, text: str) -> None:
+    """Control tokens, white space, digits, normal forms and many scripts."""
+    assert ours(text) == official(text)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_has_the_official_ids(text: str) -> None:
+    """Every text that UTF-8 can carry."""
+    directory = tiny("custom_voice")
+    assert load_text_tokenizer(directory)(text) == official_tokenizer(directory)(text)
+
+
+@pytest.mark.parametrize("version", ["4.57.3", None, "4.57.2", "4.56.0.dev0", "5.0.0"])
+def test_large_vocabularies_are_split_as_officially(directory: Path, tmp_path: Path, version: str | None) -> None:
+    """Transformers splits words in a second way if the vocabulary is large and a version near its own wrote it."""
+    large = copied(directory, tmp_path)
+    config = json.loads((large / "config.json").read_text()) | {"transformers_version": version}
+    (large / "config.json").write_text(json.dumps(config))
+    added = json.loads((large / "tokenizer_config.json").read_text())
+    tokens = added["added_tokens_decoder"]
+    vocabulary = json.loads((large / "vocab.json").read_text())
+    for number in tokens:  # as in published checkpoints, their ids lie behind the vocabulary
+        del vocabulary[tokens[number]["content"]]
+    fillers = {f"filler {number}": len(vocabulary) + number for number in range(100_000)}
+    (large / "vocab.json").write_text(json.dumps(vocabulary | fillers))
+    added["added_tokens_decoder"] = {str(int(number) + 100_000): token for number, token in tokens.items()}
+    (large / "tokenizer_config.json").write_text(json.dumps(added))
+    official, ours, small = official_tokenizer(large), load_text_tokenizer(large), load_text_tokenizer(directory)
+    assert [ours(text) for text in TEXTS] == [official(text) for text in TEXTS]
+    splits_anew = version in ("4.57.3", None)
+    assert (len(ours(TEXTS[1])) != len(small(TEXTS[1]))) == splits_anew
+
+
+def test_tokenizer_json_is_read_where_it_lies(directory: Path, tmp_path: Path, official: Tokenize) -> None:
+    """Newer versions of transformers write the whole tokenizer into that file."""
+    converted = copied(directory, tmp_path)
+    official_package().Processor.from_pretrained(str(directory)).tokenizer.save_pretrained(str(converted))
+    for name in ("vocab.json", "merges.txt"):
+        (converted / name).unlink()
+    assert (converted / "tokenizer.json").is_file()
+    ours = load_text_tokenizer(converted)
+    assert [ours(text) for text in TEXTS] == [official(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", "{"),
+        ("merges.txt", "spoilt"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {"content": "<new>"}}}'),
+    ],
+)
+def test_a_damaged_file_is_named(directory: Path, tmp_path: Path, name: str, content: str) -> None:
+    """The error names the file, or the directory where the library does not say which file is at fault."""
+    damaged = copied(directory, tmp_path)
+    (damaged / name).write_text(content)
+    with pytest.raises(JobError, match=str(damaged)) as refusal:
+        load_text_tokenizer(damaged)
+    assert refusal.value.code == "model_unavailable"
+
+
+def copied(directory: Path, tmp_path: Path) -> Path:
+    """A copy of a checkpoint's small files, which a test may change."""
+    return shutil.copytree(directory, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
