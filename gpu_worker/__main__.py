@@ -197,7 +197,7 @@ def build_worker(
         catalog=catalog,
         send=transport.send,
         inbox=inbox,
-        scheduler=Scheduler(settings.max_queue),
+        scheduler=Scheduler(settings.max_queue, time.monotonic),
         residency=residency,
         voices=VoiceStore(voice_files, voice_writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
         stats=Stats(

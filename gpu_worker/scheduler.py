@@ -11,6 +11,12 @@ from typing import Final
 from gpu_worker.engines.base import JobError
 from gpu_worker.requests import Request
 
+PACE_WINDOW_S: Final = 60.0
+"""The pace of the queue is that of the last minute."""
+
+MAX_RETRY_S: Final = 60.0
+"""The longest wait that an error names: the OpenAI SDK ignores a longer one."""
+
 _SMOOTHING: Final = 0.2
 """Weight of the newest request in the running mean of slot times."""
 
@@ -18,10 +24,14 @@ _SMOOTHING: Final = 0.2
 class Scheduler:
     """Requests waiting for a slot. Clients take turns: one with a hundred requests delays another by one of them."""
 
-    def __init__(self, max_queue: int) -> None:
+    def __init__(self, max_queue: int, clock: Callable[[], float]) -> None:
         self._max_queue = max_queue
+        self._clock = clock
         self._queues: OrderedDict[str, deque[Request]] = OrderedDict()  # by client, the one whose turn it is first
         self._mean_s = 1.0
+        self._waiting_since = 0.0  # when the queue was empty for the last time
+        self._left_at: deque[float] = deque()  # when requests left the queue since then, within the last minute
+        self._turned_away = 0  # clients that were refused, and for which no place has become free since
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -30,20 +40,32 @@ class Scheduler:
         for queue in self._queues.values():
             yield from queue
 
-    def submit(self, request: Request, slots: int) -> None:
-        """Queue `request`; JobError `queue_full` if there is no place. `slots` is for the estimate in that error."""
+    def submit(self, request: Request, slots: int, *, free_slots: int = 0, can_start: bool = False) -> None:
+        """Queue `request`; JobError `queue_full` if there is no place.
+
+        `slots` is for the estimate in that error. A free slot counts as one more place:
+        requests wait while slots are free if their model is on its way to the device.
+        With `can_start` the request is about to leave the queue, and needs no place.
+        """
         waiting = len(self)
-        if waiting >= self._max_queue:
-            wait_s = self.estimated_wait_s(waiting, slots)
+        if waiting >= self._max_queue + free_slots and not can_start:
+            # No more clients than the queue is long: a client that asks without a pause must not raise the estimate.
+            self._turned_away = min(self._turned_away + 1, max(1, self._max_queue))
+            wait_s = self.estimated_wait_s(self._turned_away, slots)
             before = "1 request is" if waiting == 1 else f"{waiting} requests are"
             message = f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s"
             raise JobError("queue_full", f"the queue is full: {message}", retry_after_s=wait_s)
+        if not self._queues:
+            self._waiting_since = self._clock()
+            self._left_at.clear()
+            self._turned_away = 0
         self._queues.setdefault(request.client, deque()).append(request)
 
     def put_back(self, request: Request) -> None:
         """Queue a request that `next` took out in front of all others."""
         self._queues.setdefault(request.client, deque()).appendleft(request)
         self._queues.move_to_end(request.client, last=False)
+        self._left_at.pop()
 
     def next(self, admissible: Callable[[str], bool]) -> Request | None:
         """Take out the request to start now, or None. `admissible(model)`: whether the model has a free slot.
@@ -72,11 +94,22 @@ class Scheduler:
             queue.remove(request)
             if not queue:
                 del self._queues[request.client]
+            self._left_at.append(self._clock())
+            self._turned_away = max(0, self._turned_away - 1)
 
     def record_slot_time(self, seconds: float) -> None:
-        """A request held its slot for so long: the base of the next estimate."""
+        """A request held its slot for so long: the base of estimates until the queue has shown its own pace."""
         self._mean_s += _SMOOTHING * (seconds - self._mean_s)
 
-    def estimated_wait_s(self, ahead: int, slots: int) -> float:
-        """Roughly how many seconds a request waits behind `ahead` others."""
-        return max(1.0, self._mean_s * (ahead + 1) / max(1, slots))
+    def estimated_wait_s(self, places: int, slots: int) -> float:
+        """Roughly how many seconds pass until so many places of the queue have become free.
+
+        The pace is the one at which requests left the queue within the last minute.
+        The mean time in a slot counts as one more departure, so that a queue that has just begun has a pace too.
+        """
+        now = self._clock()
+        since = max(self._waiting_since, now - PACE_WINDOW_S)
+        while self._left_at and self._left_at[0] < since:
+            self._left_at.popleft()
+        interval_s = (now - since + self._mean_s / max(1, slots)) / (len(self._left_at) + 1)
+        return min(max(1.0, interval_s * places), MAX_RETRY_S)

@@ -51,6 +51,9 @@ from shared.protocol import (
 IDLE_TURN_S: Final = 0.05
 """How long an idle loop waits for a command before it looks at the clock again."""
 
+UNKNOWN_SLOTS: Final = 8
+"""The slots of a model that has not been resident yet: a model has as many on a CPU, and seldom fewer on a GPU."""
+
 log = structlog.get_logger(__name__)
 
 Send = Callable[[bytes, Message, bytes | None], None]
@@ -101,6 +104,7 @@ class Worker:
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._running: dict[str, Request] = {}  # by job id; those that are RUNNING
         self._out_of_memory: set[str] = set()  # models whose next step is the second try
+        self._slots_of: dict[str, int] = {}  # by model, as many as it had when it became resident
         self._drain_until: float | None = None
         residency.preload(preload)
         self._control = ControlHandler(
@@ -279,6 +283,8 @@ class Worker:
             before_mb=round(report.before_bytes / 2**20),
             after_mb=round(report.after_bytes / 2**20),
         )
+        if model in self._residency.engines:
+            self._slots_of[model] = self._residency.engines[model].capacity()
         self._control.answer_finished()  # before the next transition takes the model elsewhere
         for request in self._scheduler:
             if request.model == model:
@@ -299,7 +305,8 @@ class Worker:
         self._check_model(request.model)
         if (request.peer, request.id) in self._open:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
-        self._scheduler.submit(request, self._slots())
+        can_start, free_slots = self._can_start(request.model), self._free_slots(request.model)
+        self._scheduler.submit(request, self._slots(), free_slots=free_slots, can_start=can_start)
         self._open[request.peer, request.id] = request
         self._residency.acquire(request.model)
         self._control.answer_finished()  # fail the unloads that the request prevents, even if it is over in a moment
@@ -473,6 +480,12 @@ class Worker:
         """How many requests can hold a slot at once, going by the resident engines; without one, the maximum."""
         slots = sum(engine.capacity() for engine in self._residency.engines.values()) + len(self._running)
         return min(self._max_concurrency, slots) if self._residency.engines else self._max_concurrency
+
+    def _free_slots(self, model: str) -> int:
+        """How many more requests for the model can hold a slot. A model that is not resident has as many as before."""
+        engine = self._residency.engines.get(model)
+        free = engine.capacity() if engine is not None else self._slots_of.get(model, UNKNOWN_SLOTS)
+        return min(free, self._max_concurrency - len(self._running))
 
     def _welcome(self) -> Welcome:
         snapshot = self._snapshot()

@@ -292,7 +292,7 @@ class TestDesign:
     def test_queue_full(self, make_bench: MakeBench) -> None:
         """A design waits in the queue like a request, and is refused like one."""
         spec = msgspec.structs.replace(a_spec("designer"), task="VoiceDesign")
-        bench = make_bench(specs=[spec], slots=1, max_queue=1)
+        bench = make_bench(specs=[spec], slots=1, max_concurrency=1, max_queue=1)
         for name in ("one", "two", "three"):
             bench.call(name, DesignVoice(name=name, prompt="p"))
         bench.turn()

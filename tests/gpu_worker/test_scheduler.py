@@ -7,16 +7,16 @@ import pytest
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.requests import Request
-from gpu_worker.scheduler import Scheduler
-from tests.gpu_worker.fakes import a_request
+from gpu_worker.scheduler import MAX_RETRY_S, PACE_WINDOW_S, Scheduler
+from tests.gpu_worker.fakes import FakeClock, a_request
 
 
 def _any(_model: str) -> bool:
     return True
 
 
-def _queue(*requests: Request, max_queue: int = 100) -> Scheduler:
-    scheduler = Scheduler(max_queue)
+def _queue(*requests: Request, max_queue: int = 100, clock: FakeClock | None = None) -> Scheduler:
+    scheduler = Scheduler(max_queue, clock or FakeClock())
     for request in requests:
         scheduler.submit(request, slots=1)
     return scheduler
@@ -107,8 +107,8 @@ class TestBound:
         """The error has the number of waiting requests and an estimate; a place that becomes free can be taken."""
         one = _queue(a_request("1"), max_queue=1)
         one.record_slot_time(7.1)
-        with pytest.raises(JobError, match=r"1 request is waiting already; a place may be free in about 5 s"):
-            one.submit(a_request("2"), slots=1)  # 4.44 s, rounded up: not sooner than Retry-After
+        with pytest.raises(JobError, match=r"1 request is waiting already; a place may be free in about 3 s"):
+            one.submit(a_request("2"), slots=1)  # 2.22 s, rounded up: not sooner than Retry-After
         scheduler = _queue(a_request("1"), a_request("2"), max_queue=2)
         with pytest.raises(JobError, match="2 requests are waiting already") as caught:
             scheduler.submit(a_request("3"), slots=1)
@@ -119,17 +119,120 @@ class TestBound:
         scheduler.submit(a_request("3"), slots=1)
         assert len(scheduler) == 2
 
-    def test_estimate(self) -> None:
-        """Longer with longer requests and a longer queue, shorter with more slots, never less than a second."""
-        scheduler = _queue()
+    def test_free_slots_are_places(self) -> None:
+        """Free slots count before the queue, and a request that is about to start needs no place."""
+        scheduler = _queue(a_request("1"), max_queue=1)
+        scheduler.submit(a_request("2"), slots=2, free_slots=1)
+        with pytest.raises(JobError, match="queue is full"):
+            scheduler.submit(a_request("3"), slots=2, free_slots=1)
+        scheduler.submit(a_request("4"), slots=2, can_start=True)
+        assert len(scheduler) == 3
+
+
+class TestEstimate:
+    """When a refused client should try again."""
+
+    def retry_after_s(self, scheduler: Scheduler, slots: int = 1) -> float:
+        """What a refused client reads."""
+        with pytest.raises(JobError, match="queue is full") as caught:
+            scheduler.submit(a_request("refused"), slots)
+        assert caught.value.retry_after_s is not None
+        return caught.value.retry_after_s
+
+    def full(self, clock: FakeClock, count: int = 64) -> Scheduler:
+        """A scheduler whose queue is full with `count` requests."""
+        return _queue(*[a_request(str(i)) for i in range(count)], max_queue=count, clock=clock)
+
+    @pytest.mark.parametrize("every_s", [3.0, 7.0])
+    def test_pace_of_the_last_minute(self, every_s: float) -> None:
+        """The wait is the time between two starts of the last minute, whatever a slot's time was before."""
+        clock = FakeClock()
+        scheduler = self.full(clock)
+        scheduler.record_slot_time(1.0)
+        for pace_s in (0.1, every_s):
+            for _ in range(25):
+                clock.advance(pace_s)
+                assert scheduler.next(_any)
+                scheduler.submit(a_request("more"), slots=1)
+        assert self.retry_after_s(scheduler) == pytest.approx(every_s, rel=0.2)
+
+    def test_each_refused_client_waits_for_its_own_place(self) -> None:
+        """The third refused client waits for three places; each place that becomes free counts one client less."""
+        clock = FakeClock()
+        scheduler = self.full(clock)
+        for _ in range(20):
+            clock.advance(4)
+            assert scheduler.next(_any)
+            scheduler.submit(a_request("more"), slots=1)
+        waits = [self.retry_after_s(scheduler) for _ in range(3)]
+        assert waits == pytest.approx([4, 8, 12], rel=0.2)
+        for _ in range(3):
+            assert scheduler.next(_any)
+        for _ in range(3):
+            scheduler.submit(a_request("more"), slots=1)
+        assert self.retry_after_s(scheduler) < 5
+
+    def test_a_client_that_asks_without_a_pause(self) -> None:
+        """However often clients are refused, the wait is never longer than the whole queue's, nor than a minute."""
+        clock = FakeClock()
+        scheduler = self.full(clock, count=4)
+        clock.advance(5)
+        assert scheduler.next(_any)
+        scheduler.submit(a_request("more"), slots=1)
+        waits = [self.retry_after_s(scheduler) for _ in range(50)]
+        assert waits[-1] == waits[4] == pytest.approx(4 * 3)
+        clock.advance(1_000)
+        assert self.retry_after_s(scheduler) == MAX_RETRY_S
+
+    def test_before_the_queue_has_a_pace(self) -> None:
+        """The mean time in a slot, shared by the slots; while no request starts, as long as they have waited."""
+        clock = FakeClock()
+        for slots, expected in ((1, 20.0), (4, 5.0), (0, 20.0)):
+            scheduler = self.full(clock)
+            for _ in range(50):
+                scheduler.record_slot_time(20.0)
+            assert self.retry_after_s(scheduler, slots) == pytest.approx(expected, rel=0.01)
+        clock.advance(15)
+        assert self.retry_after_s(self.full(clock)) == 1.0
+        scheduler = self.full(clock)
+        clock.advance(15)
+        assert self.retry_after_s(scheduler) == pytest.approx(16)
+
+    def test_never_less_than_a_second(self) -> None:
+        """A queue that moves fast still asks for a pause of a second."""
+        clock = FakeClock()
+        scheduler = self.full(clock)
         for _ in range(50):
-            scheduler.record_slot_time(10.0)
-        assert scheduler.estimated_wait_s(3, 1) == pytest.approx(40.0, rel=0.01)
-        assert scheduler.estimated_wait_s(3, 4) == pytest.approx(10.0, rel=0.01)
-        assert scheduler.estimated_wait_s(3, 0) == scheduler.estimated_wait_s(3, 1)
+            clock.advance(0.01)
+            assert scheduler.next(_any)
+            scheduler.submit(a_request("more"), slots=1)
+        assert self.retry_after_s(scheduler) == 1.0
+
+    def test_old_starts_do_not_count(self) -> None:
+        """A queue that stands still for a minute has no pace left, and an empty queue forgets its own."""
+        clock = FakeClock()
+        scheduler = self.full(clock)
+        for _ in range(50):
+            clock.advance(0.01)
+            assert scheduler.next(_any)
+            scheduler.submit(a_request("more"), slots=1)
+        clock.advance(PACE_WINDOW_S + 1)
+        assert self.retry_after_s(scheduler) == MAX_RETRY_S
+        _take_all(scheduler)
+        for _ in range(64):
+            scheduler.submit(a_request("new"), slots=1)
+        assert self.retry_after_s(scheduler) == 1.0
+
+    def test_put_back(self) -> None:
+        """A request that could not be started does not count as a start."""
+        clock = FakeClock()
+        scheduler = self.full(clock)
+        clock.advance(9)
         for _ in range(100):
-            scheduler.record_slot_time(0.0)
-        assert scheduler.estimated_wait_s(3, 1) == 1.0
+            request = scheduler.next(_any)
+            assert request is not None
+            scheduler.put_back(request)
+        assert self.retry_after_s(scheduler) == pytest.approx(10)
 
 
 class TestRemove:

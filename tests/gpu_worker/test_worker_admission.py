@@ -1,10 +1,12 @@
 """Which requests the loop queues, and which it starts."""
 
 from gpu_worker.engines.base import JobError
+from gpu_worker.worker import UNKNOWN_SLOTS
 from shared.protocol import (
     Counters,
     Failed,
     Started,
+    UnloadModel,
 )
 from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
 
@@ -48,6 +50,51 @@ class TestRefusals:
         assert "2 requests are waiting already" in failed.message
         assert [bench.kinds(name)[-1] for name in "abc"] == ["Finished"] * 3
         assert bench.snapshot().requests == Counters(started=4, finished=4, rejected=1)
+
+    def test_free_slots_come_before_the_queue(self, make_bench: MakeBench) -> None:
+        """While the model loads, its free slots count as places; once they are taken, only the queue's own count."""
+        bench = loaded(make_bench(slots=3, max_queue=2))
+        bench.call("u", UnloadModel(model="m"))
+        bench.settle()
+        bench.load_gate.clear()
+        names = "abcdefgh"
+        for name in names:
+            bench.speak(name, "one two")
+        bench.worker.turn()
+        assert bench.snapshot().queued == 5
+        assert [name for name in names if "Failed" in bench.kinds(name)] == ["f", "g", "h"]
+        bench.load_gate.set()
+        bench.settle()
+        assert [bench.kinds(name)[-1] for name in "abcde"] == ["Finished"] * 5
+        for name in "ijklmn":
+            bench.speak(name, "one two")
+        bench.worker.turn()
+        assert [name for name in "ijklmn" if "Failed" in bench.kinds(name)] == ["n"]
+
+    def test_slots_of_a_model_that_was_never_loaded(self, make_bench: MakeBench) -> None:
+        """It counts as one with the usual number of slots, and never with more than are free."""
+        for max_concurrency, places in ((16, UNKNOWN_SLOTS + 2), (3, 5)):
+            bench = make_bench(slots=3, max_concurrency=max_concurrency, max_queue=2)
+            bench.load_gate.clear()
+            for number in range(20):
+                bench.speak(f"{number}", "one two")
+            bench.worker.turn()
+            assert bench.snapshot().queued == places
+
+    def test_full_queue_of_another_model(self, make_bench: MakeBench) -> None:
+        """A request that can start at once is never refused, however many wait for another model's load."""
+        bench = loaded(make_bench({"m": 100, "n": 100}, slots=2, max_concurrency=2, max_queue=1))
+        bench.load_gate.clear()
+        for name in "abcd":
+            bench.speak(name, "one", model="n")
+        bench.worker.turn()
+        assert bench.snapshot().queued == 3
+        bench.speak("r", "one")
+        bench.worker.turn()
+        assert bench.kinds("r")[0] == "Started"
+        bench.load_gate.set()
+        bench.settle()
+        assert bench.words("r") == "one"
 
     def test_engine_refuses_a_job(self, bench: WorkerBench) -> None:
         """A job that the engine refuses fails alone."""

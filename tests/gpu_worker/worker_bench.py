@@ -203,12 +203,12 @@ class _CountingCheckpoints(Checkpoints):
 class _RecordingScheduler(Scheduler):
     """Keeps every request that was ever queued."""
 
-    def __init__(self, max_queue: int) -> None:
-        super().__init__(max_queue)
+    def __init__(self, max_queue: int, clock: FakeClock) -> None:
+        super().__init__(max_queue, clock)
         self.submitted: list[Request] = []
 
-    def submit(self, request: Request, slots: int) -> None:
-        super().submit(request, slots)
+    def submit(self, request: Request, slots: int, *, free_slots: int = 0, can_start: bool = False) -> None:
+        super().submit(request, slots, free_slots=free_slots, can_start=can_start)
         self.submitted.append(request)
 
 
@@ -272,7 +272,7 @@ class WorkerBench:
         self.voices = VoiceStore(
             self.voice_files, self.voice_writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL
         )
-        self.scheduler = _RecordingScheduler(max_queue)
+        self.scheduler = _RecordingScheduler(max_queue, self.clock)
         self.worker = Worker(
             catalog=self.specs,
             send=lambda peer, message, payload: self.sent.append((peer, message, payload)),
