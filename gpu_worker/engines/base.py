@@ -3,7 +3,7 @@
 An engine owns one loaded model: its weights, its slots and the jobs in them.
 It must not know clients, queues, credits or ZeroMQ.
 All methods but `memory` are called by the synthesis thread. While no job of the model is admitted, the mover thread
-calls `offload`, `restore` and `close`.
+calls `offload`, `restore` and `close`. A parked job counts as admitted there.
 """
 
 import hashlib
@@ -107,6 +107,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that an engine holds on its device, and in host RAM while it is offloaded.
 
     The keys are purposes: "weights", "kv", "state", "codec_state", "references", "graphs", "workspace".
+    `host` has "parked" while jobs are parked: what `park` returned for them.
     The codec, which several engines share, is not included.
     """
 
@@ -140,17 +141,38 @@ class Engine(Protocol):
         The exception is torch's out-of-memory error: all jobs stay admitted, and the step can be repeated.
         """
 
+    def park(self, job_id: str) -> int:
+        """Take a job off its slot, which is free when `park` returns. Returns the bytes of host RAM kept for the job.
+
+        Any admitted job can be parked between two steps, any number of times, and `step` leaves it out until `unpark`.
+        An utterance in the midst of its speech keeps its state. A job keeps 0 bytes while its reference is being
+        encoded, before its prompt is read, and between two utterances.
+
+        Audio that was decoded before still comes from the next steps, in order. The job's Done may come with it;
+        then the job is over, as any other. So call `runnable` and `step` as ever.
+        An unknown id, such as that of a job that is over, is ignored: 0. A parked job stays parked: the same bytes.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: no host RAM is left. The job is in its slot, as before the call.
+        """
+
+    def unpark(self, job_id: str) -> None:
+        """Put a parked job into a free slot, where it goes on as if it had never been parked, bit for bit.
+
+        Call it only if `capacity()` is above 0. An id that is not parked is ignored. Allocates no device memory.
+        """
+
     def cancel(self, job_id: str) -> None:
-        """Drop a job and free its slot at once. An unknown id is ignored."""
+        """Drop a job, parked or not, and free its slot at once. An unknown id is ignored."""
 
     def offload(self) -> None:
-        """Move the weights to host RAM and free the device's memory. No job may be admitted."""
+        """Move the weights to host RAM and free the device's memory. No job may be admitted or parked."""
 
     def restore(self) -> None:
         """Move offloaded weights back to the device, ready to speak."""
 
     def close(self) -> None:
-        """Free everything. The engine must not be used afterwards."""
+        """Free everything, parked jobs too. The engine must not be used afterwards."""
 
     def memory(self) -> Memory:
         """Bytes that the engine holds, by place and purpose. Any thread may call it."""

@@ -157,6 +157,8 @@ class EspeakEngine:
         self._codes = {language.name: language.codes[0] for language in spec.languages}
         self._library = _Library()
         self._sequences: dict[str, _RunningJob] = {}
+        self._parked: dict[str, _RunningJob] = {}
+        self._parked_bytes = 0
 
     def capacity(self) -> int:
         return SLOTS - len(self._sequences)
@@ -182,7 +184,20 @@ class EspeakEngine:
                 events.append(Fault(job_id, error))
         return events
 
+    def park(self, job_id: str) -> int:
+        sequence = self._sequences.pop(job_id, None)
+        if sequence is not None:
+            self._parked[job_id] = sequence
+            self._parked_bytes += len(sequence.pcm)
+        return len(self._parked[job_id].pcm) if job_id in self._parked else 0
+
+    def unpark(self, job_id: str) -> None:
+        if job_id in self._parked:
+            self._sequences[job_id] = self._pop_parked(job_id)
+
     def cancel(self, job_id: str) -> None:
+        if job_id in self._parked:
+            self._pop_parked(job_id)
         self._sequences.pop(job_id, None)
 
     def offload(self) -> None:
@@ -193,11 +208,17 @@ class EspeakEngine:
 
     def close(self) -> None:
         """Drop all jobs. The library stays loaded: its global state cannot be destroyed and created again safely."""
-        self._sequences.clear()
+        for job_id in [*self._sequences, *self._parked]:
+            self.cancel(job_id)
 
     def memory(self) -> Memory:
-        """Nothing: the few megabytes of espeak-ng count as the process's own."""
-        return Memory()
+        """The audio of parked jobs. The few megabytes of espeak-ng count as the process's own."""
+        return Memory(host={"parked": self._parked_bytes} if self._parked_bytes else {})
+
+    def _pop_parked(self, job_id: str) -> _RunningJob:
+        sequence = self._parked.pop(job_id)
+        self._parked_bytes -= len(sequence.pcm)
+        return sequence
 
     def _advance(self, sequence: _RunningJob) -> list[Event]:
         chunk_bytes = bytes_for(CHUNK_S[min(sequence.chunks, len(CHUNK_S) - 1)])

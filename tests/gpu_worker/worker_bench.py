@@ -69,6 +69,7 @@ class SpeakingEngine:
 
     The next calls of `admit` and `step` raise `admit_errors` and `step_errors`, one each; None raises nothing.
     A step takes `step_s` on `clock`. `admitted` are the jobs that got a slot, in order.
+    A parked job keeps `parked_bytes`. `parked` are the ids of the parked jobs.
     """
 
     def __init__(self, model: str, device: FakeDevice, clock: FakeClock, *, slots: int, n_bytes: int) -> None:
@@ -80,6 +81,8 @@ class SpeakingEngine:
         self.state = ModelState.RESIDENT
         self._memory = device.put(model, ModelState.RESIDENT, n_bytes)
         self._words: dict[str, deque[str]] = {}
+        self._parked: dict[str, deque[str]] = {}
+        self.parked_bytes = 10
         self.admit_errors: deque[Exception | None] = deque()
         self.step_errors: deque[Exception | None] = deque()
         self.step_s = 0.0
@@ -98,6 +101,11 @@ class SpeakingEngine:
         """The ids of the jobs in a slot."""
         return set(self._words)
 
+    @property
+    def parked(self) -> set[str]:
+        """The ids of the parked jobs."""
+        return set(self._parked)
+
     def capacity(self) -> int:
         """The free slots."""
         return self._slots - len(self._words)
@@ -107,6 +115,7 @@ class SpeakingEngine:
         assert self.state is ModelState.RESIDENT
         assert self.capacity() > 0
         assert job.id not in self._words
+        assert job.id not in self._parked
         _raise_next(self.admit_errors)
         self.admitted.append(job)
         self._words[job.id] = deque(job.text.split())
@@ -139,9 +148,23 @@ class SpeakingEngine:
             count = len(job.text.split())
             yield Done(job.id, self.finish_reason, Usage(input_tokens=count, output_tokens=2 * count))
 
+    def park(self, job_id: str) -> int:
+        """Free the slot of a job, and keep the words that it has not spoken."""
+        if job_id in self._words:
+            self._parked[job_id] = self._words.pop(job_id)
+        return self.parked_bytes if job_id in self._parked else 0
+
+    def unpark(self, job_id: str) -> None:
+        """Give a parked job a slot; the caller must not ask for more slots than there are."""
+        assert self.state is ModelState.RESIDENT
+        assert self.capacity() > 0
+        if job_id in self._parked:
+            self._words[job_id] = self._parked.pop(job_id)
+
     def cancel(self, job_id: str) -> None:
-        """Free the slot of a job."""
+        """Drop a job, in a slot or parked."""
         self._words.pop(job_id, None)
+        self._parked.pop(job_id, None)
 
     def offload(self) -> None:
         """Move the weights to the host; the caller must not do that while a job holds a slot."""
@@ -158,10 +181,14 @@ class SpeakingEngine:
     def memory(self) -> Memory:
         """`n_bytes`, wherever they are."""
         self._memory = self._device.put(self._model, self.state, self.n_bytes)
+        if self._parked:
+            host = {**self._memory.host, "parked": self.parked_bytes * len(self._parked)}
+            return msgspec.structs.replace(self._memory, host=host)
         return self._memory
 
     def _move(self, state: ModelState) -> None:
         assert not self._words
+        assert not self._parked
         self.state = state
         self.memory()
 

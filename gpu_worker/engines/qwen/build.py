@@ -86,7 +86,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
     """Load a verified checkpoint (see checkpoint.verification), ready to speak. Raises as `build_parts` does."""
     parts = build_parts(directory, options)
-    return QwenEngine(parts, pause_s=options.pause_s, cuda=options.device == "cuda")
+    return QwenEngine(parts, pause_s=options.pause_s, run_ahead=options.device == "cuda")
 
 
 def build_parts(directory: Path, options: QwenOptions) -> Parts:
@@ -133,6 +133,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     parts = Parts(
         slots=slots,
         state=model.state,
+        cache=model.talker.cache,
         runner=runner,
         prompts=prompts,
         planner=Planner(config, generation, prompts, max_model_len=options.max_model_len),

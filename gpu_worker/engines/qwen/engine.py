@@ -15,13 +15,16 @@ from typing import Final
 import msgspec
 import structlog
 import torch
+from torch import Tensor
 
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
+from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import uniforms
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.offload import WeightOffloader
+from gpu_worker.engines.qwen.parking import ParkedJob, rows_to_device, rows_to_host
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
@@ -41,9 +44,9 @@ log = structlog.get_logger(__name__)
 
 
 class LaunchedFrame(msgspec.Struct, frozen=True):
-    """A frame on the device: its jobs, each with the number of its utterance."""
+    """A frame on the device: its jobs, each with the number of its utterance and the slot that it had then."""
 
-    members: list[tuple[RunningJob, int]]
+    members: list[tuple[RunningJob, int, int]]
 
 
 class UtteranceEnd(msgspec.Struct, frozen=True):
@@ -58,6 +61,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
 
     slots: int
     state: SlotState
+    cache: KVCache
     runner: ModelRunner
     prompts: PromptBuilder
     planner: Planner
@@ -70,16 +74,22 @@ class QwenEngine:
     """The Engine protocol for one Qwen3-TTS model."""
 
     def __init__(
-        self, parts: Parts, *, pause_s: float, cuda: bool, clock: Callable[[], float] = time.monotonic
+        self, parts: Parts, *, pause_s: float, run_ahead: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`pause_s`: silence between the utterances of a job. `clock` returns seconds."""
+        """`pause_s`: silence between the utterances of a job. `clock` returns seconds.
+
+        `run_ahead`: launch a frame before the one before it is read, for a device that computes beside Python.
+        """
         self._parts = parts
         self._clock = clock
         self._eos_code = parts.state.eos_code
         self._pause = bytes(bytes_for(pause_s))
-        self._cuda = cuda
+        self._run_ahead = run_ahead
+        self._cuda = parts.state.active.is_cuda
         self._free_slots = list(range(parts.slots))
         self._sequences: dict[str, RunningJob] = {}
+        self._parked: dict[str, ParkedJob] = {}
+        self._parked_bytes = 0
         self._active_slots: set[int] = set()
         self._frames: deque[HostCopy[LaunchedFrame]] = deque()
         self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
@@ -119,7 +129,7 @@ class QwenEngine:
             self._prefill(sequences)
             self._decode_due_chunks()
             launched = self._launch_frame([sequence for sequence in sequences if sequence.can_launch])
-            while len(self._frames) > (1 if self._cuda and launched else 0):
+            while len(self._frames) > (1 if self._run_ahead and launched else 0):
                 self._on_frame_ready(self._frames[0])
                 self._frames.popleft()
             self._decode_due_chunks()
@@ -127,10 +137,50 @@ class QwenEngine:
         events, self._events = self._events, []
         return events
 
-    def cancel(self, job_id: str) -> None:
+    def park(self, job_id: str) -> int:
+        """See Engine.park.
+
+        Nothing is settled first. Frames and chunks on their way are counted and delivered by the next steps:
+        their records hold the job itself, and the slot that it had.
+        """
+        if job_id in self._parked:
+            return self._parked[job_id].bytes
         sequence = self._sequences.get(job_id)
-        if sequence is not None:
-            self._release(sequence)
+        if sequence is None:
+            return 0
+        vocoder = self._parts.vocoder
+        with torch.inference_mode():
+            vocoder.wait_for_decodes()
+            if sequence.generating:
+                parked = ParkedJob(sequence, rows_to_host(self._model_rows(sequence)), vocoder.park(sequence.slot))
+            else:
+                parked = ParkedJob(sequence, [], [])
+        del self._sequences[job_id]
+        self._free_slots.append(sequence.slot)
+        self._parked[job_id] = parked
+        self._parked_bytes += parked.bytes
+        return parked.bytes
+
+    def unpark(self, job_id: str) -> None:
+        parked = self._parked.get(job_id)
+        if parked is None:
+            return
+        sequence = parked.sequence
+        sequence.slot = min(self._free_slots)
+        if parked.bytes:
+            with torch.inference_mode():
+                rows_to_device(parked.model_rows, self._model_rows(sequence))
+                self._parts.vocoder.unpark(sequence.slot, parked.codec_rows)
+        self._free_slots.remove(sequence.slot)
+        self._sequences[job_id] = sequence
+        del self._parked[job_id]
+        self._parked_bytes -= parked.bytes
+
+    def cancel(self, job_id: str) -> None:
+        if job_id in self._sequences:
+            self._release(self._sequences[job_id])
+        elif job_id in self._parked:
+            self._release(self._parked[job_id].sequence)
         self._events = [event for event in self._events if event.job_id != job_id]
 
     def offload(self) -> None:
@@ -149,8 +199,8 @@ class QwenEngine:
             self._parts.vocoder.prepare()
 
     def close(self) -> None:
-        for sequence in list(self._sequences.values()):
-            self._release(sequence)
+        for job_id in [*self._sequences, *self._parked]:
+            self.cancel(job_id)
         self._drop_launched_work()
         self._parts.reference_cache.close()
         self._parts.runner.close()
@@ -159,7 +209,10 @@ class QwenEngine:
         self._parts.offloader.close()
 
     def memory(self) -> Memory:
-        return self._parts.offloader.memory(references=self._parts.reference_cache.bytes)
+        memory = self._parts.offloader.memory(references=self._parts.reference_cache.bytes)
+        if self._parked_bytes:
+            memory = msgspec.structs.replace(memory, host={**memory.host, "parked": self._parked_bytes})
+        return memory
 
     def _drop_launched_work(self) -> None:
         """Drop the frames and chunks of jobs that are gone, and wait until the device has finished them."""
@@ -168,6 +221,14 @@ class QwenEngine:
         self._events.clear()
         if self._cuda:
             torch.cuda.synchronize()
+
+    def _model_rows(self, sequence: RunningJob) -> list[Tensor]:
+        """What the utterance of a job holds in its slot, but the codec stream: views of a length that a copy knows."""
+        tokens = sequence.prompt_tokens + sequence.frames_launched
+        return [
+            *self._parts.cache.rows(sequence.slot, tokens),
+            *self._parts.state.rows(sequence.slot, frames=sequence.max_frames, trailing=sequence.trailing_tokens),
+        ]
 
     def _start_cloned_voices(self, sequences: Iterable[RunningJob]) -> None:
         """Start the jobs whose reference is encoded.
@@ -236,7 +297,7 @@ class QwenEngine:
             return False
         self._set_active_slots({sequence.slot for sequence in members})
         rows = [(sequence.slot, sequence.prompt_tokens + sequence.frames_launched + 1) for sequence in members]
-        frame = LaunchedFrame([(sequence, sequence.utterance) for sequence in members])
+        frame = LaunchedFrame([(sequence, sequence.utterance, sequence.slot) for sequence in members])
         host_copy = HostCopy(self._parts.state.next_codebook0, frame)
         self._parts.vocoder.wait_for_older_decodes()
         self._parts.runner.decode_step(rows, full_vocab=any(member.plan.sampling.full_vocab for member in members))
@@ -258,9 +319,9 @@ class QwenEngine:
     def _on_frame_ready(self, host_copy: HostCopy[LaunchedFrame]) -> None:
         """Count a frame as speech. The codes made with it, those of codebook 0 of the next frame, may be the end."""
         next_codes = host_copy.wait().tolist()
-        for sequence, utterance in host_copy.record.members:
+        for sequence, utterance, slot in host_copy.record.members:
             if sequence.alive and sequence.utterance == utterance and not sequence.ended:
-                sequence.on_frame_ready(last=next_codes[sequence.slot] == self._eos_code)
+                sequence.on_frame_ready(last=next_codes[slot] == self._eos_code)
 
     def _decode_due_chunks(self) -> None:
         due = [sequence for sequence in self._sequences.values() if sequence.chunk_due]
@@ -315,8 +376,12 @@ class QwenEngine:
         sequence.alive = False
         if sequence.reference is not None and sequence.job.reference is not None:
             self._parts.reference_cache.abandon(sequence.job.reference.key, sequence.reference)
-        del self._sequences[sequence.job.id]
-        self._free_slots.append(sequence.slot)
+        parked = self._parked.pop(sequence.job.id, None)
+        if parked is None:
+            del self._sequences[sequence.job.id]
+            self._free_slots.append(sequence.slot)
+        else:
+            self._parked_bytes -= parked.bytes
 
 
 def _encoding_error(error: Exception) -> JobError:

@@ -61,6 +61,7 @@ class RunningJob:
         self.next_text = next(self.plan.texts, "")
         self.prompt = utterance.prompt
         self.prompt_tokens = len(utterance.prompt.embeds)
+        self.trailing_tokens = len(utterance.prompt.trailing)
         self.max_frames = utterance.max_frames
         self.input_tokens += utterance.tokens
         self.frames_launched = 0

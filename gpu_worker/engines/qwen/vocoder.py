@@ -14,6 +14,7 @@ from torch import Tensor
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_SCHEDULE, MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec, StreamSnapshot
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
+from gpu_worker.engines.qwen.parking import rows_to_device, rows_to_host
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
     BATCH_SIZES,
     CapturedBuckets,
@@ -66,6 +67,29 @@ class Vocoder:
             self.state.reset(slot)
             if primed is not None:
                 self.state.restore(slot, primed)
+
+    def wait_for_decodes(self) -> None:
+        """Make all later work on the slots wait for the decodes issued so far. Call before a running job is parked.
+
+        Its slot's next job overwrites the codes that such a decode may still have to read.
+        """
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def park(self, slot: int) -> list[Tensor]:
+        """Begin to copy the slot's codec stream to host memory, behind the decodes issued so far."""
+        with torch.cuda.stream(self._stream):
+            return rows_to_host(self.state.rows(slot))
+
+    def unpark(self, slot: int, blocks: Sequence[Tensor]) -> None:
+        """Begin to copy a parked codec stream into `slot`, whose codes are being copied there, too.
+
+        Later decodes wait for the codes.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            rows_to_device(blocks, self.state.rows(slot))
 
     def groups(self, due: Sequence[RunningJob]) -> list[list[RunningJob]]:
         """Group the due chunks by length: those of one length are decoded together.

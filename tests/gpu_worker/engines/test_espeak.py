@@ -223,6 +223,50 @@ class TestStreaming:
         engine.close()
         assert engine.capacity() == SLOTS
 
+    def test_parked(self, engine: EspeakEngine) -> None:
+        """A parked job holds no slot, returns nothing and loses nothing. Its audio counts as host memory."""
+        slow, fast, cancelled = _job(SENTENCES[0]), _job(SENTENCES[1]), _job(SENTENCES[2])
+        for job in (slow, fast, cancelled):
+            engine.admit(job)
+        said = {job.id: list[Event]() for job in (slow, fast, cancelled)}
+        for event in engine.step(()):
+            said[event.job_id].append(event)
+        before = list(said[slow.id])
+        kept = engine.park(slow.id)
+        assert kept > 0
+        assert engine.park(slow.id) == kept
+        assert engine.memory().host == {"parked": kept}
+        kept += engine.park(cancelled.id)
+        assert engine.memory().host == {"parked": kept}
+        assert engine.capacity() == SLOTS - 1
+        engine.cancel(cancelled.id)
+        while engine.runnable(()):
+            for event in engine.step(()):
+                said[event.job_id].append(event)
+        assert isinstance(said[fast.id][-1], Done)
+        assert said[slow.id] == before
+        engine.unpark(slow.id)
+        engine.unpark(cancelled.id)
+        assert engine.memory().host == {}
+        assert engine.capacity() == SLOTS - 1
+        while engine.runnable(()):
+            for event in engine.step(()):
+                said[event.job_id].append(event)
+        assert isinstance(said[slow.id][-1], Done)
+        assert _alike(_speech(said[slow.id]), _say(engine, msgspec.structs.replace(slow, id="alone")))
+        assert engine.park(slow.id) == 0
+
+    def test_closing_drops_parked_jobs(self, engine: EspeakEngine) -> None:
+        """A closed engine keeps nothing of a parked job."""
+        job = _job(SENTENCES[0])
+        engine.admit(job)
+        engine.step(())
+        engine.park(job.id)
+        engine.close()
+        assert engine.memory().host == {}
+        engine.unpark(job.id)
+        assert engine.capacity() == SLOTS
+
     def test_stalled(self, engine: EspeakEngine) -> None:
         """A stalled job pauses and loses nothing."""
         slow, fast = _job(SENTENCES[0]), _job(SENTENCES[1])

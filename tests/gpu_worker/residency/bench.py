@@ -52,6 +52,14 @@ class FakeEngine:
         """Never asked."""
         raise AssertionError(stalled)
 
+    def park(self, job_id: str) -> int:
+        """Never asked."""
+        raise AssertionError(job_id)
+
+    def unpark(self, job_id: str) -> None:
+        """Never asked."""
+        raise AssertionError(job_id)
+
     def cancel(self, job_id: str) -> None:
         """Never asked."""
         raise AssertionError(job_id)

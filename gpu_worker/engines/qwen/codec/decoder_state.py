@@ -65,6 +65,10 @@ class DecoderState:
         self.history[slot].zero_()
         self.positions[slot].zero_()
 
+    def rows(self, slot: int) -> list[Tensor]:
+        """Contiguous views of the slot's state."""
+        return [*self.kv_rings[:, slot], self.history[slot], self.positions[slot : slot + 1]]
+
     def snapshot(self, slot: int) -> StreamSnapshot:
         """A copy of the slot's state."""
         return StreamSnapshot(self.kv_rings[:, slot].clone(), self.history[slot].clone(), self.positions[slot].clone())

@@ -28,6 +28,10 @@ class KVCache(TensorHolder):
         self.keys = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
         self.values = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
 
+    def rows(self, slot: int, tokens: int) -> list[Tensor]:
+        """Views of the keys and values of the first `tokens` positions of a slot, one a layer."""
+        return [tensor[slot, :tokens] for tensor in (*self.keys, *self.values)]
+
     def prefill_attend(self, slots: Tensor, tokens: int) -> Attend:
         """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
 

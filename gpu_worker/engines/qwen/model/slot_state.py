@@ -89,6 +89,30 @@ class SlotState(TensorHolder):
         if params.greedy_codes:
             self.uniform[slot, :, :-1] = 0
 
+    def rows(self, slot: int, *, frames: int, trailing: int) -> list[Tensor]:
+        """Views of all that the row of `slot` holds of an utterance, but `active`, which each decode step sets.
+
+        `frames`: the most of the utterance. `trailing`: its trailing text tokens.
+        """
+        one = slice(slot, slot + 1)
+        whole = (
+            self.hidden,
+            self.talker_input,
+            self.next_codebook0,
+            self.frame,
+            self.prompt_len,
+            self.trailing_len,
+            self.seen,
+            self.first_uniform,
+            self.ring_buffer,
+            self.temperature,
+            self.rank,
+            self.top_p,
+            self.penalty,
+            self.full_vocab,
+        )
+        return [self.trailing[slot, : trailing + 1], self.uniform[slot, :frames], *(tensor[one] for tensor in whole)]
+
     def sampling_tensors(self, rows: slice | Tensor, uniform: Tensor) -> SamplingTensors:
         """The sampling parameters of some rows, with the uniforms [rows, 1] to sample at."""
         return SamplingTensors(self.temperature[rows], self.rank[rows], self.top_p[rows], self.penalty[rows], uniform)
