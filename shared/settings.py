@@ -4,6 +4,7 @@ A field's annotation has its limits; its variable is TTS_ and the field's name w
 The web side and the GPU worker read the same variables, so one file configures both. .env.example explains each.
 """
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: list[str] = []
     admin_keys: list[str] = []
     cors_origins: list[str] = []
+    allowed_hosts: list[str] = []
+    trusted_proxies: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])
+    root_path: str = ""
     max_input_chars: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
     allow_ref_urls: bool = False
@@ -95,6 +99,7 @@ SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 
 _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
+    *("allowed_hosts", "trusted_proxies", "root_path"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls"),
     *("drain_timeout", "log_level", "log_format"),
 }
@@ -102,8 +107,14 @@ _USED_BY_WEB_SIDE: Final = {
 
 _SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
 _SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}
-_ORIGIN: Final = re.compile(r"http://[^\s/?#@A-Z]+(?<!:80)|https://[^\s/?#@A-Z]+(?<!:443)")
-"""The form of a browser's Origin header."""
+_ORIGIN: Final = re.compile(
+    r"http://[^\s/?#@A-Z]+(?<!:80)|https://[^\s/?#@A-Z]+(?<!:443)"
+    r"|(?!https?:)[a-z][a-z0-9+.-]*://[^\s/?#@]+|file://"
+)
+"""The form of a browser's Origin header: of a site, of an extension or an app (`chrome-extension://…`), of a file."""
+
+_HOST: Final = re.compile(r"\*|([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
+_ROOT_PATH: Final = re.compile(r"((/[A-Za-z0-9_.~-]+)+)?")
 
 _TRUE: Final = {"1", "true", "yes", "on"}
 _FALSE: Final = {"0", "false", "no", "off"}
@@ -126,7 +137,7 @@ def load_settings(environ: Mapping[str, str], *checks: Callable[[Settings], list
         except ValueError as error:
             problems.append(f"{name}: {error}")
     settings = Settings(**values)
-    for check in (_problems, *checks):
+    for check in (_problems, _address_problems, *checks):
         problems += check(settings)
     if problems:
         raise SettingsError(problems)
@@ -187,8 +198,26 @@ def _problems(settings: Settings) -> list[str]:
     for name in ("api_keys", "admin_keys"):
         if any(not key.isascii() or not key.isprintable() or " " in key for key in getattr(settings, name)):
             problems.append(f"{variable_of(name)}: every key must be printable ASCII without spaces")
+    return problems
+
+
+def _address_problems(settings: Settings) -> list[str]:
+    problems = []
     for origin in settings.cors_origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
-            form = "http:// or https://, a host in lower case, a port unless it is the default one, and no path"
+            form = "http://, https:// or an extension's scheme, a host in lower case, no default port, and no path"
             problems.append(f"{variable_of('cors_origins')}: an origin is {form}; {origin!r} would match none")
+    for host in settings.allowed_hosts:
+        if not _HOST.fullmatch(host):
+            form = "must be host names without scheme and path, or *"
+            problems.append(f"{variable_of('allowed_hosts')}: {form}, not {host!r}")
+    for network in settings.trusted_proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            form = "must be IP addresses and networks such as 172.16.0.0/12"
+            problems.append(f"{variable_of('trusted_proxies')}: {form}, not {network!r}")
+    if not _ROOT_PATH.fullmatch(settings.root_path):
+        form = "must be a path such as /tts, without a slash at its end"
+        problems.append(f"{variable_of('root_path')}: {form}, not {settings.root_path!r}")
     return problems

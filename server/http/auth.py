@@ -13,6 +13,7 @@ from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
 from server.http.errors import ApiError
+from server.http.forwarded import client_view
 from server.http.origins import refuse_foreign
 from shared.settings import Settings
 
@@ -27,7 +28,7 @@ def require_key(settings: Settings) -> Guard:
             return
         if settings.api_keys:
             raise _unknown_key(connection)
-        refuse_foreign(connection)
+        refuse_foreign(settings, connection)
 
     return guard
 
@@ -37,7 +38,7 @@ def require_admin(settings: Settings) -> Guard:
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
         if not settings.api_keys and not settings.admin_keys:
-            refuse_foreign(connection)
+            refuse_foreign(settings, connection)
             return
         key = _bearer_key(connection)
         if _is_among(key, settings.admin_keys):
@@ -53,11 +54,12 @@ def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]
     """The fairness key: a digest of the client's API key, else the client's address. Never the API key itself.
 
     Without configured keys the address counts: many clients then send the same made-up API key.
+    Behind a trusted proxy it is the address that the proxy has forwarded.
     """
     key = _bearer_key(connection)
     if key and (settings.api_keys or settings.admin_keys):
         return "key:" + hashlib.sha256(key.encode()).hexdigest()[:16]
-    return f"peer:{connection.client.host}" if connection.client else "peer:local"
+    return f"peer:{client_view(settings, connection.scope).address or 'local'}"
 
 
 def _bearer_key(connection: ASGIConnection[Any, Any, Any, Any]) -> str:

@@ -17,6 +17,7 @@ from litestar.enums import ScopeType
 from litestar.types import HTTPReceiveMessage, Message, Receive, Scope, Send
 
 from server.http.errors import ApiError, ErrorEnvelope, error_response
+from server.http.forwarded import strip_root_path
 from server.http.origins import foreign_origin
 from server.http.request_scope import BODY_STALLED, printable_path, request_id_of
 
@@ -40,6 +41,7 @@ class HttpMiddleware:
         if scope["type"] != ScopeType.HTTP:
             await self.app(scope, receive, send)
             return
+        strip_root_path(scope, self.app.state.settings.root_path)
         body = _RequestBody(scope, receive)
         response = _ResponseSender(scope, body, send)
         error = self._objection(scope, body)

@@ -1,16 +1,42 @@
-"""Web pages as clients: which sites may call this server. Also refuses requests that CORS alone would let through.
+"""Web pages as clients: which pages may call this server. Also refuses requests that CORS alone would let through.
 
 CORS only hides responses: a page of any site can make a browser send a POST, and the GPU would work for it.
-If keys are configured, such a request lacks one. Without keys its Origin header decides; other clients send none.
+If keys are configured, such a request lacks one. Without keys `refuse_foreign` decides, by the first row that fits:
+
+| Origin | and | answer |
+|---|---|---|
+| none | the method only reads, or Sec-Fetch-Site is missing, `none` or `same-origin` | allowed: a program, our page |
+| none | | refused: an old browser's request for the page of another site |
+| one of TTS_CORS_ORIGINS | | allowed |
+| `null`, or no URL of http or https | | refused: a file, a sandboxed frame, an extension |
+| any | Sec-Fetch-Site is neither missing nor `same-origin` | refused: the browser says that the page is not ours |
+| https, or a loopback host | Sec-Fetch-Site is `same-origin` | allowed: the browser says that the page is ours |
+| its host is in TTS_ALLOWED_HOSTS | | allowed, whatever Host says |
+| equal to Host or X-Forwarded-Host | the host is an IP address, localhost, or the machine's name | allowed |
+| equal to Host or X-Forwarded-Host | TTS_ALLOWED_HOSTS has `*` | allowed |
+| its host is an address or name of this machine | Host is a loopback host that a proxy may have written | allowed |
+| any other | | refused |
+
+DNS rebinding: a foreign page's own host name is made to point to this server. The page is then same-origin,
+for the browser as well as by its Host header. So a host name counts only if it is known to be ours.
+
+Why Sec-Fetch-Site can be believed: no script can set it. Browsers send it only to https, whose certificate names
+the host, and to loopback hosts, which need no DNS: no rebound page can have it. For any other http origin
+it would prove nothing, so `same-origin` does not count there.
+
+Why a changed Host can be believed: nginx with a bare `proxy_pass http://127.0.0.1:8000` sends that address as Host.
+A page at an address of this machine is then one that this machine serves. Loopback origins are left out:
+there, every browser that knows Sec-Fetch-Site sends it, and programs of other users have their ports beside ours.
 """
 
-import ipaddress
+import socket
 from typing import Any, Final
 
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 
 from server.http.errors import ApiError
+from server.http.forwarded import ClientView, client_view, parse_address, split_authority
 from shared.settings import Settings
 
 _EXPOSED: Final = ["x-request-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"]
@@ -19,6 +45,9 @@ _EXPOSED: Final = ["x-request-id", "x-model", "x-sample-rate", "x-finish-reason"
 _READING_METHODS: Final = {"GET", "HEAD", "OPTIONS"}
 _LONGEST_ORIGIN: Final = 200
 """Characters of an origin that an error message repeats."""
+
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+_DISCARD_PORT: Final = 9
 
 
 def cors_config(settings: Settings) -> CORSConfig | None:
@@ -33,44 +62,76 @@ def cors_config(settings: Settings) -> CORSConfig | None:
     )
 
 
-def refuse_foreign(connection: ASGIConnection[Any, Any, Any, Any]) -> None:
-    """Raise ApiError (`foreign_origin`) if the page of another site sent this request.
-
-    Our own pages (same origin) may call, but only if the Host header is an IP address or localhost:
-    with DNS rebinding, a foreign page's own host name points to this server, which makes the two the same origin.
-    """
+def refuse_foreign(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
+    """Raise ApiError (`foreign_origin`) if a page that is neither ours nor configured sent this request."""
     origin = connection.headers.get("origin")
+    site = connection.headers.get("sec-fetch-site", "")
     if origin is None:
         # Old browsers send some requests without Origin.
-        site = connection.headers.get("sec-fetch-site", "")
-        if site == "cross-site" and connection.scope.get("method") not in _READING_METHODS:
+        if site not in {"", "none", "same-origin"} and connection.scope.get("method") not in _READING_METHODS:
             raise foreign_origin("another site")
         return
     cors = connection.app.cors_config
     if cors is not None and cors.is_origin_allowed(origin):
         return
-    host = connection.headers.get("host", "")
-    if origin.partition("://")[2].lower() != host.lower() or not _is_address(host):
+    allowed_hosts = {host.lower() for host in settings.allowed_hosts}
+    if not _is_own_page(origin.lower(), site, client_view(settings, connection.scope), allowed_hosts):
         raise foreign_origin(origin)
 
 
 def foreign_origin(origin: str) -> ApiError:
     """The error for a page of `origin`."""
     shown = origin if len(origin) <= _LONGEST_ORIGIN else origin[:_LONGEST_ORIGIN] + "…"
-    return ApiError(
-        "foreign_origin",
-        f"Pages of {shown} may not call this server; to allow them, list their origin in TTS_CORS_ORIGINS.",
-    )
+    if origin == "null":
+        advice = "open the page from a web server instead of a file, or allow every page with TTS_CORS_ORIGINS=*"
+    elif origin.startswith(("http://", "https://")):
+        advice = (
+            "to allow them, list their origin in TTS_CORS_ORIGINS; "
+            "if that is a name of this server itself, list the name in TTS_ALLOWED_HOSTS"
+        )
+    else:
+        advice = "to allow them, list their origin in TTS_CORS_ORIGINS"
+    return ApiError("foreign_origin", f"Pages of {shown} may not call this server; {advice}.")
 
 
-def _is_address(host: str) -> bool:
-    """True if a Host header is an IP address or localhost, which no DNS record can point elsewhere."""
-    name, _, port = host.rpartition(":")
-    name = name if name and port.isdigit() else host
-    if name.lower() == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
+def _is_own_page(origin: str, site: str, view: ClientView, allowed_hosts: set[str]) -> bool:
+    """The rows of the table from `null` on, for an origin in lower case."""
+    scheme, _, authority = origin.partition("://")
+    name, port = split_authority(authority)
+    if scheme not in {"http", "https"} or not name or site not in {"", "same-origin"}:
         return False
-    return True
+    if site == "same-origin" and (scheme == "https" or _is_loopback(name)):
+        return True
+    if name in allowed_hosts or f"{name}:{port or _DEFAULT_PORTS[scheme]}" in allowed_hosts:
+        return True
+    if authority in view.hosts:
+        return "*" in allowed_hosts or name == "localhost" or parse_address(name) is not None or _is_own_name(name)
+    changed = view.through_proxy and any(_is_loopback(split_authority(host)[0]) for host in view.hosts)
+    return changed and not _is_loopback(name) and (_is_own_name(name) or _is_own_address(name))
+
+
+def _is_loopback(name: str) -> bool:
+    """True if a host is this machine in every browser, without DNS."""
+    address = parse_address(name)
+    return name == "localhost" or (address is not None and address.is_loopback)
+
+
+def _is_own_name(name: str) -> bool:
+    """True if a host is the name of this machine, alone or with `.local` (multicast DNS): no outsider owns it."""
+    own = socket.gethostname().lower()
+    return name in {own, f"{own.partition('.')[0]}.local"}
+
+
+def _is_own_address(name: str) -> bool:
+    """True if a host is an IP address of this machine: the kernel then sends to it from that very address."""
+    address = parse_address(name)
+    if address is None:
+        return False
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - IPv4
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # Connecting a UDP socket chooses the route and sends nothing.
+            probe.connect((str(address), _DISCARD_PORT))
+            return bool(parse_address(probe.getsockname()[0]) == address)
+        except OSError:
+            return False

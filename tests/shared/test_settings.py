@@ -18,6 +18,9 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_API_KEYS", "sk-1, sk-2,,", ["sk-1", "sk-2"]),
     ("TTS_ADMIN_KEYS", "sk-admin", ["sk-admin"]),
     ("TTS_CORS_ORIGINS", "https://a.example,http://b.example:8080", ["https://a.example", "http://b.example:8080"]),
+    ("TTS_ALLOWED_HOSTS", "tts.example,box:8080,[::1]", ["tts.example", "box:8080", "[::1]"]),
+    ("TTS_TRUSTED_PROXIES", "172.16.0.0/12, ::1", ["172.16.0.0/12", "::1"]),
+    ("TTS_ROOT_PATH", "/a/tts", "/a/tts"),
     ("TTS_MAX_INPUT_CHARS", "100000", 100_000),
     ("TTS_MAX_BODY_MB", "32", 32),
     ("TTS_ALLOW_REF_URLS", "yes", True),
@@ -68,6 +71,15 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_CORS_ORIGINS", "https://A.example", "would match none"),
     ("TTS_CORS_ORIGINS", "https://a.example:443", "would match none"),
     ("TTS_CORS_ORIGINS", "http://", "would match none"),
+    ("TTS_CORS_ORIGINS", "HTTPS://a.example", "would match none"),
+    ("TTS_CORS_ORIGINS", "null", "would match none"),
+    ("TTS_ALLOWED_HOSTS", "https://a.example", "without scheme and path, or *, not 'https://a.example'"),
+    ("TTS_ALLOWED_HOSTS", "a.example/tts", "without scheme and path"),
+    ("TTS_TRUSTED_PROXIES", "10.0.0.1/8", "IP addresses and networks"),
+    ("TTS_TRUSTED_PROXIES", "nginx", "must be IP addresses and networks such as 172.16.0.0/12, not 'nginx'"),
+    ("TTS_ROOT_PATH", "tts", "must be a path such as /tts"),
+    ("TTS_ROOT_PATH", "/tts/", "without a slash at its end"),
+    ("TTS_ROOT_PATH", "/t ts", "must be a path"),
     ("TTS_MAX_INPUT_CHARS", "-1", "must be at least 1"),
     ("TTS_MAX_CONCURRENCY", "none", "'none'"),
     ("TTS_MAX_QUEUE", "0", "must be at least 1"),
@@ -114,9 +126,18 @@ class TestValues:
         assert line.startswith(f"{name}: ")
         assert problem in line
 
-    @pytest.mark.parametrize("origin", ["*", "https://*.example", "http://a.example:443", "http://[::1]:8080"])
+    @pytest.mark.parametrize(
+        "origin",
+        [
+            *("*", "https://*.example", "http://a.example:443", "http://[::1]:8080"),
+            "chrome-extension://abcdefghijklmnopabcdefghijklmnop",
+            "moz-extension://7a2f6b4e-5a05-4b43-9d2c-1f3f4d5b6c7e",
+            "safari-web-extension://E5A1B2C3-5A05-4B43-9D2C-1F3F4D5B6C7E",
+            *("app://obsidian.md", "app://.", "capacitor://localhost", "tauri://localhost", "file://"),
+        ],
+    )
     def test_other_origins(self, origin: str) -> None:
-        """A star, alone or within an origin, ports and IPv6 addresses are accepted."""
+        """A star, alone or within an origin, ports, IPv6 addresses, extensions and apps are accepted."""
         assert load_settings({"TTS_CORS_ORIGINS": origin}).cors_origins == [origin]
 
     @pytest.mark.parametrize("text", ["1", "true", "Yes", "ON"])

@@ -1,8 +1,12 @@
 """Web pages of other sites: CORS, and the refusal of requests that CORS lets through."""
 
+import socket
+from typing import Any
+
 import pytest
 
 from shared.protocol import Speak
+from shared.settings import load_settings
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, Serve
 
@@ -10,33 +14,93 @@ pytestmark = SHARED_LOOP
 
 FOREIGN = "https://evil.example"
 GOOD = "https://good.example"
+EXTENSION = "chrome-extension://abcdefghijklmnopabcdefghijklmnop"
+
+
+HOST = socket.gethostname().lower()
+LOCAL = "127.0.0.1:8000"
+"""The Host header that nginx sends with a bare `proxy_pass http://127.0.0.1:8000`."""
+
+SAME = {"sec-fetch-site": "same-origin"}
+NAMED = {"allowed_hosts": ["TTS.example", "box:8080"]}
+ANY_NAME = {"allowed_hosts": ["*"]}
+NO_PROXY = {"trusted_proxies": ["192.0.2.1"]}
 
 
 @pytest.mark.parametrize(
-    ("headers", "origins", "allowed"),
+    ("headers", "settings", "allowed"),
     [
-        ({}, [], True),
-        ({"origin": FOREIGN}, [], False),
-        ({"origin": "null"}, [], False),
-        ({"origin": FOREIGN}, [GOOD], False),
-        ({"origin": GOOD}, [GOOD], True),
-        ({"origin": FOREIGN}, ["*"], True),
-        ({"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"}, [], True),
-        ({"origin": "http://localhost:8000", "host": "localhost:8000"}, [], True),
-        ({"origin": "http://[::1]:8000", "host": "[::1]:8000"}, [], True),
-        ({"origin": "https://192.168.1.5", "host": "192.168.1.5"}, [], True),
-        ({"origin": "http://127.0.0.1:3000", "host": "127.0.0.1:8000"}, [], False),
-        ({"origin": "http://rebound.example:8000", "host": "rebound.example:8000"}, [], False),
-        ({"origin": "http://localhost.example", "host": "localhost.example"}, [], False),
-        ({"sec-fetch-site": "cross-site"}, [], False),
-        ({"sec-fetch-site": "same-origin"}, [], True),
+        # No origin: programs, and the requests of old browsers.
+        ({}, {}, True),
+        ({"sec-fetch-site": "none"}, {}, True),
+        (SAME, {}, True),
+        ({"sec-fetch-site": "cross-site"}, {}, False),
+        ({"sec-fetch-site": "same-site"}, {}, False),
+        # Configured origins.
+        ({"origin": FOREIGN}, {}, False),
+        ({"origin": FOREIGN}, {"cors_origins": [GOOD]}, False),
+        ({"origin": GOOD}, {"cors_origins": [GOOD]}, True),
+        ({"origin": GOOD, "sec-fetch-site": "cross-site"}, {"cors_origins": [GOOD]}, True),
+        ({"origin": FOREIGN}, {"cors_origins": ["*"]}, True),
+        ({"origin": EXTENSION}, {"cors_origins": [EXTENSION]}, True),
+        ({"origin": EXTENSION}, {}, False),
+        # Origins that are no site.
+        ({"origin": "null"}, {}, False),
+        ({"origin": "null", **SAME}, ANY_NAME, False),
+        ({"origin": "https://", "host": ""}, ANY_NAME, False),
+        ({"origin": "ws://127.0.0.1:8000", "host": LOCAL}, {}, False),
+        # The browser says that the page is not ours.
+        ({"origin": "http://127.0.0.1:8000", "host": LOCAL, "sec-fetch-site": "cross-site"}, {}, False),
+        ({"origin": "https://tts.example:3000", "host": "tts.example", "sec-fetch-site": "same-site"}, NAMED, False),
+        # The browser says that the page is ours, where no rebound page has that header.
+        ({"origin": "http://127.0.0.1:8081", "host": LOCAL, **SAME}, {}, True),
+        ({"origin": "http://localhost:8081", "host": LOCAL, **SAME}, {}, True),
+        ({"origin": "http://[::1]:8081", "host": LOCAL, **SAME}, {}, True),
+        ({"origin": "https://own.example", "host": "own.example", **SAME}, {}, True),
+        ({"origin": "https://own.example", "host": LOCAL, **SAME}, {}, True),
+        ({"origin": "http://rebound.example:8000", "host": "rebound.example:8000", **SAME}, {}, False),
+        ({"origin": "http://rebound.example", "host": LOCAL, **SAME}, {}, False),
+        # Names of TTS_ALLOWED_HOSTS, whatever a proxy has made of Host.
+        ({"origin": "http://tts.example", "host": "tts.example"}, {}, False),
+        ({"origin": "http://tts.example", "host": "tts.example"}, NAMED, True),
+        ({"origin": "http://tts.example:8082", "host": LOCAL}, NAMED, True),
+        ({"origin": "http://box:8080", "host": LOCAL}, NAMED, True),
+        ({"origin": "http://box:8081", "host": LOCAL}, NAMED, False),
+        ({"origin": "http://tts.example.evil.example", "host": LOCAL}, NAMED, False),
+        # Origin and Host agree.
+        ({"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"}, {}, True),
+        ({"origin": "http://localhost:8000", "host": "localhost:8000"}, {}, True),
+        ({"origin": "http://[::1]:8000", "host": "[::1]:8000"}, {}, True),
+        ({"origin": "https://192.168.1.5", "host": "192.168.1.5"}, {}, True),
+        ({"origin": f"http://{HOST}:8000", "host": f"{HOST}:8000"}, {}, True),
+        ({"origin": f"http://{HOST}.local:8000", "host": f"{HOST}.local:8000"}, {}, True),
+        ({"origin": "http://127.0.0.1:3000", "host": LOCAL}, {}, False),
+        ({"origin": "http://rebound.example:8000", "host": "rebound.example:8000"}, {}, False),
+        ({"origin": "http://localhost.example", "host": "localhost.example"}, {}, False),
+        ({"origin": "http://rebound.example:8000", "host": "rebound.example:8000"}, ANY_NAME, True),
+        ({"origin": FOREIGN, "host": LOCAL}, ANY_NAME, False),
+        # Origin and X-Forwarded-Host agree; a rebound page can send that header too.
+        ({"origin": "http://192.168.1.5", "host": "tts:8000", "x-forwarded-host": "192.168.1.5"}, {}, True),
+        ({"origin": "http://192.168.1.5", "host": "tts:8000", "x-forwarded-host": "192.168.1.5"}, NO_PROXY, False),
+        ({"origin": "http://rebound.example", "host": LOCAL, "x-forwarded-host": "rebound.example"}, {}, False),
+        ({"origin": "http://rebound.example", "host": "rebound.example", "x-forwarded-host": "localhost"}, {}, False),
+        # A proxy on this machine has changed Host.
+        ({"origin": f"http://{HOST}", "host": LOCAL}, {}, True),
+        ({"origin": f"http://{HOST}", "host": LOCAL}, NO_PROXY, False),
+        ({"origin": f"http://{HOST}", "host": "192.168.1.5:8000"}, {}, False),
+        ({"origin": "http://192.0.2.1", "host": LOCAL}, {}, False),
+        ({"origin": "http://0.0.0.0:3000", "host": LOCAL}, {}, False),
+        ({"origin": "http://rebound.example", "host": LOCAL}, {}, False),
     ],
 )
 async def test_pages_of_other_sites_are_refused(
-    serve: Serve, worker: FakeWorker, headers: dict[str, str], origins: list[str], *, allowed: bool
+    serve: Serve, worker: FakeWorker, headers: dict[str, str], settings: dict[str, Any], *, allowed: bool
 ) -> None:
-    """Without keys, speech and administration answer only our own pages and those of the configured origins."""
-    client = await serve(cors_origins=origins)
+    """Without keys, speech and administration answer only our own pages and those of the configured origins.
+
+    The cases follow the table of origins.py.
+    """
+    client = await serve(**settings)
     spoken = await client.post(SPEECH, content=b'{"input": "x"}', headers=headers)
     cleaned = await client.post("/admin/cleanup", headers=headers)
     assert (await client.get("/health", headers=headers)).status_code == 200
@@ -47,6 +111,35 @@ async def test_pages_of_other_sites_are_refused(
             assert (error["type"], error["code"]) == ("permission_error", "foreign_origin")
             assert "TTS_CORS_ORIGINS" in error["message"]
     assert len(worker.of(Speak)) == allowed
+
+
+async def test_a_page_at_an_address_of_this_machine_is_our_own(serve: Serve) -> None:
+    """A bare proxy_pass of nginx has changed Host; the page's address is one of this machine's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address but the loopback's")
+        address = probe.getsockname()[0]
+    client = await serve()
+    headers = {"origin": f"http://{address}", "host": LOCAL}
+    assert (await client.post(SPEECH, json={"input": "x"}, headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "advice"),
+    [
+        ("http://tts.example", "list the name in TTS_ALLOWED_HOSTS"),
+        (EXTENSION, "list their origin in TTS_CORS_ORIGINS"),
+        ("null", "TTS_CORS_ORIGINS=*"),
+    ],
+)
+async def test_the_refusal_says_which_setting_allows_the_page(serve: Serve, origin: str, advice: str) -> None:
+    """What the message advises is a value that the settings take."""
+    client = await serve()
+    answer = await client.post(SPEECH, json={"input": "x"}, headers={"origin": origin})
+    assert advice in answer.json()["error"]["message"]
+    assert load_settings({"TTS_CORS_ORIGINS": "*" if origin == "null" else origin}).cors_origins
 
 
 async def test_a_page_with_a_key_is_allowed(serve: Serve) -> None:
