@@ -7,19 +7,17 @@ import os
 from pathlib import Path
 from typing import Final
 
-from dotenv import dotenv_values
-
 from shared.catalog import load_catalog
-from shared.settings import PREFIX, Settings, variable_of
+from shared.dotenv_file import read_dotenv
+from shared.settings import Settings, variable_of
 
 NO_CUDA: Final = "there is no CUDA device that this process may use"
 """The problem of TTS_DEFAULT_DEVICE=cuda on a machine without such a device; the GPU worker looks for it."""
 
 
 def environment() -> dict[str, str]:
-    """The environment of the process, and the TTS_* variables of .env that it lacks."""
-    from_file = {name: value for name, value in dotenv_values(".env").items() if name.startswith(PREFIX) and value}
-    return from_file | os.environ
+    """The environment of the process, and the TTS_* variables of .env that it lacks; SettingsError for a wrong file."""
+    return read_dotenv(Path(".env")) | os.environ
 
 
 def unknown_models(settings: Settings) -> list[str]:

@@ -4,9 +4,10 @@ A field's annotation has its limits; its variable is TTS_ and the field's name w
 The web side and the GPU worker read the same variables, so one file configures both. .env.example explains each.
 """
 
+import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_origin
 
@@ -127,8 +128,8 @@ def load_settings(environ: Mapping[str, str], *checks: Callable[[Settings], list
     Raises SettingsError with all wrong values, unknown TTS_* variables and problems of the checks.
     """
     fields = {variable_of(field.name): field for field in msgspec.structs.fields(Settings)}
-    given = {name: text.strip() for name, text in environ.items() if name.startswith(PREFIX) and text.strip()}
-    problems = [f"{name}: there is no such setting" for name in sorted(given.keys() - fields.keys())]
+    given = {name: text.strip() for name, text in environ.items() if is_ours(name) and text.strip()}
+    problems = [_unknown(name, fields) for name in sorted(given.keys() - fields.keys())]
     values: dict[str, Any] = {}
     for name in sorted(given.keys() & fields.keys()):
         field = fields[name]
@@ -149,8 +150,25 @@ def variable_of(field: str) -> str:
     return PREFIX + field.removesuffix("_s").upper()
 
 
+def is_ours(name: str) -> bool:
+    """True if a variable of this name was meant as a setting: TTS_PORT, but also tts_port or TTS-PORT."""
+    return _normal(name).startswith(PREFIX)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"\W", "_", name).upper()
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    """The problem of a variable that is no setting, with the setting that was probably meant."""
+    meant = difflib.get_close_matches(_normal(name), known, n=1, cutoff=0.8)
+    return f"{name}: there is no such setting" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
 def _parse(name: str, kind: Any, text: str) -> Any:
     """`text` as a value of the field's type; the message of a ValueError never repeats a secret."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must be UTF-8")  # the interpreter puts surrogates in the place of other bytes
     choices = choices_in(kind)
     if choices:
         text = text.lower()
@@ -185,7 +203,10 @@ def _pairs(text: str) -> dict[str, str]:
 
 def _to_path(_kind: type, value: Any) -> Path:
     """The hook for the one type of a setting that msgspec does not know."""
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("begins with ~, but the user has no home folder") from None
 
 
 def _problems(settings: Settings) -> list[str]:

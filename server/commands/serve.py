@@ -47,8 +47,8 @@ def add_arguments(_parser: argparse.ArgumentParser) -> None:
 
 def run(_arguments: argparse.Namespace) -> int:
     """Serve until a signal ends the service; returns the exit code."""
-    environ = environment()
     try:
+        environ = environment()
         settings = load_settings(environ, unknown_models, _worker_problems)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")

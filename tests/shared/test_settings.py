@@ -100,6 +100,12 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_MODEL_PATHS", "a=,b=/x", "model=path"),
     ("TTS_LOG_LEVEL", "loud", "one of debug, info"),
     ("TTS_LOG_FORMAT", "xml", "one of console, json"),
+    ("TTS_API_TITLE", "B\udcfccherei", "must be UTF-8"),
+    ("TTS_MODELS_DIR", "~no_such_user/models", "has no home folder"),
+    ("tts_port", "8001", "there is no such setting; did you mean TTS_PORT?"),
+    ("TTS-PORT", "8001", "there is no such setting; did you mean TTS_PORT?"),
+    ("TTS_API_KEY", "hush", "there is no such setting; did you mean TTS_API_KEYS?"),
+    ("TTS_COLOUR", "red", "there is no such setting"),
 ]
 
 

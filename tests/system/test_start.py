@@ -40,6 +40,27 @@ def test_wrong_settings_are_named_all_at_once(tmp_path: Path, module: str) -> No
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.parametrize(
+    ("module", "command", "content", "problem"),
+    [
+        ("server", [], b"TTS_API_KEYS: secret\n", ".env line 1: TTS_API_KEYS cannot be read"),
+        ("server", [], "TTS_API_TITLE=Bücherei\n".encode("latin-1"), ".env line 1: this line is not UTF-8"),
+        ("server", ["say", "Hello."], b"TTS_API_KEYS 'secret'\n", ".env line 1: TTS_API_KEYS cannot be read"),
+        ("gpu_worker", ["health"], b"tts_worker_token=secret\n", "did you mean TTS_WORKER_TOKEN?"),
+    ],
+)
+def test_a_wrong_dotenv_is_one_sentence(
+    tmp_path: Path, module: str, command: list[str], content: bytes, problem: str
+) -> None:
+    """A line of .env that cannot be read ends each program with exit code 2 and a sentence that names the line."""
+    (tmp_path / ".env").write_bytes(content)
+    ended = run(module, tmp_path, *command, WORKER_URL=f"ipc://{tmp_path}/worker.ipc")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert problem in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "secret" not in ended.stderr
+
+
 def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:
     """An unknown default model ends the whole service with exit code 2; the GPU worker is not restarted for ever."""
     ended = run("server", tmp_path, PORT=free_port(), DEFAULT_MODEL="no-such-model")
