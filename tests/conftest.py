@@ -53,7 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `-n 2 --dist loadgroup`: a file stays together, and one service runs at a time."""
+    """Group the tests for `-n 2 --dist loadgroup`: a file stays together, and one service runs at a time.
+
+    The system tests, the longest group, come first: at the end of a run no process waits for the other.
+    """
+    items.sort(key=lambda item: not item.path.is_relative_to(SYSTEM))
     for item in items:
         group = "system" if item.path.is_relative_to(SYSTEM) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -92,12 +92,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) ->
 
 
 @pytest.fixture
-def models(service: Service) -> Iterator[ResidencyService]:
+def models(service: Service) -> ResidencyService:
     """The three models, all of them absent."""
     residency = ResidencyService(service)
     residency.unload_all()
-    yield residency
-    residency.unload_all()
+    return residency
 
 
 class Listener:
@@ -173,29 +172,27 @@ def test_two_engines_speak_at_once(models: ResidencyService) -> None:
 class TestBudget:
     """Room for two of three models."""
 
-    def test_figures(self, models: ResidencyService) -> None:
-        """Any two models fit the budget, all three do not: the tests below rely on that."""
-        held = []
-        for model in MODELS:
-            held.append(sum(models.do(model, "load")["bytes"].values()))
-            models.do(model, "unload")
-        budget = models.vram()["device"]["budget_bytes"]
-        assert budget == BUDGET_MIB * 2**20
-        assert sum(held) - min(held) <= budget < sum(held)
-
     def test_any_order(self, models: ResidencyService) -> None:
         """Each load evicts the least recently used model, and every request is answered.
 
-        Offloads and restores change no sample.
+        Offloads and restores change no sample. Any two models fit the budget, all three do not:
+        the other tests rely on that.
         """
         first: dict[str, bytes] = {}
+        held: dict[str, int] = {}
         used: list[str] = []
-        for model in (SMALL, LARGE, DESIGN, SMALL, DESIGN, LARGE):
+        for model in (SMALL, LARGE, DESIGN, SMALL, LARGE):
             pcm = models.say(model, **KEEP)
             assert pcm == first.setdefault(model, pcm)
             used = [model, *(other for other in used if other != model)]
             evicted = {other: "offloaded" if other in first else "absent" for other in MODELS}
-            assert models.states() == {**evicted, **dict.fromkeys(used[:2], "resident")}
+            entries = models.entries()
+            states = {other: entries[other]["state"] for other in MODELS}
+            assert states == {**evicted, **dict.fromkeys(used[:2], "resident")}
+            held[model] = sum(entries[model]["bytes"].values())
+        budget = models.vram()["device"]["budget_bytes"]
+        assert budget == BUDGET_MIB * 2**20
+        assert sum(held.values()) - min(held.values()) <= budget < sum(held.values())
         models.do(SMALL, "unload")
         assert models.say(SMALL, **KEEP) == first[SMALL]
 
@@ -316,12 +313,6 @@ def client_of(worker: int) -> WorkerClient:
     return WorkerClient(environment["TTS_WORKER_URL"], environment.get("TTS_WORKER_TOKEN", ""))
 
 
-def cut(checkpoint: Path) -> None:
-    """Truncate the weights."""
-    with (checkpoint / "model.safetensors").open("r+b") as file:
-        file.truncate(file.seek(0, os.SEEK_END) // 2)
-
-
 def cut_codec(checkpoint: Path) -> None:
     """Truncate the speech tokenizer's weights, which other models share and have in memory."""
     with (checkpoint / "speech_tokenizer" / "model.safetensors").open("r+b") as file:
@@ -338,9 +329,9 @@ def spoil_tokenizer(checkpoint: Path) -> None:
 def test_transitions_leave_nothing_behind(models: ResidencyService) -> None:
     """Loads, offloads, restores and drops do not grow the process; test_residency_soak.py is the long version."""
     worker = models.service.worker_pid()
-    said = {models.go_round(SMALL) for _ in range(5)}
+    said = {models.go_round(SMALL) for _ in range(4)}
     before_bytes = resident_bytes(worker)
-    said |= {models.go_round(SMALL) for _ in range(8)}
+    said |= {models.go_round(SMALL) for _ in range(4)}
     assert resident_bytes(worker) < 1.01 * before_bytes
     assert len(said) == 1
 
@@ -348,7 +339,7 @@ def test_transitions_leave_nothing_behind(models: ResidencyService) -> None:
 class TestFailedLoad:
     """A load that fails."""
 
-    @pytest.mark.parametrize("damage", [cut_codec, cut, spoil_tokenizer])
+    @pytest.mark.parametrize("damage", [cut_codec, spoil_tokenizer])
     def test_changes_nothing(
         self, models: ResidencyService, paths: dict[str, Path], damage: Callable[[Path], None]
     ) -> None:
@@ -365,7 +356,7 @@ class TestFailedLoad:
             before_bytes, held = resident_bytes(worker), models.entries()
             with ThreadPoolExecutor(1) as pool:
                 others = pool.submit(models.say, LARGE, max_new_tokens=20, **KEEP)
-                refusals = [models.ask(SMALL) for _ in range(4)]
+                refusals = [models.ask(SMALL) for _ in range(3)]
                 others.result()
             after_bytes, entries = resident_bytes(worker), models.entries()
         finally:
@@ -379,7 +370,7 @@ class TestFailedLoad:
         assert entries[SMALL]["state"] in {"absent", "unavailable"}
         assert (entries[SMALL]["bytes"], entries[SMALL]["host_bytes"], entries[SMALL]["references"]) == ({}, 0, 0)
         assert (entries[LARGE]["state"], entries[LARGE]["bytes"]) == ("resident", held[LARGE]["bytes"])
-        # The weights alone are 18 MiB, and four loads failed.
+        # The weights alone are 18 MiB, and three loads failed.
         assert after_bytes - before_bytes < 12 * 2**20
         assert models.say(SMALL) == said
 

@@ -75,12 +75,12 @@ def test_a_failed_load_releases_its_codec(codecs: SharedCodecs, tmp_path: Path) 
     (broken / "tokenizer_config.json").write_text("{")
     for path in (broken / "vocab.json", broken / "tokenizer.json"):
         path.unlink(missing_ok=True)
-    with pytest.raises(JobError, match="text tokenizer"):
+    with pytest.raises(JobError, match="tokenizer_config"):
         open_engine(broken, options)
     assert codecs.bytes == 0
     engine = open_engine(tiny("custom_voice"), options)
     held = codecs.bytes
-    with pytest.raises(JobError, match="text tokenizer"):
+    with pytest.raises(JobError, match="tokenizer_config"):
         open_engine(broken, options)
     assert codecs.bytes == held
     engine.close()
