@@ -156,6 +156,12 @@ class Engine(Protocol):
             torch.OutOfMemoryError, MemoryError: no host RAM is left. The job is in its slot, as before the call.
         """
 
+    def park_bytes(self, job_id: str) -> int:
+        """The bytes of host RAM that `park` would keep for the job now; 0 between two utterances.
+
+        `park` may keep up to 4 MiB more, as host memory is allocated in powers of two. Cheap enough for every step.
+        """
+
     def unpark(self, job_id: str) -> None:
         """Put a parked job into a free slot, where it goes on as if it had never been parked, bit for bit.
 

@@ -191,6 +191,10 @@ class EspeakEngine:
             self._parked_bytes += len(sequence.pcm)
         return len(self._parked[job_id].pcm) if job_id in self._parked else 0
 
+    def park_bytes(self, job_id: str) -> int:
+        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        return len(sequence.pcm) if sequence is not None else 0
+
     def unpark(self, job_id: str) -> None:
         if job_id in self._parked:
             self._sequences[job_id] = self._pop_parked(job_id)

@@ -24,7 +24,7 @@ from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import uniforms
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.offload import WeightOffloader
-from gpu_worker.engines.qwen.parking import ParkedJob, rows_to_device, rows_to_host
+from gpu_worker.engines.qwen.parking import ParkedJob, nbytes, rows_to_device, rows_to_host
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
@@ -90,6 +90,7 @@ class QwenEngine:
         self._sequences: dict[str, RunningJob] = {}
         self._parked: dict[str, ParkedJob] = {}
         self._parked_bytes = 0
+        self._codec_row_bytes = nbytes(parts.vocoder.state.rows(0))
         self._active_slots: set[int] = set()
         self._frames: deque[HostCopy[LaunchedFrame]] = deque()
         self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
@@ -160,6 +161,16 @@ class QwenEngine:
         self._parked[job_id] = parked
         self._parked_bytes += parked.bytes
         return parked.bytes
+
+    def park_bytes(self, job_id: str) -> int:
+        if job_id in self._parked:
+            return self._parked[job_id].bytes
+        sequence = self._sequences.get(job_id)
+        if sequence is None or not sequence.generating:
+            return 0
+        tokens = sequence.prompt_tokens + sequence.frames_launched
+        state_bytes = self._parts.state.row_bytes(frames=sequence.max_frames, trailing=sequence.trailing_tokens)
+        return tokens * self._parts.cache.token_bytes + state_bytes + self._codec_row_bytes
 
     def unpark(self, job_id: str) -> None:
         parked = self._parked.get(job_id)

@@ -7,7 +7,7 @@ a copy to the host sees the frame that was launched last, and the slot's next jo
 Neither direction waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -31,7 +31,7 @@ class ParkedJob(msgspec.Struct, frozen=True):
     @property
     def bytes(self) -> int:
         """Bytes of host memory."""
-        return sum(block.nbytes for block in (*self.model_rows, *self.codec_rows))
+        return nbytes((*self.model_rows, *self.codec_rows))
 
 
 def rows_to_host(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -42,6 +42,11 @@ def rows_to_host(rows: Sequence[Tensor]) -> list[Tensor]:
 def rows_to_device(blocks: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     """Begin to copy the blocks of `rows_to_host` into rows of the same shapes."""
     restore_bytes(blocks, _as_bytes(rows))
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _as_bytes(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -232,8 +232,9 @@ class TestStreaming:
         for event in engine.step(()):
             said[event.job_id].append(event)
         before = list(said[slow.id])
-        kept = engine.park(slow.id)
+        kept = engine.park_bytes(slow.id)
         assert kept > 0
+        assert engine.park(slow.id) == kept
         assert engine.park(slow.id) == kept
         assert engine.memory().host == {"parked": kept}
         kept += engine.park(cancelled.id)
@@ -254,7 +255,7 @@ class TestStreaming:
                 said[event.job_id].append(event)
         assert isinstance(said[slow.id][-1], Done)
         assert _alike(_speech(said[slow.id]), _say(engine, msgspec.structs.replace(slow, id="alone")))
-        assert engine.park(slow.id) == 0
+        assert engine.park(slow.id) == engine.park_bytes(slow.id) == 0
 
     def test_closing_drops_parked_jobs(self, engine: EspeakEngine) -> None:
         """A closed engine keeps nothing of a parked job."""

@@ -56,6 +56,10 @@ class FakeEngine:
         """Never asked."""
         raise AssertionError(job_id)
 
+    def park_bytes(self, job_id: str) -> int:
+        """Never asked."""
+        raise AssertionError(job_id)
+
     def unpark(self, job_id: str) -> None:
         """Never asked."""
         raise AssertionError(job_id)

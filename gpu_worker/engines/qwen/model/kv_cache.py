@@ -32,6 +32,11 @@ class KVCache(TensorHolder):
         """Views of the keys and values of the first `tokens` positions of a slot, one a layer."""
         return [tensor[slot, :tokens] for tensor in (*self.keys, *self.values)]
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one position of a slot."""
+        return 2 * len(self.keys) * self.keys[0][0, 0].nbytes
+
     def prefill_attend(self, slots: Tensor, tokens: int) -> Attend:
         """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
 

@@ -95,7 +95,17 @@ class SlotState(TensorHolder):
         `frames`: the most of the utterance. `trailing`: its trailing text tokens.
         """
         one = slice(slot, slot + 1)
-        whole = (
+        whole = [tensor[one] for tensor in self._tensors_of_one_length()]
+        return [self.trailing[slot, : trailing + 1], self.uniform[slot, :frames], *whole]
+
+    def row_bytes(self, *, frames: int, trailing: int) -> int:
+        """Bytes of `rows`."""
+        whole = sum(tensor.nbytes for tensor in self._tensors_of_one_length()) // len(self.frame)
+        return whole + (trailing + 1) * self.trailing[0, 0].nbytes + frames * self.uniform[0, 0].nbytes
+
+    def _tensors_of_one_length(self) -> tuple[Tensor, ...]:
+        """The tensors whose rows an utterance uses whole, but `active`."""
+        return (
             self.hidden,
             self.talker_input,
             self.next_codebook0,
@@ -111,7 +121,6 @@ class SlotState(TensorHolder):
             self.penalty,
             self.full_vocab,
         )
-        return [self.trailing[slot, : trailing + 1], self.uniform[slot, :frames], *(tensor[one] for tensor in whole)]
 
     def sampling_tensors(self, rows: slice | Tensor, uniform: Tensor) -> SamplingTensors:
         """The sampling parameters of some rows, with the uniforms [rows, 1] to sample at."""

@@ -102,7 +102,11 @@ def take_turns(speaker: QwenEngine, jobs: Sequence[Job], steps: int = 1) -> dict
                     wait_until_runnable(speaker)
                 if speaker.runnable(()):
                     take(speaker, outcomes, number)
-            speaker.park(name)
+            expected = speaker.park_bytes(name)
+            kept = speaker.park(name)
+            assert expected <= kept <= expected + (4 << 20 if expected else 0)
+            assert speaker.park(name) == speaker.park_bytes(name) == kept
+            assert speaker.memory().host.get("parked", 0) >= kept
             assert speaker.capacity() == 1
     assert "parked" not in speaker.memory().host
     return outcomes
