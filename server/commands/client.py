@@ -92,7 +92,7 @@ def client_of(arguments: argparse.Namespace, *, admin: bool = False) -> Client:
     if arguments.url is not None:
         # The key of the service on this machine is not sent to others.
         return Client(arguments.url, arguments.key or (keys[0] if keys and _is_local(arguments.url) else ""))
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 -- nothing is bound
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}.get(settings.host, settings.host)  # noqa: S104 -- nothing is bound
     url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
     return Client(url, arguments.key or (keys[0] if keys else ""))
 

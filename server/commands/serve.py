@@ -1,16 +1,14 @@
 """`serve`: the web workers, and the GPU worker beside them unless TTS_WORKER_URL names one.
 
 It owns the order of start and stop: settings, port, GPU worker, web workers; then web workers (drained), GPU worker.
-Exit codes: 0 stopped; 1 no web worker could start, or the port is taken; 2 the settings are wrong;
+Exit codes: 0 stopped; 1 no web worker could start, or another program has the port; 2 the settings are wrong;
 3 another GPU worker has the address.
 """
 
 import argparse
-import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,15 @@ from typing import Final, NoReturn
 import structlog
 
 from server.app import from_environment
-from server.processes import Supervisor, WebServer
+from server.processes import (
+    HostError,
+    PortError,
+    PortTakenError,
+    Supervisor,
+    WebServer,
+    addresses_of,
+    hold_port,
+)
 from shared.catalog import CatalogError
 from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
 from shared.log import set_up_logging
@@ -49,30 +55,30 @@ def run(_arguments: argparse.Namespace) -> int:
     """Serve until a signal ends the service; returns the exit code."""
     try:
         environ = environment()
-        settings = load_settings(environ, unknown_models, _worker_problems)
-    except (SettingsError, CatalogError) as error:
+        settings = load_settings(environ, _host_problems, unknown_models, _worker_problems)
+        addresses = addresses_of(settings.host)
+        port = hold_port(addresses, settings.port)
+    except (SettingsError, CatalogError, HostError, PortError) as error:
         sys.stderr.write(f"{error}\n")
-        return EXIT_WRONG_SETTINGS
+        return EXIT_FAILED if isinstance(error, PortTakenError) else EXIT_WRONG_SETTINGS
     set_up_logging(settings.log_level, settings.log_format, "main")
-    if problem := _port_problem(settings):
-        sys.stderr.write(f"{problem}\n")
-        return EXIT_FAILED
     # The web workers, which are forked from here, and the GPU worker read their settings from the environment.
     os.environ.update({name: value for name, value in environ.items() if name.startswith(PREFIX)})
     signal.signal(signal.SIGTERM, _exit)  # until granian sets its own handler
-    if settings.worker_url is not None:
-        return _web_server(settings).run()
-    try:
-        with _private_address() as url:
-            os.environ[variable_of("worker_url")] = url
-            return _serve_with_worker(settings)
-    except AddressError as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_WRONG_SETTINGS
+    with port:
+        if settings.worker_url is not None:
+            return _web_server(settings, addresses).run()
+        try:
+            with _private_address() as url:
+                os.environ[variable_of("worker_url")] = url
+                return _serve_with_worker(settings, addresses)
+        except AddressError as error:
+            sys.stderr.write(f"{error}\n")
+            return EXIT_WRONG_SETTINGS
 
 
-def _serve_with_worker(settings: Settings) -> int:
-    server = _web_server(settings)
+def _serve_with_worker(settings: Settings, addresses: list[str]) -> int:
+    server = _web_server(settings, addresses)
     supervisor = Supervisor(
         [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
         os.environ,
@@ -87,11 +93,13 @@ def _serve_with_worker(settings: Settings) -> int:
     return supervisor.exit_code or code
 
 
-def _web_server(settings: Settings) -> WebServer:
-    server = WebServer(settings, from_environment)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{settings.port}"
-    server.on_startup(lambda: log.info("serving", url=url, docs=f"{url}/docs", web_workers=settings.web_workers))
+def _web_server(settings: Settings, addresses: list[str]) -> WebServer:
+    server = WebServer(settings, addresses, from_environment)
+    host = "localhost" if settings.host == "*" else settings.host
+    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    server.on_startup(
+        lambda: log.info("serving", url=url, docs=f"{url}/docs", addresses=addresses, web_workers=settings.web_workers)
+    )
     return server
 
 
@@ -108,24 +116,12 @@ def _worker_problems(settings: Settings) -> list[str]:
     return problems
 
 
-def _port_problem(settings: Settings) -> str | None:
-    """Why the service cannot listen on its address; None if it can.
-
-    Granian's web workers share the port (SO_REUSEPORT), also with another program's. This bind does not.
-    """
-    where = f"{settings.host} port {settings.port}"
+def _host_problems(settings: Settings) -> list[str]:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return f"{where} is in use by another program; stop it, or choose another with {variable_of('port')}"
-        return f"{where} cannot be listened on: {error.strerror or error}"
-    return None
+        addresses_of(settings.host)
+    except HostError as error:
+        return [f"{variable_of('host')}: {error}"]
+    return []
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
@@ -22,6 +22,7 @@ from typing import Any, Final
 import structlog
 from granian.constants import Interfaces
 from granian.log import LogLevels
+from granian.server.common import SocketSpec
 from granian.server.mp import MPServer, WorkerProcess
 
 from server.http.middleware import HttpMiddleware
@@ -65,20 +66,22 @@ class _WorkerState:
 class WebServer(MPServer):
     """Granian with the web workers that `settings` ask for; each runs the application that `create` returns.
 
+    Granian serves one address a process, so each of `addresses` has web workers of its own.
     Web workers are forked, so they inherit the state of the main process.
     """
 
-    def __init__(self, settings: Settings, create: Callable[[], HttpMiddleware]) -> None:
+    def __init__(self, settings: Settings, addresses: Sequence[str], create: Callable[[], HttpMiddleware]) -> None:
         super().__init__(
             "server.app:from_environment",
-            address=settings.host,
+            address=addresses[0],
             port=settings.port,
             interface=Interfaces.ASGI,
-            workers=settings.web_workers,
+            workers=settings.web_workers * len(addresses),
             workers_kill_timeout=math.ceil(settings.drain_timeout_s),
             log_level=LogLevels(settings.log_level),
             log_dictconfig=_GRANIAN_LOGS,
         )
+        self._addresses = addresses
         self._create = create
         self._states: dict[int, _WorkerState] = {}
         # The default of Python 3.14 is another one, for which granian would start fresh interpreters.
@@ -98,6 +101,7 @@ class WebServer(MPServer):
         state = self._states.setdefault(idx, _WorkerState())
         state.served = RawValue(ctypes.c_bool)
         state.start_at = None
+        self._ssp = SocketSpec(self._addresses[idx % len(self._addresses)], self.bind_port, self.backlog)
         return super()._spawn_worker(idx, target, partial(callback_loader, state.served))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
+from server.processes import PortError, addresses_of, hold_port
 from tests.ports import free_port
-from tests.system.service import Service, environment, running_worker
+from tests.system.service import Service, environment, eventually, running_worker, stretched
 
 
 def run(module: str, directory: Path, *arguments: str, **settings: object) -> "subprocess.CompletedProcess[str]":
@@ -59,6 +61,53 @@ def test_a_wrong_dotenv_is_one_sentence(
     assert problem in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "secret" not in ended.stderr
+
+
+def test_of_two_starts_at_once_one_serves(tmp_path: Path) -> None:
+    """Two starts in one moment on one port: one serves, on both loopbacks; the other one names its process and ends.
+
+    Once the first is killed, the port is free.
+    """
+    port = free_port()
+    settings = {"PORT": port, "WORKER_URL": f"ipc://{tmp_path}/worker.ipc"}
+    starts: list[subprocess.Popen[bytes]] = []
+    for host in ("localhost", "*"):
+        command, variables = [sys.executable, "-m", "server"], environment(HOST=host, **settings)
+        with (tmp_path / f"{len(starts)}.log").open("wb") as log:
+            starts.append(subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=log))
+    try:
+        eventually(lambda: any(start.poll() is not None for start in starts), stretched(20), "one of two ends")
+        loser, winner = sorted(starts, key=lambda start: start.poll() is None)
+        assert loser.wait() == 1
+        said = (tmp_path / f"{starts.index(loser)}.log").read_text()
+        assert f"port {port} is in use by process {winner.pid} (" in said
+        assert "Traceback" not in said
+        for host in addresses_of("localhost"):
+            url = f"http://[{host}]:{port}/health" if ":" in host else f"http://{host}:{port}/health"
+            eventually(lambda url=url: answers(url), stretched(20), f"{url} answers")
+        assert winner.poll() is None
+    finally:
+        for start in starts:
+            start.kill()
+            start.wait()
+    eventually(lambda: is_free(port), stretched(10), "the port is free again")
+
+
+def answers(url: str) -> bool:
+    """Whether the URL answers 200 now."""
+    try:
+        return httpx.get(url, timeout=2, trust_env=False).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def is_free(port: int) -> bool:
+    """Whether a service could take the port now."""
+    try:
+        hold_port(["127.0.0.1"], port).close()
+    except PortError:
+        return False
+    return True
 
 
 def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:

@@ -35,12 +35,13 @@ def test_methods(method: Callable[..., Any], parameters: list[str]) -> None:
 def test_attributes_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The serve loop's event, signals and children are there, with the types that WebServer uses."""
     monkeypatch.setattr(multiprocessing, "set_start_method", lambda *_arguments, **_options: None)
-    server = WebServer(Settings(), lambda: pytest.fail("the application is created in a web worker"))
+    server = WebServer(Settings(), ["127.0.0.1"], lambda: pytest.fail("the application is created in a web worker"))
     assert isinstance(server.main_loop_interrupt, threading.Event)
     assert server.interrupt_signal is False
     assert server.reload_signal is False
     assert server.interrupt_children == []
     assert server.wrks == []
+    assert server._ssp is None  # the socket of the next web worker
     server.signal_handler_interrupt()
     assert server.interrupt_signal is True
     assert server.main_loop_interrupt.is_set()
