@@ -241,6 +241,8 @@ def _drain_on_signals(inbox: "queue.SimpleQueue[Command]", drain_timeout_s: floa
 
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, drain)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+        signal.signal(signal.SIGHUP, drain)
 
 
 def _die_with_parent(inbox: "queue.SimpleQueue[Command]", parent: int) -> None:

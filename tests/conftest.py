@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts background jobs with SIGINT ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
 
 # "default" is short and fails in the same way each time. `make soak` takes "soak", which looks for new failures.
 hypothesis.settings.register_profile("default", max_examples=25, deadline=None, derandomize=True, database=None)

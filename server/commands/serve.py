@@ -64,7 +64,9 @@ def run(_arguments: argparse.Namespace) -> int:
     set_up_logging(settings.log_level, settings.log_format, "main")
     # The web workers, which are forked from here, and the GPU worker read their settings from the environment.
     os.environ.update({name: value for name, value in environ.items() if name.startswith(PREFIX)})
-    signal.signal(signal.SIGTERM, _exit)  # until granian sets its own handler
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until granian sets its own handlers
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, _exit)
     with port:
         if settings.worker_url is not None:
             return _web_server(settings, addresses).run()

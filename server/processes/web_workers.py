@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
+from types import FrameType
 from typing import Any, Final
 
 import structlog
@@ -84,18 +85,24 @@ class WebServer(MPServer):
         self._addresses = addresses
         self._create = create
         self._states: dict[int, _WorkerState] = {}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does that; granian sets its handler regardless
+            self.on_startup(partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
         # The default of Python 3.14 is another one, for which granian would start fresh interpreters.
         multiprocessing.set_start_method("fork", force=True)
 
     def run(self) -> int:
         """Serve until a signal ends the service; returns the exit code."""
         # A web worker must never run with this process's signal handlers, which would swallow its SIGTERM.
-        os.register_at_fork(before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_ignore_sigint)
+        os.register_at_fork(before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_set_signals)
         try:
             self.serve(target_loader=partial(_load, self._create, os.getpid()), wrap_loader=False)
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else EXIT_FAILED
         return 0
+
+    def signal_handler_reload(self, *_arguments: Any, **_options: Any) -> None:
+        """SIGHUP, for which granian would start its web workers anew, ends the service as SIGTERM does."""
+        self.signal_handler_interrupt()
 
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Callable[..., Any]) -> WorkerProcess:
         state = self._states.setdefault(idx, _WorkerState())
@@ -111,8 +118,6 @@ class WebServer(MPServer):
             self.main_loop_interrupt.clear()
             if self.interrupt_signal:
                 return
-            if self.reload_signal:
-                self._reload(spawn_target, target_loader)
             while self.interrupt_children:
                 self._on_death(self.interrupt_children.pop(0))
             for idx, state in self._states.items():
@@ -178,6 +183,12 @@ def _unblock_sigterm() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _ignore_sigint() -> None:
-    """A terminal's Ctrl-C is for the main process, which stops its web workers itself."""
+def _set_signals() -> None:
+    """A terminal's Ctrl-C is for the main process, which stops its web workers itself. SIGHUP acts like SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _end_at_hangup)
+
+
+def _end_at_hangup(_signal: int, _frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,8 @@
 """How the service starts, and which settings it refuses to start with."""
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +14,15 @@ import pytest
 
 from server.processes import PortError, addresses_of, hold_port
 from tests.ports import free_port
-from tests.system.service import Service, environment, eventually, running_worker, stretched
+from tests.system.service import (
+    Service,
+    children_of,
+    environment,
+    eventually,
+    is_running,
+    running_worker,
+    stretched,
+)
 
 
 def run(module: str, directory: Path, *arguments: str, **settings: object) -> "subprocess.CompletedProcess[str]":
@@ -141,3 +152,49 @@ def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Servi
         assert service.speech("Hello.").status_code == 200
         assert service.stop() == 0
         assert worker.poll() is None
+
+
+def test_a_closed_terminal_ends_the_service(start: Callable[..., Service]) -> None:
+    """SIGHUP to the service and its web workers lets the running stream end, and ends them all with exit code 0."""
+    service = start()
+    children = children_of(service.process.pid)
+    with service.stream("One sentence. " * 40, response_format="wav") as answer:
+        pieces = answer.iter_bytes()
+        audio = next(pieces)
+        for pid in (*service.web_pids(), service.process.pid):
+            os.kill(pid, signal.SIGHUP)
+        audio += b"".join(pieces)
+    assert len(audio) > 48_000 * 40  # a second each, at least
+    assert service.process.wait(30) == 0
+    assert not [pid for pid in children if is_running(pid)]
+
+
+def test_hangup_ends_a_gpu_worker(tmp_path: Path) -> None:
+    """SIGHUP ends a GPU worker that runs alone, as SIGTERM does."""
+    with running_worker(tmp_path) as (url, worker):
+        assert run("gpu_worker", tmp_path, "health", WORKER_URL=url).returncode == 0
+        worker.send_signal(signal.SIGHUP)
+        assert worker.wait(30) == 0
+
+
+def test_nohup_keeps_the_service(tmp_path: Path) -> None:
+    """A service that nohup started ignores SIGHUP in every process."""
+    port = free_port()
+    command = ["nohup", sys.executable, "-m", "server"]
+    variables = environment(PORT=port, VOICES_DIR=tmp_path / "voices")
+    with (tmp_path / "log").open("wb") as log:
+        main = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=log, stderr=log)
+    try:
+        eventually(lambda: answers(f"http://127.0.0.1:{port}/ready"), stretched(30), "the service is ready")
+        processes = {main.pid} | children_of(main.pid)
+        assert len(processes) == 3
+        for pid in processes:
+            ignored = Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()[0]
+            assert int(ignored, 16) & 1 << signal.SIGHUP - 1, pid
+        main.terminate()
+        assert main.wait(30) == 0
+    finally:
+        for pid in (*children_of(main.pid), main.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        main.wait()

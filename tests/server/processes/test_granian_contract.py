@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from granian.server.common import AbstractServer
 from granian.server.mp import MPServer, WorkerProcess
 
 from server.processes import WebServer
@@ -18,7 +19,6 @@ from shared.settings import Settings
 SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
     (MPServer._spawn_worker, ["self", "idx", "target", "callback_loader"]),
     (MPServer._serve_loop, ["self", "spawn_target", "target_loader"]),
-    (MPServer._reload, ["self", "spawn_target", "target_loader"]),
     (MPServer.shutdown, ["self", "exit_code"]),
     (MPServer.on_startup, ["self", "hook"]),
     (MPServer.serve, ["self", "spawn_target", "target_loader", "wrap_loader"]),
@@ -38,7 +38,7 @@ def test_attributes_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     server = WebServer(Settings(), ["127.0.0.1"], lambda: pytest.fail("the application is created in a web worker"))
     assert isinstance(server.main_loop_interrupt, threading.Event)
     assert server.interrupt_signal is False
-    assert server.reload_signal is False
+    assert "signal_handler_reload" in vars(AbstractServer)  # granian's handler of SIGHUP
     assert server.interrupt_children == []
     assert server.wrks == []
     assert server._ssp is None  # the socket of the next web worker
