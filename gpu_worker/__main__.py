@@ -21,6 +21,7 @@ import structlog
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
+from gpu_worker.heartbeat import Heartbeat, write_stacks_on_signals
 from gpu_worker.residency import Checkpoints, Mover, Progress, Residency, ResidencyOptions, cuda_present, open_probe
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N", help="how many workers ran before this one, for the statistics"
     )
+    parser.add_argument("--heartbeat", type=int, metavar="FD", help="the supervisor's pipe for signs of life")
     commands = parser.add_subparsers(dest="command")
     download = commands.add_parser("download", help="download the weights of models into TTS_MODELS_DIR")
     download.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, or any id of the model")
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings = load_settings(environment(), _no_address)
             return _health(str(settings.worker_url), settings.worker_token)
         settings = load_settings(environment(), _no_address, unknown_models, unusable_folders, _no_device)
-        return _serve(settings, str(settings.worker_url), chosen.parent or os.getppid(), chosen.restarts)
+        return _serve(settings, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
@@ -121,8 +123,10 @@ def _health(url: str, token: str) -> int:
     return 0 if problem is None else 1
 
 
-def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
+def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int | None) -> int:
     set_up_logging(settings.log_level, settings.log_format, "gpu_worker")
+    write_stacks_on_signals()
+    url = str(settings.worker_url)
     # NVML numbers devices by their place on the bus; CUDA by default puts the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
@@ -136,7 +140,8 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
         # Building may import torch, which takes seconds: a signal may come before that is done.
         _drain_on_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
-        worker, mover, voice_writer = build_worker(settings, transport, inbox, restarts=restarts)
+        heartbeat = Heartbeat(heartbeat_pipe, settings.worker_timeout_s)
+        worker, mover, voice_writer = build_worker(settings, transport, inbox, heartbeat, restarts=restarts)
         transport.start()
         log.info("worker_ready", pid=os.getpid())
         try:
@@ -145,6 +150,7 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
             log.critical("device_broken_new_process_needed", reason=str(error))
             return EXIT_BROKEN_DEVICE
         finally:
+            heartbeat.stop()
             transport.stop()
             voice_writer.close(timeout_s=_VOICE_WRITER_GRACE_S)
         mover.close(timeout_s=_MOVER_GRACE_S)
@@ -153,7 +159,12 @@ def _serve(settings: Settings, url: str, parent: int, restarts: int) -> int:
 
 
 def build_worker(
-    settings: Settings, transport: Transport, inbox: "queue.SimpleQueue[Command]", *, restarts: int
+    settings: Settings,
+    transport: Transport,
+    inbox: "queue.SimpleQueue[Command]",
+    heartbeat: Heartbeat,
+    *,
+    restarts: int,
 ) -> tuple[Worker, Mover, SerialThread[VoiceWrite]]:
     """Build and connect all parts of the worker, here alone. The caller closes the parts with a thread."""
     catalog = load_catalog()
@@ -213,6 +224,7 @@ def build_worker(
         stall_timeout_s=settings.stall_timeout_s,
         clock=time.monotonic,
         preload=factory.models_to_preload(default_model),
+        on_turn=lambda: heartbeat.beat(ready=not residency.preloading),
     )
     return worker, mover, voice_writer
 

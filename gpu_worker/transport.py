@@ -29,10 +29,17 @@ from shared.protocol import (
 )
 from shared.sockets import bind_router
 
-LEASE_S: Final = 10.0
-"""A web worker that sends nothing for this long is gone; it pings several times a second."""
+LEASE_S: Final = 30.0
+"""A web worker that sends nothing for this long is gone; it pings several times a second.
+
+One that died is noticed by the next message to it. The lease covers one that is stopped, and pauses of 10 s are normal:
+a suspended machine, a debugger, a full disk.
+"""
 
 _POLL_MS: Final = 1_000
+
+_PAUSED_AFTER_S: Final = 5.0
+"""The leases are checked every second at least: a check that comes so late means that this process was paused."""
 
 _LINGER_S: Final = 0.5
 """How long the socket stays open after the last message: a DEALER that is disconnected drops unread messages."""
@@ -86,6 +93,7 @@ class Transport:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._last_heard: dict[bytes, float] = {}
+        self._checked_at = clock()
         self._stopping = threading.Event()
         self._bound = threading.Event()
         self._failure: Exception | None = None
@@ -195,6 +203,10 @@ class Transport:
 
     def _end_leases(self) -> None:
         now = self._clock()
+        # After a pause of this process, the pings of the web workers may still lie unread in the socket.
+        paused, self._checked_at = now - self._checked_at > _PAUSED_AFTER_S, now
+        if paused:
+            self._last_heard = dict.fromkeys(self._last_heard, now)
         for peer, heard in list(self._last_heard.items()):
             if now - heard > LEASE_S:
                 self._forget(peer, "silent")

@@ -90,6 +90,7 @@ class Worker:
         stall_timeout_s: float,
         clock: Callable[[], float],
         preload: Sequence[str] = (),
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self._specs = {spec.id: spec for spec in catalog}
         self._send = send
@@ -101,6 +102,7 @@ class Worker:
         self._max_concurrency = max_concurrency
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
+        self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._running: dict[str, Request] = {}  # by job id; those that are RUNNING
         self._out_of_memory: set[str] = set()  # models whose next step is the second try
@@ -123,6 +125,7 @@ class Worker:
         """
         try:
             while not self._is_drained():
+                self._on_turn()
                 self.turn()
             for request in list(self._open.values()):
                 self._finish(request, _shutting_down())

@@ -31,7 +31,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         # Not before the application starts: sockets and an event loop do not survive granian's fork.
-        async with ZmqEngineClient(url, settings.worker_token) as engine:
+        async with ZmqEngineClient(url, settings.worker_token, timeout_s=settings.worker_timeout_s) as engine:
             app.state.engine = engine
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
             yield

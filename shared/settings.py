@@ -40,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     web_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     worker_url: str | None = None
     worker_token: Annotated[str, Meta(max_length=256)] = ""
+    worker_timeout_s: Seconds = 30.0
     api_title: Annotated[str, Meta(min_length=1, max_length=100)] = "Qwen3-TTS server"
     api_keys: list[str] = []
     admin_keys: list[str] = []
@@ -100,7 +101,7 @@ SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 
 _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
-    *("allowed_hosts", "trusted_proxies", "root_path"),
+    *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls"),
     *("drain_timeout", "log_level", "log_format"),
 }

@@ -21,6 +21,7 @@ from typing import Final, NoReturn
 import structlog
 
 from server.app import from_environment
+from server.engine import OutageFile
 from server.processes import (
     HostError,
     PortError,
@@ -73,19 +74,21 @@ def run(_arguments: argparse.Namespace) -> int:
         try:
             with _private_address() as url:
                 os.environ[variable_of("worker_url")] = url
-                return _serve_with_worker(settings, addresses)
+                return _serve_with_worker(settings, addresses, url)
         except AddressError as error:
             sys.stderr.write(f"{error}\n")
             return EXIT_WRONG_SETTINGS
 
 
-def _serve_with_worker(settings: Settings, addresses: list[str]) -> int:
+def _serve_with_worker(settings: Settings, addresses: list[str], url: str) -> int:
     server = _web_server(settings, addresses)
     supervisor = Supervisor(
         [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
         os.environ,
+        timeout_s=settings.worker_timeout_s,
         stop_timeout_s=settings.drain_timeout_s + _STOP_MARGIN_S,
         on_final=server.signal_handler_interrupt,
+        on_outage=OutageFile(url).write,
     )
     supervisor.start()
     try:

@@ -5,11 +5,14 @@ Outsiders import the names below, never a module of the package.
 
 from server.engine.client import INITIAL_CREDIT, EngineClient, Speech
 from server.engine.lookups import cached_catalog, find_saved_voice, fresh_catalog, status_of
+from server.engine.outage import Outage, OutageFile
 from server.engine.zmq import ZmqEngineClient
 
 __all__ = [
     "INITIAL_CREDIT",
     "EngineClient",
+    "Outage",
+    "OutageFile",
     "Speech",
     "ZmqEngineClient",
     "cached_catalog",

@@ -100,8 +100,11 @@ class EngineClient(Protocol):
     def worker_settings(self) -> dict[str, Any]:
         """The worker's settings by their public names, as of the last connection; empty before the first."""
 
-    def unavailable_reason(self) -> str | None:
-        """Why the worker takes no requests now, as a sentence; None if it takes them."""
+    def unavailable(self) -> ApiError | None:
+        """The error (`worker_unavailable`) if the worker is not there or has not answered for seconds; else None.
+
+        A request may still be sent to a worker that is silent: `speak` and `call` wait longer for it.
+        """
 
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
         """A snapshot that is at most `max_age_s` old; ApiError (`worker_unavailable`) if none arrives in time."""

@@ -8,7 +8,8 @@ from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import FindVoice, ModelStatus, SavedVoice, Snapshot
 
-_FIND_VOICE_TIMEOUT_S: Final = 5.0
+_FIND_VOICE_TIMEOUT_S: Final = 15.0
+"""A pause of the GPU worker of 10 s costs no request."""
 
 CatalogAndSnapshot = tuple[list[ModelSpec], Snapshot]
 
@@ -16,8 +17,7 @@ CatalogAndSnapshot = tuple[list[ModelSpec], Snapshot]
 def cached_catalog(engine: EngineClient) -> CatalogAndSnapshot:
     """The catalogue and the latest snapshot; ApiError (`worker_unavailable`) before the first connection."""
     if engine.snapshot is None or not engine.catalog:
-        message = engine.unavailable_reason() or "The GPU worker has not reported its models yet."
-        raise ApiError("worker_unavailable", message)
+        raise engine.unavailable() or ApiError("worker_unavailable", "The GPU worker has not reported its models yet.")
     return engine.catalog, engine.snapshot
 
 

@@ -14,6 +14,7 @@ import structlog
 
 from server.engine.client import Speech
 from server.engine.connection import Connection
+from server.engine.outage import OutageFile
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -40,31 +41,34 @@ log = structlog.get_logger(__name__)
 
 PING_INTERVAL_S: Final = 0.2
 STALE_AFTER_S: Final = 5.0
-"""New requests are refused after so long without a Pong."""
-
-LOST_AFTER_S: Final = 20.0
-"""Requests in flight fail after so long without a Pong."""
+"""The service is not ready after so long without a Pong. Requests are still sent: a pause is not a death."""
 
 _PAUSED_AFTER_S: Final = 1.0
 """A tick that comes so late means that this process was paused."""
 
 _FRESH_WITHIN_S: Final = 1.0
 _HELLO_INTERVAL_S: Final = 1.0
-_RETRY_AFTER_S: Final = 1.0
-"""A worker is back within 3 s of its death; a client that tries again after 1 s loses little."""
+_RETRY_AFTER_S: Final = 5.0
+"""When to try again if no supervisor on this machine knows when the GPU worker will be back."""
+
+_LONGEST_RETRY_S: Final = 60.0
+"""OpenAI's clients do not obey a longer Retry-After."""
 
 
 class ZmqEngineClient:
     """EngineClient over ZeroMQ: an async context manager, used on one event loop.
 
+    After `timeout_s` without a Pong the GPU worker counts as lost: requests fail, and new ones are refused.
     `clock` gives seconds and never goes back.
     """
 
     _connection: Connection
     _ticking: asyncio.Task[None]
 
-    def __init__(self, url: str, token: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, url: str, token: str, *, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._url = url
+        self._timeout_s = timeout_s
+        self._outage_file = OutageFile(url)
         self._token = token
         self._clock = clock
         self._welcome: Welcome | None = None
@@ -97,14 +101,23 @@ class ZmqEngineClient:
     def worker_settings(self) -> dict[str, Any]:
         return self._welcome.settings if self._welcome else {}
 
-    def unavailable_reason(self) -> str | None:
+    def unavailable(self) -> ApiError | None:
+        return self._outage(STALE_AFTER_S)
+
+    def _outage(self, patience_s: float) -> ApiError | None:
+        """The error if there is no GPU worker, or if it has been silent for more than `patience_s`."""
         if self._refusal is not None:
-            return self._refusal
+            return _unavailable(self._refusal)
         if not self._connected:
-            return "The GPU worker is not there (it is starting, or it has died and is being restarted)."
+            outage = self._outage_file.read()
+            if outage is None:
+                return _unavailable("The GPU worker is not there; it is starting, or it has died.")
+            return _unavailable(outage.reason, outage.retry_after_s())
         silent_s = self._clock() - self._heard_at
-        if silent_s > STALE_AFTER_S:
-            return f"The GPU worker has not answered for {silent_s:.0f} s."
+        if silent_s > patience_s:
+            left_s = max(0.0, self._timeout_s - silent_s)
+            reason = f"The GPU worker has not answered for {silent_s:.0f} s"
+            return _unavailable(f"{reason}; it is replaced after {self._timeout_s:.0f} s.", left_s + _RETRY_AFTER_S)
         return None
 
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
@@ -179,8 +192,10 @@ class ZmqEngineClient:
             if self._hello_at is None or now - self._hello_at > _HELLO_INTERVAL_S:
                 self._hello()
             return
-        if not paused and now - self._heard_at > LOST_AFTER_S:
-            self._fail_all("The GPU worker has stopped answering.")
+        if paused:
+            self._heard_at = now
+        elif now - self._heard_at > self._timeout_s:
+            self._fail_all(f"The GPU worker has not answered for {self._timeout_s:.0f} s.")
         self._ping()
 
     def _hello(self) -> None:
@@ -244,7 +259,10 @@ class ZmqEngineClient:
 
     def _handle_failure(self, failed: Failed) -> None:
         error = ApiError(failed.code, failed.message, param=failed.param, retry_after_s=failed.retry_after_s)
-        if not failed.id:
+        if failed.code == "hello_expected":
+            # This process was stopped for longer than its lease, and the worker has cancelled its requests.
+            self._on_lost()
+        elif not failed.id:
             self._refusal = f"The GPU worker refuses this server: {failed.message}"
             log.error("worker_refused_hello", code=failed.code, reason=failed.message)
         elif failed.id in self._speeches:
@@ -278,9 +296,9 @@ class ZmqEngineClient:
         self._news = asyncio.Event()
 
     def _require_worker(self) -> None:
-        reason = self.unavailable_reason()
-        if reason is not None:
-            raise _unavailable(reason)
+        error = self._outage(self._timeout_s)
+        if error is not None:
+            raise error
 
     def _grant(self, request_id: str, chunks: int) -> None:
         self._send_if_connected(Credit(id=request_id, chunks=chunks))
@@ -300,5 +318,5 @@ class ZmqEngineClient:
             self._connection.send_or_keep(message)
 
 
-def _unavailable(message: str) -> ApiError:
-    return ApiError("worker_unavailable", message, retry_after_s=_RETRY_AFTER_S)
+def _unavailable(message: str, retry_after_s: float = _RETRY_AFTER_S) -> ApiError:
+    return ApiError("worker_unavailable", message, retry_after_s=min(max(1.0, retry_after_s), _LONGEST_RETRY_S))

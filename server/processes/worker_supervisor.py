@@ -1,25 +1,38 @@
-"""The GPU worker as a child process: started, watched, started again when it dies, stopped with the service.
+"""The GPU worker as a child process: started, watched, started again when it dies or hangs, stopped with the service.
 
-`Supervisor` owns that process. It does not talk to the worker and does not know what the worker does.
+`Supervisor` owns that process. It does not know what the worker does. All that it hears of the worker is one byte
+a second through a pipe: STARTING from the first turn of the synthesis loop on, READY once the models are preloaded.
 """
 
 import contextlib
 import contextvars
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import BinaryIO, Final
 
 import structlog
 
+from server.engine import Outage
 from server.processes.restarts import RestartPauses, death_cause
 
 FINAL_EXIT_CODES: Final = {2: "its settings are wrong", 3: "another worker already serves its address"}
 """Exit codes of a worker that would end the same way again."""
 
+STARTING: Final = b"s"
+READY: Final = b"r"
+
+FIRST_START_S: Final = 10.0
+"""The estimate of a start that was never measured: an engine of published size takes 5 to 25 s."""
+
 _KILL_TIMEOUT_S: Final = 5.0
+_STACKS_TIMEOUT_S: Final = 1.0
+"""A worker that hangs gets so long to write the stacks of its threads."""
+
+_POLL_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
 
@@ -27,10 +40,14 @@ log = structlog.get_logger(__name__)
 class Supervisor:
     """Keeps one worker process alive from `start` to `stop`; the same thread calls both.
 
-    `command` begins with the path of a program. `--restarts N` is added to it: N workers ran before this one.
+    `command` begins with the path of a program. `--restarts N` is added to it: N workers ran before this one,
+    and `--heartbeat FD`: the pipe that the worker writes its bytes to.
+    A worker whose bytes stop for `timeout_s` is killed, after it was made to write the stacks of its threads.
+    That counts from its first byte: how long a start may take is not limited.
     The worker runs in a session of its own, so that a terminal's Ctrl-C reaches the service alone
     and streams can be drained before the worker is stopped.
     The watching thread calls `on_final` after a worker that must not be started again; see `exit_code`.
+    It calls `on_outage` at each start and each death, with what clients should know until the worker is back.
     """
 
     def __init__(
@@ -38,14 +55,20 @@ class Supervisor:
         command: Sequence[str],
         environ: Mapping[str, str],
         *,
+        timeout_s: float,
         stop_timeout_s: float,
         on_final: Callable[[], None],
+        on_outage: Callable[[Outage], None] = lambda _outage: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = list(command)
         self._environ = dict(environ)
+        self._timeout_s = timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._on_final = on_final
+        self._on_outage = on_outage
+        self.start_s = FIRST_START_S
+        """Seconds from the last start to READY, as far as any was measured."""
         self._clock = clock
         self._lock = threading.Lock()
         self._pid: int | None = None
@@ -82,9 +105,10 @@ class Supervisor:
     def _watch(self) -> None:
         pauses = RestartPauses()
         restarts = 0
+        self._report_outage("is starting")
         while True:
             started = self._clock()
-            code = self._run_once(restarts)
+            code, hung = self._run_once(restarts)
             if self._stopping.is_set():
                 return
             if code in FINAL_EXIT_CODES:
@@ -93,37 +117,83 @@ class Supervisor:
                 self._on_final()
                 return
             pause_s = pauses.after_death(self._clock() - started)
-            log.error("worker_died", cause=death_cause(code), restart_in_s=pause_s)
+            cause = f"no answer for {self._timeout_s:.0f} s" if hung else death_cause(code)
+            log.error("worker_died", cause=cause, restart_in_s=pause_s)
+            self._report_outage(f"has died ({cause}) and is being restarted", pause_s)
             if self._stopping.wait(pause_s):
                 return
             restarts += 1
 
-    def _run_once(self, restarts: int) -> int | None:
-        """Start a worker and wait for its end; returns its exit code, None if no worker was started."""
-        with self._lock:
-            if self._stopping.is_set():
-                return None
-            try:
-                pid = self._spawn(restarts)
-            except OSError as error:
-                log.error("worker_not_started", reason=str(error))  # noqa: TRY400 -- no traceback helps
-                return None
-            self._pid = pid
-        log.info("worker_started", pid=pid, restarts=restarts)
+    def _report_outage(self, what: str, pause_s: float = 0.0) -> None:
+        self._on_outage(Outage(reason=f"The GPU worker {what}.", back_at=time.time() + pause_s + self.start_s))
+
+    def _run_once(self, restarts: int) -> tuple[int | None, bool]:
+        """Start a worker and wait for its end: its exit code, and whether it was killed because it hung.
+
+        The exit code is None if no worker was started.
+        """
+        heartbeat, theirs = os.pipe()
+        with contextlib.closing(open(heartbeat, "rb", buffering=0)) as pipe:  # noqa: PTH123 -- a descriptor
+            with self._lock:
+                try:
+                    if self._stopping.is_set():
+                        return None, False
+                    pid = self._spawn(restarts, theirs)
+                except OSError as error:
+                    log.error("worker_not_started", reason=str(error))  # noqa: TRY400 -- no traceback helps
+                    return None, False
+                finally:
+                    os.close(theirs)
+                self._pid = pid
+            log.info("worker_started", pid=pid, restarts=restarts)
+            hung = self._wait_for_end(pid, pipe)
+        if hung:
+            self._kill_hung(pid)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         with self._lock:  # waitpid frees the number: without the lock, `_signal` could hit another process with it
             _, status = os.waitpid(pid, 0)
             self._pid = None
-        return os.waitstatus_to_exitcode(status)
+        return os.waitstatus_to_exitcode(status), hung
 
-    def _spawn(self, restarts: int) -> int:
+    def _wait_for_end(self, pid: int, pipe: BinaryIO) -> bool:
+        """Wait until the worker has ended (False), or has been silent for `timeout_s` after its first byte (True)."""
+        started = self._clock()
+        heard_at: float | None = None
+        ready = False
+        process = os.pidfd_open(pid)
+        try:
+            while True:
+                readable, _, _ = select.select([process, pipe.fileno()], [], [], _POLL_S)
+                if process in readable:
+                    return False
+                now = self._clock()
+                if readable:
+                    heard_at = now
+                    if READY in pipe.read(4096) and not ready:
+                        ready, self.start_s = True, now - started
+                        log.info("worker_speaks", pid=pid, start_s=round(self.start_s, 1))
+                elif heard_at is not None and now - heard_at > self._timeout_s:
+                    return True
+        finally:
+            os.close(process)
+
+    def _kill_hung(self, pid: int) -> None:
+        """Let the worker write the stacks of its threads, also if it is stopped, then kill it."""
+        log.error("worker_hangs", pid=pid, silent_s=self._timeout_s, stacks="follow on stderr")
+        self._signal(signal.SIGUSR2)
+        self._signal(signal.SIGCONT)
+        self._stopping.wait(_STACKS_TIMEOUT_S)
+        self._signal(signal.SIGKILL)
+
+    def _spawn(self, restarts: int, heartbeat: int) -> int:
         """Start a worker and return its pid.
 
         Not with subprocess: a web worker that granian forks at that moment would inherit subprocess's pipe for errors,
         and `Popen` would wait for that pipe as long as the web worker lives.
         """
         no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-        command = [*self._command, "--restarts", str(restarts)]
+        command = [*self._command, "--restarts", str(restarts), "--heartbeat", str(heartbeat)]
+        os.set_inheritable(heartbeat, True)
         return os.posix_spawn(command[0], command, self._environ, file_actions=[no_input], setsid=True)
 
     def _signal(self, number: signal.Signals) -> None:

@@ -39,10 +39,9 @@ async def health() -> Health:
 )
 async def ready(engine: EngineDependency) -> Ready:
     """200 while the GPU worker answers and the default model can be served; else 503 with the reason."""
-    reason = engine.unavailable_reason()
-    snapshot = engine.snapshot
-    if reason is not None or snapshot is None:
-        raise ApiError("worker_unavailable", reason or "The GPU worker has sent no report yet.")
+    error, snapshot = engine.unavailable(), engine.snapshot
+    if error is not None or snapshot is None:
+        raise error or ApiError("worker_unavailable", "The GPU worker has sent no report yet.")
     if not snapshot.accepting:
         raise ApiError("shutting_down", "The GPU worker is shutting down.")
     default = next((model for model in snapshot.models if model.id == snapshot.default_model), None)

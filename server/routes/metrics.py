@@ -45,7 +45,7 @@ Samples = Iterable[tuple[Labels, float]]
 )
 async def metrics(engine: EngineDependency) -> Response[bytes]:
     """Requests, speech, models and memory; only `tts_worker_up` while the GPU worker is down."""
-    snapshot = engine.snapshot if engine.unavailable_reason() is None else None
+    snapshot = engine.snapshot if engine.unavailable() is None else None
     return Response(generate_latest(_SnapshotCollector(snapshot)), media_type=_CONTENT_TYPE)
 
 

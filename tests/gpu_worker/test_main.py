@@ -81,7 +81,7 @@ class TestSettings:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         """All mistakes are named at once, those of .env too; the environment takes precedence."""
-        (tmp_path / ".env").write_text("TTS_PORT=http\nTTS_LOG_LEVEL=loud\nTTS_MAX_QUEUE\n")
+        (tmp_path / ".env").write_text("TTS_PORT=http\nTTS_LOG_LEVEL=loud\nTTS_MAX_QUEUE=\n")
         monkeypatch.setenv("TTS_IDLE_TIMEOUT", "never")
         monkeypatch.setenv("TTS_LOG_LEVEL", "info")
         assert main([]) == EXIT_WRONG_SETTINGS

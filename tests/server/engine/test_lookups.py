@@ -23,9 +23,9 @@ class FakeEngine:
         self.error = error
         self.calls: list[Any] = []
 
-    def unavailable_reason(self) -> str | None:
-        """A reason before the first connection."""
-        return None if self.snapshot else "no worker yet"
+    def unavailable(self) -> ApiError | None:
+        """An error before the first connection."""
+        return None if self.snapshot else ApiError("worker_unavailable", "no worker yet")
 
     async def fresh_snapshot(self, _max_age_s: float) -> Snapshot | None:
         """Replace the snapshot by a later one."""

@@ -10,7 +10,8 @@ import pytest
 import pytest_asyncio
 
 from server.engine.client import INITIAL_CREDIT
-from server.engine.zmq import LOST_AFTER_S, STALE_AFTER_S, ZmqEngineClient
+from server.engine.outage import Outage, OutageFile
+from server.engine.zmq import STALE_AFTER_S, ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import (
     Call,
@@ -28,6 +29,8 @@ from shared.protocol import (
 from tests.fakes import FakeWorker, tone
 from tests.server.running import becomes
 from tests.system.service import stretched
+
+TIMEOUT_S = 20.0
 
 
 class Clock:
@@ -57,9 +60,15 @@ def clock() -> Clock:
 @pytest_asyncio.fixture
 async def client(worker: FakeWorker, clock: Clock) -> AsyncIterator[ZmqEngineClient]:
     """A client that is connected to the worker."""
-    async with ZmqEngineClient(worker.url, "", clock=clock) as engine:
-        await becomes(lambda: engine.unavailable_reason() is None)
+    async with ZmqEngineClient(worker.url, "", timeout_s=TIMEOUT_S, clock=clock) as engine:
+        await becomes(lambda: engine.unavailable() is None)
         yield engine
+
+
+def reason(engine: ZmqEngineClient) -> str:
+    """Why the worker is unavailable; "" if it is not."""
+    error = engine.unavailable()
+    return "" if error is None else error.message
 
 
 def _request(number: int = 1) -> Speak:
@@ -95,8 +104,8 @@ async def test_a_slow_consumer_holds_the_worker_back(client: ZmqEngineClient, wo
 
 async def test_without_a_worker(tmp_path: Path) -> None:
     """The client starts, gives a reason, and refuses every request at once."""
-    async with ZmqEngineClient(f"ipc://{tmp_path}/none.ipc", "") as engine:
-        assert engine.unavailable_reason() is not None
+    async with ZmqEngineClient(f"ipc://{tmp_path}/none.ipc", "", timeout_s=TIMEOUT_S) as engine:
+        assert engine.unavailable() is not None
         assert engine.catalog == []
         began = time.monotonic()
         with pytest.raises(ApiError) as caught:
@@ -112,9 +121,9 @@ async def test_without_a_worker(tmp_path: Path) -> None:
 async def test_a_worker_may_start_later(tmp_path: Path) -> None:
     """Client and worker may start in any order."""
     fake = FakeWorker(tmp_path / "w.ipc")
-    async with ZmqEngineClient(fake.url, "") as engine:
+    async with ZmqEngineClient(fake.url, "", timeout_s=TIMEOUT_S) as engine:
         with fake:
-            await becomes(lambda: engine.unavailable_reason() is None)
+            await becomes(lambda: engine.unavailable() is None)
             assert [spec.id for spec in engine.catalog] == [spec.id for spec in fake.catalog]
             assert engine.worker_settings == fake.settings
 
@@ -134,10 +143,10 @@ async def test_a_dead_worker_fails_everything_in_flight(client: ZmqEngineClient,
     with pytest.raises(ApiError):
         await calling
     assert time.monotonic() - began < stretched(1)
-    assert client.unavailable_reason() is not None
+    assert client.unavailable() is not None
     assert client.catalog
     worker.restart("boot-2")
-    await becomes(lambda: client.unavailable_reason() is None)
+    await becomes(lambda: client.unavailable() is None)
     assert client.snapshot is not None
     assert client.snapshot.boot_id == "boot-2"
 
@@ -146,39 +155,44 @@ async def test_another_protocol_version_is_refused(tmp_path: Path) -> None:
     """Requests are refused where the worker has another protocol version."""
     with FakeWorker(tmp_path / "w.ipc") as fake:
         fake.version = 999
-        async with ZmqEngineClient(fake.url, "") as engine:
-            await becomes(lambda: "version" in (engine.unavailable_reason() or ""))
+        async with ZmqEngineClient(fake.url, "", timeout_s=TIMEOUT_S) as engine:
+            await becomes(lambda: "version" in reason(engine))
             with pytest.raises(ApiError, match="999"):
                 engine.speak(_request())
 
 
 async def test_a_wrong_token_is_a_reason(tmp_path: Path) -> None:
-    """If the worker refuses the Hello, `unavailable_reason` gives its message."""
+    """If the worker refuses the Hello, `unavailable` gives its message."""
     with FakeWorker(tmp_path / "w.ipc") as fake:
         fake.token = "right"  # noqa: S105 - a test's token
-        async with ZmqEngineClient(fake.url, "wrong") as engine:
-            await becomes(lambda: "wrong token" in (engine.unavailable_reason() or ""))
+        async with ZmqEngineClient(fake.url, "wrong", timeout_s=TIMEOUT_S) as engine:
+            await becomes(lambda: "wrong token" in reason(engine))
             assert fake.of(Hello)[0].token == "wrong"  # noqa: S105 - a test's token
 
 
-async def test_silence_refuses_new_requests(client: ZmqEngineClient, worker: FakeWorker, clock: Clock) -> None:
-    """Requests are refused after five seconds without a Pong."""
+async def test_a_pause_of_the_worker_costs_no_request(
+    client: ZmqEngineClient, worker: FakeWorker, clock: Clock
+) -> None:
+    """After five seconds without a Pong the service is not ready; requests are still sent, and answered later."""
     worker.mute = True
     await asyncio.to_thread(_one_more_ping_is_out, client)
     clock.ahead += STALE_AFTER_S + 0.1
-    assert "has not answered" in (client.unavailable_reason() or "")
+    assert "has not answered for 5 s; it is replaced after 20 s" in reason(client)
+    speech = client.speak(_request())
+    assert await speech.chunk() is not None
+    clock.ahead += TIMEOUT_S
     with pytest.raises(ApiError) as caught:
-        client.speak(_request())
+        client.speak(_request(2))
     assert caught.value.code == "worker_unavailable"
 
 
 async def test_long_silence_fails_what_is_in_flight(client: ZmqEngineClient, worker: FakeWorker, clock: Clock) -> None:
-    """After 20 s without a Pong, requests fail and are cancelled at the worker."""
+    """After the timeout without a Pong, requests fail and are cancelled at the worker."""
     worker.hold = worker.mute = True
     speech = client.speak(_request())
     await asyncio.to_thread(worker.wait_for, Speak)
     # In steps below a second: a jump would look like a pause of this process itself.
-    while clock.ahead < LOST_AFTER_S + 1:
+    while clock.ahead < TIMEOUT_S + 1:
         clock.ahead += 0.5
         client._tick()
     with pytest.raises(ApiError) as caught:
@@ -193,12 +207,39 @@ async def test_a_pause_of_this_process_is_not_silence(
     """After a pause of this process, requests do not fail before the waiting messages were read."""
     worker.hold = True
     speech = client.speak(_request())
-    clock.ahead += LOST_AFTER_S + 60
+    clock.ahead += TIMEOUT_S + 60
     client._tick()
-    await becomes(lambda: client.unavailable_reason() is None)
+    await becomes(lambda: client.unavailable() is None)
     client._tick()
     worker.hold = False
     assert await speech.chunk() is not None
+
+
+async def test_an_ended_lease_is_a_lost_connection(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """The worker has cancelled the requests of a process that was stopped: they fail, and Hello is said again."""
+    worker.hold = True
+    speech = client.speak(_request())
+    await asyncio.to_thread(worker.wait_for, Speak)
+    said = len(worker.of(Hello))
+    client._handle(Failed(id="", code="hello_expected", message="the lease has ended"), None)
+    with pytest.raises(ApiError):
+        await speech.chunk()
+    await becomes(lambda: client.unavailable() is None)
+    assert len(worker.of(Hello)) > said
+
+
+async def test_the_supervisor_gives_the_reason(tmp_path: Path) -> None:
+    """While no worker is there, reason and Retry-After are those of the outage file, within what clients obey."""
+    url = f"ipc://{tmp_path}/none.ipc"
+    async with ZmqEngineClient(url, "", timeout_s=TIMEOUT_S) as engine:
+        for back_in_s, retry_after_s in ((-3.0, 1.0), (12.0, 12.0), (600.0, 60.0)):
+            OutageFile(url).write(Outage(reason="It died.", back_at=time.time() + back_in_s))
+            error = engine.unavailable()
+            assert error is not None
+            assert error.message == "It died."
+            assert error.retry_after_s == pytest.approx(retry_after_s, abs=stretched(0.5))
+        (tmp_path / "none.ipc.outage").write_bytes(b"{")
+        assert "starting, or it has died" in reason(engine)
 
 
 async def test_a_gap_is_an_error(client: ZmqEngineClient, worker: FakeWorker) -> None:
@@ -227,8 +268,8 @@ async def test_abort_is_synchronous_and_idempotent(client: ZmqEngineClient, work
 async def test_closing_cancels(worker: FakeWorker) -> None:
     """Closing the client cancels the requests in flight at the worker."""
     worker.hold = True
-    async with ZmqEngineClient(worker.url, "") as engine:
-        await becomes(lambda: engine.unavailable_reason() is None)
+    async with ZmqEngineClient(worker.url, "", timeout_s=TIMEOUT_S) as engine:
+        await becomes(lambda: engine.unavailable() is None)
         engine.speak(_request())
         await asyncio.to_thread(worker.wait_for, Speak)
     await asyncio.to_thread(worker.wait_for, Cancel)

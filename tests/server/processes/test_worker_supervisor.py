@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from server.engine import Outage
 from server.processes import restarts
 from server.processes.restarts import LONGEST_PAUSE_S, SETTLED_S, RestartPauses
-from server.processes.worker_supervisor import Supervisor
+from server.processes.worker_supervisor import FIRST_START_S, Supervisor
+from tests.system.service import eventually
 
 LIMIT_S = 10.0
+TIMEOUT_S = 30.0
 
 
 class Supervised:
@@ -25,11 +28,14 @@ class Supervised:
         os.set_inheritable(write, True)
         self._write = write
         self.given_up = threading.Event()
+        self.outages: list[Outage] = []
         self.now = 0.0
         self.supervisor = Supervisor(
             [sys.executable, "-S", "-c", f"import os, signal, sys, time\n{program}"],
             {"PIPE": f"/proc/{os.getpid()}/fd/{write}"},
+            timeout_s=TIMEOUT_S,
             stop_timeout_s=stop_timeout_s,
+            on_outage=self.outages.append,
             on_final=self.given_up.set,
             clock=lambda: self.now,
         )
@@ -37,6 +43,14 @@ class Supervised:
     def next_number(self) -> int:
         """The number that the next worker writes: its pid, with WRITE_PID."""
         return int(os.read(self._read, 8))
+
+    def let_time_pass(self, seconds: float) -> bool:
+        """Move the clock on, a second in 20 ms, at most so far; True as soon as a worker writes its number."""
+        for _ in range(int(seconds)):
+            self.now += 1.0
+            if select.select([self._read], [], [], 0.02)[0]:
+                return True
+        return False
 
     def close(self) -> None:
         """Stop the worker and close the pipe."""
@@ -48,6 +62,7 @@ class Supervised:
 WRITE_PID = "open(os.environ['PIPE'], 'w').write(f'{os.getpid():08}')\n"
 WRITE_RESTARTS = "open(os.environ['PIPE'], 'w').write(f'{int(sys.argv[sys.argv.index(\"--restarts\") + 1]):08}')\n"
 WAIT = WRITE_PID + "time.sleep(60)"
+BEAT = 'beat = lambda byte: os.write(int(sys.argv[sys.argv.index("--heartbeat") + 1]), byte)\n'
 
 
 @pytest.fixture
@@ -85,6 +100,51 @@ def test_a_worker_that_exits_is_replaced(start: Callable[..., Supervised]) -> No
     """A worker that exits with an error, which a new process may not have, is started again."""
     worker = start(WRITE_PID + "sys.exit(1)")
     assert worker.next_number() != worker.next_number()
+
+
+def test_a_silent_worker_writes_its_stacks_and_is_replaced(start: Callable[..., Supervised], tmp_path: Path) -> None:
+    """After its first byte, a worker may be silent for the timeout; a stopped one writes its stacks all the same."""
+    stacks = tmp_path / "stacks"
+    register = f"import faulthandler\nfaulthandler.register(signal.SIGUSR2, open({str(stacks)!r}, 'a'))\n"
+    worker = start(BEAT + register + "beat(b's')\n" + WAIT)
+    first = worker.next_number()
+    os.kill(first, signal.SIGSTOP)
+    assert not worker.let_time_pass(TIMEOUT_S - 5)
+    assert is_running(first)
+    while not worker.let_time_pass(100):
+        pass
+    assert worker.next_number() != first
+    assert not is_running(first)
+    assert "most recent call first" in stacks.read_text()
+    assert "has died (no answer for 30 s)" in worker.outages[-1].reason
+
+
+def test_a_start_may_take_any_time(start: Callable[..., Supervised]) -> None:
+    """No silence counts before the first byte: an import or a download may take minutes."""
+    worker = start(BEAT + WAIT)
+    first = worker.next_number()
+    assert not worker.let_time_pass(100)
+    assert is_running(first)
+
+
+def test_an_outage_lasts_as_long_as_the_last_start(start: Callable[..., Supervised]) -> None:
+    """A start is over when the preloaded models are there; the next outage is expected to last as long."""
+    worker = start(
+        BEAT
+        + "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        + WRITE_PID
+        + "beat(b's')\nsignal.sigwait({signal.SIGTERM})\nbeat(b'r')\ntime.sleep(60)"
+    )
+    first = worker.next_number()
+    assert worker.outages[0].reason == "The GPU worker is starting."
+    assert worker.outages[0].retry_after_s() == pytest.approx(FIRST_START_S, abs=1)
+    worker.now += 17
+    os.kill(first, signal.SIGTERM)
+    eventually(lambda: worker.supervisor.start_s == 17.0, 10, "the start measured")
+    os.kill(first, signal.SIGKILL)
+    worker.next_number()
+    assert worker.outages[-1].reason == "The GPU worker has died (SIGKILL) and is being restarted."
+    assert worker.outages[-1].retry_after_s() == pytest.approx(17, abs=1)
 
 
 def test_a_worker_gets_the_number_of_restarts(start: Callable[..., Supervised]) -> None:
@@ -142,7 +202,9 @@ def test_the_worker_has_a_session_of_its_own(start: Callable[..., Supervised]) -
 
 def test_a_failed_start_is_tried_again() -> None:
     """A program that does not exist is tried again after a pause, and `stop` still works."""
-    supervisor = Supervisor(["/nonexistent/python"], {}, stop_timeout_s=1, on_final=lambda _code: None)
+    supervisor = Supervisor(
+        ["/nonexistent/python"], {}, timeout_s=TIMEOUT_S, stop_timeout_s=1, on_final=lambda _code: None
+    )
     supervisor.start()
     supervisor.stop()
     assert supervisor.pid is None

@@ -1,0 +1,54 @@
+"""Signs of life of the synthesis loop, so that a process that hangs is replaced and says where it hung.
+
+Under a supervisor, the supervisor gets a byte a second through a pipe, and kills a silent process.
+Without one, the process watches itself: a thread of C, which needs no interpreter lock, ends it.
+Either way, the stacks of all threads are written to stderr first.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Final
+
+_INTERVAL_S: Final = 1.0
+
+STARTING: Final = b"s"
+READY: Final = b"r"
+"""The two bytes: the loop runs; and the models that the start loads are loaded."""
+
+
+class Heartbeat:
+    """`beat` is called in every turn of the loop. `pipe`: the supervisor's, or None to watch without a supervisor."""
+
+    def __init__(self, pipe: int | None, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pipe = pipe
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._beat_at = -_INTERVAL_S
+        if pipe is not None:
+            os.set_blocking(pipe, False)
+
+    def beat(self, *, ready: bool) -> None:
+        """Say that the loop turns. `ready`: the models that the start loads are loaded."""
+        now = self._clock()
+        if now - self._beat_at < _INTERVAL_S:
+            return
+        self._beat_at = now
+        if self._pipe is None:
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True)
+            return
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # the supervisor is busy, or gone: see --parent
+            os.write(self._pipe, READY if ready else STARTING)
+
+    def stop(self) -> None:
+        """The loop has ended, and no silence counts any more."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+def write_stacks_on_signals() -> None:
+    """Write the stacks of all threads to stderr at SIGUSR2, and when the process crashes."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)

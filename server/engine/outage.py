@@ -1,0 +1,43 @@
+"""Why the GPU worker is not there, and when it will be back: a small file from its supervisor to the web workers.
+
+The file lies beside the GPU worker's socket. A web worker reads it only while it has no connection,
+so what the file says of an older outage is never shown.
+"""
+
+import time
+
+import msgspec
+
+from shared.sockets import ipc_path
+
+
+class Outage(msgspec.Struct, frozen=True, kw_only=True):
+    """`reason` is a sentence. `back_at`: when the GPU worker is expected to speak again, in Unix seconds."""
+
+    reason: str
+    back_at: float
+
+    def retry_after_s(self) -> float:
+        """Seconds until then."""
+        return self.back_at - time.time()
+
+
+class OutageFile:
+    """The outage file of the GPU worker at `url`."""
+
+    def __init__(self, url: str) -> None:
+        path = ipc_path(url)
+        self._path = path.with_name(f"{path.name}.outage")
+
+    def write(self, outage: Outage) -> None:
+        """Replace the file; a reader sees the old contents or the new ones. Raises OSError."""
+        scratch = self._path.with_suffix(".partial")
+        scratch.write_bytes(msgspec.json.encode(outage))
+        scratch.replace(self._path)
+
+    def read(self) -> Outage | None:
+        """The contents; None if there is no supervisor on this machine, or its file cannot be read."""
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Outage)
+        except (OSError, msgspec.DecodeError):
+            return None

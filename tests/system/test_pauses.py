@@ -1,0 +1,136 @@
+"""Processes that stand still: a pause costs no stream, and a GPU worker that stays silent is replaced."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from tests.checkpoints import tiny
+from tests.system.service import Service, eventually, is_running, running_service, stretched
+
+MODEL: Final = "qwen3-tts-0.6b-customvoice"
+QWEN: Final = {
+    "DEFAULT_MODEL": MODEL,
+    "DEFAULT_DEVICE": "cpu",
+    "MODEL_PATHS": f"{MODEL}={tiny('custom_voice').resolve()}",
+}
+TEXT: Final = "The old clock struck midnight. " * 40
+SOAK_TRIES: Final = 200
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A small Qwen3-TTS model behind one web worker."""
+    with running_service(tmp_path_factory.mktemp("pauses"), **QWEN) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def whole(service: Service) -> bytes:
+    """The pcm of TEXT, undisturbed."""
+    return service.speech(TEXT, response_format="pcm", seed=5, stream=False).content
+
+
+def processes(service: Service) -> dict[str, list[int]]:
+    """Whom a test may stop."""
+    worker, web = service.worker_pid(), list(service.web_pids())
+    return {"GPU worker": [worker], "web worker": web, "both": [worker, *web]}
+
+
+def speak_through_a_pause(service: Service, whole: bytes, pids: list[int], after_s: float, pause_s: float) -> None:
+    """Stop the processes `after_s` into a request, for `pause_s`: the answer is whole."""
+
+    def stop_and_go_on() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(pause_s)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    pausing = threading.Timer(after_s, stop_and_go_on)
+    pausing.start()
+    request = {"input": TEXT, "response_format": "pcm", "seed": 5}
+    with httpx.stream("POST", service.url + "/v1/audio/speech", json=request, timeout=60) as answer:
+        heard = answer.read()
+    pausing.join()
+    assert answer.status_code == httpx.codes.OK
+    assert heard == whole
+
+
+@pytest.mark.parametrize("stopped", ["GPU worker", pytest.param("web worker", marks=pytest.mark.soak), "both"])
+@pytest.mark.parametrize("pause_s", [2.0, pytest.param(10.0, marks=pytest.mark.soak)])
+def test_a_pause_costs_no_stream(service: Service, whole: bytes, stopped: str, pause_s: float) -> None:
+    """Whoever stands still in the middle of a stream: every sample arrives, and the process is the same."""
+    worker = service.worker_pid()
+    speak_through_a_pause(service, whole, processes(service)[stopped], 0.1, pause_s)
+    assert service.worker_pid() == worker
+
+
+def test_a_request_that_comes_during_a_pause_is_answered(service: Service, whole: bytes) -> None:
+    """The service is not ready while the GPU worker is silent for more than five seconds; requests wait for it."""
+    worker = service.worker_pid()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        eventually(lambda: not service.is_ready(), 10, "not ready")
+        unready = service.http.get("/ready")
+        with ThreadPoolExecutor(1) as pool:
+            speaking = pool.submit(service.speech, TEXT, response_format="pcm", seed=5)
+            time.sleep(0.2)
+            assert not speaking.done()
+            os.kill(worker, signal.SIGCONT)
+            assert speaking.result(30).content == whole
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert unready.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert "has not answered for" in unready.json()["error"]["message"]
+    assert int(unready.headers["retry-after"]) > 20
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_any_pause_at_any_moment(service: Service, whole: bytes) -> None:
+    """Pauses of 0.5 to 10 s of any process at any stage of a request: nothing is lost, nothing breaks."""
+    seed = random.randrange(1_000_000)  # noqa: S311 -- printed, to run it again
+    print(f"seed {seed}")  # noqa: T201 -- for the person who has to run it again
+    random_ = random.Random(seed)  # noqa: S311 -- as above
+    worker = service.worker_pid()
+    for _ in range(SOAK_TRIES):
+        pids = random_.choice(list(processes(service).values()))
+        speak_through_a_pause(service, whole, pids, random_.uniform(0, 1.0), random_.uniform(0.5, 10))
+    assert service.worker_pid() == worker
+
+
+def test_a_worker_that_stays_silent_is_replaced(tmp_path: Path) -> None:
+    """After the timeout its streams break, the log has the reason and the stacks, and speech is back."""
+    with running_service(tmp_path, **QWEN, WORKER_TIMEOUT=3) as service:
+        worker = service.worker_pid()
+        with service.stream(TEXT, response_format="pcm") as answer:
+            pieces = answer.iter_raw(4800)
+            next(pieces)
+            os.kill(worker, signal.SIGSTOP)
+            stopped = time.monotonic()
+            with pytest.raises(httpx.TransportError):
+                list(pieces)
+        assert time.monotonic() - stopped > 2
+        eventually(lambda: not is_running(worker), 10, "the worker killed")
+        killed = time.monotonic()
+        refused = service.speech("Hello.")
+        assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        eventually(service.is_ready, stretched(15), "speech again")
+        took_s = time.monotonic() - killed
+        log = service.log.read_text()
+    message = refused.json()["error"]["message"]
+    assert message == "The GPU worker has died (no answer for 3 s) and is being restarted."
+    # The start before this one took as long, give or take a busy machine.
+    assert 1 <= int(refused.headers["retry-after"]) <= 3 * took_s
+    assert "worker_hangs" in log
+    assert "most recent call first" in log
+    assert "gpu_worker/worker.py" in log
