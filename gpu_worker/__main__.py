@@ -29,6 +29,7 @@ from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
 from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
+from shared.access import folder_problem
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
 from shared.log import set_up_logging
@@ -190,6 +191,8 @@ def build_worker(
     voice_files = VoiceFiles(settings.voices_dir)
     voice_writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
     default_model = factory.default_model()
+    if problem := folder_problem(settings.models_dir):
+        log.warning("models_dir_unreadable", reason=f"{variable_of('models_dir')}: {problem}")
     factory.prepare()
     residency = Residency(
         [factory.estimated(spec) for spec in catalog],

@@ -29,6 +29,8 @@ def folder_problem(path: Path) -> str | None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        return f"{path} is not a folder"
     except OSError as error:
         return unreadable(path, error)
     return None

@@ -8,6 +8,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from shared.access import folder_problem, unreadable
+
 CATALOG_DIR: Final = Path(__file__).resolve().parent.parent / "models"
 """The folder with this project's descriptions: one TOML file for each model."""
 
@@ -107,10 +109,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def load_catalog(directory: Path = CATALOG_DIR) -> list[ModelSpec]:
     """The models described in `directory`; CatalogError names the file and the problem."""
+    if problem := folder_problem(directory):
+        raise CatalogError(problem)
     specs: list[ModelSpec] = []
     for path in sorted(directory.glob("*.toml")):
         try:
             spec = msgspec.toml.decode(path.read_bytes(), type=ModelSpec)
+        except OSError as error:
+            raise CatalogError(unreadable(path, error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CatalogError(f"{path}: {error}") from error
         if problem := _problem_of(spec, specs):

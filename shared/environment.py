@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from shared.access import current_user, folder_problem
 from shared.catalog import load_catalog
 from shared.dotenv_file import read_dotenv
 from shared.settings import Settings, variable_of
@@ -35,20 +36,25 @@ def unknown_models(settings: Settings) -> list[str]:
 
 
 def unusable_folders(settings: Settings) -> list[str]:
-    """Problems of settings that name a missing folder of weights, or a folder for voices that cannot be written.
+    """Problems of settings that name an unusable folder of weights or of voices.
 
+    TTS_MODELS_DIR is none of them: without it the service speaks with espeak-ng.
     Call it on the machine of the GPU worker. It creates nothing.
     """
-    problems = [
-        f"{variable_of('model_paths')}: {path} (for {name}) is not a folder"
-        for name, path in settings.model_paths.items()
-        if not os.path.isdir(path)  # noqa: PTH112 -- Path's raises where a folder above may not be entered
-    ]
-    if settings.max_voices and not _writable(settings.voices_dir):
-        problems.append(
-            f"{variable_of('voices_dir')}: {settings.voices_dir} cannot be written; name another folder, "
-            f"or save no voices ({variable_of('max_voices')}=0)"
-        )
+    problems = []
+    for name, path in settings.model_paths.items():
+        problem = folder_problem(path)
+        if problem is None and not os.path.isdir(path):  # noqa: PTH112 -- Path's raises where a folder may not be entered
+            problem = f"{path} is not a folder"
+        if problem is not None:
+            problems.append(f"{variable_of('model_paths')}: {problem} (for {name})")
+    if settings.max_voices:
+        problem = folder_problem(settings.voices_dir)
+        if problem is None and not _writable(settings.voices_dir):
+            problem = f"{settings.voices_dir} cannot be written by {current_user()}"
+        if problem is not None:
+            advice = f"name another folder, or save no voices ({variable_of('max_voices')}=0)"
+            problems.append(f"{variable_of('voices_dir')}: {problem}; {advice}")
     return problems
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from gpu_worker.engines.base import Engine, JobError
+from shared.access import folder_problem, unreadable
 from shared.catalog import ModelSpec
 from shared.settings import Settings, SettingsError
 
@@ -68,6 +69,10 @@ class EngineFactory:
         missing = [name for name in ("torch", "qwen_tts") if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed; {GPU_EXTRA}"
+        configured = self._configured(spec)
+        for folder in [self._settings.models_dir, self._own_folder(spec)] if configured is None else [configured]:
+            if problem := folder_problem(folder):
+                return problem
         if self._settings.allow_download:
             return None
         try:
@@ -135,8 +140,11 @@ class EngineFactory:
         """
         if spec.engine != "qwen":
             return ""
-        directory = self._configured(spec) or self._settings.models_dir / spec.hf_id.rpartition("/")[2]
-        entries = ((file, file.stat()) for file in sorted(directory.rglob("*")) if file.is_file())
+        directory = self._configured(spec) or self._own_folder(spec)
+        try:
+            entries = [(file, file.stat()) for file in sorted(directory.rglob("*")) if file.is_file()]
+        except OSError as error:  # may not be read, or was just deleted: the stamp changes once that has changed
+            return unreadable(directory, error)
         return "\n".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in entries)
 
     def open(self, spec: ModelSpec) -> Engine:
@@ -190,6 +198,10 @@ class EngineFactory:
         names = (name.casefold() for name in (spec.id, spec.hf_id, *spec.aliases))
         return next((configured[name] for name in names if name in configured), None)
 
+    def _own_folder(self, spec: ModelSpec) -> Path:
+        """The folder of the model's checkpoint within TTS_MODELS_DIR; it may not exist."""
+        return self._settings.models_dir / spec.hf_id.rpartition("/")[2]
+
     def _directory_of(self, spec: ModelSpec, *, allow_download: bool) -> Path:
         """The directory of a Qwen3-TTS model's verified checkpoint, downloaded first if that is allowed.
 
@@ -198,13 +210,17 @@ class EngineFactory:
         from gpu_worker.engines.qwen.checkpoint.location import locate  # noqa: PLC0415 -- needs the gpu extra
         from gpu_worker.engines.qwen.checkpoint.model_config import read_config  # noqa: PLC0415 -- needs the gpu extra
 
-        directory = locate(
-            spec.hf_id,
-            configured=self._configured(spec),
-            models_dir=self._settings.models_dir,
-            allow_download=allow_download,
-            progress=lambda detail: self._progress(spec.id, detail),
-        )
+        try:
+            directory = locate(
+                spec.hf_id,
+                configured=self._configured(spec),
+                models_dir=self._settings.models_dir,
+                allow_download=allow_download,
+                progress=lambda detail: self._progress(spec.id, detail),
+            )
+        except OSError as error:
+            path = Path(error.filename or self._configured(spec) or self._own_folder(spec))
+            raise JobError("model_unavailable", unreadable(path, error)) from error
         found = read_config(directory).tts_model_type
         if found != _MODEL_TYPE_OF_TASK[spec.task]:
             problem = f"holds a {found} model, where {spec.id} is {_MODEL_TYPE_OF_TASK[spec.task]}"

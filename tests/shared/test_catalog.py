@@ -163,6 +163,15 @@ class TestMistakes:
         with pytest.raises(CatalogError, match=r"bad\.toml: "):
             load_catalog(tmp_path)
 
+    def test_unreadable(self, tmp_path: Path) -> None:
+        """What cannot be read in the place of a description, or of their folder, is an error that names it."""
+        (tmp_path / "bad.toml").mkdir()
+        with pytest.raises(CatalogError, match=r"bad\.toml cannot be read by .*: Is a directory"):
+            load_catalog(tmp_path)
+        (tmp_path / "file").touch()
+        with pytest.raises(CatalogError, match="file is not a folder"):
+            load_catalog(tmp_path / "file")
+
     @pytest.mark.parametrize("line", ['hf_id = "PLAIN"', 'aliases = ["x", "Plain"]'])
     def test_name_taken(self, tmp_path: Path, line: str) -> None:
         """A name must not find two models."""

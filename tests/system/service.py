@@ -1,6 +1,7 @@
 """The real service for tests: `python -m server` on a free port of the loopback, with every process that it starts."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -74,10 +75,17 @@ def environment(**settings: object) -> dict[str, str]:
     return inherited | ours | {"PYTHONPATH": str(ROOT)}
 
 
+def drop_privileges() -> None:
+    """For `preexec_fn`: root in the new process may not read what its modes forbid, nor take a port below 1024."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2, 10):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; other users lack them, and may not call this
+
+
 class Service:
     """One running service; `settings` are TTS_* variables without the prefix."""
 
-    def __init__(self, directory: Path, **settings: object) -> None:
+    def __init__(self, directory: Path, *, preexec_fn: Callable[[], None] | None = None, **settings: object) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / f"service-{self.port}.log"
@@ -93,6 +101,7 @@ class Service:
                 env=environment(**{**defaults, **settings}),
                 stdout=log,
                 stderr=log,
+                preexec_fn=preexec_fn,  # noqa: PLW1509 -- no other thread of the tests holds a lock
             )
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
 

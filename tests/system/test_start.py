@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from tests.ports import free_port
 from tests.system.service import (
     Service,
     children_of,
+    drop_privileges,
     environment,
     eventually,
     is_running,
@@ -35,6 +37,7 @@ def run(module: str, directory: Path, *arguments: str, **settings: object) -> "s
         text=True,
         timeout=30,
         check=False,
+        preexec_fn=drop_privileges,
     )
 
 
@@ -119,6 +122,49 @@ def is_free(port: int) -> bool:
     except PortError:
         return False
     return True
+
+
+def closed_folder(path: Path) -> Path:
+    """A folder that this user may not enter."""
+    path.mkdir()
+    path.chmod(0)
+    return path
+
+
+def test_what_may_not_be_read_is_named_with_the_user(tmp_path: Path) -> None:
+    """Folders of single models and of voices, the port and the file .env: what may not be used, and by which user."""
+    user = f"{pwd.getpwuid(os.geteuid()).pw_name} (uid {os.geteuid()})"
+    closed = closed_folder(tmp_path / "closed")
+    ended = run("server", tmp_path, MODEL_PATHS=f"0.6b={closed}", VOICES_DIR=closed / "voices", HOST="no.such.invalid")
+    assert ended.returncode == 2
+    assert f"TTS_MODEL_PATHS: {closed} cannot be read by {user}: Permission denied" in ended.stderr
+    assert f"TTS_VOICES_DIR: {closed / 'voices'} cannot be read by {user}: Permission denied" in ended.stderr
+    assert "TTS_HOST: 'no.such.invalid' is no IP address" in ended.stderr
+    ended = run("server", tmp_path, PORT=79, VOICES_DIR=tmp_path / "voices")
+    assert ended.returncode == 2
+    assert f"127.0.0.1 port 79 may not be listened on by {user}; choose" in ended.stderr
+    (tmp_path / ".env").touch(mode=0)
+    ended = run("gpu_worker", tmp_path, "health")
+    assert ended.returncode == 2
+    assert f".env cannot be read by {user}: Permission denied" in ended.stderr
+
+
+def test_espeak_speaks_without_the_folder_of_models(tmp_path: Path) -> None:
+    """A TTS_MODELS_DIR that may not be read is one line of the log; espeak-ng speaks, and the GPU worker lives."""
+    closed = closed_folder(tmp_path / "closed")
+    service = Service(tmp_path, MODELS_DIR=closed, preexec_fn=drop_privileges)
+    try:
+        assert service.wait_ready().speech("Hello.").status_code == httpx.codes.OK
+        qwen = next(model for model in service.http.get("/v1/models").json()["data"] if model["id"].startswith("qwen"))
+        stats = service.stats()
+        assert service.stop() == 0
+    finally:
+        service.kill()
+    log = service.log.read_text()
+    assert log.count(f"TTS_MODELS_DIR: {closed} cannot be read by ") == 1
+    assert "Traceback" not in log
+    assert f"{closed} cannot be read by " in qwen["detail"]
+    assert stats["worker"]["restarts"] == 0
 
 
 def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:

@@ -64,6 +64,25 @@ class TestEspeak:
         assert caught.value.code == "model_unavailable"
 
 
+@pytest.mark.parametrize("download", ["true", "false"])
+@pytest.mark.parametrize("looped", ["", "Qwen3-TTS-12Hz-0.6B-Base"])
+def test_a_folder_that_cannot_be_read(catalog: list[ModelSpec], tmp_path: Path, download: str, looped: str) -> None:
+    """A folder of models, or of one model, that the system refuses makes the model unavailable, with the reason."""
+    models_dir = tmp_path / "models"
+    if looped:
+        models_dir.mkdir()
+    folder = models_dir / looped
+    folder.symlink_to(folder)
+    factory = _factory(catalog, MODELS_DIR=str(models_dir), ALLOW_DOWNLOAD=download)
+    spec = next(spec for spec in catalog if spec.hf_id.endswith("0.6B-Base"))
+    assert str(factory.problem_of(spec)).startswith(f"{folder} cannot be read by ")
+    factory.prepare()  # of the other models
+    assert factory.estimated(spec) == spec
+    with pytest.raises(JobError, match="cannot be read by") as caught:
+        factory.open(spec)
+    assert caught.value.code == "model_unavailable"
+
+
 class TestQwen:
     """The engine that needs torch and a checkpoint."""
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from gpu_worker.engines.base import JobError
+from shared.access import unreadable
 
 _T = TypeVar("_T")
 
@@ -40,6 +41,6 @@ def read_json(path: Path, kind: type[_T]) -> _T:
     except FileNotFoundError as error:
         raise unavailable(path, "missing") from error
     except OSError as error:
-        raise unavailable(path, f"cannot be read: {error.strerror}") from error
+        raise JobError("model_unavailable", unreadable(path, error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise unavailable(path, f"is damaged: {error}") from error
