@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
@@ -223,6 +224,7 @@ def build_worker(
             shared_bytes=factory.shared_bytes,
             clock=time.monotonic,
         ),
+        buffer=AudioBuffer(settings.audio_buffer_mb * 2**20, pause_s=settings.sentence_pause_ms / 1000),
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
         clock=time.monotonic,

@@ -10,6 +10,7 @@ from typing import Final, assert_never
 
 import msgspec
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, JobError
 from gpu_worker.requests import Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
@@ -98,6 +99,7 @@ class ControlHandler:
         specs: Mapping[str, ModelSpec],
         residency: Residency,
         voices: VoiceStore,
+        buffer: AudioBuffer,
         submit: Callable[[Request], None],
         check_model: Callable[[str], None],
         clock: Callable[[], float],
@@ -106,6 +108,7 @@ class ControlHandler:
         self._specs = specs
         self._residency = residency
         self._voices = voices
+        self._buffer = buffer
         self._submit = submit
         self._check_model = check_model
         self._clock = clock
@@ -281,7 +284,7 @@ class ControlHandler:
                 id=caller.call_id,
                 client=client,
                 model=spec.id,
-                sink=Sink(caller.call_id, collect, credit=_UNLIMITED),
+                sink=Sink(caller.call_id, collect, credit=_UNLIMITED, buffer=self._buffer),
                 keep_alive_s=None,
                 arrived_at=self._clock(),
                 job=Job(

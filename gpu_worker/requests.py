@@ -1,6 +1,7 @@
 """A request: its state, its sink and its playback clock. Owned by the synthesis thread alone.
 
-    QUEUED -> RUNNING -> DRAINING -> DONE
+    QUEUED -> RUNNING <-> PARKED
+              RUNNING -> DRAINING -> DONE
 
 Only `Request` writes the state. It knows neither queue nor engine nor model: the Worker keeps these in step with it.
 """
@@ -13,26 +14,37 @@ from typing import Final, assert_never
 
 import msgspec
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, FinishReason, Job, JobError
+from gpu_worker.slot_policy import Holding
 from shared.pcm import SAMPLE_RATE, bytes_for
-from shared.protocol import Audio, Failed, Finished, Message, Started, StreamState, Timings, Usage
+from shared.protocol import Audio, Failed, Finished, Message, ShownState, Started, StreamState, Timings, Usage
 
 CLIENT_CHARS: Final = 20
 """Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
+
+BYTES_PER_S: Final = bytes_for(1.0)
+
+STALLED_AFTER_S: Final = 10.0
+"""A reader that has taken nothing for so long, though audio waits for it, counts as stalled.
+
+A reader at the speed of speech grants credit every 2.6 s: for 4 pieces of 0.64 s.
+"""
 
 Send = Callable[[Message, bytes | None], None]
 """Takes a message and its payload: audio, 24 kHz mono int16."""
 
 
 class RequestState(enum.Enum):
-    """QUEUED: in the scheduler, and only then. RUNNING: holds a slot, and only then.
+    """QUEUED: in the scheduler, and only then. RUNNING: holds a slot, and only then. PARKED: has left it for a while.
 
-    Only QUEUED and RUNNING requests hold a reference on their model. A request is counted when it leaves these states.
+    Only QUEUED, RUNNING and PARKED requests hold a reference on their model. A request is counted when it is DONE.
     DRAINING: said in full; the last audio waits for credit. DONE: the last message is sent, or the request cancelled.
     """
 
     QUEUED = "queued"
     RUNNING = "running"
+    PARKED = "parked"
     DRAINING = "draining"
     DONE = "done"
 
@@ -46,15 +58,22 @@ Outcome = Done | JobError | Cancelled
 
 
 class Sink:
-    """Where one request's speech goes: `send` gets its messages, never more audio than there is credit for."""
+    """Where one request's speech goes: `send` gets its messages, never more audio than there is credit for.
 
-    def __init__(self, request_id: str, send: Send, credit: int) -> None:
+    Audio without credit waits here: `waiting_bytes`, which are counted in `buffer`.
+    `unread_bytes` of the audio that was sent were not granted back: the web worker has not passed them on yet.
+    """
+
+    def __init__(self, request_id: str, send: Send, credit: int, buffer: AudioBuffer) -> None:
         self._id = request_id
         self._send = send
         self._credit = credit
+        self.buffer = buffer
         self._seq = 0
-        # An engine may emit one more piece in the step that used up the credit, and Finished follows behind it.
         self._waiting: deque[tuple[Message, bytes | None]] = deque()
+        self._unread: deque[int] = deque()  # the size of each piece
+        self.waiting_bytes = 0
+        self.unread_bytes = 0
 
     @property
     def stalled(self) -> bool:
@@ -66,20 +85,23 @@ class Sink:
         """Whether everything has been sent."""
         return not self._waiting
 
-    def grant(self, chunks: int) -> None:
-        """Add credit for `chunks` pieces, and send what waited for it. Negative credit counts as none."""
+    def grant(self, chunks: int) -> int:
+        """Add credit for `chunks` pieces. Returns the bytes of audio sent. Negative credit counts as none."""
         self._credit += max(0, chunks)
-        self._flush()
+        for _ in range(min(chunks, len(self._unread))):
+            self.unread_bytes -= self._unread.popleft()
+        return self._flush()
 
     def started(self, model: str) -> None:
         """Send Started."""
         self._send(Started(id=self._id, model=model, sample_rate=SAMPLE_RATE), None)
 
-    def audio(self, pcm: bytes) -> None:
-        """Send the next piece, or keep it until there is credit."""
+    def audio(self, pcm: bytes) -> int:
+        """Send the next piece, or keep it until there is credit. Returns the bytes of audio sent."""
         self._waiting.append((Audio(id=self._id, seq=self._seq), pcm))
         self._seq += 1
-        self._flush()
+        self._count(len(pcm))
+        return self._flush()
 
     def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
         """Send Finished behind the last piece."""
@@ -88,60 +110,63 @@ class Sink:
 
     def failed(self, error: JobError) -> None:
         """Send Failed at once, and drop the pieces that still wait."""
-        self._waiting.clear()
+        self.drop()
         self._send(failed_message(self._id, error), None)
 
-    def _flush(self) -> None:
+    def drop(self) -> None:
+        """Drop the messages that still wait."""
+        self._waiting.clear()
+        self._count(-self.waiting_bytes)
+
+    def _flush(self) -> int:
+        sent_bytes = 0
         while self._waiting:
             message, payload = self._waiting[0]
             if payload is not None:
                 if self._credit <= 0:
-                    return
+                    break
                 self._credit -= 1
+                self._unread.append(len(payload))
+                sent_bytes += len(payload)
             self._waiting.popleft()
             self._send(message, payload)
+        self.unread_bytes += sent_bytes
+        self._count(-sent_bytes)
+        return sent_bytes
+
+    def _count(self, n_bytes: int) -> None:
+        self.waiting_bytes += n_bytes
+        self.buffer.add(n_bytes)
 
 
 class Playback:
     """The clock of a player that starts with the first piece and keeps nothing back: the strictest there is.
 
-    `now` is the worker's monotonic seconds. `audio_s` is the audio delivered, `underrun_s` how long the player had run
-    out of it, `paused_s` how long the reader took nothing: the player stands still then, and that is no underrun.
+    `now` is the worker's monotonic seconds.
+    `underrun_s` is how long the player had played everything that was sent, while its reader could take more.
     """
 
     def __init__(self) -> None:
-        self.audio_s = 0.0
         self.underrun_s = 0.0
-        self.paused_s = 0.0
         self._ends_at: float | None = None
-        self._paused_at: float | None = None
 
     def add(self, seconds: float, now: float) -> None:
-        """Deliver the next piece."""
-        if self._paused_at is not None:
-            now = self._paused_at
+        """The next `seconds` of audio are sent."""
         if self._ends_at is None:
             self._ends_at = now
         elif now > self._ends_at:
             self.underrun_s += now - self._ends_at
             self._ends_at = now
         self._ends_at += seconds
-        self.audio_s += seconds
 
-    def pause(self, now: float) -> None:
-        """The reader takes no more for now."""
-        if self._paused_at is None:
-            self._paused_at = now
-
-    def resume(self, now: float) -> None:
-        """The reader takes more again; no effect if it was not paused."""
-        if self._paused_at is None:
-            return
-        paused_s = now - self._paused_at
-        self._paused_at = None
-        self.paused_s += paused_s
+    def resume(self, unread_s: float, now: float) -> None:
+        """The reader, which could take no more, takes more again. It still had `unread_s` of audio to read."""
         if self._ends_at is not None:
-            self._ends_at += paused_s
+            self._ends_at = max(self._ends_at, now + unread_s)
+
+    def ahead_s(self, now: float) -> float:
+        """How much of the audio that was sent the player has not played yet."""
+        return 0.0 if self._ends_at is None else max(0.0, self._ends_at - now)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -149,6 +174,8 @@ class Request:
     """A request from the queue to its last message. Times are the worker's monotonic seconds.
 
     `state` is written here alone; see RequestState for what it implies.
+    `parked_bytes` is the host RAM that its engine keeps for it while it is PARKED; it is counted in the sink's buffer.
+    `made_bytes` counts its audio, sent or waiting. `unread_since` is when its credit was used up; None with credit.
     """
 
     peer: bytes
@@ -163,52 +190,99 @@ class Request:
     model_ready_at: float = field(default=0.0, init=False)
     started_at: float | None = field(default=None, init=False)
     first_audio_at: float | None = field(default=None, init=False)
-    stalled_since: float | None = field(default=None, init=False)
+    unread_since: float | None = field(default=None, init=False)
+    parked_bytes: int = field(default=0, init=False)
+    made_bytes: int = field(default=0, init=False)
     retried: bool = field(default=False, init=False)
     playback: Playback = field(default_factory=Playback, init=False)
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the request could go on, or end, if its reader took more."""
-        return self.state is not RequestState.QUEUED and self.sink.stalled
+    _slot_since: float = field(default=0.0, init=False)
+    _idle_since: float | None = field(default=None, init=False)
+    _idle_s: float = field(default=0.0, init=False)
 
     def start(self, now: float) -> None:
         """QUEUED -> RUNNING: the engine has taken the job."""
         self.state = RequestState.RUNNING
-        self.started_at = now
+        self.started_at = self._slot_since = now
+        if self.sink.stalled:
+            self.unread_since = now
         self.sink.started(self.model)
 
+    def park(self, parked_bytes: int, now: float) -> None:
+        """RUNNING -> PARKED: the engine keeps the job off its slot, in so many bytes of host RAM."""
+        self.state = RequestState.PARKED
+        self._count_parked(parked_bytes)
+        self.set_idle(idle=True, now=now)
+
+    def unpark(self, now: float) -> None:
+        """PARKED -> RUNNING: the job has a slot again."""
+        self.state = RequestState.RUNNING
+        self._count_parked(0)
+        self._slot_since = now
+        self.set_idle(idle=False, now=now)
+
+    def set_idle(self, *, idle: bool, now: float) -> None:
+        """The engine makes no audio for the request, parked or held back; or it goes on."""
+        if idle and self._idle_since is None:
+            self._idle_since = now
+        elif not idle and self._idle_since is not None:
+            self._idle_s += now - self._idle_since
+            self._idle_since = None
+
     def push(self, pcm: bytes, now: float) -> None:
-        """Pass the next piece to the sink, and advance the playback clock."""
+        """Pass the next piece to the sink."""
         if self.first_audio_at is None:
             self.first_audio_at = now
-        self.sink.audio(pcm)
-        self.playback.add(len(pcm) / bytes_for(1.0), now)
-        if self.sink.stalled:
-            self.playback.pause(now)
+        self.made_bytes += len(pcm)
+        self._on_sent(self.sink.audio(pcm), now)
 
     def grant(self, chunks: int, now: float) -> None:
         """The reader can take `chunks` more pieces. DRAINING -> DONE if these were the last."""
-        self.sink.grant(chunks)
-        self.stalled_since = None
-        if not self.sink.stalled:
-            self.playback.resume(now)
+        if self.unread_since is not None:
+            self.playback.resume(self.sink.unread_bytes / BYTES_PER_S, now)
+        self.unread_since = None
+        self._on_sent(self.sink.grant(chunks), now)
         if self.state is RequestState.DRAINING and self.sink.drained:
             self.state = RequestState.DONE
 
     def end(self, outcome: Outcome, now: float) -> None:
         """Pass the outcome to the sink. Any state -> DONE, or DRAINING if audio still waits for credit."""
+        self._count_parked(0)
         match outcome:
             case Done(reason=reason, usage=usage):
                 self.sink.finished(reason, usage, self.timings(now))
             case JobError():
                 self.sink.failed(outcome)
             case Cancelled():
-                self.state = RequestState.DONE
-                return
+                self.sink.drop()
             case _:
                 assert_never(outcome)
         self.state = RequestState.DONE if self.sink.drained else RequestState.DRAINING
+
+    def _count_parked(self, parked_bytes: int) -> None:
+        self.sink.buffer.add(parked_bytes - self.parked_bytes)
+        self.parked_bytes = parked_bytes
+
+    def _on_sent(self, sent_bytes: int, now: float) -> None:
+        if sent_bytes:
+            self.playback.add(sent_bytes / BYTES_PER_S, now)
+        if self.sink.stalled and self.unread_since is None:
+            self.unread_since = now
+
+    def unread_s(self, now: float) -> float:
+        """How long the reader has taken nothing, though it could have: 0 with credit."""
+        return 0.0 if self.unread_since is None else now - self.unread_since
+
+    def holding(self, now: float) -> Holding:
+        """What decides about its slot."""
+        unheard_s = self.playback.ahead_s(now)
+        if self.sink.stalled:
+            unheard_s = max(unheard_s, self.sink.unread_bytes / BYTES_PER_S)
+        return Holding(self.job.id, self.sink.waiting_bytes / BYTES_PER_S + unheard_s, now - self._slot_since)
+
+    def synthesis_s(self, now: float) -> float:
+        """The time from the start up to `now`, without the time for which the engine made no audio for it."""
+        idle_s = self._idle_s + (0.0 if self._idle_since is None else now - self._idle_since)
+        return 0.0 if self.started_at is None else now - self.started_at - idle_s
 
     def timings(self, now: float) -> Timings:
         """Where the time went, in seconds, up to `now`."""
@@ -222,15 +296,23 @@ class Request:
 
     def to_struct(self, now: float) -> StreamState:
         """The part of the request that dashboards show."""
-        queued = self.state is RequestState.QUEUED
         return StreamState(
             id=self.id,
             model=self.model,
             client=self.client[:CLIENT_CHARS],
-            state="waiting" if queued else "stalled" if self.stalled else "speaking",
+            state=self.shown_state(now),
             age_s=round(now - self.arrived_at, 3),
-            audio_s=round(self.playback.audio_s, 3),
+            audio_s=round(self.made_bytes / BYTES_PER_S, 3),
+            buffered_s=round(self.sink.waiting_bytes / BYTES_PER_S, 3),
         )
+
+    def shown_state(self, now: float) -> ShownState:
+        """The state that dashboards show."""
+        if self.state is RequestState.QUEUED:
+            return "waiting"
+        if self.unread_s(now) > STALLED_AFTER_S:
+            return "stalled"
+        return "generating" if self.state is RequestState.RUNNING else "buffered"
 
 
 def failed_message(message_id: str, error: JobError) -> Failed:

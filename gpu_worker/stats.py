@@ -5,18 +5,19 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, assert_never
+from typing import Any, Final, Literal
 
 import msgspec
 
-from gpu_worker.engines.base import Done, JobError
-from gpu_worker.requests import Cancelled, Outcome, Request, RequestState
+from gpu_worker.audio_buffer import AudioBuffer
+from gpu_worker.requests import BYTES_PER_S, Request, RequestState
 from gpu_worker.residency import MemoryProbe, TransitionDone, TransitionFailed
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
+    BufferMemory,
     CleanupPass,
     Counters,
     DeviceMemory,
@@ -28,11 +29,17 @@ from shared.protocol import (
     Snapshot,
 )
 
+Ending = Literal["finished", "failed", "cancelled"]
+"""How a request ended."""
+
 MEMORY_READING_S: Final = 0.2
 """How long one reading of the device's and the host's memory is used: every GET /admin/vram needs one."""
 
 MAX_STREAMS: Final = 50
 """Streams in a snapshot: some hundred bytes each, in every answer to a ping."""
+
+_SHOWN_FIRST: Final = {RequestState.RUNNING: 0, RequestState.PARKED: 1, RequestState.DRAINING: 1}
+"""The order of the streams in a snapshot; queued requests come last."""
 
 
 class Stats:
@@ -80,18 +87,22 @@ class Stats:
         histogram = self._stats_of(request.model).first_audio_s
         self._replace(request.model, first_audio_s=_with_value(histogram, FIRST_AUDIO_BOUNDS_S, seconds))
 
-    def request_finished(self, request: Request, outcome: Outcome) -> None:
-        """Count a request that now leaves its slot or the queue; speech said in full also counts in the histograms."""
-        match outcome:
-            case Done():
-                self._counts["finished"] += 1
-                self._record_speech(request)
-            case JobError():
-                self._counts["failed"] += 1
-            case Cancelled():
-                self._counts["cancelled"] += 1
-            case _:
-                assert_never(outcome)
+    def request_ended(self, ending: Ending) -> None:
+        """Count a request whose last message is sent, or that was cancelled."""
+        self._counts[ending] += 1
+
+    def speech_made(self, request: Request) -> None:
+        """Record the speech of a request in the histograms: all of it is made now.
+
+        What is not sent yet waits for the reader, and causes no underrun.
+        """
+        before = self._stats_of(request.model)
+        real_time_factor = before.real_time_factor
+        if request.made_bytes:
+            seconds = request.synthesis_s(self._clock()) / (request.made_bytes / BYTES_PER_S)
+            real_time_factor = _with_value(real_time_factor, REAL_TIME_FACTOR_BOUNDS, seconds)
+        underrun_s = _with_value(before.underrun_s, UNDERRUN_BOUNDS_S, request.playback.underrun_s)
+        self._replace(request.model, real_time_factor=real_time_factor, underrun_s=underrun_s)
 
     def transition_ended(self, report: TransitionDone | TransitionFailed) -> None:
         """Count a model transition, or its failure."""
@@ -117,6 +128,7 @@ class Stats:
         running: int,
         queued: int,
         slots: int,
+        buffer: AudioBuffer,
         models: list[ModelStatus],
         offloaded_bytes: int,
         cleanup: CleanupPass | None,
@@ -124,15 +136,16 @@ class Stats:
         requests: Iterable[Request],
         preloading: Sequence[str] = (),
     ) -> Snapshot:
-        """The state of the worker now. `requests` are all open ones; those with a slot are listed first.
+        """The state of the worker now.
 
+        `requests` are all open ones; those with a slot are listed first, queued ones last.
         `offloaded_bytes`: host RAM that models hold.
         """
         now = self._clock()
         if self._memory is None or now - self._memory_read_at >= MEMORY_READING_S:
             self._memory, self._memory_read_at = (self._probe.device(), self._probe.host()), now
         device, host = self._memory
-        streams = sorted(requests, key=lambda request: request.state is RequestState.QUEUED)
+        streams = sorted(requests, key=lambda request: _SHOWN_FIRST.get(request.state, 2))
         return Snapshot(
             pid=os.getpid(),
             boot_id=self.boot_id,
@@ -142,6 +155,9 @@ class Stats:
             running=running,
             queued=queued,
             slots=slots,
+            buffered=sum(request.state in {RequestState.PARKED, RequestState.DRAINING} for request in streams),
+            stalled=sum(request.shown_state(now) == "stalled" for request in streams),
+            audio_buffer=BufferMemory(used_bytes=buffer.used_bytes, budget_bytes=buffer.budget_bytes),
             requests=Counters(**self._counts),
             models=models,
             device=device,
@@ -154,14 +170,6 @@ class Stats:
             model_stats=dict(self._model_stats),
             streams=[request.to_struct(now) for request in islice(streams, MAX_STREAMS)],
         )
-
-    def _record_speech(self, request: Request) -> None:
-        playback, real_time_factor = request.playback, self._stats_of(request.model).real_time_factor
-        if playback.audio_s and request.started_at is not None:
-            synthesis_s = self._clock() - request.started_at - playback.paused_s
-            real_time_factor = _with_value(real_time_factor, REAL_TIME_FACTOR_BOUNDS, synthesis_s / playback.audio_s)
-        underrun_s = _with_value(self._stats_of(request.model).underrun_s, UNDERRUN_BOUNDS_S, playback.underrun_s)
-        self._replace(request.model, real_time_factor=real_time_factor, underrun_s=underrun_s)
 
     def _stats_of(self, model: str) -> ModelStats:
         return self._model_stats.get(model, ModelStats())

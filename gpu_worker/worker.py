@@ -1,18 +1,20 @@
 """The synthesis loop: commands, admission, steps, stalled readers, out of memory, drain.
 
-Every turn handles commands, admits requests, steps every runnable engine, delivers the events, and starts transitions.
+Every turn handles commands, gives slots to requests, steps every runnable engine, delivers the events,
+and starts transitions.
 Worker owns all requests, on one thread; queues are all it shares with the other threads.
 It owns no socket (see `transport`), writes no voice (see `voices`), and decides neither which request is next
-(see `scheduler`) nor which model is where (see `residency`).
+(see `scheduler`), nor which one gives its slot to another (see `slots`), nor which model is where (see `residency`).
 """
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, assert_never
 
 import msgspec
 import structlog
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
@@ -29,7 +31,8 @@ from gpu_worker.residency import (
     TransitionFailed,
 )
 from gpu_worker.scheduler import Scheduler
-from gpu_worker.stats import Stats
+from gpu_worker.slots import Place, Slots
+from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
 from gpu_worker.voices import VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
@@ -53,6 +56,9 @@ IDLE_TURN_S: Final = 0.05
 
 UNKNOWN_SLOTS: Final = 8
 """The slots of a model that has not been resident yet: a model has as many on a CPU, and seldom fewer on a GPU."""
+
+READERS_CHECK_S: Final = 0.1
+"""Seconds between two looks at the readers of all open requests: there may be thousands."""
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +92,7 @@ class Worker:
         residency: Residency,
         voices: VoiceStore,
         stats: Stats,
+        buffer: AudioBuffer,
         max_concurrency: int,
         stall_timeout_s: float,
         clock: Callable[[], float],
@@ -99,12 +106,14 @@ class Worker:
         self._residency = residency
         self._voices = voices
         self._stats = stats
-        self._max_concurrency = max_concurrency
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
         self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
-        self._running: dict[str, Request] = {}  # by job id; those that are RUNNING
+        self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
+        self._newcomer_is_next = True
+        self._held_back: set[str] = set()  # the jobs that the last step left out
+        self._readers_checked_at = clock()
         self._out_of_memory: set[str] = set()  # models whose next step is the second try
         self._slots_of: dict[str, int] = {}  # by model, as many as it had when it became resident
         self._drain_until: float | None = None
@@ -113,6 +122,7 @@ class Worker:
             specs=self._specs,
             residency=residency,
             voices=voices,
+            buffer=buffer,
             submit=self._submit,
             check_model=self._check_model,
             clock=clock,
@@ -135,15 +145,15 @@ class Worker:
             raise
 
     def turn(self) -> None:
-        """One round: commands, admission, one step of every runnable engine, transitions.
+        """One round: commands, slots, one step of every runnable engine, transitions.
 
         Transitions start between the steps and the next commands: a busy model may be idle for just that moment,
         and others may be waiting for its room.
         """
         self._handle_commands()
-        self._admit()
+        self._give_slots()
         self._step_engines()
-        self._end_stalled()
+        self._check_readers()
         for refusal in self._residency.advance():
             self._refuse(refusal)
         self._control.answer_finished()
@@ -151,7 +161,7 @@ class Worker:
     # --- commands --------------------------------------------------------------------------------------------------
 
     def _handle_commands(self) -> None:
-        wait_s = 0.0 if self._runnable(self._stalled_jobs()) else IDLE_TURN_S
+        wait_s = 0.0 if self._runnable(self._slots.held_back()) else IDLE_TURN_S
         try:
             command = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
             while True:
@@ -200,7 +210,7 @@ class Worker:
                 assert_never(message)
 
     def _speak(self, peer: bytes, speak: Speak, payload: bytes | None) -> None:
-        sink = Sink(speak.id, lambda message, pcm: self._send(peer, message, pcm), speak.credit)
+        sink = Sink(speak.id, lambda message, pcm: self._send(peer, message, pcm), speak.credit, self._slots.buffer)
         try:
             reference = self._reference_of(speak, payload)
             self._submit(
@@ -243,8 +253,7 @@ class Worker:
         request = self._open.get((peer, request_id))
         if request is not None:
             request.grant(chunks, self._clock())
-            if request.state is RequestState.DONE:
-                del self._open[peer, request_id]
+            self._forget_if_done(request, "finished")
 
     def _cancel(self, peer: bytes, request_id: str) -> None:
         self._control.forget(peer, request_id)
@@ -308,31 +317,99 @@ class Worker:
         self._check_model(request.model)
         if (request.peer, request.id) in self._open:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
-        can_start, free_slots = self._can_start(request.model), self._free_slots(request.model)
-        self._scheduler.submit(request, self._slots(), free_slots=free_slots, can_start=can_start)
+        can_start = self._can_start(request.model)
+        free_slots = self._slots.free(request.model, unknown=self._slots_of.get(request.model, UNKNOWN_SLOTS))
+        self._scheduler.submit(request, len(self._slots), free_slots=free_slots, can_start=can_start)
         self._open[request.peer, request.id] = request
         self._residency.acquire(request.model)
         self._control.answer_finished()  # fail the unloads that the request prevents, even if it is over in a moment
-        self._admit()
+        self._give_slots()
 
-    def _admit(self) -> None:
-        while (request := self._scheduler.next(self._can_start)) is not None:
-            try:
-                self._residency.engines[request.model].admit(request.job)
-            except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
-                self._admission_failed(request, error)
+    def _give_slots(self) -> None:
+        """Give a slot to every request that can have one.
+
+        Newcomers and parked requests that run dry take turns. The rest of the free slots go to other parked requests.
+        """
+        self._slots.out_of_room = False
+        while self._start_or_unpark() or self._unpark_next(hungry=False):
+            pass
+
+    def _start_or_unpark(self) -> bool:
+        """Give one slot to a newcomer or to a hungry parked request; False if neither can have one."""
+        if self._newcomer_is_next and self._start_next():
+            self._newcomer_is_next = False
+            return True
+        if self._unpark_next(hungry=True):
+            self._newcomer_is_next = True
+            return True
+        return not self._newcomer_is_next and self._start_next()
+
+    def _start_next(self) -> bool:
+        request = self._scheduler.next(self._can_start)
+        place = None if request is None else self._slots.place_for_newcomer(request.model)
+        if request is None or place is None:
+            return False
+        if not self._vacate(place):
+            self._scheduler.put_back(request)
+            return False
+        try:
+            self._residency.engines[request.model].admit(request.job)
+        except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
+            self._admission_failed(request, error)
+        else:
+            self._slots.running[request.job.id] = request
+            self._stats.request_started()
+            request.start(self._clock())
+        return True
+
+    def _unpark_next(self, *, hungry: bool) -> bool:
+        """Put the parked request with the least audio in hand into a slot; with `hungry`, only if it runs dry."""
+        if not self._slots.parked:
+            return False
+        request = self._slots.next_parked([model for model in self._residency.engines if self._takes_jobs(model)])
+        if request is None or (hungry and not request.holding(self._clock()).is_hungry):
+            return False
+        place = self._slots.place_for_parked(request)
+        if place is None or not self._vacate(place):
+            return False
+        try:
+            self._residency.engines[request.model].unpark(request.job.id)
+        except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
+            self._recover(request.model, error)
+            return False
+        del self._slots.parked[request.job.id]
+        self._slots.running[request.job.id] = request
+        request.unpark(self._clock())
+        return True
+
+    def _vacate(self, place: Place) -> bool:
+        """Park the request that holds `place`, if there is one; False if it could not be parked."""
+        request = place.parks
+        if request is None:
+            return True
+        try:
+            parked_bytes = self._residency.engines[request.model].park(request.job.id)
+        except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
+            if is_out_of_memory(error):
+                log.warning("no_host_ram_to_park", model=request.model, request_id=request.id)
+                self._slots.stop_parking()
             else:
-                self._running[request.job.id] = request
-                self._stats.request_started()
-                request.start(self._clock())
+                self._recover(request.model, error)
+            return False
+        del self._slots.running[request.job.id]
+        self._slots.parked[request.job.id] = request
+        request.park(parked_bytes, self._clock())
+        return True
+
+    def _takes_jobs(self, model: str) -> bool:
+        """Whether the model's engine may take a job into a slot, if there is one.
+
+        While memory is being freed for a step, a job would take that memory.
+        """
+        return model in self._residency.engines and model not in self._out_of_memory and not self._residency.evicting
 
     def _can_start(self, model: str) -> bool:
-        engine = self._residency.engines.get(model)
-        if engine is None:
-            return False
-        if model in self._out_of_memory or self._residency.evicting:
-            return False  # the request would take the memory that is being freed
-        return len(self._running) < self._max_concurrency and engine.capacity() > 0
+        return self._takes_jobs(model) and self._slots.place_for_newcomer(model) is not None
 
     def _admission_failed(self, request: Request, error: Exception) -> None:
         if isinstance(error, JobError):
@@ -356,20 +433,32 @@ class Worker:
     def _finish(self, request: Request, outcome: Outcome) -> None:
         """End `request`, in whichever state it is. No other method ends one.
 
-        A request in the queue or in a slot leaves it, drops its reference on the model, and is counted: once.
+        A request in the queue, in a slot or parked leaves it, and drops its reference on the model.
         Speech that is complete but not sent stays open as DRAINING; a second outcome may end that early.
         """
-        if request.state in {RequestState.QUEUED, RequestState.RUNNING}:
+        if request.state in {RequestState.QUEUED, RequestState.RUNNING, RequestState.PARKED}:
             self._release(request, outcome)
-            self._stats.request_finished(request, outcome)
-            if isinstance(outcome, JobError):
-                log.info("request_failed", request_id=request.id, model=request.model, code=outcome.code)
         request.end(outcome, self._clock())
+        match outcome:
+            case Done():
+                self._stats.speech_made(request)
+                self._forget_if_done(request, "finished")
+            case JobError():
+                log.info("request_failed", request_id=request.id, model=request.model, code=outcome.code)
+                self._forget_if_done(request, "failed")
+            case Cancelled():
+                self._forget_if_done(request, "cancelled")
+            case _:
+                assert_never(outcome)
+
+    def _forget_if_done(self, request: Request, ending: Ending) -> None:
+        """Count a request whose last message is sent, and forget it; each request once."""
         if request.state is RequestState.DONE:
             del self._open[request.peer, request.id]
+            self._stats.request_ended(ending)
 
     def _release(self, request: Request, outcome: Outcome) -> None:
-        """Take `request` out of the queue or its slot, and drop its reference on the model.
+        """Take `request` out of the queue, its slot or where it is parked, and drop its reference on the model.
 
         Only a request that held a slot decides how long the model stays.
         """
@@ -378,35 +467,43 @@ class Worker:
             self._residency.abandon(request.model)
             return
         if not isinstance(outcome, Cancelled):
-            self._scheduler.record_slot_time(self._clock() - (request.started_at or 0.0))
+            self._scheduler.record_slot_time(request.synthesis_s(self._clock()))
         model = request.model
-        del self._running[request.job.id]
+        self._slots.remove(request)
         engine = self._residency.engines[model]
         engine.cancel(request.job.id)
         self._residency.measured(model, engine.memory())
-        if all(other.model != model for other in self._running.values()):
+        if all(other.model != model for other in self._slots.running.values()):
             self._out_of_memory.discard(model)  # there is no step left to retry
         self._residency.release(model, request.keep_alive_s)
 
-    def _end_stalled(self) -> None:
-        """Fail the requests whose reader took nothing for `stall_timeout_s`: a stalled request must not keep a slot."""
+    def _check_readers(self) -> None:
+        """Fail the requests whose reader took nothing for `stall_timeout_s`.
+
+        If a request could start but for the full buffer, the one that has been stalled for the longest time fails.
+        """
         now = self._clock()
-        for request in list(self._open.values()):
-            if not request.stalled:
-                request.stalled_since = None
-            elif request.stalled_since is None:
-                request.stalled_since = now
-            elif now - request.stalled_since > self._stall_timeout_s:
-                message = f"nothing was read for {self._stall_timeout_s:.0f} s"
-                self._finish(request, JobError("client_too_slow", message))
+        if now - self._readers_checked_at < READERS_CHECK_S:
+            return
+        self._readers_checked_at = now
+        for request in [request for request in self._open.values() if request.unread_s(now) > self._stall_timeout_s]:
+            self._fail_slow(request, f"nothing was read for {self._stall_timeout_s:.0f} s")
+        if self._slots.out_of_room:
+            stalled = self._slots.longest_stalled(self._open.values())
+            if stalled is not None:
+                reason = f"nothing was read for {stalled.unread_s(now):.0f} s, and the buffer is full"
+                self._fail_slow(stalled, reason)
+
+    def _fail_slow(self, request: Request, reason: str) -> None:
+        self._finish(request, JobError("client_too_slow", reason))
 
     # --- synthesis -------------------------------------------------------------------------------------------------
 
     def _step_engines(self) -> None:
-        stalled = self._stalled_jobs()
-        for model in self._runnable(stalled):
+        held_back = self._hold_back()
+        for model in self._runnable(held_back):
             try:
-                events = self._residency.engines[model].step(stalled)
+                events = self._residency.engines[model].step(held_back)
             except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
                 self._recover(model, error)
                 continue
@@ -415,7 +512,7 @@ class Worker:
                 self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
-        request = self._running.get(event.job_id)
+        request = self._slots.get(event.job_id)
         if request is None:
             return  # cancelled since
         match event:
@@ -436,24 +533,24 @@ class Worker:
         Out of memory: evict idle models and try the step once more; then fail the youngest request.
         Nothing can be evicted while a model is on its way to the device, so the second try comes at once then.
         A broken device (a CUDA error that sticks to the process): fail everything; a new process is needed.
-        Anything else: fail the running requests of this engine; queued and later requests get a new engine.
+        Anything else: fail the requests that this engine has; queued and later requests get a new engine.
         """
-        requests = [request for request in self._running.values() if request.model == model]
-        if is_out_of_memory(error) and requests:
+        running = _of_model(model, self._slots.running.values())
+        if is_out_of_memory(error) and running:
             self._stats.out_of_memory(model)
             if model not in self._out_of_memory:
                 log.warning("out_of_memory_evicting_idle_models", model=model)
                 self._out_of_memory.add(model)
                 self._residency.evict_idle()
                 return
-            youngest = max(requests, key=lambda request: request.started_at or 0.0)
+            youngest = max(running, key=lambda request: request.started_at or 0.0)
             log.warning("out_of_memory_failing_youngest_request", model=model, request_id=youngest.id)
             message = f"{model}: the device's memory is used up: {error}"
             self._finish(youngest, JobError("insufficient_vram", message, retry_after_s=5))
             return
         log.error("engine_failed", model=model, exc_info=error)
         _raise_if_broken(error)
-        for request in requests:
+        for request in _of_model(model, self._slots):
             self._finish(request, JobError("synthesis_failed", f"{model} failed while it was speaking: {error}"))
         self._residency.replace_engine(model)
 
@@ -467,28 +564,23 @@ class Worker:
             request.sink.failed(failed)
         self._control.fail_pending(failed)
 
-    def _stalled_jobs(self) -> set[str]:
-        """The running jobs whose reader takes no more audio for now."""
-        return {job_id for job_id, request in self._running.items() if request.stalled}
+    def _hold_back(self) -> set[str]:
+        """The jobs that the next step leaves out, because their requests have enough audio in the buffer."""
+        now, held_back = self._clock(), self._slots.held_back()
+        for job_id in held_back ^ self._held_back:
+            request = self._slots.running.get(job_id)
+            if request is not None:
+                request.set_idle(idle=job_id in held_back, now=now)
+        self._held_back = held_back
+        return held_back
 
-    def _runnable(self, stalled: set[str]) -> list[str]:
+    def _runnable(self, held_back: set[str]) -> list[str]:
         """The models whose engine has work; a model that ran out of memory waits while idle models are evicted."""
         waiting = self._out_of_memory if self._residency.evicting else ()
         engines = self._residency.engines.items()
-        return [model for model, engine in engines if model not in waiting and engine.runnable(stalled)]
+        return [model for model, engine in engines if model not in waiting and engine.runnable(held_back)]
 
     # --- the process -----------------------------------------------------------------------------------------------
-
-    def _slots(self) -> int:
-        """How many requests can hold a slot at once, going by the resident engines; without one, the maximum."""
-        slots = sum(engine.capacity() for engine in self._residency.engines.values()) + len(self._running)
-        return min(self._max_concurrency, slots) if self._residency.engines else self._max_concurrency
-
-    def _free_slots(self, model: str) -> int:
-        """How many more requests for the model can hold a slot. A model that is not resident has as many as before."""
-        engine = self._residency.engines.get(model)
-        free = engine.capacity() if engine is not None else self._slots_of.get(model, UNKNOWN_SLOTS)
-        return min(free, self._max_concurrency - len(self._running))
 
     def _welcome(self) -> Welcome:
         snapshot = self._snapshot()
@@ -503,9 +595,10 @@ class Worker:
     def _snapshot(self) -> Snapshot:
         return self._stats.snapshot(
             accepting=self._drain_until is None,
-            running=len(self._running),
+            running=len(self._slots.running),
             queued=len(self._scheduler),
-            slots=self._slots(),
+            slots=len(self._slots),
+            buffer=self._slots.buffer,
             models=self._residency.statuses(),
             offloaded_bytes=self._residency.offloaded_bytes(),
             cleanup=self._residency.last_cleanup,
@@ -517,7 +610,7 @@ class Worker:
     def _begin_drain(self, deadline_s: float) -> None:
         if self._drain_until is not None:
             return
-        log.info("draining", running=len(self._running), queued=len(self._scheduler))
+        log.info("draining", running=len(self._slots.running), queued=len(self._scheduler))
         self._drain_until = self._clock() + deadline_s
         for request in list(self._scheduler):
             self._finish(request, _shutting_down())
@@ -528,6 +621,10 @@ class Worker:
         if self._clock() > self._drain_until:
             return True
         return not self._open and not self._voices.writing
+
+
+def _of_model(model: str, requests: Iterable[Request]) -> list[Request]:
+    return [request for request in requests if request.model == model]
 
 
 def _raise_if_broken(error: Exception) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 from shared.catalog import ModelSpec
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 Task = Literal["CustomVoice", "VoiceDesign", "Base"]
@@ -246,6 +246,13 @@ class HostMemory(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int
 
 
+class BufferMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Host RAM in bytes of audio that waits for its readers and of parked requests, and its budget."""
+
+    used_bytes: int
+    budget_bytes: int
+
+
 class CleanupPass(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one pass over idle models. `timestamp` is in Unix seconds; bytes were measured before and after.
 
@@ -292,7 +299,7 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The statistics of one model since the worker started.
 
     The first three count streams. `first_audio_s`: from the arrival of a request to its first audio.
-    `real_time_factor`: seconds of synthesis for each second of audio, without the time that its reader stalled.
+    `real_time_factor`: seconds of synthesis for each second of audio, without the time that the request was parked.
     `underrun_s`: the time in which a player that starts with the first audio would have had nothing to play.
     `transitions_s` and `failed_transitions` are by kind: load, restore, offload or drop.
     """
@@ -305,24 +312,34 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     out_of_memory: int = 0
 
 
-class StreamState(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, without its text. `age_s` is the time since its arrival, `audio_s` the audio made so far.
+ShownState = Literal["waiting", "generating", "buffered", "stalled"]
+"""waiting: for its first slot, or its model. generating: it has a slot.
+buffered: it has none, because its speech is complete or enough for now.
+stalled: its reader has taken nothing for 10 s, with a slot or without.
+"""
 
-    waiting: for a slot or its model. stalled: its reader takes no audio.
-    `client` is the beginning of the key of fairness.
+
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, without its text. `client` is the beginning of the key of fairness.
+
+    `age_s` is the time since its arrival, `audio_s` the audio made so far, `buffered_s` the part that is not sent yet.
     """
 
     id: str
     model: str
     client: str
-    state: Literal["waiting", "speaking", "stalled"]
+    state: ShownState
     age_s: float
     audio_s: float
+    buffered_s: float = 0.0
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The worker's state when it answered a ping: all that health, metrics and dashboards read.
 
+    `running` requests hold a slot, `slots` is how many can. `queued` ones wait for their first slot.
+    `buffered` ones hold none: their audio is complete or enough for now, and waits for its readers.
+    `stalled`, of those with a slot and those without: the reader has taken nothing for 10 s.
     It is sent several times a second, so `model_stats` has active models alone and `streams` the oldest few.
     `restarts` is the number of workers that the supervisor started before this one.
     """
@@ -335,6 +352,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     queued: int
     slots: int
+    buffered: int
+    stalled: int
+    audio_buffer: BufferMemory
     requests: Counters
     models: list[ModelStatus]
     device: DeviceMemory

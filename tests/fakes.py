@@ -13,6 +13,7 @@ from shared.catalog import ModelSpec, load_catalog
 from shared.protocol import (
     VERSION,
     Audio,
+    BufferMemory,
     Call,
     Cancel,
     Counters,
@@ -59,6 +60,9 @@ def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
         running=0,
         queued=0,
         slots=8,
+        buffered=0,
+        stalled=0,
+        audio_buffer=BufferMemory(used_bytes=96_000, budget_bytes=480_000),
         requests=Counters(started=5, finished=3, failed=1, cancelled=1),
         models=[
             ModelStatus(

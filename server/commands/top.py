@@ -19,7 +19,7 @@ from server.commands.output import console, megabytes
 SUMMARY: Final = "watch the models, memory, queue and streams of a running service"
 
 _STATE_STYLES: Final = {"resident": "green", "loading": "yellow", "offloaded": "cyan", "unavailable": "red"}
-_STREAM_STYLES: Final = {"speaking": "green", "stalled": "yellow"}
+_STREAM_STYLES: Final = {"generating": "green", "buffered": "cyan", "stalled": "yellow"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +74,13 @@ def _service(stats: dict[str, Any]) -> RenderableType:
         Text("requests", style="bold"),
         f"running {stats.get('running', 0)} / {stats.get('slots', 0)}",
         f"queued {stats.get('queued', 0)}",
-        "  ".join(f"{name} {count}" for name, count in requests.items()),
+        f"buffered {stats.get('buffered', 0)}",
+        f"stalled {stats.get('stalled', 0)}",
     )
-    return table
+    buffer = stats.get("audio_buffer") or {}
+    used, budget = (megabytes(buffer.get(f"{kind}_bytes") or 0) for kind in ("used", "budget"))
+    counts = "  ".join(f"{name} {count}" for name, count in requests.items())
+    return Group(table, Text(f"{counts}   audio buffer {used} of {budget}"))
 
 
 def _device(vram: dict[str, Any]) -> RenderableType:
@@ -116,7 +120,7 @@ def _models(vram: dict[str, Any]) -> RenderableType:
 
 def _streams(stats: dict[str, Any]) -> RenderableType:
     streams = stats.get("streams") or []
-    table = Table("stream", "model", "client", "state", "age", "audio", box=None)
+    table = Table("stream", "model", "client", "state", "age", "audio", "buffered", box=None)
     for stream in streams:
         state = str(stream.get("state", "?"))
         table.add_row(
@@ -124,8 +128,9 @@ def _streams(stats: dict[str, Any]) -> RenderableType:
             Text(state, style=_STREAM_STYLES.get(state, "dim")),
             f"{stream.get('age_s') or 0:.1f} s",
             f"{stream.get('audio_s') or 0:.1f} s",
+            f"{stream.get('buffered_s') or 0:.1f} s",
         )
-    more = (stats.get("running") or 0) + (stats.get("queued") or 0) - len(streams)
+    more = sum(stats.get(name) or 0 for name in ("running", "buffered", "queued")) - len(streams)
     return Group(table, Text(f"and {more} more", style="dim")) if streams and more > 0 else table
 
 

@@ -19,6 +19,7 @@ from server.resolution import resolve_model
 from server.version import VERSION
 from shared.protocol import (
     Action,
+    BufferMemory,
     Cleanup,
     CleanupPass,
     Counters,
@@ -57,7 +58,10 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests now and since the GPU worker started; `web_pid` is the web worker that answers.
 
-    `streams`: requests with a slot, then those that wait for one; the oldest first, at most fifty.
+    `running` requests hold one of `slots`; `queued` ones wait for one.
+    `buffered` ones hold none: their speech waits for the client in the audio buffer, or the client has enough of it.
+    `stalled`, of either kind: the client has read nothing for 10 s.
+    `streams`: requests with a slot, buffered ones, then those that wait; the oldest first, at most fifty.
     """
 
     web_pid: int
@@ -67,6 +71,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     queued: int
     slots: int
+    buffered: int
+    stalled: int
+    audio_buffer: BufferMemory
     requests: Counters
     streams: list[StreamState]
 
@@ -131,6 +138,9 @@ async def stats(engine: EngineDependency) -> Stats:
         running=snapshot.running,
         queued=snapshot.queued,
         slots=snapshot.slots,
+        buffered=snapshot.buffered,
+        stalled=snapshot.stalled,
+        audio_buffer=snapshot.audio_buffer,
         requests=snapshot.requests,
         streams=snapshot.streams,
     )

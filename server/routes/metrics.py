@@ -75,6 +75,10 @@ def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
     yield _counter("tts_requests", "Requests that have ended, by outcome.", outcomes, ["outcome"])
     yield _gauge("tts_requests_running", "Requests that hold a slot.", [((), snapshot.running)])
     yield _gauge("tts_requests_queued", "Requests that wait for a slot.", [((), snapshot.queued)])
+    yield _gauge(
+        "tts_requests_buffered", "Requests without a slot whose speech waits for them.", [((), snapshot.buffered)]
+    )
+    yield _gauge("tts_requests_stalled", "Requests whose client has read nothing for 10 s.", [((), snapshot.stalled)])
     yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
 
 
@@ -85,10 +89,12 @@ def _memory_families(snapshot: Snapshot) -> Iterator[Metric]:
     held = [((model.id, purpose), size) for model in snapshot.models for purpose, size in model.bytes.items()]
     states = [((model.id, state), model.state == state) for model in snapshot.models for state in get_args(PublicState)]
     offloaded = [((), snapshot.host.offloaded_bytes)]
+    buffer = [((kind,), getattr(snapshot.audio_buffer, f"{kind}_bytes")) for kind in ("used", "budget")]
     yield _gauge("tts_device_memory_bytes", "The device's memory, as its driver reports it.", device, ["kind"])
     yield _gauge("tts_shared_bytes", "Memory on the device that several models use together.", shared, ["purpose"])
     yield _gauge("tts_model_bytes", "Memory on the device that a model uses, by purpose.", held, ["model", "purpose"])
     yield _gauge("tts_host_offloaded_bytes", "Offloaded weights in host RAM.", offloaded)
+    yield _gauge("tts_audio_buffer_bytes", "Speech in host RAM that waits for clients.", buffer, ["kind"])
     yield _gauge("tts_model_state", "1 for the state that a model is in.", states, ["model", "state"])
 
 

@@ -4,8 +4,9 @@ import threading
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, Memory
-from gpu_worker.requests import Request, Sink
+from gpu_worker.requests import Request, Send, Sink
 from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
@@ -29,6 +30,11 @@ def a_spec(model: str, estimated_bytes: int = 100) -> ModelSpec:
     )
 
 
+def a_sink(request_id: str = "r", *, credit: int = 1_000, send: Send = lambda _message, _payload: None) -> Sink:
+    """A sink with a buffer of its own."""
+    return Sink(request_id, send, credit, AudioBuffer(2**24))
+
+
 def a_request(
     request_id: str = "r", *, client: str = "alice", model: str = "m", sink: Sink | None = None, arrived_at: float = 0.0
 ) -> Request:
@@ -39,7 +45,7 @@ def a_request(
         client=client,
         model=model,
         job=Job(id=request_id, task="Base", text="a secret"),
-        sink=sink or Sink(request_id, lambda _message, _payload: None, credit=1_000),
+        sink=sink or a_sink(request_id),
         keep_alive_s=None,
         arrived_at=arrived_at,
     )

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from gpu_worker.engines.base import Done, JobError
-from gpu_worker.requests import Cancelled, Outcome, Playback, Request, RequestState, Sink
-from shared.pcm import SAMPLE_RATE
+from gpu_worker.requests import STALLED_AFTER_S, Cancelled, Outcome, Playback, Request, RequestState, Sink
+from shared.pcm import SAMPLE_RATE, bytes_for
 from shared.protocol import Audio, Failed, Finished, Started, Timings, Usage
-from tests.gpu_worker.fakes import a_request
+from tests.gpu_worker.fakes import a_request, a_sink
 
 USAGE = Usage(input_tokens=1, output_tokens=2)
 TIMINGS = Timings(queue_s=0.0, load_s=0.0, first_audio_s=0.0, total_s=0.0)
@@ -18,7 +18,7 @@ FRAME_S = 0.08
 
 def _sink(credit: int) -> tuple[Sink, list[tuple[Any, bytes | None]]]:
     sent: list[tuple[Any, bytes | None]] = []
-    return Sink("r", lambda message, payload: sent.append((message, payload)), credit), sent
+    return a_sink(credit=credit, send=lambda message, payload: sent.append((message, payload))), sent
 
 
 class TestSink:
@@ -70,6 +70,29 @@ class TestSink:
         sink.grant(-4)
         assert not sink.stalled
 
+    def test_bytes(self) -> None:
+        """What waits for credit and what is sent but not granted back are counted; the buffer counts what waits."""
+        sink, _ = _sink(2)
+        sent = [sink.audio(piece) for piece in (b"a", b"bb", b"ccc", b"dddd")]
+        assert (sent, sink.waiting_bytes, sink.unread_bytes) == ([1, 2, 0, 0], 7, 3)
+        assert sink.buffer.used_bytes == 7
+        assert sink.grant(1) == 3
+        assert (sink.waiting_bytes, sink.unread_bytes, sink.buffer.used_bytes) == (4, 5, 4)
+        assert sink.grant(9) == 4
+        assert (sink.waiting_bytes, sink.unread_bytes, sink.buffer.used_bytes) == (0, 4, 0)
+
+    @pytest.mark.parametrize("outcome", [JobError("client_too_slow", "no"), Cancelled()])
+    def test_gives_its_bytes_back(self, outcome: Outcome) -> None:
+        """A request that ends early leaves nothing in the buffer, neither audio nor its parked state."""
+        sink, _ = _sink(0)
+        request = a_request(sink=sink)
+        request.start(0.0)
+        request.push(b"aa", 1.0)
+        request.park(100, 2.0)
+        assert sink.buffer.used_bytes == 102
+        request.end(outcome, 3.0)
+        assert sink.buffer.used_bytes == 0
+
 
 class TestPlayback:
     """Underruns of a player, without the pauses of its reader."""
@@ -84,40 +107,34 @@ class TestPlayback:
     def test_in_time(self) -> None:
         """Pieces that arrive before the last one has been played cause no underrun, however late the first is."""
         playback = self._playback((7.0, FRAME_S), (7.08, FRAME_S), (7.1, FRAME_S))
-        assert (playback.underrun_s, playback.audio_s) == (0.0, pytest.approx(3 * FRAME_S))
+        assert playback.underrun_s == 0.0
+        assert playback.ahead_s(7.1) == pytest.approx(3 * FRAME_S - 0.1)
 
     def test_late(self) -> None:
         """Every wait for a late piece is an underrun, and the player goes on from there."""
         playback = self._playback((0.0, 1.0), (1.5, 1.0), (2.0, 1.0), (4.0, 1.0))
         assert playback.underrun_s == pytest.approx(0.5 + 0.5)
 
-    def test_paused_reader(self) -> None:
-        """While the reader is paused the player stands still, with the audio that it had left."""
+    def test_resumed(self) -> None:
+        """A reader that had stopped plays what it still had to read; until that is over, nothing is late."""
         playback = self._playback((0.0, 1.0))
-        playback.pause(0.25)
-        playback.pause(5.0)
-        playback.add(0.5, 6.0)
-        playback.resume(60.25)
-        assert (playback.paused_s, playback.underrun_s) == (60.0, 0.0)
-        playback.add(0.5, 61.5)
+        playback.resume(0.5, 60.0)
+        playback.add(0.5, 60.25)
         assert playback.underrun_s == 0.0
-        playback.add(0.5, 62.25)
+        playback.add(0.5, 61.25)
         assert playback.underrun_s == pytest.approx(0.25)
 
-    def test_resume_without_a_pause(self) -> None:
-        """More credit for a reader that is not paused changes nothing."""
-        playback = self._playback((0.0, 1.0))
-        playback.resume(0.5)
-        playback.add(1.0, 1.25)
-        assert (playback.paused_s, playback.underrun_s) == (0.0, 0.25)
+    def test_resumed_at_once(self) -> None:
+        """A reader that takes more before it has played what it had loses nothing of that."""
+        playback = self._playback((0.0, 5.0))
+        playback.resume(0.5, 1.0)
+        assert playback.ahead_s(1.0) == pytest.approx(4.0)
 
-    def test_underrun_before_the_pause(self) -> None:
-        """An underrun before the pause counts up to the pause."""
-        playback = self._playback((0.0, 1.0))
-        playback.pause(2.0)
-        playback.add(1.0, 2.0)
-        playback.resume(10.0)
-        assert playback.underrun_s == pytest.approx(1.0)
+    def test_before_the_first_piece(self) -> None:
+        """Without audio there is nothing to play."""
+        playback = Playback()
+        playback.resume(1.0, 5.0)
+        assert playback.ahead_s(5.0) == 0.0
 
 
 class TestStates:
@@ -145,7 +162,7 @@ class TestStates:
         request.push(b"aa", 1.0)
         request.push(b"bb", 1.0)
         request.end(DONE, 2.0)
-        assert (request.state, request.stalled) == (RequestState.DRAINING, True)
+        assert (request.state, request.sink.stalled) == (RequestState.DRAINING, True)
         request.grant(1, 3.0)
         assert request.state is RequestState.DONE
         assert [type(message) for message, _ in sent] == [Started, Audio, Audio, Finished]
@@ -168,12 +185,74 @@ class TestStates:
         assert isinstance(sent[-1][0], last)
         assert len(sent) == (3 if last is Failed else 2)
 
-    def test_queued_is_not_stalled(self) -> None:
-        """A queued request has nothing to read yet, so a lack of credit is no stall."""
+    def test_parked(self) -> None:
+        """A parked request takes audio that was under way, and credit; it can end, or get a slot again."""
+        request, sent = self._running(credit=1)
+        request.park(10, 1.0)
+        assert request.state is RequestState.PARKED
+        request.push(b"aa", 1.0)
+        request.push(b"bb", 1.0)
+        request.grant(1, 2.0)
+        assert request.state is RequestState.PARKED
+        request.unpark(3.0)
+        assert (request.state, request.parked_bytes) == (RequestState.RUNNING, 0)
+        request.park(10, 4.0)
+        request.end(DONE, 5.0)
+        assert (request.state, request.sink.buffer.used_bytes) == (RequestState.DONE, 0)
+        assert [payload for _, payload in sent] == [None, b"aa", b"bb", None]
+
+    def test_unread(self) -> None:
+        """The time without credit counts from its last piece or the start, in a slot, parked or drained alike."""
         request = a_request(sink=_sink(0)[0])
-        assert not request.stalled
+        assert request.unread_s(5.0) == 0.0
+        request.start(5.0)
+        assert request.unread_s(7.0) == 2.0
+        request.grant(2, 8.0)
+        assert request.unread_s(9.0) == 0.0
+        request.push(b"aa", 9.0)
+        request.push(b"bb", 10.0)
+        request.push(b"cc", 11.0)
+        request.park(1, 12.0)
+        request.end(DONE, 13.0)
+        assert request.unread_s(15.0) == 5.0
+        assert request.shown_state(10.0 + STALLED_AFTER_S) == "buffered"
+        assert request.shown_state(10.5 + STALLED_AFTER_S) == "stalled"
+
+
+class TestInHand:
+    """The audio that a request's listener has not heard yet."""
+
+    def _in_hand_s(self, request: Request, now: float) -> float:
+        return round(request.holding(now).in_hand_s, 6)
+
+    def test_reader_that_takes_everything(self) -> None:
+        """Audio that was sent is heard a second a second; none is in hand after an underrun."""
+        request = a_request()
         request.start(0.0)
-        assert request.stalled
+        assert self._in_hand_s(request, 0.0) == 0.0
+        request.push(bytes(bytes_for(4.0)), 1.0)
+        assert [self._in_hand_s(request, now) for now in (1.0, 2.0, 9.0)] == [4.0, 3.0, 0.0]
+        assert request.holding(2.0).slice_s == 2.0
+
+    def test_reader_that_takes_nothing(self) -> None:
+        """Audio that waits, or that was sent and not read, stays in hand."""
+        request = a_request(sink=_sink(1)[0])
+        request.start(0.0)
+        for _ in range(3):
+            request.push(bytes(bytes_for(2.0)), 1.0)
+        assert [self._in_hand_s(request, now) for now in (1.0, 60.0)] == [6.0, 6.0]
+        request.grant(1, 60.0)
+        assert self._in_hand_s(request, 60.0) == 6.0
+        request.grant(5, 61.0)
+        assert [self._in_hand_s(request, now) for now in (61.0, 62.0)] == [5.0, 4.0]
+
+    def test_slice(self) -> None:
+        """A slice begins with the slot, anew after each time parked."""
+        request = a_request()
+        request.start(1.0)
+        request.park(1, 3.0)
+        request.unpark(7.0)
+        assert request.holding(9.0).slice_s == 2.0
 
 
 class TestTimings:

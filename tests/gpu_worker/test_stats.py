@@ -6,16 +6,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, JobError, Memory
-from gpu_worker.requests import Cancelled, Request, Sink
+from gpu_worker.requests import STALLED_AFTER_S, Request
 from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
-from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Stats
+from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Ending, Stats
 from shared.pcm import bytes_for
 from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
+    BufferMemory,
     Counters,
     Histogram,
     ModelStats,
@@ -23,7 +25,7 @@ from shared.protocol import (
     StreamState,
     Usage,
 )
-from tests.gpu_worker.fakes import FakeClock, FakeDevice, a_request
+from tests.gpu_worker.fakes import FakeClock, FakeDevice, a_request, a_sink
 
 DONE = Done("r", "stop", Usage(input_tokens=1, output_tokens=1))
 
@@ -58,7 +60,7 @@ def _request(clock: FakeClock, request_id: str = "r", *, model: str = "m", credi
         request_id,
         client="key:0123456789abcdef and more",
         model=model,
-        sink=Sink(request_id, lambda _message, _payload: None, credit),
+        sink=a_sink(request_id, credit=credit),
         arrived_at=clock(),
     )
 
@@ -69,6 +71,7 @@ def _snapshot(stats: Stats, **changes: Any) -> Snapshot:
         "running": 1,
         "queued": 2,
         "slots": 3,
+        "buffer": AudioBuffer(1_000),
         "models": [],
         "offloaded_bytes": 7,
         "cleanup": None,
@@ -93,12 +96,13 @@ class TestRequests:
     """Counters, and histograms of speech."""
 
     def test_counters(self, stats: Stats) -> None:
-        """Every outcome has its own counter."""
+        """Every ending has its own counter."""
         for _ in range(3):
             stats.request_started()
         stats.request_rejected()
-        for outcome in (DONE, JobError("invalid_value", "no"), Cancelled(), Cancelled()):
-            stats.request_finished(a_request(), outcome)
+        endings: list[Ending] = ["finished", "failed", "cancelled", "cancelled"]
+        for ending in endings:
+            stats.request_ended(ending)
         assert _snapshot(stats).requests == Counters(started=3, finished=1, failed=1, cancelled=2, rejected=1)
 
     def test_first_audio(self, stats: Stats, clock: FakeClock) -> None:
@@ -125,7 +129,7 @@ class TestRequests:
         for _ in range(4):
             clock.advance(0.25)
             request.push(bytes(bytes_for(1.0)), clock())
-        stats.request_finished(request, DONE)
+        stats.speech_made(request)
         model_stats = _model_stats(stats)
         assert model_stats.real_time_factor.sum == pytest.approx(0.25)
         assert _bucket(model_stats.real_time_factor, REAL_TIME_FACTOR_BOUNDS) == 0.3
@@ -138,14 +142,14 @@ class TestRequests:
         for _ in range(3):
             clock.advance(1.2)
             request.push(bytes(bytes_for(1.0)), clock())
-        stats.request_finished(request, DONE)
+        stats.speech_made(request)
         model_stats = _model_stats(stats)
         assert model_stats.real_time_factor.sum == pytest.approx(1.2)
         assert model_stats.underrun_s.sum == pytest.approx(0.4)
         assert _bucket(model_stats.underrun_s, UNDERRUN_BOUNDS_S) == 0.5
 
     def test_slow_reader(self, stats: Stats, clock: FakeClock) -> None:
-        """A pause of the reader is neither an underrun nor slow synthesis."""
+        """A pause of the reader is no underrun."""
         request = _request(clock, credit=1)
         request.start(clock())
         clock.advance(0.5)
@@ -154,16 +158,46 @@ class TestRequests:
         request.grant(5, clock())
         clock.advance(0.5)
         request.push(bytes(bytes_for(1.0)), clock())
-        stats.request_finished(request, DONE)
+        stats.speech_made(request)
+        assert _bucket(_model_stats(stats).underrun_s, UNDERRUN_BOUNDS_S) == 0.0
+
+    def test_ahead_of_the_reader(self, stats: Stats, clock: FakeClock) -> None:
+        """Audio that waits for its reader was made in time, and counts in the real-time factor at once."""
+        request = _request(clock, credit=1)
+        request.start(clock())
+        for _ in range(4):
+            clock.advance(0.25)
+            request.push(bytes(bytes_for(1.0)), clock())
+        clock.advance(50)
+        request.grant(1, clock())
+        stats.speech_made(request)
+        model_stats = _model_stats(stats)
+        assert model_stats.real_time_factor.sum == pytest.approx(51 / 4)
+        assert model_stats.underrun_s.sum == 0.0
+
+    def test_parked_and_held_back(self, stats: Stats, clock: FakeClock) -> None:
+        """The time for which a request is parked or held back is no synthesis. A player that runs dry in it waits."""
+        request = _request(clock)
+        request.start(clock())
+        clock.advance(0.5)
+        request.push(bytes(bytes_for(1.0)), clock())
+        request.park(10, clock())
+        clock.advance(3)
+        request.unpark(clock())
+        clock.advance(0.5)
+        request.push(bytes(bytes_for(1.0)), clock())
+        request.set_idle(idle=True, now=clock())
+        clock.advance(0.5)
+        stats.speech_made(request)
         model_stats = _model_stats(stats)
         assert model_stats.real_time_factor.sum == pytest.approx(0.5)
-        assert _bucket(model_stats.underrun_s, UNDERRUN_BOUNDS_S) == 0.0
+        assert model_stats.underrun_s.sum == pytest.approx(2.5)
 
     def test_no_audio(self, stats: Stats, clock: FakeClock) -> None:
         """A stream without audio has no real-time factor."""
         request = _request(clock)
         request.start(clock())
-        stats.request_finished(request, DONE)
+        stats.speech_made(request)
         assert _model_stats(stats).real_time_factor == Histogram()
 
     def test_models_apart(self, stats: Stats, clock: FakeClock) -> None:
@@ -219,18 +253,45 @@ class TestStreams:
     """The open requests in a snapshot."""
 
     def test_states(self, stats: Stats, clock: FakeClock) -> None:
-        """Requests with a slot come first. Texts are not shown, and of a client only the first characters."""
-        waiting, speaking, stalled = (_request(clock, name, credit=1) for name in ("a", "b", "c"))
-        clock.advance(2)
-        for request in (speaking, stalled):
+        """Requests with a slot come first, queued ones last. Texts are not shown, and of a client a few characters."""
+        names = ("waiting", "draining", "parked", "stalled", "generating")
+        waiting, draining, parked, stalled, generating = (_request(clock, name, credit=1) for name in names)
+        for request in (draining, parked, stalled, generating):
             request.start(clock())
-        stalled.push(bytes(bytes_for(0.5)), clock())
-        streams = _snapshot(stats, requests=[waiting, speaking, stalled]).streams
-        assert streams == [
-            StreamState(id=name, model="m", client="key:0123456789abcdef", state=state, age_s=2.0, audio_s=audio_s)
-            for name, state, audio_s in (("b", "speaking", 0.0), ("c", "stalled", 0.5), ("a", "waiting", 0.0))
+        for request in (stalled, draining, draining):
+            request.push(bytes(bytes_for(0.5)), clock())
+        draining.end(DONE, clock())
+        parked.park(10, clock())
+        clock.advance(STALLED_AFTER_S)
+        draining.grant(0, clock())
+        clock.advance(2.0)
+        snapshot = _snapshot(stats, requests=[waiting, draining, parked, stalled, generating])
+        assert snapshot.streams == [
+            StreamState(
+                id=name,
+                model="m",
+                client="key:0123456789abcdef",
+                state=state,
+                age_s=STALLED_AFTER_S + 2.0,
+                audio_s=audio_s,
+                buffered_s=buffered_s,
+            )
+            for name, state, audio_s, buffered_s in (
+                ("stalled", "stalled", 0.5, 0.0),
+                ("generating", "generating", 0.0, 0.0),
+                ("draining", "buffered", 1.0, 0.5),
+                ("parked", "buffered", 0.0, 0.0),
+                ("waiting", "waiting", 0.0, 0.0),
+            )
         ]
-        assert b"secret" not in msgspec.msgpack.encode(streams)
+        assert (snapshot.buffered, snapshot.stalled) == (2, 1)
+        assert b"secret" not in msgspec.msgpack.encode(snapshot.streams)
+
+    def test_buffer(self, stats: Stats) -> None:
+        """The bytes of the buffer, and its budget."""
+        buffer = AudioBuffer(1_000)
+        buffer.add(70)
+        assert _snapshot(stats, buffer=buffer).audio_buffer == BufferMemory(used_bytes=70, budget_bytes=1_000)
 
     def test_bounded(self, stats: Stats, clock: FakeClock) -> None:
         """However many requests are open, a snapshot stays small enough to be sent several times a second."""

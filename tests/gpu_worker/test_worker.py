@@ -6,6 +6,7 @@ from shared.pcm import SAMPLE_RATE
 from shared.protocol import (
     VERSION,
     Audio,
+    BufferMemory,
     Counters,
     Finished,
     Hello,
@@ -181,9 +182,11 @@ class TestSnapshot:
         """The loop itself answers a Ping, with everything that dashboards read."""
         bench = loaded(make_bench({"m": 100, "n": 50}, slots=2))
         voice = bench.save_voice("Mine")
-        bench.speak("r", "a b", credit=1)
-        for name in "stu":
-            bench.speak(name, "c", credit=0)
+        bench.speak("q", "a b", credit=1)
+        bench.settle()
+        bench.engines["m"].muted.add("c")
+        for name in "rstu":
+            bench.speak(name, "c")
         bench.settle()
         bench.clock.advance(5)
         bench.send(Ping(), peer=OTHER)
@@ -194,7 +197,9 @@ class TestSnapshot:
         snapshot = pong.snapshot
         assert (snapshot.boot_id, snapshot.default_model, snapshot.accepting) == ("boot-1", "m", True)
         assert (snapshot.running, snapshot.queued, snapshot.slots) == (2, 2, 2)
-        assert snapshot.requests == Counters(started=3, finished=1)
+        assert (snapshot.buffered, snapshot.stalled) == (1, 0)
+        assert snapshot.audio_buffer == BufferMemory(used_bytes=len(pcm_of("b")), budget_bytes=2**24)
+        assert snapshot.requests == Counters(started=4, finished=1)
         assert [(model.id, model.state, model.references) for model in snapshot.models] == [
             ("m", "resident", 4),
             ("n", "absent", 0),
@@ -207,8 +212,9 @@ class TestSnapshot:
         assert snapshot.cleanup is None
         assert snapshot.restarts == 2
         assert [(stream.id, stream.client, stream.state, stream.age_s) for stream in snapshot.streams] == [
-            ("r", "alice", "stalled", 5.0),
-            ("s", "alice", "stalled", 5.0),
+            ("r", "alice", "generating", 5.0),
+            ("s", "alice", "generating", 5.0),
+            ("q", "alice", "buffered", 5.0),
             ("t", "alice", "waiting", 5.0),
             ("u", "alice", "waiting", 5.0),
         ]

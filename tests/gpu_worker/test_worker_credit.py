@@ -33,17 +33,16 @@ class TestCredit:
         bench.settle()
         assert bench.kinds("r") == ["Started", "Audio", "Audio", "Finished"]
 
-    def test_a_stalled_request_holds_up_no_other(self, bench: WorkerBench) -> None:
-        """A stalled request delays no other, and the engine does not run ahead for it."""
-        loaded(bench)
-        bench.speak("slow", "a b c", credit=0)
+    def test_speech_is_made_ahead_of_its_reader(self, make_bench: MakeBench) -> None:
+        """Speech is made as fast as the engine can, whatever its reader takes: the slot and the model are free then."""
+        bench = loaded(make_bench(slots=1))
+        bench.speak("slow", "a b c", credit=1)
         bench.speak("fast", "x y z")
         bench.settle()
-        assert bench.kinds("slow") == ["Started"]
-        assert bench.words("fast") == "x y z"
-        steps = bench.engines["m"].steps
-        bench.turn(5)
-        assert bench.engines["m"].steps == steps
+        assert (bench.words("slow"), bench.words("fast")) == ("a", "x y z")
+        snapshot = bench.snapshot()
+        assert (snapshot.running, snapshot.queued, snapshot.buffered) == (0, 0, 1)
+        assert bench.references() == {"m": 0}
         bench.credit("slow", 3)
         bench.settle()
         assert bench.words("slow") == "a b c"
@@ -61,19 +60,24 @@ class TestCredit:
         assert bench.kinds("r") == ["Started", "Audio", "Audio", "Audio", "Finished"]
 
     def test_stall_timeout(self, make_bench: MakeBench) -> None:
-        """A request whose reader takes nothing for stall_timeout_s fails and frees its slot."""
+        """A request whose reader takes nothing for stall_timeout_s fails, with a slot or without."""
         bench = loaded(make_bench(slots=1, stall_timeout_s=10))
         bench.speak("slow", "a b c", credit=1)
-        bench.speak("next", "x")
+        bench.speak("muted", "x", credit=0)
+        bench.turn(4)
+        bench.engines["m"].muted.add("x")
         bench.settle()
         bench.clock.advance(9)
         bench.turn()
         assert bench.kinds("slow") == ["Started", "Audio"]
+        assert bench.kinds("muted") == ["Started"]
         bench.clock.advance(2)
         bench.settle()
         assert bench.last_message("slow").code == "client_too_slow"
-        assert bench.words("next") == "x"
+        assert bench.last_message("muted").code == "client_too_slow"
+        assert bench.engines["m"].jobs == set()
         assert bench.references() == {"m": 0}
+        assert bench.buffer.used_bytes == 0
 
     def test_reading_a_little_is_enough(self, make_bench: MakeBench) -> None:
         """The stall timeout starts again with every credit."""
@@ -123,13 +127,13 @@ class TestDraining:
         assert [message.seq for message in bench.messages("r") if isinstance(message, Audio)] == [0, 1]
 
     def test_cancelled(self, bench: WorkerBench) -> None:
-        """A cancel ends the request, which stays counted as finished; later credit brings nothing."""
+        """A cancel ends the request; later credit brings nothing."""
         self._draining(bench)
         bench.cancel("r")
         bench.credit("r", 5)
         bench.settle()
         assert bench.kinds("r") == ["Started", "Audio"]
-        assert bench.snapshot().requests == Counters(started=2, finished=2)
+        assert bench.snapshot().requests == Counters(started=2, finished=1, cancelled=1)
         assert bench.references() == {"m": 0}
 
     def test_never_read(self, bench: WorkerBench) -> None:

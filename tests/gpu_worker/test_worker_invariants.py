@@ -7,6 +7,7 @@ import pytest
 
 from gpu_worker.requests import RequestState
 from gpu_worker.transport import PeerGone
+from shared.pcm import bytes_for
 from shared.protocol import Audio, Credit
 from tests.gpu_worker.fakes import FakeDevice
 from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
@@ -36,7 +37,7 @@ class _RandomClients:
     def _speak(self, peer: bytes) -> None:
         name, credit = f"r{len(self.credit)}", self._dice.randrange(4)
         self.credit[peer, name] = credit
-        words = " ".join(self._dice.choices(["a", "b", "c", "d", "e", "fault"], k=self._dice.randrange(1, 9)))
+        words = " ".join(self._dice.choices([*"abcdefghijklmnopqrs", "fault"], k=self._dice.randrange(1, 25)))
         model, client = self._dice.choice("mn"), self._dice.choice("xyz")
         self._bench.speak(name, words, peer=peer, model=model, client=client, credit=credit)
 
@@ -69,13 +70,23 @@ class _RandomClients:
 
 
 def _check_states(bench: WorkerBench) -> None:
-    """Each state means what RequestState says: in the queue, in a slot, a reference on the model, or none of these."""
+    """Each state means what RequestState says: in the queue, in a slot, parked, a reference on the model, or none.
+
+    The buffer holds what its requests keep, to the byte, and no more than its budget.
+    """
     by_state = {state: [r for r in bench.scheduler.submitted if r.state is state] for state in RequestState}
-    queued, running = by_state[RequestState.QUEUED], by_state[RequestState.RUNNING]
+    queued, running, parked = (
+        by_state[state] for state in (RequestState.QUEUED, RequestState.RUNNING, RequestState.PARKED)
+    )
     assert Counter(bench.scheduler) == Counter(queued)
     slots = set().union(*(engine.job_ids for engine in bench.engines.values()))
     assert slots == {request.job.id for request in running}
-    references = Counter(request.model for request in [*queued, *running])
+    kept = set().union(*(engine.parked for engine in bench.engines.values()))
+    assert kept == {request.job.id for request in parked}
+    assert bench.buffer.used_bytes <= bench.buffer.budget_bytes
+    waiting = sum(request.sink.waiting_bytes for request in bench.scheduler.submitted)
+    assert bench.buffer.used_bytes == waiting + sum(request.parked_bytes for request in parked)
+    references = Counter(request.model for request in [*queued, *running, *parked])
     assert bench.references() == {model: references[model] for model in bench.sizes}
     drained = [request.id for request in by_state[RequestState.DRAINING] if request.sink.drained]
     assert drained == []
@@ -84,17 +95,17 @@ def _check_states(bench: WorkerBench) -> None:
 def _check_snapshot(bench: WorkerBench, requests: int) -> None:
     """The snapshot lists the requests that are not DONE.
 
-    It counts every request once when it gets a slot, and once when it leaves the queue or its slot.
+    It counts every request once when it gets its first slot, and once when it is DONE.
     """
     submitted = bench.scheduler.submitted
-    left = sum(request.state in {RequestState.DRAINING, RequestState.DONE} for request in submitted)
+    done = sum(request.state is RequestState.DONE for request in submitted)
     snapshot = bench.snapshot()
     counts = snapshot.requests
     assert {stream.id for stream in snapshot.streams} == {
         request.id for request in submitted if request.state is not RequestState.DONE
     }
     assert counts.started == sum(request.started_at is not None for request in submitted)
-    assert counts.finished + counts.failed + counts.cancelled == left
+    assert counts.finished + counts.failed + counts.cancelled == done
     assert counts.rejected == requests - len(submitted)
 
 
@@ -102,36 +113,48 @@ def test_states_draining(make_bench: MakeBench) -> None:
     """The checks hold in a turn with a request of every state."""
     bench = loaded(make_bench(slots=1))
     bench.engines["m"].words_per_step = 2
+    bench.engines["m"].word_s = 2.0
     bench.speak("draining", "a b", credit=1)
     bench.turn()
-    for name in ("running", "queued"):
-        bench.speak(name, "a b c d e", credit=0)
+    bench.speak("parked", "a b c d e", credit=0)
+    bench.turn()
+    bench.clock.advance(1)
+    bench.speak("running", "a b c d e", credit=0)
+    bench.turn()
+    bench.speak("queued", "a b c d e", credit=0)
     bench.turn()
     states = {request.id: request.state for request in bench.scheduler.submitted}
     assert states == {
         "first-m": RequestState.DONE,
         "draining": RequestState.DRAINING,
+        "parked": RequestState.PARKED,
         "running": RequestState.RUNNING,
         "queued": RequestState.QUEUED,
     }
     _check_states(bench)
-    _check_snapshot(bench, requests=4)
+    _check_snapshot(bench, requests=5)
 
 
 @pytest.mark.parametrize(("seed", "budget_bytes"), [(0, 150), (1, 200), (2, 200)])
 def test_any_mixture(make_bench: MakeBench, seed: int, budget_bytes: int) -> None:
     """No more pieces than credit, no gap, one last message and none behind it, none for a cancelled request.
 
-    The states and counts hold after every act. In the end no slot, no place in the queue and no reference is left.
+    The states, the counts and the buffer hold after every act.
+    In the end no slot, no place in the queue, no reference and nothing in the buffer is left.
     """
     device = FakeDevice(budget_bytes=budget_bytes)
-    bench = make_bench({"m": 100, "n": 100}, slots=3, max_concurrency=4, max_queue=6, device=device)
+    bench = make_bench(
+        {"m": 100, "n": 100}, slots=3, max_concurrency=4, max_queue=6, device=device, buffer_bytes=bytes_for(40)
+    )
+    parks = 0
     clients = _RandomClients(bench, seed)
     for act in range(1_000):
         clients.act()
         for engine in bench.engines.values():
-            engine.words_per_step = 2  # so that requests drain
+            engine.word_s, engine.parked_bytes = 1.0, bytes_for(0.5)
+        bench.clock.advance(0.15)
         _check_states(bench)
+        parks += any(engine.parked for engine in bench.engines.values())
         if act % 50 == 0:
             bench.settle()
             _check_snapshot(bench, len(clients.credit))
@@ -151,6 +174,8 @@ def test_any_mixture(make_bench: MakeBench, seed: int, budget_bytes: int) -> Non
             assert kinds[-1] == end
             ends[end] += 1
     assert min(ends.values()) > 10
+    assert parks > 10
+    assert bench.buffer.used_bytes == 0
     assert {request.state for request in bench.scheduler.submitted} == {RequestState.DONE}
     snapshot = bench.snapshot()
     assert (snapshot.running, snapshot.queued) == (0, 0)

@@ -152,23 +152,25 @@ class TestModels:
     def test_waits_for_a_busy_model(self, make_bench: MakeBench) -> None:
         """A model that fits once another is idle waits for that, and is loaded as soon as it is."""
         bench = loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
-        bench.speak("r", "a b c", credit=1)
+        bench.engines["m"].muted.add("a b c")
+        bench.speak("r", "a b c")
         bench.speak("s", "x", model="n")
         bench.settle()
         bench.clock.advance(SHORTAGE_WAIT_S - 1)
         bench.settle()
         assert bench.messages("s") == []
-        bench.credit("r", 9)
+        bench.engines["m"].muted.clear()
         bench.settle()
         assert (bench.words("r"), bench.words("s")) == ("a b c", "x")
 
     def test_evicts_a_model_between_two_requests(self, make_bench: MakeBench) -> None:
         """A model that is idle only from the end of one request to the arrival of the next is evicted in between."""
         bench = loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
-        bench.speak("r", "a", credit=0)
+        bench.engines["m"].muted.add("a")
+        bench.speak("r", "a")
         bench.speak("s", "x", model="n")
         bench.settle()
-        bench.credit("r", 1)
+        bench.engines["m"].muted.clear()
         bench.turn()
         assert bench.kinds("r")[-1] == "Finished"
         bench.speak("r2", "b")
@@ -186,7 +188,8 @@ class TestModels:
     def test_no_room_for_too_long(self, make_bench: MakeBench) -> None:
         """A model that finds no room for too long is refused with the arithmetic; running requests go on."""
         bench = loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
-        bench.speak("r", "a b c", credit=1)
+        bench.engines["m"].muted.add("a b c")
+        bench.speak("r", "a b c")
         bench.speak("s", "x", model="n")
         bench.settle()
         bench.clock.advance(SHORTAGE_WAIT_S)
@@ -194,7 +197,7 @@ class TestModels:
         (failed,) = bench.messages("s")
         assert failed.code == "insufficient_vram"
         assert "n needs" in failed.message
-        bench.credit("r", 9)
+        bench.engines["m"].muted.clear()
         bench.settle()
         assert bench.words("r") == "a b c"
 
@@ -227,11 +230,12 @@ class TestModels:
     def test_keep_alive_of_a_request_without_a_slot(self, make_bench: MakeBench) -> None:
         """A request that was cancelled in the queue does not change how long the model stays."""
         bench = make_bench(slots=1, idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True)
-        bench.speak("r", "a b", keep_alive_s=-1, credit=1)
-        bench.settle()
+        loaded(bench)
+        bench.engines["m"].muted.add("a b")
+        bench.speak("r", "a b", keep_alive_s=-1)
         bench.speak("s", "x", keep_alive_s=0)
         bench.turn()
-        bench.credit("r", 1)
+        bench.engines["m"].muted.clear()
         bench.cancel("s")
         bench.settle()
         bench.clock.advance(60)
@@ -239,15 +243,28 @@ class TestModels:
         assert bench.states() == {"m": "resident"}
         assert bench.snapshot().models[0].keep_alive_s == -1
 
-    def test_a_stalled_request_keeps_its_model(self, make_bench: MakeBench) -> None:
-        """A stalled request keeps its model resident, however long it stalls."""
-        bench = make_bench(idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True, stall_timeout_s=1_000)
-        bench.speak("r", "a b", credit=1)
+    def test_a_slow_request_keeps_its_model(self, make_bench: MakeBench) -> None:
+        """A request keeps its model resident, however long it takes, as long as not all of it is said."""
+        bench = loaded(make_bench(idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True))
+        bench.engines["m"].muted.add("a b")
+        bench.speak("r", "a b")
         bench.settle()
         bench.clock.advance(500)
         bench.settle()
         assert bench.states() == {"m": "resident"}
-        bench.credit("r", 1)
+        bench.engines["m"].muted.clear()
+        bench.settle()
+        assert bench.words("r") == "a b"
+
+    def test_a_stalled_reader_keeps_no_model(self, make_bench: MakeBench) -> None:
+        """What is said in full needs no model any more, however long its reader takes."""
+        bench = loaded(make_bench(idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True, stall_timeout_s=1_000))
+        bench.speak("r", "a b", credit=0)
+        bench.settle()
+        bench.clock.advance(500)
+        bench.settle()
+        assert bench.states() == {"m": "offloaded"}
+        bench.credit("r", 2)
         bench.settle()
         assert bench.words("r") == "a b"
 

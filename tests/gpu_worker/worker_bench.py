@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from gpu_worker.requests import Request
 from gpu_worker.residency import (
@@ -29,6 +30,7 @@ from gpu_worker.transport import Incoming
 from gpu_worker.voices import VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
+from shared.pcm import bytes_for
 from shared.protocol import (
     Action,
     Audio,
@@ -67,8 +69,10 @@ def pcm_of(word: str) -> bytes:
 class SpeakingEngine:
     """An engine that speaks `words_per_step` words of every job's text in every step, one unless a test sets it.
 
-    The next calls of `admit` and `step` raise `admit_errors` and `step_errors`, one each; None raises nothing.
+    The next calls of `admit`, `step`, `park` and `unpark` raise their errors, one each; None raises nothing.
+    A word lasts at least `word_s`.
     A step takes `step_s` on `clock`. `admitted` are the jobs that got a slot, in order.
+    Jobs of a text in `muted` make no progress.
     A parked job keeps `parked_bytes`. `parked` are the ids of the parked jobs.
     """
 
@@ -83,10 +87,14 @@ class SpeakingEngine:
         self._words: dict[str, deque[str]] = {}
         self._parked: dict[str, deque[str]] = {}
         self.parked_bytes = 10
+        self.word_s = 0.0
+        self.park_errors: deque[Exception | None] = deque()
+        self.unpark_errors: deque[Exception | None] = deque()
         self.admit_errors: deque[Exception | None] = deque()
         self.step_errors: deque[Exception | None] = deque()
         self.step_s = 0.0
         self.words_per_step = 1
+        self.muted: set[str] = set()
         self.finish_reason: FinishReason = "stop"
         self.steps = 0
         self.admitted: list[Job] = []
@@ -121,8 +129,8 @@ class SpeakingEngine:
         self._words[job.id] = deque(job.text.split())
 
     def runnable(self, stalled: Collection[str]) -> bool:
-        """Whether any job is not stalled."""
-        return any(job_id not in stalled for job_id in self._words)
+        """Whether any job is neither stalled nor muted."""
+        return bool(self._able(stalled))
 
     def step(self, stalled: Collection[str]) -> list[Event]:
         """Speak the next words of every job that is not stalled."""
@@ -130,9 +138,12 @@ class SpeakingEngine:
         self.steps += 1
         _raise_next(self.step_errors)
         self._clock.advance(self.step_s)
+        return [event for job in self._able(stalled) for event in self._speak(job)]
+
+    def _able(self, stalled: Collection[str]) -> list[Job]:
         latest = {job.id: job for job in self.admitted}
-        running = [latest[job_id] for job_id in self._words if job_id not in stalled]
-        return [event for job in running for event in self._speak(job)]
+        jobs = [latest[job_id] for job_id in self._words if job_id not in stalled]
+        return [job for job in jobs if job.text not in self.muted]
 
     def _speak(self, job: Job) -> Iterator[Event]:
         words = self._words[job.id]
@@ -142,7 +153,7 @@ class SpeakingEngine:
                 yield Fault(job.id, JobError("invalid_audio", "this one cannot be said", param="ref_audio"))
                 return
             repeats = 200 if job.task == "VoiceDesign" else 1  # a saved voice lasts at least a second
-            yield Pcm(job.id, pcm_of(word) * repeats)
+            yield Pcm(job.id, (pcm_of(word) * repeats).ljust(bytes_for(self.word_s), b"\0"))
         if not words:
             self.cancel(job.id)
             count = len(job.text.split())
@@ -150,6 +161,7 @@ class SpeakingEngine:
 
     def park(self, job_id: str) -> int:
         """Free the slot of a job, and keep the words that it has not spoken."""
+        _raise_next(self.park_errors)
         if job_id in self._words:
             self._parked[job_id] = self._words.pop(job_id)
         return self.parked_bytes if job_id in self._parked else 0
@@ -161,6 +173,7 @@ class SpeakingEngine:
 
     def unpark(self, job_id: str) -> None:
         """Give a parked job a slot; the caller must not ask for more slots than there are."""
+        _raise_next(self.unpark_errors)
         assert self.state is ModelState.RESIDENT
         assert self.capacity() > 0
         if job_id in self._parked:
@@ -266,6 +279,7 @@ class WorkerBench:
         max_voices: int = 4,
         preload: tuple[str, ...] = (),
         stall_timeout_s: float = 60.0,
+        buffer_bytes: int = 2**24,
         **options: Any,
     ) -> None:
         self.sizes = sizes or {"m": 100}
@@ -304,6 +318,7 @@ class WorkerBench:
         self.voices = VoiceStore(
             self.voice_files, self.voice_writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL
         )
+        self.buffer = AudioBuffer(buffer_bytes)
         self.scheduler = _RecordingScheduler(max_queue, self.clock)
         self.worker = Worker(
             catalog=self.specs,
@@ -322,6 +337,7 @@ class WorkerBench:
                 clock=self.clock,
             ),
             preload=list(preload),
+            buffer=self.buffer,
             max_concurrency=max_concurrency,
             stall_timeout_s=stall_timeout_s,
             clock=self.clock,
@@ -418,7 +434,7 @@ class WorkerBench:
     def words(self, request_id: str, peer: bytes = WEB) -> str:
         """The words of a request that were sent."""
         said = [
-            payload.rstrip(b"\0").decode()
+            payload[:8].rstrip(b"\0").decode()
             for to, message, payload in self.sent
             if to == peer and isinstance(message, Audio) and message.id == request_id and payload is not None
         ]

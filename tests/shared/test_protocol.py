@@ -118,7 +118,9 @@ FROM_WORKER = [
                 "m": ModelStats(first_audio_s=Histogram(counts=[0, 3], sum=1.5), failed_transitions={"load": 1}),
                 "n": ModelStats(transitions_s={"offload": Histogram(counts=[2, 0], sum=0.5)}, out_of_memory=1),
             },
-            streams=[StreamState(id="r", model="m", client="c", state="stalled", age_s=2.5, audio_s=1.0)],
+            streams=[
+                StreamState(id="r", model="m", client="c", state="stalled", age_s=2.5, audio_s=1.0, buffered_s=0.5)
+            ],
         ),
     ),
 ]

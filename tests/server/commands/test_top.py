@@ -29,9 +29,20 @@ STATS: dict[str, Any] = {
     "running": 3,
     "queued": 9,
     "slots": 32,
+    "buffered": 4,
+    "stalled": 1,
+    "audio_buffer": {"used_bytes": 30 * 2**20, "budget_bytes": 512 * 2**20},
     "requests": {"started": 100, "finished": 90, "failed": 1, "cancelled": 4, "rejected": 5},
     "streams": [
-        {"id": "abc.1", "model": "qwen3-large", "client": "key:12", "state": "speaking", "age_s": 2.25, "audio_s": 9.5},
+        {
+            "id": "abc.1",
+            "model": "qwen3-large",
+            "client": "key:12",
+            "state": "generating",
+            "age_s": 2.25,
+            "audio_s": 9.5,
+        }
+        | {"buffered_s": 7.5},
         {"id": "abc.2", "model": "qwen3-small", "client": "peer:::1", "state": "waiting", "age_s": 61, "audio_s": 0},
     ],
 }
@@ -53,9 +64,11 @@ def test_once(watched: CannedService, capfd: pytest.CaptureFixture[str]) -> None
         assert shown in out
     for shown in ("20,480 MB of 81,920 MB", "ours 5,120 MB", "others 15,360 MB", "shared 300 MB", "RAM 2,048 MB"):
         assert shown in out
-    assert "and 10 more" in out
-    speaking = next(line for line in out.splitlines() if "abc.1" in line)
-    assert speaking.split() == ["abc.1", "qwen3-large", "key:12", "speaking", "2.2", "s", "9.5", "s"]
+    for shown in ("buffered 4", "stalled 1", "audio buffer 30 MB of 512 MB"):
+        assert shown in out
+    assert "and 14 more" in out
+    generating = next(line for line in out.splitlines() if "abc.1" in line)
+    assert generating.split() == ["abc.1", "qwen3-large", "key:12", "generating", "2.2", "s", "9.5", "s", "7.5", "s"]
     assert next(line for line in out.splitlines() if "abc.2" in line).split()[3:5] == ["waiting", "61.0"]
     large = next(line for line in out.splitlines() if "qwen3-large" in line)
     for shown in ("resident", "5,120 MB", "weights 4,096 MB", "1:15", "3", "yes"):

@@ -53,7 +53,7 @@ def worker(worker: FakeWorker) -> FakeWorker:
     """A worker with figures."""
     models = [*worker.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
     worker.snapshot = msgspec.structs.replace(
-        worker.snapshot, models=models, model_stats=MODEL_STATS, restarts=3, running=2, queued=1
+        worker.snapshot, models=models, model_stats=MODEL_STATS, restarts=3, running=2, queued=1, buffered=4, stalled=3
     )
     return worker
 
@@ -97,6 +97,8 @@ async def test_worker(samples: Samples) -> None:
     assert _value(samples, "tts_requests_total", outcome="failed") == 1
     assert _value(samples, "tts_requests_running") == 2
     assert _value(samples, "tts_requests_queued") == 1
+    assert _value(samples, "tts_requests_buffered") == 4
+    assert _value(samples, "tts_requests_stalled") == 3
     assert _value(samples, "tts_slots") == 8
 
 
@@ -106,6 +108,8 @@ async def test_memory(samples: Samples) -> None:
     assert _value(samples, "tts_shared_bytes", purpose="codec") == 123
     assert _value(samples, "tts_model_bytes", model="m", purpose="kv") == 2
     assert _value(samples, "tts_host_offloaded_bytes") == 500
+    assert _value(samples, "tts_audio_buffer_bytes", kind="used") == 96_000
+    assert _value(samples, "tts_audio_buffer_bytes", kind="budget") == 480_000
     assert _value(samples, "tts_model_state", model="m", state="resident") == 1
     assert _value(samples, "tts_model_state", model="m", state="absent") == 0
 

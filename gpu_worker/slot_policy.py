@@ -1,0 +1,57 @@
+"""Which request holds a slot: who is parked for another, and who comes back. Plain data in, plain data out.
+
+A slot belongs to the request that needs it most: the one with the least audio in hand.
+In hand are the seconds of audio that have been made and that the request's listener has not heard yet.
+A listener hears a second a second from the first piece on, and nothing while its reader takes nothing.
+
+- A newcomer has nothing in hand. It gets a slot from the request with the most, if that one has MIN_IN_HAND_S.
+- A parked request is hungry below HUNGRY_BELOW_S. It gets a slot from a request with RETURN_MARGIN_S more in hand.
+- A free slot goes to newcomers and hungry requests in turns, then to the parked request with the least in hand.
+- No request is parked before it has held its slot for MIN_SLICE_S.
+
+It knows neither engines nor messages; see `worker` for these, and `audio_buffer` for the bytes.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+MIN_IN_HAND_S: Final = 2.0
+"""A request with less is not parked for a newcomer: it could not be back in its slot before its listener waits."""
+
+HUNGRY_BELOW_S: Final = 3.0
+"""A parked request with less in hand takes a slot from one with more."""
+
+RETURN_MARGIN_S: Final = 5.0
+"""How much more that one must have. So two requests swap once in several seconds of audio at most."""
+
+MIN_SLICE_S: Final = 0.2
+"""The shortest stay in a slot, in seconds of the clock: to park and to unpark takes milliseconds."""
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """A request with a slot or parked. `slice_s`: how long it has held its slot; 0 if it is parked."""
+
+    job_id: str
+    in_hand_s: float
+    slice_s: float = 0.0
+
+    @property
+    def is_hungry(self) -> bool:
+        """Whether its listener will soon have nothing to hear."""
+        return self.in_hand_s < HUNGRY_BELOW_S
+
+
+def next_to_park(running: Iterable[Holding], waiting: Holding | None) -> Holding | None:
+    """The running request that gives its slot to the parked `waiting`, or to a newcomer (None); None if none does."""
+    if waiting is not None and not waiting.is_hungry:
+        return None
+    needed_s = MIN_IN_HAND_S if waiting is None else waiting.in_hand_s + RETURN_MARGIN_S
+    able = (holding for holding in running if holding.slice_s >= MIN_SLICE_S and holding.in_hand_s >= needed_s)
+    return max(able, key=lambda holding: holding.in_hand_s, default=None)
+
+
+def next_to_unpark(parked: Iterable[Holding]) -> Holding | None:
+    """The parked request that comes back first: the one with the least in hand, of equal ones the first."""
+    return min(parked, key=lambda holding: holding.in_hand_s, default=None)

@@ -1,0 +1,144 @@
+"""The requests that hold a slot and those that are parked: which of them change places, and which make no audio now.
+
+It joins the rules of `slot_policy` and `audio_buffer` with the engines' slots.
+It asks engines for their figures alone: the Worker parks, unparks and steps.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from gpu_worker.audio_buffer import AudioBuffer, may_grow, may_park
+from gpu_worker.engines.base import Engine
+from gpu_worker.requests import STALLED_AFTER_S, Request
+from gpu_worker.slot_policy import next_to_park, next_to_unpark
+
+NO_PARKING_S: Final = 1.0
+"""How long nothing is parked after host RAM ran out."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A slot that can be given. `parks` is the request that is parked for it; None if the slot is free."""
+
+    parks: Request | None = None
+
+
+class Slots:
+    """The slots of all engines. `engines` gives those of the resident models, by model.
+
+    `out_of_room` becomes true if a request could have had a slot, had the buffer been emptier; the Worker clears it.
+    """
+
+    def __init__(
+        self,
+        engines: Callable[[], Mapping[str, Engine]],
+        buffer: AudioBuffer,
+        *,
+        max_concurrency: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._engines = engines
+        self._max_concurrency = max_concurrency
+        self._clock = clock
+        self.buffer = buffer
+        self.running: dict[str, Request] = {}  # by job id
+        self.parked: dict[str, Request] = {}  # by job id, those first that were parked first
+        self.out_of_room = False
+        self._parks_again_at = -math.inf
+
+    def __len__(self) -> int:
+        """How many requests can hold a slot at once, going by the resident engines; without one, the maximum."""
+        engines = self._engines()
+        slots = sum(engine.capacity() for engine in engines.values()) + len(self.running)
+        return min(self._max_concurrency, slots) if engines else self._max_concurrency
+
+    def free(self, model: str, *, unknown: int) -> int:
+        """How many more requests of the model can hold a slot; `unknown` is how many its engine has, if it has none."""
+        engine = self._engines().get(model)
+        return min(unknown if engine is None else engine.capacity(), self._max_concurrency - len(self.running))
+
+    def __iter__(self) -> Iterator[Request]:
+        """The requests that are running or parked."""
+        yield from self.running.values()
+        yield from self.parked.values()
+
+    def get(self, job_id: str) -> Request | None:
+        """The running or parked request with that job."""
+        return self.running.get(job_id) or self.parked.get(job_id)
+
+    def remove(self, request: Request) -> None:
+        """The request has ended."""
+        self.running.pop(request.job.id, None)
+        self.parked.pop(request.job.id, None)
+
+    def stop_parking(self) -> None:
+        """Host RAM has run out: park nothing for NO_PARKING_S."""
+        self._parks_again_at = self._clock() + NO_PARKING_S
+
+    def free_bytes(self) -> int:
+        """Bytes of the buffer that are neither used nor set aside; negative for a moment if readers stop."""
+        set_aside = sum(self.buffer.set_aside(request.sink.waiting_bytes) for request in self.running.values())
+        return self.buffer.budget_bytes - self.buffer.used_bytes - set_aside
+
+    def place_for_newcomer(self, model: str) -> Place | None:
+        """Where a request of the queue can start; None if it has to wait."""
+        return self._place(model, None, self.buffer.set_aside(0))
+
+    def place_for_parked(self, request: Request) -> Place | None:
+        """Where a parked request can go on; None if it has to stay parked."""
+        if not self._may_grow(request, self.free_bytes()):
+            return None
+        needed_bytes = self.buffer.set_aside(request.sink.waiting_bytes) - request.parked_bytes
+        return self._place(request.model, request, needed_bytes)
+
+    def next_parked(self, models: Iterable[str]) -> Request | None:
+        """The parked request of one of `models` that comes back first."""
+        now = self._clock()
+        chosen = next_to_unpark(request.holding(now) for request in self.parked.values() if request.model in models)
+        return None if chosen is None else self.parked[chosen.job_id]
+
+    def held_back(self) -> set[str]:
+        """The jobs with a slot that make no audio now, because they have enough in the buffer."""
+        free_bytes = self.free_bytes()
+        return {job_id for job_id, request in self.running.items() if not self._may_grow(request, free_bytes)}
+
+    def longest_stalled(self, requests: Iterable[Request]) -> Request | None:
+        """The stalled request that has been so for the longest time; one with a slot before all others."""
+        now = self._clock()
+        stalled = [request for request in requests if request.unread_s(now) > STALLED_AFTER_S]
+        with_slot = [request for request in stalled if request.job.id in self.running]
+        return max(with_slot or stalled, key=lambda request: request.unread_s(now), default=None)
+
+    def _place(self, model: str, waiting: Request | None, needed_bytes: int) -> Place | None:
+        """A slot of `model` for the parked request `waiting`, or for a newcomer. It takes `needed_bytes` of buffer."""
+        free_bytes, capacity = self.free_bytes(), self._engines()[model].capacity()
+        if len(self.running) < self._max_concurrency and capacity > 0:
+            self.out_of_room |= needed_bytes > free_bytes
+            return Place() if needed_bytes <= free_bytes else None
+        now = self._clock()
+        if now < self._parks_again_at:
+            return None
+        of_any_model = capacity > 0
+        able = [request for request in self.running.values() if of_any_model or request.model == model]
+        holding = None if waiting is None else waiting.holding(now)
+        while chosen := next_to_park((request.holding(now) for request in able), holding):
+            request = self.running[chosen.job_id]
+            parked_bytes = self._park_bytes(request)
+            gained_bytes = self.buffer.set_aside(request.sink.waiting_bytes)
+            if may_park(parked_bytes, free_bytes) and needed_bytes + parked_bytes - gained_bytes <= free_bytes:
+                return Place(parks=request)
+            self.out_of_room = True
+            able.remove(request)
+        return None
+
+    def _may_grow(self, request: Request, free_bytes: int) -> bool:
+        waiting_bytes = request.sink.waiting_bytes
+        if may_grow(waiting_bytes, free_bytes, in_utterance=False):
+            return True
+        in_utterance = (request.parked_bytes or self._park_bytes(request)) > 0
+        return may_grow(waiting_bytes, free_bytes, in_utterance=in_utterance)
+
+    def _park_bytes(self, request: Request) -> int:
+        return self._engines()[request.model].park_bytes(request.job.id)

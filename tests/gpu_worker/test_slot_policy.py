@@ -1,0 +1,81 @@
+"""Who gives a slot to whom, with plain data."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.slot_policy import (
+    HUNGRY_BELOW_S,
+    MIN_IN_HAND_S,
+    MIN_SLICE_S,
+    RETURN_MARGIN_S,
+    Holding,
+    next_to_park,
+    next_to_unpark,
+)
+
+
+def _running(**in_hand_s: float) -> list[Holding]:
+    return [Holding(name, seconds, slice_s=1.0) for name, seconds in in_hand_s.items()]
+
+
+class TestPark:
+    """The request that gives up its slot."""
+
+    def test_the_one_with_the_most(self) -> None:
+        """A newcomer gets the slot of the request with the most audio in hand."""
+        chosen = next_to_park(_running(a=4.0, b=9.0, c=6.0), None)
+        assert chosen is not None
+        assert chosen.job_id == "b"
+
+    def test_none_has_enough(self) -> None:
+        """A request with little in hand keeps its slot, also from a newcomer."""
+        assert next_to_park(_running(a=0.0, b=MIN_IN_HAND_S - 0.01), None) is None
+        assert next_to_park(_running(a=MIN_IN_HAND_S), None) is not None
+
+    def test_for_a_hungry_one(self) -> None:
+        """A parked request that runs dry needs a request with RETURN_MARGIN_S more."""
+        hungry = Holding("h", 1.0)
+        assert next_to_park(_running(a=0.9 + RETURN_MARGIN_S), hungry) is None
+        chosen = next_to_park(_running(a=1.0 + RETURN_MARGIN_S), hungry)
+        assert chosen is not None
+
+    def test_for_one_with_enough(self) -> None:
+        """A parked request that has enough takes no slot from another."""
+        assert next_to_park(_running(a=1_000.0), Holding("h", HUNGRY_BELOW_S)) is None
+
+    @pytest.mark.parametrize("waiting", [None, Holding("h", 0.0)])
+    def test_a_new_slot_is_kept(self, waiting: Holding | None) -> None:
+        """A request that has just got its slot keeps it; the one with the most of the others gives up its own."""
+        fresh = Holding("fresh", 90.0, slice_s=MIN_SLICE_S / 2)
+        assert next_to_park([fresh], waiting) is None
+        chosen = next_to_park([fresh, *_running(a=10.0)], waiting)
+        assert chosen is not None
+        assert chosen.job_id == "a"
+
+
+class TestUnpark:
+    """The parked request that comes back."""
+
+    def test_the_one_with_the_least(self) -> None:
+        """The request with the least in hand is first; of equal ones, the one that was parked first."""
+        parked = [Holding("a", 4.0), Holding("b", 0.0), Holding("c", 0.0)]
+        chosen = next_to_unpark(parked)
+        assert chosen is not None
+        assert chosen.job_id == "b"
+        assert next_to_unpark([]) is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1_000), st.floats(0, 10)), max_size=8),
+    st.lists(st.floats(0, 1_000), min_size=1, max_size=8),
+)
+def test_no_two_swap_back_and_forth(running: list[tuple[float, float]], parked: list[float]) -> None:
+    """After a swap, the request that was parked takes no slot back: it has more than the others, and enough."""
+    slots = [Holding(f"r{index}", *figures) for index, figures in enumerate(running)]
+    waiting = next_to_unpark([Holding(f"p{index}", in_hand_s) for index, in_hand_s in enumerate(parked)])
+    assert waiting is not None
+    given_up = next_to_park(slots, waiting)
+    if given_up is not None:
+        assert given_up.in_hand_s > waiting.in_hand_s
+        assert next_to_park([*slots, Holding(waiting.job_id, waiting.in_hand_s, 1.0)], given_up) is None
