@@ -1,6 +1,7 @@
 """/openapi.json and the two pages that show it, Swagger UI at /docs and ReDoc at /redoc.
 
 The pages and their libraries are served from server/web; the pages' Content-Security-Policy allows no other origin.
+Every URL in a page and in the document is relative, so both work below a path that only the proxy in front knows.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.params import FromPath
 
 from server.audio import CONTENT_TYPES
+from server.http.forwarded import client_view
 from server.schemas import ALIASES, SpeechRequest
 from server.version import VERSION
 
@@ -31,7 +33,7 @@ _STATIC_FILES: Final = {
 _MEDIA_TYPES: Final = {".js": "text/javascript", ".css": "text/css"}
 _POLICY: Final = (
     "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+    "worker-src 'self' blob:; media-src 'self' blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 _EVENT: Final = {
     "type": "object",
@@ -57,8 +59,8 @@ class _SwaggerPage(OpenAPIRenderPlugin):
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         """The page; its script fetches the OpenAPI document."""
-        _ = request, openapi_schema
-        return (_WEB / "docs" / "swagger.html").read_bytes()
+        _ = openapi_schema
+        return _page("swagger.html", request)
 
 
 def openapi_config(title: str) -> OpenAPIConfig:
@@ -93,7 +95,11 @@ def openapi_config(title: str) -> OpenAPIConfig:
 @get("/openapi.json", include_in_schema=False)
 async def openapi_json(request: Request[Any, Any, Any]) -> dict[str, Any]:
     """The OpenAPI document."""
-    return openapi_document(request.app)
+    document = openapi_document(request.app)
+    view = client_view(request.app.state.settings, request.scope)
+    # The path is relative to the document's own URL.
+    document["servers"] = [{"url": view.url() or "."}]
+    return document
 
 
 def openapi_document(app: Litestar) -> dict[str, Any]:
@@ -128,10 +134,17 @@ def _complete(speech: dict[str, Any], max_input_chars: int) -> None:
 
 
 @get("/redoc", include_in_schema=False, media_type="text/html")
-async def redoc() -> Response[bytes]:
+async def redoc(request: Request[Any, Any, Any]) -> Response[bytes]:
     """The ReDoc page."""
-    page = (_WEB / "docs" / "redoc.html").read_bytes()
+    page = _page("redoc.html", request)
     return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+
+
+def _page(name: str, request: Request[Any, Any, Any]) -> bytes:
+    """A page whose URLs are relative to the path at which the client has asked for the page."""
+    # Litestar removes the slash from the path.
+    to_root = b"../" if request.scope["raw_path"].endswith(b"/") else b""
+    return (_WEB / "docs" / name).read_bytes().replace(b"{to_root}", to_root)
 
 
 @get("/docs/static/{name:str}", include_in_schema=False, sync_to_thread=True)

@@ -3,24 +3,30 @@
 import time
 from typing import Any
 
-from litestar import get
+from litestar import Request, get
 from litestar.exceptions import NotFoundException
 
 from server.dependencies import EngineDependency, SettingsDependency
 from server.http.errors import ApiError, documented
+from server.http.forwarded import client_view
 from server.schemas import Health, Ready, Root, Status
 from server.version import VERSION
 
 
 @get("/", operation_id="getRoot", summary="Get the service's name and version", tags=["Service"])
-async def root(settings: SettingsDependency) -> Root:
+async def root(request: Request[Any, Any, Any], settings: SettingsDependency) -> Root:
     """Name, version and the most important paths."""
+    prefix = client_view(settings, request.scope).prefix
     return Root(
         status="ok",
         service=settings.api_title,
         version=VERSION,
-        docs="/docs",
-        endpoints={"speech": "/v1/audio/speech", "models": "/v1/models", "voices": "/v1/audio/voices"},
+        docs=f"{prefix}/docs",
+        endpoints={
+            "speech": f"{prefix}/v1/audio/speech",
+            "models": f"{prefix}/v1/models",
+            "voices": f"{prefix}/v1/audio/voices",
+        },
     )
 
 

@@ -24,6 +24,12 @@ async def test_root(serve: Serve) -> None:
     }
 
 
+async def test_the_paths_of_root_begin_with_the_prefix(client: httpx.AsyncClient) -> None:
+    """Below the path of a proxy, they are those of the client."""
+    answer = (await client.get("/", headers={"x-forwarded-prefix": "/tts"})).json()
+    assert (answer["docs"], answer["endpoints"]["models"]) == ("/tts/docs", "/tts/v1/models")
+
+
 async def test_health(client: httpx.AsyncClient) -> None:
     """A JSON object with a timestamp: some clients cannot read the bare text OK."""
     answer = (await client.get("/health")).json()
