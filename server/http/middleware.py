@@ -35,6 +35,8 @@ class HttpMiddleware:
 
     def __init__(self, app: Litestar) -> None:
         self.app = app
+        self._unavailable: dict[str, str | None] = {}
+        """By route: the error code of the 503 that was the last answer to a reading request."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Scopes other than HTTP (lifespan) pass through."""
@@ -43,7 +45,7 @@ class HttpMiddleware:
             return
         strip_root_path(scope, self.app.state.settings.root_path)
         body = _RequestBody(scope, receive)
-        response = _ResponseSender(scope, body, send)
+        response = _ResponseSender(scope, body, send, self._unavailable)
         error = self._objection(scope, body)
         if error is not None:
             refusal = error_response(error).to_asgi_response(app=None, request=Request(scope))
@@ -110,11 +112,13 @@ class _RequestBody:
 class _ResponseSender:
     """A response on its way out: it gets the request's id; a refusal waits for the body's end, and is logged."""
 
-    def __init__(self, scope: Any, body: _RequestBody, send: Send) -> None:
+    def __init__(self, scope: Any, body: _RequestBody, send: Send, unavailable: dict[str, str | None]) -> None:
         self._scope = scope
         self._body = body
         self._send = send
+        self._unavailable = unavailable
         self.method = scope["method"]
+        self._reads = self.method in {"GET", "HEAD"}
         self._refused: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -124,6 +128,8 @@ class _ResponseSender:
             if message["status"] >= http.HTTPStatus.BAD_REQUEST:
                 self._refused = message["status"]
                 await self._body.drain()
+            elif self._reads:
+                self._unavailable.pop(self._scope.get("path_template", ""), None)
         elif message["type"] == "http.response.body" and self._refused is not None:
             self._log(self._refused, message["body"])
             self._refused = None
@@ -135,7 +141,13 @@ class _ResponseSender:
             code = msgspec.json.decode(body, type=ErrorEnvelope).error.code
         except msgspec.DecodeError:
             code = None
-        # A 503 is temporary, and each client that polls /ready causes many: only a 500 needs an operator's eye.
+        if self._reads and status == http.HTTPStatus.SERVICE_UNAVAILABLE:
+            # Health checks and dashboards ask every second while the GPU worker starts: a line for each new answer.
+            route = self._scope.get("path_template", "")
+            if self._unavailable.get(route) == code:
+                return
+            self._unavailable[route] = code
+        # A 503 is temporary: only a 500 needs an operator's eye.
         write = log.warning if status == http.HTTPStatus.INTERNAL_SERVER_ERROR else log.info
         write(
             "request_refused",

@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import structlog
 
 from shared.protocol import Failed
 from tests.fakes import FakeWorker
-from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve
+from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve, responds
 
 pytestmark = SHARED_LOOP
 
@@ -103,6 +104,31 @@ async def test_a_path_cannot_steer_the_terminal(client: httpx.AsyncClient) -> No
     with structlog.testing.capture_logs() as logged:
         await client.get("/no%1B[2J%0Athing")
     assert [line["path"] for line in logged if line["event"] == "request_refused"] == ["/no%1B[2J%0Athing"]
+
+
+async def test_polls_are_logged_once_a_change(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """A client that polls writes one line for each new answer of 503, whatever others ask; requests for speech all."""
+
+    async def poll(**changes: Any) -> None:
+        worker.snapshot = msgspec.structs.replace(worker.snapshot, **changes)
+        assert await responds(client, "/v1/audio/voices/none", 404)  # waits for a fresh snapshot
+        for method in ("GET", "HEAD", "GET"):
+            await client.request(method, "/ready")
+            await client.get("/health")
+
+    usual = worker.snapshot
+    with structlog.testing.capture_logs() as logged:
+        await poll(accepting=False)
+        await poll(accepting=True, default_model="none")
+        await poll(default_model=usual.default_model)
+        await poll(accepting=False)
+    lines = [(line["path"], line["code"]) for line in logged if line.get("status") == 503]
+    assert lines == [("/ready", "shutting_down"), ("/ready", "model_unavailable"), ("/ready", "shutting_down")]
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(2):
+            worker.fail_with = Failed(id="", code="shutting_down", message="soon over")
+            await client.post(SPEECH, json={"input": "x", "stream": False})
+    assert [line["status"] for line in logged if line["event"] == "request_refused"] == [503, 503]
 
 
 async def test_refusals_are_logged(client: httpx.AsyncClient, worker: FakeWorker) -> None:
