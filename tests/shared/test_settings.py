@@ -14,6 +14,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_WEB_WORKERS", "2", 2),
     ("TTS_WORKER_URL", "ipc:///run/tts/worker.ipc", "ipc:///run/tts/worker.ipc"),
     ("TTS_WORKER_TOKEN", "hush", "hush"),
+    ("TTS_WORKER_TIMEOUT", "15", 15.0),
     ("TTS_API_TITLE", "My speech", "My speech"),
     ("TTS_API_KEYS", "sk-1, sk-2,,", ["sk-1", "sk-2"]),
     ("TTS_ADMIN_KEYS", "sk-admin", ["sk-admin"]),
