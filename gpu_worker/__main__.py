@@ -88,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
             return _health(str(settings.worker_url), settings.worker_token)
         settings = load_settings(environment(), _no_address, unknown_models, unusable_folders, _no_device)
         return _serve(settings, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
-    except (SettingsError, CatalogError) as error:
+    except (SettingsError, CatalogError, AddressError) as error:
         sys.stderr.write(f"{error}\n")
-        return EXIT_WRONG_SETTINGS
+        return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunningError) else EXIT_WRONG_SETTINGS
 
 
 def _no_address(settings: Settings) -> list[str]:
@@ -131,12 +131,7 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
     url = str(settings.worker_url)
     # NVML numbers devices by their place on the bus; CUDA by default puts the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    try:
-        lock = claim(url)
-    except AddressError as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunningError) else EXIT_WRONG_SETTINGS
-    with lock:
+    with claim(url):
         inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         transport = Transport(url, settings.worker_token, inbox.put)
         # Building may import torch, which takes seconds: a signal may come before that is done.

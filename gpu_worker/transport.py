@@ -27,7 +27,7 @@ from shared.protocol import (
     decode_from_web,
     encode,
 )
-from shared.sockets import bind_router
+from shared.sockets import AddressError, bind_router
 
 LEASE_S: Final = 30.0
 """A web worker that sends nothing for this long is gone; it pings several times a second.
@@ -128,7 +128,7 @@ class Transport:
         context = zmq.Context()
         try:
             router = bind_router(context, self._url)
-        except zmq.ZMQError as error:
+        except AddressError as error:
             self._failure = error
             self._bound.set()
             context.term()

@@ -60,9 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _EXIT_WRONG_USE
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has closed it. The interpreter would flush stdout again and fail with a traceback.
+    except OSError as error:
+        if parsed.run == serve.run:
+            raise
+        # The interpreter would flush stdout again, and fail with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # the reader of our output has closed it on purpose
+            sys.stderr.write(f"stdin or stdout failed: {error.strerror or error}\n")
         return _EXIT_FAILED
     return code
 

@@ -10,7 +10,7 @@ from typing import Final
 from shared.access import current_user, folder_problem
 from shared.catalog import load_catalog
 from shared.dotenv_file import read_dotenv
-from shared.settings import Settings, variable_of
+from shared.settings import Settings, SettingsError, variable_of
 
 NO_CUDA: Final = "there is no CUDA device that this process may use"
 """The problem of TTS_DEFAULT_DEVICE=cuda on a machine without such a device; the GPU worker looks for it."""
@@ -18,6 +18,10 @@ NO_CUDA: Final = "there is no CUDA device that this process may use"
 
 def environment() -> dict[str, str]:
     """The environment of the process, and the TTS_* variables of .env that it lacks; SettingsError for a wrong file."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise SettingsError([f"the current folder cannot be used: {error.strerror or error}"]) from None
     return read_dotenv(Path(".env")) | os.environ
 
 

@@ -13,6 +13,8 @@ from typing import IO, Any, Final
 
 import zmq
 
+from shared.access import current_user
+
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 """Far above the largest message, a recording of 60 s with 2.9 MB."""
 
@@ -53,10 +55,14 @@ def claim(url: str) -> IO[bytes]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.parent.stat()
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise AddressError(f"{path.parent}: this directory must belong to the worker's user with mode 0700")
+            raise AddressError(
+                f"{path.parent}: this directory must belong to the worker's user, {current_user()}, with mode 0700"
+            )
         lock = path.with_name(path.name + ".lock").open("ab")
     except OSError as error:
-        raise AddressError(f"{path.parent}: {error.strerror or error}") from error
+        raise AddressError(
+            f"{url}: {path.parent} cannot be used by {current_user()}: {error.strerror or error}"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -66,7 +72,7 @@ def claim(url: str) -> IO[bytes]:
 
 
 def bind_router(context: zmq.Context[Any], url: str) -> zmq.Socket[bytes]:
-    """The GPU worker's socket. Claim the address first.
+    """The GPU worker's socket; AddressError if the address cannot be bound. Claim the address first.
 
     With ROUTER_MANDATORY, a send to a web worker that is gone is an error (EHOSTUNREACH) and not a silent loss.
     """
@@ -75,9 +81,9 @@ def bind_router(context: zmq.Context[Any], url: str) -> zmq.Socket[bytes]:
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:
         router.bind(url)
-    except zmq.ZMQError:
+    except zmq.ZMQError as error:
         router.close()  # a socket left open would keep its context from ever ending
-        raise
+        raise AddressError(f"{url}: no socket can be made there: {error.strerror}") from error
     return router
 
 

@@ -31,6 +31,7 @@ from server.processes import (
     addresses_of,
     hold_port,
 )
+from shared.access import current_user
 from shared.catalog import CatalogError
 from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
 from shared.log import set_up_logging
@@ -70,6 +71,9 @@ def run(_arguments: argparse.Namespace) -> int:
             signal.signal(number, _exit)
     with port:
         if settings.worker_url is not None:
+            if not os.access(folder := ipc_path(settings.worker_url).parent, os.X_OK):
+                reason = f"{folder} cannot be entered by {current_user()} until a GPU worker of that user has made it"
+                log.warning("worker_folder_missing", reason=f"{variable_of('worker_url')}: {reason}")
             return _web_server(settings, addresses).run()
         try:
             with _private_address() as url:
@@ -132,10 +136,16 @@ def _host_problems(settings: Settings) -> list[str]:
 @contextmanager
 def _private_address() -> Iterator[str]:
     """An address for the GPU worker that only this user can reach; its folder (0700) is removed at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="tts-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="tts-"))
+    except OSError as error:
+        raise AddressError(f"no folder for the GPU worker's socket can be made (TMPDIR): {error.strerror}") from None
     try:
         url = f"ipc://{folder}/worker.ipc"
-        ipc_path(url)
+        try:
+            ipc_path(url)
+        except AddressError as error:
+            raise AddressError(f"{error}; name another folder with TMPDIR") from None
         yield url
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from server.__main__ import main
 from tests.ports import free_port
+from tests.server.commands.conftest import CannedService
 
 ROOT = str(Path(__file__).parents[3])
 
@@ -78,6 +80,45 @@ def test_an_address_that_is_not_ours(
     err = capfd.readouterr().err
     assert f"TTS_HOST: {host!r} is no" in err
     assert "TTS_DEFAULT_MODEL" in err
+
+
+def test_no_room_for_the_socket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A TMPDIR that cannot be used, or whose path is too long for a socket, is one sentence that names it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTS_PORT", str(free_port()))
+    monkeypatch.setattr(signal, "signal", lambda *_arguments: None)  # the command would set its own handlers
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    for folder, problem in [(tmp_path / "nowhere", "No such file"), (long, "longer than the 107 bytes")]:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert main([]) == 2
+        err = capfd.readouterr().err
+        assert problem in err
+        assert "TMPDIR" in err
+
+
+def test_the_current_folder_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A current folder that was deleted is one sentence."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main([]) == 2
+    assert "the current folder cannot be used: No such file or directory" in capfd.readouterr().err
+
+
+def test_a_full_disk_behind_stdout(service: CannedService) -> None:
+    """A command whose output cannot be written says so in one sentence."""
+    service.answers["/v1/models"] = (200, {"data": []})
+    command = [sys.executable, "-m", "server", "models", "--url", service.url]
+    with Path("/dev/full").open("wb") as full:
+        environ = {**os.environ, "PYTHONPATH": ROOT}
+        ended = subprocess.run(command, env=environ, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "stdin or stdout failed: No space left on device\n")
 
 
 def test_help_is_helpful(capfd: pytest.CaptureFixture[str]) -> None:
