@@ -12,7 +12,7 @@ from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from shared.protocol import Sampling
 from tests.checkpoints import Kind
-from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, engine, job, parts, run, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, engine, job, parts, run, take, take_turns
 from tests.gpu_worker.engines.qwen.parity import CASES, FRAMES, GREEDY, Ours, Request, expected, generate
 
 pytestmark = [
@@ -103,6 +103,17 @@ def test_audio_is_the_same_alone_and_in_a_batch(speaker: QwenEngine) -> None:
         )
         # The decoder's kernels depend on its batch size: a sample may round the other way.
         assert (ours - theirs).abs().max() <= 1
+
+
+def test_parked_jobs_lose_nothing() -> None:
+    """Jobs that take turns in one slot, parked with a frame on the device and chunks being decoded."""
+    speaker = engine("custom_voice", device="cuda", slots=1)
+    jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=30)) for number in (3, 4, 17)]
+    for steps in (1, 2, 5):
+        for name, outcome in take_turns(speaker, jobs, steps).items():
+            (wanted,) = run(speaker, [one for one in jobs if one.id == name]).values()
+            assert outcome.pcm == wanted.pcm
+    speaker.close()
 
 
 def test_frame_counts_are_those_of_the_cpu(speaker: QwenEngine) -> None:

@@ -4,7 +4,13 @@ Owns the copies between rows and host memory. It decides nothing about jobs and 
 
 On CUDA each copy runs on the stream that computes with its rows, so the order of that stream makes it exact:
 a copy to the host sees the frame that was launched last, and the slot's next job writes behind the copy.
-Neither direction waits for the device.
+Neither direction waits for the device. torch keeps freed pinned memory for the next parked job until an engine closes.
+
+A published 1.7B checkpoint in bfloat16 keeps 112 KiB for each token of prompt and speech, and 2.8 MiB of codec stream:
+36 MiB after 300 tokens. On a CPU, with one thread, copies of these shapes took 9 ms there and 8 ms back.
+A job of the tests' small checkpoint keeps 0.5 MiB after 200 frames. It parks in 0.5 ms and comes back in 0.4 ms;
+a step of eight such jobs takes 10 ms. Between two utterances nothing is kept, but the job's reference to clone stays
+on the device, as that of a running job.
 """
 
 from collections.abc import Iterable, Sequence

@@ -95,6 +95,31 @@ def run(
     raise AssertionError(f"not done after {limit} steps: {outcomes}")
 
 
+def take_turns(speaker: QwenEngine, jobs: Sequence[Job], steps: int = 1) -> dict[str, Outcome]:
+    """Let jobs take turns of `steps` steps in one slot: each is parked between its turns."""
+    outcomes = {one.id: Outcome() for one in jobs}
+    for one in jobs:
+        speaker.admit(one)
+        speaker.park(one.id)
+    while any(outcome.end is None for outcome in outcomes.values()):
+        for name in [name for name, outcome in outcomes.items() if outcome.end is None]:
+            speaker.unpark(name)
+            assert speaker.capacity() == 0
+            for number in range(steps):
+                if speaker.capacity() == 0:
+                    wait_until_runnable(speaker)
+                if speaker.runnable(()):
+                    take(speaker, outcomes, number)
+            expected = speaker.park_bytes(name)
+            kept = speaker.park(name)
+            assert expected <= kept <= expected + (4 << 20 if expected else 0)
+            assert speaker.park(name) == speaker.park_bytes(name) == kept
+            assert speaker.memory().host.get("parked", 0) >= kept
+            assert speaker.capacity() == 1
+    assert "parked" not in speaker.memory().host
+    return outcomes
+
+
 def wait_until_runnable(speaker: QwenEngine, stalled: Sequence[str] = ()) -> None:
     """Wait while the engine only waits for references that are being encoded."""
     _woken.clear()
