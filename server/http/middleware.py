@@ -39,9 +39,10 @@ class HttpMiddleware:
         """By route: the error code of the 503 that was the last answer to a reading request."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Scopes other than HTTP (lifespan) pass through."""
+        """Answer one request. The lifespan scope passes through."""
         if scope["type"] != ScopeType.HTTP:
-            await self.app(scope, receive, send)
+            answer = self._refuse_websocket if scope["type"] == ScopeType.WEBSOCKET else self.app
+            await answer(scope, receive, send)
             return
         strip_root_path(scope, self.app.state.settings.root_path)
         body = _RequestBody(scope, receive)
@@ -52,9 +53,22 @@ class HttpMiddleware:
             await refusal(scope, body.receive, response.send)
             return
         if response.method == "HEAD":
-            # The response is the one to a GET; granian leaves its body out.
+            # The response is the one to a GET; _ResponseSender leaves its body out.
             scope["method"] = "GET"
         await self.app(scope, body.receive, response.send)
+
+    async def _refuse_websocket(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Refuse a WebSocket handshake with a 404, because no path takes one. Litestar's close would be a bare 403."""
+        handshake: Any = {**scope, "type": "http", "method": "GET"}
+
+        async def deny(message: Any) -> None:
+            await send({**message, "type": f"websocket.{message['type']}"})  # type: ignore[typeddict-item]
+
+        strip_root_path(handshake, self.app.state.settings.root_path)
+        error = ApiError("not_found", f"{printable_path(handshake)} takes no WebSocket; /docs lists what there is.")
+        response = _ResponseSender(handshake, _RequestBody(handshake, receive), deny, self._unavailable)
+        refusal = error_response(error).to_asgi_response(app=None, request=Request(handshake))
+        await refusal(handshake, receive, response.send)
 
     def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
         """What is wrong with a request by its headers alone."""
@@ -120,6 +134,7 @@ class _ResponseSender:
         self.method = scope["method"]
         self._reads = self.method in {"GET", "HEAD"}
         self._refused: int | None = None
+        self._ended = False  # a response to HEAD ends with the first part of its body
 
     async def send(self, message: Message) -> None:
         """Pass a message on."""
@@ -133,6 +148,12 @@ class _ResponseSender:
         elif message["type"] == "http.response.body" and self._refused is not None:
             self._log(self._refused, message["body"])
             self._refused = None
+        if message["type"] == "http.response.body" and self.method == "HEAD":
+            # HTTP/2 forbids a body here, and granian sends the one that it gets.
+            if self._ended:
+                return
+            self._ended = True
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
 
     def _log(self, status: int, body: bytes) -> None:

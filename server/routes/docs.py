@@ -40,7 +40,8 @@ _EVENT: Final = {
     "properties": {
         "data": {
             "type": "string",
-            "description": "JSON of type speech.audio.delta, speech.audio.done or speech.audio.error.",
+            "description": "JSON of type speech.audio.delta, speech.audio.done or speech.audio.error. "
+            "After speech.audio.error the transfer breaks, so that no client takes the part for the whole.",
         }
     },
 }

@@ -31,6 +31,9 @@ KEEPALIVE_S: Final = 5.0
 SSE_GRACE_S: Final = 0.5
 """How long an SSE response waits for the first audio before it sends status 200: a refusal within it is a status."""
 
+ERROR_FLUSH_S: Final = 0.25
+"""The pause between an error event and the break of its transfer: a reset discards what is still to be written."""
+
 MAX_WHOLE_BYTES: Final = 512 * 1024 * 1024
 """PCM that one whole body may hold in memory: three hours."""
 
@@ -110,7 +113,9 @@ class SpeechResponse:
                 yield _event(SpeechDelta(audio=base64.b64encode(data).decode()))
         except ApiError as error:
             yield _event({"type": "speech.audio.error", "error": envelope(error).error})
-            return
+            # Clients exist that ignore the event, and would take the part for the whole.
+            await asyncio.sleep(ERROR_FLUSH_S)
+            raise BrokenTransferError(error.message) from error
         used = self._finished().usage
         total = used.input_tokens + used.output_tokens
         usage = SpeechUsage(input_tokens=used.input_tokens, output_tokens=used.output_tokens, total_tokens=total)

@@ -63,7 +63,7 @@ class Services:
 async def listening(app: HttpMiddleware) -> AsyncIterator[str]:
     """Serve `app` with granian; the base URL."""
     port = free_port()
-    server = Server(app, port=port, interface=Interfaces.ASGI, log_enabled=False, websockets=False)
+    server = Server(app, port=port, interface=Interfaces.ASGI, log_enabled=False)
     serving_task = asyncio.create_task(server.serve())
     try:
         await until(lambda: _connects(port))

@@ -40,17 +40,43 @@ async def test_request_ids(client: httpx.AsyncClient) -> None:
     assert len(replaced) == 32
 
 
-async def test_head_is_get_without_a_body(client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+async def test_head_is_get_without_a_body(client: httpx.AsyncClient, *, http2: bool) -> None:
     """HEAD has the status, type and length of GET and no body; a path without GET has no HEAD."""
-    for path in ("/", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/v1/models", VOICES, "/nothing"):
-        head, get = await client.head(path), await client.get(path)
-        assert head.status_code == get.status_code, path
-        assert head.content == b"", path
-        assert head.headers["content-type"] == get.headers["content-type"]
-        assert head.headers["x-request-id"]
-        if path != "/health":  # its timestamp may have another number of digits
-            assert head.headers["content-length"] == get.headers["content-length"]
-    assert (await client.head(SPEECH)).status_code == 405
+    pages = ("/", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/metrics", "/docs/static/swagger-ui.css")
+    lists = ("/v1/models", "/v1/models/espeak-ng", "/v1/audio/models", VOICES, "/v1/test", "/nothing")
+    administration = ("/admin/config", "/admin/stats", "/admin/vram")
+    async with httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as asking:
+        for path in (*pages, *lists, *administration):
+            head, get = await asking.head(path), await asking.get(path)
+            assert head.status_code == get.status_code, path
+            assert head.content == b"", path
+            assert head.headers["content-type"] == get.headers["content-type"]
+            assert head.headers["x-request-id"]
+            if path in {"/", "/docs", "/redoc", "/openapi.json", "/docs/static/swagger-ui.css", "/v1/models", VOICES}:
+                assert head.headers["content-length"] == get.headers["content-length"]  # others change with the time
+        assert (await asking.head(SPEECH)).status_code == 405
+        assert (await asking.head(SPEECH)).headers["allow"] == (await asking.get(SPEECH)).headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/nothing", SPEECH, "/health", f"{SPEECH}/stream"])
+async def test_a_websocket_where_there_is_none(client: httpx.AsyncClient, path: str) -> None:
+    """The handshake is answered with a 404 in the shape of every error, even where another method has an answer."""
+    handshake = {
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    with structlog.testing.capture_logs() as logs:
+        answer = await client.get(path, headers={**handshake, "x-request-id": "ws-1"})
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"] == "ws-1"
+    assert answer.json()["error"]["code"] == "not_found"
+    assert path in answer.json()["error"]["message"]
+    (line,) = [line for line in logs if line["event"] == "request_refused"]
+    assert (line["path"], line["status"]) == (path, 404)
 
 
 async def test_a_compressed_body_is_refused(client: httpx.AsyncClient) -> None:

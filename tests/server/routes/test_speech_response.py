@@ -107,22 +107,45 @@ async def test_a_refusal_is_a_status(client: httpx.AsyncClient, worker: FakeWork
             assert answer.headers.get("x-should-retry") == ("false" if hopeless else None)
 
 
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
 async def test_a_failure_after_the_first_byte_breaks_the_transfer(
-    client: httpx.AsyncClient, worker: FakeWorker
+    client: httpx.AsyncClient, worker: FakeWorker, *, http2: bool
 ) -> None:
-    """A client that reads bytes cannot take half a speech for a whole one."""
+    """A client that reads bytes cannot take half a speech for a whole one; HTTP/2 resets the stream."""
     worker.chunks, worker.break_after = 10, 2
     worker.fail_with = Failed(id="", code="synthesis_failed", message="broke")
-    with pytest.raises(httpx.RemoteProtocolError):
-        await client.post(SPEECH, json={"input": "hello", "response_format": "pcm"})
+    async with httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as speaking:
+        with pytest.raises(httpx.RemoteProtocolError, match="StreamReset" if http2 else "incomplete"):
+            await speaking.post(SPEECH, json={"input": "hello", "response_format": "pcm"})
+        # Only the one stream is broken: HTTP/2 keeps the connection.
+        assert (await speaking.get("/health")).status_code == httpx.codes.OK
 
 
-async def test_a_failure_after_the_first_event_is_an_event(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """An SSE client gets the error in OpenAI's shape, as the last event."""
+async def _read(answer: httpx.Response, parts: list[str]) -> None:
+    """Put the text of `answer` into `parts` as it comes."""
+    async for part in answer.aiter_text():
+        parts.append(part)
+
+
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+async def test_a_failure_after_the_first_event_is_an_event_and_breaks_the_transfer(
+    client: httpx.AsyncClient, worker: FakeWorker, *, http2: bool
+) -> None:
+    """An SSE client gets the error in OpenAI's shape, as the last event; then the transfer breaks.
+
+    A client that ignores the event must not take half a speech for a whole one.
+    """
     worker.chunks, worker.break_after = 10, 2
     worker.fail_with = Failed(id="", code="synthesis_failed", message="broke")
     body = {"input": "hello", "response_format": "pcm", "stream_format": "sse"}
-    events = _events((await client.post(SPEECH, json=body)).text)
+    parts: list[str] = []
+    async with (
+        httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as speaking,
+        speaking.stream("POST", SPEECH, json=body) as answer,
+    ):
+        with pytest.raises(httpx.RemoteProtocolError, match="StreamReset" if http2 else "incomplete"):
+            await _read(answer, parts)
+    events = _events("".join(parts))
     assert [event["type"] for event in events] == ["speech.audio.delta"] * 2 + ["speech.audio.error"]
     assert events[-1]["error"] == {
         "message": "broke",
