@@ -157,11 +157,28 @@ def _load(create: Callable[[], HttpMiddleware], main_pid: int, served: ctypes.c_
 
 
 async def _on_startup(served: ctypes.c_bool) -> None:
+    loop = asyncio.get_running_loop()
+
     def serving() -> None:
         served.value = True
-        _unblock_sigterm()
+        threading.Thread(target=_take_one_sigterm, args=(loop,), name="sigterm", daemon=True).start()
 
-    asyncio.get_running_loop().call_later(_SERVING_AFTER_S, serving)
+    loop.call_later(_SERVING_AFTER_S, serving)
+
+
+def _take_one_sigterm(loop: asyncio.AbstractEventLoop) -> None:
+    """Let the event loop have the first SIGTERM, and no other: at a second one granian 2.8.7 stops for ever.
+
+    systemd, for one, sends SIGTERM to every process of a service, and the main process sends another one.
+    """
+    signal.sigwait({signal.SIGTERM})
+
+    def deliver() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        _unblock_sigterm()
+        _block_sigterm()
+
+    loop.call_soon_threadsafe(deliver)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -174,7 +191,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _block_sigterm() -> None:
-    """Keep SIGTERM waiting: a web worker starts so, and takes the signal once granian in it listens for it."""
+    """Keep SIGTERM waiting: a web worker starts so, and takes the first one once granian in it listens for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
