@@ -5,12 +5,14 @@ It owns the ASGI and Litestar side of a stream; it knows nothing of audio.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from litestar import Request
 from litestar.response.streaming import Stream
-from litestar.types import Receive, Scope, Send
+from litestar.types import Message, Receive, Scope, Send
 
+from server.http.connection_reset import can_reset, resettable_connection
 from server.http.errors import CLIENT_GONE, ApiError
 
 T = TypeVar("T")
@@ -61,10 +63,14 @@ async def _disconnected(request: Request[Any, Any, Any]) -> None:
 def can_break(request: Request[Any, Any, Any]) -> bool:
     """True if the client can tell a broken transfer from a complete one without a Content-Length.
 
-    HTTP/1.0 has no chunks: the end of the connection is the end of the body, also after a failure.
+    HTTP/1.0 has no chunks: the end of the connection is the end of the body. Only a reset is no end.
     """
+    return not _is_http_1_0(request.scope) or can_reset(request.scope)
+
+
+def _is_http_1_0(scope: Any) -> bool:
     # The ASGI specification says "1.0"; granian says "1".
-    return str(request.scope["http_version"]) not in {"1.0", "1"}
+    return str(scope["http_version"]) in {"1.0", "1"}
 
 
 class ClosingStream(Stream):
@@ -72,6 +78,7 @@ class ClosingStream(Stream):
 
     A BrokenTransferError of the iterator leaves the body without its end: the last chunk of the chunked encoding
     is not sent and the connection is closed, so that no client can take the body for complete.
+    A connection with HTTP/1.0 is reset instead.
     """
 
     def __init__(self, content: AsyncIterator[bytes], *, on_close: Callable[[], None], **kwargs: Any) -> None:
@@ -85,7 +92,8 @@ class ClosingStream(Stream):
 
         async def send_and_close(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                await send_stream(scope, receive, send)
+                async with _reset_on_failure(scope, send) as send_part:
+                    await send_stream(scope, receive, send_part)
             except* BrokenTransferError:
                 # Returning without the last body message is what breaks the transfer.
                 pass
@@ -93,3 +101,31 @@ class ClosingStream(Stream):
                 on_close()
 
         return send_and_close
+
+
+@asynccontextmanager
+async def _reset_on_failure(scope: Any, send: Send) -> AsyncIterator[Send]:
+    """A `send` for a stream. A connection with HTTP/1.0 is reset if the stream ends without its last message."""
+    if not _is_http_1_0(scope) or not can_reset(scope):
+        yield send
+        return
+    connection = resettable_connection(scope)
+    if connection is None:
+        raise BrokenTransferError("the client has closed its connection")
+    complete = False
+
+    async def send_part(message: Message) -> None:
+        nonlocal complete
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            complete = True
+            connection.finish()
+        await send(message)
+
+    try:
+        yield send_part
+    finally:
+        try:
+            if not complete:
+                await connection.flush()
+        finally:
+            connection.close()

@@ -191,35 +191,58 @@ async def test_the_sdk_does_not_retry_missing_weights(client: httpx.AsyncClient,
     assert len(worker.of(Speak)) == 1
 
 
-async def test_http_1_0_gets_a_length(client: httpx.AsyncClient) -> None:
-    """HTTP/1.0 has no chunks, so the body is sent whole, with Content-Length."""
-    head, body = await _http_1_0(client, response_format="wav")
-    assert head.startswith("HTTP/1.")
+async def test_http_1_0_is_streamed(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """The body ends with the connection, which ends normally, and begins before all is said."""
+    head, body = await _http_1_0(client, response_format="pcm")
     assert " 200 " in head.splitlines()[0]
-    assert f"content-length: {len(body)}" in head.lower().splitlines()
-    assert "transfer-encoding" not in head.lower()
-    assert body[40:44] == (3 * 3840).to_bytes(4, "little")
+    assert not {"transfer-encoding", "content-length"} & {line.partition(":")[0] for line in head.lower().splitlines()}
+    assert body == b"".join(tone("hello", 3))
     head, body = await _http_1_0(client, response_format="pcm", stream_format="sse")
     assert b"speech.audio.done" in body
+    worker.chunks = 100_000
+    reader, writer = await _ask_with_http_1_0(client, response_format="pcm")
+    assert b" 200 " in await reader.readline()
+    writer.close()
+    await asyncio.to_thread(worker.wait_for, Cancel)
 
 
-async def test_http_1_0_sees_a_failure(own_worker: FakeWorker) -> None:
-    """A failure in the middle is a status, never a 200 whose body ends early."""
+async def test_http_1_0_sees_a_reset_after_a_failure(own_worker: FakeWorker) -> None:
+    """All that came before the failure arrives; then the read fails, so the part is not taken for the whole."""
     own_worker.chunks = 10
     own_worker.break_after = 5
     own_worker.fail_with = Failed(id="", code="synthesis_failed", message="the device broke")
     async with serving(own_worker.url) as client:
-        head, body = await _http_1_0(client, response_format="pcm")
-        assert " 500 " in head.splitlines()[0]
-        assert json.loads(body)["error"]["code"] == "synthesis_failed"
+        reader, writer = await _ask_with_http_1_0(client, response_format="pcm")
+        await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(5 * 3840) == b"".join(tone("hello", 5))
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
         own_worker.break_after = own_worker.fail_with = None
         own_worker.chunks = 100_000
-        asking = asyncio.create_task(_http_1_0(client, response_format="pcm"))
+        reader, writer = await _ask_with_http_1_0(client, response_format="pcm")
         await asyncio.to_thread(own_worker.wait_for, Credit)
         await asyncio.to_thread(own_worker.stop)
-        head, body = await asking
-    assert " 503 " in head.splitlines()[0]
-    assert json.loads(body)["error"]["code"] == "worker_unavailable"
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+
+async def test_http_1_0_through_dockers_relay_gets_a_length(
+    own_worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay on the gateway of a container would make a normal end of a reset, so the body is sent whole."""
+    monkeypatch.setattr("server.http.connection_reset._default_gateways", lambda: {"127.0.0.1"})
+    async with serving(own_worker.url) as client:
+        head, body = await _http_1_0(client, response_format="wav")
+        assert f"content-length: {len(body)}" in head.lower().splitlines()
+        assert body[40:44] == (3 * 3840).to_bytes(4, "little")
+        own_worker.chunks = 10
+        own_worker.break_after = 5
+        own_worker.fail_with = Failed(id="", code="synthesis_failed", message="the device broke")
+        head, body = await _http_1_0(client, response_format="pcm")
+    assert " 500 " in head.splitlines()[0]
+    assert json.loads(body)["error"]["code"] == "synthesis_failed"
 
 
 @pytest.mark.parametrize("form", [{}, {"stream": False}, {"stream_format": "sse"}])
@@ -310,13 +333,21 @@ def _events(text: str) -> list[dict[str, object]]:
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
 
 
-async def _http_1_0(client: httpx.AsyncClient, **fields: object) -> tuple[str, bytes]:
-    """Head and body of a response over HTTP/1.0, read to the end of the connection."""
+async def _ask_with_http_1_0(
+    client: httpx.AsyncClient, **fields: object
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection with HTTP/1.0 that has asked for speech."""
     body = json.dumps({"input": "hello", **fields}).encode()
     head = f"POST {SPEECH} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    writer.write(head.encode() + body)
+    return reader, writer
+
+
+async def _http_1_0(client: httpx.AsyncClient, **fields: object) -> tuple[str, bytes]:
+    """Head and body of a response over HTTP/1.0, read to the end of the connection."""
+    reader, writer = await _ask_with_http_1_0(client, **fields)
     try:
-        writer.write(head.encode() + body)
         answer = await reader.read()
     finally:
         writer.close()

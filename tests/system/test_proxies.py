@@ -1,0 +1,231 @@
+"""The service behind real proxies: the shortest nginx configuration, and the files of .github/proxies.
+
+Pages are tested in a real browser. What the machine lacks (nginx, caddy, chromium) skips its tests.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from tests.ports import free_port
+from tests.system.browser import CHROMIUM, running_browser
+from tests.system.service import ROOT, Service, eventually, running_service
+
+NGINX: Final = shutil.which("nginx")
+CADDY: Final = shutil.which("caddy")
+SNIPPETS: Final = ROOT / ".github" / "proxies"
+SPEECH: Final = "/v1/audio/speech"
+LONG: Final = "This sentence is one of very many. " * 2000
+"""Text for more audio than the connections between the service and a client that reads nothing can hold."""
+
+BARE: Final = """
+events {}
+http {
+  server { listen 127.0.0.1:80; location / { proxy_pass http://127.0.0.1:8000; } }
+  server { listen 127.0.0.1:81; location /tts/ { proxy_pass http://127.0.0.1:8000/; } location / { return 404; } }
+}
+"""
+"""What a beginner writes: nginx speaks HTTP/1.0 to its upstream and sends its own Host."""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A running proxy: the service is at `url`, and below a path at `below`."""
+
+    url: str
+    below: str
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service of all tests; some kill its processes."""
+    with running_service(tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def running_proxy(command: list[str], config: str, suffix: str, directory: Path, service: Service) -> Iterator[Proxy]:
+    """A proxy with that configuration, whose ports are replaced, until the end."""
+    own, below = free_port(), free_port()
+    for old, new in ((":8000", f":{service.port}"), ("80", str(own)), ("81", str(below))):
+        config = re.sub(rf"(?<=[ :]){old}\b" if old.isdigit() else rf"{old}\b", new, config)
+    file = directory / f"config{suffix}"
+    file.write_text(config)
+    output = (directory / "proxy.log").open("wb")
+    environ = {**os.environ, "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
+    process = subprocess.Popen([*command, str(file)], cwd=directory, env=environ, stdout=output, stderr=output)
+    proxy = Proxy(f"http://127.0.0.1:{own}", f"http://127.0.0.1:{below}/tts")
+
+    def serves() -> bool:
+        assert process.poll() is None, (directory / "proxy.log").read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{proxy.url}/health", trust_env=False).status_code == httpx.codes.OK
+        return False
+
+    try:
+        eventually(serves, 20, "the proxy serves")
+        yield proxy
+    finally:
+        process.terminate()
+        process.wait(20)
+        output.close()
+
+
+@contextlib.contextmanager
+def running_nginx(config: str, directory: Path, service: Service) -> Iterator[Proxy]:
+    """An nginx with that configuration."""
+    if NGINX is None:
+        pytest.skip("nginx is not installed (Debian: nginx-light)")
+    folders = "".join(
+        f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = config.replace("http {", f"http {{ access_log off; {folders}", 1)
+    globals_ = f"daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log;"
+    command = [NGINX, "-p", str(directory), "-e", f"{directory}/error.log", "-g", globals_, "-c"]
+    with running_proxy(command, config, ".conf", directory, service) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def bare(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """The shortest configuration of nginx."""
+    with running_nginx(BARE, tmp_path_factory.mktemp("bare"), service) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def nginx(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """The nginx.conf that the README points to."""
+    config = (SNIPPETS / "nginx.conf").read_text()
+    with running_nginx(config, tmp_path_factory.mktemp("nginx"), service) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def caddy(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """The Caddyfile that the README points to."""
+    if CADDY is None:
+        pytest.skip("caddy is not installed (Debian: caddy)")
+    config = "{\n\tadmin off\n}\n" + (SNIPPETS / "Caddyfile").read_text()
+    command = [CADDY, "run", "--adapter", "caddyfile", "--config"]
+    with running_proxy(command, config, "", tmp_path_factory.mktemp("caddy"), service) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["bare", "nginx", "caddy"])
+def proxy(request: pytest.FixtureRequest) -> Proxy:
+    """Each proxy in turn."""
+    proxy: Proxy = request.getfixturevalue(request.param)
+    return proxy
+
+
+def test_speech_is_streamed(proxy: Proxy) -> None:
+    """The first bytes arrive long before all is said, and a short answer ends normally."""
+    for base in (proxy.url, proxy.below):
+        with httpx.Client(trust_env=False, timeout=30) as client:
+            whole = client.post(base + SPEECH, json={"input": "Hello.", "response_format": "pcm"})
+            assert (whole.status_code, len(whole.content) > 10_000) == (200, True)
+            with client.stream("POST", base + SPEECH, json={"input": LONG, "response_format": "pcm"}) as answer:
+                assert answer.status_code == 200
+                assert "content-length" not in answer.headers
+                assert len(next(answer.iter_bytes(1000))) == 1000
+
+
+@pytest.mark.parametrize("victim", ["GPU worker", "web worker"])
+@pytest.mark.parametrize("name", ["bare", "nginx"])  # Caddy 2.6 ends such an answer normally
+def test_a_broken_answer_looks_broken_to_the_client(
+    request: pytest.FixtureRequest, service: Service, name: str, victim: str
+) -> None:
+    """A process dies in the middle of an answer: the client's transfer fails, and is never a shorter answer."""
+    proxy: Proxy = request.getfixturevalue(name)
+    service.wait_ready()
+    body = {"input": LONG, "response_format": "pcm"}
+    with (
+        httpx.Client(trust_env=False, timeout=30) as client,
+        client.stream("POST", proxy.url + SPEECH, json=body) as answer,
+    ):
+        parts = answer.iter_bytes()
+        next(parts)
+        for pid in {service.worker_pid()} if victim == "GPU worker" else service.web_pids():
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(httpx.TransportError):
+            for _ in parts:
+                pass
+    service.wait_ready()
+
+
+def test_events_break_too(bare: Proxy, service: Service) -> None:
+    """Server-sent events end with the error event, or with done; over HTTP/1.0 as well."""
+    service.wait_ready()
+    body = {"input": LONG, "response_format": "pcm", "stream_format": "sse"}
+    with (
+        httpx.Client(trust_env=False, timeout=30) as client,
+        client.stream("POST", bare.url + SPEECH, json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(service.worker_pid(), signal.SIGKILL)
+        seen = ""
+        with contextlib.suppress(httpx.TransportError):
+            for line in lines:
+                seen = line or seen
+    assert "speech.audio.done" not in seen
+    service.wait_ready()
+
+
+def test_what_a_page_fetches_is_there(proxy: Proxy) -> None:
+    """The pages work below a path that the service does not know."""
+    for page in ("docs", "docs/", "redoc"):
+        url = httpx.URL(f"{proxy.below}/{page}")
+        text = httpx.get(url, trust_env=False).raise_for_status().text
+        named = re.findall(r'(?:src|href|spec-url)="(?!data:)([^"]+)"', text)
+        assert named
+        for name in named:
+            assert httpx.get(url.join(name), trust_env=False).status_code == 200, name
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
+def test_pages_in_a_browser(bare: Proxy, tmp_path: Path) -> None:
+    """The pages show the API, and "Try it out" speaks and plays, behind the shortest configuration."""
+    with running_browser(tmp_path) as browser:
+        browser.open(f"{bare.below}/redoc")
+        browser.wait_for("document.body.innerText.includes('Speak a text')")
+        for url in (f"{bare.url}/docs", f"{bare.below}/docs/"):
+            browser.open(url)
+            control = "#operations-Speech-createSpeech .opblock-summary-control"
+            for selector in (control, ".try-out__btn", ".execute"):
+                browser.wait_for(f"document.querySelector('{selector}')")
+                browser.evaluate(f"document.querySelector('{selector}').click()")
+            assert browser.wait_for("document.querySelector('audio')?.duration") > 0.2
+            browser.evaluate("document.querySelector('audio').play()")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
+def test_a_rebound_page_in_a_browser(service: Service, bare: Proxy, tmp_path: Path) -> None:
+    """A browser takes a page at a foreign name for the service's own, by its DNS; the service refuses it."""
+    service.wait_ready()
+    ask = f"""fetch("{SPEECH}", {{method: "POST", headers: {{"content-type": "application/json"}},
+        body: '{{"input": "x"}}'}}).then(answer => answer.status)"""
+    with running_browser(tmp_path, "--host-resolver-rules=MAP rebound.example 127.0.0.1") as browser:
+        for base, status in ((service.url, 403), (bare.url, 403)):
+            browser.open(base.replace("127.0.0.1", "rebound.example") + "/docs")
+            assert browser.evaluate(ask) == status
+            browser.open(base + "/docs")
+            assert browser.evaluate(ask) == 200
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed (Debian: nginx-light)")
+def test_nginx_accepts_the_file(tmp_path: Path) -> None:
+    """The file is valid as it is, but for the files that only root may write."""
+    command = [str(NGINX), "-t", "-e", str(tmp_path / "log"), "-g", f"pid {tmp_path}/pid;", "-c"]
+    subprocess.run([*command, str(SNIPPETS / "nginx.conf")], check=True, capture_output=True)
