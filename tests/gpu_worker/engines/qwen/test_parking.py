@@ -312,6 +312,15 @@ def test_whatever_runs_out_of_memory_can_be_repeated() -> None:
     speaker.close()
 
 
+def test_every_tensor_of_a_slot_is_parked() -> None:
+    """A tensor that is added to the state goes along, too, and the bytes are counted; `active` belongs to a step."""
+    state = parts("custom_voice").state
+    rows = state.rows(1, frames=5, trailing=3)
+    wanted = {tensor.untyped_storage().data_ptr() for tensor in state.tensors() if tensor is not state.active}
+    assert {row.untyped_storage().data_ptr() for row in rows} == wanted
+    assert state.row_bytes(frames=5, trailing=3) == sum(row.nbytes for row in rows)
+
+
 class Absence(msgspec.Struct, frozen=True):
     """A job is parked before a step, for a number of steps."""
 
