@@ -114,8 +114,11 @@ class VoiceFiles:
             else:
                 self.delete(write.record)
         except Exception as error:
-            log.exception("voice_write_failed", voice=write.record.id, kind=write.kind)
             reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+            defect = None if isinstance(error, OSError) else error  # a full disk needs no traceback
+            log.error(  # noqa: TRY400 -- as above
+                "voice_write_failed", voice=write.record.id, kind=write.kind, reason=reason, exc_info=defect
+            )
             message = f"the voice could not be {write.participle}: {reason}"
             return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
         return VoiceWritten(write=write, error=None)

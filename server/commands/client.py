@@ -41,15 +41,19 @@ class Client:
         proxies = urllib.request.ProxyHandler({}) if _is_local(self.url) else urllib.request.ProxyHandler()
         self._opener = urllib.request.build_opener(proxies)
 
-    def get(self, path: str) -> Any:
-        """The JSON answer of `path`; ClientError if there is none."""
+    def get(self, path: str, *, listing: str = "") -> dict[str, Any]:
+        """The JSON object that `path` answers, with a list of objects under the name `listing`; else ClientError."""
         with self.open(path, timeout_s=CONNECT_TIMEOUT_S) as answer:
             try:
-                return json.load(answer)
+                found = json.load(answer)
             except (ValueError, http.client.HTTPException) as error:
                 raise ClientError(f"{self.url}{path} does not answer with JSON; is it this server?") from error
             except OSError as error:
                 raise ClientError(f"{self.url} broke off its answer: {error or type(error).__name__}") from error
+        entries = found.get(listing) if listing and isinstance(found, dict) else [found]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ClientError(f"{self.url}{path} answers with something else; is it this server?")
+        return dict(found)
 
     def open(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> http.client.HTTPResponse:
         """The response to a GET, or with `body` to a POST, for reading as it arrives; ClientError for an error."""

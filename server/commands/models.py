@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """List the models; returns the exit code."""
-    answer = client_of(arguments).get("/v1/models")
+    answer = client_of(arguments).get("/v1/models", listing="data")
     if arguments.json:
         print_json(answer)
         return 0
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     for model in answer["data"]:
         loaded = model.get("loaded_bytes") or 0
         table.add_row(
-            model["id"],
+            str(model.get("id", "?")),
             model.get("state", ""),
             model.get("task", ""),
             str(len(model.get("languages", []))),

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """List the voices; returns the exit code."""
     query = f"?model={urllib.parse.quote(arguments.model, safe='')}" if arguments.model else ""
-    answer = client_of(arguments).get(f"/v1/audio/voices{query}")
+    answer = client_of(arguments).get(f"/v1/audio/voices{query}", listing="voices")
     if arguments.json:
         print_json(answer)
         return 0

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.serial_thread import SerialThread
@@ -79,12 +80,15 @@ def test_an_error_is_reported(
     """An error fails its own write, with the disk's message; the next writes are carried out."""
     ada = a_save("ada")
     files.errors = [error]
-    writer.submit(ada)
+    with structlog.testing.capture_logs() as logged:
+        writer.submit(ada)
+        raised = reports.wait().error
     writer.submit(ada)
     writer.submit(a_delete(ada))
-    raised = reports.wait().error
     assert isinstance(raised, JobError)
     assert (raised.code, raised.param) == ("synthesis_failed", None)
     assert raised.message.startswith("the voice could not be saved: ")
     assert reason in raised.message
+    assert reason in logged[0]["reason"]
+    assert (logged[0]["exc_info"] is None) == isinstance(error, OSError)
     assert [reports.wait().error, reports.wait().error] == [None, None]

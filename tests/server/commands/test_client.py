@@ -22,6 +22,8 @@ def arguments(**given: str) -> argparse.Namespace:
         ("127.0.0.1", "http://127.0.0.1:4711"),
         ("0.0.0.0", "http://127.0.0.1:4711"),  # noqa: S104 - nothing is bound
         ("::", "http://[::1]:4711"),
+        ("*", "http://127.0.0.1:4711"),
+        ("localhost", "http://localhost:4711"),
         ("speech.lan", "http://speech.lan:4711"),
     ],
 )
@@ -130,3 +132,16 @@ def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     monkeypatch.setenv("TTS_PORT", "many")
     assert main(["models"]) == 2
     assert "TTS_PORT" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer", ["speech", {"error": "none"}, {"data": 3, "voices": 3}, {"data": ["a"], "voices": ["a"]}]
+)
+@pytest.mark.parametrize("command", ["models", "voices"])
+def test_another_service_answers(
+    service: CannedService, capfd: pytest.CaptureFixture[str], command: str, answer: Any
+) -> None:
+    """JSON of another service is one sentence."""
+    service.answers["/v1/models"] = service.answers["/v1/audio/voices"] = (200, answer)
+    assert main([command]) == 1
+    assert "answers with something else; is it this server?" in capfd.readouterr().err
