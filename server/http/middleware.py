@@ -73,7 +73,7 @@ class HttpMiddleware:
     def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
         """What is wrong with a request by its headers alone."""
         headers = Headers.from_scope(scope)
-        if body.announced and headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
+        if body.expected and headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
             return ApiError("unsupported_media_type", "Send the body as it is, without a Content-Encoding.")
         origin = headers.get("origin")
         cors = self.app.cors_config
@@ -88,7 +88,9 @@ class _RequestBody:
 
     def __init__(self, scope: Any, receive: Receive) -> None:
         headers = Headers.from_scope(scope)
-        self.announced = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        # HTTP/2 has no chunks, so no header announces a body without a length.
+        default = "unknown" if scope["http_version"] == "2" else "0"
+        self.expected = headers.get("content-length", default) != "0" or "transfer-encoding" in headers
         self._complete = False
         self._scope = scope
         self._receive = receive
@@ -116,7 +118,7 @@ class _RequestBody:
         drained = 0
         try:
             async with asyncio.timeout(_MAX_DRAIN_S):
-                while self.announced and not self._complete and drained < _MAX_DRAINED_BYTES:
+                while self.expected and not self._complete and drained < _MAX_DRAINED_BYTES:
                     message = await self.receive()
                     drained += len(message["body"]) if message["type"] == "http.request" else 0
         except TimeoutError:
