@@ -277,7 +277,12 @@ class Request:
         unheard_s = self.playback.ahead_s(now)
         if self.sink.stalled:
             unheard_s = max(unheard_s, self.sink.unread_bytes / BYTES_PER_S)
-        return Holding(self.job.id, self.sink.waiting_bytes / BYTES_PER_S + unheard_s, now - self._slot_since)
+        return Holding(
+            self.job.id,
+            in_hand_s=self.sink.waiting_bytes / BYTES_PER_S + unheard_s,
+            slice_s=now - self._slot_since,
+            has_spoken=self.first_audio_at is not None,
+        )
 
     def synthesis_s(self, now: float) -> float:
         """The time from the start up to `now`, without the time for which the engine made no audio for it."""

@@ -6,36 +6,45 @@ A listener hears a second a second from the first piece on, and nothing while it
 
 - A newcomer has nothing in hand. It gets a slot from the request with the most, if that one has MIN_IN_HAND_S.
 - A parked request is hungry below HUNGRY_BELOW_S. It gets a slot from a request with RETURN_MARGIN_S more in hand.
-- A free slot goes to newcomers and hungry requests in turns, then to the parked request with the least in hand.
+- A hungry request comes after NEWCOMERS_IN_A_ROW newcomers at the latest.
+- Other free slots go to the parked request with the least in hand.
+- Until a newcomer has made its first audio, the requests with MIN_IN_HAND_S leave it the device.
 - No request is parked before it has held its slot for MIN_SLICE_S.
 
 It knows neither engines nor messages; see `worker` for these, and `audio_buffer` for the bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
 
-MIN_IN_HAND_S: Final = 2.0
+MIN_IN_HAND_S: Final = 1.0
 """A request with less is not parked for a newcomer: it could not be back in its slot before its listener waits."""
 
 HUNGRY_BELOW_S: Final = 3.0
 """A parked request with less in hand takes a slot from one with more."""
 
-RETURN_MARGIN_S: Final = 5.0
+RETURN_MARGIN_S: Final = 3.0
 """How much more that one must have. So two requests swap once in several seconds of audio at most."""
+
+NEWCOMERS_IN_A_ROW: Final = 3
+"""A newcomer takes a slot for a second of audio, a hungry one for RETURN_MARGIN_S: each kind has half of the time."""
+
+FIRST_AUDIO_S: Final = 0.2
+"""How long the others wait for a newcomer's first audio."""
 
 MIN_SLICE_S: Final = 0.2
 """The shortest stay in a slot, in seconds of the clock: to park and to unpark takes milliseconds."""
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """A request with a slot or parked. `slice_s`: how long it has held its slot; 0 if it is parked."""
+    """A request with a slot or parked. `slice_s`: how long it has held its slot. `has_spoken`: it has made audio."""
 
     job_id: str
     in_hand_s: float
     slice_s: float = 0.0
+    has_spoken: bool = True
 
     @property
     def is_hungry(self) -> bool:
@@ -50,6 +59,17 @@ def next_to_park(running: Iterable[Holding], waiting: Holding | None) -> Holding
     needed_s = MIN_IN_HAND_S if waiting is None else waiting.in_hand_s + RETURN_MARGIN_S
     able = (holding for holding in running if holding.slice_s >= MIN_SLICE_S and holding.in_hand_s >= needed_s)
     return max(able, key=lambda holding: holding.in_hand_s, default=None)
+
+
+def next_to_wait(running: Sequence[Holding]) -> list[str]:
+    """The jobs with a slot that leave the next steps to a newcomer, until it has made its first audio.
+
+    A step of one job is several times shorter than one of all slots. A newcomer has FIRST_AUDIO_S for it:
+    it may have to wait for something else, such as the encoding of its recording.
+    """
+    if all(holding.has_spoken or holding.slice_s > FIRST_AUDIO_S for holding in running):
+        return []
+    return [holding.job_id for holding in running if holding.in_hand_s >= MIN_IN_HAND_S]
 
 
 def next_to_unpark(parked: Iterable[Holding]) -> Holding | None:

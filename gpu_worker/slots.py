@@ -13,7 +13,7 @@ import msgspec
 from gpu_worker.audio_buffer import AudioBuffer, may_grow, may_park
 from gpu_worker.engines.base import Engine
 from gpu_worker.requests import STALLED_AFTER_S, Request
-from gpu_worker.slot_policy import next_to_park, next_to_unpark
+from gpu_worker.slot_policy import next_to_park, next_to_unpark, next_to_wait
 
 NO_PARKING_S: Final = 1.0
 """How long nothing is parked after host RAM ran out."""
@@ -100,9 +100,16 @@ class Slots:
         return None if chosen is None else self.parked[chosen.job_id]
 
     def held_back(self) -> set[str]:
-        """The jobs with a slot that make no audio now, because they have enough in the buffer."""
+        """The jobs with a slot that make no audio now.
+
+        They have enough in the buffer; or they have some audio in hand, and a newcomer is to make its first.
+        """
         free_bytes = self.free_bytes()
-        return {job_id for job_id, request in self.running.items() if not self._may_grow(request, free_bytes)}
+        held_back = {job_id for job_id, request in self.running.items() if not self._may_grow(request, free_bytes)}
+        if any(request.first_audio_at is None for request in self.running.values()):
+            now = self._clock()
+            held_back.update(next_to_wait([request.holding(now) for request in self.running.values()]))
+        return held_back
 
     def longest_stalled(self, requests: Iterable[Request]) -> Request | None:
         """The stalled request that has been so for the longest time; one with a slot before all others."""

@@ -31,6 +31,7 @@ from gpu_worker.residency import (
     TransitionFailed,
 )
 from gpu_worker.scheduler import Scheduler
+from gpu_worker.slot_policy import NEWCOMERS_IN_A_ROW
 from gpu_worker.slots import Place, Slots
 from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
@@ -111,7 +112,7 @@ class Worker:
         self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
-        self._newcomer_is_next = True
+        self._newcomers_in_a_row = 0
         self._held_back: set[str] = set()  # the jobs that the last step left out
         self._readers_checked_at = clock()
         self._out_of_memory: set[str] = set()  # models whose next step is the second try
@@ -328,7 +329,8 @@ class Worker:
     def _give_slots(self) -> None:
         """Give a slot to every request that can have one.
 
-        Newcomers and parked requests that run dry take turns. The rest of the free slots go to other parked requests.
+        After NEWCOMERS_IN_A_ROW newcomers comes a parked request that runs dry.
+        The rest of the free slots go to other parked requests.
         """
         self._slots.out_of_room = False
         while self._start_or_unpark() or self._unpark_next(hungry=False):
@@ -336,13 +338,14 @@ class Worker:
 
     def _start_or_unpark(self) -> bool:
         """Give one slot to a newcomer or to a hungry parked request; False if neither can have one."""
-        if self._newcomer_is_next and self._start_next():
-            self._newcomer_is_next = False
+        newcomers_first = self._newcomers_in_a_row < NEWCOMERS_IN_A_ROW
+        if newcomers_first and self._start_next():
+            self._newcomers_in_a_row += 1
             return True
         if self._unpark_next(hungry=True):
-            self._newcomer_is_next = True
+            self._newcomers_in_a_row = 0
             return True
-        return not self._newcomer_is_next and self._start_next()
+        return not newcomers_first and self._start_next()
 
     def _start_next(self) -> bool:
         request = self._scheduler.next(self._can_start)

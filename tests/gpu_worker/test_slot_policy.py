@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.slot_policy import (
+    FIRST_AUDIO_S,
     HUNGRY_BELOW_S,
     MIN_IN_HAND_S,
     MIN_SLICE_S,
@@ -12,6 +13,7 @@ from gpu_worker.slot_policy import (
     Holding,
     next_to_park,
     next_to_unpark,
+    next_to_wait,
 )
 
 
@@ -52,6 +54,22 @@ class TestPark:
         chosen = next_to_park([fresh, *_running(a=10.0)], waiting)
         assert chosen is not None
         assert chosen.job_id == "a"
+
+
+class TestWait:
+    """Requests that leave the device to a newcomer."""
+
+    def test_until_its_first_audio(self) -> None:
+        """Requests with some audio in hand wait while a newcomer has made none; others go on with it."""
+        comfortable, needy = _running(a=MIN_IN_HAND_S, b=MIN_IN_HAND_S / 2)
+        fresh = Holding("fresh", 0.0, slice_s=0.01, has_spoken=False)
+        assert next_to_wait([comfortable, needy, fresh]) == ["a"]
+        assert next_to_wait([comfortable, needy]) == []
+
+    def test_not_for_ever(self) -> None:
+        """A newcomer that waits for something else, such as its recording, holds back no other for long."""
+        slow = Holding("slow", 0.0, slice_s=FIRST_AUDIO_S + 0.01, has_spoken=False)
+        assert next_to_wait([*_running(a=9.0), slow]) == []
 
 
 class TestUnpark:
