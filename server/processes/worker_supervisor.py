@@ -34,6 +34,9 @@ _STACKS_TIMEOUT_S: Final = 1.0
 
 _POLL_S: Final = 0.5
 
+_PAUSED_AFTER_S: Final = 5.0
+"""A poll that ends so late means that this process was paused: perhaps with the worker, as `docker pause` does."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -47,7 +50,8 @@ class Supervisor:
     The worker runs in a session of its own, so that a terminal's Ctrl-C reaches the service alone
     and streams can be drained before the worker is stopped.
     The watching thread calls `on_final` after a worker that must not be started again; see `exit_code`.
-    It calls `on_outage` at each start and each death, with what clients should know until the worker is back.
+    It calls `on_outage` at the start and at each death, with what clients should know until the worker is back.
+    An OSError of `on_outage` is logged.
     """
 
     def __init__(
@@ -125,7 +129,11 @@ class Supervisor:
             restarts += 1
 
     def _report_outage(self, what: str, pause_s: float = 0.0) -> None:
-        self._on_outage(Outage(reason=f"The GPU worker {what}.", back_at=time.time() + pause_s + self.start_s))
+        outage = Outage(reason=f"The GPU worker {what}.", back_at=time.time() + pause_s + self.start_s)
+        try:
+            self._on_outage(outage)
+        except OSError as error:  # a full disk must not keep the GPU worker from its restart
+            log.warning("outage_not_written", reason=str(error))
 
     def _run_once(self, restarts: int) -> tuple[int | None, bool]:
         """Start a worker and wait for its end: its exit code, and whether it was killed because it hung.
@@ -157,7 +165,7 @@ class Supervisor:
 
     def _wait_for_end(self, pid: int, pipe: BinaryIO) -> bool:
         """Wait until the worker has ended (False), or has been silent for `timeout_s` after its first byte (True)."""
-        started = self._clock()
+        polled_at = started = self._clock()
         heard_at: float | None = None
         ready = False
         process = os.pidfd_open(pid)
@@ -167,11 +175,14 @@ class Supervisor:
                 if process in readable:
                     return False
                 now = self._clock()
+                paused, polled_at = now - polled_at > _PAUSED_AFTER_S, now
                 if readable:
                     heard_at = now
                     if READY in pipe.read(4096) and not ready:
                         ready, self.start_s = True, now - started
                         log.info("worker_speaks", pid=pid, start_s=round(self.start_s, 1))
+                elif paused and heard_at is not None:
+                    heard_at = now
                 elif heard_at is not None and now - heard_at > self._timeout_s:
                     return True
         finally:

@@ -7,11 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.engine import Outage
-from server.processes import restarts
+from server.processes import restarts, worker_supervisor
 from server.processes.restarts import LONGEST_PAUSE_S, SETTLED_S, RestartPauses
 from server.processes.worker_supervisor import FIRST_START_S, Supervisor
 from tests.system.service import eventually
@@ -23,7 +24,9 @@ TIMEOUT_S = 30.0
 class Supervised:
     """A supervisor of a Python program, which can write a number into a pipe when it starts."""
 
-    def __init__(self, program: str, *, stop_timeout_s: float = LIMIT_S) -> None:
+    def __init__(
+        self, program: str, *, stop_timeout_s: float = LIMIT_S, on_outage: Callable[[Outage], None] | None = None
+    ) -> None:
         self._read, write = os.pipe()
         os.set_inheritable(write, True)
         self._write = write
@@ -35,7 +38,7 @@ class Supervised:
             {"PIPE": f"/proc/{os.getpid()}/fd/{write}"},
             timeout_s=TIMEOUT_S,
             stop_timeout_s=stop_timeout_s,
-            on_outage=self.outages.append,
+            on_outage=on_outage or self.outages.append,
             on_final=self.given_up.set,
             clock=lambda: self.now,
         )
@@ -70,8 +73,8 @@ def start() -> Iterator[Callable[..., Supervised]]:
     """Starts supervisors, which are closed after the test."""
     started: list[Supervised] = []
 
-    def start_one(program: str, *, stop_timeout_s: float = LIMIT_S) -> Supervised:
-        started.append(supervised := Supervised(program, stop_timeout_s=stop_timeout_s))
+    def start_one(program: str, **options: Any) -> Supervised:
+        started.append(supervised := Supervised(program, **options))
         supervised.supervisor.start()
         return supervised
 
@@ -102,8 +105,11 @@ def test_a_worker_that_exits_is_replaced(start: Callable[..., Supervised]) -> No
     assert worker.next_number() != worker.next_number()
 
 
-def test_a_silent_worker_writes_its_stacks_and_is_replaced(start: Callable[..., Supervised], tmp_path: Path) -> None:
+def test_a_silent_worker_writes_its_stacks_and_is_replaced(
+    start: Callable[..., Supervised], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After its first byte, a worker may be silent for the timeout; a stopped one writes its stacks all the same."""
+    monkeypatch.setattr(worker_supervisor, "_POLL_S", 0.01)
     stacks = tmp_path / "stacks"
     register = f"import faulthandler\nfaulthandler.register(signal.SIGUSR2, open({str(stacks)!r}, 'a'))\n"
     worker = start(BEAT + register + "beat(b's')\n" + WAIT)
@@ -117,6 +123,20 @@ def test_a_silent_worker_writes_its_stacks_and_is_replaced(start: Callable[..., 
     assert not is_running(first)
     assert "most recent call first" in stacks.read_text()
     assert "has died (no answer for 30 s)" in worker.outages[-1].reason
+
+
+def test_a_pause_of_the_whole_service_is_no_silence(
+    start: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor, which was paused too, gives the worker the timeout once more."""
+    monkeypatch.setattr(worker_supervisor, "_POLL_S", 0.01)
+    monkeypatch.setattr(worker_supervisor, "_STACKS_TIMEOUT_S", 0.0)
+    worker = start(BEAT + "beat(b's')\n" + WAIT)
+    first = worker.next_number()
+    assert not worker.let_time_pass(2)
+    worker.now += 10 * TIMEOUT_S
+    assert not worker.let_time_pass(TIMEOUT_S - 5)
+    assert worker.supervisor.pid == first
 
 
 def test_a_start_may_take_any_time(start: Callable[..., Supervised]) -> None:
@@ -145,6 +165,18 @@ def test_an_outage_lasts_as_long_as_the_last_start(start: Callable[..., Supervis
     worker.next_number()
     assert worker.outages[-1].reason == "The GPU worker has died (SIGKILL) and is being restarted."
     assert worker.outages[-1].retry_after_s() == pytest.approx(17, abs=1)
+
+
+def test_a_full_disk_does_not_stop_the_restarts(start: Callable[..., Supervised]) -> None:
+    """An outage that cannot be written costs its reason in the 503s, and nothing else."""
+
+    def full(_outage: Outage) -> None:
+        raise OSError(28, "No space left on device")
+
+    worker = start(WAIT, on_outage=full)
+    first = worker.next_number()
+    os.kill(first, signal.SIGKILL)
+    assert worker.next_number() != first
 
 
 def test_a_worker_gets_the_number_of_restarts(start: Callable[..., Supervised]) -> None:
