@@ -217,6 +217,22 @@ def test_full_queue_is_a_429(narrow: Service) -> None:
     eventually(lambda: narrow.stats()["requests"]["rejected"] == rejected + 1, 1, "the refusal counted")
 
 
+def test_burst_fills_the_slots_before_the_queue(start: Start) -> None:
+    """Forty requests at once, four slots, a queue of sixteen: twenty are answered, twenty are a 429."""
+    service = start(MAX_CONCURRENCY=4, MAX_QUEUE=16)
+    text = " ".join(SENTENCES)
+    pid = service.worker_pid()
+    with ThreadPoolExecutor(40) as pool:
+        os.kill(pid, signal.SIGSTOP)  # so that all forty reach it in the same moment
+        try:
+            answers = [pool.submit(service.speech, text, response_format="pcm", stream=False) for _ in range(40)]
+            time.sleep(0.7)  # no test can see how many requests wait in the worker's socket
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        statuses = [answer.result(60).status_code for answer in answers]
+    assert (statuses.count(200), statuses.count(429)) == (20, 20), statuses
+
+
 def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
     """SIGTERM during streams: they complete, new connections are refused, exit code 0, no process is left.
 
