@@ -215,13 +215,21 @@ class TestBudget:
         models.say(SMALL)
 
     def test_busy_stays(self, models: ResidencyService) -> None:
-        """A model with a running request is not evicted: a request that needs its room waits until it ends."""
+        """A model with a running request is not evicted: a request that needs its room waits until it ends.
+
+        A client that leaves meanwhile, whatever form of answer it wants, leaves the queue within 500 ms.
+        """
         models.do(DESIGN, "load")
         models.do(DESIGN, "pin")
         fields = models.fields(LARGE, stream=True, max_new_tokens=None)
         with ThreadPoolExecutor(1) as pool:
             with slow_reader(models.service, MINUTES, **fields):
                 eventually(lambda: models.service.running() == 1, 20, "a stream")
+                for form in ({}, {"stream": True}, {"stream": True, "stream_format": "sse"}):
+                    leaving = slow_reader(models.service, "Hello.", **models.fields(SMALL, **form))
+                    eventually(lambda: models.service.queued() == 1, 5, "a request in the queue")
+                    leaving.close()
+                    eventually(lambda: models.service.queued() == 0, stretched(0.5), "an empty queue")
                 waiting = pool.submit(models.say, SMALL, **KEEP)
                 eventually(lambda: models.service.queued() == 1, 5, "another request")
                 assert models.post(LARGE, "unload").status_code == httpx.codes.CONFLICT
