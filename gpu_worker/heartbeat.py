@@ -28,15 +28,16 @@ class Heartbeat:
         self._timeout_s = timeout_s
         self._clock = clock
         self._beat_at = -_INTERVAL_S
+        self._ready = False
         if pipe is not None:
             os.set_blocking(pipe, False)
 
     def beat(self, *, ready: bool) -> None:
         """Say that the loop turns. `ready`: the models that the start loads are loaded."""
         now = self._clock()
-        if now - self._beat_at < _INTERVAL_S:
+        if now - self._beat_at < _INTERVAL_S and ready == self._ready:
             return
-        self._beat_at = now
+        self._beat_at, self._ready = now, ready
         if self._pipe is None:
             faulthandler.dump_traceback_later(self._timeout_s, exit=True)
             return

@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 
 SYSTEM: Final = Path(__file__).parent / "system"
+BESIDE_OTHERS: Final = {"test_clients.py", "test_load.py", "test_proxies.py", "test_start.py"}
+"""System tests that measure neither time nor memory closely: another service may run beside theirs."""
 
 # On two cores, several processes that each compute with two threads take longer than with one thread each.
 # torch reads the variable when it is imported; the processes that tests start inherit it.
@@ -54,11 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `-n 2 --dist loadgroup`: a file stays together, and one service runs at a time.
+    """Group the tests for `-n 2 --dist loadgroup`: a file stays together, and so do most of the system tests.
 
-    The system tests, the longest group, come first: at the end of a run no process waits for the other.
+    These, the longest group, come first: at the end of a run no process waits for the other.
     """
-    items.sort(key=lambda item: not item.path.is_relative_to(SYSTEM))
+
+    def is_measured(item: pytest.Item) -> bool:
+        return item.path.is_relative_to(SYSTEM) and item.path.name not in BESIDE_OTHERS
+
+    items.sort(key=lambda item: not is_measured(item))
     for item in items:
-        group = "system" if item.path.is_relative_to(SYSTEM) else str(item.path)
+        group = "system" if is_measured(item) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

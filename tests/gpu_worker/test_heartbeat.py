@@ -16,9 +16,9 @@ def test_a_byte_a_second() -> None:
     clock = FakeClock()
     heartbeat = Heartbeat(write, 30.0, clock)
     for turn in range(30):
-        heartbeat.beat(ready=turn >= 20)
+        heartbeat.beat(ready=turn >= 15)
         clock.advance(0.1)
-    assert os.read(read, 100) == b"ssr"
+    assert os.read(read, 100) == b"ssrr"  # the end of the start is told at once
     for _ in range(100_000):  # more than the pipe holds: the loop never waits for its supervisor
         clock.advance(1.0)
         heartbeat.beat(ready=True)

@@ -65,7 +65,10 @@ def speak_through_a_pause(service: Service, whole: bytes, pids: list[int], after
     assert heard == whole
 
 
-@pytest.mark.parametrize("stopped", ["GPU worker", pytest.param("web worker", marks=pytest.mark.soak), "both"])
+@pytest.mark.parametrize(
+    "stopped",
+    [pytest.param("GPU worker", marks=pytest.mark.soak), pytest.param("web worker", marks=pytest.mark.soak), "both"],
+)
 @pytest.mark.parametrize("pause_s", [2.0, pytest.param(10.0, marks=pytest.mark.soak)])
 def test_a_pause_costs_no_stream(service: Service, whole: bytes, stopped: str, pause_s: float) -> None:
     """Whoever stands still in the middle of a stream: every sample arrives, and the process is the same."""

@@ -29,7 +29,7 @@ from tests.system.service import (
     slow_reader,
 )
 
-SHORT_S: Final = 5.0
+SHORT_S: Final = 2.0
 LONG_S: Final = float(os.environ.get("SOAK_S", "1800"))
 TEXT: Final = " ".join(SENTENCES * 2)
 """Some thirty seconds of speech."""

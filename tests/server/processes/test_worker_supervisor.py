@@ -153,7 +153,8 @@ def test_an_outage_lasts_as_long_as_the_last_start(start: Callable[..., Supervis
         BEAT
         + "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
         + WRITE_PID
-        + "beat(b's')\nsignal.sigwait({signal.SIGTERM})\nbeat(b'r')\ntime.sleep(60)"
+        + "beat(b's')\nsignal.sigwait({signal.SIGTERM})\nbeat(b'r')\ntime.sleep(60)",
+        stop_timeout_s=0.1,
     )
     first = worker.next_number()
     assert worker.outages[0].reason == "The GPU worker is starting."
