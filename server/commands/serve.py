@@ -94,7 +94,8 @@ def _serve_with_worker(settings: Settings, addresses: list[str], url: str) -> in
         on_final=server.signal_handler_interrupt,
         on_outage=OutageFile(url).write,
     )
-    supervisor.start()
+    # Not before granian has set its signal handlers: a GPU worker inherits that SIGHUP is ignored, as nohup has it.
+    server.on_startup(supervisor.start)
     try:
         code = server.run()
     finally:

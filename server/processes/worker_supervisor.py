@@ -99,6 +99,8 @@ class Supervisor:
     def stop(self) -> None:
         """Let the worker drain, kill it after `stop_timeout_s`, and return when it is gone."""
         self._stopping.set()
+        if self._thread.ident is None:
+            return  # never started
         self._signal(signal.SIGTERM)
         self._thread.join(self._stop_timeout_s)
         if self._thread.is_alive():
