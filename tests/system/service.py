@@ -127,6 +127,12 @@ class Service:
         answer.raise_for_status()
         return answer.json()
 
+    def fresh_stats(self) -> Any:
+        """`stats` with figures that were read after this call began; others may be 250 ms old."""
+        began = self.stats()["worker"]["uptime_s"]
+        eventually(lambda: self.stats()["worker"]["uptime_s"] > began + 0.25, 5, "a new reading")
+        return self.stats()
+
     def running(self) -> int:
         """Requests that hold a slot, as /admin/stats counts them."""
         count: int = self.stats()["running"]

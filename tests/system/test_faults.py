@@ -131,7 +131,7 @@ def test_web_workers_killed_again_and_again_are_replaced(
 @pytest.mark.parametrize("fields", [{}, {"stream": False}, {"stream_format": "sse"}], ids=["bytes", "whole", "sse"])
 def test_client_that_leaves_frees_its_slot(single: Service, fields: dict[str, object]) -> None:
     """A client that disconnects during its answer, in any form, frees its slot within 500 ms."""
-    before = single.stats()["requests"]
+    before = single.fresh_stats()["requests"]
     connection = slow_reader(single, LONG, response_format="pcm", **fields)
     eventually(lambda: single.running() == 1, 5, "a slot taken")
     limit_s = stretched(0.5)
