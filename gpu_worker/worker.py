@@ -349,10 +349,11 @@ class Worker:
 
     def _start_next(self) -> bool:
         request = self._scheduler.next(self._can_start)
-        place = None if request is None else self._slots.place_for_newcomer(request.model)
-        if request is None or place is None:
+        if request is None:
             return False
-        if not self._vacate(place):
+        # Asked again, because time has passed: a request that was ahead enough to be parked may not be any more.
+        place = self._slots.place_for_newcomer(request.model)
+        if place is None or not self._vacate(place):
             self._scheduler.put_back(request)
             return False
         try:

@@ -10,6 +10,7 @@ from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.pcm import bytes_for
 from shared.protocol import Counters, Started, Usage
+from tests.gpu_worker.fakes import FakeClock
 from tests.gpu_worker.worker_bench import WEB, MakeBench, WorkerBench, loaded
 
 LONG = " ".join(f"w{number}" for number in range(200))
@@ -92,6 +93,25 @@ class TestParking:
         turns = int(MIN_IN_HAND_S / (1.0 - TURN_S)) + 2
         _turn(bench, turns)
         assert bench.words("short") == "x"
+
+    @pytest.mark.parametrize("ms", range(20))
+    def test_time_passes_meanwhile(self, make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, ms: int) -> None:
+        """A newcomer whose slot is no longer to be had when it should start stays in the queue."""
+        bench = _bench(make_bench)
+        bench.speak("long", LONG)
+        _turn(bench, 4)
+        (long,) = bench.worker._slots.running.values()
+        bench.clock.advance(long.holding(bench.clock()).in_hand_s - MIN_IN_HAND_S - ms / 1_000)
+        read = FakeClock.__call__
+
+        def slow(clock: FakeClock) -> float:
+            clock.advance(0.001)
+            return read(clock)
+
+        monkeypatch.setattr(FakeClock, "__call__", slow)
+        bench.speak("short", "x")
+        bench.settle()
+        assert bench.kinds("short")[-1] == "Finished"
 
     def test_hungry(self, make_bench: MakeBench) -> None:
         """A parked request is back in a slot before its listener has heard everything."""
