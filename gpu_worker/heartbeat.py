@@ -13,11 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-_INTERVAL_S: Final = 1.0
+from shared.protocol import READY, STARTING
 
-STARTING: Final = b"s"
-READY: Final = b"r"
-"""The two bytes: the loop runs; and the models that the start loads are loaded."""
+_INTERVAL_S: Final = 1.0
 
 
 class Heartbeat:

@@ -23,6 +23,7 @@ from shared.protocol import (
     FromWeb,
     Hello,
     Message,
+    Probe,
     ProtocolError,
     decode_from_web,
     encode,
@@ -32,9 +33,14 @@ from shared.sockets import AddressError, bind_router
 LEASE_S: Final = 30.0
 """A web worker that sends nothing for this long is gone; it pings several times a second.
 
-One that died is noticed by the next message to it. The lease covers one that is stopped, and pauses of 10 s are normal:
-a suspended machine, a debugger, a full disk.
+One that died is noticed by the next message to it, a Probe at the latest. The lease covers one that is stopped,
+and pauses of 10 s are normal: a suspended machine, a debugger, a full disk.
 """
+
+PROBE_AFTER_S: Final = 2.0
+"""A web worker that sends nothing for this long gets a Probe a second: if it has died, its requests must end."""
+
+_PROBE_INTERVAL_S: Final = 1.0
 
 _POLL_MS: Final = 1_000
 
@@ -93,7 +99,7 @@ class Transport:
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._last_heard: dict[bytes, float] = {}
-        self._checked_at = clock()
+        self._checked_at = self._probed_at = clock()
         self._stopping = threading.Event()
         self._bound = threading.Event()
         self._failure: Exception | None = None
@@ -207,6 +213,10 @@ class Transport:
         paused, self._checked_at = now - self._checked_at > _PAUSED_AFTER_S, now
         if paused:
             self._last_heard = dict.fromkeys(self._last_heard, now)
+        if now - self._probed_at >= _PROBE_INTERVAL_S:
+            self._probed_at = now
+            silent = [peer for peer, heard in self._last_heard.items() if now - heard > PROBE_AFTER_S]
+            self._outbox.extend((peer, encode(Probe())) for peer in silent)
         for peer, heard in list(self._last_heard.items()):
             if now - heard > LEASE_S:
                 self._forget(peer, "silent")

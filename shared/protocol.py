@@ -4,7 +4,7 @@ A message is one header frame (a tagged Struct in msgpack) and, if it has sound,
 (24 kHz mono int16 little-endian). Nothing else crosses the socket, and nothing is ever pickled.
 
     web worker -> GPU worker: Hello, Speak (+PCM of a reference), Credit, Cancel, Call (+PCM of a recording), Ping
-    GPU worker -> web worker: Welcome, Started, Audio (+PCM), Finished, Failed, Reply, Pong
+    GPU worker -> web worker: Welcome, Started, Audio (+PCM), Finished, Failed, Reply, Pong, Probe
 
 The worker answers a Speak with Started, Audio …, and then exactly one Finished or Failed;
 it never sends more Audio messages than it has credit for.
@@ -18,6 +18,10 @@ from shared.catalog import ModelSpec
 
 VERSION: Final = 2
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
+
+STARTING: Final = b"s"
+READY: Final = b"r"
+"""What a GPU worker writes into its supervisor's pipe, a byte a second: its loop runs; and its models are preloaded."""
 
 Task = Literal["CustomVoice", "VoiceDesign", "Base"]
 PublicState = Literal["absent", "loading", "resident", "offloaded", "unavailable"]
@@ -436,8 +440,12 @@ class Pong(Message, frozen=True, kw_only=True):
     snapshot: Snapshot
 
 
+class Probe(Message, frozen=True, kw_only=True):
+    """Nothing: that it cannot be sent shows that the web worker is gone. It has no answer."""
+
+
 FromWeb = Hello | Speak | Credit | Cancel | Call | Ping
-FromWorker = Welcome | Started | Audio | Finished | Failed | Reply | Pong
+FromWorker = Welcome | Started | Audio | Finished | Failed | Reply | Pong | Probe
 
 _encoder = msgspec.msgpack.Encoder()
 _from_web: msgspec.msgpack.Decoder[FromWeb] = msgspec.msgpack.Decoder(FromWeb)

@@ -30,6 +30,7 @@ from shared.protocol import (
     Hello,
     Ping,
     Pong,
+    Probe,
     Reply,
     Snapshot,
     Speak,
@@ -245,6 +246,8 @@ class ZmqEngineClient:
                     self._record_snapshot(message.snapshot, self._pinged_at)
             case Welcome():
                 self._handle_welcome(message)
+            case Probe():
+                pass
 
     def _handle_speech(self, message: Audio | Started | Finished, payload: bytes | None) -> None:
         speech = self._speeches.get(message.id)

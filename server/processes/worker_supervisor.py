@@ -18,12 +18,10 @@ import structlog
 
 from server.engine import Outage
 from server.processes.restarts import RestartPauses, death_cause
+from shared.protocol import READY
 
 FINAL_EXIT_CODES: Final = {2: "its settings are wrong", 3: "another worker already serves its address"}
 """Exit codes of a worker that would end the same way again."""
-
-STARTING: Final = b"s"
-READY: Final = b"r"
 
 FIRST_START_S: Final = 10.0
 """The estimate of a start that was never measured: an engine of published size takes 5 to 25 s."""

@@ -15,10 +15,12 @@ from shared.protocol import (
     VERSION,
     Audio,
     Cancel,
+    Failed,
     Finished,
     Hello,
     Message,
     Ping,
+    Probe,
     Speak,
     Timings,
     Usage,
@@ -166,10 +168,27 @@ class TestLeases:
         events = {type(event): event.peer for event in (server.next(), server.next())}
         assert events.keys() == {Incoming, PeerGone}
         assert set(events.values()) == peers
-        failed, _ = silent.send(Cancel(id="r")).receive()
-        assert failed.code == "hello_expected"
+        silent.send(Cancel(id="r"))
+        while isinstance(message := silent.receive()[0], Probe):
+            pass
+        assert isinstance(message, Failed)
+        assert message.code == "hello_expected"
         silent.hello()
         assert server.next().peer == events[PeerGone]
+
+    def test_a_dead_one_without_a_message(self, server: _Server) -> None:
+        """A web worker that died is gone long before its lease ends, though no request of it has anything to say."""
+        web, other = server.web().hello(), server.web().hello()
+        peers = {server.next().peer, server.next().peer}
+        web.leave()
+        for _ in range(int(LEASE_S / 2)):
+            server.clock.advance(1)
+            other.send(Ping())
+            event = server.next()
+            if isinstance(event, PeerGone):
+                break
+        assert isinstance(event, PeerGone)
+        assert event.peer in peers
 
     def test_a_pause_of_this_process_ends_no_lease(self, server: _Server) -> None:
         """After a pause, the web workers get a whole lease: their pings may still lie in the socket."""
