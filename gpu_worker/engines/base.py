@@ -130,11 +130,11 @@ class Engine(Protocol):
             JobError: the job is impossible. It holds no slot then.
         """
 
-    def runnable(self, stalled: Collection[str]) -> bool:
-        """True if `step(stalled)` would do work now."""
+    def runnable(self, held_back: Collection[str]) -> bool:
+        """True if `step(held_back)` would do work now."""
 
-    def step(self, stalled: Collection[str]) -> list[Event]:
-        """Do one unit of work for all admitted jobs except those in `stalled`, and return what it produced.
+    def step(self, held_back: Collection[str]) -> list[Event]:
+        """Do one unit of work for all admitted jobs except those in `held_back`, and return what it produced.
 
         For Qwen3-TTS the unit is one frame (80 ms) for each job.
         If a single job fails, the error is a Fault event; if `step` raises, the engine itself is broken.

@@ -168,14 +168,14 @@ class EspeakEngine:
             raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
         self._sequences[job.id] = _RunningJob(job, self._voice_of(job), self._library.rate)
 
-    def runnable(self, stalled: Collection[str]) -> bool:
-        return any(job_id not in stalled for job_id in self._sequences)
+    def runnable(self, held_back: Collection[str]) -> bool:
+        return any(job_id not in held_back for job_id in self._sequences)
 
-    def step(self, stalled: Collection[str]) -> list[Event]:
+    def step(self, held_back: Collection[str]) -> list[Event]:
         """Return at most one chunk of each job."""
         events: list[Event] = []
         for job_id, sequence in list(self._sequences.items()):
-            if job_id in stalled:
+            if job_id in held_back:
                 continue
             try:
                 events += self._advance(sequence)

@@ -132,7 +132,7 @@ def test_cancelling_and_stalling_harm_no_neighbour(speaker: QwenEngine) -> None:
     for one in jobs:
         speaker.admit(one)
     for number in range(4):
-        take(speaker, outcomes, number, stalled=["job 3"])
+        take(speaker, outcomes, number, held_back=["job 3"])
     speaker.cancel("job 1")
     late = job(9)
     outcomes[late.id] = Outcome()

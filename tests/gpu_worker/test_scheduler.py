@@ -143,6 +143,11 @@ class TestEstimate:
         """A scheduler whose queue is full with `count` requests."""
         return _queue(*[a_request(str(i)) for i in range(count)], max_queue=count, clock=clock)
 
+    def start_one(self, scheduler: Scheduler) -> None:
+        """Take out a request; another one comes in its place."""
+        assert scheduler.next(_any)
+        scheduler.submit(a_request("more"), slots=1)
+
     @pytest.mark.parametrize("every_s", [3.0, 7.0])
     def test_pace_of_the_last_minute(self, every_s: float) -> None:
         """The wait is the time between two starts of the last minute, whatever a slot's time was before."""
@@ -152,8 +157,7 @@ class TestEstimate:
         for pace_s in (0.1, every_s):
             for _ in range(25):
                 clock.advance(pace_s)
-                assert scheduler.next(_any)
-                scheduler.submit(a_request("more"), slots=1)
+                self.start_one(scheduler)
         assert self.retry_after_s(scheduler) == pytest.approx(every_s, rel=0.2)
 
     def test_each_refused_client_waits_for_its_own_place(self) -> None:
@@ -162,8 +166,7 @@ class TestEstimate:
         scheduler = self.full(clock)
         for _ in range(20):
             clock.advance(4)
-            assert scheduler.next(_any)
-            scheduler.submit(a_request("more"), slots=1)
+            self.start_one(scheduler)
         waits = [self.retry_after_s(scheduler) for _ in range(3)]
         assert waits == pytest.approx([4, 8, 12], rel=0.2)
         for _ in range(3):
@@ -177,8 +180,7 @@ class TestEstimate:
         clock = FakeClock()
         scheduler = self.full(clock, count=4)
         clock.advance(5)
-        assert scheduler.next(_any)
-        scheduler.submit(a_request("more"), slots=1)
+        self.start_one(scheduler)
         waits = [self.retry_after_s(scheduler) for _ in range(50)]
         assert waits[-1] == waits[4] == pytest.approx(4 * 3)
         clock.advance(1_000)
@@ -204,8 +206,7 @@ class TestEstimate:
         scheduler = self.full(clock)
         for _ in range(50):
             clock.advance(0.01)
-            assert scheduler.next(_any)
-            scheduler.submit(a_request("more"), slots=1)
+            self.start_one(scheduler)
         assert self.retry_after_s(scheduler) == 1.0
 
     def test_old_starts_do_not_count(self) -> None:
@@ -214,8 +215,7 @@ class TestEstimate:
         scheduler = self.full(clock)
         for _ in range(50):
             clock.advance(0.01)
-            assert scheduler.next(_any)
-            scheduler.submit(a_request("more"), slots=1)
+            self.start_one(scheduler)
         clock.advance(PACE_WINDOW_S + 1)
         assert self.retry_after_s(scheduler) == MAX_RETRY_S
         _take_all(scheduler)

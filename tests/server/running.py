@@ -17,6 +17,14 @@ from tests.ports import free_port
 
 SPEECH = "/v1/audio/speech"
 VOICES = "/v1/audio/voices"
+HANDSHAKE = {
+    "connection": "Upgrade",
+    "upgrade": "websocket",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+"""The headers of a WebSocket handshake."""
+
 SHARED_LOOP = pytest.mark.asyncio(loop_scope="session")
 """The mark of the tests that use the fixtures of conftest.py."""
 

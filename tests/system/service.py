@@ -138,6 +138,10 @@ class Service:
         count: int = self.stats()["running"]
         return count
 
+    def open_requests(self) -> int:
+        """Requests that have not ended, of the first 32: in the queue, in a slot, or waiting for their reader."""
+        return len(self.stats()["streams"])
+
     def queued(self) -> int:
         """Requests that wait for a slot, as /admin/stats counts them."""
         count: int = self.stats()["queued"]

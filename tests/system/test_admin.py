@@ -295,13 +295,13 @@ class TestModels:
             assert heard + b"".join(pieces) == whole
         assert models.do(SMALL, "unload")["state"] == "absent"
 
-    def test_queued_is_busy(self, models: ResidencyService) -> None:
-        """A queued request keeps its model as well as a running one."""
+    def test_without_a_slot_is_busy(self, models: ResidencyService) -> None:
+        """A request that waits for a slot, or has given it up, keeps its model as well as a running one."""
         slots = 8
         fields = models.fields(SMALL, stream=True, max_new_tokens=None)
         readers = [slow_reader(models.service, " ".join(SENTENCES), **fields) for _ in range(slots + 1)]
         try:
-            eventually(lambda: models.service.queued() == 1, 20, "a request in the queue")
+            eventually(lambda: models.service.open_requests() == slots + 1, 20, "more requests than slots")
             assert f"{slots + 1} request" in models.post(SMALL, "unload").json()["error"]["message"]
         finally:
             for reader in readers:

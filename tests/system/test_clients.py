@@ -108,8 +108,8 @@ def test_first_bytes_come_before_the_end_and_decode_alone(shared_service: Servic
         chunks = answer.iter_raw()
         while len(first) < 400 or not decode(first, audio_format):
             first += next(chunks)
-        # The request holds its slot until its last frame is made.
-        eventually(lambda: shared_service.running() >= 1, 1, "a running request")
+        # The request is open until its last piece is sent.
+        eventually(lambda: shared_service.open_requests() >= 1, 1, "an open request")
         assert len(decode(first, audio_format)) / 2 / SAMPLE_RATE < 2.0
         rest = first + b"".join(chunks)
     assert len(decode(rest, audio_format)) / 2 / SAMPLE_RATE > 60

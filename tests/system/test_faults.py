@@ -75,7 +75,7 @@ def test_killed_worker_breaks_streams_and_comes_back(pair: Service) -> None:
     ]
     for listener in listeners:
         listener.start()
-    eventually(lambda: pair.running() == 4, 10, "four streams")
+    eventually(lambda: pair.open_requests() == 4, 10, "four streams")
     soon_s, limit_s = stretched(0.1), stretched(3)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -162,10 +162,10 @@ def test_client_that_reads_nothing_costs_little_and_delays_no_other(single: Serv
     limit_s = stretched(0.5)
     assert slowest < 2 * limit_s
     assert resident_bytes(web) + resident_bytes(worker) - idle < (80 + BUFFER_MIB) * 2**20
-    assert len(single.stats()["streams"]) == 4
+    eventually(lambda: single.open_requests() == 4, 2, "the four alone")
     for connection in deaf:
         connection.close()
-    eventually(lambda: not single.stats()["streams"], limit_s, "the buffer freed")
+    eventually(lambda: single.open_requests() == 0, limit_s, "the buffer freed")
 
 
 def test_burst_fills_the_slots_before_the_queue(start: Start) -> None:
@@ -207,7 +207,7 @@ def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
     listeners = [threading.Thread(target=listen) for _ in range(3)]
     for listener in listeners:
         listener.start()
-    eventually(lambda: service.running() == 3, 5, "three streams")
+    eventually(lambda: service.open_requests() == 3, 5, "three streams")
     for pid in (*processes, service.process.pid):
         os.kill(pid, signal.SIGTERM)
 

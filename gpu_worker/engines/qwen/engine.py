@@ -110,7 +110,7 @@ class QwenEngine:
         self._free_slots.remove(sequence.slot)
         self._sequences[job.id] = sequence
 
-    def runnable(self, stalled: Collection[str]) -> bool:
+    def runnable(self, held_back: Collection[str]) -> bool:
         if self._frames or self._deliveries or self._events:
             return True
         return any(
@@ -119,12 +119,12 @@ class QwenEngine:
             or sequence.chunk_due
             or (sequence.ended and (sequence.generating or _reference_done(sequence)))
             for sequence in self._sequences.values()
-            if sequence.job.id not in stalled
+            if sequence.job.id not in held_back
         )
 
-    def step(self, stalled: Collection[str]) -> list[Event]:
+    def step(self, held_back: Collection[str]) -> list[Event]:
         """See Engine.step. After any exception the step can be repeated: each part is complete, or as if not begun."""
-        sequences = [sequence for sequence in self._sequences.values() if sequence.job.id not in stalled]
+        sequences = [sequence for sequence in self._sequences.values() if sequence.job.id not in held_back]
         with torch.inference_mode():
             self._start_cloned_voices(sequences)
             self._prefill(sequences)

@@ -268,8 +268,8 @@ class TestStreaming:
         engine.unpark(job.id)
         assert engine.capacity() == SLOTS
 
-    def test_stalled(self, engine: EspeakEngine) -> None:
-        """A stalled job pauses and loses nothing."""
+    def test_held_back(self, engine: EspeakEngine) -> None:
+        """A job that is held back pauses and loses nothing."""
         slow, fast = _job(SENTENCES[0]), _job(SENTENCES[1])
         engine.admit(slow)
         engine.admit(fast)

@@ -7,7 +7,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.server.running import SHARED_LOOP, SPEECH
+from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH
 
 pytestmark = SHARED_LOOP
 
@@ -81,12 +81,7 @@ async def test_odd_requests_get_the_usual_error(
 @pytest.mark.parametrize("missing", ["sec-websocket-key", "sec-websocket-version"])
 async def test_a_malformed_handshake(client: httpx.AsyncClient, missing: str) -> None:
     """The HTTP layer refuses it with a sentence of plain text that names the header."""
-    handshake = {
-        "connection": "Upgrade",
-        "upgrade": "websocket",
-        "sec-websocket-version": "13",
-        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
+    handshake = dict(HANDSHAKE)
     del handshake[missing]
     answer = await client.get("/nothing", headers=handshake)
     assert answer.status_code == httpx.codes.BAD_REQUEST

@@ -13,7 +13,7 @@ import structlog
 
 from shared.protocol import Failed
 from tests.fakes import FakeWorker
-from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve, responds
+from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, VOICES, Serve, responds
 
 pytestmark = SHARED_LOOP
 
@@ -62,14 +62,8 @@ async def test_head_is_get_without_a_body(client: httpx.AsyncClient, *, http2: b
 @pytest.mark.parametrize("path", ["/nothing", SPEECH, "/health", f"{SPEECH}/stream"])
 async def test_a_websocket_where_there_is_none(client: httpx.AsyncClient, path: str) -> None:
     """The handshake is answered with a 404 in the shape of every error, even where another method has an answer."""
-    handshake = {
-        "connection": "Upgrade",
-        "upgrade": "websocket",
-        "sec-websocket-version": "13",
-        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
     with structlog.testing.capture_logs() as logs:
-        answer = await client.get(path, headers={**handshake, "x-request-id": "ws-1"})
+        answer = await client.get(path, headers={**HANDSHAKE, "x-request-id": "ws-1"})
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-request-id"] == "ws-1"

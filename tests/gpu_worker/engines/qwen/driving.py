@@ -79,7 +79,7 @@ def clone(number: int, *, text: str | None = "the speech of today", **fields: An
 
 
 def run(
-    speaker: QwenEngine, jobs: Iterable[Job], *, every: int = 0, stalled: Sequence[str] = (), limit: int = 5000
+    speaker: QwenEngine, jobs: Iterable[Job], *, every: int = 0, held_back: Sequence[str] = (), limit: int = 5000
 ) -> dict[str, Outcome]:
     """Admit jobs as slots allow (one every `every` steps), and step until all have ended."""
     waiting = list(jobs)
@@ -88,9 +88,9 @@ def run(
         if waiting and speaker.capacity() and (not every or number % every == 0):
             speaker.admit(waiting.pop(0))
             continue
-        wait_until_runnable(speaker, stalled)
-        take(speaker, outcomes, number, stalled)
-        if not waiting and all(outcome.end or name in stalled for name, outcome in outcomes.items()):
+        wait_until_runnable(speaker, held_back)
+        take(speaker, outcomes, number, held_back)
+        if not waiting and all(outcome.end or name in held_back for name, outcome in outcomes.items()):
             return outcomes
     raise AssertionError(f"not done after {limit} steps: {outcomes}")
 
@@ -120,17 +120,17 @@ def take_turns(speaker: QwenEngine, jobs: Sequence[Job], steps: int = 1) -> dict
     return outcomes
 
 
-def wait_until_runnable(speaker: QwenEngine, stalled: Sequence[str] = ()) -> None:
+def wait_until_runnable(speaker: QwenEngine, held_back: Sequence[str] = ()) -> None:
     """Wait while the engine only waits for references that are being encoded."""
     _woken.clear()
-    while not speaker.runnable(stalled):
+    while not speaker.runnable(held_back):
         assert _woken.wait(60), "no reference was encoded"
         _woken.clear()
 
 
-def take(speaker: QwenEngine, outcomes: dict[str, Outcome], number: int, stalled: Sequence[str] = ()) -> None:
+def take(speaker: QwenEngine, outcomes: dict[str, Outcome], number: int, held_back: Sequence[str] = ()) -> None:
     """Do one step, and add its events to the outcomes."""
-    for event in speaker.step(stalled):
+    for event in speaker.step(held_back):
         outcome = outcomes[event.job_id]
         assert outcome.end is None, "an event after the end"
         if isinstance(event, Pcm):

@@ -146,8 +146,8 @@ def test_a_cancelled_job_frees_its_slot_at_once(speaker: QwenEngine) -> None:
     assert outcomes[late.id].pcm == run(speaker, [late])[late.id].pcm
 
 
-def test_a_stalled_job_pauses_and_loses_nothing(speaker: QwenEngine) -> None:
-    """A stalled job returns no audio. Afterwards it continues where it was."""
+def test_a_job_that_is_held_back_pauses_and_loses_nothing(speaker: QwenEngine) -> None:
+    """A job that is held back returns no audio. Afterwards it continues where it was."""
     jobs = [job(17, sampling=Sampling(seed=17, max_new_tokens=12)), job(4)]
     outcomes = {one.id: Outcome() for one in jobs}
     for one in jobs:
@@ -155,7 +155,7 @@ def test_a_stalled_job_pauses_and_loses_nothing(speaker: QwenEngine) -> None:
     take(speaker, outcomes, 0)
     delivered = len(outcomes["job 17"].chunks)
     while outcomes["job 4"].end is None:
-        take(speaker, outcomes, 0, stalled=["job 17"])
+        take(speaker, outcomes, 0, held_back=["job 17"])
     assert len(outcomes["job 17"].chunks) == delivered
     assert not speaker.runnable(["job 17"])
     assert speaker.runnable([])
