@@ -4,6 +4,8 @@ It decides neither when a model is loaded nor where it is. It never imports torc
 opened.
 """
 
+import contextlib
+import functools
 import gc
 import importlib.util
 import threading
@@ -20,6 +22,7 @@ from shared.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from gpu_worker.engines.qwen.build import QwenOptions
+    from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
 
 DEMO_EXTRA: Final = 'espeak-ng is not installed; install the "demo" extra: pip install "qwen3-tts-server[demo]"'
 GPU_EXTRA: Final = 'install the "gpu" extra: pip install "qwen3-tts-server[gpu]", or `make serve WITH_QWEN=1`'
@@ -84,19 +87,22 @@ class EngineFactory:
     def prepare(self) -> None:
         """Import what the models need that can be opened now, before the first request.
 
-        That is torch, and for models that clone voices the official package.
+        That is torch, and for models that clone voices the official package. Text tokenizers are loaded as well.
         An import holds the GIL for up to 1.2 s at a time (2 cores, busy): running streams would fall silent.
         Afterwards, opening a model holds it for 30 ms at most.
         The objects they create are frozen: a full garbage collection would scan them for 250 to 800 ms.
         """
-        tasks = {spec.task for spec in self._specs if spec.engine == "qwen" and self.problem_of(spec) is None}
-        if not tasks:
+        specs = [spec for spec in self._specs if spec.engine == "qwen" and self.problem_of(spec) is None]
+        if not specs:
             return
         from gpu_worker.engines.qwen import build, codec  # noqa: F401, PLC0415 -- imports torch
         from gpu_worker.engines.qwen.checkpoint import official  # noqa: PLC0415 -- imports torch
 
-        if "Base" in tasks:
+        if any(spec.task == "Base" for spec in specs):
             official.load_official()
+        for spec in specs:
+            with contextlib.suppress(JobError):  # the load of the model will say so
+                self._tokenizers.load(self._directory_of(spec, allow_download=False))
         gc.collect()
         gc.freeze()
 
@@ -227,6 +233,12 @@ class EngineFactory:
             raise JobError("model_unavailable", f"{directory / 'config.json'}: {problem}")
         return directory
 
+    @functools.cached_property
+    def _tokenizers(self) -> "SharedTokenizers":
+        from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers  # noqa: PLC0415 -- the gpu extra
+
+        return SharedTokenizers()
+
     def _qwen_options(self) -> "QwenOptions":
         """The options of every Qwen3-TTS engine, with the parts that all engines share."""
         if self._options is None:
@@ -239,6 +251,7 @@ class EngineFactory:
             dtype = compute_dtype(self._device, self._settings.dtype)
             self._options = QwenOptions(
                 codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device)),
+                tokenizers=self._tokenizers,
                 device=self._device,
                 dtype=self._settings.dtype,
                 attention_backend=self._settings.attention_backend,

@@ -1,5 +1,7 @@
 """Three small Qwen3-TTS models behind one service: requests to them, their places, their bytes."""
 
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, cast
@@ -16,6 +18,9 @@ MODELS: Final = (SMALL, LARGE, DESIGN)
 
 FRAMES: Final = 4
 """Frames of a short answer; without a limit the checkpoints speak for seconds."""
+
+PUBLISHED_ENTRIES: Final = 151_643
+"""Entries of the published checkpoints' text tokenizer."""
 
 EXACT_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """glibc then maps every tensor by itself and returns freed memory to the kernel at once.
@@ -37,6 +42,19 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {DESIGN: {"instructions": "Calm and 
 def checkpoints() -> dict[str, Path]:
     """Each model's small random checkpoint; tests must not write to it."""
     return {model: tiny(*made).resolve() for model, made in _CHECKPOINTS.items()}
+
+
+def enlarge_tokenizer(checkpoint: Path) -> None:
+    """Give a checkpoint's text tokenizer as many entries as the published ones have; no test's text contains them."""
+    vocabulary = json.loads((checkpoint / "vocab.json").read_text())
+    # How byte-level tokenizers write control characters.
+    controls = [chr(256 + byte) for byte in range(9)]
+    words = itertools.chain.from_iterable(itertools.product(controls, repeat=length) for length in itertools.count(2))
+    first = max(vocabulary.values()) + 1
+    added = {"".join(word): first + i for i, word in zip(range(PUBLISHED_ENTRIES - first), words, strict=False)}
+    (checkpoint / "vocab.json").write_text(json.dumps(vocabulary | added))
+    with (checkpoint / "merges.txt").open("a") as merges:
+        merges.writelines(f"{word[:-1]} {word[-1]}\n" for word in added)
 
 
 def model_paths(paths: dict[str, Path]) -> str:

@@ -29,6 +29,7 @@ from tests.system.residency_service import (
     STAYS,
     ResidencyService,
     checkpoints,
+    enlarge_tokenizer,
     model_paths,
 )
 from tests.system.service import (
@@ -66,9 +67,12 @@ KEEP: Final = {"keep_alive": -1}
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Copies of the three checkpoints: a test may damage one, and must restore it."""
+    """Copies of the three checkpoints, with a large text tokenizer: a test may damage one, and must restore it."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    return {model: Path(shutil.copytree(path, directory / model)) for model, path in checkpoints().items()}
+    copies = {model: Path(shutil.copytree(path, directory / model)) for model, path in checkpoints().items()}
+    for copy in copies.values():
+        enlarge_tokenizer(copy)
+    return copies
 
 
 @pytest.fixture(scope="module")

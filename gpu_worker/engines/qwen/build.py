@@ -21,7 +21,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import (
     read_generation_config,
 )
 from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, read_headers
-from gpu_worker.engines.qwen.checkpoint.text_tokenizer import load_text_tokenizer
+from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
 from gpu_worker.engines.qwen.checkpoint.weights import open_weights
 from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec
@@ -60,7 +60,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How engines are opened; one value serves all models of a process.
 
-    `codecs` (speech tokenizers on the same device) and `streams` are shared by all engines.
+    `codecs` (speech tokenizers on the same device), `tokenizers` and `streams` are shared by all engines.
     `dtype` "auto": bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
     `max_model_len`: tokens that a slot holds, prompt and frames.
     `pause_s`: silence between the utterances of a long text.
@@ -78,6 +78,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float = 0.15
     reference_cache_bytes: int = 256 << 20
     encoder_lock: threading.Lock = msgspec.field(default_factory=threading.Lock)
+    tokenizers: SharedTokenizers = msgspec.field(default_factory=SharedTokenizers)
     streams: CudaStreams = msgspec.field(default_factory=CudaStreams)
     room: Callable[[], int] | None = None
     wake: Callable[[], None] = lambda: None
@@ -98,6 +99,9 @@ def build_parts(directory: Path, options: QwenOptions) -> Parts:
     """
     # float32 means float32: cuDNN would round the inputs of convolutions, and the codec's encoder choose other codes.
     torch.backends.cudnn.allow_tf32 = False
+    # torch prefers cuDNN's attention on Hopper and newer devices. It makes a plan for every shape, once a thread:
+    # 0.4 s a plan have been seen on a B200 with torch 2.11, and an engine has hundreds of shapes.
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     stream = options.streams.transfer if options.device == "cuda" else None
     with torch.inference_mode(), torch.cuda.stream(stream):
         codec = options.codecs.acquire(directory)
@@ -121,7 +125,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
         model = Qwen3TTSModel(
             weights, config, generation, kernel, slots=rows_needed(slots, device), max_model_len=options.max_model_len
         )
-        prompts = PromptBuilder(weights, config, load_text_tokenizer(directory), model.embed_codes)
+        prompts = PromptBuilder(weights, config, options.tokenizers.load(directory), model.embed_codes)
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
     speaker = None
     if config.tts_model_type == "base":

@@ -14,6 +14,7 @@ import pytest
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.espeak import EspeakEngine
 from gpu_worker.engines.factory import EngineFactory
+from gpu_worker.engines.qwen.checkpoint import text_tokenizer
 from shared.catalog import ModelSpec, load_catalog
 from shared.settings import SettingsError, load_settings
 from tests.checkpoints import tiny
@@ -126,14 +127,18 @@ class TestQwen:
             factory.open(spec)
         assert caught.value.code == "model_unavailable"
 
-    def test_shared_parts(self, catalog: list[ModelSpec]) -> None:
-        """The device is started once, before the first engine; the codec lives as long as any engine."""
+    def test_shared_parts(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The device is started once, before the first engine; the codec lives as long as any engine.
+
+        The text tokenizer, whose making would silence streams, is there before.
+        """
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
         started: list[dict[str, int]] = []
         settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}"})
         factory = EngineFactory(settings, catalog, "cpu", start_device=lambda: started.append(factory.shared_bytes()))
         factory.prepare()
         assert started == []
+        monkeypatch.setattr(text_tokenizer, "load_text_tokenizer", lambda _: pytest.fail("made while others speak"))
         engines = [factory.open(spec) for _ in range(2)]
         assert started == [{}]
         held = factory.shared_bytes()["codec"]

@@ -52,3 +52,10 @@ def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     engine("custom_voice").close()
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_attention_is_not_left_to_cudnn() -> None:
+    """Opening an engine turns off its kernel, which would make a plan for every shape in the middle of a stream."""
+    torch.backends.cuda.enable_cudnn_sdp(enabled=True)
+    engine("custom_voice").close()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

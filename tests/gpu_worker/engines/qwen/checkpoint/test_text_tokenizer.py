@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.checkpoint.text_tokenizer import load_text_tokenizer
+from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers, Tokenize, load_text_tokenizer
 from tests.checkpoints import tiny
 from tests.official_package import official_package
-
-Tokenize = Callable[[str], Sequence[int]]
 
 TEXTS = (
     "",
@@ -115,6 +112,16 @@ def test_a_damaged_file_is_named(directory: Path, tmp_path: Path, name: str, con
     with pytest.raises(JobError, match=str(damaged)) as refusal:
         load_text_tokenizer(damaged)
     assert refusal.value.code == "model_unavailable"
+
+
+def test_equal_files_share_a_tokenizer(directory: Path, tmp_path: Path) -> None:
+    """A copy gets the same one, a checkpoint with another file its own."""
+    shared = SharedTokenizers()
+    copy = copied(directory, tmp_path)
+    assert shared.load(copy) is shared.load(directory)
+    (copy / "merges.txt").write_text("#version: 0.2\n")
+    assert shared.load(copy) is not shared.load(directory)
+    assert len(shared.load(copy)("morning")) > len(shared.load(directory)("morning"))
 
 
 def copied(directory: Path, tmp_path: Path) -> Path:
