@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from server.audio import SAMPLE_RATES, Format, default_rate
 from server.http.errors import ApiError
 from server.schemas import MAX_KEEP_ALIVE_S, SpeechRequest, VoiceRef
 from shared.catalog import OPENAI_VOICES, ModelSpec
@@ -108,6 +109,15 @@ def resolve(
         sampling=_sampling(request, spec),
         keep_alive_s=keep_alive_s(request.keep_alive),
     )
+
+
+def sample_rate(request: SpeechRequest, audio_format: Format) -> int:
+    """The sample rate of the answer; ApiError if the client asks for one that `audio_format` cannot have."""
+    rate = request.sample_rate or default_rate(audio_format)
+    if rate not in SAMPLE_RATES[audio_format]:
+        known = ", ".join(str(known) for known in SAMPLE_RATES[audio_format])
+        raise _invalid("sample_rate", f"{audio_format} cannot have {rate} Hz; it can have: {known}.")
+    return rate
 
 
 def keep_alive_s(given: float | str | None) -> float | None:

@@ -64,7 +64,18 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     response_format: Annotated[
         Format | None,
-        _describe("The audio format; pcm is 24 kHz mono int16 little-endian."),
+        _describe(
+            "The audio format. pcm is mono int16 little-endian without a header; ogg is opus; "
+            "ulaw and alaw are G.711 (8 kHz)."
+        ),
+    ] = None
+    sample_rate: Annotated[
+        int | None,
+        _describe(
+            "The sample rate in Hz: 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100 or 48000; "
+            "opus has 8000, 12000, 16000, 24000 and 48000, G.711 has 8000. 0: as if it were absent.",
+            examples=[24000],
+        ),
     ] = None
     speed: Annotated[
         Annotated[float, Meta(ge=MIN_SPEED, le=MAX_SPEED)] | None,

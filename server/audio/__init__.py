@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from server.audio.decoder import MAX_REFERENCE_BYTES
     from server.audio.decoder_pool import DecoderPool
-    from server.audio.encoder import Encoder
-    from server.audio.formats import CONTENT_TYPES, Format
+    from server.audio.encoder import Encoder, load_resampler
+    from server.audio.formats import CONTENT_TYPES, SAMPLE_RATES, Format, default_rate
     from server.audio.tempo import MAX_SPEED, MIN_SPEED
 else:
     _MODULE_OF = {
         "MAX_REFERENCE_BYTES": "decoder",
         "DecoderPool": "decoder_pool",
         "Encoder": "encoder",
+        "load_resampler": "encoder",
         "CONTENT_TYPES": "formats",
+        "SAMPLE_RATES": "formats",
         "Format": "formats",
+        "default_rate": "formats",
         "MAX_SPEED": "tempo",
         "MIN_SPEED": "tempo",
     }
@@ -31,4 +34,15 @@ else:
         return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
-__all__ = ["CONTENT_TYPES", "MAX_REFERENCE_BYTES", "MAX_SPEED", "MIN_SPEED", "DecoderPool", "Encoder", "Format"]
+__all__ = [
+    "CONTENT_TYPES",
+    "MAX_REFERENCE_BYTES",
+    "MAX_SPEED",
+    "MIN_SPEED",
+    "SAMPLE_RATES",
+    "DecoderPool",
+    "Encoder",
+    "Format",
+    "default_rate",
+    "load_resampler",
+]

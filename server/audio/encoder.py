@@ -1,12 +1,19 @@
 """The audio of one answer: PCM goes in piece by piece, bytes of the requested format come out as soon as they exist.
 
-`Encoder` cuts the PCM at samples, changes its speed and writes it in a format; formats.py knows the formats.
-It knows nothing of requests, sockets or event loops: `feed` computes for a few milliseconds for a second of speech.
+`Encoder` cuts the PCM at samples, changes its speed and its rate, and writes it in a format; formats.py knows the
+formats. It knows nothing of requests or sockets: `feed` computes for a few milliseconds for a second of speech.
 """
 
-from server.audio.formats import CONTENT_TYPES, Format, writer_for
+import asyncio
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from server.audio.formats import SAMPLE_RATES, Format, default_rate, writer_for
 from server.audio.tempo import MAX_SPEED, MIN_SPEED, Tempo
-from shared.pcm import BYTES_PER_SAMPLE
+from shared.pcm import BYTES_PER_SAMPLE, SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from server.audio.resampler import Resampler
 
 
 class Encoder:
@@ -15,18 +22,33 @@ class Encoder:
     With `streaming`, `feed` returns the bytes that can be sent, and a decoder can play the first of them alone.
     Without it, `feed` returns nothing and `finish` the whole file, whose header has the true sizes.
     `speed` (0.25 to 4) changes the duration and keeps the pitch; the first sound comes 200 to 300 ms later.
+    `sample_rate` is one of `SAMPLE_RATES` of the format; None is the format's own.
     An encoder that is no longer needed is simply dropped.
-    Raises ValueError for an unknown format or a speed out of range.
+    Raises ValueError for an unknown format, a rate that the format cannot have, or a speed out of range.
     """
 
-    def __init__(self, response_format: Format, *, speed: float = 1.0, streaming: bool = True) -> None:
+    def __init__(
+        self,
+        response_format: Format,
+        *,
+        speed: float = 1.0,
+        sample_rate: int | None = None,
+        streaming: bool = True,
+    ) -> None:
         if not MIN_SPEED <= speed <= MAX_SPEED:
             raise ValueError(f"speed is between {MIN_SPEED} and {MAX_SPEED}, not {speed}")
-        if response_format not in CONTENT_TYPES:
+        if response_format not in SAMPLE_RATES:
             raise ValueError(f"there is no audio format {response_format!r}")
+        self.sample_rate = sample_rate or default_rate(response_format)
+        if self.sample_rate not in SAMPLE_RATES[response_format]:
+            raise ValueError(f"{response_format} has no sample rate {sample_rate}")
         self._half_sample = b""
-        self._tempo = Tempo(speed) if speed != 1 else None
-        self._writer = writer_for(response_format, streaming=streaming)
+        self._stages: list[Tempo | Resampler] = []
+        if speed != 1:
+            self._stages.append(Tempo(speed))
+        if self.sample_rate != SAMPLE_RATE:
+            self._stages.append(import_module("server.audio.resampler").Resampler(self.sample_rate))
+        self._writer = writer_for(response_format, rate=self.sample_rate, streaming=streaming)
 
     def feed(self, pcm: bytes) -> bytes:
         """Take the next piece of speech, cut anywhere; returns the bytes that can be sent now, possibly none."""
@@ -34,13 +56,20 @@ class Encoder:
         whole = len(data) - len(data) % BYTES_PER_SAMPLE
         self._half_sample = data[whole:]
         data = data[:whole]
-        if self._tempo:
-            data = self._tempo.feed(data)
+        for stage in self._stages:
+            data = stage.feed(data)
         return self._writer.write(data) if data else b""
 
     def finish(self) -> bytes:
         """The rest of the bytes. ValueError if the PCM ended inside a sample."""
         if self._half_sample:
             raise ValueError("the PCM ends inside a sample")
-        last = self._writer.write(self._tempo.finish()) if self._tempo else b""
-        return last + self._writer.end()
+        last = b""
+        for stage in self._stages:
+            last = stage.feed(last) + stage.finish()
+        return self._writer.write(last) + self._writer.end()
+
+
+async def load_resampler() -> None:
+    """Import what an `Encoder` with another rate needs. The import takes 0.25 s: too long for the event loop."""
+    await asyncio.to_thread(import_module, "server.audio.resampler")

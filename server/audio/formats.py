@@ -1,7 +1,7 @@
-"""The audio formats of answers: their content types, and the writer that turns PCM into bytes of a format.
+"""The audio formats of answers: content types, sample rates, and the writer that turns PCM into bytes of a format.
 
-It owns containers, codecs and their delays. A new format is a name in `Format`, a line in `CONTENT_TYPES` and,
-if FFmpeg encodes it, a `_Recipe`.
+It owns containers, codecs and their delays. A new format is a name in `Format`, a line in `CONTENT_TYPES`, one in
+`SAMPLE_RATES` and, if FFmpeg encodes it, a `_Recipe`.
 """
 
 import array
@@ -19,7 +19,7 @@ from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, samples_of
 if TYPE_CHECKING:
     _Packet = av.Packet[AudioStream]  # generic for the type checker only
 
-Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm", "ogg", "ulaw", "alaw"]
 
 CONTENT_TYPES: Final[dict[Format, str]] = {
     "mp3": "audio/mpeg",
@@ -28,7 +28,27 @@ CONTENT_TYPES: Final[dict[Format, str]] = {
     "flac": "audio/flac",
     "wav": "audio/wav",
     "pcm": "audio/pcm",
+    "ogg": "audio/ogg",
+    "ulaw": "audio/basic",
+    "alaw": "audio/x-alaw-basic",
 }
+
+_RATES: Final = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+_OPUS_RATES: Final = (8_000, 12_000, 16_000, 24_000, 48_000)
+_TELEPHONE_RATE: Final = 8_000
+
+SAMPLE_RATES: Final[dict[Format, tuple[int, ...]]] = {
+    "mp3": _RATES,
+    "opus": _OPUS_RATES,
+    "aac": _RATES,
+    "flac": _RATES,
+    "wav": _RATES,
+    "pcm": _RATES,
+    "ogg": _OPUS_RATES,
+    "ulaw": (_TELEPHONE_RATE,),
+    "alaw": (_TELEPHONE_RATE,),
+}
+"""The rates that each format can have. G.711, the codec of telephones, has one."""
 
 _UNKNOWN_SIZE: Final = 0xFFFFFFFF
 _WAV_HEADER: Final = struct.Struct("<4sI4s4sIHHIIHH4sI")
@@ -38,8 +58,8 @@ _REMEMBERED_PACKETS: Final = 4
 _QUIET: Final = 328
 """1 % of full scale: a last packet that stays below is left out without an audible loss."""
 
-_SHORT: Final = 240
-"""10 ms: so much of the end may be left out however loud it is. Where speech breaks off it is not missed,
+_SHORT_S: Final = 0.01
+"""So much of the end may be left out however loud it is. Where speech breaks off it is not missed,
 and the length of an answer stays within 3 % of the speech from 2.7 s on.
 """
 
@@ -58,11 +78,13 @@ class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
     AAC's fast coder takes half the time of the default, which needs up to 19 ms for a single packet;
     either looks 85 ms ahead, so the bytes that are sent after the first 80 ms open and are silent.
     FLAC's levels 0 to 2 use blocks of 24 ms, those above 96 ms.
+    AAC has at most six bits for a sample, so 48,000 a second at 8 kHz.
     """
 
     codec: str
     container: str
     bit_rate: int | None = None
+    max_bits_a_sample: int | None = None
     undeclared_delay: int = 0
     declared_when_whole: bool = False
     first_packets: int = 1
@@ -71,6 +93,9 @@ class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
     streaming_options: dict[str, str] = {}
 
 
+_OPUS: Final = _Recipe(
+    codec="libopus", container="ogg", bit_rate=48_000, first_packets=2, streaming_options={"page_duration": "20000"}
+)
 _RECIPES: Final[dict[str, _Recipe]] = {
     "mp3": _Recipe(
         codec="libmp3lame",
@@ -83,32 +108,44 @@ _RECIPES: Final[dict[str, _Recipe]] = {
         options={"id3v2_version": "0"},
         streaming_options={"write_xing": "0"},
     ),
-    "opus": _Recipe(
-        codec="libopus", container="ogg", bit_rate=48_000, first_packets=2, streaming_options={"page_duration": "20000"}
-    ),
+    "opus": _OPUS,
+    "ogg": _OPUS,
     "aac": _Recipe(
-        codec="aac", container="adts", bit_rate=64_000, undeclared_delay=1024, codec_options={"aac_coder": "fast"}
+        codec="aac",
+        container="adts",
+        bit_rate=64_000,
+        max_bits_a_sample=6,
+        undeclared_delay=1024,
+        codec_options={"aac_coder": "fast"},
     ),
     "flac": _Recipe(codec="flac", container="flac", codec_options={"compression_level": "2"}),
+    "ulaw": _Recipe(codec="pcm_mulaw", container="mulaw"),
+    "alaw": _Recipe(codec="pcm_alaw", container="alaw"),
 }
 
 
-def writer_for(response_format: Format, *, streaming: bool) -> "_PcmWriter | _CompressedWriter":
-    """A writer for the PCM of one answer.
+def default_rate(response_format: Format) -> int:
+    """The sample rate of a format if the client asks for none."""
+    rates = SAMPLE_RATES[response_format]
+    return SAMPLE_RATE if SAMPLE_RATE in rates else rates[0]
+
+
+def writer_for(response_format: Format, *, rate: int, streaming: bool) -> "_PcmWriter | _CompressedWriter":
+    """A writer for the PCM of one answer, which has that sample rate.
 
     Its `write` takes whole samples and returns the bytes that can be sent now; `end` returns the rest.
     Without `streaming`, `end` returns the whole file.
     """
     if response_format in _RECIPES:
-        return _CompressedWriter(_RECIPES[response_format], streaming=streaming)
-    return _PcmWriter(header=response_format == "wav", streaming=streaming)
+        return _CompressedWriter(_RECIPES[response_format], rate=rate, streaming=streaming)
+    return _PcmWriter(wav_rate=rate if response_format == "wav" else None, streaming=streaming)
 
 
 class _PcmWriter:
-    """PCM unchanged; with `header`, behind the 44 bytes that make it a WAV file."""
+    """PCM unchanged; with `wav_rate`, behind the 44 bytes that make it a WAV file."""
 
-    def __init__(self, *, header: bool, streaming: bool) -> None:
-        self._header = header
+    def __init__(self, *, wav_rate: int | None, streaming: bool) -> None:
+        self._wav_rate = wav_rate
         self._started = False
         self._whole = None if streaming else bytearray()
 
@@ -116,25 +153,33 @@ class _PcmWriter:
         if self._whole is not None:
             self._whole += pcm
             return b""
-        if self._header and not self._started:
-            pcm = _wav_header(None) + pcm
+        if not self._started:
+            pcm = self._header(None) + pcm
         self._started = True
         return pcm
 
     def end(self) -> bytes:
         if self._whole is None:
-            return b"" if self._started or not self._header else _wav_header(None)
-        return (_wav_header(len(self._whole)) if self._header else b"") + bytes(self._whole)
+            return b"" if self._started else self._header(None)
+        return self._header(len(self._whole)) + bytes(self._whole)
+
+    def _header(self, data_bytes: int | None) -> bytes:
+        return b"" if self._wav_rate is None else _wav_header(self._wav_rate, data_bytes)
 
 
-def _wav_header(data_bytes: int | None) -> bytes:
+def _wav_header(rate: int, data_bytes: int | None) -> bytes:
     """RIFF, "fmt " and the head of "data"; unknown sizes are all ones, as streaming tools write them."""
     riff_bytes = _UNKNOWN_SIZE if data_bytes is None else _WAV_HEADER.size - 8 + data_bytes
     return _WAV_HEADER.pack(
         *(b"RIFF", riff_bytes, b"WAVE"),
-        *(b"fmt ", 16, 1, 1, SAMPLE_RATE, SAMPLE_RATE * BYTES_PER_SAMPLE, BYTES_PER_SAMPLE, 8 * BYTES_PER_SAMPLE),
+        *(b"fmt ", 16, 1, 1, rate, rate * BYTES_PER_SAMPLE, BYTES_PER_SAMPLE, 8 * BYTES_PER_SAMPLE),
         *(b"data", _UNKNOWN_SIZE if data_bytes is None else data_bytes),
     )
+
+
+def _first_samples(rate: int) -> int:
+    """The samples that the first 80 ms of speech (a frame of Qwen3-TTS) give; a resampler keeps 25 ms of them back."""
+    return FRAME_SAMPLES if rate == SAMPLE_RATE else rate * 55 // 1000
 
 
 class _Sink:
@@ -165,16 +210,17 @@ class _CompressedWriter:
 
     _open = False
 
-    def __init__(self, recipe: _Recipe, *, streaming: bool) -> None:
+    def __init__(self, recipe: _Recipe, *, rate: int, streaming: bool) -> None:
+        self._rate = rate
         self._sink = _Sink() if streaming else None
         self._file = io.BytesIO()
         options = recipe.options | ({"flush_packets": "1", **recipe.streaming_options} if streaming else {})
         self._container = av.open(self._sink or self._file, "w", format=recipe.container, options=options)
         self._open = True
-        stream = self._container.add_stream(recipe.codec, SAMPLE_RATE, options=recipe.codec_options, layout="mono")
+        stream = self._container.add_stream(recipe.codec, rate, options=recipe.codec_options, layout="mono")
         self._stream = cast("AudioStream", stream)
         if recipe.bit_rate:
-            self._stream.bit_rate = recipe.bit_rate
+            self._stream.bit_rate = min(recipe.bit_rate, rate * (recipe.max_bits_a_sample or recipe.bit_rate))
         self._stream.codec_context.open()
         self._packet_samples = self._stream.codec_context.frame_size
         # The number of the first packet that is sent, and the silence in it before the first sample of speech.
@@ -187,8 +233,8 @@ class _CompressedWriter:
         self._packets_sent = 0
         self._recent_pcm = b""
         if recipe.undeclared_delay and (streaming or not recipe.declared_when_whole):
-            # When streaming, the first 80 ms (a frame of Qwen3-TTS) must end with a packet and not wait for the next.
-            silence = -(FRAME_SAMPLES if streaming else recipe.undeclared_delay) % self._packet_samples
+            # When streaming, the first sound must end with a packet and not wait for the next.
+            silence = -(_first_samples(rate) if streaming else recipe.undeclared_delay) % self._packet_samples
             delay = recipe.undeclared_delay + silence
             self._first_sent = max(1, delay // self._packet_samples)
             self._lead_in = delay - (self._first_sent - 1) * self._packet_samples
@@ -223,7 +269,7 @@ class _CompressedWriter:
             self._container.close()
 
     def _encode(self, pcm: bytes) -> list["_Packet"]:
-        frame = audio_frame(pcm, self._samples_fed)
+        frame = audio_frame(pcm, self._samples_fed, self._rate)
         self._samples_fed += frame.samples
         return self._stream.encode(frame)
 
@@ -242,7 +288,7 @@ class _CompressedWriter:
             length = kept * self._packet_samples
             cut = length - self._packet_samples - self._lead_in
             lost = recent[cut - self._speech_samples :] if cut < self._speech_samples else []
-            audible = len(lost) > _SHORT and any(abs(sample) > _QUIET for sample in lost)
+            audible = len(lost) > _SHORT_S * self._rate and any(abs(sample) > _QUIET for sample in lost)
             fits = length - self._speech_samples <= self._packet_samples / 2
             if fits or audible or kept <= self._first_packets:
                 return surplus

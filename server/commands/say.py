@@ -17,7 +17,7 @@ from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageE
 
 SUMMARY: Final = "let a running service speak into a file or a player"
 
-_FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".ogg": "opus", ".raw": "pcm"}
+_FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".raw": "pcm"}
 _READ_BYTES: Final = 65_536
 
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", help="the language of the text: English, en, en-US … (default: auto)")
     parser.add_argument("--instructions", help="the style of speaking, for models that follow instructions")
     parser.add_argument("--speed", type=float, help="the speed, from 0.25 to 4 (default: 1)")
+    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="8000 to 48000 (default: 24000)")
     parser.add_argument("--seed", type=int, help="a number; the same seed gives the same speech")
     add_service_arguments(parser)
 
@@ -83,7 +84,7 @@ def _format_of(output: str) -> str:
 
 def _body(arguments: argparse.Namespace, text: str, response_format: str) -> dict[str, Any]:
     body = {"input": text, "response_format": response_format}
-    for name in ("model", "voice", "language", "instructions", "speed", "seed"):
+    for name in ("model", "voice", "language", "instructions", "speed", "sample_rate", "seed"):
         if (value := getattr(arguments, name)) is not None:
             body[name] = value
     return body

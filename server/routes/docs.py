@@ -111,7 +111,7 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
 
     Litestar's schema of a Struct lacks the limits inside optional fields, which msgspec's schema has.
     It cannot know the limit of the text (a setting), the aliases of fields, the default format,
-    and that a speech response has one of six formats or is a stream of events.
+    and that a speech response has one of several formats or is a stream of events.
     """
     document = app.openapi_schema.to_schema()
     _, components = msgspec.json.schema_components([SpeechRequest], ref_template="#/components/schemas/{name}")

@@ -9,7 +9,7 @@ from typing import Any
 from litestar import Request, Response, post
 from litestar.params import JSONBody
 
-from server.audio import CONTENT_TYPES, Encoder
+from server.audio import CONTENT_TYPES, Encoder, load_resampler
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
 from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice
 from server.http.auth import client_of
@@ -17,9 +17,10 @@ from server.http.errors import ApiError, documented
 from server.http.json_bodies import JsonDecoder, StrictJson
 from server.http.request_scope import request_id_of
 from server.http.streaming import can_break, cancel_on_disconnect
-from server.resolution import Resolved, check_input, resolve, saved_voice_name
+from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name
 from server.routes.speech_response import SpeechResponse
 from server.schemas import ALIASES, SpeechRequest
+from shared.pcm import SAMPLE_RATE
 from shared.protocol import Speak
 
 
@@ -52,15 +53,18 @@ async def create_speech(
     if data.stream is False and data.stream_format == "sse":
         raise ApiError("invalid_value", "stream: false and stream_format: sse contradict each other.", param="stream")
     whole = data.stream is False or (data.stream_format != "sse" and not can_break(request))
+    audio_format = data.response_format or "mp3"
+    rate = sample_rate(data, audio_format)
     client = client_of(settings, request)
     resolved = await _resolve(data, engine, client)
     reference = None
     if data.ref_audio is not None:
         reference = await cancel_on_disconnect(request, decoder_pool.decode_ref_audio(data.ref_audio))
+    if rate != SAMPLE_RATE:
+        await load_resampler()
     speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
     try:
-        audio_format = data.response_format or "mp3"
-        encoder = Encoder(audio_format, speed=data.speed or 1.0, streaming=not whole)
+        encoder = Encoder(audio_format, speed=data.speed or 1.0, sample_rate=rate, streaming=not whole)
         media_type = CONTENT_TYPES[audio_format]
         response = SpeechResponse(request, speech, encoder, model=resolved.model.id, media_type=media_type)
         if whole:

@@ -20,7 +20,6 @@ from server.http.errors import ApiError, envelope
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
 from server.schemas import SpeechDelta, SpeechDone, SpeechUsage
-from shared.pcm import SAMPLE_RATE
 from shared.protocol import Finished, Timings
 
 log = structlog.get_logger(__name__)
@@ -52,7 +51,7 @@ class SpeechResponse:
         self._began = time.monotonic()
         self._media_type = media_type
         self._headers = {
-            "x-sample-rate": str(SAMPLE_RATE),
+            "x-sample-rate": str(encoder.sample_rate),
             "x-model": model,
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",

@@ -43,7 +43,7 @@ def test_every_option_is_passed_on(service: CannedService) -> None:
 
 @pytest.mark.parametrize(
     ("name", "chosen"),
-    [("a.mp3", "mp3"), ("a.opus", "opus"), ("a.ogg", "opus"), ("a.aac", "aac"), ("a.wav", "wav"), ("a.raw", "pcm")],
+    [("a.mp3", "mp3"), ("a.opus", "opus"), ("a.ogg", "ogg"), ("a.aac", "aac"), ("a.wav", "wav"), ("a.raw", "pcm")],
 )
 def test_the_ending_chooses_the_format(service: CannedService, name: str, chosen: str) -> None:
     """The format is the one that players expect of the ending."""

@@ -1,8 +1,11 @@
 """POST /v1/audio/speech: the fields of a request reach the GPU worker, and saved voices are found."""
 
 import base64
+import re
 
+import httpx
 import msgspec
+import pytest
 
 from shared.protocol import SavedVoice, Speak
 from tests.audio import tone, wav
@@ -49,3 +52,56 @@ async def test_a_recording_in_the_request(serve: Serve, worker: FakeWorker) -> N
     [speak] = worker.of(Speak)
     assert (speak.model, speak.task, speak.reference_text) == ("qwen3-tts-1.7b-base", "Base", "la")
     assert [len(payload) for payload in worker.payloads if payload is not None] == [96_000]
+
+
+@pytest.mark.parametrize(
+    ("body", "media_type", "rate", "size"),
+    [
+        ({"response_format": "mp3", "sample_rate": 48000}, "audio/mpeg", 48_000, None),
+        ({"response_format": "pcm", "sample_rate": 8000}, "audio/pcm", 8_000, 2 * 1_920),
+        ({"response_format": "pcm", "sample_rate": 44100}, "audio/pcm", 44_100, 2 * 10_584),
+        ({"response_format": "wav", "sample_rate": 16000}, "audio/wav", 16_000, 44 + 2 * 3_840),
+        ({"response_format": "mp3", "sample_rate": 0}, "audio/mpeg", 24_000, None),
+        ({"response_format": "pcm", "sample_rate": None}, "audio/pcm", 24_000, 2 * 5_760),
+        ({"response_format": "ulaw"}, "audio/basic", 8_000, 1_920),
+        ({"response_format": "alaw", "sample_rate": 8000}, "audio/x-alaw-basic", 8_000, 1_920),
+        ({"response_format": "ogg", "sample_rate": 12000}, "audio/ogg", 12_000, None),
+        ({"response_format": "pcm", "sample_rate": 16000, "speed": 2.0}, "audio/pcm", 16_000, 2 * 1_920),
+    ],
+)
+async def test_sample_rates(
+    client: httpx.AsyncClient, body: dict[str, object], media_type: str, rate: int, size: int | None
+) -> None:
+    """The sound has the rate that was asked for, streamed, whole and as events, and x-sample-rate tells it."""
+    streamed = await client.post(SPEECH, json={"input": "hi", **body})
+    whole = await client.post(SPEECH, json={"input": "hi", "stream": False, **body})
+    for answer in (streamed, whole):
+        assert (answer.status_code, answer.headers["x-sample-rate"]) == (200, str(rate))
+        assert answer.headers["content-type"] == media_type
+        assert size is None or len(answer.content) == size
+    events = await client.post(SPEECH, json={"input": "hi", "stream_format": "sse", **body})
+    assert events.headers["x-sample-rate"] == str(rate)
+    pieces = re.findall(r'"audio":"([^"]*)"', events.text)
+    assert b"".join(map(base64.b64decode, pieces))[:4] == streamed.content[:4]
+    if body["response_format"] == "pcm":
+        assert streamed.content == whole.content
+
+
+@pytest.mark.parametrize(
+    ("response_format", "rate", "known"),
+    [
+        ("opus", 44_100, "8000, 12000, 16000, 24000, 48000."),
+        ("ulaw", 16_000, "8000."),
+        ("mp3", 96_000, "8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000."),
+        ("pcm", -1, "8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000."),
+    ],
+)
+async def test_other_sample_rates_are_refused(
+    client: httpx.AsyncClient, worker: FakeWorker, response_format: str, rate: int, known: str
+) -> None:
+    """The refusal lists the rates of the format, and the worker hears nothing of the request."""
+    answer = await client.post(SPEECH, json={"input": "hi", "response_format": response_format, "sample_rate": rate})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "sample_rate")
+    assert error["message"].endswith(known)
+    assert not worker.of(Speak)
