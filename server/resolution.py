@@ -14,7 +14,7 @@ from server.http.errors import ApiError
 from server.schemas import MAX_KEEP_ALIVE_S, SpeechRequest, VoiceRef
 from shared.catalog import OPENAI_VOICES, ModelSpec
 from shared.protocol import Sampling, SavedVoice, Task
-from shared.text import NO_SPEAKABLE_TEXT, is_speakable
+from shared.text import NO_SPEAKABLE_TEXT, is_blank
 
 OPENAI_MODELS: Final[dict[str, str]] = {"tts-1": "small", "tts-1-hd": "large", "gpt-4o-mini-tts": ""}
 """OpenAI's model names -> the size of the default model's family that each stands for ("": the default's own)."""
@@ -50,12 +50,12 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_input(text: str, max_chars: int) -> None:
-    """Raise ApiError if `text` is too long, contains a null character or has nothing to speak (white space)."""
+    """Raise ApiError if `text` is too long, contains a null character or is blank."""
     if len(text) > max_chars:
         raise _invalid("input", f"must have at most {max_chars} characters, not {len(text)}.")
     if "\0" in text:
         raise _invalid("input", "contains a null character.")
-    if not is_speakable(text):
+    if is_blank(text):
         raise ApiError("invalid_value", f"{NO_SPEAKABLE_TEXT.capitalize()}.", param="input")
 
 

@@ -158,9 +158,13 @@ class SpeechDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 
 
 class SpeechDone(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="speech.audio.done"):
-    """The last event of a complete speech."""
+    """The last event of a complete speech.
+
+    `finish_reason` length: a limit cut it. empty: nothing was speakable, and the audio is 100 ms of silence.
+    """
 
     usage: SpeechUsage
+    finish_reason: Literal["stop", "length", "empty"]
 
 
 # --- models and voices -----------------------------------------------------------------------------------------------

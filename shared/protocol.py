@@ -403,10 +403,10 @@ class Audio(Message, frozen=True, kw_only=True):
 
 
 class Finished(Message, frozen=True, kw_only=True):
-    """The speech is complete; `reason` "length": a limit cut it."""
+    """The speech is complete. `reason` length: a limit cut it; empty: nothing was speakable, and there is silence."""
 
     id: str
-    reason: Literal["stop", "length"]
+    reason: Literal["stop", "length", "empty"]
     usage: Usage
     timings: Timings
 

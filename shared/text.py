@@ -1,8 +1,9 @@
-"""Two rules about characters that both sides follow: which texts can be spoken, and which names can be shown.
+"""Rules about characters that both sides follow: which texts can be spoken, and which names can be shown.
 
-The rules decide by Unicode categories alone. They change no text and raise nothing.
+The rules decide by Unicode categories, and by the control tokens of Qwen3-TTS. They change no text and raise nothing.
 """
 
+import re
 import unicodedata
 from typing import Final
 
@@ -16,15 +17,27 @@ Persian and Indic words and composed emoji need them. They are invisible, and Py
 """
 
 
-def is_speakable(text: str, *, needs_word: bool = False) -> bool:
-    """True if at least one character of `text` can be spoken.
+CONTROL_TOKEN: Final = re.compile(r"<\|[^<>|]*\|>|<tts_[a-z_]*>")
+"""Text that the tokenizer of Qwen3-TTS would turn into control tokens of the prompt. No engine speaks it."""
 
-    Characters of the categories C (control, format, surrogate, private, unassigned) and Z (separators) have no sound.
-    With `needs_word`, at least one letter or digit of any script must be there. espeak-ng takes any text with a sound:
-    it reads emoji aloud and makes a short silence of punctuation. Qwen3-TTS takes only text with a word.
+
+def is_blank(text: str) -> bool:
+    """True if `text` has nothing visible: only white space, control and format characters, and surrogates.
+
+    Characters that Python's Unicode does not know yet count as visible: they may be new emoji.
     """
-    categories = (unicodedata.category(character)[0] for character in set(text))
-    return any(category in "LN" if needs_word else category not in "CZ" for category in categories)
+    categories = (unicodedata.category(character) for character in set(text))
+    return all(category in {"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"} for category in categories)
+
+
+def is_speakable(text: str) -> bool:
+    """True if `text` has at least one letter or digit of any script.
+
+    The rule is the same for every engine, although espeak-ng would read emoji and many signs aloud:
+    a client that sends its sentences one by one gets one answer for `---`, whichever model speaks.
+    """
+    characters = set(CONTROL_TOKEN.sub(" ", text))
+    return any(unicodedata.category(character)[0] in "LN" for character in characters)
 
 
 def is_printable(name: str) -> bool:

@@ -11,10 +11,14 @@ from typing import Any, Final, Protocol
 
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
-from shared.protocol import Action, Audio, Finished, Reply, Snapshot, Speak, Started
+from shared.pcm import bytes_for
+from shared.protocol import Action, Audio, Finished, Reply, Snapshot, Speak, Started, Timings, Usage
 
 INITIAL_CREDIT: Final = 16
 """Audio messages that one request may have under way: 1.3 s of single Qwen3-TTS frames, and bounded memory."""
+
+EMPTY_S: Final = 0.1
+"""The silence for a text without anything speakable: the shortest that players open in every format."""
 
 _CREDIT_BATCH: Final = 4
 """Credits granted at a time: the worker always holds three quarters of them, for a quarter of the messages."""
@@ -83,6 +87,16 @@ class Speech:
         if self._error is None and self.finished is None:
             self._error = error
             self._news.set()
+
+
+def silent_speech(request: Speak) -> Speech:
+    """The speech of a text without anything speakable: EMPTY_S of silence, there at once and without the GPU worker."""
+    speech = Speech(request, grant=lambda _id, _chunks: None, abort=lambda _id: None)
+    speech.receive(Audio(id=request.id, seq=0), bytes(bytes_for(EMPTY_S)))
+    no_time = Timings(queue_s=0.0, load_s=0.0, first_audio_s=0.0, total_s=0.0)
+    usage = Usage(input_tokens=0, output_tokens=0)
+    speech.receive(Finished(id=request.id, reason="empty", usage=usage, timings=no_time), None)
+    return speech
 
 
 class EngineClient(Protocol):

@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 
 from server.audio import CONTENT_TYPES, Encoder, load_resampler
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice
+from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice, silent_speech
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.json_bodies import JsonDecoder, StrictJson
@@ -22,6 +22,7 @@ from server.routes.speech_response import SpeechResponse
 from server.schemas import ALIASES, SpeechRequest
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Speak
+from shared.text import is_speakable
 
 
 class SpeechJson(StrictJson[SpeechRequest]):
@@ -62,9 +63,12 @@ async def create_speech(
         reference = await cancel_on_disconnect(request, decoder_pool.decode_ref_audio(data.ref_audio))
     if rate != SAMPLE_RATE:
         await load_resampler()
-    speech = engine.speak(_speak(data, resolved, client, request_id_of(request.scope)), reference)
+    speak = _speak(data, resolved, client, request_id_of(request.scope))
+    empty = not is_speakable(data.input)
+    speech = silent_speech(speak) if empty else engine.speak(speak, reference)
     try:
-        encoder = Encoder(audio_format, speed=data.speed or 1.0, sample_rate=rate, streaming=not whole)
+        speed = 1.0 if empty else data.speed or 1.0
+        encoder = Encoder(audio_format, speed=speed, sample_rate=rate, streaming=not whole)
         media_type = CONTENT_TYPES[audio_format]
         response = SpeechResponse(request, speech, encoder, model=resolved.model.id, media_type=media_type)
         if whole:

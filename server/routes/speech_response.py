@@ -56,6 +56,8 @@ class SpeechResponse:
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
+        if speech.finished is not None:
+            self._headers["x-finish-reason"] = speech.finished.reason
 
     async def whole(self) -> Response[bytes]:
         """The whole body, with Content-Length, finish reason and Server-Timing."""
@@ -115,10 +117,11 @@ class SpeechResponse:
             # Clients exist that ignore the event, and would take the part for the whole.
             await asyncio.sleep(ERROR_FLUSH_S)
             raise BrokenTransferError(error.message) from error
-        used = self._finished().usage
+        finished = self._finished()
+        used = finished.usage
         total = used.input_tokens + used.output_tokens
         usage = SpeechUsage(input_tokens=used.input_tokens, output_tokens=used.output_tokens, total_tokens=total)
-        yield _event(SpeechDone(usage=usage))
+        yield _event(SpeechDone(usage=usage, finish_reason=finished.reason))
 
     async def _encoded(self, pcm: bytes | None) -> AsyncIterator[bytes]:
         while pcm is not None:

@@ -175,16 +175,16 @@ def test_keep_alive_of_more_than_a_year(given: float | str) -> None:
 
 
 @pytest.mark.parametrize("text", ["   ", "\n\t", "\u200b\u200d", "\x01\x02", "a\0b", "x" * 11])
-def test_unspeakable_input(text: str) -> None:
+def test_wrong_input(text: str) -> None:
     """White space, invisible characters, null characters and too long texts are errors."""
     with pytest.raises(ApiError) as caught:
         check_input(text, 10)
     assert caught.value.param == "input"
 
 
-@pytest.mark.parametrize("text", ["x" * 10, "é", "你好", "👋", " a\n"])
-def test_speakable_input(text: str) -> None:
-    """One visible character is enough."""
+@pytest.mark.parametrize("text", ["x" * 10, "é", "你好", "👋", "---\n", "…", " a\n"])
+def test_visible_input(text: str) -> None:
+    """One visible character is enough; it may be one that no engine speaks."""
     check_input(text, 10)
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import sentencex
 
 from gpu_worker.engines.base import JobError
-from shared.text import NO_SPEAKABLE_TEXT, is_speakable
+from shared.text import CONTROL_TOKEN, NO_SPEAKABLE_TEXT, is_speakable
 
 _LANGUAGE_CODES: Final = {
     "chinese": "zh",
@@ -28,9 +28,6 @@ _LANGUAGE_CODES: Final = {
 }
 """sentencex's codes for the languages of the published models. All other text is split by its rules for English."""
 
-_SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|<tts_[a-z_]*>")
-"""Text that the tokenizer would turn into control tokens of the prompt."""
-
 # The escapes are the full-width comma, semicolon and colon, and the ideographic comma.
 _CLAUSE_END = re.compile(r"(?<=[,;:\uff0c\uff1b\uff1a\u3001])\s*|\s+")
 
@@ -44,7 +41,7 @@ A token has 1 to 5 characters, in runs of spaces more.
 
 def remove_controls(text: str) -> str:
     """Replace control characters and control tokens by spaces; all else stays as written."""
-    text = _SPECIAL_TOKEN.sub(" ", text)
+    text = CONTROL_TOKEN.sub(" ", text)
     controls = {ord(character): " " for character in set(text) if _is_control(character)}
     return text.translate(controls) if controls else text
 
@@ -56,7 +53,7 @@ def clean_input(text: str) -> str:
         JobError: `invalid_value`: no letter or digit of any script is left.
     """
     text = remove_controls(text).strip()
-    if not is_speakable(text, needs_word=True):
+    if not is_speakable(text):
         raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
     return text
 
@@ -91,12 +88,12 @@ def split_into_utterances(text: str, language: str, limit: int, count: Callable[
             tokens = count(utterance or ".")
             most = tokens + len(joined.encode()) - len(utterance.encode())
             if tokens > limit:
-                if is_speakable(current, needs_word=True):
+                if is_speakable(current):
                     yield current.strip()
                 joined = piece
                 most = len(piece.encode())
         current = joined
-    if is_speakable(current, needs_word=True):
+    if is_speakable(current):
         yield current.strip()
 
 

@@ -297,7 +297,7 @@ class TestStreaming:
 
     def test_one_clause_a_step(self, engine: EspeakEngine) -> None:
         """A text of a thousand silent clauses does not delay other jobs: a step synthesizes one clause of each job."""
-        engine.admit(quiet := _job("\n\n.\n" * 500))
+        engine.admit(quiet := _job("\n\n.\n" * 500 + "a"))
         engine.admit(_job(SENTENCES[0]))
         returned = list(itertools.chain.from_iterable(engine.step(()) for _ in range(20)))
         assert recognise(_speech(event for event in returned if event.job_id != quiet.id)) == SENTENCES[0]
@@ -318,9 +318,9 @@ class TestStreaming:
 class TestOddText:
     """Unusual text."""
 
-    @pytest.mark.parametrize("text", ["", " \n\t", "\0", "\u200b\u200d\ufeff", "\x01\x1b", "\u00a0\u3000"])
+    @pytest.mark.parametrize("text", ["", " \n\t", "\0", "\u200b\u200d\ufeff", "\x01\x1b", "\u00a0\u3000", "?!", "😀"])
     def test_nothing_to_say(self, engine: EspeakEngine, text: str) -> None:
-        """White space and control characters are refused, and take no slot."""
+        """Text without a letter or digit is refused, and takes no slot: the web side answers it with silence."""
         with pytest.raises(JobError, match="no speakable text") as caught:
             engine.admit(_job(text))
         assert (caught.value.code, caught.value.param) == ("invalid_value", "input")
@@ -329,7 +329,6 @@ class TestOddText:
     @pytest.mark.parametrize(
         "text",
         [
-            "😀",
             "a\0b",
             "\x01hello\x1b[31m",
             "<speak>hello</speak>",
@@ -351,14 +350,9 @@ class TestOddText:
         """Zero-width characters and emoji before a text move no clause border into a word."""
         text = " ".join(SENTENCES[:3])
         assert recognise(_say(engine, _job("\u200b" * 40 + text)), 3) == text
-        grins = "😀. " * 5
+        grins = "One. " + "😀. " * 5
         parts = [seconds_of(_say(engine, _job(part))) for part in (grins, text)]
         assert seconds_of(_say(engine, _job(grins + text))) == pytest.approx(sum(parts) + 0.4, rel=0.05)
-
-    @pytest.mark.parametrize("text", [".", "...", "-", "?!"])
-    def test_marks_alone(self, engine: EspeakEngine, text: str) -> None:
-        """Punctuation alone makes a short silence."""
-        assert seconds_of(_say(engine, _job(text))) < 0.5
 
 
 class TestRefusals:

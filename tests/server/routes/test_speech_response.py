@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,13 +12,18 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import soundfile
 
+from shared.pcm import seconds_of
 from shared.protocol import Cancel, Credit, Failed, Speak
+from tests.audio import decode, peak
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SHARED_LOOP, SPEECH, becomes, responds, serving, until
 from tests.system.service import stretched
 
 pytestmark = SHARED_LOOP
+
+LARGE = "qwen3-tts-1.7b-customvoice"
 
 CANCELLED_WITHIN_S = 1.0
 """The request of a client that disconnects ends within 0.5 s; twice that, for a machine that others use as well."""
@@ -61,7 +67,45 @@ async def test_events(client: httpx.AsyncClient) -> None:
     assert {delta["type"] for delta in deltas} == {"speech.audio.delta"}
     assert b"".join(base64.b64decode(delta["audio"]) for delta in deltas) == b"".join(tone("hello", 3))
     usage = {"input_tokens": 5, "output_tokens": 3, "total_tokens": 8}
-    assert done == {"type": "speech.audio.done", "usage": usage}
+    assert done == {"type": "speech.audio.done", "usage": usage, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize("text", ["…", "---\n", "*", "()", "\U0001f60a", '"', "!?", "<|im_end|>"])
+async def test_a_text_without_anything_speakable_is_silence(
+    client: httpx.AsyncClient, worker: FakeWorker, text: str
+) -> None:
+    """It is 100 ms of silence for every model, at any speed, marked in the header, and the GPU worker is not asked."""
+    for form in ({"model": "espeak-ng"}, {"model": LARGE, "speed": 4.0}, {"stream": False, "speed": 0.25}):
+        answer = await client.post(SPEECH, json={"input": text, "response_format": "pcm", **form})
+        assert (answer.status_code, answer.headers["x-finish-reason"]) == (200, "empty")
+        assert answer.content == bytes(4800)
+    answer = await client.post(SPEECH, json={"input": text, "response_format": "pcm", "stream_format": "sse"})
+    delta, done = _events(answer.text)
+    assert base64.b64decode(delta["audio"]) == bytes(4800)
+    assert done["finish_reason"] == answer.headers["x-finish-reason"] == "empty"
+    assert done["usage"] == {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    assert worker.of(Speak) == []
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_silence_opens_in_every_format(client: httpx.AsyncClient, *, stream: bool) -> None:
+    """FFmpeg finds a tenth of a second of silence in each, and so does libsndfile where it knows the format."""
+    for audio_format in ("mp3", "opus", "aac", "flac", "wav", "pcm"):
+        answer = await client.post(SPEECH, json={"input": "…", "response_format": audio_format, "stream": stream})
+        pcm = decode(answer.content, audio_format)
+        assert 0.08 <= seconds_of(pcm) < 0.2, audio_format  # AAC has packets of 43 ms
+        assert peak(pcm) == 0
+        if audio_format in {"mp3", "opus"} or (audio_format in {"wav", "flac"} and not stream):
+            samples, rate = soundfile.read(io.BytesIO(answer.content))
+            assert 0.08 <= len(samples) / rate < 0.2, audio_format
+
+
+async def test_errors_come_before_silence(client: httpx.AsyncClient) -> None:
+    """A blank text is an error, and so is a wrong field beside a text without anything speakable."""
+    for body in ({"input": " \n\u200b"}, {"input": "…", "voice": "nobody"}, {"input": "…", "model": "nothing"}):
+        answer = await client.post(SPEECH, json=body)
+        assert answer.status_code in {400, 404}
+        assert answer.json()["error"]["param"] in {"input", "voice", "model"}
 
 
 async def test_many_chunks_cross_on_credit(client: httpx.AsyncClient, worker: FakeWorker) -> None:
