@@ -56,6 +56,10 @@ class Browser:
         }})"""
         return self.evaluate(poll)
 
+    def save_downloads(self, directory: Path) -> None:
+        """From now on, a file that the page offers and a click takes is saved in `directory`."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(directory))
+
     def _call(self, method: str, **parameters: Any) -> Any:
         self._last_id += 1
         command = {"id": self._last_id, "method": method, "params": parameters}

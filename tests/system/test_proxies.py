@@ -17,6 +17,8 @@ from typing import Final
 import httpx
 import pytest
 
+from shared.pcm import seconds_of
+from tests.audio import decode
 from tests.ports import free_port
 from tests.system.browser import CHROMIUM, running_browser
 from tests.system.service import ROOT, Service, eventually, running_service
@@ -196,7 +198,7 @@ def test_what_a_page_fetches_is_there(proxy: Proxy) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
 def test_pages_in_a_browser(bare: Proxy, tmp_path: Path) -> None:
-    """The pages show the API, and "Try it out" speaks and plays, behind the shortest configuration."""
+    """The pages show the API; "Try it out" speaks, plays and offers a download, behind the shortest configuration."""
     with running_browser(tmp_path) as browser:
         browser.open(f"{bare.below}/redoc")
         browser.wait_for("document.body.innerText.includes('Speak a text')")
@@ -208,6 +210,11 @@ def test_pages_in_a_browser(bare: Proxy, tmp_path: Path) -> None:
                 browser.evaluate(f"document.querySelector('{selector}').click()")
             assert browser.wait_for("document.querySelector('audio')?.duration") > 0.2
             browser.evaluate("document.querySelector('audio').play()")
+            browser.save_downloads(tmp_path)
+            browser.evaluate("document.querySelector('.speech-download').click()")
+            eventually((tmp_path / "speech.mp3").is_file, 20, "the speech is saved")
+            assert seconds_of(decode((tmp_path / "speech.mp3").read_bytes(), "mp3")) > 0.2
+            (tmp_path / "speech.mp3").unlink()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")

@@ -1,5 +1,7 @@
 """The files that the pages load."""
 
+import hashlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +11,11 @@ import pytest
 import server
 
 NODE = shutil.which("node")
-SCRIPTS = sorted((Path(server.__file__).parent / "web").rglob("*.js"))
+WEB = Path(server.__file__).parent / "web"
+VENDOR = WEB / "vendor"
+SCRIPTS = sorted(WEB.rglob("*.js"))
+ROW = re.compile(r"^\| (\S+) \| ([0-9a-f]{64}) \| (?:`(.*)` )?\|$", re.MULTILINE)
+PUBLISHED = {file: (digest, removed) for file, digest, removed in ROW.findall((VENDOR / "VERSIONS.md").read_text())}
 
 
 @pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -17,3 +23,15 @@ SCRIPTS = sorted((Path(server.__file__).parent / "web").rglob("*.js"))
 def test_scripts_are_whole(script: Path) -> None:
     """Every script can be parsed: none was cut off when it was copied."""
     subprocess.run([str(NODE), "--check", str(script)], check=True)
+
+
+@pytest.mark.parametrize("file", PUBLISHED)
+def test_vendored_files_are_the_published_ones(file: str) -> None:
+    """Each byte is that of the package, but for the pointer to a source map: none was cut off or changed."""
+    digest, removed = PUBLISHED[file]
+    assert hashlib.sha256((VENDOR / file).read_bytes() + removed.encode()).hexdigest() == digest
+
+
+def test_every_vendored_file_has_a_digest() -> None:
+    """A library that is added needs its row."""
+    assert set(PUBLISHED) == {path.name for path in VENDOR.iterdir() if path.suffix in {".js", ".css"}}
