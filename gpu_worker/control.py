@@ -1,4 +1,4 @@
-"""Admin calls of the web workers (load, unload, pin, cleanup, voices), and the calls that still wait for their answer.
+"""Calls of the web workers (load, unload, pin, cleanup, voices, outcomes of requests), and those not answered yet.
 
 Owned by the synthesis thread. ControlHandler moves no model, synthesizes nothing and writes no file:
 it asks Residency, submits Requests and hands voices to VoiceStore.
@@ -24,6 +24,7 @@ from shared.protocol import (
     DeleteVoice,
     DesignVoice,
     Failed,
+    FindSpeech,
     FindVoice,
     Finished,
     LoadModel,
@@ -31,6 +32,7 @@ from shared.protocol import (
     PinModel,
     Reply,
     Sampling,
+    SpeechOutcome,
     UnloadModel,
 )
 
@@ -102,15 +104,20 @@ class ControlHandler:
         buffer: AudioBuffer,
         submit: Callable[[Request], None],
         check_model: Callable[[str], None],
+        find_speech: Callable[[FindSpeech], SpeechOutcome],
         clock: Callable[[], float],
     ) -> None:
-        """`submit` queues a request, `check_model` refuses an unknown model; both raise JobError during a drain."""
+        """`submit` queues a request, `check_model` refuses an unknown model; both raise JobError during a drain.
+
+        `find_speech` raises JobError if the request is unknown.
+        """
         self._specs = specs
         self._residency = residency
         self._voices = voices
         self._buffer = buffer
         self._submit = submit
         self._check_model = check_model
+        self._find_speech = find_speech
         self._clock = clock
         self._pending: list[_Pending] = []
 
@@ -189,6 +196,8 @@ class ControlHandler:
                 self._pending.append(_PendingCleanup(caller))
             case FindVoice(name=name):
                 return Reply(id=call.id, voice=self._voices.find(name))
+            case FindSpeech():
+                return Reply(id=call.id, speech=self._find_speech(call.action))
             case CloneVoice(name=name, text=text, description=description, consent=consent):
                 write = self._voices.create(
                     name=name, kind="clone", pcm=payload or b"", text=text, description=description, consent=consent

@@ -18,7 +18,20 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, FinishReason, Job, JobError
 from gpu_worker.slot_policy import Holding
 from shared.pcm import SAMPLE_RATE, bytes_for
-from shared.protocol import Audio, Failed, Finished, Message, ShownState, Started, StreamState, Timings, Usage
+from shared.protocol import (
+    Audio,
+    Failed,
+    Finished,
+    Message,
+    ShownState,
+    SpeechError,
+    SpeechOutcome,
+    SpeechStatus,
+    Started,
+    StreamState,
+    Timings,
+    Usage,
+)
 
 CLIENT_CHARS: Final = 20
 """Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
@@ -50,7 +63,12 @@ class RequestState(enum.Enum):
 
 
 class Cancelled(msgspec.Struct, frozen=True):
-    """Outcome of a request whose web worker cancelled it or is gone: no message follows."""
+    """Outcome of a request whose web worker cancelled it or is gone: no message follows.
+
+    `error` is why its response failed; None: its client left.
+    """
+
+    error: SpeechError | None = None
 
 
 Outcome = Done | JobError | Cancelled
@@ -176,6 +194,7 @@ class Request:
     `state` is written here alone; see RequestState for what it implies.
     `parked_bytes` is the host RAM that its engine keeps for it while it is PARKED; it is counted in the sink's buffer.
     `made_bytes` counts its audio, sent or waiting. `unread_since` is when its credit was used up; None with credit.
+    `outcome` and `ended_at` are of its end; a DRAINING request may get a second one.
     """
 
     peer: bytes
@@ -186,6 +205,7 @@ class Request:
     sink: Sink
     keep_alive_s: float | None
     arrived_at: float
+    voice: str = ""
     state: RequestState = field(default=RequestState.QUEUED, init=False)
     model_ready_at: float = field(default=0.0, init=False)
     started_at: float | None = field(default=None, init=False)
@@ -194,6 +214,8 @@ class Request:
     parked_bytes: int = field(default=0, init=False)
     made_bytes: int = field(default=0, init=False)
     retried: bool = field(default=False, init=False)
+    outcome: Outcome | None = field(default=None, init=False)
+    ended_at: float = field(default=0.0, init=False)
     playback: Playback = field(default_factory=Playback, init=False)
     _slot_since: float = field(default=0.0, init=False)
     _idle_since: float | None = field(default=None, init=False)
@@ -247,6 +269,7 @@ class Request:
     def end(self, outcome: Outcome, now: float) -> None:
         """Pass the outcome to the sink. Any state -> DONE, or DRAINING if audio still waits for credit."""
         self._count_parked(0)
+        self.outcome, self.ended_at = outcome, now
         match outcome:
             case Done(reason=reason, usage=usage):
                 self.sink.finished(reason, usage, self.timings(now))
@@ -311,6 +334,25 @@ class Request:
             buffered_s=round(self.sink.waiting_bytes / BYTES_PER_S, 3),
         )
 
+    def to_outcome(self) -> SpeechOutcome:
+        """How the request ended, or how far it is."""
+        status: SpeechStatus = "queued" if self.state is RequestState.QUEUED else "speaking"
+        plain = SpeechOutcome(id=self.id, client=self.client, status=status, model=self.model, voice=self.voice)
+        if self.state is not RequestState.DONE:
+            return plain
+        ended = msgspec.structs.replace(plain, timings=self.timings(self.ended_at))
+        match self.outcome:
+            case Done(reason=reason, usage=usage):
+                return msgspec.structs.replace(ended, status="done", finish_reason=reason, usage=usage)
+            case JobError():
+                return msgspec.structs.replace(ended, status="failed", error=speech_error(self.outcome))
+            case Cancelled(error=None) | None:
+                return msgspec.structs.replace(ended, status="cancelled")
+            case Cancelled(error=error):
+                return msgspec.structs.replace(ended, status="failed", error=error)
+            case _:
+                assert_never(self.outcome)
+
     def shown_state(self, now: float) -> ShownState:
         """The state that dashboards show."""
         if self.state is RequestState.QUEUED:
@@ -318,6 +360,11 @@ class Request:
         if self.unread_s(now) > STALLED_AFTER_S:
             return "stalled"
         return "generating" if self.state is RequestState.RUNNING else "buffered"
+
+
+def speech_error(error: JobError) -> SpeechError:
+    """`error` as a part of a SpeechOutcome."""
+    return SpeechError(code=error.code, message=error.message, param=error.param)
 
 
 def failed_message(message_id: str, error: JobError) -> Failed:

@@ -18,7 +18,8 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
-from gpu_worker.requests import Cancelled, Outcome, Request, RequestState, Sink
+from gpu_worker.outcomes import MAX_OUTCOMES, Outcomes
+from gpu_worker.requests import Cancelled, Outcome, Request, RequestState, Sink, speech_error
 from gpu_worker.residency import (
     Downloaded,
     FilesChecked,
@@ -42,6 +43,7 @@ from shared.protocol import (
     Call,
     Cancel,
     Credit,
+    FindSpeech,
     FromWeb,
     Hello,
     Message,
@@ -49,7 +51,11 @@ from shared.protocol import (
     Pong,
     Snapshot,
     Speak,
+    SpeechError,
+    SpeechOutcome,
+    Spoken,
     Welcome,
+    is_known_as,
 )
 
 IDLE_TURN_S: Final = 0.05
@@ -111,6 +117,7 @@ class Worker:
         self._clock = clock
         self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
+        self._outcomes = Outcomes()
         self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
         self._newcomers_in_a_row = 0
         self._held_back: set[str] = set()  # the jobs that the last step left out
@@ -126,6 +133,7 @@ class Worker:
             buffer=buffer,
             submit=self._submit,
             check_model=self._check_model,
+            find_speech=self._find_speech,
             clock=clock,
         )
 
@@ -203,8 +211,10 @@ class Worker:
                 self._speak(peer, message, payload)
             case Credit(id=request_id, chunks=chunks):
                 self._grant_credit(peer, request_id, chunks)
-            case Cancel(id=request_id):
-                self._cancel(peer, request_id)
+            case Cancel(id=request_id, error=error):
+                self._cancel(peer, request_id, error)
+            case Spoken(outcome=outcome):
+                self._outcomes.record(outcome)
             case Call():
                 self._control.handle(peer, message, payload, lambda reply: self._send(peer, reply, None))
             case _:
@@ -220,6 +230,7 @@ class Worker:
                     id=speak.id,
                     client=speak.client,
                     model=speak.model,
+                    voice=speak.voice,
                     sink=sink,
                     keep_alive_s=speak.keep_alive_s,
                     arrived_at=self._clock(),
@@ -239,6 +250,16 @@ class Worker:
         except JobError as error:
             self._stats.request_rejected()
             sink.failed(error)
+            self._outcomes.record(
+                SpeechOutcome(
+                    id=speak.id,
+                    client=speak.client,
+                    status="failed",
+                    model=speak.model,
+                    voice=speak.voice,
+                    error=speech_error(error),
+                )
+            )
 
     def _reference_of(self, speak: Speak, payload: bytes | None) -> Reference | None:
         if speak.saved_voice:
@@ -256,16 +277,28 @@ class Worker:
             request.grant(chunks, self._clock())
             self._forget_if_done(request, "finished")
 
-    def _cancel(self, peer: bytes, request_id: str) -> None:
+    def _cancel(self, peer: bytes, request_id: str, error: SpeechError | None) -> None:
         self._control.forget(peer, request_id)
         request = self._open.get((peer, request_id))
         if request is not None:
-            self._finish(request, Cancelled())
+            self._finish(request, Cancelled(error))
+        else:
+            self._outcomes.amend(request_id, error)
 
     def _forget_peer(self, peer: bytes) -> None:
         self._control.forget(peer)
+        gone = SpeechError(code="internal_error", message="the web worker that answered the request is gone")
         for request in [request for request in self._open.values() if request.peer == peer]:
-            self._finish(request, Cancelled())
+            self._finish(request, Cancelled(gone))
+
+    def _find_speech(self, wanted: FindSpeech) -> SpeechOutcome:
+        for request in reversed(self._open.values()):
+            if is_known_as(request.id, wanted.id) and wanted.client in ("", request.client):
+                return request.to_outcome()
+        outcome = self._outcomes.find(wanted.id, wanted.client)
+        if outcome is None:
+            raise JobError("not_found", f"none of the last {MAX_OUTCOMES} requests has this id")
+        return outcome
 
     # --- models ----------------------------------------------------------------------------------------------------
 
@@ -459,6 +492,7 @@ class Worker:
         """Count a request whose last message is sent, and forget it; each request once."""
         if request.state is RequestState.DONE:
             del self._open[request.peer, request.id]
+            self._outcomes.record(request.to_outcome())
             self._stats.request_ended(ending)
 
     def _release(self, request: Request, outcome: Outcome) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, Format
-from shared.protocol import PublicState, SavedVoice, Task
+from shared.protocol import PublicState, SavedVoice, Task, Usage
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
@@ -149,6 +149,12 @@ class SpeechUsage(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int
     output_tokens: int
     total_tokens: int
+
+
+def usage_of(usage: Usage) -> SpeechUsage:
+    """The worker's usage with its total."""
+    total = usage.input_tokens + usage.output_tokens
+    return SpeechUsage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens, total_tokens=total)
 
 
 class SpeechDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="speech.audio.delta"):

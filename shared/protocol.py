@@ -3,20 +3,22 @@
 A message is one header frame (a tagged Struct in msgpack) and, if it has sound, one payload frame of raw PCM
 (24 kHz mono int16 little-endian). Nothing else crosses the socket, and nothing is ever pickled.
 
-    web worker -> GPU worker: Hello, Speak (+PCM of a reference), Credit, Cancel, Call (+PCM of a recording), Ping
+    web worker -> GPU worker: Hello, Speak (+PCM of a reference), Credit, Cancel, Spoken,
+                              Call (+PCM of a recording), Ping
     GPU worker -> web worker: Welcome, Started, Audio (+PCM), Finished, Failed, Reply, Pong, Probe
 
 The worker answers a Speak with Started, Audio …, and then exactly one Finished or Failed;
 it never sends more Audio messages than it has credit for.
 """
 
+import uuid
 from typing import Any, Final, Literal
 
 import msgspec
 
 from shared.catalog import ModelSpec
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -26,6 +28,10 @@ READY: Final = b"r"
 Task = Literal["CustomVoice", "VoiceDesign", "Base"]
 PublicState = Literal["absent", "loading", "resident", "offloaded", "unavailable"]
 """The state of a model as clients see it; the GPU worker itself tells more states apart."""
+
+
+FinishReason = Literal["stop", "length", "empty"]
+"""`stop`: the model ended the speech. `length`: a limit cut it. `empty`: nothing was speakable."""
 
 
 class ProtocolError(Exception):
@@ -73,6 +79,14 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float
 
 
+class SpeechError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request failed: `code` is an error code of the HTTP contract, `param` the wrong request field."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
 # --- from the web worker ---------------------------------------------------------------------------------------------
 
 
@@ -86,6 +100,7 @@ class Hello(Message, frozen=True, kw_only=True):
 class Speak(Message, frozen=True, kw_only=True):
     """Speak `text`. Model, voice and language have the model's own names.
 
+    `id` is one of `new_speak_id`.
     `client` is the key of fairness: requests of one client wait for each other, not other clients for them.
     `voice` is a preset voice, "" if the task takes none, or with `saved_voice` the id of a saved voice.
     The payload, if there is one, is the reference recording to clone; `reference_text` is its transcript.
@@ -118,9 +133,19 @@ class Credit(Message, frozen=True, kw_only=True):
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """End a Speak or a Call, because its client is gone. Idempotent; it has no answer."""
+    """End a Speak or a Call, because its client is gone, or because its response failed by `error`.
+
+    Idempotent; it has no answer. After Finished it tells that the client has not received the whole response.
+    """
 
     id: str
+    error: SpeechError | None = None
+
+
+class Spoken(Message, frozen=True, kw_only=True):
+    """A request that the web worker has answered by itself; it has no answer."""
+
+    outcome: "SpeechOutcome"
 
 
 class Ping(Message, frozen=True, kw_only=True):
@@ -179,7 +204,17 @@ class DeleteVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     id: str
 
 
-Action = LoadModel | UnloadModel | PinModel | Cleanup | FindVoice | CloneVoice | DesignVoice | DeleteVoice
+class FindSpeech(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Find out how a request ended, by its request id or its speech id (see `new_speak_id`); the latest one counts.
+
+    With a `client`, only among the requests of that client.
+    """
+
+    id: str
+    client: str = ""
+
+
+Action = LoadModel | UnloadModel | PinModel | Cleanup | FindVoice | CloneVoice | DesignVoice | DeleteVoice | FindSpeech
 
 
 class Call(Message, frozen=True, kw_only=True):
@@ -225,6 +260,29 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     keep_alive_s: float | None = None
     detail: str = ""
+
+
+SpeechStatus = Literal["queued", "speaking", "done", "failed", "cancelled"]
+"""done: the web worker has received all of it, and has not said that the client has not.
+failed: `error` says why. cancelled: the client left.
+"""
+
+
+class SpeechOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a Speak ended, or how far it is; only one that is done has `finish_reason` and `usage`.
+
+    `timings` are those of Finished, or the times up to the failure.
+    """
+
+    id: str
+    client: str
+    status: SpeechStatus
+    model: str
+    voice: str
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: SpeechError | None = None
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -403,10 +461,10 @@ class Audio(Message, frozen=True, kw_only=True):
 
 
 class Finished(Message, frozen=True, kw_only=True):
-    """The speech is complete. `reason` length: a limit cut it; empty: nothing was speakable, and there is silence."""
+    """The speech is complete."""
 
     id: str
-    reason: Literal["stop", "length", "empty"]
+    reason: FinishReason
     usage: Usage
     timings: Timings
 
@@ -431,6 +489,7 @@ class Reply(Message, frozen=True, kw_only=True):
     voice: SavedVoice | None = None
     model: ModelStatus | None = None
     cleanup: CleanupPass | None = None
+    speech: SpeechOutcome | None = None
 
 
 class Pong(Message, frozen=True, kw_only=True):
@@ -444,8 +503,28 @@ class Probe(Message, frozen=True, kw_only=True):
     """Nothing: that it cannot be sent shows that the web worker is gone. It has no answer."""
 
 
-FromWeb = Hello | Speak | Credit | Cancel | Call | Ping
+FromWeb = Hello | Speak | Credit | Cancel | Spoken | Call | Ping
 FromWorker = Welcome | Started | Audio | Finished | Failed | Reply | Pong | Probe
+
+
+def new_speak_id(request_id: str) -> str:
+    """A new id for a Speak: the client's request id, which a client may use twice, a dot, and the speech id.
+
+    The speech id is unguessable. The logs of both sides show the whole, so that either part finds the request there.
+    """
+    return f"{request_id}.{uuid.uuid4().hex}"
+
+
+def speech_id_of(speak_id: str) -> str:
+    """The speech id in the id of a Speak."""
+    return speak_id.rpartition(".")[2]
+
+
+def is_known_as(speak_id: str, name: str) -> bool:
+    """True if `name` is the request id or the speech id in `speak_id`."""
+    request_id, _, speech_id = speak_id.rpartition(".")
+    return name in (request_id, speech_id)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _from_web: msgspec.msgpack.Decoder[FromWeb] = msgspec.msgpack.Decoder(FromWeb)

@@ -4,7 +4,7 @@ Outsiders import the names below, never a module of the package.
 """
 
 from server.engine.client import INITIAL_CREDIT, EngineClient, Speech, silent_speech
-from server.engine.lookups import cached_catalog, find_saved_voice, fresh_catalog, status_of
+from server.engine.lookups import cached_catalog, find_saved_voice, find_speech, fresh_catalog, status_of
 from server.engine.outage import Outage, OutageFile
 from server.engine.zmq import ZmqEngineClient
 
@@ -17,6 +17,7 @@ __all__ = [
     "ZmqEngineClient",
     "cached_catalog",
     "find_saved_voice",
+    "find_speech",
     "fresh_catalog",
     "silent_speech",
     "status_of",

@@ -12,13 +12,16 @@ from typing import Any, Final, Protocol
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
-from shared.protocol import Action, Audio, Finished, Reply, Snapshot, Speak, Started, Timings, Usage
+from shared.protocol import Action, Audio, Finished, Reply, Snapshot, Speak, SpeechOutcome, Started, Timings, Usage
 
 INITIAL_CREDIT: Final = 16
 """Audio messages that one request may have under way: 1.3 s of single Qwen3-TTS frames, and bounded memory."""
 
 EMPTY_S: Final = 0.1
 """The silence for a text without anything speakable: the shortest that players open in every format."""
+
+Abort = Callable[[str, ApiError | None], None]
+"""Takes the id of a request whose client does not get the rest, and why its response failed; None: the client left."""
 
 _CREDIT_BATCH: Final = 4
 """Credits granted at a time: the worker always holds three quarters of them, for a quarter of the messages."""
@@ -28,10 +31,10 @@ class Speech:
     """One request while the GPU worker speaks it: call `chunk` until it gives None, then read `finished`.
 
     One consumer calls `chunk`. `abort` may be called at any time; it costs a dictionary entry and a message.
-    `grant(id, n)` lets the worker send `n` more Audio messages. `abort(id)` cancels the request at the worker.
+    `grant(id, n)` lets the worker send `n` more Audio messages. `abort` cancels the request at the worker.
     """
 
-    def __init__(self, request: Speak, *, grant: Callable[[str, int], None], abort: Callable[[str], None]) -> None:
+    def __init__(self, request: Speak, *, grant: Callable[[str, int], None], abort: Abort) -> None:
         self.id = request.id
         self.finished: Finished | None = None
         self._credit = request.credit
@@ -41,6 +44,7 @@ class Speech:
         self._next_seq = 0
         self._ungranted = 0
         self._error: ApiError | None = None
+        self._aborted = False
         self._news = asyncio.Event()
 
     async def chunk(self) -> bytes | None:
@@ -61,9 +65,14 @@ class Speech:
             self._ungranted = 0
         return self._chunks.popleft()
 
-    def abort(self) -> None:
-        """Cancel the request. Synchronous and idempotent; does nothing once the request has ended."""
-        self._abort(self.id)
+    def abort(self, error: ApiError | None = None) -> None:
+        """Tell the worker that the client does not get the rest: it left, or its response failed by `error`.
+
+        Synchronous and idempotent; does nothing for a request that the worker has failed.
+        """
+        if self._error is None and not self._aborted:
+            self._aborted = True
+            self._abort(self.id, error)
 
     def receive(self, message: Started | Audio | Finished, payload: bytes | None) -> str | None:
         """Record a message of the worker; returns an error message if it breaks the protocol."""
@@ -89,13 +98,29 @@ class Speech:
             self._news.set()
 
 
-def silent_speech(request: Speak) -> Speech:
-    """The speech of a text without anything speakable: EMPTY_S of silence, there at once and without the GPU worker."""
-    speech = Speech(request, grant=lambda _id, _chunks: None, abort=lambda _id: None)
+def silent_speech(request: Speak, engine: "EngineClient") -> Speech:
+    """The speech of a text without anything speakable: EMPTY_S of silence, there at once and without the GPU worker.
+
+    `engine` learns of the outcome.
+    """
+    speech = Speech(request, grant=lambda _id, _chunks: None, abort=lambda _id, _error: None)
     speech.receive(Audio(id=request.id, seq=0), bytes(bytes_for(EMPTY_S)))
     no_time = Timings(queue_s=0.0, load_s=0.0, first_audio_s=0.0, total_s=0.0)
     usage = Usage(input_tokens=0, output_tokens=0)
-    speech.receive(Finished(id=request.id, reason="empty", usage=usage, timings=no_time), None)
+    finished = Finished(id=request.id, reason="empty", usage=usage, timings=no_time)
+    speech.receive(finished, None)
+    engine.record(
+        SpeechOutcome(
+            id=request.id,
+            client=request.client,
+            status="done",
+            model=request.model,
+            voice=request.voice,
+            finish_reason=finished.reason,
+            usage=usage,
+            timings=no_time,
+        )
+    )
     return speech
 
 
@@ -125,6 +150,9 @@ class EngineClient(Protocol):
 
     def speak(self, request: Speak, reference: bytes | None = None) -> Speech:
         """Send a speech request, with the PCM of its reference; ApiError (`worker_unavailable`) without a worker."""
+
+    def record(self, outcome: SpeechOutcome) -> None:
+        """Let the worker keep the outcome of a request that was answered without it."""
 
     async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
         """Send an admin or voice action and wait for its reply.

@@ -1,4 +1,4 @@
-"""Lookups that routes share: the catalogue with a cached or a fresh snapshot, a model's status, a saved voice."""
+"""Lookups that routes share: the catalogue with a snapshot, a model's status, a saved voice, a request's outcome."""
 
 from contextlib import suppress
 from typing import Final
@@ -6,9 +6,9 @@ from typing import Final
 from server.engine.client import EngineClient
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
-from shared.protocol import FindVoice, ModelStatus, SavedVoice, Snapshot
+from shared.protocol import FindSpeech, FindVoice, ModelStatus, SavedVoice, Snapshot, SpeechOutcome
 
-_FIND_VOICE_TIMEOUT_S: Final = 15.0
+_FIND_TIMEOUT_S: Final = 15.0
 """A pause of the GPU worker of 10 s costs no request."""
 
 CatalogAndSnapshot = tuple[list[ModelSpec], Snapshot]
@@ -48,8 +48,19 @@ async def find_saved_voice(name: str, engine: EngineClient, client: str) -> Save
         if wanted in (voice.id.casefold(), voice.name.casefold()):
             return voice
     try:
-        return (await engine.call(FindVoice(name=name), client=client, timeout_s=_FIND_VOICE_TIMEOUT_S)).voice
+        return (await engine.call(FindVoice(name=name), client=client, timeout_s=_FIND_TIMEOUT_S)).voice
     except ApiError as error:
         if error.code == "voice_not_found":
             return None
         raise
+
+
+async def find_speech(name: str, engine: EngineClient, client: str, owner: str) -> SpeechOutcome:
+    """How the request with that request id or speech id ended; ApiError (`not_found`) if it is not kept.
+
+    With an `owner`, only if the request is that client's.
+    """
+    reply = await engine.call(FindSpeech(id=name, client=owner), client=client, timeout_s=_FIND_TIMEOUT_S)
+    if reply.speech is None:
+        raise ApiError("internal_error", "The GPU worker found the request but did not send its outcome.")
+    return reply.speech

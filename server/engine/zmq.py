@@ -34,6 +34,9 @@ from shared.protocol import (
     Reply,
     Snapshot,
     Speak,
+    SpeechError,
+    SpeechOutcome,
+    Spoken,
     Started,
     Welcome,
 )
@@ -142,6 +145,10 @@ class ZmqEngineClient:
         speech = self._speeches[request.id] = Speech(request, grant=self._grant, abort=self._abort)
         return speech
 
+    def record(self, outcome: SpeechOutcome) -> None:
+        if self._connected:
+            self._connection.send(Spoken(outcome=outcome))
+
     async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
         """After a timeout, or where the caller is cancelled, the call is cancelled at the worker too."""
         self._require_worker()
@@ -172,7 +179,7 @@ class ZmqEngineClient:
 
     async def __aexit__(self, *_exception: object) -> None:
         for speech in list(self._speeches.values()):
-            speech.abort()
+            speech.abort(ApiError("shutting_down", "The server is shutting down."))
         self._ticking.cancel()
         await asyncio.gather(self._ticking, return_exceptions=True)
         self._fail_all("The server is shutting down.")
@@ -220,8 +227,9 @@ class ZmqEngineClient:
     def _fail_all(self, message: str) -> None:
         speeches, self._speeches = self._speeches, {}
         for speech in speeches.values():
-            speech.fail(_unavailable(message))
-            self._cancel(speech.id)
+            error = _unavailable(message)
+            speech.fail(error)
+            self._cancel(speech.id, error)
         for call_id, reply in self._calls.items():
             if not reply.done():
                 reply.set_exception(_unavailable(message))
@@ -255,8 +263,7 @@ class ZmqEngineClient:
             return  # aborted a moment ago
         problem = speech.receive(message, payload)
         if problem is not None:
-            speech.fail(ApiError("synthesis_failed", problem))
-            self._abort(message.id)
+            speech.abort(ApiError("synthesis_failed", problem))
         elif isinstance(message, Finished):
             del self._speeches[message.id]
 
@@ -306,14 +313,15 @@ class ZmqEngineClient:
     def _grant(self, request_id: str, chunks: int) -> None:
         self._send_if_connected(Credit(id=request_id, chunks=chunks))
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, error: ApiError | None) -> None:
         speech = self._speeches.pop(request_id, None)
         if speech is not None:
-            speech.fail(ApiError("synthesis_failed", "The request was aborted."))
-            self._cancel(request_id)
+            speech.fail(error or ApiError("synthesis_failed", "The request was aborted."))
+        self._cancel(request_id, error)
 
-    def _cancel(self, request_or_call_id: str) -> None:
-        self._send_if_connected(Cancel(id=request_or_call_id))
+    def _cancel(self, request_or_call_id: str, error: ApiError | None = None) -> None:
+        reason = SpeechError(code=error.code, message=error.message, param=error.param) if error else None
+        self._send_if_connected(Cancel(id=request_or_call_id, error=reason))
 
     def _send_if_connected(self, message: Credit | Cancel) -> None:
         """A new worker knows nothing of the requests of the old one."""

@@ -62,6 +62,11 @@ def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]
     return f"peer:{client_view(settings, connection.scope).address or 'local'}"
 
 
+def owner_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> str:
+    """The client whose requests this one may look at; "" for those of all, where no key protects the service."""
+    return client_of(settings, connection) if settings.api_keys or settings.admin_keys else ""
+
+
 def _bearer_key(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
     """The key in `Authorization: Bearer`, "" without one."""
     scheme, _, key = connection.headers.get("authorization", "").partition(" ")

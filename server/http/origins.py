@@ -39,7 +39,9 @@ from server.http.errors import ApiError
 from server.http.forwarded import ClientView, client_view, parse_address, split_authority
 from shared.settings import Settings
 
-_EXPOSED: Final = ["x-request-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"]
+_EXPOSED: Final = [
+    *("x-request-id", "x-speech-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"),
+]
 """Response headers that a script of another site may read."""
 
 _READING_METHODS: Final = {"GET", "HEAD", "OPTIONS"}

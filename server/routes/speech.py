@@ -3,7 +3,6 @@
 speech_response.py sends the speech to the client.
 """
 
-import uuid
 from typing import Any
 
 from litestar import Request, Response, post
@@ -18,10 +17,10 @@ from server.http.json_bodies import JsonDecoder, StrictJson
 from server.http.request_scope import request_id_of
 from server.http.streaming import can_break, cancel_on_disconnect
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name
-from server.routes.speech_response import SpeechResponse
+from server.routes.speech_response import SpeechResponse, failure_of
 from server.schemas import ALIASES, SpeechRequest
 from shared.pcm import SAMPLE_RATE
-from shared.protocol import Speak
+from shared.protocol import Speak, new_speak_id
 from shared.text import is_speakable
 
 
@@ -65,7 +64,7 @@ async def create_speech(
         await load_resampler()
     speak = _speak(data, resolved, client, request_id_of(request.scope))
     empty = not is_speakable(data.input)
-    speech = silent_speech(speak) if empty else engine.speak(speak, reference)
+    speech = silent_speech(speak, engine) if empty else engine.speak(speak, reference)
     try:
         speed = 1.0 if empty else data.speed or 1.0
         encoder = Encoder(audio_format, speed=speed, sample_rate=rate, streaming=not whole)
@@ -74,8 +73,8 @@ async def create_speech(
         if whole:
             return await response.whole()
         return await (response.events() if data.stream_format == "sse" else response.audio())
-    except BaseException:
-        speech.abort()
+    except BaseException as error:
+        speech.abort(failure_of(error))
         raise
 
 
@@ -88,8 +87,7 @@ async def _resolve(data: JSONBody[SpeechRequest], engine: EngineClient, client: 
 
 def _speak(data: SpeechRequest, resolved: Resolved, client: str, request_id: str) -> Speak:
     return Speak(
-        # Unique although a client may reuse its id, and still found by that id in the logs of both sides.
-        id=f"{request_id}.{uuid.uuid4().hex[:8]}",
+        id=new_speak_id(request_id),
         client=client,
         model=resolved.model.id,
         task=resolved.model.task,

@@ -16,11 +16,11 @@ from litestar import Request, Response
 
 from server.audio import Encoder
 from server.engine import Speech
-from server.http.errors import ApiError, envelope
+from server.http.errors import CLIENT_GONE, ApiError, envelope
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
-from server.schemas import SpeechDelta, SpeechDone, SpeechUsage
-from shared.protocol import Finished, Timings
+from server.schemas import SpeechDelta, SpeechDone, usage_of
+from shared.protocol import Finished, Timings, speech_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -49,10 +49,13 @@ class SpeechResponse:
         self._speech = speech
         self._encoder = encoder
         self._began = time.monotonic()
+        self._complete = False
+        self._failure: ApiError | None = None
         self._media_type = media_type
         self._headers = {
             "x-sample-rate": str(encoder.sample_rate),
             "x-model": model,
+            "x-speech-id": speech_id_of(speech.id),
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
@@ -91,7 +94,8 @@ class SpeechResponse:
     ) -> ClosingStream:
         def close() -> None:
             first.cancel()
-            self._speech.abort()
+            if not self._complete:
+                self._speech.abort(self._failure)
             # A cancelled stream stays in a reference cycle of anyio's until the garbage collector comes:
             # without this line, 7 MB of FLAC would stay with it.
             del self._encoder
@@ -103,6 +107,7 @@ class SpeechResponse:
         try:
             async for data in self._encoded(await first):
                 yield data
+            self._complete = True
         except ApiError as error:
             raise BrokenTransferError(error.message) from error
 
@@ -118,18 +123,20 @@ class SpeechResponse:
             await asyncio.sleep(ERROR_FLUSH_S)
             raise BrokenTransferError(error.message) from error
         finished = self._finished()
-        used = finished.usage
-        total = used.input_tokens + used.output_tokens
-        usage = SpeechUsage(input_tokens=used.input_tokens, output_tokens=used.output_tokens, total_tokens=total)
-        yield _event(SpeechDone(usage=usage, finish_reason=finished.reason))
+        yield _event(SpeechDone(usage=usage_of(finished.usage), finish_reason=finished.reason))
+        self._complete = True
 
     async def _encoded(self, pcm: bytes | None) -> AsyncIterator[bytes]:
-        while pcm is not None:
-            if data := self._encoder.feed(pcm):
+        try:
+            while pcm is not None:
+                if data := self._encoder.feed(pcm):
+                    yield data
+                pcm = await self._speech.chunk()
+            if data := self._encoder.finish():
                 yield data
-            pcm = await self._speech.chunk()
-        if data := self._encoder.finish():
-            yield data
+        except Exception as error:
+            self._failure = failure_of(error)
+            raise
 
     async def _gather(self) -> tuple[bytes, Finished]:
         parts = []
@@ -157,6 +164,15 @@ class SpeechResponse:
             tokens=finished.usage.output_tokens if finished else None,
             seconds=round(time.monotonic() - self._began, 3),
         )
+
+
+def failure_of(error: BaseException) -> ApiError | None:
+    """Why a response failed that ended with `error`; None if its client has left."""
+    if isinstance(error, ApiError):
+        return None if error.status == CLIENT_GONE else error
+    if isinstance(error, Exception):
+        return ApiError("internal_error", "The server made a mistake; its log says which.")
+    return None  # cancelled, or never begun
 
 
 def _event(data: Any) -> bytes:

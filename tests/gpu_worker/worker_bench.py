@@ -44,6 +44,7 @@ from shared.protocol import (
     SavedVoice,
     Snapshot,
     Speak,
+    SpeechError,
     Usage,
 )
 from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, FakeFiles, SlowVoiceFiles, a_spec
@@ -373,9 +374,9 @@ class WorkerBench:
         """Send a Credit."""
         self.send(Credit(id=request_id, chunks=chunks))
 
-    def cancel(self, request_id: str, peer: bytes = WEB) -> None:
+    def cancel(self, request_id: str, peer: bytes = WEB, error: SpeechError | None = None) -> None:
         """Send a Cancel."""
-        self.send(Cancel(id=request_id), peer=peer)
+        self.send(Cancel(id=request_id, error=error), peer=peer)
 
     def save_voice(self, name: str, text: str | None = None) -> SavedVoice:
         """Save a voice and wait for it."""

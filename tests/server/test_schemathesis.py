@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.app import create_app
-from shared.protocol import Call, CleanupPass, Failed, FindVoice, ModelStatus, Reply, SavedVoice
+from shared.protocol import Call, CleanupPass, Failed, FindVoice, ModelStatus, Reply, SavedVoice, SpeechOutcome
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.running import listening
@@ -34,6 +34,7 @@ CHECKS = [
 PASS = CleanupPass(timestamp=1.0, vram_before_bytes=2, vram_after_bytes=1, models_checked=[], models_unloaded=[])
 
 
+SPEECH = SpeechOutcome(id="r.1", client="", status="speaking", model="espeak-ng", voice="en-us")
 VOICE = SavedVoice(id="v", name="V", kind="clone", created_at=1, seconds=2.0, in_context=True)
 
 
@@ -41,7 +42,8 @@ def _answer(call: Call, _payload: bytes | None) -> Reply | Failed:
     """Every call works, except that no saved voice is found."""
     if isinstance(call.action, FindVoice):
         return Failed(id=call.id, code="voice_not_found", message="no")
-    return Reply(id=call.id, cleanup=PASS, voice=VOICE, model=ModelStatus(id="espeak-ng", state="resident"))
+    resident = ModelStatus(id="espeak-ng", state="resident")
+    return Reply(id=call.id, cleanup=PASS, voice=VOICE, speech=SPEECH, model=resident)
 
 
 @pytest.fixture(scope="module")

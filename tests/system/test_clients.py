@@ -142,6 +142,31 @@ def test_whole_answers_say_how_they_went(shared_service: Service) -> None:
     assert len(streamed.content) == pytest.approx(len(whole.content), rel=0.001)
 
 
+def test_how_a_stream_ended(shared_service: Service) -> None:
+    """Any web worker says how a request is going, or how it ended: the last audio was made, or the client left."""
+    headers = {"x-request-id": "after-the-stream"}
+
+    def outcome(name: str) -> Any:
+        # The kernel hands each new connection to either web worker.
+        with httpx.Client(base_url=shared_service.url, trust_env=False) as http:
+            return http.get(f"/v1/audio/speech/{name}").json()
+
+    body = {"input": SENTENCES[4], "response_format": "pcm"}
+    said = shared_service.http.post("/v1/audio/speech", json=body, headers=headers)
+    for name in ("after-the-stream", said.headers["x-speech-id"]) * 3:
+        ended = outcome(name)
+        assert (ended["status"], ended["finish_reason"], ended["voice"]) == ("done", "stop", "en-us+f2")
+        assert ended["usage"]["input_tokens"] == len(SENTENCES[4].split())
+        assert 0 < ended["timings"]["first_audio_s"] <= ended["timings"]["total_s"]
+    with shared_service.stream(LONG, response_format="pcm") as answer:
+        name = answer.headers["x-speech-id"]
+        pieces = answer.iter_raw()
+        next(pieces)
+        assert outcome(name)["status"] == "speaking"
+    eventually(lambda: outcome(name)["status"] == "cancelled", 20, "a cancelled request")
+    assert outcome("no-such-request")["error"]["code"] == "not_found"
+
+
 def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
     """Both web workers answer, and both report the same GPU worker process."""
     web_pids: set[int] = set()

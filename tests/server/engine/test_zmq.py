@@ -25,6 +25,7 @@ from shared.protocol import (
     Reply,
     SavedVoice,
     Speak,
+    SpeechError,
 )
 from tests.fakes import FakeWorker, tone
 from tests.server.running import becomes
@@ -86,8 +87,12 @@ async def test_chunks_come_in_order(client: ZmqEngineClient, worker: FakeWorker)
     assert chunks == tone("hello", 3)
     assert speech.finished is not None
     assert speech.finished.usage.output_tokens == 3
-    speech.abort()
     assert not worker.of(Cancel)
+    for _ in range(2):
+        speech.abort(ApiError("internal_error", "the encoder failed", param="speed"))
+    await client.fresh_snapshot(0)
+    error = SpeechError(code="internal_error", message="the encoder failed", param="speed")
+    assert worker.of(Cancel) == [Cancel(id="r1", error=error)]
 
 
 async def test_a_slow_consumer_holds_the_worker_back(client: ZmqEngineClient, worker: FakeWorker) -> None:
