@@ -9,6 +9,12 @@ The first audio comes at once, then there are fewer and cheaper decoder calls. T
 of the first 80 ms an MP3 encoder emits only 48 ms, which must last until the second chunk.
 """
 
+CHUNK_LENGTHS: Final = sorted(set(CHUNK_SCHEDULE))
+"""The only lengths that are decoded: of these there are CUDA graphs, and their products round the same in any batch.
+
+The rest of an utterance is decoded in several of them: any split gives the same audio.
+"""
+
 MAX_CHUNK_FRAMES: Final = max(CHUNK_SCHEDULE)
 
 

@@ -29,7 +29,7 @@ from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy
-from gpu_worker.engines.qwen.sequence import RunningJob, most_urgent_first
+from gpu_worker.engines.qwen.sequence import RunningJob, by_chunk_length, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
 
@@ -335,11 +335,11 @@ class QwenEngine:
                 sequence.on_frame_ready(last=next_codes[slot] == self._eos_code)
 
     def _decode_due_chunks(self) -> None:
-        due = [sequence for sequence in self._sequences.values() if sequence.chunk_due]
-        for group in most_urgent_first(self._parts.vocoder.groups(due)):
-            self._deliveries.append(self._parts.vocoder.decode(group))
-            for sequence in group:
-                sequence.on_chunk_decoded()
+        while due := [sequence for sequence in self._sequences.values() if sequence.chunk_due]:
+            for group in most_urgent_first(by_chunk_length(due)):
+                self._deliveries.append(self._parts.vocoder.decode(group))
+                for sequence in group:
+                    sequence.on_chunk_decoded()
         for sequence in self._sequences.values():
             if sequence.generating and sequence.ended and not sequence.pending_frames:
                 self._deliveries.append(UtteranceEnd(sequence, last=sequence.finish_utterance()))

@@ -4,13 +4,14 @@ RunningJob is bookkeeping on the host. It makes and moves no tensors, and emits 
 """
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Final
 
 import numpy as np
 
 from gpu_worker.engines.base import FinishReason, Job
-from gpu_worker.engines.qwen.chunk_schedule import chunk_frames
+from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.planner import Plan, Utterance
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
@@ -86,6 +87,11 @@ class RunningJob:
         return self.pending_frames >= chunk_frames(self.chunks) or (self.ended and self.pending_frames > 0)
 
     @property
+    def next_chunk(self) -> int:
+        """Frames of the chunk that is due: as many of the pending ones as a chunk may have."""
+        return max(length for length in CHUNK_LENGTHS if length <= self.pending_frames)
+
+    @property
     def frames_left(self) -> int | None:
         """Frames that the job may still make; None if the request sets no limit."""
         return None if self.plan.max_new_tokens is None else self.plan.max_new_tokens - self.output_frames
@@ -106,8 +112,8 @@ class RunningJob:
             self._end_at_length()
 
     def on_chunk_decoded(self) -> None:
-        """The pending frames went to the vocoder."""
-        self.pending_frames = 0
+        """The next chunk went to the vocoder."""
+        self.pending_frames -= self.next_chunk
         self.chunks += 1
 
     def finish_utterance(self) -> bool:
@@ -131,6 +137,14 @@ class RunningJob:
     def _end_at_length(self) -> None:
         self.ended = True
         self.reason = "length"
+
+
+def by_chunk_length(due: Iterable[RunningJob]) -> list[list[RunningJob]]:
+    """Group jobs by the length of their next chunks: those of one length are decoded together."""
+    groups: dict[int, list[RunningJob]] = {}
+    for sequence in due:
+        groups.setdefault(sequence.next_chunk, []).append(sequence)
+    return list(groups.values())
 
 
 def most_urgent_first(groups: list[list[RunningJob]]) -> list[list[RunningJob]]:

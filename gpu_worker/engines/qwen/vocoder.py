@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.chunk_schedule import CHUNK_SCHEDULE, MAX_CHUNK_FRAMES
+from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec, StreamSnapshot
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
 from gpu_worker.engines.qwen.parking import rows_to_device, rows_to_host
@@ -27,9 +27,6 @@ from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy, to_device
 from gpu_worker.engines.qwen.sequence import RunningJob
 from shared.pcm import FRAME_SAMPLES
-
-CAPTURED_CHUNKS: Final = sorted(set(CHUNK_SCHEDULE))
-"""Chunk lengths with captured graphs. The last chunk of an utterance may have any other length."""
 
 _PEAK: Final = 32767
 
@@ -91,27 +88,14 @@ class Vocoder:
         with torch.cuda.stream(self._stream):
             rows_to_device(blocks, self.state.rows(slot))
 
-    def groups(self, due: Sequence[RunningJob]) -> list[list[RunningJob]]:
-        """Group the due chunks by length: those of one length are decoded together.
-
-        On a CPU a chunk of another length than CAPTURED_CHUNKS is decoded alone: threads that share a matrix product
-        may split its rows where some of them round differently (seen with 3 frames and 2 threads).
-        """
-        groups: dict[tuple[int, int], list[RunningJob]] = {}
-        for sequence in due:
-            frames = sequence.pending_frames
-            alone = not self._cuda and frames not in CAPTURED_CHUNKS
-            groups.setdefault((frames, sequence.slot if alone else -1), []).append(sequence)
-        return list(groups.values())
-
     def decode(self, group: list[RunningJob]) -> HostCopy[list[RunningJob]]:
-        """Decode the pending frames of a group, as many for each member. Returns the copy of the PCM to the host.
+        """Decode the next chunk of each member of a group, all of one length. Returns the copy of the PCM to the host.
 
         The PCM is int16 [len(group), samples]. If `decode` raises, the slots' codec streams are as before the call.
         """
-        chunk = group[0].pending_frames
+        chunk = group[0].next_chunk
         slots = [sequence.slot for sequence in group]
-        starts = [sequence.frames_ready - chunk for sequence in group]
+        starts = [sequence.frames_ready - sequence.pending_frames for sequence in group]
         if self._stream is None:
             where, pcm = self._new_inputs(len(group), chunk)
             where.copy_(torch.tensor([slots, starts]))
@@ -136,7 +120,7 @@ class Vocoder:
         if not self._cuda:
             return
         functions: dict[Key, Callable[[], None]] = {}
-        for batch, chunk in largest_first(self._batch_sizes, CAPTURED_CHUNKS):
+        for batch, chunk in largest_first(self._batch_sizes, CHUNK_LENGTHS):
             where, pcm = self._buckets.inputs["decode", batch, chunk] = self._new_inputs(batch, chunk)
             functions["decode", batch, chunk] = functools.partial(self._decode_into, where, chunk, pcm)
         self._buckets.capture(functions, capturing=self._streams.codec_capture, warming=self._streams.transfer)

@@ -31,17 +31,17 @@ def running_job(max_frames: int = 100, max_new_tokens: int | None = None) -> Run
 
 
 def test_chunks_grow_from_one_frame_to_eight() -> None:
-    """The chunks have 1, 1, 2, 4, 8, 8 frames; the last one of an utterance may be shorter."""
+    """The chunks have 1, 1, 2, 4, 8, 8 frames; the rest of an utterance is split into chunks of these lengths."""
     sequence = running_job()
     sizes = []
-    for frame in range(26):
-        sequence.on_frame_ready(last=frame == 25)
-        if sequence.chunk_due:
-            sizes.append(sequence.pending_frames)
+    for frame in range(31):
+        sequence.on_frame_ready(last=frame == 30)
+        while sequence.chunk_due:
+            sizes.append(sequence.next_chunk)
             sequence.on_chunk_decoded()
-    assert sizes == [1, 1, 2, 4, 8, 8, 2]
+    assert sizes == [1, 1, 2, 4, 8, 8, 4, 2, 1]
     assert sequence.ended
-    assert (sequence.reason, sequence.usage.output_tokens, sequence.usage.input_tokens) == ("stop", 26, 7)
+    assert (sequence.reason, sequence.usage.output_tokens, sequence.usage.input_tokens) == ("stop", 31, 7)
 
 
 def test_the_frame_cap_ends_an_utterance_with_length() -> None:
