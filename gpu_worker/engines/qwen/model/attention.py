@@ -61,6 +61,10 @@ class Eager:
 class Sdpa:
     """torch's fused kernels. The query heads of a KV head go in as tokens, so no KV head is repeated."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        """`dtype`: that of queries, keys and values."""
+        self._dtype = dtype
+
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
@@ -68,8 +72,13 @@ class Sdpa:
         )
 
     def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
-        """True for tokens within the length, bool [rows, 1, 1, tokens]."""
-        return (torch.arange(tokens, device=lengths.device) < lengths[:, None])[:, None, None]
+        """What is added to the scores: 0 within the length, -inf beyond, [rows, 1, 1, tokens].
+
+        Of a bool mask, the attention of every layer would make this with 3 kernels of its own.
+        """
+        beyond = torch.arange(tokens, device=lengths.device) >= lengths[:, None]
+        zeros = torch.zeros(beyond.shape, dtype=self._dtype, device=lengths.device)
+        return zeros.masked_fill_(beyond, float("-inf"))[:, None, None]
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         rows, kv_heads, _, dim = key.shape
@@ -107,7 +116,7 @@ def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Att
     if backend == "eager":
         return Eager()
     if backend == "sdpa":
-        return Sdpa()
+        return Sdpa(dtype)
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise JobError(
             "model_unavailable",

@@ -35,6 +35,13 @@ def test_a_row_reads_its_own_length_and_no_further() -> None:
             torch.testing.assert_close(masked[one], alone)
 
 
+def test_the_mask_has_the_form_that_the_kernels_add() -> None:
+    """It has the dtype of the scores: no layer has to convert it."""
+    mask = attention("sdpa", CPU, torch.bfloat16).length_mask(torch.tensor([1, 3]), 3)
+    assert mask.dtype == torch.bfloat16
+    assert mask.tolist() == [[[[0, -float("inf"), -float("inf")]]], [[[0, 0, 0]]]]
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "dtype"),
     [("flash_attention_2", "cpu", torch.bfloat16), ("flash_attention_2", "cuda", torch.float32)],
