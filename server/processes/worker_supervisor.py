@@ -66,6 +66,7 @@ class Supervisor:
         self._command = list(command)
         self._environ = dict(environ)
         self._timeout_s = timeout_s
+        self._hang_cause = f"no answer for {timeout_s:.0f} s"
         self._stop_timeout_s = stop_timeout_s
         self._on_final = on_final
         self._on_outage = on_outage
@@ -121,12 +122,15 @@ class Supervisor:
                 self._on_final()
                 return
             pause_s = pauses.after_death(self._clock() - started)
-            cause = f"no answer for {self._timeout_s:.0f} s" if hung else death_cause(code)
+            cause = self._hang_cause if hung else death_cause(code)
             log.error("worker_died", cause=cause, restart_in_s=pause_s)
-            self._report_outage(f"has died ({cause}) and is being restarted", pause_s)
+            self._report_death(cause, pause_s)
             if self._stopping.wait(pause_s):
                 return
             restarts += 1
+
+    def _report_death(self, cause: str, pause_s: float) -> None:
+        self._report_outage(f"has died ({cause}) and is being restarted", pause_s)
 
     def _report_outage(self, what: str, pause_s: float = 0.0) -> None:
         outage = Outage(reason=f"The GPU worker {what}.", back_at=time.time() + pause_s + self.start_s)
@@ -194,6 +198,7 @@ class Supervisor:
         self._signal(signal.SIGUSR2)
         self._signal(signal.SIGCONT)
         self._stopping.wait(_STACKS_TIMEOUT_S)
+        self._report_death(self._hang_cause, 0.0)  # its death breaks streams, whose clients may ask again at once
         self._signal(signal.SIGKILL)
 
     def _spawn(self, restarts: int, heartbeat: int) -> int:
