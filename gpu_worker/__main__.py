@@ -22,7 +22,7 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
-from gpu_worker.heartbeat import Heartbeat, write_stacks_on_signals
+from gpu_worker.heartbeat import Heartbeat
 from gpu_worker.residency import Checkpoints, Mover, Progress, Residency, ResidencyOptions, cuda_present, open_probe
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
@@ -37,6 +37,7 @@ from shared.log import set_up_logging
 from shared.protocol import DeviceMemory
 from shared.settings import Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, AlreadyRunningError, claim
+from shared.stacks import write_stacks_on_signals
 
 EXIT_BROKEN_DEVICE: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2

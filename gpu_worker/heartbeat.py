@@ -8,7 +8,6 @@ Either way, the stacks of all threads are written to stderr first.
 import contextlib
 import faulthandler
 import os
-import signal
 import time
 from collections.abc import Callable
 from typing import Final
@@ -45,9 +44,3 @@ class Heartbeat:
     def stop(self) -> None:
         """The loop has ended, and no silence counts any more."""
         faulthandler.cancel_dump_traceback_later()
-
-
-def write_stacks_on_signals() -> None:
-    """Write the stacks of all threads to stderr at SIGUSR2, and when the process crashes."""
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)

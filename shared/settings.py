@@ -40,7 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     web_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     worker_url: str | None = None
     worker_token: Annotated[str, Meta(max_length=256)] = ""
-    worker_timeout_s: Seconds = 30.0
+    worker_timeout_s: Annotated[float, Meta(ge=2, le=31_536_000)] = 30.0
     api_title: Annotated[str, Meta(min_length=1, max_length=100)] = "Qwen3-TTS server"
     api_keys: list[str] = []
     admin_keys: list[str] = []

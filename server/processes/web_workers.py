@@ -1,4 +1,4 @@
-"""The web workers: granian's processes, started again when they die, and given up if none can ever start.
+"""The web workers: granian's processes, started again when they die or hang, and given up if none can ever start.
 
 `WebServer` replaces granian's answer to their deaths and nothing else: granian ends the whole service
 when one web worker dies twice within 5.5 s, even if the others serve.
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any, Final
 
@@ -28,7 +27,9 @@ from granian.server.mp import MPServer, WorkerProcess
 
 from server.http.middleware import HttpMiddleware
 from server.processes.restarts import RestartPauses, death_cause
+from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
 from shared.settings import Settings
+from shared.stacks import write_stacks_on_signals
 
 FAILED_STARTS: Final = 3
 """The service ends if no web worker serves and one has failed to start so many times in a row."""
@@ -56,8 +57,8 @@ log = structlog.get_logger(__name__)
 class _WorkerState:
     """The history of the web worker at one index."""
 
-    served: ctypes.c_bool = field(default_factory=lambda: RawValue(ctypes.c_bool))
-    """Shared with the process, which sets it when it serves."""
+    watchdog: Watchdog
+    """That of the current process, or of the one that died last."""
     pauses: RestartPauses = field(default_factory=RestartPauses)
     failed_starts: int = 0
     start_at: float | None = None
@@ -84,6 +85,7 @@ class WebServer(MPServer):
         )
         self._addresses = addresses
         self._create = create
+        self._timeout_s = settings.worker_timeout_s
         self._states: dict[int, _WorkerState] = {}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does that; granian sets its handler regardless
             self.on_startup(partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
@@ -93,6 +95,7 @@ class WebServer(MPServer):
     def run(self) -> int:
         """Serve until a signal ends the service; returns the exit code."""
         # A web worker must never run with this process's signal handlers, which would swallow its SIGTERM.
+        write_stacks_on_signals()
         os.register_at_fork(before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_set_signals)
         try:
             self.serve(target_loader=partial(_load, self._create, os.getpid()), wrap_loader=False)
@@ -105,62 +108,70 @@ class WebServer(MPServer):
         self.signal_handler_interrupt()
 
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Callable[..., Any]) -> WorkerProcess:
-        state = self._states.setdefault(idx, _WorkerState())
-        state.served = RawValue(ctypes.c_bool)
-        state.start_at = None
+        watchdog = Watchdog(idx + 1, self._timeout_s, time.monotonic())
+        state = self._states.setdefault(idx, _WorkerState(watchdog))
+        state.watchdog, state.start_at = watchdog, None
         self._ssp = SocketSpec(self._addresses[idx % len(self._addresses)], self.bind_port, self.backlog)
-        return super()._spawn_worker(idx, target, partial(callback_loader, state.served))
+        return super()._spawn_worker(idx, target, partial(callback_loader, watchdog.beat))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         """Run until a signal ends the service; SystemExit, after all web workers were stopped, if none can start."""
         while not self.interrupt_signal:
-            self.main_loop_interrupt.wait(self._seconds_to_next_start())
+            self.main_loop_interrupt.wait(self._seconds_to_next_turn())
             self.main_loop_interrupt.clear()
             if self.interrupt_signal:
                 return
             while self.interrupt_children:
                 self._on_death(self.interrupt_children.pop(0))
             for idx, state in self._states.items():
-                if state.start_at is not None and state.start_at <= time.monotonic():
+                if state.start_at is None:
+                    state.watchdog.check(self.wrks[idx].inner, time.monotonic())
+                elif state.start_at <= time.monotonic():
                     self.wrks[idx] = self._spawn_worker(idx, spawn_target, target_loader)
                     self.wrks[idx].start()
 
-    def _seconds_to_next_start(self) -> float | None:
-        starts = [state.start_at for state in self._states.values() if state.start_at is not None]
-        return max(0.0, min(starts) - time.monotonic()) if starts else None
+    def _seconds_to_next_turn(self) -> float:
+        starts = [state.start_at - time.monotonic() for state in self._states.values() if state.start_at is not None]
+        return max(0.0, min([BEAT_INTERVAL_S, *starts]))
 
     def _on_death(self, idx: int) -> None:
         state, worker = self._states[idx], self.wrks[idx]
         code = worker.inner.exitcode
-        if state.served.value:
+        if state.watchdog.has_served:
             state.failed_starts = 0
         elif code != -signal.SIGKILL:  # that comes from outside: a user, or the kernel when memory is short
             state.failed_starts += 1
-        others = (other for at, other in enumerate(self.wrks) if at != idx and self._states[at].served.value)
+        others = (other for at, other in enumerate(self.wrks) if at != idx and self._states[at].watchdog.has_served)
         if state.failed_starts >= FAILED_STARTS and not any(other.is_alive() for other in others):
             log.critical("web_workers_cannot_start", cause=death_cause(code), attempts=state.failed_starts)
             self.shutdown(EXIT_FAILED)
         pause_s = state.pauses.after_death(time.monotonic() - worker.birth)
         state.start_at = time.monotonic() + pause_s
-        log.error("web_worker_died", worker=idx + 1, cause=death_cause(code), restart_in_s=pause_s)
+        hung_s = state.watchdog.hung_s
+        cause = death_cause(code) if hung_s is None else f"no answer for {hung_s:.0f} s"
+        log.error("web_worker_died", worker=idx + 1, cause=cause, restart_in_s=pause_s)
 
 
 # --- inside a web worker ---------------------------------------------------------------------------------------------
 
 
-def _load(create: Callable[[], HttpMiddleware], main_pid: int, served: ctypes.c_bool) -> HttpMiddleware:
-    """The application of this web worker. It sets `served` once it serves, and ends with granian's main process."""
+def _load(create: Callable[[], HttpMiddleware], main_pid: int, beat: ctypes.c_double) -> HttpMiddleware:
+    """The application of this web worker. It keeps `beat` fresh once it serves, and ends with the main process."""
     threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
     application = create()
-    application.app.on_startup.append(partial(_on_startup, served))
+    application.app.on_startup.append(partial(_on_startup, beat))
     return application
 
 
-async def _on_startup(served: ctypes.c_bool) -> None:
+async def _on_startup(beat: ctypes.c_double) -> None:
     loop = asyncio.get_running_loop()
 
+    def keep_fresh() -> None:
+        beat.value = time.monotonic()
+        loop.call_later(BEAT_INTERVAL_S, keep_fresh)
+
     def serving() -> None:
-        served.value = True
+        keep_fresh()
         threading.Thread(target=_take_one_sigterm, args=(loop,), name="sigterm", daemon=True).start()
 
     loop.call_later(_SERVING_AFTER_S, serving)

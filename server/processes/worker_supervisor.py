@@ -18,6 +18,7 @@ import structlog
 
 from server.engine import Outage
 from server.processes.restarts import RestartPauses, death_cause
+from server.processes.watchdog import STACKS_TIMEOUT_S, Silence
 from shared.protocol import READY
 
 FINAL_EXIT_CODES: Final = {2: "its settings are wrong", 3: "another worker already serves its address"}
@@ -27,13 +28,8 @@ FIRST_START_S: Final = 10.0
 """The estimate of a start that was never measured: an engine of published size takes 5 to 25 s."""
 
 _KILL_TIMEOUT_S: Final = 5.0
-_STACKS_TIMEOUT_S: Final = 1.0
-"""A worker that hangs gets so long to write the stacks of its threads."""
 
 _POLL_S: Final = 0.5
-
-_PAUSED_AFTER_S: Final = 5.0
-"""A poll that ends so late means that this process was paused: perhaps with the worker, as `docker pause` does."""
 
 log = structlog.get_logger(__name__)
 
@@ -169,9 +165,8 @@ class Supervisor:
 
     def _wait_for_end(self, pid: int, pipe: BinaryIO) -> bool:
         """Wait until the worker has ended (False), or has been silent for `timeout_s` after its first byte (True)."""
-        polled_at = started = self._clock()
-        heard_at: float | None = None
-        ready = False
+        started = self._clock()
+        silence, ready = Silence(started), False
         process = os.pidfd_open(pid)
         try:
             while True:
@@ -179,15 +174,12 @@ class Supervisor:
                 if process in readable:
                     return False
                 now = self._clock()
-                paused, polled_at = now - polled_at > _PAUSED_AFTER_S, now
                 if readable:
-                    heard_at = now
+                    silence.heard(now)
                     if READY in pipe.read(4096) and not ready:
                         ready, self.start_s = True, now - started
                         log.info("worker_speaks", pid=pid, start_s=round(self.start_s, 1))
-                elif paused and heard_at is not None:
-                    heard_at = now
-                elif heard_at is not None and now - heard_at > self._timeout_s:
+                if silence.exceeds(self._timeout_s, now):
                     return True
         finally:
             os.close(process)
@@ -197,7 +189,7 @@ class Supervisor:
         log.error("worker_hangs", pid=pid, silent_s=self._timeout_s, stacks="follow on stderr")
         self._signal(signal.SIGUSR2)
         self._signal(signal.SIGCONT)
-        self._stopping.wait(_STACKS_TIMEOUT_S)
+        self._stopping.wait(STACKS_TIMEOUT_S)
         self._report_death(self._hang_cause, 0.0)  # its death breaks streams, whose clients may ask again at once
         self._signal(signal.SIGKILL)
 

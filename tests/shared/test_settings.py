@@ -60,6 +60,7 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_PORT", "http", "'http'"),
     ("TTS_PORT", "80.5", "'80.5'"),
     ("TTS_WEB_WORKERS", "65", "must be at most 64"),
+    ("TTS_WORKER_TIMEOUT", "1", "must be at least 2"),
     ("TTS_WORKER_URL", "tcp://127.0.0.1:1", "ipc:///absolute/path"),
     ("TTS_WORKER_URL", "ipc://worker.ipc", "must be absolute"),
     ("TTS_API_KEYS", "good,with space", "printable ASCII"),

@@ -1,5 +1,6 @@
-"""Processes that stand still: a pause costs no stream, and a GPU worker that stays silent is replaced."""
+"""Processes that stand still: a pause costs no stream, and a process that stays silent is replaced."""
 
+import contextlib
 import os
 import random
 import signal
@@ -7,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final
 
 import httpx
@@ -119,26 +119,33 @@ def refusal(service: Service) -> dict[str, object]:
     return error
 
 
-def test_a_worker_that_stays_silent_is_replaced(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two web workers, and a short timeout. Each test leaves a service that has recovered."""
+    settings = {**QWEN, "WORKER_TIMEOUT": 3, "WEB_WORKERS": 2}
+    with running_service(tmp_path_factory.mktemp("impatient"), **settings) as service:
+        yield service
+
+
+def test_a_worker_that_stays_silent_is_replaced(impatient: Service) -> None:
     """After the timeout its streams break, the log has the reason and the stacks, and speech is back."""
-    with running_service(tmp_path, **QWEN, WORKER_TIMEOUT=3) as service:
-        worker = service.worker_pid()
-        with service.stream(TEXT, response_format="pcm") as answer:
-            pieces = answer.iter_raw(4800)
-            next(pieces)
-            os.kill(worker, signal.SIGSTOP)
-            stopped = time.monotonic()
-            with pytest.raises(httpx.TransportError):
-                list(pieces)
-        assert time.monotonic() - stopped > 2
-        eventually(lambda: not is_running(worker), 10, "the worker killed")
-        killed = time.monotonic()
-        # The web worker hears of it a moment later; until then it answers as if the worker were silent.
-        eventually(lambda: refusal(service).get("message") == REPLACED, stretched(15), lambda: str(refusal(service)))
-        refused = service.speech("Hello.")
-        eventually(service.is_ready, stretched(60), "speech again")
-        took_s = time.monotonic() - killed
-        log = service.log.read_text()
+    worker = impatient.worker_pid()
+    with impatient.stream(TEXT, response_format="pcm") as answer:
+        pieces = answer.iter_raw(4800)
+        next(pieces)
+        os.kill(worker, signal.SIGSTOP)
+        stopped = time.monotonic()
+        with pytest.raises(httpx.TransportError):
+            list(pieces)
+    assert time.monotonic() - stopped > 2
+    eventually(lambda: not is_running(worker), 10, "the worker killed")
+    killed = time.monotonic()
+    # The web worker hears of it a moment later; until then it answers as if the worker were silent.
+    eventually(lambda: refusal(impatient).get("message") == REPLACED, stretched(15), lambda: str(refusal(impatient)))
+    refused = impatient.speech("Hello.")
+    eventually(impatient.is_ready, stretched(60), "speech again")
+    took_s = time.monotonic() - killed
+    log = impatient.log.read_text()
     assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
     assert refused.json()["error"]["message"] == REPLACED
     # The start before this one took as long, give or take a busy machine.
@@ -146,3 +153,46 @@ def test_a_worker_that_stays_silent_is_replaced(tmp_path: Path) -> None:
     assert "worker_hangs" in log
     assert "most recent call first" in log
     assert "gpu_worker/worker.py" in log
+
+
+def client_of_each_web_worker(service: Service, stack: contextlib.ExitStack) -> dict[int, httpx.Client]:
+    """For each of two web workers, by process id, a client whose connection leads to it."""
+    found: dict[int, httpx.Client] = {}
+
+    def both() -> bool:
+        client = stack.enter_context(httpx.Client(base_url=service.url, timeout=30, trust_env=False))
+        found[client.get("/admin/stats").json()["web_pid"]] = client
+        return len(found) == 2
+
+    eventually(both, 10, "a connection to each web worker")
+    return found
+
+
+def test_a_web_worker_that_stays_silent_is_replaced(impatient: Service) -> None:
+    """Its streams break, those of the other web worker go on, and the log has the reason and the stacks."""
+    request = {"input": TEXT[:300], "response_format": "pcm", "seed": 5}
+    worker = impatient.worker_pid()
+    with contextlib.ExitStack() as stack:
+        clients = client_of_each_web_worker(impatient, stack)
+        (stopped, theirs), (other, ours) = clients.items()
+        whole = ours.post("/v1/audio/speech", json=request | {"stream": False}).content
+        # Too long to end in the second that the stopped web worker gets to write its stacks.
+        long = request | {"input": TEXT * 4}
+        broken = stack.enter_context(theirs.stream("POST", "/v1/audio/speech", json=long)).iter_raw(4800)
+        next(broken)
+        heard = stack.enter_context(ours.stream("POST", "/v1/audio/speech", json=request)).iter_raw(4800)
+        first = next(heard)
+        os.kill(stopped, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        assert first + b"".join(heard) == whole
+        assert ours.get("/health").status_code == httpx.codes.OK
+        eventually(lambda: not is_running(stopped), stretched(10), "the stopped web worker killed")
+        assert time.monotonic() - stopped_at > 2
+        with pytest.raises(httpx.TransportError):
+            list(broken)
+    assert other in impatient.wait_serving(2)
+    assert impatient.worker_pid() == worker
+    log = impatient.log.read_text()
+    assert "web_worker_hangs" in log
+    assert "cause='no answer for 3 s'" in log
+    assert "granian/server/mp.py" in log

@@ -130,7 +130,7 @@ def test_a_pause_of_the_whole_service_is_no_silence(
 ) -> None:
     """The supervisor, which was paused too, gives the worker the timeout once more."""
     monkeypatch.setattr(worker_supervisor, "_POLL_S", 0.01)
-    monkeypatch.setattr(worker_supervisor, "_STACKS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(worker_supervisor, "STACKS_TIMEOUT_S", 0.0)
     worker = start(BEAT + "beat(b's')\n" + WAIT)
     first = worker.next_number()
     assert not worker.let_time_pass(2)
