@@ -57,7 +57,8 @@ _DOCUMENTED: Final = {
     409: "The model is in use (`model_busy`).",
     413: "The body or the upload is too large (`request_too_large`).",
     415: "The operation expects another media type (`unsupported_media_type`).",
-    429: "The queue is full (`queue_full`); `Retry-After` says when to try again.",
+    429: "The queue is full (`queue_full`), or the client's address has too many requests in progress "
+    "(`rate_limit_exceeded`); `Retry-After` says when to try again.",
     500: "The server made a mistake; trying again does not help.",
     503: "The GPU worker, memory or the model's weights are missing now, or the server is shutting down; "
     "`Retry-After` says when to try again.",

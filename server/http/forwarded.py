@@ -50,7 +50,7 @@ def client_view(settings: Settings, scope: Any) -> ClientView:
     peer = str(scope["client"][0]) if scope.get("client") else None
     trusted = _networks(tuple(settings.trusted_proxies))
     own_host = tuple(host.lower() for host in headers.getall("host", []))
-    if not _is_trusted(parse_address(peer), trusted):
+    if not is_trusted_proxy(settings, peer):
         return ClientView(_plain(peer), False, own_host, None, settings.root_path)
     forwarded_host = _first(headers, "x-forwarded-host").lower()
     scheme = _first(headers, "x-forwarded-proto").lower()
@@ -62,6 +62,11 @@ def client_view(settings: Settings, scope: Any) -> ClientView:
         scheme=scheme if scheme in {"http", "https"} else None,
         prefix=settings.root_path or (prefix if _PREFIX.fullmatch(prefix) else ""),
     )
+
+
+def is_trusted_proxy(settings: Settings, peer: str | None) -> bool:
+    """Whether TTS_TRUSTED_PROXIES has `peer`, the address at the other end: many clients may stand behind it."""
+    return _is_trusted(parse_address(peer), _networks(tuple(settings.trusted_proxies)))
 
 
 def strip_root_path(scope: Any, root_path: str) -> None:

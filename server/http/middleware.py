@@ -7,6 +7,7 @@ It knows no path and no field.
 
 import asyncio
 import http
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -17,14 +18,12 @@ from litestar.enums import ScopeType
 from litestar.types import HTTPReceiveMessage, Message, Receive, Scope, Send
 
 from server.http.errors import ApiError, ErrorEnvelope, error_response
-from server.http.forwarded import strip_root_path
+from server.http.forwarded import client_view, strip_root_path
+from server.http.open_requests import OpenRequest, OpenRequests
 from server.http.origins import foreign_origin
 from server.http.request_scope import BODY_STALLED, printable_path, request_id_of
 
 log = structlog.get_logger(__name__)
-
-BODY_TIMEOUT_S: Final = 60.0
-"""The longest pause within a body: clients pause for seconds, stalled ones for ever."""
 
 _MAX_DRAINED_BYTES: Final = 256 * 1024 * 1024
 _MAX_DRAIN_S: Final = 10.0
@@ -35,6 +34,7 @@ class HttpMiddleware:
 
     def __init__(self, app: Litestar) -> None:
         self.app = app
+        self.open_requests = OpenRequests()
         self._unavailable: dict[str, str | None] = {}
         """By route: the error code of the 503 that was the last answer to a reading request."""
 
@@ -45,7 +45,13 @@ class HttpMiddleware:
             await answer(scope, receive, send)
             return
         strip_root_path(scope, self.app.state.settings.root_path)
-        body = _RequestBody(scope, receive)
+        request = self.open_requests.begin(scope, has_body=_expects_body(scope))
+        try:
+            await self._answer(scope, _RequestBody(scope, receive, request, self.open_requests.clock), send)
+        finally:
+            self.open_requests.end(request)
+
+    async def _answer(self, scope: Any, body: "_RequestBody", send: Send) -> None:
         response = _ResponseSender(scope, body, send, self._unavailable)
         error = self._objection(scope, body)
         if error is not None:
@@ -66,12 +72,28 @@ class HttpMiddleware:
 
         strip_root_path(handshake, self.app.state.settings.root_path)
         error = ApiError("not_found", f"{printable_path(handshake)} takes no WebSocket; /docs lists what there is.")
-        response = _ResponseSender(handshake, _RequestBody(handshake, receive), deny, self._unavailable)
-        refusal = error_response(error).to_asgi_response(app=None, request=Request(handshake))
-        await refusal(handshake, receive, response.send)
+        request = self.open_requests.begin(handshake, has_body=False)
+        try:
+            body = _RequestBody(handshake, receive, request, self.open_requests.clock)
+            response = _ResponseSender(handshake, body, deny, self._unavailable)
+            refusal = error_response(error).to_asgi_response(app=None, request=Request(handshake))
+            await refusal(handshake, receive, response.send)
+        finally:
+            self.open_requests.end(request)
 
     def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
-        """What is wrong with a request by its headers alone."""
+        """What is wrong with a request by its headers alone, or with the number of its client's requests."""
+        settings, peer = self.app.state.settings, body.request.peer
+        if (
+            peer
+            and self.open_requests.of_address(peer[0]) > settings.max_connections_per_address
+            and not client_view(settings, scope).through_proxy
+        ):
+            message = (
+                f"{settings.max_connections_per_address} requests from this address are in progress, as many as this "
+                "server takes from one (TTS_MAX_CONNECTIONS_PER_ADDRESS)."
+            )
+            return ApiError("rate_limit_exceeded", message)
         headers = Headers.from_scope(scope)
         if body.expected and headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
             return ApiError("unsupported_media_type", "Send the body as it is, without a Content-Encoding.")
@@ -84,29 +106,30 @@ class HttpMiddleware:
 
 
 class _RequestBody:
-    """A request's body on its way in: whether it is complete, and a bound on how long it may pause."""
+    """A request's body on its way in: whether it is complete, and a bound on how long it may take."""
 
-    def __init__(self, scope: Any, receive: Receive) -> None:
-        headers = Headers.from_scope(scope)
-        # HTTP/2 has no chunks, so no header announces a body without a length.
-        default = "unknown" if scope["http_version"] == "2" else "0"
-        self.expected = headers.get("content-length", default) != "0" or "transfer-encoding" in headers
+    def __init__(self, scope: Any, receive: Receive, request: OpenRequest, clock: Callable[[], float]) -> None:
+        self.expected = not request.body_complete
+        self.request = request
+        self._clock = clock
         self._complete = False
         self._scope = scope
         self._receive = receive
 
     async def receive(self) -> HTTPReceiveMessage:
-        """The next message. A body that stalls counts as one whose client has left."""
+        """The next message. A body that stalls or drips counts as one whose client has left."""
         if self._complete:
             return await self._receive()  # type: ignore[return-value]  # it is an HTTP request
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(self.request.body_patience_s(self._clock())):
                 message = await self._receive()
         except TimeoutError:
             self._complete = True
             self._scope.setdefault("state", {})[BODY_STALLED] = True
             return {"type": "http.disconnect"}
+        self.request.body_bytes += len(message.get("body", b""))  # type: ignore[arg-type]  # bytes
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+        self.request.body_complete = self._complete
         return message  # type: ignore[return-value]  # it is an HTTP request
 
     async def drain(self) -> None:
@@ -180,3 +203,10 @@ class _ResponseSender:
             status=status,
             code=code,
         )
+
+
+def _expects_body(scope: Any) -> bool:
+    """Whether a body may follow the headers. HTTP/2 has no chunks, so no header announces a body without a length."""
+    headers = Headers.from_scope(scope)
+    default = "unknown" if scope["http_version"] == "2" else "0"
+    return headers.get("content-length", default) != "0" or "transfer-encoding" in headers

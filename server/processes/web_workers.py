@@ -21,11 +21,15 @@ from typing import Any, Final
 
 import structlog
 from granian.constants import Interfaces
+from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
 from granian.server.common import SocketSpec
 from granian.server.mp import MPServer, WorkerProcess
 
+from server.http.forwarded import is_trusted_proxy
 from server.http.middleware import HttpMiddleware
+from server.processes.connection_reaper import ConnectionReaper
+from server.processes.descriptors import places_for_connections
 from server.processes.restarts import RestartPauses, death_cause
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
 from shared.settings import Settings
@@ -42,6 +46,18 @@ _SERVING_AFTER_S: Final = 0.3
 _PARENT_POLL_S: Final = 0.5
 _ORPHAN_GRACE_S: Final = 5.0
 """The time of an orphaned web worker to end its streams; the GPU worker is gone as well."""
+
+_BACKLOG: Final = 4096
+"""Connections that the kernel holds until granian accepts them; it takes no more than net.core.somaxconn."""
+
+HTTP1: Final = HTTP1Settings(header_read_timeout=30_000, max_buffer_size=131_072)
+"""A request's headers must be complete within 30 s, also those of the next request of an open connection.
+
+A client that drips headers holds so much memory at most; granian's default is 418 kB a connection.
+"""
+
+HTTP2: Final = HTTP2Settings(max_concurrent_streams=100, max_headers_size=65_536)
+"""Granian would take 16 MB of headers a request."""
 
 _GRANIAN_LOGS: Final[dict[str, Any]] = {
     "formatters": {},
@@ -73,12 +89,18 @@ class WebServer(MPServer):
     """
 
     def __init__(self, settings: Settings, addresses: Sequence[str], create: Callable[[], HttpMiddleware]) -> None:
+        workers = settings.web_workers * len(addresses)
+        places = places_for_connections(math.ceil(settings.max_connections / workers))
         super().__init__(
             "server.app:from_environment",
             address=addresses[0],
             port=settings.port,
             interface=Interfaces.ASGI,
-            workers=settings.web_workers * len(addresses),
+            workers=workers,
+            backlog=_BACKLOG,
+            backpressure=places,
+            http1_settings=HTTP1,
+            http2_settings=HTTP2,
             workers_kill_timeout=math.ceil(settings.drain_timeout_s),
             log_level=LogLevels(settings.log_level),
             log_dictconfig=_GRANIAN_LOGS,
@@ -86,6 +108,7 @@ class WebServer(MPServer):
         self._addresses = addresses
         self._create = create
         self._timeout_s = settings.worker_timeout_s
+        self._reaper = partial(_reaper, settings, places)
         self._states: dict[int, _WorkerState] = {}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does that; granian sets its handler regardless
             self.on_startup(partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
@@ -98,7 +121,7 @@ class WebServer(MPServer):
         write_stacks_on_signals()
         os.register_at_fork(before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_set_signals)
         try:
-            self.serve(target_loader=partial(_load, self._create, os.getpid()), wrap_loader=False)
+            self.serve(target_loader=partial(_load, self._create, self._reaper, os.getpid()), wrap_loader=False)
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else EXIT_FAILED
         return 0
@@ -155,11 +178,28 @@ class WebServer(MPServer):
 # --- inside a web worker ---------------------------------------------------------------------------------------------
 
 
-def _load(create: Callable[[], HttpMiddleware], main_pid: int, beat: ctypes.c_double) -> HttpMiddleware:
+def _reaper(settings: Settings, places: int, application: HttpMiddleware) -> ConnectionReaper:
+    return ConnectionReaper(
+        application.open_requests,
+        port=settings.port,
+        limit=places,
+        address_limit=settings.max_connections_per_address,
+        is_exempt=partial(is_trusted_proxy, settings),
+        read_timeout_s=settings.stall_timeout_s,
+    )
+
+
+def _load(
+    create: Callable[[], HttpMiddleware],
+    reaper: Callable[[HttpMiddleware], ConnectionReaper],
+    main_pid: int,
+    beat: ctypes.c_double,
+) -> HttpMiddleware:
     """The application of this web worker. It keeps `beat` fresh once it serves, and ends with the main process."""
     threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
     application = create()
     application.app.on_startup.append(partial(_on_startup, beat))
+    application.app.on_startup.append(reaper(application).start)
     return application
 
 

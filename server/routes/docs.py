@@ -50,8 +50,8 @@ Speech from text, compatible with OpenAI's `POST /v1/audio/speech`.
 
 Every error has OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 What the HTTP layer itself refuses has only a status: 400 for a malformed request line, header or body length,
-414 for a URI above 64 KiB, 431 for more than 100 headers, and 400 with a line of plain text for a WebSocket handshake
-without its key or version.
+414 for a URI above 64 KiB, 431 for more than 100 headers or 128 KiB of them, and 400 with a line of plain text
+for a WebSocket handshake without its key or version.
 """
 
 

@@ -12,6 +12,7 @@ from granian.server.embed import Server
 
 from server.app import create_app
 from server.http.middleware import HttpMiddleware
+from server.processes.web_workers import HTTP1, HTTP2
 from shared.settings import Settings
 from tests.ports import free_port
 
@@ -68,10 +69,11 @@ class Services:
 
 
 @asynccontextmanager
-async def listening(app: HttpMiddleware) -> AsyncIterator[str]:
+async def listening(app: HttpMiddleware, port: int | None = None, **options: Any) -> AsyncIterator[str]:
     """Serve `app` with granian; the base URL."""
-    port = free_port()
-    server = Server(app, port=port, interface=Interfaces.ASGI, log_enabled=False)
+    port = port or free_port()
+    limits = {"http1_settings": HTTP1, "http2_settings": HTTP2}
+    server = Server(app, port=port, interface=Interfaces.ASGI, log_enabled=False, **limits, **options)
     serving_task = asyncio.create_task(server.serve())
     try:
         await until(lambda: _connects(port))

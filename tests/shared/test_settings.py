@@ -22,6 +22,8 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_ALLOWED_HOSTS", "tts.example,box:8080,[::1]", ["tts.example", "box:8080", "[::1]"]),
     ("TTS_TRUSTED_PROXIES", "172.16.0.0/12, ::1", ["172.16.0.0/12", "::1"]),
     ("TTS_ROOT_PATH", "/a/tts", "/a/tts"),
+    ("TTS_MAX_CONNECTIONS", "64", 64),
+    ("TTS_MAX_CONNECTIONS_PER_ADDRESS", "1", 1),
     ("TTS_MAX_INPUT_CHARS", "100000", 100_000),
     ("TTS_MAX_BODY_MB", "32", 32),
     ("TTS_ALLOW_REF_URLS", "yes", True),

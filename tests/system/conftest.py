@@ -10,8 +10,12 @@ from tests.system.service import Service, running_service
 
 @pytest.fixture(scope="session")
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two web workers over one GPU worker, for tests that leave the service as they found it."""
-    with running_service(tmp_path_factory.mktemp("service"), WEB_WORKERS=2) as service:
+    """Two web workers over one GPU worker, for tests that leave the service as they found it.
+
+    The places for connections are few, so that test_connections.py can fill them.
+    """
+    few = {"MAX_CONNECTIONS": 64, "MAX_CONNECTIONS_PER_ADDRESS": 4, "TRUSTED_PROXIES": "127.0.0.1"}
+    with running_service(tmp_path_factory.mktemp("service"), WEB_WORKERS=2, **few) as service:
         yield service
 
 

@@ -25,9 +25,10 @@ BARE: Final[dict[str, tuple[int, bytes]]] = {
     "a length that is no number": (400, POST + b"Content-Length: abc\r\n\r\n"),
     "an unknown transfer encoding": (400, POST + b"Transfer-Encoding: gzip\r\n\r\n"),
     "a long URI": (414, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n"),
+    "large headers": (431, b"GET /health HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 140_000 + b"\r\n\r\n"),
     "many headers": (431, b"GET /health HTTP/1.1\r\n" + HOST + b"X: a\r\n" * 150 + b"\r\n"),
 }
-"""Requests that granian's HTTP library answers by itself, and with which status; no setting changes the answer."""
+"""Requests that granian's HTTP library answers by itself, and with which status."""
 
 OURS: Final[dict[str, tuple[int, str, bytes]]] = {
     "malformed chunks": (400, "invalid_body", POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),

@@ -13,7 +13,7 @@ import structlog
 
 from shared.protocol import Failed
 from tests.fakes import FakeWorker
-from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, VOICES, Serve, responds
+from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, VOICES, Serve, responds, until
 
 pytestmark = SHARED_LOOP
 
@@ -31,6 +31,15 @@ async def _raw(client: httpx.AsyncClient, request: str) -> tuple[int, Any]:
     finally:
         writer.close()
     return int(head.split()[1]), json.loads(body)["error"]
+
+
+async def _is_limited(client: httpx.AsyncClient) -> bool:
+    """Whether a request gets the 429 of an address that has too many."""
+    answer = await client.get("/health")
+    if answer.status_code == httpx.codes.OK:
+        return False
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    return int(answer.headers["retry-after"]) >= 1
 
 
 async def test_request_ids(client: httpx.AsyncClient) -> None:
@@ -101,10 +110,36 @@ async def test_a_body_that_stalls(client: httpx.AsyncClient, monkeypatch: pytest
     kind = "application/json" if path == SPEECH else "multipart/form-data; boundary=x"
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 50\r\n\r\n"
     with monkeypatch.context() as impatient:
-        impatient.setattr("server.http.middleware.BODY_TIMEOUT_S", 0.1)
+        impatient.setattr("server.http.open_requests.BODY_TIMEOUT_S", 0.1)
         status, error = await _raw(client, head + '{"inpu')
     assert (await client.post(SPEECH, json={"input": "hello"})).status_code == 200
     assert (status, error["code"]) == (408, "request_timeout")
+
+
+async def test_a_body_that_drips(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte prolongs the time of a body by its own time only, so a client that drips gets a 408 as well."""
+    head = f"{HEAD}Content-Length: 1000\r\n\r\n"
+    monkeypatch.setattr("server.http.open_requests.BODY_TIMEOUT_S", 0.4)
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    writer.write(head.encode())
+    answer = asyncio.create_task(reader.read())
+    for _ in range(100):
+        writer.write(b" ")
+        await asyncio.wait({answer}, timeout=0.1)
+        if answer.done():
+            break
+    writer.close()
+    assert (await answer).startswith(b"HTTP/1.1 408")
+
+
+async def test_too_many_requests_of_one_address(serve: Serve) -> None:
+    """A second request of an address that may have one gets a 429, unless the address is a trusted proxy's."""
+    client = await serve(max_connections_per_address=1, trusted_proxies=["10.0.0.1"])
+    _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    writer.write(f"{HEAD}Content-Length: 5\r\n\r\n{{".encode())
+    await until(lambda: _is_limited(client))
+    writer.close()
+    await until(lambda: responds(client, "/health"))
 
 
 @pytest.mark.parametrize(("path", "status"), [(SPEECH, 401), ("/nothing", 404), ("/health", 405)])

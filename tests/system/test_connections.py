@@ -1,0 +1,186 @@
+"""Connections that ask for nothing shut nobody out of the real service, and no address takes all places."""
+
+import asyncio
+import contextlib
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from tests.system.service import ROOT, Service, eventually, resident_bytes, running_service, stretched
+
+FIRST_BYTES: Final = {
+    "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "body": b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n{",
+}
+"""What a connection of each kind sends; tests/server/processes/test_connection_reaper.py has more kinds."""
+
+PLACES: Final = 64
+"""TTS_MAX_CONNECTIONS of the shared service."""
+
+ADDRESS_LIMIT: Final = 4
+"""TTS_MAX_CONNECTIONS_PER_ADDRESS of the shared service, which trusts 127.0.0.1 as a proxy."""
+
+MOST_BYTES_HELD: Final = 200_000_000
+"""What a web worker may hold of the memory that a crowd has cost: the C library keeps some for the next one."""
+
+
+@contextlib.contextmanager
+def connections(
+    service: Service, number: int, first: bytes, source: str = "127.0.0.1"
+) -> Iterator[list[socket.socket]]:
+    """So many open connections, each of which has sent its first bytes."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(number):
+            one = stack.enter_context(socket.socket())
+            one.bind((source, 0))
+            one.connect(("127.0.0.1", service.port))
+            one.sendall(first)
+            one.setblocking(False)
+            opened.append(one)
+        yield opened
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the server has not closed the connection; what it has sent is read."""
+    try:
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        pass
+    return False
+
+
+def descriptors(service: Service) -> int:
+    """The open file descriptors of all web workers."""
+    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in service.web_pids())
+
+
+def wait_for_descriptors(service: Service, before: int) -> None:
+    """Wait until the web workers hold as many descriptors as before, and few for connections of the tests' own."""
+    eventually(lambda: descriptors(service) <= before + 8, 60, "the connections closed")
+
+
+def answers(service: Service) -> None:
+    """A new connection is answered."""
+    assert httpx.get(f"{service.url}/health", timeout=stretched(10), trust_env=False).status_code == httpx.codes.OK
+
+
+@pytest.mark.parametrize("kind", FIRST_BYTES)
+def test_a_crowd_shuts_nobody_out(shared_service: Service, kind: str) -> None:
+    """Among more connections than there are places a new one is answered; afterwards none is left."""
+    before = descriptors(shared_service)
+    with connections(shared_service, PLACES + PLACES // 2, FIRST_BYTES[kind]):
+        for _ in range(4):
+            answers(shared_service)
+    wait_for_descriptors(shared_service, before)
+
+
+def test_an_address_keeps_few_connections(shared_service: Service) -> None:
+    """An address keeps its number of connections in each of the two web workers, and a trusted proxy more."""
+    with (
+        connections(shared_service, 4 * ADDRESS_LIMIT, FIRST_BYTES["idle"]) as of_proxy,
+        connections(shared_service, 4 * ADDRESS_LIMIT, FIRST_BYTES["idle"], "127.0.1.1") as of_client,
+    ):
+        left = of_client
+
+        def few() -> bool:
+            nonlocal left
+            left = [each for each in left if is_open(each)]
+            return len(left) <= 2 * ADDRESS_LIMIT
+
+        eventually(few, 60, "the connections above the limit closed")
+        assert all(is_open(each) for each in of_proxy)
+        assert left
+
+
+# --- the large crowd -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def crowd(service: Service, kind: str, number: int) -> Iterator[None]:
+    """A process that opens so many connections of a kind of crowd.py, and again those that the server closes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.system.crowd", kind, str(service.port), str(number)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+    )
+    assert process.stdin
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        process.kill()
+        process.wait()
+
+
+async def _honest(service: Service, rounds: int, latencies: list[float], answered: Counter[int | str]) -> None:
+    """One honest client, which keeps its connection, and asks for speech now and then."""
+    async with httpx.AsyncClient(base_url=service.url, timeout=60, trust_env=False) as client:
+        for number in range(rounds):
+            began = time.monotonic()
+            try:
+                if number == 1 and len(latencies) % 20 == 0:
+                    answer = await client.post("/v1/audio/speech", json={"input": "Hello."})
+                else:
+                    answer = await client.get("/health")
+                    latencies.append(time.monotonic() - began)
+                answered[answer.status_code] += 1
+            except httpx.HTTPError as error:
+                answered[type(error).__name__] += 1
+            await asyncio.sleep(2)
+
+
+def _figures(latencies: list[float]) -> str:
+    """Percentiles of GET /health in milliseconds."""
+    ordered = sorted(latencies)
+    p50, p99, most = (ordered[min(len(ordered) * part // 100, len(ordered) - 1)] * 1000 for part in (50, 99, 100))
+    return f"p50 {p50:.0f} ms, p99 {p99:.0f} ms, max {most:.0f} ms"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_twenty_thousand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among 20,000 idle and 2,000 dripping connections 1,000 honest ones are answered, and nothing leaks."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 12_000:
+        pytest.skip("a process needs 12,000 file descriptors")
+    with running_service(tmp_path, DEFAULT_MODEL="espeak-ng") as service:
+        assert service.speech("Hello.").status_code == httpx.codes.OK
+        before, (pid, *_) = descriptors(service), service.web_pids()
+        memory = resident_bytes(pid)
+        answered: Counter[int | str] = Counter()
+
+        async def honest(number: int) -> list[float]:
+            latencies: list[float] = []
+            await asyncio.gather(*(_honest(service, 6, latencies, answered) for _ in range(number)))
+            return latencies
+
+        with contextlib.ExitStack() as crowds:
+            for kind, number in {"body": 2_000, "idle": 10_000, "silent": 10_000}.items():
+                crowds.enter_context(crowd(service, kind, number))
+            while_it_comes = asyncio.run(honest(100))
+            time.sleep(10)  # the crowd gets its places, or what is left of them
+            among_it = asyncio.run(honest(1_000))
+            peak = resident_bytes(pid)
+        eventually(lambda: descriptors(service) <= before + 8, 60, "the connections closed")
+        figures = f"""
+            100 honest connections while the crowd comes: {_figures(while_it_comes)}
+            1,000 honest connections among the crowd: {_figures(among_it)}
+            answers: {dict(answered)}
+            web worker: {memory / 1e6:.0f} MB, with the crowd {peak / 1e6:.0f}, after {resident_bytes(pid) / 1e6:.0f} MB
+            descriptors: {before} before, {descriptors(service)} after"""
+        with capsys.disabled():
+            print(figures)  # noqa: T201 - the figures are what a reader of this run wants
+        assert set(answered) <= {200, 429}
+        assert resident_bytes(pid) < memory + MOST_BYTES_HELD
