@@ -25,6 +25,12 @@ from server.http.request_scope import BODY_STALLED, printable_path, request_id_o
 
 log = structlog.get_logger(__name__)
 
+_PART_BYTES: Final = 16_384
+"""Granian copies each part of a response, and takes another part when the client has taken most of it.
+
+1,000 clients that asked for a megabyte and read nothing cost 1.4 GB in one part, and 170 MB in parts of this size.
+"""
+
 _MAX_DRAINED_BYTES: Final = 256 * 1024 * 1024
 _MAX_DRAIN_S: Final = 10.0
 
@@ -179,7 +185,15 @@ class _ResponseSender:
                 return
             self._ended = True
             message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await self._send(message)
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        body = message["body"]
+        last = max(0, len(body) - 1) // _PART_BYTES * _PART_BYTES
+        for start in range(0, last, _PART_BYTES):
+            part = body[start : start + _PART_BYTES]
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        await self._send({**message, "body": body[last:]})
 
     def _log(self, status: int, body: bytes) -> None:
         """Log a refusal without its message, which may quote what the client sent."""

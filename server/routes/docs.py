@@ -4,6 +4,7 @@ The pages and their libraries are served from server/web; the pages' Content-Sec
 Every URL in a page and in the document is relative, so both work below a path that only the proxy in front knows.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -158,7 +159,13 @@ def static_file(name: FromPath[str]) -> Response[bytes]:
     if path is None:
         raise NotFoundException
     headers = {"Cache-Control": "public, max-age=86400"}
-    return Response(path.read_bytes(), media_type=_MEDIA_TYPES[path.suffix], headers=headers)
+    return Response(_read(path), media_type=_MEDIA_TYPES[path.suffix], headers=headers)
+
+
+@cache
+def _read(path: Path) -> bytes:
+    """A file of `_STATIC_FILES`; any number of responses share its bytes."""
+    return path.read_bytes()
 
 
 def _finish_docs_response(response: Response[Any]) -> Response[Any]:

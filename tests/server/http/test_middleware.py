@@ -4,14 +4,19 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import msgspec
 import pytest
 import structlog
 
+from server.app import create_app
+from server.routes import docs
 from shared.protocol import Failed
+from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, VOICES, Serve, responds, until
 
@@ -140,6 +145,22 @@ async def test_too_many_requests_of_one_address(serve: Serve) -> None:
     await until(lambda: _is_limited(client))
     writer.close()
     await until(lambda: responds(client, "/health"))
+
+
+async def test_a_large_response_is_sent_in_parts(tmp_path: Path) -> None:
+    """Granian keeps what it gets until the client has read it, so no part of a response is large."""
+    app = create_app(Settings(worker_url=f"ipc://{tmp_path}/none"))
+    parts: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            parts.append(message["body"])
+
+    path = "/docs/static/redoc.standalone.js"
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+    await app({**scope, "headers": [], "http_version": "1.1"}, AsyncMock(), send)  # type: ignore[typeddict-item]
+    assert max(map(len, parts)) < 100_000
+    assert b"".join(parts) == (Path(docs.__file__).parents[1] / "web/vendor/redoc.standalone.js").read_bytes()
 
 
 @pytest.mark.parametrize(("path", "status"), [(SPEECH, 401), ("/nothing", 404), ("/health", 405)])
