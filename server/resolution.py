@@ -5,19 +5,20 @@ saved voice that `saved_voice_name` names, and passes the voice to `resolve`.
 """
 
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Literal
 
 import msgspec
 
 from server.audio import SAMPLE_RATES, Format, default_rate
 from server.http.errors import ApiError
 from server.schemas import MAX_KEEP_ALIVE_S, SpeechRequest, VoiceRef
-from shared.catalog import OPENAI_VOICES, ModelSpec
+from shared.catalog import OPENAI_MODELS, OPENAI_VOICES, ModelSpec
 from shared.protocol import Sampling, SavedVoice, Task
 from shared.text import NO_SPEAKABLE_TEXT, is_blank
 
-OPENAI_MODELS: Final[dict[str, str]] = {"tts-1": "small", "tts-1-hd": "large", "gpt-4o-mini-tts": ""}
-"""OpenAI's model names -> the size of the default model's family that each stands for ("": the default's own)."""
+_WITHOUT_INSTRUCTIONS: Final = {"tts-1", "tts-1-hd"}
+"""OpenAI's models that ignore instructions, so their clients may always send some."""
 
 _DATE: Final = re.compile(r"-(?:\d{4}|\d{4}-\d{2}-\d{2})$")
 """The date in OpenAI's names of model snapshots: tts-1-1106, gpt-4o-mini-tts-2025-03-20."""
@@ -37,8 +38,15 @@ _MAX_SHOWN: Final = 60
 """Characters of a client's name that an error message repeats."""
 
 
+UnknownVoice = Literal["refuse", "default"]
+"""What a voice that nobody knows gets: a refusal, or the model's first voice (TTS_UNKNOWN_VOICE)."""
+
+
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
-    """The meaning of a request in the model's own names; shared.protocol.Speak describes the fields."""
+    """The meaning of a request in the model's own names; shared.protocol.Speak describes the fields.
+
+    `ignored` are the fields of the request that have no effect.
+    """
 
     model: ModelSpec
     voice: str
@@ -47,6 +55,7 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     instructions: str
     sampling: Sampling
     keep_alive_s: float | None
+    ignored: tuple[str, ...] = ()
 
 
 def check_input(text: str, max_chars: int) -> None:
@@ -68,6 +77,12 @@ def find_model(name: str, catalog: list[ModelSpec]) -> ModelSpec:
     raise ApiError("model_not_found", f"There is no model {_shown(name)}; there are: {known}.", param="model")
 
 
+def unaliased(model: str, aliases: Mapping[str, str]) -> str:
+    """`model`, or the model that TTS_MODEL_ALIASES has for this name, in any case."""
+    wanted = model.casefold()
+    return next((target for name, target in aliases.items() if name.casefold() == wanted), model)
+
+
 def resolve_model(name: str, catalog: list[ModelSpec], default_model: str) -> ModelSpec:
     """Like `find_model`; OpenAI's names stand for the default model."""
     return _starting_model(name, catalog, default_model)[0]
@@ -84,7 +99,12 @@ def saved_voice_name(request: SpeechRequest, catalog: list[ModelSpec], default_m
 
 
 def resolve(
-    request: SpeechRequest, catalog: list[ModelSpec], default_model: str, saved: SavedVoice | None = None
+    request: SpeechRequest,
+    catalog: list[ModelSpec],
+    default_model: str,
+    saved: SavedVoice | None = None,
+    *,
+    unknown_voice: UnknownVoice = "refuse",
 ) -> Resolved:
     """Resolve `request`; `saved` is the saved voice with the name of `saved_voice_name`, if there is one.
 
@@ -100,14 +120,18 @@ def resolve(
         spec = _of_task(start, task, catalog) if replaceable else start
     _check_task(request, spec, saved)
     _check_reference(request, spec, saved)
+    voice, voice_ignored = _voice(request, spec, saved, catalog, unknown_voice)
+    instructions, instructions_ignored = _instructions(request, spec)
+    ignored = {"voice": voice_ignored, "instructions": instructions_ignored}
     return Resolved(
         model=spec,
-        voice=_voice(request, spec, saved),
+        voice=voice,
         saved_voice=saved is not None,
         language=_language(request.language, spec),
-        instructions=_instructions(request.instructions, spec),
+        instructions=instructions,
         sampling=_sampling(request, spec),
         keep_alive_s=keep_alive_s(request.keep_alive),
+        ignored=tuple(name for name, is_ignored in ignored.items() if is_ignored),
     )
 
 
@@ -143,7 +167,7 @@ def keep_alive_s(given: float | str | None) -> float | None:
 
 def _starting_model(name: str | None, catalog: list[ModelSpec], default_model: str) -> tuple[ModelSpec, bool]:
     """The model that `name` stands for, and whether the task may replace it by another of its family."""
-    openai_size = OPENAI_MODELS.get(_DATE.sub("", name.casefold())) if name is not None else ""
+    openai_size = OPENAI_MODELS.get(_undated(name)) if name is not None else ""
     if name is not None and openai_size is None:
         return find_model(name, catalog), False
     default = find_model(default_model, catalog)
@@ -153,6 +177,11 @@ def _starting_model(name: str | None, catalog: list[ModelSpec], default_model: s
         spec for spec in catalog if (spec.engine, spec.task, spec.size) == (default.engine, default.task, openai_size)
     )
     return next(sized, default), True
+
+
+def _undated(name: str) -> str:
+    """`name` in lower case, without the date of one of OpenAI's snapshots."""
+    return _DATE.sub("", name.casefold())
 
 
 def _of_task(start: ModelSpec, task: Task, catalog: list[ModelSpec]) -> ModelSpec:
@@ -205,25 +234,39 @@ def _voice_name(request: SpeechRequest) -> str | None:
     return request.voice.id if isinstance(request.voice, VoiceRef) else request.voice
 
 
-def _voice(request: SpeechRequest, spec: ModelSpec, saved: SavedVoice | None) -> str:
-    """The engine's name of the voice; "" if a recording or a description makes the voice."""
+def _voice(
+    request: SpeechRequest,
+    spec: ModelSpec,
+    saved: SavedVoice | None,
+    catalog: list[ModelSpec],
+    unknown_voice: UnknownVoice,
+) -> tuple[str, bool]:
+    """The engine's name of the voice, and whether the client's name of it has no effect.
+
+    The engine's name is "" if a recording or a description makes the voice.
+    """
     name = _voice_name(request)
     if saved is not None:
-        return saved.id
+        return saved.id, False
     if request.ref_audio is not None or spec.task == "VoiceDesign":
         # OpenAI's SDK requires a voice, so its own names are ignored here.
         if name is None or name.casefold() in OPENAI_VOICES:
-            return ""
-        maker = "ref_audio" if request.ref_audio is not None else "instructions"
-        raise _mismatch("voice", f"{maker} makes the voice of this request; leave voice out.")
+            return "", False
+        if request.ref_audio is None:
+            raise _mismatch("voice", "instructions make the voice of this request; leave voice out.")
+        if any(known.voice(name) for known in catalog):
+            raise _mismatch("voice", "ref_audio makes the voice of this request; leave voice out.")
+        return "", True  # a label: gateways send one name with every recording
     if name is None:
-        return spec.voices[0].id
+        return spec.voices[0].id, False
     voice = spec.voice(name)
-    if voice is None:
-        known = ", ".join(voice.name for voice in spec.voices[:_MAX_LISTED])
-        hint = f"its voices: {known}, OpenAI's names and saved voices" if known else "it speaks with saved voices"
-        raise ApiError("voice_not_found", f"voice: {spec.id} has no voice {_shown(name)}; {hint}.", param="voice")
-    return voice.id
+    if voice is not None:
+        return voice.id, False
+    if unknown_voice == "default" and spec.voices:
+        return spec.voices[0].id, True
+    names = ", ".join(voice.name for voice in spec.voices[:_MAX_LISTED])
+    hint = f"its voices: {names}, OpenAI's names and saved voices" if names else "it speaks with saved voices"
+    raise ApiError("voice_not_found", f"voice: {spec.id} has no voice {_shown(name)}; {hint}.", param="voice")
 
 
 def _language(name: str | None, spec: ModelSpec) -> str:
@@ -236,15 +279,18 @@ def _language(name: str | None, spec: ModelSpec) -> str:
     return language
 
 
-def _instructions(given: str | None, spec: ModelSpec) -> str:
-    instructions = (given or "").strip()
+def _instructions(request: SpeechRequest, spec: ModelSpec) -> tuple[str, bool]:
+    """The instructions, and whether the client's have no effect."""
+    instructions = (request.instructions or "").strip()
     if spec.task == "VoiceDesign" and not instructions:
         raise _invalid("instructions", f"{spec.id} needs a description of the voice.")
-    if instructions and not spec.instructions:
-        raise _invalid("instructions", f"{spec.id} cannot follow any; leave them out.")
     if "\0" in instructions:
         raise _invalid("instructions", "contain a null character.")
-    return instructions
+    if not instructions or spec.instructions:
+        return instructions, False
+    if spec.engine == "espeak" or _undated(request.model or "") in _WITHOUT_INSTRUCTIONS:
+        return "", True
+    raise _invalid("instructions", f"{spec.id} cannot follow any; leave them out.")
 
 
 def _sampling(request: SpeechRequest, spec: ModelSpec) -> Sampling:

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, Format
+from server.http.leniency import TRIMMED, absent
 from shared.protocol import PublicState, SavedVoice, Task, Usage
 
 MAX_INSTRUCTIONS: Final = 4096
@@ -21,7 +22,7 @@ MAX_KEEP_ALIVE_S: Final = 31_536_000
 ALIASES: Final = {"speaker": "voice", "instruct": "instructions", "text": "input"}
 """Other speech servers' names of fields -> ours."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME, extra=TRIMMED)]
 
 
 class VoiceRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +91,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         _describe("false: one whole body with Content-Length. By default, audio is sent while it is made."),
     ] = None
     language: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=64)] | None,
+        Annotated[str, Meta(min_length=1, max_length=64, extra=TRIMMED)] | None,
         _describe("A language's name (English) or code (en, en-US), or auto."),
     ] = None
     task_type: Annotated[Task | None, _describe("The kind of model; by default it follows from the other fields.")] = (
@@ -109,7 +110,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         _describe("Clone from the speaker embedding alone, without ref_text."),
     ] = None
     seed: Annotated[
-        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        Annotated[int, Meta(ge=0, le=2**63 - 1, extra=absent(-1))] | None,
         _describe("The same seed gives the same speech again."),
     ] = None
     temperature: Annotated[

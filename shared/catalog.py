@@ -13,6 +13,9 @@ from shared.access import folder_problem, unreadable
 CATALOG_DIR: Final = Path(__file__).resolve().parent.parent / "models"
 """The folder with this project's descriptions: one TOML file for each model."""
 
+OPENAI_MODELS: Final[dict[str, str]] = {"tts-1": "small", "tts-1-hd": "large", "gpt-4o-mini-tts": ""}
+"""OpenAI's model names -> the size of the default model's family that each stands for ("": the default's own)."""
+
 OPENAI_VOICES: Final = (
     "alloy",
     "ash",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.access import current_user, folder_problem
-from shared.catalog import load_catalog
+from shared.catalog import OPENAI_MODELS, load_catalog
 from shared.dotenv_file import read_dotenv
 from shared.settings import Settings, SettingsError, variable_of
 
@@ -29,10 +29,13 @@ def unknown_models(settings: Settings) -> list[str]:
     """Problems of settings that name an unknown model; CatalogError if models/ cannot be read."""
     catalog = load_catalog()
     named = [("preload", name) for name in settings.preload] + [("model_paths", name) for name in settings.model_paths]
+    targets = [name for name in settings.model_aliases.values() if name.casefold() not in OPENAI_MODELS]
+    named += [("model_aliases", name) for name in targets]
     if settings.default_model != "auto":
         named.insert(0, ("default_model", settings.default_model))
     known = ", ".join(spec.id for spec in catalog)
-    return [
+    taken = [name for name in settings.model_aliases if any(spec.answers_to(name) for spec in catalog)]
+    return [f"{variable_of('model_aliases')}: {name!r} is the name of a model already" for name in taken] + [
         f"{variable_of(field)}: there is no model {name!r}; there are {known}"
         for field, name in named
         if not any(spec.answers_to(name) for spec in catalog)

@@ -53,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_input_chars: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
     allow_ref_urls: bool = False
+    model_aliases: dict[str, str] = {}
+    unknown_voice: Literal["refuse", "default"] = "refuse"
 
     # the worker's queue
     max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -106,7 +108,7 @@ _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
     *("max_connections", "max_connections_per_address"),
-    *("max_input_chars", "max_body_mb", "allow_ref_urls"),
+    *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice"),
     *("drain_timeout", "log_level", "log_format"),
 }
 """The public names of settings that the web side uses, alone or with the worker."""
@@ -121,6 +123,9 @@ _ORIGIN: Final = re.compile(
 
 _HOST: Final = re.compile(r"\*|([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 _ROOT_PATH: Final = re.compile(r"((/[A-Za-z0-9_.~-]+)+)?")
+
+_FORMS: Final = {"model_paths": "model=path", "model_aliases": "name=model"}
+"""The form of the pairs in settings that hold several."""
 
 _TRUE: Final = {"1", "true", "yes", "on"}
 _FALSE: Final = {"0", "false", "no", "off"}
@@ -188,7 +193,7 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         if not raw:  # a list of keys that is empty by mistake would leave the service open
             raise ValueError("must have values, separated by commas; there is none")
     elif get_origin(kind) is dict:
-        raw = _pairs(text)
+        raw = _pairs(text, _FORMS[name])
     try:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
@@ -196,13 +201,13 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         raise ValueError(problem if name in _SECRET else f"{problem}, not {text!r}") from None
 
 
-def _pairs(text: str) -> dict[str, str]:
+def _pairs(text: str, form: str) -> dict[str, str]:
     pairs = {}
     for part in text.split(","):
-        name, separator, path = part.partition("=")
-        if not separator or not name.strip() or not path.strip():
-            raise ValueError(f"must be model=path, separated by commas, not {part.strip()!r}")
-        pairs[name.strip()] = path.strip()
+        name, separator, value = part.partition("=")
+        if not separator or not name.strip() or not value.strip():
+            raise ValueError(f"must be {form}, separated by commas, not {part.strip()!r}")
+        pairs[name.strip()] = value.strip()
     return pairs
 
 

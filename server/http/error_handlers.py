@@ -90,9 +90,13 @@ def _refusal(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:
         status = http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         message = "The form has more than a thousand parts."
     elif status == http.HTTPStatus.NOT_FOUND:
-        # A client whose base URL lacks /v1 is the most frequent mistake of a first set-up.
-        hint = "OpenAI's paths begin with /v1, so a client's base URL ends with it"
-        hint = hint if path.startswith(("/audio/", "/models")) else "/docs lists what there is"
+        # A client whose base URL lacks /v1, or has it twice, is the most frequent mistake of a first set-up.
+        if path.startswith(("/audio/", "/models")):
+            hint = "OpenAI's paths begin with /v1, so a client's base URL ends with it"
+        elif path.startswith("/v1/v1"):
+            hint = "/v1 stands there twice: this client adds it by itself, so leave it out of its base URL"
+        else:
+            hint = "/docs lists what there is"
         message = f"There is nothing at {asked}; {hint}."
     elif status == http.HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{asked} is not possible; the Allow header lists the possible methods."

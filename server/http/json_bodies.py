@@ -1,16 +1,18 @@
-"""JSON body -> Struct: strict types, aliases of field names, and an error that names the wrong field.
+"""JSON body -> Struct: aliases of field names, what leniency.py takes, and an error that names the wrong field.
 
-Litestar's own decoding is lenient ("1" is a number) and hides which field was wrong.
+Litestar's own decoding hides which field was wrong.
 The DTO of this module replaces the decoding and leaves everything else, the OpenAPI included, to Litestar.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, get_type_hints
 
 import msgspec
 from litestar.dto import AbstractDTO, DTOConfig
 from litestar.typing import FieldDefinition
 
+from server.http.body_text import to_utf8, without_halves
 from server.http.errors import ApiError
+from server.http.leniency import LenientFields
 from shared.validation_messages import choices_in, missing_field, reword, reword_malformed_json, split_path
 
 if TYPE_CHECKING:
@@ -20,29 +22,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_TYPES: Final = {"", "application/json", "text/json", "text/plain"}
+"""The media types that a JSON body may have, beside all that end with +json."""
+
+_FORM: Final = "application/x-www-form-urlencoded"
+"""curl -d sends this type by default. No such form begins with a brace."""
+
+
 class JsonDecoder(Generic[T]):
     """Decodes JSON bodies as a `kind`; `aliases` are other names of its fields."""
 
     def __init__(self, kind: type[T], aliases: dict[str, str]) -> None:
         self.kind = kind
-        self._aliases = aliases
-        # Splits a body into its known fields, each still JSON, and skips the rest. Decoding all of it could block the
-        # event loop: 16 MB of empty lists in an unknown field take 1.5 s and 500 MB.
-        fields = [(name, msgspec.Raw, msgspec.Raw(b"")) for name in (*get_type_hints(kind), *aliases)]
-        self._outline = msgspec.json.Decoder(msgspec.defstruct("Outline", fields))
+        self._fields = LenientFields(kind, aliases)
+        self._strict = msgspec.json.Decoder(kind)
 
-    def decode(self, body: bytes, content_type: str) -> T:
+    def decode(self, body: bytes, content_type: str, charset: str | None = None) -> T:
         """Decode `body`. Raises ApiError: `unsupported_media_type`, `invalid_json`, `invalid_value`.
 
-        An alias counts if the field itself is missing or null; of a repeated key the last counts.
+        An alias counts if the field itself is absent or empty; of a repeated key the last counts.
         """
-        if content_type not in {"", "application/json"} and not content_type.endswith("+json"):
+        is_json = content_type in _TYPES or content_type.endswith("+json")
+        if not is_json and not (content_type == _FORM and body.lstrip().startswith(b"{")):
             raise ApiError("unsupported_media_type", "Send the body as JSON, with Content-Type: application/json.")
+        body = to_utf8(body, charset)
         try:
-            body.decode()  # msgspec does not check the text of fields that it skips
-            return msgspec.json.decode(self._known_fields(body), type=self.kind)
-        except UnicodeDecodeError:
-            raise ApiError("invalid_json", "The body is not UTF-8.") from None
+            return self._strict.decode(msgspec.json.encode(self._known_fields(body)))
         except RecursionError:
             raise ApiError("invalid_json", "The body is nested too deeply.") from None
         except msgspec.ValidationError as error:
@@ -51,18 +56,17 @@ class JsonDecoder(Generic[T]):
             problem = reword_malformed_json(str(error), body)
             raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
 
-    def _known_fields(self, body: bytes) -> bytes:
-        """The JSON object `body` reduced to the known fields, each under its own name."""
+    def _known_fields(self, body: bytes) -> dict[str, Any]:
+        """The known fields of the JSON object `body`, each under its own name."""
         try:
-            split = self._outline.decode(body)
+            try:
+                return self._fields.of_json(body)
+            except msgspec.ValidationError:
+                raise
+            except msgspec.DecodeError:
+                return self._fields.of_json(without_halves(body))
         except msgspec.ValidationError:
             raise ApiError("invalid_json", "The body must be a JSON object.") from None
-        fields = {name: value for name in split.__struct_fields__ if (value := bytes(getattr(split, name)))}
-        for alias, field in self._aliases.items():
-            value = fields.pop(alias, b"null")
-            if value != b"null" and fields.get(field, b"null") == b"null":
-                fields[field] = value
-        return b"{%s}" % b",".join(b'"%s":%s' % (field.encode(), value) for field, value in fields.items())
 
 
 def _of_field(message: str, kind: Any) -> ApiError:
@@ -76,7 +80,7 @@ def _of_field(message: str, kind: Any) -> ApiError:
     return ApiError("invalid_value", f"{field}: {reword(problem, choices)}.", param=field)
 
 
-class StrictJson(AbstractDTO[T], Generic[T]):
+class JsonBodyDto(AbstractDTO[T], Generic[T]):
     """The DTO that decodes a handler's `data` with `decoder`; the OpenAPI schema is the Struct's own."""
 
     config: ClassVar[DTOConfig] = DTOConfig()
@@ -84,8 +88,8 @@ class StrictJson(AbstractDTO[T], Generic[T]):
 
     def decode_bytes(self, value: bytes) -> Any:
         """Decode the body; Litestar's hook."""
-        content_type, _parameters = self.asgi_connection.content_type  # type: ignore[attr-defined] # it is a Request
-        return self.decoder.decode(value, content_type)
+        content_type, parameters = self.asgi_connection.content_type  # type: ignore[attr-defined] # it is a Request
+        return self.decoder.decode(value, content_type, parameters.get("charset"))
 
     @classmethod
     def is_supported_model_type_field(cls, field_definition: FieldDefinition) -> bool:

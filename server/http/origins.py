@@ -40,7 +40,8 @@ from server.http.forwarded import ClientView, client_view, parse_address, split_
 from shared.settings import Settings
 
 _EXPOSED: Final = [
-    *("x-request-id", "x-speech-id", "x-model", "x-sample-rate", "x-finish-reason", "Server-Timing", "Retry-After"),
+    *("x-request-id", "x-speech-id", "x-model", "x-sample-rate", "x-finish-reason", "x-ignored"),
+    *("Server-Timing", "Retry-After"),
 ]
 """Response headers that a script of another site may read."""
 

@@ -15,7 +15,7 @@ from server.engine import EngineClient, cached_catalog
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.streaming import cancel_on_disconnect
-from server.resolution import resolve_model
+from server.resolution import resolve_model, unaliased
 from server.version import VERSION
 from shared.protocol import (
     Action,
@@ -225,7 +225,7 @@ async def _move(
     request: Request[Any, Any, Any], name: str, action: ModelAction, engine: EngineClient, settings: Settings
 ) -> ModelStatus:
     catalog, snapshot = cached_catalog(engine)
-    model = resolve_model(name, catalog, snapshot.default_model).id
+    model = resolve_model(unaliased(name, settings.model_aliases), catalog, snapshot.default_model).id
     actions: dict[ModelAction, Action] = {
         "load": LoadModel(model=model),
         "unload": UnloadModel(model=model),

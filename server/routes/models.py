@@ -5,12 +5,12 @@ from typing import Annotated, Final
 from litestar import get
 from litestar.params import PathParameter
 
-from server.dependencies import EngineDependency
+from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient, fresh_catalog, status_of
 from server.http.errors import documented
-from server.resolution import OPENAI_MODELS, resolve_model
+from server.resolution import resolve_model, unaliased
 from server.schemas import ModelId, ModelList, ModelObject
-from shared.catalog import ModelSpec
+from shared.catalog import OPENAI_MODELS, ModelSpec
 from shared.protocol import Snapshot
 
 _LIST_ERRORS: Final = documented(401, 403, 500, 503)
@@ -20,9 +20,9 @@ ModelName = Annotated[str, PathParameter(description="An id, an alias or a Huggi
 
 
 @get("/models", operation_id="listModels", summary="List the models", tags=["Models"], responses=_LIST_ERRORS)
-async def list_models(engine: EngineDependency) -> ModelList:
+async def list_models(engine: EngineDependency, settings: SettingsDependency) -> ModelList:
     """Every model of the catalogue; `state` says where it is now."""
-    return await _list(engine)
+    return await _list(engine, settings.model_aliases)
 
 
 @get(
@@ -32,15 +32,15 @@ async def list_models(engine: EngineDependency) -> ModelList:
     tags=["Models"],
     responses=_LIST_ERRORS,
 )
-async def list_audio_models(engine: EngineDependency) -> ModelList:
+async def list_audio_models(engine: EngineDependency, settings: SettingsDependency) -> ModelList:
     """The same as /v1/models; some clients look for the list here."""
-    return await _list(engine)
+    return await _list(engine, settings.model_aliases)
 
 
 @get("/models/{model_id:path}", operation_id="getModel", summary="Get a model", tags=["Models"], responses=_ONE_ERRORS)
-async def get_model(engine: EngineDependency, model_id: ModelName) -> ModelObject:
+async def get_model(engine: EngineDependency, settings: SettingsDependency, model_id: ModelName) -> ModelObject:
     """The model of that id, alias or Hugging Face id."""
-    return await _one(engine, model_id)
+    return await _one(engine, settings.model_aliases, model_id)
 
 
 @get(
@@ -50,35 +50,38 @@ async def get_model(engine: EngineDependency, model_id: ModelName) -> ModelObjec
     tags=["Models"],
     responses=_ONE_ERRORS,
 )
-async def get_audio_model(engine: EngineDependency, model_id: ModelName) -> ModelObject:
+async def get_audio_model(engine: EngineDependency, settings: SettingsDependency, model_id: ModelName) -> ModelObject:
     """The same as /v1/models/{id}."""
-    return await _one(engine, model_id)
+    return await _one(engine, settings.model_aliases, model_id)
 
 
-async def _list(engine: EngineClient) -> ModelList:
+async def _list(engine: EngineClient, aliases: dict[str, str]) -> ModelList:
     catalog, snapshot = await fresh_catalog(engine)
     return ModelList(
-        data=[_model_object(spec, catalog, snapshot) for spec in catalog],
+        data=[_model_object(spec, catalog, snapshot, aliases) for spec in catalog],
         models=[ModelId(id=spec.id) for spec in catalog],
     )
 
 
-async def _one(engine: EngineClient, name: str) -> ModelObject:
+async def _one(engine: EngineClient, aliases: dict[str, str], name: str) -> ModelObject:
     catalog, snapshot = await fresh_catalog(engine)
-    spec = resolve_model(name.strip("/"), catalog, snapshot.default_model)
-    return _model_object(spec, catalog, snapshot)
+    spec = resolve_model(unaliased(name.strip("/"), aliases), catalog, snapshot.default_model)
+    return _model_object(spec, catalog, snapshot, aliases)
 
 
-def _model_object(spec: ModelSpec, catalog: list[ModelSpec], snapshot: Snapshot) -> ModelObject:
+def _model_object(
+    spec: ModelSpec, catalog: list[ModelSpec], snapshot: Snapshot, aliases: dict[str, str]
+) -> ModelObject:
     status = status_of(spec, snapshot)
     default = snapshot.default_model
-    openai_names = [name for name in OPENAI_MODELS if resolve_model(name, catalog, default) is spec]
+    names = (*OPENAI_MODELS, *(name for name in aliases if name.casefold() not in OPENAI_MODELS))
+    given_names = [name for name in names if resolve_model(unaliased(name, aliases), catalog, default) is spec]
     return ModelObject(
         id=spec.id,
         created=spec.created,
         owned_by=spec.owned_by,
         name=spec.name,
-        aliases=[name for name in (spec.hf_id, *spec.aliases, *openai_names) if name],
+        aliases=[name for name in (spec.hf_id, *spec.aliases, *given_names) if name],
         task=spec.task,
         languages=[language.name for language in spec.languages],
         voices=[voice.id for voice in spec.voices],

@@ -5,6 +5,7 @@ speech_response.py sends the speech to the client.
 
 from typing import Any
 
+import msgspec
 from litestar import Request, Response, post
 from litestar.params import JSONBody
 
@@ -13,18 +14,19 @@ from server.dependencies import DecoderPoolDependency, EngineDependency, Setting
 from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice, silent_speech
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
-from server.http.json_bodies import JsonDecoder, StrictJson
+from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
 from server.http.streaming import can_break, cancel_on_disconnect
-from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name
+from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.routes.speech_response import SpeechResponse, failure_of
 from server.schemas import ALIASES, SpeechRequest
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Speak, new_speak_id
+from shared.settings import Settings
 from shared.text import is_speakable
 
 
-class SpeechJson(StrictJson[SpeechRequest]):
+class SpeechJson(JsonBodyDto[SpeechRequest]):
     """The DTO of the request body."""
 
     decoder = JsonDecoder(SpeechRequest, ALIASES)
@@ -56,7 +58,7 @@ async def create_speech(
     audio_format = data.response_format or "mp3"
     rate = sample_rate(data, audio_format)
     client = client_of(settings, request)
-    resolved = await _resolve(data, engine, client)
+    resolved = await _resolve(data, engine, settings, client)
     reference = None
     if data.ref_audio is not None:
         reference = await cancel_on_disconnect(request, decoder_pool.decode_ref_audio(data.ref_audio))
@@ -69,7 +71,7 @@ async def create_speech(
         speed = 1.0 if empty else data.speed or 1.0
         encoder = Encoder(audio_format, speed=speed, sample_rate=rate, streaming=not whole)
         media_type = CONTENT_TYPES[audio_format]
-        response = SpeechResponse(request, speech, encoder, model=resolved.model.id, media_type=media_type)
+        response = SpeechResponse(request, speech, encoder, resolved=resolved, media_type=media_type)
         if whole:
             return await response.whole()
         return await (response.events() if data.stream_format == "sse" else response.audio())
@@ -78,11 +80,13 @@ async def create_speech(
         raise
 
 
-async def _resolve(data: JSONBody[SpeechRequest], engine: EngineClient, client: str) -> Resolved:
+async def _resolve(data: SpeechRequest, engine: EngineClient, settings: Settings, client: str) -> Resolved:
     catalog, snapshot = cached_catalog(engine)
+    if data.model is not None and settings.model_aliases:
+        data = msgspec.structs.replace(data, model=unaliased(data.model, settings.model_aliases))
     name = saved_voice_name(data, catalog, snapshot.default_model)
     saved = await find_saved_voice(name, engine, client) if name is not None else None
-    return resolve(data, catalog, snapshot.default_model, saved)
+    return resolve(data, catalog, snapshot.default_model, saved, unknown_voice=settings.unknown_voice)
 
 
 def _speak(data: SpeechRequest, resolved: Resolved, client: str, request_id: str) -> Speak:

@@ -19,6 +19,7 @@ from server.engine import Speech
 from server.http.errors import CLIENT_GONE, ApiError, envelope
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
+from server.resolution import Resolved
 from server.schemas import SpeechDelta, SpeechDone, usage_of
 from shared.protocol import Finished, Timings, speech_id_of
 
@@ -43,7 +44,7 @@ class SpeechResponse:
     """The response to one request; one of `whole`, `audio` and `events` is called, once."""
 
     def __init__(
-        self, request: Request[Any, Any, Any], speech: Speech, encoder: Encoder, *, model: str, media_type: str
+        self, request: Request[Any, Any, Any], speech: Speech, encoder: Encoder, *, resolved: Resolved, media_type: str
     ) -> None:
         self._request = request
         self._speech = speech
@@ -54,13 +55,15 @@ class SpeechResponse:
         self._media_type = media_type
         self._headers = {
             "x-sample-rate": str(encoder.sample_rate),
-            "x-model": model,
+            "x-model": resolved.model.id,
             "x-speech-id": speech_id_of(speech.id),
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
         if speech.finished is not None:
             self._headers["x-finish-reason"] = speech.finished.reason
+        if resolved.ignored:
+            self._headers["x-ignored"] = ", ".join(resolved.ignored)
 
     async def whole(self) -> Response[bytes]:
         """The whole body, with Content-Length, finish reason and Server-Timing."""

@@ -21,7 +21,7 @@ from server.http.auth import client_of
 from server.http.error_handlers import handle_unexpected
 from server.http.errors import ApiError, ErrorEnvelope, documented, error_response
 from server.http.streaming import cancel_on_disconnect
-from server.resolution import find_model, resolve_model
+from server.resolution import find_model, resolve_model, unaliased
 from server.schemas import (
     MAX_INSTRUCTIONS,
     MAX_NAME,
@@ -78,6 +78,7 @@ def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[
 )
 async def list_voices(
     engine: EngineDependency,
+    settings: SettingsDependency,
     *,
     model: Annotated[
         str | None, QueryParameter(description="List only the voices of this model.", max_length=MAX_NAME)
@@ -89,14 +90,15 @@ async def list_voices(
     Without `model`, the list leaves out the voices of models that cannot be served.
     """
     catalog, snapshot = await fresh_catalog(engine)
-    named = [resolve_model(model, catalog, snapshot.default_model)] if model is not None else None
+    model = unaliased(model.strip(), settings.model_aliases) if model else None
+    named = [resolve_model(model, catalog, snapshot.default_model)] if model else None
     specs = named or _served(catalog, snapshot)
     voices = [voice for spec in specs for voice in _voices_of(spec)]
     default = find_model(snapshot.default_model, catalog)
     # Of several Base models, the one that a speech request without a model would use.
     bases = (spec for spec in specs if spec.task == "Base")
     base = min(bases, key=lambda spec: spec.size != default.size, default=None)
-    saved = snapshot.voices if model is None or base is not None else []
+    saved = snapshot.voices if named is None or base is not None else []
     voices += [_saved_in_list(voice, base) for voice in saved]
     if legacy:
         return VoiceNames(voices=list(dict.fromkeys(v.id for v in voices)), uploaded_voices=[v.id for v in saved])

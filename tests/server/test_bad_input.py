@@ -51,35 +51,30 @@ CASES: list[Case] = [
     ("input object", _fields(input={"a": 1}), 400, "invalid_value", "input"),
     ("input true", _fields(input=True), 400, "invalid_value", "input"),
     ("model unknown", _fields(model="gpt-7"), 404, "model_not_found", "model"),
-    ("model empty", _fields(model=""), 400, "invalid_value", "model"),
     ("model number", _fields(model=1), 400, "invalid_value", "model"),
     ("model huge", _fields(model="m" * 10_000), 400, "invalid_value", "model"),
     ("model path", _fields(model="../../etc/passwd"), 404, "model_not_found", "model"),
     ("model null byte", _fields(model="tts-1\0"), 404, "model_not_found", "model"),
     ("voice unknown", _fields(voice="bob"), 400, "voice_not_found", "voice"),
-    ("voice empty", _fields(voice=""), 400, "invalid_value", "voice"),
     ("voice number", _fields(voice=3), 400, "invalid_value", "voice"),
     ("voice list", _fields(voice=["alloy"]), 400, "invalid_value", "voice"),
     ("voice object without id", _fields(voice={"name": "x"}), 400, "invalid_value", "voice"),
     ("voice object unknown", _fields(voice={"id": "x"}), 400, "voice_not_found", "voice"),
     ("voice object id number", _fields(voice={"id": 1}), 400, "invalid_value", "voice"),
     ("voice of another model", _fields(voice="ryan"), 400, "voice_not_found", "voice"),
-    ("instructions on espeak", _fields(instructions="whisper"), 400, "invalid_value", "instructions"),
     ("instructions too long", _fields(instructions="x" * 4097), 400, "invalid_value", "instructions"),
     ("instructions number", _fields(instructions=5), 400, "invalid_value", "instructions"),
     ("format unknown", _fields(response_format="ogg"), 400, "invalid_value", "response_format"),
-    ("format case", _fields(response_format="MP3"), 400, "invalid_value", "response_format"),
     ("format number", _fields(response_format=3), 400, "invalid_value", "response_format"),
     ("speed too small", _fields(speed=0.24), 400, "invalid_value", "speed"),
     ("speed too large", _fields(speed=4.01), 400, "invalid_value", "speed"),
     ("speed negative", _fields(speed=-1), 400, "invalid_value", "speed"),
-    ("speed string", _fields(speed="1.0"), 400, "invalid_value", "speed"),
+    ("speed string", _fields(speed="fast"), 400, "invalid_value", "speed"),
     ("speed true", _fields(speed=True), 400, "invalid_value", "speed"),
     ("stream_format unknown", _fields(stream_format="websocket"), 400, "invalid_value", "stream_format"),
-    ("stream string", _fields(stream="false"), 400, "invalid_value", "stream"),
+    ("stream string", _fields(stream="no"), 400, "invalid_value", "stream"),
     ("whole events", _fields(stream=False, stream_format="sse"), 400, "invalid_value", "stream"),
     ("language unknown", _fields(language="klingon"), 400, "invalid_value", "language"),
-    ("language empty", _fields(language=""), 400, "invalid_value", "language"),
     ("language number", _fields(language=1), 400, "invalid_value", "language"),
     ("task unknown", _fields(task_type="Singing"), 400, "invalid_value", "task_type"),
     ("task not in the family", _fields(task_type="VoiceDesign"), 400, "task_mismatch", "model"),
@@ -87,7 +82,7 @@ CASES: list[Case] = [
     ("cloning on espeak", _fields(model="espeak-ng", ref_audio=NOISE), 400, "task_mismatch", "ref_audio"),
     ("recording not base64", _clone(ref_audio="!!!"), 400, "invalid_audio", "ref_audio"),
     ("recording no audio", _clone(ref_audio=NOISE), 400, "invalid_audio", "ref_audio"),
-    ("recording empty", _clone(ref_audio=""), 400, "invalid_audio", "ref_audio"),
+    ("recording empty", _clone(ref_audio=""), 400, "invalid_value", "ref_text"),
     ("recording data URL not base64", _clone(ref_audio="data:audio/wav,abc"), 400, "invalid_audio", "ref_audio"),
     ("recording data URL cut", _clone(ref_audio="data:audio/wav;base64"), 400, "invalid_audio", "ref_audio"),
     ("recording URL", _clone(ref_audio="http://127.0.0.1/a.wav"), 400, "invalid_value", "ref_audio"),
@@ -100,7 +95,7 @@ CASES: list[Case] = [
     ("x-vector string", _fields(x_vector_only_mode="yes"), 400, "invalid_value", "x_vector_only_mode"),
     ("Base without a recording", _fields(model=BASE), 400, "invalid_value", "ref_audio"),
     ("seed on espeak", _fields(seed=1), 400, "invalid_value", "seed"),
-    ("seed negative", _fields(seed=-1), 400, "invalid_value", "seed"),
+    ("seed negative", _fields(seed=-2), 400, "invalid_value", "seed"),
     ("seed huge", _fields(seed=2**64), 400, "invalid_value", "seed"),
     ("seed fraction", _fields(seed=1.5), 400, "invalid_value", "seed"),
     ("temperature negative", _fields(temperature=-0.1), 400, "invalid_value", "temperature"),
@@ -122,16 +117,29 @@ CASES: list[Case] = [
     ("body Infinity", _raw(b'{"input": "hello", "speed": Infinity}'), 400, "invalid_json", None),
     ("body number out of range", _raw(b'{"input": "hello", "speed": 1e999}'), 400, "invalid_value", "speed"),
     ("body deep", _raw(b'{"input": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"), 400, "invalid_json", None),
-    ("body lone surrogate", _raw(rb'{"input": "\ud800"}'), 400, "invalid_json", None),
-    ("body UTF-16", _raw('{"input": "hello"}'.encode("utf-16")), 400, "invalid_json", None),
     ("body Latin-1", _raw('{"input": "é"}'.encode("latin-1")), 400, "invalid_json", None),
-    ("body byte order mark", _raw(b'\xef\xbb\xbf{"input": "hello"}'), 400, "invalid_json", None),
+    ("body UTF-16 without a mark", _raw('{"input": "é"}'.encode("utf-16-le")), 400, "invalid_json", None),
     ("body surrogate bytes", _raw(b'{"input": "\xed\xa0\x80"}'), 400, "invalid_json", None),
     ("key twice, the last wrong", _raw(b'{"input": "hello", "input": 1}'), 400, "invalid_value", "input"),
     ("body too large", _raw(b'{"input": "' + b"x" * 1_100_000 + b'"}'), 413, "request_too_large", None),
     ("form", {"data": {"input": "hello"}}, 415, "unsupported_media_type", None),
     ("multipart", {"files": {"input": b"hello"}}, 415, "unsupported_media_type", None),
-    ("plain text", _raw(b'{"input": "hello"}', content_type="text/plain"), 415, "unsupported_media_type", None),
+    (
+        "charset unknown",
+        _raw(b"{}", content_type="application/json; charset=klingon"),
+        415,
+        "unsupported_media_type",
+        None,
+    ),
+    ("charset no text", _raw(b"{}", content_type="application/json; charset=hex"), 415, "unsupported_media_type", None),
+    (
+        "charset slow",
+        _raw(b"{}", content_type="application/json; charset=punycode"),
+        415,
+        "unsupported_media_type",
+        None,
+    ),
+    ("charset wrong", _raw(b'{"input": "\xff"}', content_type="text/json; charset=ascii"), 400, "invalid_json", None),
     ("msgpack", _raw(b"\x81", content_type="application/msgpack"), 415, "unsupported_media_type", None),
     ("strange media type", _raw(b"{}", content_type="a;;=;"), 415, "unsupported_media_type", None),
 ]
@@ -220,13 +228,19 @@ async def test_bad_path(client: httpx.AsyncClient, method: str, path: str, statu
     assert answer.headers["x-request-id"]
 
 
-@pytest.mark.parametrize(("path", "hinted"), [("/audio/speech", True), ("/models", True), ("/audio", False)])
+@pytest.mark.parametrize(
+    ("path", "hinted"),
+    [
+        *[("/audio/speech", True), ("/models", True), ("/audio", False)],
+        *[("/v1/v1/audio/speech", True), ("/v1/v1/models", True), ("/v1/audio/nothing", False)],
+    ],
+)
 @SHARED_LOOP
-async def test_a_base_url_without_v1(client: httpx.AsyncClient, path: str, *, hinted: bool) -> None:
-    """If /v1 is missing in a client's base URL, the message says so."""
+async def test_a_wrong_base_url(client: httpx.AsyncClient, path: str, *, hinted: bool) -> None:
+    """If /v1 is missing in a client's base URL, or stands there twice, the message says so."""
     answer = await client.post(path, json={"input": "hello"})
     assert answer.status_code == 404
-    assert ("/v1" in answer.json()["error"]["message"]) == hinted
+    assert ("base URL" in answer.json()["error"]["message"]) == hinted
 
 
 @pytest.mark.parametrize(
@@ -318,11 +332,6 @@ async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_ty
         (SPEECH, {"json": {"input": "x", "top_p": 0}}, "top_p: must be more than 0."),
         (SPEECH, {"json": {"input": "x", "seed": 1.5}}, "seed: must be a whole number."),
         (SPEECH, {"json": {"input": "x", "model": "m" * 201}}, "model: must have at most 200 characters."),
-        (
-            SPEECH,
-            {"content": rb'{"input": "\ud800"}'},
-            r"The body is not valid JSON: \ud800 is half of a character.",
-        ),
         (SPEECH, {"content": b'{"input": "x'}, "The body is not valid JSON: it ends too early."),
         (
             SPEECH,

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from server.http.errors import ApiError
-from server.resolution import check_input, keep_alive_s, resolve, resolve_model, saved_voice_name
+from server.resolution import check_input, keep_alive_s, resolve, resolve_model, saved_voice_name, unaliased
 from server.schemas import SpeechRequest, VoiceRef
 from shared.catalog import load_catalog
 from shared.protocol import SavedVoice
@@ -88,7 +89,10 @@ def test_model_and_voice(default: str, fields: dict[str, Any], model: str, voice
         (LARGE, {"ref_text": "hello"}, "invalid_value", "ref_text"),
         (LARGE, {"x_vector_only_mode": True}, "invalid_value", "x_vector_only_mode"),
         (SMALL, {"instructions": "softly"}, "invalid_value", "instructions"),
-        (ESPEAK, {"instructions": "softly"}, "invalid_value", "instructions"),
+        (SMALL, {"instructions": "softly", "model": "gpt-4o-mini-tts"}, "invalid_value", "instructions"),
+        (LARGE, {"instructions": "softly", "model": SMALL}, "invalid_value", "instructions"),
+        (LARGE, {"instructions": "softly", "model": SMALL_BASE, **CLONE}, "invalid_value", "instructions"),
+        (ESPEAK, {"instructions": "soft\0ly"}, "invalid_value", "instructions"),
         (LARGE, {"instructions": "soft\0ly"}, "invalid_value", "instructions"),
         (ESPEAK, {"seed": 1}, "invalid_value", "seed"),
         (ESPEAK, {"temperature": 0.0}, "invalid_value", "temperature"),
@@ -186,6 +190,64 @@ def test_wrong_input(text: str) -> None:
 def test_visible_input(text: str) -> None:
     """One visible character is enough; it may be one that no engine speaks."""
     check_input(text, 10)
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "ignored"),
+    [
+        (ESPEAK, {"instructions": "softly"}, ("instructions",)),
+        (ESPEAK, {"instructions": "softly", "model": "gpt-4o-mini-tts"}, ("instructions",)),
+        (LARGE, {"instructions": "softly", "model": ESPEAK}, ("instructions",)),
+        (LARGE, {"instructions": "softly", "model": "TTS-1"}, ("instructions",)),
+        (SMALL, {"instructions": "softly", "model": "tts-1-1106"}, ("instructions",)),
+        (LARGE, {"instructions": "softly", "model": "tts-1-hd", **CLONE}, ("instructions",)),
+        (
+            LARGE,
+            {"instructions": "softly", "voice": "gateway-default", "model": "tts-1", **CLONE},
+            ("voice", "instructions"),
+        ),
+        (LARGE, {"voice": "gateway-default", **CLONE}, ("voice",)),
+        (ESPEAK, {"voice": "gateway-default", "model": SMALL_BASE, **CLONE}, ("voice",)),
+        (LARGE, {"voice": {"id": "a label"}, **CLONE}, ("voice",)),
+        (LARGE, {"voice": "alloy", **CLONE}, ()),
+        (LARGE, {"instructions": " ", "model": SMALL}, ()),
+        (LARGE, {"instructions": "softly", "model": "tts-1-hd"}, ()),
+        (LARGE, {}, ()),
+    ],
+)
+def test_ignored_fields(default: str, fields: dict[str, Any], ignored: tuple[str, ...]) -> None:
+    """Instructions count as ignored where OpenAI ignores them and the model cannot follow, and a label is no voice."""
+    resolved = resolve(msgspec.convert({"input": "hello"} | fields, SpeechRequest), CATALOG, default)
+    assert resolved.ignored == ignored
+    assert not resolved.instructions or "instructions" not in ignored
+
+
+def test_instructions_that_can_be_followed() -> None:
+    """tts-1-hd of Qwen3-TTS follows instructions, although OpenAI's does not."""
+    assert resolve(_ask(model="tts-1-hd", instructions=" softly "), CATALOG, LARGE).instructions == "softly"
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "voice"), [(ESPEAK, {}, "en-us+f2"), (LARGE, {}, "ryan"), (ESPEAK, {"model": SMALL}, "ryan")]
+)
+def test_an_unknown_voice_may_mean_the_first(default: str, fields: dict[str, Any], voice: str) -> None:
+    """With TTS_UNKNOWN_VOICE=default the model's first voice speaks, and the voice counts as ignored."""
+    resolved = resolve(_ask(voice="af_sky", **fields), CATALOG, default, unknown_voice="default")
+    assert (resolved.voice, resolved.ignored) == (voice, ("voice",))
+
+
+def test_a_base_model_has_no_first_voice() -> None:
+    """TTS_UNKNOWN_VOICE=default finds no voice for a model that speaks with saved voices alone."""
+    with pytest.raises(ApiError, match="saved voices"):
+        resolve(_ask(voice="af_sky", model=BASE), CATALOG, LARGE, unknown_voice="default")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("kokoro", "tts-1"), ("Kokoro", "tts-1"), ("TTS-1", LARGE), ("tts-1-hd", "tts-1-hd")]
+)
+def test_aliases_of_models(name: str, meant: str) -> None:
+    """An alias counts in any case, and may replace one of OpenAI's names."""
+    assert unaliased(name, {"kokoro": "tts-1", "tts-1": LARGE}) == meant
 
 
 def test_openai_names() -> None:

@@ -29,6 +29,15 @@ def test_unknown_models_are_problems() -> None:
     assert all("espeak-ng" in problem for problem in problems)
 
 
+def test_aliases_of_models() -> None:
+    """An alias stands for a known model or one of OpenAI's names; it must not be another model's own name."""
+    assert unknown_models(load_settings({"TTS_MODEL_ALIASES": "kokoro=TTS-1,tts-1=espeak"})) == []
+    problems = unknown_models(load_settings({"TTS_MODEL_ALIASES": "a=void,Espeak=tts-1"}))
+    assert [problem.split(":")[0] for problem in problems] == ["TTS_MODEL_ALIASES"] * 2
+    assert "'Espeak' is the name of a model already" in problems[0]
+    assert "there is no model 'void'" in problems[1]
+
+
 def test_known_models_are_no_problem() -> None:
     """A setting may name a model by its id, its hub id or an alias, in any case; auto names none."""
     names = {"TTS_DEFAULT_MODEL": "Espeak", "TTS_MODEL_PATHS": "qwen/qwen3-tts-12hz-1.7b-base=/"}
