@@ -1,5 +1,5 @@
 """Ordinary life at random: slow readers, stalled ones, clients that leave, idle and dripping connections,
-web workers and GPU workers that pause or are killed. At the end nothing is left, and the counters add up.
+web workers and GPU workers that pause, hang or are killed. At the end nothing is left, and the counters add up.
 
 SOAK_SEED repeats a run, SOAK_S sets the length of the long one.
 """
@@ -34,6 +34,9 @@ LONG_S: Final = float(os.environ.get("SOAK_S", "1800"))
 TEXT: Final = " ".join(SENTENCES * 2)
 """Some thirty seconds of speech."""
 
+WORKER_TIMEOUT_S: Final = 10
+"""A process that is stopped for good is replaced after so long."""
+
 CALM_REQUESTS: Final = 12
 MORE_FDS: Final = 12
 """File descriptors that a process may have more than at the start: kept connections, and pipes of new processes."""
@@ -43,13 +46,14 @@ MORE_BYTES: Final = 150 * 2**20
 
 
 class Life:
-    """Clients and mishaps at random, from one seed, until `until` (monotonic seconds)."""
+    """Clients and mishaps at random, from one seed, until `until` (monotonic seconds); some with `hangs`."""
 
-    def __init__(self, service: Service, seed: int, whole_bytes: int, until: float) -> None:
+    def __init__(self, service: Service, seed: int, whole_bytes: int, until: float, *, hangs: bool) -> None:
         self._service = service
         self._random = random.Random(seed)  # noqa: S311 -- the same run again, not a secret
         self._whole_bytes = whole_bytes
         self._until = until
+        self._hang_weight = 1 if hangs else 0
         self.outcomes: Counter[str] = Counter()
 
     async def run(self) -> None:
@@ -132,7 +136,7 @@ class Life:
         self.outcomes["dripped"] += 1
 
     async def _mishap(self, _http: httpx.AsyncClient) -> None:
-        """Pause or kill a web worker or the GPU worker; seldom kill the latter, because all wait for its start."""
+        """Pause, hang or kill a process; the GPU worker is seldom lost, because all wait for its start."""
         await asyncio.sleep(self._random.uniform(0.5, 4))
         children = children_of(self._service.process.pid)
         worker = {pid for pid in children if b"gpu_worker" in _command_line(pid)}
@@ -140,7 +144,8 @@ class Life:
         if not victims:
             return
         victim = self._random.choice(sorted(victims))
-        kind = "kill" if self._random.random() < (0.1 if victims is worker else 0.3) else "pause"
+        weights = [17, 2, self._hang_weight] if victims is worker else [12, 6, 2 * self._hang_weight]
+        kind = self._random.choices(["pause", "kill", "hang"], weights)[0]
         name = "the GPU worker" if victims is worker else "a web worker"
         self.outcomes[f"{kind} {name}"] += 1
         with contextlib.suppress(ProcessLookupError):
@@ -148,6 +153,8 @@ class Life:
                 os.kill(victim, signal.SIGKILL)
                 return
             os.kill(victim, signal.SIGSTOP)
+            if kind == "hang":
+                return
             await asyncio.sleep(self._random.uniform(0.1, 2))
             os.kill(victim, signal.SIGCONT)
 
@@ -166,11 +173,12 @@ def test_life_at_random_leaves_nothing(start: Callable[..., Service], length_s: 
     """
     seed = int(os.environ.get("SOAK_SEED", "") or random.SystemRandom().randrange(10**6))
     print(f"SOAK_SEED={seed}")  # noqa: T201 -- pytest shows it when the test fails
-    service = start(WEB_WORKERS=2, LOG_LEVEL="warning", MAX_CONCURRENCY=8, MAX_QUEUE=16)
+    limits = {"MAX_CONCURRENCY": 8, "MAX_QUEUE": 16, "WORKER_TIMEOUT": WORKER_TIMEOUT_S}
+    service = start(WEB_WORKERS=2, LOG_LEVEL="warning", **limits)
     whole_bytes = len(service.speech(TEXT, response_format="pcm", stream=False).content)
     service.wait_serving(2)
     before = usage(service)
-    life = Life(service, seed, whole_bytes, time.monotonic() + length_s)
+    life = Life(service, seed, whole_bytes, time.monotonic() + length_s, hangs=length_s > SHORT_S)
     asyncio.run(life.run())
     print(life.outcomes)  # noqa: T201
     if length_s > SHORT_S:  # a single mishap may cover all of a short run
@@ -188,6 +196,11 @@ def test_life_at_random_leaves_nothing(start: Callable[..., Service], length_s: 
         return all(fds <= most_fds + MORE_FDS and size <= most_bytes + MORE_BYTES for fds, size in now)
 
     eventually(as_before, 10, lambda: f"before {before}, now {usage(service)}")
+    log, hung = service.log.read_text(), life.outcomes
+    print({event: log.count(event) for event in ("web_worker_hangs", " worker_hangs", "worker_died")})  # noqa: T201
+    # A pause that hits a process which hangs lets it go on.
+    assert log.count("web_worker_hangs") <= hung["hang a web worker"], "a healthy web worker was replaced"
+    assert log.count(" worker_hangs") <= hung["hang the GPU worker"], "a healthy GPU worker was replaced"
 
 
 def calm(service: Service) -> None:
