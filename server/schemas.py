@@ -260,7 +260,7 @@ class VoiceDeleted(msgspec.Struct, frozen=True, kw_only=True):
 class Root(msgspec.Struct, frozen=True, kw_only=True):
     """The service's name and version, and its most important paths."""
 
-    status: str
+    status: Literal["healthy"]
     service: str
     version: str
     docs: str

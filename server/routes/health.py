@@ -18,13 +18,13 @@ async def root(request: Request[Any, Any, Any], settings: SettingsDependency) ->
     """Name, version and the most important paths."""
     prefix = client_view(settings, request.scope).prefix
     return Root(
-        status="ok",
+        status="healthy",
         service=settings.api_title,
         version=VERSION,
         docs=f"{prefix}/docs",
         endpoints={
             "speech": f"{prefix}/v1/audio/speech",
-            "models": f"{prefix}/v1/models",
+            "models": f"{prefix}/v1/audio/models",
             "voices": f"{prefix}/v1/audio/voices",
         },
     )

@@ -17,17 +17,17 @@ async def test_root(serve: Serve) -> None:
     answer = (await client.get("/")).json()
     assert answer.pop("version")
     assert answer == {
-        "status": "ok",
+        "status": "healthy",
         "service": "A title",
         "docs": "/docs",
-        "endpoints": {"speech": "/v1/audio/speech", "models": "/v1/models", "voices": "/v1/audio/voices"},
+        "endpoints": {"speech": "/v1/audio/speech", "models": "/v1/audio/models", "voices": "/v1/audio/voices"},
     }
 
 
 async def test_the_paths_of_root_begin_with_the_prefix(client: httpx.AsyncClient) -> None:
     """Below the path of a proxy, they are those of the client."""
     answer = (await client.get("/", headers={"x-forwarded-prefix": "/tts"})).json()
-    assert (answer["docs"], answer["endpoints"]["models"]) == ("/tts/docs", "/tts/v1/models")
+    assert (answer["docs"], answer["endpoints"]["models"]) == ("/tts/docs", "/tts/v1/audio/models")
 
 
 async def test_health(client: httpx.AsyncClient) -> None:
