@@ -88,6 +88,17 @@ def resolve_model(name: str, catalog: list[ModelSpec], default_model: str) -> Mo
     return _starting_model(name, catalog, default_model)[0]
 
 
+def models_with_voices(
+    name: str | None, catalog: list[ModelSpec], default_model: str
+) -> tuple[ModelSpec, ModelSpec | None]:
+    """The model that speaks when a request names the model `name`, and the one that then speaks with a saved voice."""
+    start, replaceable = _starting_model(name, catalog, default_model)
+    if start.task == "Base":
+        return start, start
+    family = (spec for spec in catalog if spec.engine == start.engine and spec.task == "Base" and replaceable)
+    return start, min(family, key=lambda spec: spec.size != start.size, default=None)
+
+
 def saved_voice_name(request: SpeechRequest, catalog: list[ModelSpec], default_model: str) -> str | None:
     """The name to look up among the saved voices; None if the voice of `request` cannot be a saved one."""
     name = _voice_name(request)

@@ -209,12 +209,13 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VoiceObject(msgspec.Struct, frozen=True, kw_only=True):
-    """A voice that a speech request can name, and the model that speaks with it.
+    """A voice that a speech request can name, and the model that speaks with it. `voice_id` equals `id`.
 
     `kind`: a preset voice, an OpenAI name for one, or a saved voice (clone or design).
     """
 
     id: str
+    voice_id: str
     name: str
     model: str
     language: str
@@ -226,21 +227,29 @@ class SavedVoiceObject(SavedVoice, frozen=True, kw_only=True):
     """A saved voice. `type` is how it was made, `created_at` in Unix seconds, `seconds` the recording's length.
 
     `in_context`: the recording's transcript is known, so the voice is cloned from more than a speaker embedding.
+    `model` speaks with the voice; "" if no model can now. `voice_id` equals `id`.
     """
 
+    voice_id: str
+    model: str
     kind: Literal["clone", "design"] = msgspec.field(name="type")
     object: Literal["audio.voice"] = "audio.voice"
 
 
 class VoiceList(msgspec.Struct, frozen=True, kw_only=True):
-    """All voices; `uploaded_voices` are the saved ones among them, with more fields."""
+    """`voices` and `data` are the same list: what one model can speak with, each voice once.
+
+    `uploaded_voices` are the saved voices with more fields, those included that need another model.
+    """
 
     voices: list[VoiceObject]
     uploaded_voices: list[SavedVoiceObject]
+    data: list[VoiceObject]
+    object: Literal["list"] = "list"
 
 
 class VoiceNames(msgspec.Struct, frozen=True, kw_only=True):
-    """The ids of all voices, for clients that read plain strings (`?legacy=true`)."""
+    """The ids of the voices, for clients that read plain strings (`?legacy=true`)."""
 
     voices: list[str]
     uploaded_voices: list[str]

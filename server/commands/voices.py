@@ -15,7 +15,7 @@ _COLUMNS: Final = ("id", "name", "model", "language", "kind", "description")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which voices to show, and how."""
-    parser.add_argument("--model", help="list only the voices of this model")
+    parser.add_argument("--model", help="list the voices of this model, not of the default one")
     parser.add_argument("--json", action="store_true", help="print the service's own answer")
     add_service_arguments(parser)
 

@@ -21,7 +21,7 @@ from server.http.auth import client_of
 from server.http.error_handlers import handle_unexpected
 from server.http.errors import ApiError, ErrorEnvelope, documented, error_response
 from server.http.streaming import cancel_on_disconnect
-from server.resolution import find_model, resolve_model, unaliased
+from server.resolution import models_with_voices, unaliased
 from server.schemas import (
     MAX_INSTRUCTIONS,
     MAX_NAME,
@@ -81,28 +81,26 @@ async def list_voices(
     settings: SettingsDependency,
     *,
     model: Annotated[
-        str | None, QueryParameter(description="List only the voices of this model.", max_length=MAX_NAME)
+        str | None, QueryParameter(description="List the voices of this model.", max_length=MAX_NAME)
     ] = None,
     legacy: Annotated[bool, QueryParameter(description="Plain strings instead of objects.")] = False,
 ) -> VoiceList | VoiceNames:
-    """Preset voices, OpenAI's names for them, and saved voices; the default model's first.
+    """What a request can name as its voice: preset voices, OpenAI's names for them, and saved voices.
 
-    Without `model`, the list leaves out the voices of models that cannot be served.
+    With `model`, a request for that model; else one that names no model, or one of OpenAI's.
     """
     catalog, snapshot = await fresh_catalog(engine)
-    model = unaliased(model.strip(), settings.model_aliases) if model else None
-    named = [resolve_model(model, catalog, snapshot.default_model)] if model else None
-    specs = named or _served(catalog, snapshot)
-    voices = [voice for spec in specs for voice in _voices_of(spec)]
-    default = find_model(snapshot.default_model, catalog)
-    # Of several Base models, the one that a speech request without a model would use.
-    bases = (spec for spec in specs if spec.task == "Base")
-    base = min(bases, key=lambda spec: spec.size != default.size, default=None)
-    saved = snapshot.voices if named is None or base is not None else []
-    voices += [_saved_in_list(voice, base) for voice in saved]
+    named = unaliased(model.strip(), settings.model_aliases) if model else None
+    spec, base = models_with_voices(named or None, catalog, snapshot.default_model)
+    served = [other.id for other in _served(catalog, snapshot)]
+    voices = _voices_of(spec) if named or spec.id in served else []
+    if base is not None and (named or base.id in served):
+        voices += [_saved_in_list(voice, base) for voice in snapshot.voices]
+    speaker = base.id if base and base.id in served else _speaker_of_saved(catalog, snapshot)
+    saved = [_saved_voice_object(voice, speaker) for voice in snapshot.voices if base or not named]
     if legacy:
-        return VoiceNames(voices=list(dict.fromkeys(v.id for v in voices)), uploaded_voices=[v.id for v in saved])
-    return VoiceList(voices=voices, uploaded_voices=[_saved_voice_object(voice) for voice in saved])
+        return VoiceNames(voices=[voice.id for voice in voices], uploaded_voices=[voice.id for voice in saved])
+    return VoiceList(voices=voices, uploaded_voices=saved, data=voices)
 
 
 @post(
@@ -145,7 +143,7 @@ async def create_voice(
     reply = await cancel_on_disconnect(request, making)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
-    return _saved_voice_object(reply.voice)
+    return _saved_voice_object(reply.voice, _speaker_of_saved(*cached_catalog(engine)))
 
 
 @get(
@@ -164,7 +162,8 @@ async def get_voice(
     for voice in (voice for spec in _served(*cached_catalog(engine)) for voice in _voices_of(spec)):
         if name.casefold() in (voice.id.casefold(), voice.name.casefold()):
             return voice
-    return _saved_voice_object(await _existing(name, engine, client_of(settings, request)))
+    saved = await _existing(name, engine, client_of(settings, request))
+    return _saved_voice_object(saved, _speaker_of_saved(*cached_catalog(engine)))
 
 
 @delete(
@@ -205,6 +204,13 @@ def _served(catalog: list[ModelSpec], snapshot: Snapshot) -> list[ModelSpec]:
     return sorted(served, key=lambda spec: spec.id != snapshot.default_model)
 
 
+def _speaker_of_saved(catalog: list[ModelSpec], snapshot: Snapshot) -> str:
+    """The model that speaks with saved voices: the default model's Base model, else any; "" if none can speak."""
+    _, base = models_with_voices(None, catalog, snapshot.default_model)
+    bases = [spec for spec in _served(catalog, snapshot) if spec.task == "Base"]
+    return min((spec.id for spec in bases), key=lambda name: base is None or name != base.id, default="")
+
+
 async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
     await fresh_catalog(engine)
     voice = await find_saved_voice(name, engine, client)
@@ -228,20 +234,27 @@ def _voice_object(
     spec: ModelSpec, voice: Voice, voice_id: str, name: str, kind: Literal["preset", "openai"]
 ) -> VoiceObject:
     return VoiceObject(
-        id=voice_id, name=name, model=spec.id, language=voice.language, description=voice.description, kind=kind
+        id=voice_id,
+        voice_id=voice_id,
+        name=name,
+        model=spec.id,
+        language=voice.language,
+        description=voice.description,
+        kind=kind,
     )
 
 
-def _saved_in_list(voice: SavedVoice, base: ModelSpec | None) -> VoiceObject:
+def _saved_in_list(voice: SavedVoice, base: ModelSpec) -> VoiceObject:
     return VoiceObject(
         id=voice.id,
+        voice_id=voice.id,
         name=voice.name,
-        model=base.id if base else "",
+        model=base.id,
         language="auto",
         description=voice.description,
         kind=voice.kind,
     )
 
 
-def _saved_voice_object(voice: SavedVoice) -> SavedVoiceObject:
-    return SavedVoiceObject(**msgspec.structs.asdict(voice))
+def _saved_voice_object(voice: SavedVoice, model: str) -> SavedVoiceObject:
+    return SavedVoiceObject(**msgspec.structs.asdict(voice), voice_id=voice.id, model=model)

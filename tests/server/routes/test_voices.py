@@ -7,6 +7,8 @@ import httpx
 import msgspec
 import pytest
 
+from server.resolution import resolve
+from server.schemas import SpeechRequest
 from shared.protocol import Call, Cancel, CloneVoice, DeleteVoice, DesignVoice, Failed, Reply, SavedVoice
 from tests.audio import tone, wav
 from tests.fakes import FakeWorker
@@ -32,36 +34,95 @@ def a_recording(seconds: float = 2.0) -> bytes:
     return wav(tone(seconds, fade_s=0))
 
 
+def _with(worker: FakeWorker, default: str, *, unavailable: str = "-") -> None:
+    """Save a voice, set the default model, and let the models whose id ends with `unavailable` be so."""
+    models = [
+        msgspec.structs.replace(model, state="unavailable") if model.id.endswith(unavailable) else model
+        for model in worker.snapshot.models
+    ]
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[SAVED], default_model=default, models=models)
+
+
 async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """The default model's voices first, then OpenAI's names and saved voices; of one model, and as plain strings.
 
     A saved voice names the Base model that speaks with it by default.
     """
-    worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[SAVED])
+    _with(worker, LARGE)
     answer = (await client.get(VOICES)).json()
     first = answer["voices"][0]
     assert (first["id"], first["name"], first["model"], first["kind"]) == ("ryan", "Ryan", LARGE, "preset")
     kinds = {(voice["id"], voice["kind"], voice["model"]) for voice in answer["voices"]}
     assert {("alloy", "openai", LARGE), ("v1", "clone", "qwen3-tts-1.7b-base")} <= kinds
-    assert answer["uploaded_voices"][0]["name"] == "Grandma"
+    uploaded = answer["uploaded_voices"][0]
+    assert (uploaded["name"], uploaded["model"]) == ("Grandma", "qwen3-tts-1.7b-base")
     narrowed = (await client.get(VOICES, params={"model": "espeak"})).json()
     assert {voice["model"] for voice in narrowed["voices"]} == {"espeak-ng"}
     assert narrowed["uploaded_voices"] == []
+    of_base = (await client.get(VOICES, params={"model": "qwen3-tts-0.6b-base"})).json()
+    assert [(voice["id"], voice["model"]) for voice in of_base["voices"]] == [("v1", "qwen3-tts-0.6b-base")]
+    assert [voice["model"] for voice in of_base["uploaded_voices"]] == ["qwen3-tts-0.6b-base"]
     legacy = (await client.get(VOICES, params={"legacy": "true"})).json()
     assert "ryan" in legacy["voices"]
-    assert len(set(legacy["voices"])) == len(legacy["voices"])
     assert legacy["uploaded_voices"] == ["v1"]
     by_name = (await client.get(f"{VOICES}/grandma")).json()
     assert by_name == {
         "id": "v1",
+        "voice_id": "v1",
         "name": "Grandma",
         "created_at": 7,
         "type": "clone",
+        "model": "qwen3-tts-1.7b-base",
         "description": "warm",
         "seconds": 3.0,
         "in_context": True,
         "object": "audio.voice",
     }
+
+
+@pytest.mark.parametrize("default", [LARGE, "qwen3-tts-0.6b-customvoice", "qwen3-tts-1.7b-base", "espeak-ng"])
+async def test_every_listed_voice_speaks(client: httpx.AsyncClient, worker: FakeWorker, default: str) -> None:
+    """Each id is listed once, and a request without a model, for its model or for tts-1 can name it."""
+    _with(worker, default)
+    listed = (await client.get(VOICES)).json()["voices"]
+    ids = [voice["id"] for voice in listed]
+    assert len(set(ids)) == len(ids) > 0
+    for voice in listed:
+        saved = SAVED if voice["id"] == "v1" else None
+        for model in (None, "tts-1", voice["model"]):
+            request = SpeechRequest(input="hi", voice=voice["id"], model=model)
+            resolve(request, worker.catalog, default, saved)
+
+
+async def test_one_list_for_every_reader(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Clients find the list as `voices` or as `data`, and a voice by `id`, `name` or `voice_id`."""
+    _with(worker, LARGE)
+    answer = (await client.get(VOICES)).json()
+    assert answer["object"] == "list"
+    assert answer["data"] == answer["voices"]
+    assert next(iter(answer)) == "voices"
+    for voice in answer["voices"] + answer["uploaded_voices"]:
+        assert voice["voice_id"] == voice["id"]
+        assert voice["name"]
+
+
+async def test_saved_voices_without_their_model(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """A saved voice that the listed model cannot speak with is an uploaded voice alone, which names another model."""
+    _with(worker, "espeak-ng")
+    answer = (await client.get(VOICES)).json()
+    assert "v1" not in [voice["id"] for voice in answer["voices"]]
+    assert [voice["model"] for voice in answer["uploaded_voices"]] == ["qwen3-tts-0.6b-base"]
+    _with(worker, LARGE, unavailable="base")
+    answer = (await client.get(VOICES)).json()
+    assert "v1" not in [voice["id"] for voice in answer["voices"]]
+    assert [voice["model"] for voice in answer["uploaded_voices"]] == [""]
+
+
+async def test_voices_of_a_model_that_cannot_speak(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """While the default model is unavailable, the list is empty, but its voices are known by its name."""
+    _with(worker, LARGE, unavailable="customvoice")
+    assert [voice["id"] for voice in (await client.get(VOICES)).json()["voices"]] == ["v1"]
+    assert len((await client.get(VOICES, params={"model": LARGE})).json()["voices"]) > 20
 
 
 async def test_lists_without_the_worker(tmp_path: Path) -> None:
