@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 from litestar import Litestar, Router
 from litestar.datastructures import State
 
-from server.audio import DecoderPool
+from server.audio import AudioStore, DecoderPool
 from server.dependencies import providers
 from server.engine import ZmqEngineClient
 from server.http.auth import require_admin, require_key
 from server.http.error_handlers import exception_handlers
 from server.http.middleware import HttpMiddleware
 from server.http.origins import cors_config
-from server.routes import admin, docs, health, metrics, models, speech, speech_outcome, voices
+from server.routes import admin, docs, health, metrics, models, speech, speech_outcome, stored_audio, voices
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
 
@@ -31,14 +31,23 @@ def create_app(settings: Settings) -> HttpMiddleware:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         # Not before the application starts: sockets and an event loop do not survive granian's fork.
-        async with ZmqEngineClient(url, settings.worker_token, timeout_s=settings.worker_timeout_s) as engine:
+        async with (
+            ZmqEngineClient(url, settings.worker_token, timeout_s=settings.worker_timeout_s) as engine,
+            AudioStore(
+                settings.audio_store_dir,
+                max_bytes=settings.audio_store_mb * 1024 * 1024,
+                ttl_s=settings.audio_store_ttl_s,
+            ) as audio_store,
+        ):
             app.state.engine = engine
+            app.state.audio_store = audio_store
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
             yield
 
     app = Litestar(
         route_handlers=[
             *(health.root, health.health, health.ready),
+            stored_audio.get_stored_audio,
             *(docs.openapi_json, docs.redoc, docs.static_file),
             *_guarded(settings),
         ],

@@ -90,6 +90,10 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         bool | None,
         _describe("false: one whole body with Content-Length. By default, audio is sent while it is made."),
     ] = None
+    store: Annotated[
+        bool | None,
+        _describe("true: keep the finished audio for a while; the header `x-audio-url` is its path."),
+    ] = None
     language: Annotated[
         Annotated[str, Meta(min_length=1, max_length=64, extra=TRIMMED)] | None,
         _describe("A language's name (English) or code (en, en-US), or auto."),

@@ -55,6 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_ref_urls: bool = False
     model_aliases: dict[str, str] = {}
     unknown_voice: Literal["refuse", "default"] = "refuse"
+    audio_store_dir: Path = Path("models/audio")
+    audio_store_mb: Annotated[int, Meta(ge=0, le=100_000_000)] = 256
+    audio_store_ttl_s: Seconds = 3600.0
 
     # the worker's queue
     max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -109,6 +112,7 @@ _USED_BY_WEB_SIDE: Final = {
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
     *("max_connections", "max_connections_per_address"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice"),
+    *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format"),
 }
 """The public names of settings that the web side uses, alone or with the worker."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from server.audio.decoder_pool import DecoderPool
     from server.audio.encoder import Encoder, load_resampler
     from server.audio.formats import CONTENT_TYPES, SAMPLE_RATES, Format, default_rate
+    from server.audio.store import AudioFacts, AudioStore, StoredAudio
     from server.audio.tempo import MAX_SPEED, MIN_SPEED
 else:
     _MODULE_OF = {
@@ -24,6 +25,9 @@ else:
         "SAMPLE_RATES": "formats",
         "Format": "formats",
         "default_rate": "formats",
+        "AudioFacts": "store",
+        "AudioStore": "store",
+        "StoredAudio": "store",
         "MAX_SPEED": "tempo",
         "MIN_SPEED": "tempo",
     }
@@ -40,9 +44,12 @@ __all__ = [
     "MAX_SPEED",
     "MIN_SPEED",
     "SAMPLE_RATES",
+    "AudioFacts",
+    "AudioStore",
     "DecoderPool",
     "Encoder",
     "Format",
+    "StoredAudio",
     "default_rate",
     "load_resampler",
 ]

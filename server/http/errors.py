@@ -33,6 +33,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "model_busy": (409, INVALID),
     "request_too_large": (413, INVALID),
     "unsupported_media_type": (415, INVALID),
+    "range_not_satisfiable": (416, INVALID),
     "queue_full": (429, RATE),
     "rate_limit_exceeded": (429, RATE),
     "synthesis_failed": (500, SERVER),
@@ -57,6 +58,7 @@ _DOCUMENTED: Final = {
     409: "The model is in use (`model_busy`).",
     413: "The body or the upload is too large (`request_too_large`).",
     415: "The operation expects another media type (`unsupported_media_type`).",
+    416: "The range begins behind the end; `Content-Range` has the size (`range_not_satisfiable`).",
     429: "The queue is full (`queue_full`), or the client's address has too many requests in progress "
     "(`rate_limit_exceeded`); `Retry-After` says when to try again.",
     500: "The server made a mistake; trying again does not help.",

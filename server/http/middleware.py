@@ -21,7 +21,7 @@ from server.http.errors import ApiError, ErrorEnvelope, error_response
 from server.http.forwarded import client_view, strip_root_path
 from server.http.open_requests import OpenRequest, OpenRequests
 from server.http.origins import foreign_origin
-from server.http.request_scope import BODY_STALLED, printable_path, request_id_of
+from server.http.request_scope import ASKED_WITH_HEAD, BODY_STALLED, printable_path, request_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +67,7 @@ class HttpMiddleware:
         if response.method == "HEAD":
             # The response is the one to a GET; _ResponseSender leaves its body out.
             scope["method"] = "GET"
+            scope.setdefault("state", {})[ASKED_WITH_HEAD] = True
         await self.app(scope, body.receive, response.send)
 
     async def _refuse_websocket(self, scope: Any, receive: Receive, send: Send) -> None:

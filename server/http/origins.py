@@ -40,8 +40,8 @@ from server.http.forwarded import ClientView, client_view, parse_address, split_
 from shared.settings import Settings
 
 _EXPOSED: Final = [
-    *("x-request-id", "x-speech-id", "x-model", "x-sample-rate", "x-finish-reason", "x-ignored"),
-    *("Server-Timing", "Retry-After"),
+    *("x-request-id", "x-speech-id", "x-audio-url", "x-model", "x-sample-rate", "x-finish-reason", "x-ignored"),
+    *("Server-Timing", "Retry-After", "Content-Range", "ETag"),
 ]
 """Response headers that a script of another site may read."""
 

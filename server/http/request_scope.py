@@ -9,6 +9,9 @@ from litestar.types import Scope
 BODY_STALLED: Final = "body_stalled"
 """The key in `scope["state"]` that middleware.py sets when it gives up waiting for the rest of a body."""
 
+ASKED_WITH_HEAD: Final = "asked_with_head"
+"""The key in `scope["state"]` that middleware.py sets when it turns HEAD into GET."""
+
 _MAX_REQUEST_ID: Final = 128
 """Characters of a client's request id; a longer one is replaced."""
 
@@ -23,6 +26,11 @@ def request_id_of(scope: Scope) -> str:
         given = Headers.from_scope(scope).get("x-request-id")
         state["request_id"] = given if given and _is_sane(given) else uuid.uuid4().hex
     return str(state["request_id"])
+
+
+def is_head(scope: Scope) -> bool:
+    """True if the client sees the headers of the response alone."""
+    return ASKED_WITH_HEAD in scope.get("state", {})
 
 
 def _is_sane(request_id: str) -> bool:

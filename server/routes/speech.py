@@ -9,15 +9,17 @@ import msgspec
 from litestar import Request, Response, post
 from litestar.params import JSONBody
 
-from server.audio import CONTENT_TYPES, Encoder, load_resampler
-from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
+from server.audio import CONTENT_TYPES, AudioFacts, Encoder, load_resampler
+from server.dependencies import AudioStoreDependency, DecoderPoolDependency, EngineDependency, SettingsDependency
 from server.engine import INITIAL_CREDIT, EngineClient, cached_catalog, find_saved_voice, silent_speech
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
+from server.http.forwarded import client_view
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
 from server.http.streaming import can_break, cancel_on_disconnect
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
+from server.routes.audio_keeper import Keeper
 from server.routes.speech_response import SpeechResponse, failure_of
 from server.schemas import ALIASES, SpeechRequest
 from shared.pcm import SAMPLE_RATE
@@ -46,14 +48,18 @@ class SpeechJson(JsonBodyDto[SpeechRequest]):
 async def create_speech(
     request: Request[Any, Any, Any],
     data: JSONBody[SpeechRequest],
+    *,
     engine: EngineDependency,
     settings: SettingsDependency,
     decoder_pool: DecoderPoolDependency,
+    audio_store: AudioStoreDependency,
 ) -> Response[Any]:
     """Speak `data`."""
     check_input(data.input, settings.max_input_chars)
     if data.stream is False and data.stream_format == "sse":
         raise ApiError("invalid_value", "stream: false and stream_format: sse contradict each other.", param="stream")
+    if data.store and not settings.audio_store_mb:
+        raise ApiError("invalid_value", "store: this server keeps no audio (TTS_AUDIO_STORE_MB=0).", param="store")
     whole = data.stream is False or (data.stream_format != "sse" and not can_break(request))
     audio_format = data.response_format or "mp3"
     rate = sample_rate(data, audio_format)
@@ -71,7 +77,12 @@ async def create_speech(
         speed = 1.0 if empty else data.speed or 1.0
         encoder = Encoder(audio_format, speed=speed, sample_rate=rate, streaming=not whole)
         media_type = CONTENT_TYPES[audio_format]
-        response = SpeechResponse(request, speech, encoder, resolved=resolved, media_type=media_type)
+        keeper = None
+        if data.store:
+            copy = None if whole else Encoder(audio_format, speed=speed, sample_rate=rate, streaming=False)
+            facts = AudioFacts(media_type=media_type, sample_rate=rate)
+            keeper = Keeper(audio_store, facts, copy, prefix=client_view(settings, request.scope).prefix)
+        response = SpeechResponse(request, speech, encoder, resolved=resolved, media_type=media_type, keeper=keeper)
         if whole:
             return await response.whole()
         return await (response.events() if data.stream_format == "sse" else response.audio())

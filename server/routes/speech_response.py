@@ -20,6 +20,7 @@ from server.http.errors import CLIENT_GONE, ApiError, envelope
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
 from server.resolution import Resolved
+from server.routes.audio_keeper import Keeper
 from server.schemas import SpeechDelta, SpeechDone, usage_of
 from shared.protocol import Finished, Timings, speech_id_of
 
@@ -44,11 +45,20 @@ class SpeechResponse:
     """The response to one request; one of `whole`, `audio` and `events` is called, once."""
 
     def __init__(
-        self, request: Request[Any, Any, Any], speech: Speech, encoder: Encoder, *, resolved: Resolved, media_type: str
+        self,
+        request: Request[Any, Any, Any],
+        speech: Speech,
+        encoder: Encoder,
+        *,
+        resolved: Resolved,
+        media_type: str,
+        keeper: Keeper | None = None,
     ) -> None:
+        """`keeper` stores the audio once it is finished."""
         self._request = request
         self._speech = speech
         self._encoder = encoder
+        self._keeper = keeper
         self._began = time.monotonic()
         self._complete = False
         self._failure: ApiError | None = None
@@ -60,6 +70,8 @@ class SpeechResponse:
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
+        if keeper is not None:
+            self._headers["x-audio-url"] = keeper.path
         if speech.finished is not None:
             self._headers["x-finish-reason"] = speech.finished.reason
         if resolved.ignored:
@@ -68,6 +80,8 @@ class SpeechResponse:
     async def whole(self) -> Response[bytes]:
         """The whole body, with Content-Length, finish reason and Server-Timing."""
         body, finished = await cancel_on_disconnect(self._request, self._gather())
+        if self._keeper is not None and not await self._keeper.keep(body):
+            del self._headers["x-audio-url"]
         self._log("speech_finished", finished)
         timing = {"x-finish-reason": finished.reason, "Server-Timing": _server_timing(finished.timings)}
         return Response(body, media_type=self._media_type, headers=self._headers | timing, status_code=200)
@@ -101,7 +115,7 @@ class SpeechResponse:
                 self._speech.abort(self._failure)
             # A cancelled stream stays in a reference cycle of anyio's until the garbage collector comes:
             # without this line, 7 MB of FLAC would stay with it.
-            del self._encoder
+            del self._encoder, self._keeper
             self._log("speech_finished" if self._speech.finished else "speech_broken_off", self._speech.finished)
 
         return ClosingStream(content, on_close=close, media_type=media_type, headers=self._headers, status_code=200)
@@ -132,11 +146,15 @@ class SpeechResponse:
     async def _encoded(self, pcm: bytes | None) -> AsyncIterator[bytes]:
         try:
             while pcm is not None:
+                if self._keeper is not None:
+                    self._keeper.feed(pcm)
                 if data := self._encoder.feed(pcm):
                     yield data
                 pcm = await self._speech.chunk()
             if data := self._encoder.finish():
                 yield data
+            if self._keeper is not None:
+                await self._keeper.finish()  # before the end of the stream: its client may ask at once
         except Exception as error:
             self._failure = failure_of(error)
             raise

@@ -56,7 +56,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         up, down = threading.Event(), threading.Event()
 
         async def serve() -> None:
-            async with listening(create_app(Settings(worker_url=worker.url))) as url:
+            async with listening(create_app(Settings(worker_url=worker.url, audio_store_dir=path / "audio"))) as url:
                 found.append(url)
                 up.set()
                 await asyncio.to_thread(down.wait)

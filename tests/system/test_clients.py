@@ -167,6 +167,19 @@ def test_how_a_stream_ended(shared_service: Service) -> None:
     assert outcome("no-such-request")["error"]["code"] == "not_found"
 
 
+def test_stored_audio_is_played_from_any_web_worker(shared_service: Service) -> None:
+    """A player without a header of ours reads a whole MP3 in two ranges, each from whichever web worker answers."""
+    said = shared_service.speech(SENTENCES[2], response_format="mp3", store=True)
+    url = shared_service.url + said.headers["x-audio-url"]
+    for _ in range(4):
+        first = httpx.get(url, headers={"range": "bytes=0-1999"}, trust_env=False)
+        rest = httpx.get(url, headers={"range": "bytes=2000-", "if-range": first.headers["etag"]}, trust_env=False)
+        assert (first.status_code, rest.status_code) == (206, 206)
+        data = first.content + rest.content
+        assert len(data) == int(httpx.head(url, trust_env=False).headers["content-length"])
+    assert recognise(decode(data, "mp3")) == SENTENCES[2]
+
+
 def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
     """Both web workers answer, and both report the same GPU worker process."""
     web_pids: set[int] = set()

@@ -145,9 +145,9 @@ async def test_a_client_that_leaves_is_no_failure(client: httpx.AsyncClient, wor
 async def test_a_client_that_leaves_when_all_was_sent(
     client: httpx.AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU worker is done, and its client has not read all: 16 MB are more than the sockets hold."""
+    """The GPU worker is done, and its client has not read all: 64 MB are more than the sockets hold."""
     worker.chunks = 16
-    monkeypatch.setattr("tests.fakes.tone", lambda _text, chunks: [bytes(2**20)] * chunks)
+    monkeypatch.setattr("tests.fakes.tone", lambda _text, chunks: [bytes(2**22)] * chunks)
     async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm"}):
         await becomes(lambda: worker.busy == 0)
         assert not worker.of(Cancel)
