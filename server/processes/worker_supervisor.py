@@ -179,7 +179,7 @@ class Supervisor:
                     if READY in pipe.read(4096) and not ready:
                         ready, self.start_s = True, now - started
                         log.info("worker_speaks", pid=pid, start_s=round(self.start_s, 1))
-                if silence.exceeds(self._timeout_s, now):
+                if silence.exceeds(self._timeout_s, now) and not self._stopping.is_set():  # `stop` has its own limit
                     return True
         finally:
             os.close(process)

@@ -139,6 +139,21 @@ def test_a_pause_of_the_whole_service_is_no_silence(
     assert worker.supervisor.pid == first
 
 
+def test_the_end_of_a_worker_is_no_silence(start: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has drained gives no more signs of life, and may end within the timeout of `stop`."""
+    monkeypatch.setattr(worker_supervisor, "_POLL_S", 0.01)
+    worker = start(BEAT + "signal.signal(signal.SIGTERM, lambda *_: None)\nbeat(b's')\n" + WAIT)
+    first = worker.next_number()
+    assert not worker.let_time_pass(2)
+    stopping = threading.Thread(target=worker.supervisor.stop)
+    stopping.start()
+    worker.let_time_pass(TIMEOUT_S + 5)
+    assert is_running(first)
+    os.kill(first, signal.SIGKILL)
+    stopping.join(LIMIT_S)
+    assert not stopping.is_alive()
+
+
 def test_a_start_may_take_any_time(start: Callable[..., Supervised]) -> None:
     """No silence counts before the first byte: an import or a download may take minutes."""
     worker = start(BEAT + WAIT)
