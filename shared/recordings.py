@@ -19,10 +19,15 @@ each in the scripts with the longest encoding. A longer text is no transcript, a
 def length_problem(seconds: float) -> str | None:
     """Why a recording of this length cannot be used, or None."""
     if seconds > MAX_RECORDING_S:
-        return f"the recording is longer than {MAX_RECORDING_S:g} s"
+        return f"the recording is too long: {seconds:.2f} s, at most {MAX_RECORDING_S:g} s can be used"
     if seconds < MIN_RECORDING_S:
         return f"the recording is too short: {seconds:.2f} s, at least {MIN_RECORDING_S:g} s are needed"
     return None
+
+
+def silence_problem(seconds: float) -> str:
+    """Why a recording of this length without a voice cannot be used."""
+    return f"the recording is silent: {seconds:.2f} s without a voice"
 
 
 def transcript_problem(text: str, seconds: float) -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_worker.engines.base import JobError
 from shared.pcm import seconds_of
-from shared.recordings import length_problem, transcript_problem
+from shared.recordings import length_problem, silence_problem, transcript_problem
 
 SILENCE_RMS: Final = 1e-3
 """-60 dB of full scale: a quieter recording holds no voice."""
@@ -24,7 +24,7 @@ def check_recording(pcm: bytes, param: str) -> None:
     if problem is None:
         wave = np.frombuffer(pcm, dtype="<i2").astype(np.float32)
         if np.sqrt(np.dot(wave, wave) / len(wave)) < SILENCE_RMS * 2**15:
-            problem = "the recording is silent"
+            problem = silence_problem(seconds_of(pcm))
     if problem is not None:
         raise JobError("invalid_audio", problem, param=param)
 

@@ -22,9 +22,10 @@ import av
 import av.error
 
 from shared.pcm import BYTES_PER_SAMPLE, SAMPLE_RATE, bytes_for, seconds_of
-from shared.recordings import MAX_RECORDING_S, length_problem
+from shared.recordings import MAX_RECORDING_S, length_problem, silence_problem
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
 
 MAX_REFERENCE_BYTES: Final = 10 * 2**20
@@ -46,11 +47,24 @@ _SILENCE: Final = 66
 _MAX_MISSING_S: Final = 0.5
 """A recording may be so much shorter than its header says; encoder delays and rounded headers stay well below."""
 
-_UNKNOWN_WAV_SIZE: Final = 0x7FFF_0000
-"""A streamed WAV has a size from here on."""
+_MAX_PADDING_S: Final = 0.5
+"""A codec's padding makes a recording so much longer: two packets of AAC at 8 kHz are 0.26 s. It is cut off."""
 
 _FIRST_FRAME_BYTES: Final = 64
 """The Xing header of an MP3 file is within these bytes of its first frame."""
+
+_MAX_JUNK_BYTES: Final = 65_536
+"""So much may stand before the first frame of MP3 or AAC: zeros, a broken tag, the rest of a frame that was cut."""
+
+_FRAME_SYNC: Final = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb\xf0\xf1\xf8\xf9]")
+"""The first two bytes of a frame of MP3 (version 2.5, 2 or 1) or of AAC (ADTS)."""
+
+_MP3_RATES: Final = (44_100, 48_000, 32_000)
+_MP3_KILOBITS: Final = {
+    1: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),
+    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),
+}
+"""By version 1, or 2 and 2.5."""
 
 _DURATION: Final = re.compile(r"(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d(?:\.\d*)?)")
 """A track's length in Matroska's tags."""
@@ -58,11 +72,48 @@ _DURATION: Final = re.compile(r"(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\
 _BOXES_OF_BOXES: Final = {b"moov", b"trak", b"mdia", b"minf", b"stbl"}
 """The boxes of an MP4 file that lead to its tables of samples."""
 
-_CODECS: Final = {"flac", "mp3", "mp3float", "aac", "alac", "vorbis", "opus", "libopus"} | {
-    name for name in av.codecs_available if name.startswith("pcm_")
+_CODECS: Final = {
+    *("flac", "mp3", "mp3float", "aac", "alac", "vorbis", "opus", "libopus"),
+    *("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "adpcm_ima_wav", "adpcm_ima_qt", "adpcm_ms"),
+    *(name for name in av.codecs_available if name.startswith("pcm_")),
 }
-"""The codecs of voice recorders. FFmpeg must not use any other, not even while it looks into a file:
+"""The codecs of voice recorders and telephones. FFmpeg must not use any other, not even while it looks into a file:
 two megabytes of cover art unpack to two gigabytes."""
+
+_SEND: Final = "send wav, flac, mp3, ogg, m4a or webm"
+
+_DEMUXERS: Final = (
+    (re.compile(rb"(RIFF|RF64)....WAVE", re.DOTALL), "wav"),
+    (re.compile(rb"fLaC"), "flac"),
+    (re.compile(rb"OggS"), "ogg"),
+    (re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)", re.DOTALL), "mov"),
+    (re.compile(rb"\x1a\x45\xdf\xa3"), "matroska"),
+    (re.compile(rb"FORM....AIF[FC]", re.DOTALL), "aiff"),
+    (re.compile(rb"\.snd"), "au"),
+    (re.compile(rb"caff"), "caf"),
+    (re.compile(rb"riff\x2e\x91\xcf\x11"), "w64"),
+    (re.compile(rb"#!AMR(-WB)?\n"), "amr"),
+)
+"""The first bytes of a container -> FFmpeg's name of it."""
+
+_OTHER_KINDS: Final = (
+    (re.compile(rb"\x0b\x77"), "AC-3"),
+    (re.compile(rb"\x7f\xfe\x80\x01"), "DTS"),
+    (re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"), "Windows Media (wma, asf)"),
+    (re.compile(rb"wvpk"), "WavPack"),
+    (re.compile(rb"MAC "), "Monkey's Audio"),
+    (re.compile(rb"\.RMF|\.ra\xfd"), "RealAudio"),
+    (re.compile(rb"DSD |FRM8"), "DSD"),
+    (re.compile(rb"RIFF....AVI ", re.DOTALL), "AVI"),
+    (re.compile(rb"MThd"), "MIDI, which has no sound in it"),
+    (re.compile(rb"#!SILK|\x02#!SILK"), "SILK"),
+    (re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8"), "a picture"),
+    (re.compile(rb"PK\x03\x04"), "a ZIP archive"),
+    (re.compile(rb"%PDF"), "a PDF"),
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page or XML"),
+    (re.compile(rb"\s*\{\s*\""), "JSON"),
+)
+"""The first bytes of files that are sent by mistake -> what they are."""
 
 
 class InvalidAudioError(Exception):
@@ -70,55 +121,80 @@ class InvalidAudioError(Exception):
 
 
 def decode_reference(data: bytes) -> bytes:
-    """The recording in `data` (wav flac mp3 ogg aac m4a webm …) as 24 kHz mono int16 little-endian PCM.
+    """The recording in `data` as 24 kHz mono int16 little-endian PCM.
 
-    Decoding ends at MAX_RECORDING_S, so that a small file cannot become a large one.
+    It may be wav, flac, mp3, ogg, m4a, aac, webm, and what else `_DEMUXERS` and `_CODECS` list.
+    Decoding ends soon after MAX_RECORDING_S, so that a small file cannot become a large one.
     Raises InvalidAudioError if the recording is too short, too long, silent, incomplete, or no audio.
     """
     if len(data) > MAX_REFERENCE_BYTES:
         raise InvalidAudioError(f"the recording is larger than {MAX_REFERENCE_BYTES // 2**20} MiB")
-    demuxer = _demuxer_of(data)
-    if demuxer is None:
-        raise InvalidAudioError("this is not an audio file of a known kind (wav, flac, mp3, ogg, m4a, webm)")
+    demuxer, start = _recognise(data)
     try:
-        pcm, declared_s = _decode(data, demuxer, bytes_for(MAX_RECORDING_S))
+        pcm, seconds, declared_s = _decode(data[start:], demuxer)
     except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
         raise InvalidAudioError("the recording is damaged or incomplete and cannot be decoded") from error
-    seconds = seconds_of(pcm)
     if declared_s is not None and seconds < declared_s - _MAX_MISSING_S:
         raise InvalidAudioError(f"the recording is cut off: {declared_s:.1f} s by its header, {seconds:.1f} s in fact")
+    if seconds <= MAX_RECORDING_S + _MAX_PADDING_S:
+        pcm = pcm[: bytes_for(MAX_RECORDING_S)]
+        seconds = seconds_of(pcm)
     if problem := length_problem(seconds):
         raise InvalidAudioError(problem)
-    if max(map(abs, array.array("h", pcm)), default=0) < _SILENCE:
-        raise InvalidAudioError("the recording is silent")
+    samples = array.array("h", pcm)
+    # The middle between the extremes is the offset that cheap sound cards add.
+    if max(samples) - min(samples) < 2 * _SILENCE:
+        raise InvalidAudioError(silence_problem(seconds))
     return pcm
 
 
-def _demuxer_of(data: bytes) -> str | None:
-    """FFmpeg's name of the container by the first bytes; None for an unknown one."""
-    head = data[:12]
-    found = None
-    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
-        found = "wav"
-    elif head[:4] == b"fLaC":
-        found = "flac"
-    elif head[:4] == b"OggS":
-        found = "ogg"
-    elif head[4:8] == b"ftyp":
-        found = "mov"
-    elif head[:4] == b"\x1a\x45\xdf\xa3":
-        found = "matroska"
-    elif head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        found = "aiff"
-    elif head[:3] == b"ID3":
-        found = "mp3"
-    elif len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:  # noqa: PLR2004 -- eleven bits of MPEG sync
-        found = "mp3" if head[1] & 0x06 else "aac"
-    return found
+def _recognise(data: bytes) -> tuple[str, int]:
+    """FFmpeg's name of the container, and the position where it begins, behind tags and junk.
+
+    Raises InvalidAudioError for a file of another kind.
+    """
+    start = _behind_tags(data)
+    head = data[start : start + 16]
+    for pattern, demuxer in _DEMUXERS:
+        if pattern.match(head):
+            return demuxer, start
+    for pattern, kind in _OTHER_KINDS:
+        if pattern.match(head):
+            raise InvalidAudioError(f"this is {kind}, which cannot be used; {_SEND}")
+    for sync in _FRAME_SYNC.finditer(data, start, start + _MAX_JUNK_BYTES):
+        size = _frame_bytes(data, sync.start())
+        if size and data.startswith(sync[0], sync.start() + size):
+            return "mp3" if sync[0][1] & 0x06 else "aac", sync.start()
+    raise InvalidAudioError(f"this is not an audio file of a known kind; {_SEND}")
 
 
-def _decode(data: bytes, demuxer: str, max_bytes: int) -> tuple[bytes, float | None]:
-    """The PCM, cut a little after `max_bytes`, and the seconds that the recording's header declares."""
+def _behind_tags(data: bytes) -> int:
+    """The position behind the ID3 tags at the beginning, which some programs put before FLAC and AAC too."""
+    start = 0
+    while data.startswith(b"ID3", start) and start + 10 <= len(data):
+        flags, *size = data[start + 5 : start + 10]
+        start += 10 + sum(byte << shift for byte, shift in zip(size, (21, 14, 7, 0), strict=True))
+        if flags & 0x10:  # a footer as long as the header
+            start += 10
+    return start
+
+
+def _frame_bytes(data: bytes, start: int) -> int:
+    """The size of the MP3 or AAC frame whose header is at `start`; 0 if that is no header."""
+    header = int.from_bytes(data[start : start + 7].ljust(7, b"\0"), "big")
+    if not header >> 41 & 3:  # the layer, which is 0 in AAC
+        return header >> 13 & 0x1FFF
+    version = {3: 1, 2: 2, 0: 4}.get(header >> 43 & 3, 0)  # 4: 2.5, which has a quarter of the rates of version 1
+    rate_index = header >> 34 & 3
+    if not version or rate_index == len(_MP3_RATES):
+        return 0
+    kilobits = _MP3_KILOBITS[min(version, 2)][header >> 36 & 15]
+    samples = 1152 if version == 1 else 576
+    return kilobits and samples * 125 * kilobits * version // _MP3_RATES[rate_index] + (header >> 33 & 1)
+
+
+def _decode(data: bytes, demuxer: str) -> tuple[bytes, float, float | None]:
+    """The PCM, cut a little behind MAX_RECORDING_S; the seconds that there are; those that the header declares."""
     if demuxer == "mov" and _declared_samples(data) > len(data):
         raise InvalidAudioError("the recording is damaged: it declares more samples than it has bytes")
     options = {
@@ -134,7 +210,7 @@ def _decode(data: bytes, demuxer: str, max_bytes: int) -> tuple[bytes, float | N
         stream = container.streams.audio[0]
         codec = stream.codec_context
         if codec.name not in _CODECS:
-            raise InvalidAudioError(f"recordings in the codec {codec.name} are not supported")
+            raise InvalidAudioError(f"recordings in the codec {codec.name} are not supported; {_SEND}")
         if codec.sample_rate not in _SAMPLE_RATES or not 1 <= codec.channels <= _MAX_CHANNELS:
             raise InvalidAudioError(
                 f"a recording with {codec.sample_rate} Hz and {codec.channels} channels is not supported"
@@ -145,36 +221,31 @@ def _decode(data: bytes, demuxer: str, max_bytes: int) -> tuple[bytes, float | N
         for frame in container.decode(stream):
             for piece in resampler.resample(frame):
                 pcm += bytes(piece.planes[0])[: piece.samples * BYTES_PER_SAMPLE]
-            if len(pcm) > max_bytes:
-                return bytes(pcm), None
+            if len(pcm) > bytes_for(MAX_RECORDING_S + _MAX_PADDING_S):
+                return bytes(pcm), max(len(pcm) / bytes_for(1), _seconds_to_the_end(container, stream)), declared_s
         for piece in resampler.resample(None):
             pcm += bytes(piece.planes[0])[: piece.samples * BYTES_PER_SAMPLE]
-    return bytes(pcm), declared_s
+    return bytes(pcm), len(pcm) / bytes_for(1), declared_s
+
+
+def _seconds_to_the_end(container: "InputContainer", stream: "AudioStream") -> float:
+    """The end of the last packet. Only the packets are read, because decoding hours of them takes too long."""
+    end = 0
+    for packet in container.demux(stream):
+        end = max(end, (packet.pts or 0) + (packet.duration or 0))
+    return float((end - (stream.start_time or 0)) * stream.time_base) if stream.time_base else 0.0
 
 
 def _declared_seconds(data: bytes, demuxer: str, container: "InputContainer") -> float | None:
-    """The length in the recording's own header; None if it has none, where FFmpeg would only estimate."""
+    """The length in the recording's own header; None if it has none, where FFmpeg would only estimate.
+
+    The size in a WAV header counts for nothing: programs that stream write a size that is never reached.
+    """
     stream = container.streams.audio[0]
-    if demuxer == "wav":
-        return _wav_seconds(data)
     if demuxer == "matroska":
         return _matroska_seconds(container)
     has_header = demuxer in {"flac", "mov", "aiff"} or (demuxer == "mp3" and _has_frame_count(data))
     return float(stream.duration * stream.time_base) if has_header and stream.duration and stream.time_base else None
-
-
-def _wav_seconds(data: bytes) -> float | None:
-    """The length in a WAV header; None if the header was written before the length was known."""
-    position, bytes_a_second = 12, 0
-    while position + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, position)
-        if name == b"fmt " and position + 20 <= len(data):
-            bytes_a_second = int(struct.unpack_from("<I", data, position + 16)[0])
-        if name == b"data":
-            known = 0 < size < _UNKNOWN_WAV_SIZE and bytes_a_second > 0
-            return size / bytes_a_second if known else None
-        position += 8 + size + size % 2
-    return None
 
 
 def _matroska_seconds(container: "InputContainer") -> float | None:
@@ -188,11 +259,8 @@ def _matroska_seconds(container: "InputContainer") -> float | None:
 
 
 def _has_frame_count(data: bytes) -> bool:
-    """True if the first frame of an MP3 file, after any tags, has the number of frames (the Xing header)."""
-    start = 0
-    if data[:3] == b"ID3":
-        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
-    frame = data[start : start + _FIRST_FRAME_BYTES]
+    """True if the first frame of MP3 has the number of frames (the Xing header)."""
+    frame = data[:_FIRST_FRAME_BYTES]
     return b"Xing" in frame or b"Info" in frame
 
 

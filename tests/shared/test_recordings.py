@@ -12,7 +12,7 @@ from shared.recordings import length_problem, transcript_problem
         (0.99, "the recording is too short: 0.99 s, at least 1 s are needed"),
         (1.0, None),
         (60.0, None),
-        (60.01, "the recording is longer than 60 s"),
+        (60.01, "the recording is too long: 60.01 s, at most 60 s can be used"),
     ],
 )
 def test_length(seconds: float, problem: str | None) -> None:
