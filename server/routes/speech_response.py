@@ -7,7 +7,7 @@ A failure before the first byte is an HTTP status; after a later one the respons
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import msgspec
@@ -19,8 +19,8 @@ from server.engine import Speech
 from server.http.errors import CLIENT_GONE, ApiError, envelope
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
-from server.resolution import Resolved
 from server.routes.audio_keeper import Keeper
+from server.routes.speech_start import StartedSpeech
 from server.schemas import SpeechDelta, SpeechDone, usage_of
 from shared.protocol import Finished, Timings, speech_id_of
 
@@ -47,39 +47,37 @@ class SpeechResponse:
     def __init__(
         self,
         request: Request[Any, Any, Any],
-        speech: Speech,
-        encoder: Encoder,
+        started: StartedSpeech,
         *,
-        resolved: Resolved,
-        media_type: str,
+        streaming: bool = True,
         keeper: Keeper | None = None,
     ) -> None:
-        """`keeper` stores the audio once it is finished."""
+        """Without `streaming`, only `whole` may be called. `keeper` stores the audio once it is finished."""
         self._request = request
-        self._speech = speech
-        self._encoder = encoder
+        self._speech = started.speech
+        self._encoder = started.encoder(streaming=streaming)
         self._keeper = keeper
         self._began = time.monotonic()
         self._complete = False
         self._failure: ApiError | None = None
-        self._media_type = media_type
+        self._media_type = started.media_type
         self._headers = {
-            "x-sample-rate": str(encoder.sample_rate),
-            "x-model": resolved.model.id,
-            "x-speech-id": speech_id_of(speech.id),
+            "x-sample-rate": str(started.sample_rate),
+            "x-model": started.resolved.model.id,
+            "x-speech-id": speech_id_of(started.speech.id),
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
         }
         if keeper is not None:
             self._headers["x-audio-url"] = keeper.path
-        if speech.finished is not None:
-            self._headers["x-finish-reason"] = speech.finished.reason
-        if resolved.ignored:
-            self._headers["x-ignored"] = ", ".join(resolved.ignored)
+        if started.speech.finished is not None:
+            self._headers["x-finish-reason"] = started.speech.finished.reason
+        if started.resolved.ignored:
+            self._headers["x-ignored"] = ", ".join(started.resolved.ignored)
 
     async def whole(self) -> Response[bytes]:
         """The whole body, with Content-Length, finish reason and Server-Timing."""
-        body, finished = await cancel_on_disconnect(self._request, self._gather())
+        body, finished = await cancel_on_disconnect(self._request, whole_body(self._speech, self._encoder))
         if self._keeper is not None and not await self._keeper.keep(body):
             del self._headers["x-audio-url"]
         self._log("speech_finished", finished)
@@ -139,7 +137,7 @@ class SpeechResponse:
             # Clients exist that ignore the event, and would take the part for the whole.
             await asyncio.sleep(ERROR_FLUSH_S)
             raise BrokenTransferError(error.message) from error
-        finished = self._finished()
+        finished = finished_of(self._speech)
         yield _event(SpeechDone(usage=usage_of(finished.usage), finish_reason=finished.reason))
         self._complete = True
 
@@ -159,22 +157,6 @@ class SpeechResponse:
             self._failure = failure_of(error)
             raise
 
-    async def _gather(self) -> tuple[bytes, Finished]:
-        parts = []
-        size = 0
-        while (pcm := await self._speech.chunk()) is not None:
-            parts.append(self._encoder.feed(pcm))
-            size += len(pcm)
-            if size > MAX_WHOLE_BYTES:
-                raise ApiError("invalid_value", "stream: too much speech for a whole body; stream it.", param="stream")
-        parts.append(self._encoder.finish())
-        return b"".join(parts), self._finished()
-
-    def _finished(self) -> Finished:
-        if self._speech.finished is None:
-            raise ApiError("synthesis_failed", "The GPU worker sent no final message.")
-        return self._speech.finished
-
     def _log(self, event: str, finished: Finished | None) -> None:
         log.info(
             event,
@@ -185,6 +167,29 @@ class SpeechResponse:
             tokens=finished.usage.output_tokens if finished else None,
             seconds=round(time.monotonic() - self._began, 3),
         )
+
+
+async def whole_body(
+    speech: Speech, encoder: Encoder, count: Callable[[int], None] = lambda _pcm_bytes: None
+) -> tuple[bytes, Finished]:
+    """The whole audio. `count` is told of the PCM that comes, and may refuse it."""
+    parts = []
+    size = 0
+    while (pcm := await speech.chunk()) is not None:
+        count(len(pcm))
+        parts.append(encoder.feed(pcm))
+        size += len(pcm)
+        if size > MAX_WHOLE_BYTES:
+            raise ApiError("invalid_value", "stream: too much speech for a whole body; stream it.", param="stream")
+    parts.append(encoder.finish())
+    return b"".join(parts), finished_of(speech)
+
+
+def finished_of(speech: Speech) -> Finished:
+    """The last message of a speech whose chunks have all come."""
+    if speech.finished is None:
+        raise ApiError("synthesis_failed", "The GPU worker sent no final message.")
+    return speech.finished
 
 
 def failure_of(error: BaseException) -> ApiError | None:

@@ -123,7 +123,7 @@ async def test_an_encoder_that_fails(
     client: httpx.AsyncClient, worker: FakeWorker, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU worker has sent all of it; it is told that the response failed, and by which code."""
-    monkeypatch.setattr("server.routes.speech.Encoder", BrokenEncoder)
+    monkeypatch.setattr("server.routes.speech_start.Encoder", BrokenEncoder)
     try:
         answer = await client.post(SPEECH, json={"input": "hello", **form})
         assert answer.status_code == 500

@@ -1,0 +1,92 @@
+"""From a checked body to speech under way: what every route that speaks does first."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, load_resampler
+from server.engine import INITIAL_CREDIT, EngineClient, Speech, cached_catalog, find_saved_voice, silent_speech
+from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
+from server.schemas import SpeechRequest
+from shared.pcm import SAMPLE_RATE
+from shared.protocol import Speak, new_speak_id
+from shared.settings import Settings
+from shared.text import is_speakable
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedSpeech:
+    """A request that the engine has, and how its audio is to be encoded. Abort `speech` if the rest is not wanted."""
+
+    speech: Speech
+    resolved: Resolved
+    audio_format: Format
+    sample_rate: int
+    speed: float
+
+    @property
+    def media_type(self) -> str:
+        """The content type of the audio."""
+        return CONTENT_TYPES[self.audio_format]
+
+    def encoder(self, *, streaming: bool) -> Encoder:
+        """A new encoder for the audio."""
+        return Encoder(self.audio_format, speed=self.speed, sample_rate=self.sample_rate, streaming=streaming)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechStarter:
+    """Starts the requests of one client."""
+
+    engine: EngineClient
+    settings: Settings
+    decoder_pool: DecoderPool
+    client: str
+
+    async def start(self, data: SpeechRequest, request_id: str) -> StartedSpeech:
+        """Check `data`, and let the engine speak it. Raises ApiError."""
+        check_input(data.input, self.settings.max_input_chars)
+        audio_format = data.response_format or "mp3"
+        rate = sample_rate(data, audio_format)
+        resolved = await self._resolve(data)
+        reference = None
+        if data.ref_audio is not None:
+            reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
+        if rate != SAMPLE_RATE:
+            await load_resampler()
+        speak = self._speak(data, resolved, request_id)
+        empty = not is_speakable(data.input)
+        return StartedSpeech(
+            speech=silent_speech(speak, self.engine) if empty else self.engine.speak(speak, reference),
+            resolved=resolved,
+            audio_format=audio_format,
+            sample_rate=rate,
+            speed=1.0 if empty else data.speed or 1.0,
+        )
+
+    async def _resolve(self, data: SpeechRequest) -> Resolved:
+        catalog, snapshot = cached_catalog(self.engine)
+        if data.model is not None and self.settings.model_aliases:
+            data = msgspec.structs.replace(data, model=unaliased(data.model, self.settings.model_aliases))
+        name = saved_voice_name(data, catalog, snapshot.default_model)
+        saved = await find_saved_voice(name, self.engine, self.client) if name is not None else None
+        return resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
+
+    def _speak(self, data: SpeechRequest, resolved: Resolved, request_id: str) -> Speak:
+        return Speak(
+            id=new_speak_id(request_id),
+            client=self.client,
+            model=resolved.model.id,
+            task=resolved.model.task,
+            text=data.input,
+            credit=INITIAL_CREDIT,
+            voice=resolved.voice,
+            saved_voice=resolved.saved_voice,
+            language=resolved.language,
+            instructions=resolved.instructions,
+            reference_text=data.ref_text,
+            x_vector_only=bool(data.x_vector_only_mode),
+            sampling=resolved.sampling,
+            non_streaming_mode=data.non_streaming_mode,
+            keep_alive_s=resolved.keep_alive_s,
+        )
