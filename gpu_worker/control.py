@@ -268,7 +268,7 @@ class ControlHandler:
         return None
 
     def _design(self, caller: _Caller, client: str, action: DesignVoice) -> None:
-        """Let the voice-design model speak DESIGN_TEXT, and save the recording as a voice."""
+        """Let the voice-design model speak a text, and save the recording as a voice."""
         spec = next((spec for spec in self._specs.values() if spec.task == "VoiceDesign"), None)
         if spec is None:
             raise JobError("model_unavailable", "no model of the catalogue designs voices", retry_after_s=60)
@@ -299,9 +299,9 @@ class ControlHandler:
                 job=Job(
                     id=f"design-{uuid.uuid4().hex}",
                     task="VoiceDesign",
-                    text=DESIGN_TEXT,
+                    text=action.script or DESIGN_TEXT,
                     instructions=action.prompt,
-                    language="english",
+                    language="auto" if action.script else "english",
                     sampling=Sampling(max_new_tokens=DESIGN_MAX_FRAMES),
                 ),
             ),
@@ -313,7 +313,8 @@ class ControlHandler:
                 name=action.name,
                 kind="design",
                 pcm=pcm,
-                text=DESIGN_TEXT,
+                text=action.script or DESIGN_TEXT,
+                prompt=action.prompt,
                 description=action.description or action.prompt,
             )
         except JobError as error:

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, Format
 from server.http.leniency import TRIMMED, absent
-from shared.protocol import PublicState, SavedVoice, Task, Usage
+from shared.protocol import PublicState, Task, Usage
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
@@ -227,16 +227,24 @@ class VoiceObject(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["preset", "openai", "clone", "design"]
 
 
-class SavedVoiceObject(SavedVoice, frozen=True, kw_only=True):
+class SavedVoiceObject(msgspec.Struct, frozen=True, kw_only=True):
     """A saved voice. `type` is how it was made, `created_at` in Unix seconds, `seconds` the recording's length.
 
+    `prompt` is there if the voice was designed from one.
     `in_context`: the recording's transcript is known, so the voice is cloned from more than a speaker embedding.
     `model` speaks with the voice; "" if no model can now. `voice_id` equals `id`.
     """
 
+    id: str
     voice_id: str
+    name: str
+    created_at: int
+    type: Literal["audio_sample", "prompt"]
+    prompt: str | msgspec.UnsetType = msgspec.UNSET
     model: str
-    kind: Literal["clone", "design"] = msgspec.field(name="type")
+    description: str
+    seconds: float
+    in_context: bool
     object: Literal["audio.voice"] = "audio.voice"
 
 

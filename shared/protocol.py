@@ -18,7 +18,7 @@ import msgspec
 
 from shared.catalog import ModelSpec
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -191,10 +191,14 @@ class CloneVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Let the voice-design model speak as `prompt` describes, and save its speech as a voice."""
+    """Let the voice-design model speak as `prompt` describes, and save its speech as a voice.
+
+    `script` is what it says; "" for the worker's own text.
+    """
 
     name: str
     prompt: str
+    script: str = ""
     description: str = ""
 
 
@@ -232,12 +236,14 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
     """A voice on the worker's disk. `created_at` is in Unix seconds.
 
     `in_context`: its transcript is known, so it is cloned in context and not from a speaker embedding alone.
+    `prompt` is the description that it was designed from, "" if it was not.
     """
 
     id: str
     name: str
     created_at: int
     kind: Literal["clone", "design"]
+    prompt: str = ""
     description: str = ""
     seconds: float
     in_context: bool

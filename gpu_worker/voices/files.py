@@ -37,6 +37,7 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     samples: int
     text: str | None = None
+    prompt: str = ""
     description: str = ""
     consent: str = ""
 
@@ -49,6 +50,7 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
             created_at=self.created_at,
             seconds=self.samples / SAMPLE_RATE,
             in_context=self.text is not None,
+            prompt=self.prompt,
             description=self.description,
         )
 

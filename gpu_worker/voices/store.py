@@ -85,12 +85,14 @@ class VoiceStore:
         *,
         kind: Literal["clone", "design"],
         text: str | None = None,
+        prompt: str = "",
         description: str = "",
         consent: str = "",
     ) -> VoiceWrite:
         """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a voice. Its name is taken from now on.
 
         With `text`, its transcript, the voice will be cloned in context, else from its speaker embedding alone.
+        `prompt` is what it was designed from.
 
         Raises:
             JobError: as `check_new`. `invalid_audio` or `invalid_value` if no voice can be cloned from the recording
@@ -112,6 +114,7 @@ class VoiceStore:
             created_at=int(self._wall()),
             samples=samples_of(pcm),
             text=text,
+            prompt=prompt,
             description=description,
             consent=consent,
         )

@@ -4,6 +4,7 @@ Litestar's own decoding hides which field was wrong.
 The DTO of this module replaces the decoding and leaves everything else, the OpenAPI included, to Litestar.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, get_type_hints
 
 import msgspec
@@ -56,6 +57,13 @@ class JsonDecoder(Generic[T]):
             problem = reword_malformed_json(str(error), body)
             raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
 
+    def decode_form(self, fields: Mapping[str, Any]) -> T:
+        """Decode the fields of a form: strings and files. Raises ApiError (`invalid_value`)."""
+        try:
+            return msgspec.convert(self._fields.of_form(fields), self.kind)
+        except msgspec.ValidationError as error:
+            raise _of_field(str(error), self.kind, from_text=True) from None
+
     def _known_fields(self, body: bytes) -> dict[str, Any]:
         """The known fields of the JSON object `body`, each under its own name."""
         try:
@@ -69,15 +77,18 @@ class JsonDecoder(Generic[T]):
             raise ApiError("invalid_json", "The body must be a JSON object.") from None
 
 
-def _of_field(message: str, kind: Any) -> ApiError:
-    """The error for a body that is no `kind`, by msgspec's message: `Expected ... - at `$.speed`` is about speed."""
+def _of_field(message: str, kind: Any, *, from_text: bool = False) -> ApiError:
+    """The error for a body that is no `kind`, by msgspec's message: `Expected ... - at `$.speed`` is about speed.
+
+    `from_text`: the body is a form, whose values are strings whatever is meant.
+    """
     problem, field = split_path(message)
     if not field and (missing := missing_field(problem)):
         return ApiError("invalid_value", f"{missing} is missing.", param=missing)
     if not field:
         return ApiError("invalid_value", f"The body is wrong: {reword(problem)}.")
     choices = choices_in(get_type_hints(kind, include_extras=True)[field])
-    return ApiError("invalid_value", f"{field}: {reword(problem, choices)}.", param=field)
+    return ApiError("invalid_value", f"{field}: {reword(problem, choices, from_text=from_text)}.", param=field)
 
 
 class JsonBodyDto(AbstractDTO[T], Generic[T]):

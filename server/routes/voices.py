@@ -7,10 +7,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from litestar import Request, Response, delete, get, post
-from litestar.connection import ASGIConnection
 from litestar.datastructures import UploadFile
 from litestar.enums import RequestEncodingType
-from litestar.handlers import BaseRouteHandler
 from litestar.params import Body, PathParameter, QueryParameter
 from msgspec import Meta
 
@@ -20,12 +18,15 @@ from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_
 from server.http.auth import client_of
 from server.http.error_handlers import handle_unexpected
 from server.http.errors import ApiError, ErrorEnvelope, documented, error_response
+from server.http.form_bodies import FormOrJson, FormOrJsonDto, keep_json
+from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
 from server.resolution import models_with_voices, unaliased
 from server.schemas import (
     MAX_INSTRUCTIONS,
     MAX_NAME,
     MAX_REF_TEXT,
+    Name,
     SavedVoiceObject,
     VoiceDeleted,
     VoiceList,
@@ -34,7 +35,11 @@ from server.schemas import (
 )
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
-from shared.text import is_printable
+from shared.text import is_printable, is_speakable
+
+MIN_SCRIPT: Final = 20
+MAX_SCRIPT: Final = 400
+"""Characters of the text that a voice says while it is designed; 30 s may hold them."""
 
 _MAKE_TIMEOUT_S: Final = 300.0
 """Making a voice may include loading a model."""
@@ -45,21 +50,28 @@ VoiceName = Annotated[str, PathParameter(description="A voice's id or name; a na
 
 
 class VoiceForm(msgspec.Struct, kw_only=True):
-    """A recording to clone (`audio_sample`) or, with `type=prompt`, the description of a voice to design."""
+    """A recording to clone (`audio_sample`) or, with `type=prompt`, the description of a voice to design.
 
-    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
-    type: Literal["clone", "prompt"] = "clone"
+    `clone` is another name of the type `audio_sample`. `model` is taken and has no effect.
+    """
+
+    name: Name
+    type: Literal["audio_sample", "prompt", "clone"] = "audio_sample"
     audio_sample: UploadFile | None = None
-    ref_text: Annotated[str, Meta(max_length=MAX_REF_TEXT)] | None = None
-    prompt: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
-    consent: Annotated[str, Meta(max_length=MAX_NAME)] | None = None
+    ref_text: Annotated[str, Meta(max_length=MAX_REF_TEXT, description="The transcript of audio_sample.")] | None = None
+    prompt: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS, description="The description of the voice.")] | None = None
+    model: Name | None = None
+    script_hint: (
+        Annotated[str, Meta(max_length=MAX_SCRIPT, description="What the voice says while it is designed.")] | None
+    ) = None
+    consent: Name | None = None
     description: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
 
 
-def _needs_form(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-    content_type = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != RequestEncodingType.MULTI_PART:
-        raise ApiError("unsupported_media_type", "Send a form: Content-Type multipart/form-data.")
+class VoiceBody(FormOrJsonDto[VoiceForm]):
+    """The DTO of a new voice."""
+
+    decoder = JsonDecoder(VoiceForm, {})
 
 
 def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
@@ -109,7 +121,10 @@ async def list_voices(
     summary="Save a voice",
     tags=["Voices"],
     status_code=200,
-    guards=[_needs_form],
+    dto=VoiceBody,
+    return_dto=None,
+    before_request=keep_json,
+    operation_class=FormOrJson,
     exception_handlers={UnicodeDecodeError: _broken_form, LookupError: _broken_form},
     responses=documented(400, 401, 403, 408, 409, 413, 415, 429, 500, 503),
 )
@@ -121,21 +136,19 @@ async def create_voice(
     decoder_pool: DecoderPoolDependency,
 ) -> SavedVoiceObject:
     """Save a voice, cloned from a recording (1 to 60 s, at most 10 MiB) or designed from a description."""
-    name = data.name.strip()
-    if not is_printable(name):
+    if not is_printable(data.name):
         raise ApiError("invalid_value", "name: must have printable characters only.", param="name")
     action: Action
     pcm = None
     if data.type == "prompt":
-        if not (data.prompt or "").strip():
-            raise ApiError("invalid_value", "prompt: must describe the voice.", param="prompt")
-        action = DesignVoice(name=name, prompt=data.prompt or "", description=data.description or "")
+        action = _design(data)
     else:
         sample = await _sample(data.audio_sample)
         pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
+        transcript = (data.ref_text or "").strip()
         action = CloneVoice(
-            name=name,
-            text=(data.ref_text or "").strip() or None,
+            name=data.name,
+            text=transcript if is_speakable(transcript) else None,
             description=data.description or "",
             consent=data.consent or "",
         )
@@ -186,6 +199,17 @@ async def delete_voice(
         # Another client has deleted the voice meanwhile.
         raise _no_such_voice() if error.code == "voice_not_found" else error from None
     return VoiceDeleted(id=voice.id)
+
+
+def _design(data: VoiceForm) -> DesignVoice:
+    if not (data.prompt or "").strip():
+        raise ApiError("invalid_value", "prompt: must describe the voice.", param="prompt")
+    script = (data.script_hint or "").strip()
+    if script and (len(script) < MIN_SCRIPT or not is_speakable(script)):
+        raise ApiError(
+            "invalid_value", f"script_hint: must have at least {MIN_SCRIPT} characters.", param="script_hint"
+        )
+    return DesignVoice(name=data.name, prompt=data.prompt or "", script=script, description=data.description or "")
 
 
 async def _sample(upload: UploadFile | None) -> bytes:
@@ -257,4 +281,15 @@ def _saved_in_list(voice: SavedVoice, base: ModelSpec) -> VoiceObject:
 
 
 def _saved_voice_object(voice: SavedVoice, model: str) -> SavedVoiceObject:
-    return SavedVoiceObject(**msgspec.structs.asdict(voice), voice_id=voice.id, model=model)
+    return SavedVoiceObject(
+        id=voice.id,
+        voice_id=voice.id,
+        name=voice.name,
+        created_at=voice.created_at,
+        type="audio_sample" if voice.kind == "clone" else "prompt",
+        prompt=voice.prompt or msgspec.UNSET,
+        model=model,
+        description=voice.description,
+        seconds=voice.seconds,
+        in_context=voice.in_context,
+    )

@@ -203,7 +203,16 @@ class TestDesign:
     def test_description(self, bench: WorkerBench) -> None:
         """A description takes the place of the prompt in the saved voice."""
         action = DesignVoice(name="Ada", prompt="an old sailor", description="Salty.")
-        assert bench.result_of(action).voice.description == "Salty."
+        voice = bench.result_of(action).voice
+        assert (voice.description, voice.prompt) == ("Salty.", "an old sailor")
+
+    def test_script(self, bench: WorkerBench) -> None:
+        """With a script the voice says that text, in the text's own language, and is cloned with it."""
+        script = "one two three four five six seven"
+        reply = bench.result_of(DesignVoice(name="Ada", prompt="an old sailor", script=script * 9))
+        (job,) = bench.engines["designer"].admitted
+        assert (job.text, job.language) == (script * 9, "auto")
+        assert bench.voices.load(reply.voice.id).text == script * 9
 
     def test_fails(self, bench: WorkerBench) -> None:
         """If the model fails, no voice is saved, and the call fails with the model's error."""

@@ -34,6 +34,9 @@ def _clone(**fields: Any) -> dict[str, Any]:
 OF_PYTHON = ("`", "<class", "UploadFile", "enum", "truncated", "of length", "array", "__")
 """Words that only Python programmers understand."""
 
+DESIGN = {"name": "x", "type": "prompt", "prompt": "calm"}
+"""The form of a designed voice."""
+
 Case = tuple[str, dict[str, Any], int, str, str | None]
 """Name of the case, request, and status, code and param of the answer."""
 
@@ -216,7 +219,7 @@ async def test_odd_but_correct_speech_request(client: httpx.AsyncClient, name: s
         ("POST", "/admin/cleanup?trigger=perhaps", 400, "invalid_value"),
         ("POST", "/admin/models/espeak-ng/paint", 400, "invalid_value"),
         ("POST", "/admin/models/none/load", 404, "model_not_found"),
-        ("POST", "/v1/audio/voices", 415, "unsupported_media_type"),
+        ("POST", "/v1/audio/voices", 400, "invalid_json"),
     ],
 )
 @SHARED_LOOP
@@ -275,6 +278,12 @@ async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, a
         ({"name": "x", "audio_sample": "text"}, {"other": b"x"}, "invalid_value", "audio_sample"),
         ({"name": "x", "type": "prompt"}, {"other": b"x"}, "invalid_value", "prompt"),
         ({"name": "x", "type": "prompt", "prompt": "p" * 5000}, {"other": b"x"}, "invalid_value", "prompt"),
+        ({"name": "x", "type": "prompt", "prompt": " "}, {"other": b"x"}, "invalid_value", "prompt"),
+        (DESIGN | {"script_hint": "short"}, {"other": b"x"}, "invalid_value", "script_hint"),
+        (DESIGN | {"script_hint": "." * 50}, {"other": b"x"}, "invalid_value", "script_hint"),
+        (DESIGN | {"script_hint": "s" * 401}, {"other": b"x"}, "invalid_value", "script_hint"),
+        (DESIGN | {"model": "m" * 201}, {"other": b"x"}, "invalid_value", "model"),
+        ({"name": "x", "name ": "y", "type": ""}, {"audio_sample": b"no sound"}, "invalid_audio", "audio_sample"),
     ],
 )
 @SHARED_LOOP
@@ -285,6 +294,32 @@ async def test_bad_voice_form(
     answer = await client.post("/v1/audio/voices", data=fields, files=files)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
+    assert not [word for word in OF_PYTHON if word in error["message"]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "code", "param"),
+    [
+        ({"json": {"name": "x"}}, 400, "invalid_value", "audio_sample"),
+        ({"json": {"name": "x", "audio_sample": "UklGRg=="}}, 400, "invalid_value", "audio_sample"),
+        ({"json": {"type": "prompt", "prompt": "calm"}}, 400, "invalid_value", "name"),
+        ({"json": {"name": 7, "type": "prompt", "prompt": "calm"}}, 400, "invalid_value", "name"),
+        ({"json": DESIGN | {"prompt": ["calm"]}}, 400, "invalid_value", "prompt"),
+        ({"json": ["x"]}, 400, "invalid_json", None),
+        (_raw(b"{"), 400, "invalid_json", None),
+        (_raw(b"name=x", content_type="application/x-www-form-urlencoded"), 415, "unsupported_media_type", None),
+        (_raw(b"\x81", content_type="application/msgpack"), 415, "unsupported_media_type", None),
+        (_raw(b'{"name": "' + b"x" * 1_100_000 + b'"}'), 413, "request_too_large", None),
+    ],
+)
+@SHARED_LOOP
+async def test_bad_voice_in_json(
+    client: httpx.AsyncClient, request_: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    """The error of wrong JSON is as that of a wrong form."""
+    answer = await client.post("/v1/audio/voices", **request_)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
     assert not [word for word in OF_PYTHON if word in error["message"]]
 
 
@@ -343,7 +378,7 @@ async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_ty
         (
             VOICES,
             {"files": [("name", (None, "x")), ("type", (None, "song")), SOUND]},
-            "type: must be one of clone, prompt, not 'song'.",
+            "type: must be one of audio_sample, prompt, clone, not 'song'.",
         ),
         (
             "/admin/models/espeak-ng/paint",

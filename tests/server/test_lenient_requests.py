@@ -8,7 +8,8 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from shared.protocol import SavedVoice, Speak
+from shared.protocol import Action, Call, CloneVoice, DesignVoice, Reply, SavedVoice, Speak
+from tests.audio import tone, wav
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve
 
@@ -187,3 +188,53 @@ async def test_aliases_elsewhere(client: httpx.AsyncClient) -> None:
     assert {voice["model"] for voice in voices} == {"espeak-ng"}
     everything = (await client.get(VOICES, params={"model": ""})).json()
     assert everything == (await client.get(VOICES)).json()
+
+
+DESIGN: Final = DesignVoice(name="Ada", prompt="calm")
+CLONE: Final = CloneVoice(name="Ada")
+VOICE_CASES: Final[list[tuple[dict[str, str], Action]]] = [
+    ({"type": "prompt", "prompt": "calm"}, DESIGN),
+    ({"type": " Prompt ", "prompt": "calm", "consent": "", "ref_text": "", "audio_sample": ""}, DESIGN),
+    ({"type": "PROMPT", "prompt": "calm", "model": "auto", "script_hint": "", "unknown": "x"}, DESIGN),
+    ({"type": "prompt", "prompt": "calm", "name": " Ada\n"}, DESIGN),
+    ({"type": "prompt", "prompt": "calm", "description": " "}, DESIGN),
+    ({}, CLONE),
+    ({"type": ""}, CLONE),
+    ({"type": "clone"}, CLONE),
+    ({"type": "Audio_Sample", "prompt": "", "model": ""}, CLONE),
+    ({"ref_text": " "}, CLONE),
+    ({"ref_text": "\u200b"}, CLONE),
+    ({"ref_text": "…"}, CLONE),
+    ({"ref_text": " la la "}, msgspec.structs.replace(CLONE, text="la la")),
+    ({"consent": " cons_1 "}, msgspec.structs.replace(CLONE, consent="cons_1")),
+]
+
+
+@pytest.mark.parametrize(("fields", "action"), VOICE_CASES, ids=[str(case[0]) for case in VOICE_CASES])
+async def test_forms_of_voices(
+    client: httpx.AsyncClient, worker: FakeWorker, fields: dict[str, str], action: Action
+) -> None:
+    """A form is read as leniently as JSON, and its two types are OpenAI's."""
+    worker.on_call = lambda call, _payload: Reply(id=call.id, voice=SAVED)
+    parts: dict[str, Any] = {name: (None, value) for name, value in ({"name": "Ada"} | fields).items()}
+    if isinstance(action, CloneVoice):
+        parts["audio_sample"] = ("a.wav", wav(tone(1.2, fade_s=0)), "audio/wav")
+    answer = await client.post(VOICES, files=parts)
+    assert answer.status_code == 200, answer.text
+    assert worker.of(Call)[-1].action == action
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-type": "application/json"}, {"content-type": ""}, {"content-type": "text/plain; charset=iso-8859-1"}],
+)
+async def test_a_voice_designed_from_json(
+    client: httpx.AsyncClient, worker: FakeWorker, headers: dict[str, str]
+) -> None:
+    """JSON designs a voice as a form does."""
+    worker.on_call = lambda call, _payload: Reply(id=call.id, voice=SAVED)
+    charset = "latin-1" if "iso" in headers["content-type"] else "utf-8"
+    body = '{"type": "Prompt", "name": " Zoé ", "prompt": "calm", "script_hint": null}'.encode(charset)
+    answer = await client.post(VOICES, content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert worker.of(Call)[-1].action == DesignVoice(name="Zoé", prompt="calm")

@@ -71,7 +71,7 @@ async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
         "voice_id": "v1",
         "name": "Grandma",
         "created_at": 7,
-        "type": "clone",
+        "type": "audio_sample",
         "model": "qwen3-tts-1.7b-base",
         "description": "warm",
         "seconds": 3.0,
