@@ -32,6 +32,7 @@ from shared.protocol import (
     PinModel,
     Reply,
     Sampling,
+    Segment,
     SpeechOutcome,
     UnloadModel,
 )
@@ -299,7 +300,7 @@ class ControlHandler:
                 job=Job(
                     id=f"design-{uuid.uuid4().hex}",
                     task="VoiceDesign",
-                    text=action.script or DESIGN_TEXT,
+                    segments=[Segment(text=action.script or DESIGN_TEXT)],
                     instructions=action.prompt,
                     language="auto" if action.script else "english",
                     sampling=Sampling(max_new_tokens=DESIGN_MAX_FRAMES),

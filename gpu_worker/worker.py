@@ -237,7 +237,7 @@ class Worker:
                     job=Job(
                         id=f"{peer.hex()}-{speak.id}",
                         task=speak.task,
-                        text=speak.text,
+                        segments=speak.segments,
                         voice="" if speak.saved_voice else speak.voice,
                         language=speak.language,
                         instructions=speak.instructions,
@@ -554,10 +554,10 @@ class Worker:
         if request is None:
             return  # cancelled since
         match event:
-            case Pcm(data=data):
+            case Pcm(data=data, rate=rate):
                 if request.first_audio_at is None:
                     self._stats.first_audio(request)
-                request.push(data, self._clock())
+                request.push(data, self._clock(), rate)
             case Done():
                 self._finish(request, event)
             case Fault(error=error):

@@ -60,6 +60,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_new_tokens: int | None = None
 
 
+class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A part of a text, and the silence behind it.
+
+    `text` is "" only if a pause comes before the first word.
+    `pause_ms` is silence on top of the gap that an engine makes between sentences.
+    `rate`: how many times as fast as the rest to speak. Engines speak at rate 1 and pass the number on, see Audio.
+    """
+
+    text: str
+    pause_ms: int = 0
+    rate: float = 1.0
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens of the input text and the codec tokens (frames of 80 ms) of the speech."""
 
@@ -98,7 +111,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Speak(Message, frozen=True, kw_only=True):
-    """Speak `text`. Model, voice and language have the model's own names.
+    """Speak `segments`, one after the other. Model, voice and language have the model's own names.
 
     `id` is one of `new_speak_id`.
     `client` is the key of fairness: requests of one client wait for each other, not other clients for them.
@@ -112,7 +125,7 @@ class Speak(Message, frozen=True, kw_only=True):
     client: str
     model: str
     task: Task
-    text: str
+    segments: list[Segment]
     credit: int
     voice: str = ""
     saved_voice: bool = False
@@ -460,10 +473,14 @@ class Started(Message, frozen=True, kw_only=True):
 
 
 class Audio(Message, frozen=True, kw_only=True):
-    """The payload is the next PCM of the speech; `seq` counts from 0, and a gap is an error."""
+    """The payload is the next PCM of the speech; `seq` counts from 0, and a gap is an error.
+
+    `rate` is that of its segment. None marks the silence of a pause, whose length no speed changes.
+    """
 
     id: str
     seq: int
+    rate: float | None = 1.0
 
 
 class Finished(Message, frozen=True, kw_only=True):

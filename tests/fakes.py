@@ -2,7 +2,7 @@
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from shared.catalog import ModelSpec, load_catalog
+from shared.pcm import bytes_for
 from shared.protocol import (
     VERSION,
     Audio,
@@ -41,6 +42,11 @@ from shared.protocol import (
     encode,
 )
 from shared.sockets import bind_router
+
+
+def text_of(speak: Speak) -> str:
+    """The text of all segments."""
+    return "".join(segment.text for segment in speak.segments)
 
 
 def tone(text: str, chunks: int, samples: int = 1920) -> list[bytes]:
@@ -92,7 +98,8 @@ def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
 class FakeWorker:
     """A GPU worker in a thread: a real socket and the real protocol, with fixed answers.
 
-    It answers each Speak with `chunks` pieces of `tone`, as credit allows, and each Call with `on_call`.
+    It answers each segment of a Speak with `chunks` pieces of `tone` and its pause, as credit allows,
+    and each Call with `on_call`.
     A test may change its behaviour: `hold` keeps requests queued (no Started), `mute` answers no Ping,
     `late` delays the Pongs, `skip_seq` leaves out a sequence number,
     `fail_with` fails every Speak, at once or after `break_after` chunks.
@@ -189,7 +196,7 @@ class FakeWorker:
         refused = self.fail_with is not None and self.break_after is None
         if isinstance(message, Speak) and not refused:
             # Before `wait_for` wakes the test, which may read `busy` next.
-            self._jobs[message.id] = _Job(peer, message, tone(message.text, self.chunks))
+            self._jobs[message.id] = _Job(peer, message, list(self._pieces(message)))
         with self._changed:
             self.seen.append(message)
             self.payloads.append(payload)
@@ -233,16 +240,24 @@ class FakeWorker:
                 job.started = True
                 self._send(job.peer, Started(id=request.id, model=request.model, sample_rate=24_000))
             while job.credit and job.sent < len(job.pcm) and job.sent != self.break_after:
+                pcm, rate = job.pcm[job.sent]
                 seq = job.sent + (1 if self.skip_seq and job.sent else 0)
-                self._send(job.peer, Audio(id=request.id, seq=seq), job.pcm[job.sent])
+                self._send(job.peer, Audio(id=request.id, seq=seq, rate=rate), pcm)
                 job.sent += 1
                 job.credit -= 1
             if job.sent == self.break_after and self.fail_with is not None:
                 self._end(job, msgspec.structs.replace(self.fail_with, id=request.id))
             elif job.sent == len(job.pcm):
-                usage = Usage(input_tokens=len(request.text), output_tokens=job.sent)
+                usage = Usage(input_tokens=len(text_of(request)), output_tokens=job.sent)
                 timings = Timings(queue_s=0.001, load_s=0.0, first_audio_s=0.002, total_s=0.003)
                 self._end(job, Finished(id=request.id, reason="stop", usage=usage, timings=timings))
+
+    def _pieces(self, request: Speak) -> Iterator[tuple[bytes, float | None]]:
+        for segment in request.segments:
+            for piece in tone(segment.text, self.chunks) if segment.text else ():
+                yield piece, segment.rate
+            if segment.pause_ms:
+                yield bytes(bytes_for(segment.pause_ms / 1000)), None
 
     def _end(self, job: "_Job", message: Message) -> None:
         self._send(job.peer, message)
@@ -257,7 +272,7 @@ class FakeWorker:
 
 
 class _Job:
-    def __init__(self, peer: bytes, request: Speak, pcm: list[bytes]) -> None:
+    def __init__(self, peer: bytes, request: Speak, pcm: list[tuple[bytes, float | None]]) -> None:
         self.peer = peer
         self.request = request
         self.pcm = pcm

@@ -6,6 +6,7 @@ import pytest
 from gpu_worker.engines.base import Job, Pcm
 from gpu_worker.engines.espeak import EspeakEngine
 from shared.catalog import load_catalog
+from shared.protocol import Segment
 from tests.recogniser import SENTENCES, recognise
 
 
@@ -15,7 +16,7 @@ def spoken() -> dict[str, bytes]:
     engine = EspeakEngine(next(spec for spec in load_catalog() if spec.engine == "espeak"))
     sounds = {}
     for sentence in SENTENCES:
-        engine.admit(Job(id="a", task="CustomVoice", text=sentence, voice="en-us+f2"))
+        engine.admit(Job(id="a", task="CustomVoice", segments=[Segment(text=sentence)], voice="en-us+f2"))
         events = []
         while engine.runnable(()):
             events += engine.step(())

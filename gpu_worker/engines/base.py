@@ -8,11 +8,12 @@ calls `offload`, `restore` and `close`. A parked job counts as admitted there.
 
 import hashlib
 from collections.abc import Collection
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 
-from shared.protocol import Sampling, Task, Usage
+from shared.pcm import bytes_for
+from shared.protocol import Sampling, Segment, Task, Usage
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended the speech. `length`: a limit on the number of frames ended it."""
@@ -51,7 +52,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     task: Task
-    text: str
+    segments: list[Segment]
     voice: str = ""
     language: str = "auto"
     instructions: str = ""
@@ -59,12 +60,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     non_streaming_mode: bool | None = None
 
+    @property
+    def text(self) -> str:
+        """The text of all segments."""
+        return "".join(segment.text for segment in self.segments)
+
+
+PAUSE_CHUNK_BYTES: Final = bytes_for(0.64)
+"""The silence of a pause comes in pieces of this size at most, one a step, as speech does."""
+
 
 class Pcm(msgspec.Struct, frozen=True):
-    """The next part of a job's speech: 24 kHz mono int16 little-endian."""
+    """The next part of a job's speech: 24 kHz mono int16 little-endian. `rate`: see shared.protocol.Audio."""
 
     job_id: str
     data: bytes
+    rate: float | None = 1.0
 
 
 class Done(msgspec.Struct, frozen=True):

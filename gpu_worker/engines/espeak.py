@@ -15,7 +15,7 @@ import espeakng_loader
 import numpy as np
 import soxr
 
-from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
+from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Usage
@@ -117,27 +117,31 @@ class _Library:
 
 
 class _RunningJob:
-    """The state of one job: the text not yet synthesized, and the audio not yet returned by a step."""
+    """The state of one job: the segments not yet synthesized, and the audio not yet returned by a step.
+
+    `pcm` is audio of the current segment alone, and `pause_left` the bytes of the pause behind that segment.
+    """
 
     def __init__(self, job: Job, voice: str, rate: int) -> None:
         self.job = job
         self.voice = voice
-        self._text = job.text.replace("\0", " ")
-        self._synthesized_chars = 0
         self.pcm = bytearray()
+        self.pause_left = 0
         self.chunks = 0
-        self.bytes_out = 0
-        self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="int16")
+        self.speech_bytes = 0
+        self._source_rate = rate
+        self._segments = iter(job.segments)
+        self.over = not self._next_segment()
 
     @property
     def max_bytes(self) -> int | None:
-        """The job's limit on bytes of audio (`max_new_tokens` frames of 80 ms); None if it has no limit."""
+        """The job's limit on bytes of speech (`max_new_tokens` frames of 80 ms); None if it has no limit."""
         frames = self.job.sampling.max_new_tokens
         return None if frames is None else frames * FRAME_SAMPLES * BYTES_PER_SAMPLE
 
     @property
     def text_done(self) -> bool:
-        """True if the whole text has been synthesized."""
+        """True if the whole text of the segment has been synthesized."""
         return self._synthesized_chars >= len(self._text)
 
     def synthesize_clause(self, library: _Library) -> None:
@@ -147,6 +151,32 @@ class _RunningJob:
         self._synthesized_chars += taken
         resampled = self._resampler.resample_chunk(np.frombuffer(pcm, dtype=np.int16), last=self.text_done)
         self.pcm += resampled.astype("<i2").tobytes()
+
+    def take(self, size: int) -> tuple[bytes, float | None]:
+        """The next `size` bytes at most and their rate: speech of the segment, or else a piece of the pause behind it.
+
+        Behind the last of them the next segment is the current one, or the job is over.
+        """
+        if self.pcm:
+            taken, rate = bytes(self.pcm[:size]), self.rate
+            del self.pcm[:size]
+        else:
+            taken, rate = bytes(min(self.pause_left, PAUSE_CHUNK_BYTES)), None
+            self.pause_left -= len(taken)
+        if self.text_done and not self.pcm and not self.pause_left:
+            self.over = not self._next_segment()
+        return taken, rate
+
+    def _next_segment(self) -> bool:
+        segment = next(self._segments, None)
+        if segment is None:
+            return False
+        self._text = segment.text.replace("\0", " ")
+        self._synthesized_chars = 0
+        self.rate: float | None = segment.rate
+        self.pause_left = bytes_for(segment.pause_ms / 1000)
+        self._resampler = soxr.ResampleStream(self._source_rate, SAMPLE_RATE, 1, dtype="int16")
+        return True
 
 
 class EspeakEngine:
@@ -230,15 +260,15 @@ class EspeakEngine:
             sequence.synthesize_clause(self._library)
             if len(sequence.pcm) < chunk_bytes and not sequence.text_done:
                 return []
-        chunk = bytes(sequence.pcm[:chunk_bytes])
-        del sequence.pcm[:chunk_bytes]
+        chunk, rate = sequence.take(chunk_bytes)
         reason: FinishReason = "stop"
-        if sequence.max_bytes is not None and sequence.bytes_out + len(chunk) > sequence.max_bytes:
-            chunk, reason = chunk[: sequence.max_bytes - sequence.bytes_out], "length"
-        sequence.chunks += 1
-        sequence.bytes_out += len(chunk)
-        events: list[Event] = [Pcm(sequence.job.id, chunk)] if chunk else []
-        if reason == "length" or (sequence.text_done and not sequence.pcm):
+        if rate is not None:
+            if sequence.max_bytes is not None and sequence.speech_bytes + len(chunk) > sequence.max_bytes:
+                chunk, reason = chunk[: sequence.max_bytes - sequence.speech_bytes], "length"
+            sequence.chunks += 1
+            sequence.speech_bytes += len(chunk)
+        events: list[Event] = [Pcm(sequence.job.id, chunk, rate)] if chunk else []
+        if reason == "length" or sequence.over:
             self.cancel(sequence.job.id)
             events.append(Done(sequence.job.id, reason, self._usage(sequence)))
         return events
@@ -246,7 +276,9 @@ class EspeakEngine:
     def _usage(self, sequence: _RunningJob) -> Usage:
         """espeak-ng has no tokens: the input counts in words, the output in frames of 80 ms."""
         frame_bytes = FRAME_SAMPLES * BYTES_PER_SAMPLE
-        return Usage(input_tokens=len(sequence.job.text.split()), output_tokens=-(-sequence.bytes_out // frame_bytes))
+        return Usage(
+            input_tokens=len(sequence.job.text.split()), output_tokens=-(-sequence.speech_bytes // frame_bytes)
+        )
 
     def _voice_of(self, job: Job) -> str:
         """The voice's name for espeak-ng: a language, "+", and the variant that makes the voice.

@@ -43,31 +43,45 @@ class Encoder:
         if self.sample_rate not in SAMPLE_RATES[response_format]:
             raise ValueError(f"{response_format} has no sample rate {sample_rate}")
         self._half_sample = b""
-        self._stages: list[Tempo | Resampler] = []
-        if speed != 1:
-            self._stages.append(Tempo(speed))
+        self._speed = speed
+        self._tempo_speed = 1.0
+        self._tempo: Tempo | None = None
+        self._resampler: Resampler | None = None
         if self.sample_rate != SAMPLE_RATE:
-            self._stages.append(import_module("server.audio.resampler").Resampler(self.sample_rate))
+            self._resampler = import_module("server.audio.resampler").Resampler(self.sample_rate)
         self._writer = writer_for(response_format, rate=self.sample_rate, streaming=streaming)
 
-    def feed(self, pcm: bytes) -> bytes:
-        """Take the next piece of speech, cut anywhere; returns the bytes that can be sent now, possibly none."""
+    def feed(self, pcm: bytes, rate: float | None = 1.0) -> bytes:
+        """Take the next piece of speech, cut anywhere; returns the bytes that can be sent now, possibly none.
+
+        `rate` multiplies the speed of this piece. None leaves its duration as it is: it is the silence of a pause.
+        """
         data = self._half_sample + pcm
         whole = len(data) - len(data) % BYTES_PER_SAMPLE
         self._half_sample = data[whole:]
         data = data[:whole]
-        for stage in self._stages:
-            data = stage.feed(data)
+        speed = 1.0 if rate is None else min(max(self._speed * rate, MIN_SPEED), MAX_SPEED)
+        rest = self._set_tempo(speed) if speed != self._tempo_speed else b""
+        data = rest + (self._tempo.feed(data) if self._tempo else data)
+        if self._resampler:
+            data = self._resampler.feed(data)
         return self._writer.write(data) if data else b""
 
     def finish(self) -> bytes:
         """The rest of the bytes. ValueError if the PCM ended inside a sample."""
         if self._half_sample:
             raise ValueError("the PCM ends inside a sample")
-        last = b""
-        for stage in self._stages:
-            last = stage.feed(last) + stage.finish()
+        last = self._set_tempo(1.0)
+        if self._resampler:
+            last = self._resampler.feed(last) + self._resampler.finish()
         return self._writer.write(last) + self._writer.end()
+
+    def _set_tempo(self, speed: float) -> bytes:
+        """Change the speed of what follows; the rest of what came before."""
+        rest = self._tempo.finish() if self._tempo else b""
+        self._tempo_speed = speed
+        self._tempo = Tempo(speed) if speed != 1 else None
+        return rest
 
 
 async def load_resampler() -> None:

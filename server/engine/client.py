@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
@@ -23,8 +25,18 @@ EMPTY_S: Final = 0.1
 Abort = Callable[[str, ApiError | None], None]
 """Takes the id of a request whose client does not get the rest, and why its response failed; None: the client left."""
 
+_SILENCE_BYTES: Final = bytes_for(0.64)
+"""The pieces of silence for such a text; its chunks share one object."""
+
 _CREDIT_BATCH: Final = 4
 """Credits granted at a time: the worker always holds three quarters of them, for a quarter of the messages."""
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """The next PCM of a speech, 24 kHz mono int16 little-endian. `rate`: see shared.protocol.Audio."""
+
+    pcm: bytes
+    rate: float | None = 1.0
 
 
 class Speech:
@@ -40,15 +52,15 @@ class Speech:
         self._credit = request.credit
         self._grant = grant
         self._abort = abort
-        self._chunks: deque[bytes] = deque()
+        self._chunks: deque[Chunk] = deque()
         self._next_seq = 0
         self._ungranted = 0
         self._error: ApiError | None = None
         self._aborted = False
         self._news = asyncio.Event()
 
-    async def chunk(self) -> bytes | None:
-        """The next PCM (24 kHz mono int16 little-endian), or None after the last.
+    async def chunk(self) -> Chunk | None:
+        """The next PCM, or None after the last.
 
         Raises ApiError if the request failed, after the chunks that arrived before.
         """
@@ -59,6 +71,7 @@ class Speech:
                 return None
             self._news.clear()
             await self._news.wait()
+        await asyncio.sleep(0)  # a speech that is there at once must not hold up the event loop
         self._ungranted += 1
         if self._ungranted >= _CREDIT_BATCH and self.finished is None and self._error is None:
             self._grant(self.id, self._ungranted)
@@ -85,7 +98,7 @@ class Speech:
                 if len(self._chunks) >= self._credit:
                     return "The GPU worker sent more audio than it had credit for."
                 self._next_seq += 1
-                self._chunks.append(payload)
+                self._chunks.append(Chunk(payload, message.rate))
             case Finished():
                 self.finished = message
         self._news.set()
@@ -99,12 +112,19 @@ class Speech:
 
 
 def silent_speech(request: Speak, engine: "EngineClient") -> Speech:
-    """The speech of a text without anything speakable: EMPTY_S of silence, there at once and without the GPU worker.
+    """The speech of a text without anything speakable: its pauses, but EMPTY_S of silence at least.
 
+    It is there at once and without the GPU worker, and its chunks are all the credit it needs.
     `engine` learns of the outcome.
     """
-    speech = Speech(request, grant=lambda _id, _chunks: None, abort=lambda _id, _error: None)
-    speech.receive(Audio(id=request.id, seq=0), bytes(bytes_for(EMPTY_S)))
+    pause_s = sum(segment.pause_ms for segment in request.segments) / 1000
+    whole, rest = divmod(bytes_for(max(EMPTY_S, pause_s)), _SILENCE_BYTES)
+    silence = bytes(_SILENCE_BYTES)
+    chunks = [silence] * whole + [silence[:rest]] * bool(rest)
+    enough = msgspec.structs.replace(request, credit=len(chunks))
+    speech = Speech(enough, grant=lambda _id, _chunks: None, abort=lambda _id, _error: None)
+    for seq, chunk in enumerate(chunks):
+        speech.receive(Audio(id=request.id, seq=seq, rate=None), chunk)
     no_time = Timings(queue_s=0.0, load_s=0.0, first_audio_s=0.0, total_s=0.0)
     usage = Usage(input_tokens=0, output_tokens=0)
     finished = Finished(id=request.id, reason="empty", usage=usage, timings=no_time)

@@ -28,13 +28,13 @@ class Keeper:
         self._id = secrets.token_hex(16)
         self.path = f"{prefix}/v1/audio/speech/{self._id}/audio"
 
-    def feed(self, pcm: bytes) -> None:
-        """Encode the next piece of a stream; beyond MAX_PCM_BYTES nothing is kept."""
+    def feed(self, pcm: bytes, rate: float | None) -> None:
+        """Encode the next piece of a stream, as Encoder.feed; beyond MAX_PCM_BYTES nothing is kept."""
         self._pcm_bytes += len(pcm)
         if self._pcm_bytes > MAX_PCM_BYTES:
             self._encoder = None
         if self._encoder is not None:
-            self._encoder.feed(pcm)
+            self._encoder.feed(pcm, rate)
 
     async def finish(self) -> None:
         """Store the stream that has been fed."""

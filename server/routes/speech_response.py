@@ -15,7 +15,7 @@ import structlog
 from litestar import Request, Response
 
 from server.audio import Encoder
-from server.engine import Speech
+from server.engine import Chunk, Speech
 from server.http.errors import CLIENT_GONE, ApiError, envelope
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
@@ -98,14 +98,14 @@ class SpeechResponse:
             first.result()
         return self._stream(self._as_events(first), first, "text/event-stream")
 
-    def _first_chunk(self) -> asyncio.Task[bytes | None]:
+    def _first_chunk(self) -> asyncio.Task[Chunk | None]:
         first = asyncio.create_task(self._speech.chunk())
         # Retrieves the error of a task whose client disconnects before its result is used; asyncio would log it.
         first.add_done_callback(lambda task: task.cancelled() or task.exception())
         return first
 
     def _stream(
-        self, content: AsyncIterator[bytes], first: asyncio.Task[bytes | None], media_type: str
+        self, content: AsyncIterator[bytes], first: asyncio.Task[Chunk | None], media_type: str
     ) -> ClosingStream:
         def close() -> None:
             first.cancel()
@@ -118,7 +118,7 @@ class SpeechResponse:
 
         return ClosingStream(content, on_close=close, media_type=media_type, headers=self._headers, status_code=200)
 
-    async def _as_audio(self, first: asyncio.Task[bytes | None]) -> AsyncIterator[bytes]:
+    async def _as_audio(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         try:
             async for data in self._encoded(await first):
                 yield data
@@ -126,7 +126,7 @@ class SpeechResponse:
         except ApiError as error:
             raise BrokenTransferError(error.message) from error
 
-    async def _as_events(self, first: asyncio.Task[bytes | None]) -> AsyncIterator[bytes]:
+    async def _as_events(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         while not (await asyncio.wait({first}, timeout=KEEPALIVE_S))[0]:
             yield b": keepalive\n\n"
         try:
@@ -141,14 +141,14 @@ class SpeechResponse:
         yield _event(SpeechDone(usage=usage_of(finished.usage), finish_reason=finished.reason))
         self._complete = True
 
-    async def _encoded(self, pcm: bytes | None) -> AsyncIterator[bytes]:
+    async def _encoded(self, chunk: Chunk | None) -> AsyncIterator[bytes]:
         try:
-            while pcm is not None:
+            while chunk is not None:
                 if self._keeper is not None:
-                    self._keeper.feed(pcm)
-                if data := self._encoder.feed(pcm):
+                    self._keeper.feed(chunk.pcm, chunk.rate)
+                if data := self._encoder.feed(chunk.pcm, chunk.rate):
                     yield data
-                pcm = await self._speech.chunk()
+                chunk = await self._speech.chunk()
             if data := self._encoder.finish():
                 yield data
             if self._keeper is not None:
@@ -175,10 +175,10 @@ async def whole_body(
     """The whole audio. `count` is told of the PCM that comes, and may refuse it."""
     parts = []
     size = 0
-    while (pcm := await speech.chunk()) is not None:
-        count(len(pcm))
-        parts.append(encoder.feed(pcm))
-        size += len(pcm)
+    while (chunk := await speech.chunk()) is not None:
+        count(len(chunk.pcm))
+        parts.append(encoder.feed(chunk.pcm, chunk.rate))
+        size += len(chunk.pcm)
         if size > MAX_WHOLE_BYTES:
             raise ApiError("invalid_value", "stream: too much speech for a whole body; stream it.", param="stream")
     parts.append(encoder.finish())

@@ -8,10 +8,10 @@ from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, load_resam
 from server.engine import INITIAL_CREDIT, EngineClient, Speech, cached_catalog, find_saved_voice, silent_speech
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
+from server.text import PreparedSegment, prepare
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Speak, new_speak_id
 from shared.settings import Settings
-from shared.text import is_speakable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class StartedSpeech:
     """A request that the engine has, and how its audio is to be encoded. Abort `speech` if the rest is not wanted."""
 
     speech: Speech
+    segments: list[PreparedSegment]
     resolved: Resolved
     audio_format: Format
     sample_rate: int
@@ -46,6 +47,7 @@ class SpeechStarter:
     async def start(self, data: SpeechRequest, request_id: str) -> StartedSpeech:
         """Check `data`, and let the engine speak it. Raises ApiError."""
         check_input(data.input, self.settings.max_input_chars)
+        segments = prepare(data.input)
         audio_format = data.response_format or "mp3"
         rate = sample_rate(data, audio_format)
         resolved = await self._resolve(data)
@@ -54,14 +56,15 @@ class SpeechStarter:
             reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
         if rate != SAMPLE_RATE:
             await load_resampler()
-        speak = self._speak(data, resolved, request_id)
-        empty = not is_speakable(data.input)
+        speak = self._speak(data, segments, resolved, request_id)
+        speakable = any(segment.text for segment in segments)
         return StartedSpeech(
-            speech=silent_speech(speak, self.engine) if empty else self.engine.speak(speak, reference),
+            speech=self.engine.speak(speak, reference) if speakable else silent_speech(speak, self.engine),
+            segments=segments,
             resolved=resolved,
             audio_format=audio_format,
             sample_rate=rate,
-            speed=1.0 if empty else data.speed or 1.0,
+            speed=data.speed or 1.0,
         )
 
     async def _resolve(self, data: SpeechRequest) -> Resolved:
@@ -72,13 +75,15 @@ class SpeechStarter:
         saved = await find_saved_voice(name, self.engine, self.client) if name is not None else None
         return resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
 
-    def _speak(self, data: SpeechRequest, resolved: Resolved, request_id: str) -> Speak:
+    def _speak(
+        self, data: SpeechRequest, segments: list[PreparedSegment], resolved: Resolved, request_id: str
+    ) -> Speak:
         return Speak(
             id=new_speak_id(request_id),
             client=self.client,
             model=resolved.model.id,
             task=resolved.model.task,
-            text=data.input,
+            segments=[segment.to_struct() for segment in segments],
             credit=INITIAL_CREDIT,
             voice=resolved.voice,
             saved_voice=resolved.saved_voice,

@@ -24,7 +24,7 @@ from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.planner import TASKS
-from shared.protocol import Sampling
+from shared.protocol import Sampling, Segment
 from tests.benchmarks import machine, stages
 from tests.benchmarks.official import TEXT, frame_ms
 from tests.benchmarks.stages import Clock
@@ -135,7 +135,7 @@ def main() -> None:
         return Job(
             id=str(number),
             task=task,
-            text=TEXT,
+            segments=[Segment(text=TEXT)],
             voice=next(iter(config.talker_config.spk_id), "") if task == "CustomVoice" else "",
             language="english",
             instructions="a deep voice" if task == "VoiceDesign" else "",

@@ -26,6 +26,7 @@ from shared.protocol import (
     Hello,
     Ping,
     Pong,
+    Segment,
     Speak,
     Started,
     Timings,
@@ -87,7 +88,7 @@ async def serve(url: str, frames: int) -> None:
 
 def _recorded_frames() -> list[bytes]:
     engine = EspeakEngine(next(spec for spec in load_catalog() if spec.engine == "espeak"))
-    engine.admit(Job(id="recording", task="CustomVoice", text=TEXT, voice="en-us+f2"))
+    engine.admit(Job(id="recording", task="CustomVoice", segments=[Segment(text=TEXT)], voice="en-us+f2"))
     pcm = b""
     while engine.runnable(()):
         pcm += b"".join(event.data for event in engine.step(()) if isinstance(event, Pcm))

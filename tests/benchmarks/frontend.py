@@ -26,7 +26,7 @@ from typing import Any, Final
 import msgspec
 import uvloop
 
-from shared.protocol import Audio, Cancel, Speak
+from shared.protocol import Audio, Cancel, Segment, Speak
 from tests.benchmarks import machine
 from tests.system.service import Service, children_of, environment, resident_bytes
 from tests.system.worker_client import WorkerClient
@@ -101,7 +101,13 @@ def print_first_bytes(folder: Path, requests: int) -> None:
 def first_chunk_s(worker: WorkerClient, name: str) -> float:
     """Seconds from a Speak to its first Audio."""
     speak = Speak(
-        id=name, client="benchmark", model="espeak-ng", task="CustomVoice", text=TEXT, voice="en-us+f2", credit=1
+        id=name,
+        client="benchmark",
+        model="espeak-ng",
+        task="CustomVoice",
+        segments=[Segment(text=TEXT)],
+        voice="en-us+f2",
+        credit=1,
     )
     began = time.perf_counter()
     worker.send(speak)

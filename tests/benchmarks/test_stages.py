@@ -8,7 +8,7 @@ import torch
 
 from gpu_worker.engines.base import Job
 from gpu_worker.engines.qwen.engine import QwenEngine
-from shared.protocol import Sampling
+from shared.protocol import Sampling, Segment
 from tests.benchmarks import stages
 from tests.gpu_worker.engines.qwen import driving
 
@@ -22,7 +22,14 @@ def engine() -> QwenEngine:
 def job(name: str) -> Job:
     """A job of 25 frames: with this seed the random checkpoint predicts end of speech there."""
     sampling = Sampling(seed=4, max_new_tokens=40)
-    return Job(id=name, task="CustomVoice", text="Hello world.", voice="ryan", language="english", sampling=sampling)
+    return Job(
+        id=name,
+        task="CustomVoice",
+        segments=[Segment(text="Hello world.")],
+        voice="ryan",
+        language="english",
+        sampling=sampling,
+    )
 
 
 def test_every_stage_is_timed_and_the_engine_is_restored(engine: QwenEngine) -> None:

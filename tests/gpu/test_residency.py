@@ -16,7 +16,7 @@ from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.residency import open_probe
-from shared.protocol import Sampling
+from shared.protocol import Sampling, Segment
 from tests.checkpoints import tiny, write
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take
 
@@ -90,7 +90,9 @@ def test_offload_returns_the_bytes_and_restore_speaks(
     began = time.monotonic()
     loader.submit(made.restore).result()
     sampling = Sampling(seed=1, max_new_tokens=4)
-    made.admit(Job(id="a", task="CustomVoice", text="Good morning.", voice="ryan", sampling=sampling))
+    made.admit(
+        Job(id="a", task="CustomVoice", segments=[Segment(text="Good morning.")], voice="ryan", sampling=sampling)
+    )
     while not any(isinstance(event, Pcm) for event in made.step(())):
         assert made.runnable(())
     first_frame_ms = (time.monotonic() - began) * 1000

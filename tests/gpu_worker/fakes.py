@@ -10,7 +10,7 @@ from gpu_worker.requests import Request, Send, Sink
 from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.catalog import ModelSpec
-from shared.protocol import DeviceMemory, HostMemory
+from shared.protocol import DeviceMemory, HostMemory, Segment
 
 WALL = 1_700_000_000.0
 """Unix seconds at which a FakeClock shows 0."""
@@ -44,7 +44,7 @@ def a_request(
         id=request_id,
         client=client,
         model=model,
-        job=Job(id=request_id, task="Base", text="a secret"),
+        job=Job(id=request_id, task="Base", segments=[Segment(text="a secret")]),
         sink=sink or a_sink(request_id),
         keep_alive_s=None,
         arrived_at=arrived_at,

@@ -21,6 +21,7 @@ from shared.protocol import (
     Message,
     Ping,
     Probe,
+    Segment,
     Speak,
     Timings,
     Usage,
@@ -99,7 +100,7 @@ class TestHello:
 
     def test_delivered(self, server: _Server) -> None:
         """After the Hello every message is delivered in order, with its payload and its sender."""
-        speak = Speak(id="r", client="c", model="m", task="Base", text="Grüße 😀", credit=3)
+        speak = Speak(id="r", client="c", model="m", task="Base", segments=[Segment(text="Grüße 😀")], credit=3)
         server.web().hello().send(speak, b"\1\2").send(Ping())
         hello, spoken, ping = server.next(), server.next(), server.next()
         assert hello == Incoming(hello.peer, Hello(version=VERSION, token=TOKEN), None)

@@ -42,6 +42,7 @@ from shared.protocol import (
     Ping,
     Pong,
     SavedVoice,
+    Segment,
     Snapshot,
     Speak,
     SpeechError,
@@ -363,7 +364,9 @@ class WorkerBench:
         self, request_id: str, text: str, *, peer: bytes = WEB, payload: bytes | None = None, **changes: Any
     ) -> None:
         """Send a Speak, with credit for all of the speech unless `changes` say otherwise."""
-        plain = Speak(id=request_id, client="alice", model="m", task="Base", text=text, credit=1_000)
+        plain = Speak(
+            id=request_id, client="alice", model="m", task="Base", segments=[Segment(text=text)], credit=1_000
+        )
         self.send(msgspec.structs.replace(plain, **changes), payload, peer)
 
     def call(self, call_id: str, action: Action, payload: bytes | None = None, peer: bytes = WEB) -> None:

@@ -32,6 +32,7 @@ from shared.protocol import (
     Reply,
     Sampling,
     SavedVoice,
+    Segment,
     Speak,
     Started,
     StreamState,
@@ -52,13 +53,13 @@ PASS = CleanupPass(
 
 FROM_WEB = [
     Hello(version=VERSION, token=""),
-    Speak(id="r", client="c", model="m", task="CustomVoice", text="Grüße \0 😀 \u2028", credit=0),
+    Speak(id="r", client="c", model="m", task="CustomVoice", segments=[Segment(text="Grüße \0 😀 \u2028")], credit=0),
     Speak(
         id="r",
         client="c",
         model="m",
         task="Base",
-        text="t",
+        segments=[Segment(text="t")],
         credit=8,
         voice="voice_1",
         saved_voice=True,

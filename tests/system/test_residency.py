@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import httpx
 import pytest
 
-from shared.protocol import Audio, Credit, Finished, Probe, Speak
+from shared.protocol import Audio, Credit, Finished, Probe, Segment, Speak
 from tests.recogniser import SENTENCES
 from tests.system.residency_service import (
     DESIGN,
@@ -291,7 +291,7 @@ class TestIdle:
                     client="reader",
                     model=SMALL,
                     task="CustomVoice",
-                    text=SENTENCES[0],
+                    segments=[Segment(text=SENTENCES[0])],
                     voice="ryan",
                     credit=1,
                 )

@@ -15,7 +15,20 @@ import httpx
 import msgspec
 import pytest
 
-from shared.protocol import Audio, Cancel, Failed, Finished, Message, Ping, Pong, Sampling, Snapshot, Speak, Started
+from shared.protocol import (
+    Audio,
+    Cancel,
+    Failed,
+    Finished,
+    Message,
+    Ping,
+    Pong,
+    Sampling,
+    Segment,
+    Snapshot,
+    Speak,
+    Started,
+)
 from tests.checkpoints import tiny
 from tests.recogniser import SENTENCES
 from tests.system.residency_service import EXACT_MALLOC
@@ -82,7 +95,7 @@ class LoadClient:
             client=client,
             model=MODEL,
             task="CustomVoice",
-            text=text,
+            segments=[Segment(text=text)],
             voice="ryan",
             sampling=sampling,
             credit=16,

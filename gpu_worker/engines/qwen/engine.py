@@ -17,7 +17,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
+from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
 from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
@@ -83,7 +83,7 @@ class QwenEngine:
         self._parts = parts
         self._clock = clock
         self._eos_code = parts.state.eos_code
-        self._pause = bytes(bytes_for(pause_s))
+        self._gap = bytes(bytes_for(pause_s))
         self._run_ahead = run_ahead
         self._cuda = parts.state.active.is_cuda
         self._free_slots = list(range(parts.slots))
@@ -115,6 +115,7 @@ class QwenEngine:
             return True
         return any(
             sequence.prompt is not None
+            or sequence.pause_left
             or sequence.can_launch
             or sequence.chunk_due
             or (sequence.ended and (sequence.generating or _reference_done(sequence)))
@@ -135,6 +136,7 @@ class QwenEngine:
                 self._frames.popleft()
             self._decode_due_chunks()
             self._deliver(max_pending=MAX_PENDING_DELIVERIES if launched else 0)
+        self._emit_pauses(sequences)
         events, self._events = self._events, []
         return events
 
@@ -275,7 +277,7 @@ class QwenEngine:
         if encoded is not None:
             voice = Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=plan.transcript)
         utterance = self._parts.planner.utterance(
-            sequence.job, plan, sequence.next_text, voice, frames_left=sequence.frames_left
+            sequence.job, plan, sequence.next.text, voice, frames_left=sequence.frames_left
         )
         sequence.start_utterance(utterance)
 
@@ -284,7 +286,11 @@ class QwenEngine:
         tokens = 0
         chosen: list[RunningJob] = []
         for sequence in sequences:
-            if sequence.prompt is None or (chosen and tokens + sequence.prompt_tokens > MAX_PREFILL_TOKENS):
+            if (
+                sequence.prompt is None
+                or sequence.pause_left
+                or (chosen and tokens + sequence.prompt_tokens > MAX_PREFILL_TOKENS)
+            ):
                 continue
             tokens += sequence.prompt_tokens
             chosen.append(sequence)
@@ -357,27 +363,47 @@ class QwenEngine:
                 for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
                     if sequence.alive:
                         sequence.check_silence(samples, FRAME_SAMPLES)
-                        self._emit(sequence, samples.tobytes())
+                        self._emit(sequence, samples.tobytes(), sequence.rate)
             self._deliveries.popleft()
 
     def _end_utterance(self, end: UtteranceEnd) -> None:
         """End the job, or start its next utterance. Events are added last, behind everything that may raise."""
         sequence = end.sequence
         if end.last:
-            self._release(sequence)
-            self._events.append(Done(sequence.job.id, sequence.reason, sequence.usage))
+            sequence.pause_left = sequence.next.pause_bytes
+            if not sequence.pause_left:
+                self._finish(sequence)
             return
+        rate = sequence.rate
         try:
             self._start_utterance(sequence)
         except JobError as error:
             self._fail(sequence, error)
             return
-        if self._pause:
-            self._emit(sequence, self._pause)
+        if self._gap:
+            self._emit(sequence, self._gap, rate)
 
-    def _emit(self, sequence: RunningJob, pcm: bytes) -> None:
+    def _emit_pauses(self, sequences: Iterable[RunningJob]) -> None:
+        """Emit the next piece of each pause. A job whose last sound is a pause ends behind it.
+
+        An utterance behind a pause has its prompt by now, and no frame.
+        """
+        for sequence in sequences:
+            if not sequence.pause_left or not sequence.alive:
+                continue
+            size = min(sequence.pause_left, PAUSE_CHUNK_BYTES)
+            sequence.pause_left -= size
+            self._emit(sequence, bytes(size), None)
+            if not sequence.pause_left and sequence.prompt is None:
+                self._finish(sequence)
+
+    def _emit(self, sequence: RunningJob, pcm: bytes, rate: float | None) -> None:
         sequence.on_delivered(seconds_of(pcm), self._clock())
-        self._events.append(Pcm(sequence.job.id, pcm))
+        self._events.append(Pcm(sequence.job.id, pcm, rate))
+
+    def _finish(self, sequence: RunningJob) -> None:
+        self._release(sequence)
+        self._events.append(Done(sequence.job.id, sequence.reason, sequence.usage))
 
     def _fail(self, sequence: RunningJob, error: JobError) -> None:
         self._release(sequence)

@@ -17,13 +17,15 @@ from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.model.slot_state import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.text_splitting import (
     MAX_CHARS_PER_TOKEN,
-    clean_input,
+    clean_text,
     fits_tokens,
     remove_controls,
     split_into_utterances,
 )
 from gpu_worker.voices import check_transcript
+from shared.pcm import bytes_for
 from shared.protocol import Sampling, Task
+from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
 TASKS: Final[dict[str, Task]] = {"custom_voice": "CustomVoice", "voice_design": "VoiceDesign", "base": "Base"}
 
@@ -44,17 +46,28 @@ GREEDY_BELOW_TEMPERATURE: Final = 1e-5
 """Lower temperatures mean greedy sampling: logits divided by a smaller number leave the range of float32."""
 
 
+class Passage(msgspec.Struct, frozen=True):
+    """The text of an utterance, its rate, and the pause before it in bytes of PCM.
+
+    An empty `text` ends the job; its pause is the last sound.
+    """
+
+    text: str
+    rate: float = 1.0
+    pause_bytes: int = 0
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A job that passed all checks.
 
-    `texts` yields the texts of the utterances, once; each is cut off when it is asked for.
+    `passages` yields the texts of the utterances, once; each is cut off when it is asked for.
     `longest_tokens` is the most text tokens that an utterance can have.
     `max_new_tokens` limits the frames of the whole job; None if the request sets no limit.
     `whole_text` is the text layout, see PromptBuilder.build.
     `instructions` and `transcript` are the job's, without control characters and control tokens.
     """
 
-    texts: Iterator[str]
+    passages: Iterator[Passage]
     longest_tokens: int
     sampling: SamplingParams
     seed: int
@@ -90,17 +103,23 @@ class Planner:
         Raises:
             JobError: `invalid_value`, `voice_not_found` or `task_mismatch`, with the field at fault.
         """
-        text, instructions = clean_input(job.text), remove_controls(job.instructions)
+        texts = [segment.text for segment in job.segments if is_speakable(segment.text)]
+        if not texts:
+            raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
+        instructions = remove_controls(job.instructions)
         transcript = remove_controls(job.reference.text or "").strip() if job.reference is not None else ""
         self._check(job, transcript)
         limit = self._max_tokens(job, instructions)
         longest = limit
-        if fits_tokens(text, limit, self._prompts.count):
+        if len(texts) > 1:
+            if job.task == "VoiceDesign":
+                raise _in_parts()
+        elif fits_tokens(text := clean_text(texts[0]), limit, self._prompts.count):
             longest = self._prompts.count(text)
         elif job.task == "VoiceDesign":
             raise self._too_long(text, limit)
         return Plan(
-            texts=split_into_utterances(text, job.language, limit, self._prompts.count),
+            passages=self._passages(job, limit),
             longest_tokens=longest,
             sampling=sampling_params(job.sampling, self._generation),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
@@ -132,6 +151,16 @@ class Planner:
             field = "ref_text" if voice.codes is not None else "instructions"
             raise JobError("invalid_value", f"{field}: no room is left for speech; make it shorter", param=field)
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
+
+    def _passages(self, job: Job, limit: int) -> Iterator[Passage]:
+        pause_bytes = 0
+        for segment in job.segments:
+            text = clean_text(segment.text)
+            for part in split_into_utterances(text, job.language, limit, self._prompts.count) if text else ():
+                yield Passage(part, segment.rate, pause_bytes)
+                pause_bytes = 0
+            pause_bytes += bytes_for(segment.pause_ms / 1000)
+        yield Passage("", pause_bytes=pause_bytes)
 
     def _max_tokens(self, job: Job, instructions: str) -> int:
         """The most text tokens of an utterance. With a described voice, the whole text must be one utterance."""
@@ -176,6 +205,15 @@ class Planner:
                 message = "ref_text, the transcript of the recording, is missing; or set x_vector_only_mode"
                 raise JobError("invalid_value", message, param="ref_text")
             check_transcript(transcript, job.reference.pcm)
+
+
+def _in_parts() -> JobError:
+    """A described voice is a different one in each utterance, and a pause ends an utterance."""
+    message = (
+        "a described voice speaks its text in one go: leave out the pauses and changes of rate between the words, "
+        "or save the voice (POST /v1/audio/voices, type=prompt) and let that one speak"
+    )
+    return JobError("invalid_value", message, param="input")
 
 
 def frame_cap(tokens: int, wanted: int, room: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from gpu_worker.engines.base import FinishReason, Job
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
-from gpu_worker.engines.qwen.planner import Plan, Utterance
+from gpu_worker.engines.qwen.planner import Passage, Plan, Utterance
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
 from shared.protocol import Usage
 
@@ -27,7 +27,8 @@ SILENCE_PEAK: Final = 33
 class RunningJob:
     """A job in its slot.
 
-    `next_text` is the text of the next utterance, "" if there is none.
+    `next` is the next passage; without a text, the job ends behind its pause. `rate` is that of the utterance.
+    `pause_left` are the bytes of a pause that no step has emitted yet. An utterance waits for its prefill until then.
     `reference` is the recording while it is being encoded, `oom_reference` the first attempt if that ran out of memory.
     `prompt` is set while an utterance waits for its prefill; `generating` is true from the prefill to its last chunk.
     `ended` is true if no further frame of the utterance will be launched.
@@ -40,7 +41,9 @@ class RunningJob:
         self.job = job
         self.slot = slot
         self.plan = plan
-        self.next_text = next(plan.texts, "")
+        self.next = next(plan.passages, Passage(""))
+        self.rate = 1.0
+        self.pause_left = 0
         self.reference: Future[EncodedReference] | None = None
         self.oom_reference: Future[EncodedReference] | None = None
         self.encoded: EncodedReference | None = None
@@ -59,7 +62,9 @@ class RunningJob:
     def start_utterance(self, utterance: Utterance) -> None:
         """Set the prompt of the next utterance, which then waits for its prefill."""
         self.utterance += 1
-        self.next_text = next(self.plan.texts, "")
+        self.rate = self.next.rate
+        self.pause_left = self.next.pause_bytes
+        self.next = next(self.plan.passages, Passage(""))
         self.prompt = utterance.prompt
         self.prompt_tokens = len(utterance.prompt.embeds)
         self.trailing_tokens = len(utterance.prompt.trailing)
@@ -119,9 +124,9 @@ class RunningJob:
     def finish_utterance(self) -> bool:
         """End the utterance, whose last frames went to the vocoder. Returns True if the job ends with it."""
         self.generating = False
-        if self.next_text and self.frames_left == 0:
-            self.next_text, self.reason = "", "length"
-        return not self.next_text
+        if self.next.text and self.frames_left == 0:
+            self.next, self.reason = Passage(""), "length"
+        return not self.next.text
 
     def check_silence(self, pcm: np.ndarray, frame_samples: int) -> None:
         """End the utterance if the model has gone silent. pcm: a decoded chunk, int16 [samples]."""

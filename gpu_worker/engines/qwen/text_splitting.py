@@ -11,8 +11,7 @@ from typing import Final
 
 import sentencex
 
-from gpu_worker.engines.base import JobError
-from shared.text import CONTROL_TOKEN, NO_SPEAKABLE_TEXT, is_speakable
+from shared.text import CONTROL_TOKEN, is_speakable
 
 _LANGUAGE_CODES: Final = {
     "chinese": "zh",
@@ -46,16 +45,10 @@ def remove_controls(text: str) -> str:
     return text.translate(controls) if controls else text
 
 
-def clean_input(text: str) -> str:
-    """The text without control characters, control tokens and outer white space.
-
-    Raises:
-        JobError: `invalid_value`: no letter or digit of any script is left.
-    """
+def clean_text(text: str) -> str:
+    """The text without control characters, control tokens and outer white space; "" if no letter or digit is left."""
     text = remove_controls(text).strip()
-    if not is_speakable(text):
-        raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
-    return text
+    return text if is_speakable(text) else ""
 
 
 def fits_tokens(text: str, limit: int, count: Callable[[str], int]) -> bool:

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Memory, Pcm
+from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.espeak import CHUNK_S, MAX_PIECE_CHARS, SLOTS, EspeakEngine
 from shared.catalog import Voice, load_catalog
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
-from shared.protocol import Sampling
+from shared.protocol import Sampling, Segment
 from tests.audio import peak
 from tests.recogniser import SENTENCES, recognise
 
@@ -36,7 +36,7 @@ def _job(text: str, voice: str = "en-us+f2", language: str = "auto", max_new_tok
     return Job(
         id=f"job-{next(_ids)}",
         task="CustomVoice",
-        text=text,
+        segments=[Segment(text=text)],
         voice=voice,
         language=language,
         sampling=Sampling(max_new_tokens=max_new_tokens),
@@ -313,6 +313,45 @@ class TestStreaming:
         assert (done.reason, done.usage.output_tokens) == ("length", 7)
         assert len(_speech(events)) == 7 * FRAME_SAMPLES * 2
         assert recognise(_say(engine, _job(SENTENCES[0], max_new_tokens=1_000))) == SENTENCES[0]
+
+
+class TestPauses:
+    """Segments with pauses between them."""
+
+    def test_exact(self, engine: EspeakEngine) -> None:
+        """Each pause is exact to a sample and comes in pieces between the words, which stay intelligible."""
+        segments = [
+            Segment(text="", pause_ms=250),
+            Segment(text=SENTENCES[0], pause_ms=1500),
+            Segment(text=SENTENCES[1], pause_ms=701, rate=2.0),
+        ]
+        job = msgspec.structs.replace(_job(""), segments=segments)
+        events = _run(engine, [job])[job.id]
+        pieces = [event for event in events if isinstance(event, Pcm)]
+        parts = [
+            (rate, b"".join(piece.data for piece in group))
+            for rate, group in itertools.groupby(pieces, lambda piece: piece.rate)
+        ]
+        silence = [data for rate, data in parts if rate is None]
+        assert [rate for rate, _ in parts] == [None, 1.0, None, 2.0, None]
+        assert silence == [bytes(12_000), bytes(72_000), bytes(33_648)]
+        assert [recognise(parts[1][1]), recognise(parts[3][1])] == list(SENTENCES[:2])
+        assert max(len(piece.data) for piece in pieces) <= PAUSE_CHUNK_BYTES
+        done = events[-1]
+        assert isinstance(done, Done)
+        assert done.usage.output_tokens == -(-(len(parts[1][1]) + len(parts[3][1])) // 3840)
+
+    def test_parked_in_a_pause(self, engine: EspeakEngine) -> None:
+        """A job that is parked after every step has the same pauses, and keeps no bytes for them."""
+        job = msgspec.structs.replace(_job(""), segments=[Segment(text="", pause_ms=1500), Segment(text="One.")])
+        engine.admit(job)
+        pcm = b""
+        while engine.runnable(()):
+            for event in engine.step(()):
+                pcm += event.data if isinstance(event, Pcm) and event.rate is None else b""
+            assert engine.park(job.id) == engine.park_bytes(job.id)
+            engine.unpark(job.id)
+        assert pcm == bytes(72_000)
 
 
 class TestOddText:

@@ -47,6 +47,21 @@ def likeness(heard: bytes, spoken: bytes) -> float:
     return float((correlation / np.sqrt(energy)).max())
 
 
+@pytest.mark.parametrize("speed", [0.25, 1.0, 4.0])
+def test_the_rate_of_a_piece_multiplies_the_speed(speed: float) -> None:
+    """Each piece is exact in length: within the limits of the speed, and a pause at any speed as it is."""
+    pieces = [(tone(0.5), 1.0), (bytes(bytes_for(1.5)), None), (tone(0.25), 2.0), (tone(0.25), 0.5), (b"", 1.0)]
+    encoder = Encoder("pcm", speed=speed)
+    heard = b"".join([*(encoder.feed(pcm, rate) for pcm, rate in pieces), encoder.finish()])
+    factors = [1.0 if rate is None else min(max(speed * rate, 0.25), 4.0) for _, rate in pieces]
+    lengths = [round(samples_of(pcm) / factor) for (pcm, _), factor in zip(pieces, factors, strict=True)]
+    assert samples_of(heard) == sum(lengths)
+    pause = heard[lengths[0] * 2 :][: bytes_for(1.5)]
+    assert pause == bytes(bytes_for(1.5))
+    if speed == 1.0:
+        assert heard.startswith(tone(0.5))
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("speed", [0.25, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("audio_format", FORMATS)

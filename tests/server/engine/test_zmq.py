@@ -24,6 +24,7 @@ from shared.protocol import (
     Hello,
     Reply,
     SavedVoice,
+    Segment,
     Speak,
     SpeechError,
 )
@@ -74,7 +75,12 @@ def reason(engine: ZmqEngineClient) -> str:
 
 def _request(number: int = 1) -> Speak:
     return Speak(
-        id=f"r{number}", client="me", model="espeak-ng", task="CustomVoice", text="hello", credit=INITIAL_CREDIT
+        id=f"r{number}",
+        client="me",
+        model="espeak-ng",
+        task="CustomVoice",
+        segments=[Segment(text="hello")],
+        credit=INITIAL_CREDIT,
     )
 
 
@@ -84,7 +90,8 @@ async def test_chunks_come_in_order(client: ZmqEngineClient, worker: FakeWorker)
     chunks = []
     while (chunk := await speech.chunk()) is not None:
         chunks.append(chunk)
-    assert chunks == tone("hello", 3)
+    assert [chunk.pcm for chunk in chunks] == tone("hello", 3)
+    assert {chunk.rate for chunk in chunks} == {1.0}
     assert speech.finished is not None
     assert speech.finished.usage.output_tokens == 3
     assert not worker.of(Cancel)

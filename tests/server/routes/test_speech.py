@@ -7,7 +7,7 @@ import httpx
 import msgspec
 import pytest
 
-from shared.protocol import SavedVoice, Speak
+from shared.protocol import SavedVoice, Segment, Speak
 from tests.audio import tone, wav
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, Serve
@@ -26,7 +26,8 @@ async def test_resolved_fields_reach_the_worker(serve: Serve, worker: FakeWorker
     answer = await client.post(SPEECH, json={"model": "tts-1-hd", "nonsense": {"a": 1}, **body})
     assert answer.status_code == 200
     [speak] = worker.of(Speak)
-    assert (speak.text, speak.voice, speak.instructions, speak.language) == ("hi", "ryan", "softly", "english")
+    assert speak.segments == [Segment(text="hi")]
+    assert (speak.voice, speak.instructions, speak.language) == ("ryan", "softly", "english")
     assert (speak.model, speak.task, speak.sampling.seed) == (LARGE, "CustomVoice", 7)
     assert (speak.keep_alive_s, speak.client) == (300.0, "peer:127.0.0.1")
 

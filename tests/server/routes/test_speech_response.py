@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from shared.pcm import seconds_of
-from shared.protocol import Cancel, Credit, Failed, Speak
+from shared.protocol import Cancel, Credit, Failed, Segment, Speak
 from tests.audio import decode, peak
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SHARED_LOOP, SPEECH, becomes, responds, serving, until
@@ -85,6 +85,26 @@ async def test_a_text_without_anything_speakable_is_silence(
     assert done["finish_reason"] == answer.headers["x-finish-reason"] == "empty"
     assert done["usage"] == {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     assert worker.of(Speak) == []
+
+
+async def test_pauses_alone_are_as_long_as_they_say(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Streamed and whole; nothing was speakable all the same."""
+    for stream in (False, True):
+        body = {"input": "[pause:1.5s] … [pause:20ms]", "response_format": "pcm", "stream": stream, "speed": 2.0}
+        answer = await client.post(SPEECH, json=body)
+        assert answer.content == bytes(2 * 24 * 1520)
+        assert answer.headers["x-finish-reason"] == "empty"
+    assert worker.of(Speak) == []
+
+
+async def test_pauses_reach_the_worker_and_keep_their_length(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """The text goes to the worker in segments. Silence that the worker marks as a pause has its length at any speed."""
+    body = {"input": "One.[pause:1.5s] Two.", "response_format": "pcm", "speed": 2.0}
+    answer = await client.post(SPEECH, json=body)
+    [speak] = worker.of(Speak)
+    assert speak.segments == [Segment(text="One.", pause_ms=1500), Segment(text=" Two.")]
+    assert len(answer.content) == 2 * (3 * 3840 // 2) + 72_000
+    assert bytes(72_000) in answer.content
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -13,7 +13,7 @@ from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference
 from gpu_worker.engines.qwen.build import QwenOptions, build_parts
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
-from shared.protocol import Sampling
+from shared.protocol import Sampling, Segment
 from tests.checkpoints import Kind, Size, tiny
 
 _woken = threading.Event()
@@ -61,7 +61,8 @@ def job(number: int, text: str = "Hello world, good morning.", **fields: Any) ->
     """A CustomVoice job with a seed of its own; `fields` replace or add."""
     sampling = fields.pop("sampling", Sampling(seed=number, max_new_tokens=24))
     return Job(
-        **{"id": f"job {number}", "task": "CustomVoice", "text": text, "voice": "vivian", **fields}, sampling=sampling
+        **{"id": f"job {number}", "task": "CustomVoice", "segments": [Segment(text=text)], "voice": "vivian", **fields},
+        sampling=sampling,
     )
 
 

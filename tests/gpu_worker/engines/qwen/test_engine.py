@@ -1,11 +1,14 @@
 """What an engine speaks: the official waveform, the same in any batch, utterance by utterance."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from gpu_worker.engines.base import Done
+from gpu_worker.engines.base import Done, Pcm
 from gpu_worker.engines.qwen.engine import QwenEngine
-from shared.protocol import Sampling
+from shared.pcm import bytes_for
+from shared.protocol import Sampling, Segment
 from tests.benchmarks.endless import endless
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, clone, engine, job, run, take
@@ -85,6 +88,40 @@ def test_a_long_text_is_spoken_utterance_by_utterance(speaker: QwenEngine) -> No
     pauses = spoken.chunks.count(PAUSE)
     assert len(spoken.pcm) == spoken.end.usage.output_tokens * FRAME_BYTES + pauses * len(PAUSE)
     assert abs(spoken.end.usage.input_tokens - tokens_of(LONG.strip())) <= pauses
+
+
+PAUSED = [
+    Segment(text="", pause_ms=250),
+    Segment(text="Hello world.", pause_ms=1500),
+    Segment(text="Good morning.", pause_ms=701, rate=2.0),
+]
+"""Pauses before, between and behind two utterances."""
+
+
+def test_pauses_are_exact(speaker: QwenEngine) -> None:
+    """A pause comes on top of the silence between utterances, in pieces, and the words around it stay the same."""
+    spoken = run(speaker, [job(1, segments=PAUSED, sampling=Sampling(seed=1))])["job 1"]
+    alone = run(speaker, [job(1, "Hello world.", sampling=Sampling(seed=1))])["job 1"]
+    assert spoken.pcm.startswith(bytes(bytes_for(0.25)) + alone.pcm + PAUSE + bytes(72_000))
+    assert spoken.pcm.endswith(bytes(bytes_for(0.701)))
+    assert len(spoken.pcm) == end_of(spoken)[1] * FRAME_BYTES + len(PAUSE) + bytes_for(2.451)
+    assert max(len(chunk) for chunk in spoken.chunks) <= bytes_for(0.64)
+
+
+def test_a_job_in_a_pause_can_be_held_back_and_cancelled(speaker: QwenEngine) -> None:
+    """While it is held back, no silence comes either. The rates of the pieces are those of their segments."""
+    one = job(1, segments=PAUSED, sampling=Sampling(seed=1))
+    speaker.admit(one)
+    assert not speaker.runnable([one.id])
+    assert speaker.step([one.id]) == []
+    rates = []
+    while speaker.runnable(()):
+        rates += [event.rate for event in speaker.step(()) if isinstance(event, Pcm)]
+    assert [rate for rate, _ in itertools.groupby(rates)] == [None, 1.0, None, 2.0, None]
+    speaker.admit(one)
+    speaker.step(())
+    speaker.cancel(one.id)
+    assert not speaker.runnable(())
 
 
 def test_every_utterance_has_its_own_randomness(speaker: QwenEngine) -> None:

@@ -1,10 +1,12 @@
 """Jobs that an engine refuses: the error names the field, and the job holds nothing."""
 
+from typing import Any
+
 import pytest
 
 from gpu_worker.engines.base import Done, Job, JobError, Reference
 from gpu_worker.engines.qwen.engine import QwenEngine
-from shared.protocol import Sampling
+from shared.protocol import Sampling, Segment
 from tests.gpu_worker.engines.qwen.driving import engine, job, parts, recording, run
 from tests.gpu_worker.engines.qwen.test_engine import end_of, tokens_of
 
@@ -59,6 +61,18 @@ def test_a_text_too_long_for_a_described_voice_is_refused() -> None:
         speaker.admit(job(1, "hello world " * 400, **fields))
     assert (refusal.value.code, refusal.value.param) == ("invalid_value", "input")
     assert speaker.capacity() == 1
+
+
+def test_a_described_voice_cannot_pause_between_words() -> None:
+    """It would be another voice behind the pause. Before and behind all words it can pause."""
+    speaker = engine("voice_design", slots=1, max_model_len=2048)
+    fields: dict[str, Any] = {"task": "VoiceDesign", "voice": "", "instructions": "a deep voice"}
+    segments = [Segment(text="", pause_ms=80), Segment(text="Hello", pause_ms=80)]
+    with pytest.raises(JobError, match=r"in one go.*type=prompt") as refusal:
+        speaker.admit(job(1, segments=[*segments, Segment(text="world")], **fields))
+    assert (refusal.value.code, refusal.value.param) == ("invalid_value", "input")
+    spoken = run(speaker, [job(2, segments=segments, **fields)])["job 2"]
+    assert len(spoken.pcm) == (end_of(spoken)[1] + 2) * 3840
 
 
 def test_too_little_room_for_a_later_utterance_refuses_the_job() -> None:

@@ -35,7 +35,7 @@ from tests.gpu_worker.engines.qwen.faulty_parts import (
     OutOfMemoryOperators,
     with_encoder,
 )
-from tests.gpu_worker.engines.qwen.test_engine import LONG, PAUSE, end_of
+from tests.gpu_worker.engines.qwen.test_engine import LONG, PAUSE, PAUSED, end_of
 
 KINDS: Sequence[Kind] = ("custom_voice", "voice_design", "base")
 
@@ -68,6 +68,7 @@ def jobs_of(kind: Kind) -> list[Job]:
         job(4, non_streaming_mode=False, sampling=sampling(1, 12, top_k=0, top_p=0.97, temperature=3.0)),
         job(5, sampling=sampling(2, 12, repetition_penalty=8.0)),
         job(6, sampling=sampling(1, 12, top_k=3, temperature=2.0)),
+        job(7, segments=PAUSED, sampling=Sampling(seed=1)),
     ]
 
 

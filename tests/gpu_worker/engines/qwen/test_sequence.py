@@ -4,8 +4,9 @@ import torch
 
 from gpu_worker.engines.base import Job
 from gpu_worker.engines.qwen.model.prompt import Prompt
-from gpu_worker.engines.qwen.planner import Plan, Utterance
+from gpu_worker.engines.qwen.planner import Passage, Plan, Utterance
 from gpu_worker.engines.qwen.sequence import MAX_SILENT_FRAMES, RunningJob, most_urgent_first
+from shared.protocol import Segment
 from tests.gpu_worker.engines.qwen.parity import GREEDY
 
 
@@ -17,14 +18,14 @@ def utterance(max_frames: int) -> Utterance:
 def running_job(max_frames: int = 100, max_new_tokens: int | None = None) -> RunningJob:
     """A job of two utterances; the first one is generating."""
     plan = Plan(
-        texts=iter(["a", "b"]),
+        passages=iter([Passage("a"), Passage("b")]),
         longest_tokens=7,
         sampling=GREEDY,
         seed=0,
         max_new_tokens=max_new_tokens,
         whole_text=True,
     )
-    sequence = RunningJob(Job(id="j", task="CustomVoice", text="a"), 0, plan)
+    sequence = RunningJob(Job(id="j", task="CustomVoice", segments=[Segment(text="a")]), 0, plan)
     sequence.start_utterance(utterance(max_frames))
     sequence.on_prefilled()
     return sequence

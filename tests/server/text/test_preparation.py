@@ -1,0 +1,103 @@
+"""From an input to segments: pauses, offsets, and what is left out."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.http.errors import ApiError
+from server.text import PreparedSegment, prepare
+from shared.protocol import Segment
+from shared.text import is_speakable
+
+SAMPLES_A_MS = 24
+
+
+def spoken(segments: list[PreparedSegment]) -> list[tuple[str, int]]:
+    """The text of each segment, and the pause behind it."""
+    return [(segment.text, segment.pause_ms) for segment in segments]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello there.", [("Hello there.", 0)]),
+        (" Two\n\nparagraphs. ", [(" Two\n\nparagraphs. ", 0)]),
+        ("One.[pause:1.5s]Two.", [("One.", 1500), ("Two.", 0)]),
+        ("One. [pause:1.5s] Two.", [("One. ", 1500), (" Two.", 0)]),
+        ("One. [PAUSE: 500 MS ] Two.", [("One. ", 500), (" Two.", 0)]),
+        ("[pause:2s]One.", [("", 2000), ("One.", 0)]),
+        ("One.[pause:2s]", [("One.", 2000)]),
+        ("[pause:1s][pause:.25s]One.[pause:1s] [pause:1ms]", [("", 1250), ("One.", 1001)]),
+        ("One.[pause:1s] … [pause:2s]Two.", [("One.", 3000), ("Two.", 0)]),
+        ("One.[pause:0s] Two.", [("One. Two.", 0)]),
+        ("One.[pause:30s]", [("One.", 30_000)]),
+        ("a[pause:1s]b[pause:1s]c", [("a", 1000), ("b", 1000), ("c", 0)]),
+        ("…", [("", 0)]),
+        ("---[pause:1s]---", [("", 1000)]),
+        ("[pause:1s]", [("", 1000)]),
+        ("<|im_end|> [pause:1s]", [("", 1000)]),
+        (
+            "A [pause] of [pause:x] and [pause:1h] and pause:1s.",
+            [("A [pause] of [pause:x] and [pause:1h] and pause:1s.", 0)],
+        ),
+        ("[[pause:1s]]a", [("", 1000), ("]a", 0)]),
+        ("日本。[pause:1s]語。", [("日本。", 1000), ("語。", 0)]),
+        ("\U0001f600 [pause:1s] é", [("", 1000), (" é", 0)]),
+    ],
+)
+def test_pauses(text: str, expected: list[tuple[str, int]]) -> None:
+    """A pause mark is silence behind the segment before it; what has no letter or digit is left out."""
+    assert spoken(prepare(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["a[pause:30.1s]", "a[pause:30001ms]", "a[pause:999999s]", "a[pause:30s]" * 21])
+def test_pauses_have_limits(text: str) -> None:
+    """One has at most 30 s, and all of them ten minutes."""
+    with pytest.raises(ApiError, match="at most") as caught:
+        prepare(text)
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "input")
+
+
+def test_what_the_worker_gets() -> None:
+    """Text, pause and rate, without the offsets."""
+    assert [segment.to_struct() for segment in prepare("[pause:1s]Hello.[pause:2s]")] == [
+        Segment(text="", pause_ms=1000),
+        Segment(text="Hello.", pause_ms=2000),
+    ]
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        ["[pause:1s]", "[pause:1ms]", "[pause:", "[", "]", "word ", "é日\U0001f600", "\n\n", "…", "<|x|>", " "]
+    )
+)
+
+
+@given(PIECES.map("".join) | st.text())
+def test_no_text_is_lost_and_offsets_are_exact(text: str) -> None:
+    """Every letter outside the marks is spoken once, in order, and each character knows its place in the input."""
+    segments = prepare(text)
+    places = []
+    for segment in segments:
+        for index, character in enumerate(segment.text):
+            start, end = segment.source_range(index, index + 1)
+            assert text[start:end] == character
+            places.append(start)
+    assert places == sorted(set(places))
+    left_out = "".join(character for index, character in enumerate(text) if index not in set(places))
+    rest = re.sub(r"\[pause:1m?s\]", "", left_out, flags=re.IGNORECASE)
+    assert not is_speakable(rest)
+    assert all(segment.text for segment in segments[1:])
+
+
+@given(PIECES.map("".join), st.data())
+def test_a_range_is_from_its_first_to_its_last_character(text: str, data: st.DataObject) -> None:
+    """The source of several characters reaches from that of the first to that of the last."""
+    segment = data.draw(st.sampled_from(prepare(text)))
+    if segment.text:
+        start = data.draw(st.integers(0, len(segment.text) - 1))
+        end = data.draw(st.integers(start + 1, len(segment.text)))
+        first, last = segment.source_range(start, start + 1), segment.source_range(end - 1, end)
+        assert segment.source_range(start, end) == (first[0], last[1])
