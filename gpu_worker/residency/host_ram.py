@@ -4,7 +4,6 @@ A container's limit counts: the figures are the smaller of the machine's and the
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
+
+from shared.heap import trim_heap
 
 _PROC: Final = Path("/proc")
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -64,12 +65,10 @@ class CpuDriver:
 
 
 def trim_host(*, collect: bool) -> None:
-    """Let the C library (glibc) return free memory to the system; with `collect`, collect garbage first."""
+    """Let the C library return free memory to the system; with `collect`, collect garbage first."""
     if collect:
         gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heap()
 
 
 def _fields(path: Path) -> Iterator[tuple[str, int]]:

@@ -41,6 +41,9 @@ class OpenRequests:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        self.count = 0
+        self.peak = 0
+        """The largest `count` since the heap trimmer last set it back."""
         self._of_peer: dict[Peer, set[OpenRequest]] = {}
         self._of_address: Counter[str] = Counter()
         self._ended: dict[Peer, float] = {}
@@ -49,6 +52,8 @@ class OpenRequests:
         """A request has arrived with this ASGI scope."""
         client = scope.get("client")
         request = OpenRequest(peer_of(client) if client else None, self.clock(), body_complete=not has_body)
+        self.count += 1
+        self.peak = max(self.peak, self.count)
         if request.peer:
             self._of_peer.setdefault(request.peer, set()).add(request)
             self._of_address[request.peer[0]] += 1
@@ -56,6 +61,7 @@ class OpenRequests:
 
     def end(self, request: OpenRequest) -> None:
         """The handler of `request` has returned; the last part of the response may still be on its way."""
+        self.count -= 1
         if request.peer is None:
             return
         others = self._of_peer[request.peer]

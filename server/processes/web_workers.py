@@ -30,6 +30,7 @@ from server.http.forwarded import is_trusted_proxy
 from server.http.middleware import HttpMiddleware
 from server.processes.connection_reaper import ConnectionReaper
 from server.processes.descriptors import places_for_connections
+from server.processes.heap_trimmer import HeapTrimmer
 from server.processes.restarts import RestartPauses, death_cause
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
 from shared.settings import Settings
@@ -200,6 +201,7 @@ def _load(
     application = create()
     application.app.on_startup.append(partial(_on_startup, beat))
     application.app.on_startup.append(reaper(application).start)
+    application.app.on_startup.append(HeapTrimmer(application.open_requests).start)
     return application
 
 
