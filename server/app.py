@@ -14,7 +14,18 @@ from server.http.auth import require_admin, require_key
 from server.http.error_handlers import exception_handlers
 from server.http.middleware import HttpMiddleware
 from server.http.origins import cors_config
-from server.routes import admin, docs, health, metrics, models, speech, speech_outcome, stored_audio, voices
+from server.routes import (
+    admin,
+    docs,
+    health,
+    metrics,
+    models,
+    speech,
+    speech_batch,
+    speech_outcome,
+    stored_audio,
+    voices,
+)
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
 
@@ -76,6 +87,7 @@ def _guarded(settings: Settings) -> list[Router]:
                 "/audio",
                 route_handlers=[
                     speech.create_speech,
+                    speech_batch.create_speech_batch,
                     speech_outcome.get_speech,
                     *(voices.list_voices, voices.create_voice, voices.get_voice, voices.delete_voice),
                 ],

@@ -12,7 +12,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, InternalServerException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
-from server.http.errors import ApiError, ErrorEnvelope, error_response
+from server.http.errors import ApiError, ErrorEnvelope, error_response, internal_error
 from server.http.request_scope import BODY_STALLED, printable_path, request_id_of
 from shared.validation_messages import choices_in, missing_field, reword
 
@@ -51,7 +51,7 @@ def handle_unexpected(request: Request[Any, Any, Any], error: Exception) -> Resp
     """Answer 500 without details; the traceback goes to the log."""
     scope = request.scope
     log.error("request_crashed", request_id=request_id_of(scope), path=printable_path(scope), exc_info=error)
-    return error_response(ApiError("internal_error", "The server made a mistake; its log says which."))
+    return error_response(internal_error())
 
 
 def _handle_api_error(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:

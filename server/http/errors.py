@@ -91,6 +91,11 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
 
+def internal_error() -> ApiError:
+    """The error for a mistake of our own, whose details are for the log alone."""
+    return ApiError("internal_error", "The server made a mistake; its log says which.")
+
+
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     """What went wrong: `message` is for people, `code` for programs; `param` names the field at fault."""
 

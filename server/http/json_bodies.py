@@ -4,7 +4,8 @@ Litestar's own decoding hides which field was wrong.
 The DTO of this module replaces the decoding and leaves everything else, the OpenAPI included, to Litestar.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar, get_type_hints
 
 import msgspec
@@ -13,7 +14,7 @@ from litestar.typing import FieldDefinition
 
 from server.http.body_text import to_utf8, without_halves
 from server.http.errors import ApiError
-from server.http.leniency import LenientFields
+from server.http.leniency import LenientFields, list_of_objects
 from shared.validation_messages import choices_in, missing_field, reword, reword_malformed_json, split_path
 
 if TYPE_CHECKING:
@@ -43,19 +44,31 @@ class JsonDecoder(Generic[T]):
 
         An alias counts if the field itself is absent or empty; of a repeated key the last counts.
         """
+        return self.of_fields(self.fields(body, content_type, charset))
+
+    def fields(self, body: bytes, content_type: str, charset: str | None = None) -> dict[str, Any]:
+        """The known fields of the JSON object `body`, each under its own name, for `of_fields`. Raises ApiError."""
         is_json = content_type in _TYPES or content_type.endswith("+json")
         if not is_json and not (content_type == _FORM and body.lstrip().startswith(b"{")):
             raise ApiError("unsupported_media_type", "Send the body as JSON, with Content-Type: application/json.")
         body = to_utf8(body, charset)
+        with _json_errors(body):
+            return self._known_fields(body)
+
+    def fields_of_each(self, items: msgspec.Raw) -> list[dict[str, Any]] | None:
+        """The known fields of each object in a JSON list; None if `items` is something else."""
+        with _json_errors(bytes(items)):
+            found = list_of_objects(items, self._fields)
+        return found if isinstance(found, list) else None
+
+    def of_fields(self, fields: dict[str, Any]) -> T:
+        """The Struct with these fields. Raises ApiError: `invalid_value`."""
+        body = msgspec.json.encode(fields)
         try:
-            return self._strict.decode(msgspec.json.encode(self._known_fields(body)))
-        except RecursionError:
-            raise ApiError("invalid_json", "The body is nested too deeply.") from None
+            with _json_errors(body):
+                return self._strict.decode(body)
         except msgspec.ValidationError as error:
             raise _of_field(str(error), self.kind) from None
-        except msgspec.DecodeError as error:
-            problem = reword_malformed_json(str(error), body)
-            raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
 
     def decode_form(self, fields: Mapping[str, Any]) -> T:
         """Decode the fields of a form: strings and files. Raises ApiError (`invalid_value`)."""
@@ -75,6 +88,20 @@ class JsonDecoder(Generic[T]):
                 return self._fields.of_json(without_halves(body))
         except msgspec.ValidationError:
             raise ApiError("invalid_json", "The body must be a JSON object.") from None
+
+
+@contextmanager
+def _json_errors(body: bytes) -> Iterator[None]:
+    """Raise ApiError (`invalid_json`) for JSON that cannot be read."""
+    try:
+        yield
+    except RecursionError:
+        raise ApiError("invalid_json", "The body is nested too deeply.") from None
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError as error:
+        problem = reword_malformed_json(str(error), body)
+        raise ApiError("invalid_json", f"The body is not valid JSON: {problem}.") from None
 
 
 def _of_field(message: str, kind: Any, *, from_text: bool = False) -> ApiError:

@@ -108,7 +108,7 @@ class _Rule:
         if first == b"{":
             return self._object.of_json(raw) if self._object else raw
         if first == b"[":
-            return _list(raw, self._item) if self._item else raw
+            return list_of_objects(raw, self._item) if self._item else raw
         try:
             value = msgspec.json.decode(raw)
         except msgspec.ValidationError:  # a number like 1e999
@@ -146,8 +146,8 @@ class _Rule:
         return text
 
 
-def _list(raw: msgspec.Raw, item: LenientFields) -> Any:
-    """The items of a JSON list of objects, or `raw` itself for the strict decoding to refuse."""
+def list_of_objects(raw: msgspec.Raw, item: LenientFields) -> Any:
+    """The fields of each object in a JSON list, or `raw` itself if it is another value."""
     if bytes(raw).count(b"{") > _MAX_OBJECTS:
         return raw
     try:

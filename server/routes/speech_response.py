@@ -16,7 +16,7 @@ from litestar import Request, Response
 
 from server.audio import Encoder
 from server.engine import Chunk, Speech
-from server.http.errors import CLIENT_GONE, ApiError, envelope
+from server.http.errors import CLIENT_GONE, ApiError, envelope, internal_error
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
 from server.routes.audio_keeper import Keeper
@@ -197,7 +197,7 @@ def failure_of(error: BaseException) -> ApiError | None:
     if isinstance(error, ApiError):
         return None if error.status == CLIENT_GONE else error
     if isinstance(error, Exception):
-        return ApiError("internal_error", "The server made a mistake; its log says which.")
+        return internal_error()
     return None  # cancelled, or never begun
 
 
