@@ -182,6 +182,7 @@ def build_worker(
         free_bytes=lambda: _free_bytes(probe.device()),
         start_device=probe.start,
         wake=lambda: inbox.put(Wake()),
+        interrupted=lambda: not inbox.empty(),
     )
     mover = Mover(catalog, factory.open, probe, inbox.put)
     checkpoints = Checkpoints(catalog, factory, inbox.put)

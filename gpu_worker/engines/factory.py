@@ -46,12 +46,14 @@ class EngineFactory:
         free_bytes: Callable[[], int] | None = None,
         start_device: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         """`progress(model, detail)` is called on the thread that downloads.
 
         `free_bytes` returns the bytes of the device that may still be taken; None: all that are free.
         `start_device` is called once, on the thread that opens engines, before the first use of the device.
         `wake` is called on any thread when an engine may have become runnable without a call.
+        `interrupted` returns True if a step must not wait for the device, because a command waits for its caller.
         """
         self._settings = settings
         self._specs = list(specs)
@@ -60,6 +62,7 @@ class EngineFactory:
         self._free_bytes = free_bytes
         self._start_device = start_device
         self._wake = wake
+        self._interrupted = interrupted
         self._options: QwenOptions | None = None
 
     def problem_of(self, spec: ModelSpec) -> str | None:
@@ -261,5 +264,6 @@ class EngineFactory:
                 encoder_lock=threading.Lock(),
                 room=self._free_bytes,
                 wake=self._wake,
+                interrupted=self._interrupted,
             )
         return self._options

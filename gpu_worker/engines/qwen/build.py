@@ -67,6 +67,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     `encoder_lock`: held while a reference recording is encoded. `reference_cache_bytes`: of encoded ones, an engine.
     `room` returns the bytes of the device that the budget leaves to this process; None: there is no budget.
     `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
+    `interrupted` returns True if the caller of `step` has something else to do than to wait for the device.
     """
 
     codecs: SharedCodecs
@@ -82,12 +83,14 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     streams: CudaStreams = msgspec.field(default_factory=CudaStreams)
     room: Callable[[], int] | None = None
     wake: Callable[[], None] = lambda: None
+    interrupted: Callable[[], bool] = lambda: False
 
 
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
     """Load a verified checkpoint (see checkpoint.verification), ready to speak. Raises as `build_parts` does."""
     parts = build_parts(directory, options)
-    return QwenEngine(parts, pause_s=options.pause_s, run_ahead=options.device == "cuda")
+    run_ahead = options.device == "cuda"
+    return QwenEngine(parts, pause_s=options.pause_s, run_ahead=run_ahead, interrupted=options.interrupted)
 
 
 def build_parts(directory: Path, options: QwenOptions) -> Parts:

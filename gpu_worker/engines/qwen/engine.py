@@ -4,9 +4,11 @@ QwenEngine owns the slots and the order of work within a step. The arithmetic be
 batches and captured functions to the ModelRunner, checks and prompts to the Planner.
 
 On CUDA a step launches frame n + 1 before it reads the codes of frame n, so the device never waits for Python.
+It does so as late as is safe, so the prompts of new jobs stand before frame n + 1. Audio is returned when it is done.
 The frame that was launched behind the end of a job is dropped.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -38,6 +40,22 @@ MAX_PREFILL_TOKENS: Final = 1024
 
 MAX_PENDING_DELIVERIES: Final = 2
 """Decoder calls that may still run on the device when a step returns."""
+
+POLL_S: Final = 1e-4
+"""Pause between two looks at the device. Waiting for one event would miss another that comes first."""
+
+MAX_WAIT_S: Final = 2e-3
+"""The longest wait for the device in one step: other models want their steps, too."""
+
+LAUNCH_MARGIN_S: Final = 2e-3
+"""A frame is launched this long before the frame on the device can be done, so the device does not run dry.
+
+The host needs 0.2 to 2 ms for a launch. If it were launched at once, the frame would stand before the prompts of all
+that come in the meantime: 8 ms of first audio at the median of a busy engine, on the clock of test_latency.py.
+"""
+
+FRAME_TIMES: Final = 16
+"""Of this many last frames the shortest time is taken for that of the frame on the device."""
 
 
 log = structlog.get_logger(__name__)
@@ -74,14 +92,24 @@ class QwenEngine:
     """The Engine protocol for one Qwen3-TTS model."""
 
     def __init__(
-        self, parts: Parts, *, pause_s: float, run_ahead: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        parts: Parts,
+        *,
+        pause_s: float,
+        run_ahead: bool,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         """`pause_s`: silence between the utterances of a job. `clock` returns seconds.
 
         `run_ahead`: launch a frame before the one before it is read, for a device that computes beside Python.
+        `interrupted` returns True if a step must not wait for the device, because there is a command.
         """
         self._parts = parts
         self._clock = clock
+        self._sleep = sleep
+        self._interrupted = interrupted
         self._eos_code = parts.state.eos_code
         self._gap = bytes(bytes_for(pause_s))
         self._run_ahead = run_ahead
@@ -93,6 +121,8 @@ class QwenEngine:
         self._codec_row_bytes = nbytes(parts.vocoder.state.rows(0))
         self._active_slots: set[int] = set()
         self._frames: deque[HostCopy[LaunchedFrame]] = deque()
+        self._frame_started = -math.inf
+        self._frame_times: deque[float] = deque(maxlen=FRAME_TIMES)
         self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
         self._events: list[Event] = []
         """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
@@ -130,12 +160,16 @@ class QwenEngine:
             self._start_cloned_voices(sequences)
             self._prefill(sequences)
             self._decode_due_chunks()
-            launched = self._launch_frame([sequence for sequence in sequences if sequence.can_launch])
-            while len(self._frames) > (1 if self._run_ahead and launched else 0):
+            members = [sequence for sequence in sequences if sequence.can_launch]
+            if members and self._launch_due():
+                self._launch_frame(members)
+            ahead = 1 if self._run_ahead and members else 0
+            self._wait_for_device(ahead)
+            while len(self._frames) > ahead and (not self._cuda or self._frames[0].ready()):
                 self._on_frame_ready(self._frames[0])
                 self._frames.popleft()
             self._decode_due_chunks()
-            self._deliver(max_pending=MAX_PENDING_DELIVERIES if launched else 0)
+            self._deliver(max_pending=MAX_PENDING_DELIVERIES if self._cuda or ahead else 0)
         self._emit_pauses(sequences)
         events, self._events = self._events, []
         return events
@@ -308,10 +342,27 @@ class QwenEngine:
         for sequence in chosen:
             sequence.on_prefilled()
 
-    def _launch_frame(self, members: list[RunningJob]) -> bool:
-        """Start a frame of `members` on the device. Returns False if there are none."""
-        if not members:
-            return False
+    def _launch_due(self) -> bool:
+        """True if the device would be without a frame before long."""
+        if not self._frames or not self._cuda:
+            return True
+        shortest = min(self._frame_times, default=0.0)
+        return len(self._frames) == 1 and self._clock() >= self._frame_started + shortest - LAUNCH_MARGIN_S
+
+    def _wait_for_device(self, ahead: int) -> None:
+        """Wait until a frame beyond `ahead` ones is ready, or the oldest chunk, or until a frame has to be launched."""
+        until = self._clock() + MAX_WAIT_S
+        while self._cuda and (self._frames or self._deliveries):
+            if self._deliveries and _is_ready(self._deliveries[0]):
+                return
+            if self._frames[0].ready() if len(self._frames) > ahead else ahead and self._launch_due():
+                return
+            if self._interrupted() or self._clock() >= until:
+                return
+            self._sleep(POLL_S)
+
+    def _launch_frame(self, members: list[RunningJob]) -> None:
+        """Start a frame of `members` on the device."""
         self._set_active_slots({sequence.slot for sequence in members})
         rows = [(sequence.slot, sequence.prompt_tokens + sequence.frames_launched + 1) for sequence in members]
         frame = LaunchedFrame([(sequence, sequence.utterance, sequence.slot) for sequence in members])
@@ -319,10 +370,11 @@ class QwenEngine:
         self._parts.vocoder.wait_for_older_decodes()
         self._parts.runner.decode_step(rows, full_vocab=any(member.plan.sampling.full_vocab for member in members))
         host_copy.start()
+        if not self._frames:
+            self._frame_started = self._clock()
         self._frames.append(host_copy)
         for sequence in members:
             sequence.frames_launched += 1
-        return True
 
     def _set_active_slots(self, slots: set[int]) -> None:
         if slots == self._active_slots:
@@ -336,6 +388,9 @@ class QwenEngine:
     def _on_frame_ready(self, host_copy: HostCopy[LaunchedFrame]) -> None:
         """Count a frame as speech. The codes made with it, those of codebook 0 of the next frame, may be the end."""
         next_codes = host_copy.wait().tolist()
+        now = self._clock()
+        self._frame_times.append(now - self._frame_started)
+        self._frame_started = now
         for sequence, utterance, slot in host_copy.record.members:
             if sequence.alive and sequence.utterance == utterance and not sequence.ended:
                 sequence.on_frame_ready(last=next_codes[slot] == self._eos_code)
@@ -427,6 +482,10 @@ def _encoding_error(error: Exception) -> JobError:
         return JobError("insufficient_vram", f"memory ran out while ref_audio was encoded: {error}", retry_after_s=5)
     log.error("reference_encoding_failed", exc_info=error)
     return JobError("synthesis_failed", f"ref_audio could not be encoded: {error}", param="ref_audio")
+
+
+def _is_ready(delivery: HostCopy[list[RunningJob]] | UtteranceEnd) -> bool:
+    return isinstance(delivery, UtteranceEnd) or delivery.ready()
 
 
 def _reference_done(sequence: RunningJob) -> bool:

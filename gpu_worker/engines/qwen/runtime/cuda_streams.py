@@ -53,11 +53,15 @@ class CudaStreams:
 
 
 def _capture_stream() -> torch.cuda.Stream:
-    """A stream that has its workspace: a workspace allocated during a capture would lie in that capture's pool."""
     stream = torch.cuda.Stream(priority=_CAPTURE_PRIORITY)
+    _allocate_workspace(stream)
+    return stream
+
+
+def _allocate_workspace(stream: torch.cuda.Stream) -> None:
+    """Give `stream` its workspaces: a workspace allocated during a capture would lie in that capture's pool."""
     with torch.cuda.stream(stream):
         some = torch.ones(64, 64, device="cuda")
         torch.mm(some, some)
         functional.linear(some, some, some[0])
     stream.synchronize()
-    return stream
