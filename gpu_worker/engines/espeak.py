@@ -16,6 +16,7 @@ import numpy as np
 import soxr
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
+from gpu_worker.engines.fades import fade_at_silences, fade_out
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Usage
@@ -149,7 +150,9 @@ class _RunningJob:
         piece = self._text[self._synthesized_chars : self._synthesized_chars + MAX_PIECE_CHARS]
         pcm, taken = library.synthesize_clause(self.voice, piece)
         self._synthesized_chars += taken
-        resampled = self._resampler.resample_chunk(np.frombuffer(pcm, dtype=np.int16), last=self.text_done)
+        # espeak-ng stops some sounds at once where a pause begins, and begins a text at any point of a wave.
+        samples = fade_at_silences(np.frombuffer(pcm, dtype=np.int16), library.rate)
+        resampled = self._resampler.resample_chunk(samples, last=self.text_done)
         self.pcm += resampled.astype("<i2").tobytes()
 
     def take(self, size: int) -> tuple[bytes, float | None]:
@@ -264,7 +267,8 @@ class EspeakEngine:
         reason: FinishReason = "stop"
         if rate is not None:
             if sequence.max_bytes is not None and sequence.speech_bytes + len(chunk) > sequence.max_bytes:
-                chunk, reason = chunk[: sequence.max_bytes - sequence.speech_bytes], "length"
+                cut = np.frombuffer(chunk[: sequence.max_bytes - sequence.speech_bytes], dtype=np.int16)
+                chunk, reason = fade_out(cut, SAMPLE_RATE).tobytes(), "length"
             sequence.chunks += 1
             sequence.speech_bytes += len(chunk)
         events: list[Event] = [Pcm(sequence.job.id, chunk, rate)] if chunk else []

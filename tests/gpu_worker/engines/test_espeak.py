@@ -460,3 +460,19 @@ class TestLife:
 
         before = work()
         assert work() - before < 2 * 2**20
+
+
+@pytest.mark.parametrize("voice", [voice.id for voice in SPEC.voices[:8]])
+def test_no_edge_clicks(engine: EspeakEngine, voice: str) -> None:
+    """Speech begins and ends below -50 dB, also where it meets a pause and where a limit cuts it off."""
+    texts = ["I", "Go - now", "Ooh", "Hi. Oh. Ah."]
+    jobs = [_job(text, voice) for text in texts] + [_job("Hello everybody out there.", voice, max_new_tokens=6)]
+    for events in _run(engine, jobs).values():
+        samples = np.frombuffer(_speech(events), "<i2").astype(int)
+        assert abs(samples[0]) <= 104
+        assert abs(samples[-1]) <= 104
+        quiet = np.concatenate(([False], np.abs(samples) <= 3, [False]))
+        edges = np.flatnonzero(quiet[1:] != quiet[:-1]).reshape(-1, 2)
+        for start, end in edges[edges[:, 1] - edges[:, 0] > 480]:
+            assert start == 0 or np.abs(samples[start - 3 : start]).max() <= 600
+            assert end == len(samples) or np.abs(samples[end : end + 3]).max() <= 600
