@@ -17,6 +17,7 @@ from server.http.origins import cors_config
 from server.routes import (
     admin,
     docs,
+    elevenlabs,
     health,
     metrics,
     models,
@@ -94,6 +95,17 @@ def _guarded(settings: Settings) -> list[Router]:
             ),
         ],
     )
+    others = Router(
+        "/",
+        guards=[require_key(settings)],
+        route_handlers=[
+            elevenlabs.convert,
+            elevenlabs.stream,
+            elevenlabs.list_voices,
+            elevenlabs.list_voices_2,
+            elevenlabs.get_voice,
+        ],
+    )
     administration = Router(
         "/admin",
         guards=[require_admin(settings)],
@@ -103,7 +115,7 @@ def _guarded(settings: Settings) -> list[Router]:
         ],
     )
     figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])
-    return [v1, administration, figures]
+    return [v1, others, administration, figures]
 
 
 def from_environment() -> HttpMiddleware:

@@ -12,6 +12,7 @@ from typing import Any
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
+from server.http.elevenlabs_errors import KEY_HEADER
 from server.http.errors import ApiError
 from server.http.forwarded import client_view
 from server.http.origins import refuse_foreign
@@ -24,7 +25,7 @@ def require_key(settings: Settings) -> Guard:
     """A guard that requires an API key or an admin key; without API keys every client passes."""
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        if _is_among(_bearer_key(connection), [*settings.api_keys, *settings.admin_keys]):
+        if _is_among(_key_of(connection), [*settings.api_keys, *settings.admin_keys]):
             return
         if settings.api_keys:
             raise _unknown_key(connection)
@@ -40,7 +41,7 @@ def require_admin(settings: Settings) -> Guard:
         if not settings.api_keys and not settings.admin_keys:
             refuse_foreign(settings, connection)
             return
-        key = _bearer_key(connection)
+        key = _key_of(connection)
         if _is_among(key, settings.admin_keys):
             return
         if _is_among(key, settings.api_keys):
@@ -56,7 +57,7 @@ def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]
     Without configured keys the address counts: many clients then send the same made-up API key.
     Behind a trusted proxy it is the address that the proxy has forwarded.
     """
-    key = _bearer_key(connection)
+    key = _key_of(connection)
     if key and (settings.api_keys or settings.admin_keys):
         return "key:" + hashlib.sha256(key.encode()).hexdigest()[:16]
     return f"peer:{client_view(settings, connection.scope).address or 'local'}"
@@ -67,10 +68,10 @@ def owner_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any])
     return client_of(settings, connection) if settings.api_keys or settings.admin_keys else ""
 
 
-def _bearer_key(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
-    """The key in `Authorization: Bearer`, "" without one."""
+def _key_of(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
+    """The key in `Authorization: Bearer`, or in ElevenLabs' header; "" without one."""
     scheme, _, key = connection.headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    return (key if scheme.lower() == "bearer" else connection.headers.get(KEY_HEADER, "")).strip()
 
 
 def _is_among(key: str, keys: list[str]) -> bool:
@@ -80,6 +81,6 @@ def _is_among(key: str, keys: list[str]) -> bool:
 
 
 def _unknown_key(connection: ASGIConnection[Any, Any, Any, Any]) -> ApiError:
-    if _bearer_key(connection):
+    if _key_of(connection):
         return ApiError("invalid_api_key", "This server does not know this API key.")
     return ApiError("invalid_api_key", "This server needs an API key: Authorization: Bearer …")

@@ -12,8 +12,9 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, InternalServerException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
-from server.http.errors import ApiError, ErrorEnvelope, error_response, internal_error
-from server.http.request_scope import BODY_STALLED, printable_path, request_id_of
+from server.http.elevenlabs_errors import elevenlabs_error, is_elevenlabs
+from server.http.errors import ApiError, error_response, internal_error
+from server.http.request_scope import BODY_STALLED, ERROR_CODE, printable_path, request_id_of
 from shared.validation_messages import choices_in, missing_field, reword
 
 log = structlog.get_logger(__name__)
@@ -47,37 +48,45 @@ def exception_handlers() -> ExceptionHandlersMap:
     return {ApiError: _handle_api_error, HTTPException: _handle_litestar_error, Exception: handle_unexpected}
 
 
-def handle_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
+def handle_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Answer 500 without details; the traceback goes to the log."""
     scope = request.scope
     log.error("request_crashed", request_id=request_id_of(scope), path=printable_path(scope), exc_info=error)
-    return error_response(internal_error())
+    return _response(request, internal_error())
 
 
-def _handle_api_error(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
+def _response(request: Request[Any, Any, Any], error: ApiError, headers: dict[str, str] | None = None) -> Response[Any]:
+    """The response for `error`, in the shape that the client reads."""
+    if is_elevenlabs(request.scope):
+        request.scope["state"][ERROR_CODE] = error.code
+        return elevenlabs_error(error, request_id_of(request.scope), headers)
+    return error_response(error, headers)
+
+
+def _handle_api_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     if not isinstance(error, ApiError):
         raise TypeError(type(error))
-    return error_response(error)
+    return _response(request, error)
 
 
-def _handle_litestar_error(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
+def _handle_litestar_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     if not isinstance(error, HTTPException):
         raise TypeError(type(error))
     if isinstance(error, InternalServerException) and error.detail == BODY_INCOMPLETE:
         if request.scope["state"].get(BODY_STALLED):
-            return error_response(ApiError("request_timeout", "The rest of the body did not arrive in time."))
-        return error_response(ApiError("invalid_body", "The body ended too early, or its chunks are malformed."))
+            return _response(request, ApiError("request_timeout", "The rest of the body did not arrive in time."))
+        return _response(request, ApiError("invalid_body", "The body ended too early, or its chunks are malformed."))
     if error.status_code >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
         return handle_unexpected(request, error)
     if isinstance(error, ValidationException):
-        return error_response(_first_problem(request, error))
+        return _response(request, _first_problem(request, error))
     # The middleware turns HEAD into GET, so every path that allows GET allows HEAD.
     allow = {
         name: value.replace("GET", "GET, HEAD")
         for name, value in (error.headers or {}).items()
         if name.lower() == "allow"
     }
-    return error_response(_refusal(request, error), allow)
+    return _response(request, _refusal(request, error), allow)
 
 
 def _refusal(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:

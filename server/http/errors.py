@@ -124,11 +124,11 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Re
         envelope(error),
         status_code=error.status,
         media_type=MediaType.JSON,
-        headers=_headers_of(error) | (headers or {}),
+        headers=headers_of(error) | (headers or {}),
     )
 
 
-def _headers_of(error: ApiError) -> dict[str, str]:
+def headers_of(error: ApiError) -> dict[str, str]:
     """When the client may retry, or that a retry does not help."""
     headers = {}
     if error.status in {429, 503}:

@@ -21,7 +21,7 @@ from server.http.errors import ApiError, ErrorEnvelope, error_response
 from server.http.forwarded import client_view, strip_root_path
 from server.http.open_requests import OpenRequest, OpenRequests
 from server.http.origins import foreign_origin
-from server.http.request_scope import ASKED_WITH_HEAD, BODY_STALLED, printable_path, request_id_of
+from server.http.request_scope import ASKED_WITH_HEAD, BODY_STALLED, ERROR_CODE, printable_path, request_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -201,7 +201,7 @@ class _ResponseSender:
         try:
             code = msgspec.json.decode(body, type=ErrorEnvelope).error.code
         except msgspec.DecodeError:
-            code = None
+            code = self._scope.get("state", {}).get(ERROR_CODE)
         if self._reads and status == http.HTTPStatus.SERVICE_UNAVAILABLE:
             # Health checks and dashboards ask every second while the GPU worker starts: a line for each new answer.
             route = self._scope.get("path_template", "")

@@ -12,6 +12,9 @@ BODY_STALLED: Final = "body_stalled"
 ASKED_WITH_HEAD: Final = "asked_with_head"
 """The key in `scope["state"]` that middleware.py sets when it turns HEAD into GET."""
 
+ERROR_CODE: Final = "error_code"
+"""The key in `scope["state"]` of the code of an error whose body has not OpenAI's shape."""
+
 _MAX_REQUEST_ID: Final = 128
 """Characters of a client's request id; a longer one is replaced."""
 

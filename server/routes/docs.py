@@ -85,6 +85,7 @@ def openapi_config(title: str) -> OpenAPIConfig:
         security=[{}, {"apiKey": []}],
         tags=[
             Tag(name="Speech", description="Text in, audio out."),
+            Tag(name="ElevenLabs", description="The same for ElevenLabs' clients."),
             Tag(name="Voices", description="Preset voices, and saved voices: list, make and delete them."),
             Tag(name="Models", description="The models that can speak."),
             Tag(name="Service", description="Is the service running, and is it ready?"),
@@ -107,6 +108,9 @@ async def openapi_json(request: Request[Any, Any, Any]) -> dict[str, Any]:
     return document
 
 
+_AUDIO_OPERATIONS: Final = {"elevenlabsConvert", "elevenlabsStream", "getStoredAudio"}
+
+
 def openapi_document(app: Litestar) -> dict[str, Any]:
     """Litestar's OpenAPI document, completed.
 
@@ -119,11 +123,14 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
     document["components"]["schemas"].update(components)
     _complete(document["components"]["schemas"]["SpeechRequest"], app.state.settings.max_input_chars)
     binary = {"schema": {"type": "string", "format": "binary"}}
-    content = dict.fromkeys(CONTENT_TYPES.values(), binary) | {"text/event-stream": {"schema": _EVENT}}
+    audio = dict.fromkeys(CONTENT_TYPES.values(), binary)
     document["paths"]["/v1/audio/speech"]["post"]["responses"]["200"] = {
         "description": "The speech, in `response_format` (mp3 by default) or as server-sent events.",
-        "content": content,
+        "content": audio | {"text/event-stream": {"schema": _EVENT}},
     }
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        if operation["operationId"] in _AUDIO_OPERATIONS:
+            operation["responses"]["200"] = {"description": "The audio.", "content": audio}
     return document
 
 

@@ -1,14 +1,16 @@
 """GET /v1/models and /v1/audio/models: the catalogue in OpenAI's shape, with the state of each model."""
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
-from litestar import get
+from litestar import Request, get
 from litestar.params import PathParameter
 
 from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient, fresh_catalog, status_of
+from server.http.elevenlabs_errors import is_elevenlabs
 from server.http.errors import documented
 from server.resolution import resolve_model, unaliased
+from server.routes.elevenlabs import ElevenLabsModel, elevenlabs_models
 from server.schemas import ModelId, ModelList, ModelObject
 from shared.catalog import OPENAI_MODELS, ModelSpec
 from shared.protocol import Snapshot
@@ -20,8 +22,15 @@ ModelName = Annotated[str, PathParameter(description="An id, an alias or a Huggi
 
 
 @get("/models", operation_id="listModels", summary="List the models", tags=["Models"], responses=_LIST_ERRORS)
-async def list_models(engine: EngineDependency, settings: SettingsDependency) -> ModelList:
-    """Every model of the catalogue; `state` says where it is now."""
+async def list_models(
+    request: Request[Any, Any, Any], engine: EngineDependency, settings: SettingsDependency
+) -> ModelList | list[ElevenLabsModel]:
+    """Every model of the catalogue; `state` says where it is now.
+
+    A client that sends its key as `xi-api-key` gets ElevenLabs' list, of the models that can speak.
+    """
+    if is_elevenlabs(request.scope):
+        return await elevenlabs_models(engine, settings)
     return await _list(engine, settings.model_aliases)
 
 

@@ -17,7 +17,7 @@ from server.dependencies import DecoderPoolDependency, EngineDependency, Setting
 from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, status_of
 from server.http.auth import client_of
 from server.http.error_handlers import handle_unexpected
-from server.http.errors import ApiError, ErrorEnvelope, documented, error_response
+from server.http.errors import ApiError, documented, error_response
 from server.http.form_bodies import FormOrJson, FormOrJsonDto, keep_json
 from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
@@ -35,6 +35,7 @@ from server.schemas import (
 )
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
 from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
+from shared.settings import Settings
 from shared.text import is_printable, is_speakable
 
 MIN_SCRIPT: Final = 20
@@ -74,7 +75,7 @@ class VoiceBody(FormOrJsonDto[VoiceForm]):
     decoder = JsonDecoder(VoiceForm, {})
 
 
-def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorEnvelope]:
+def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
     if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
         return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
@@ -101,6 +102,15 @@ async def list_voices(
 
     With `model`, a request for that model; else one that names no model, or one of OpenAI's.
     """
+    listed = await voices_for(model, engine, settings)
+    if legacy:
+        names = [voice.id for voice in listed.uploaded_voices]
+        return VoiceNames(voices=[voice.id for voice in listed.voices], uploaded_voices=names)
+    return listed
+
+
+async def voices_for(model: str | None, engine: EngineClient, settings: Settings) -> VoiceList:
+    """The voices of a request for `model`, or of one that names no model."""
     catalog, snapshot = await fresh_catalog(engine)
     named = unaliased(model.strip(), settings.model_aliases) if model else None
     spec, base = models_with_voices(named or None, catalog, snapshot.default_model)
@@ -110,8 +120,6 @@ async def list_voices(
         voices += [_saved_in_list(voice, base) for voice in snapshot.voices]
     speaker = base.id if base and base.id in served else _speaker_of_saved(catalog, snapshot)
     saved = [_saved_voice_object(voice, speaker) for voice in snapshot.voices if base or not named]
-    if legacy:
-        return VoiceNames(voices=[voice.id for voice in voices], uploaded_voices=[voice.id for voice in saved])
     return VoiceList(voices=voices, uploaded_voices=saved, data=voices)
 
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import av
+import elevenlabs
 import httpx
 import openai
 import pytest
@@ -165,6 +166,18 @@ def test_how_a_stream_ended(shared_service: Service) -> None:
         assert outcome(name)["status"] == "speaking"
     eventually(lambda: outcome(name)["status"] == "cancelled", 20, "a cancelled request")
     assert outcome("no-such-request")["error"]["code"] == "not_found"
+
+
+def test_elevenlabs_sdk_is_understood(shared_service: Service) -> None:
+    """ElevenLabs' SDK with our address alone: a whole MP3 at its default rate, and a stream for a telephone."""
+    with httpx.Client(trust_env=False) as connections:
+        sdk = elevenlabs.ElevenLabs(base_url=shared_service.url, api_key="none", httpx_client=connections)
+        voice = sdk.voices.get_all().voices[0].voice_id
+        whole = b"".join(sdk.text_to_speech.convert(voice, text=SENTENCES[7], model_id="eleven_flash_v2_5"))
+        assert measured(whole, "mp3")[1:] == (44_100, 1)
+        telephone = b"".join(sdk.text_to_speech.stream(voice, text=SENTENCES[7], output_format="ulaw_8000"))
+    assert recognise(decode(whole, "mp3")) == SENTENCES[7]
+    assert len(telephone) / 8_000 == pytest.approx(measured(whole, "mp3")[0] / 44_100, rel=0.05)
 
 
 def test_stored_audio_is_played_from_any_web_worker(shared_service: Service) -> None:

@@ -1,0 +1,313 @@
+"""ElevenLabs' routes over HTTP, for its SDK: text to speech, voices and models. `voice_id` is any voice of ours.
+
+What has no counterpart here is taken and has no effect: settings of the voice but `speed`, texts before and after,
+dictionaries, and the bit rate in `output_format`. Errors have ElevenLabs' shape (server/http/elevenlabs_errors.py).
+"""
+
+import dataclasses
+import re
+from typing import Annotated, Any, Final, Literal, cast
+
+import msgspec
+from litestar import Request, Response, get, post
+from litestar.params import JSONBody, PathParameter, QueryParameter
+from msgspec import Meta
+
+from server.audio import MAX_SPEED, MIN_SPEED, SAMPLE_RATES, Format
+from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
+from server.engine import EngineClient, fresh_catalog, status_of
+from server.http.auth import client_of
+from server.http.elevenlabs_errors import elevenlabs_documented
+from server.http.errors import ApiError
+from server.http.json_bodies import JsonBodyDto, JsonDecoder
+from server.http.leniency import TRIMMED
+from server.http.request_scope import request_id_of
+from server.http.streaming import can_break
+from server.resolution import unaliased
+from server.routes.speech_response import SpeechResponse, failure_of
+from server.routes.speech_start import SpeechStarter, StartedSpeech
+from server.routes.voices import voices_for
+from server.schemas import MAX_NAME, Name, SpeechRequest, VoiceObject
+from shared.settings import Settings
+
+_TAGS: Final = ["ElevenLabs"]
+_OUTPUT: Final = re.compile(r"(mp3|pcm|wav|opus|ulaw|alaw)_(\d{1,6})(?:_(\d{1,4}))?", re.IGNORECASE | re.ASCII)
+_BEST_EFFORT: Final = {"language": "language_code", "seed": "seed"}
+"""Our fields that ElevenLabs leaves out where a model does not know them -> its names."""
+
+_THEIR_NAMES: Final = {"input": "text", "voice": "voice_id", "model": "model_id", "sample_rate": "output_format"}
+
+_CATEGORIES: Final[dict[str, Literal["premade", "cloned", "generated"]]] = {
+    "preset": "premade",
+    "openai": "premade",
+    "clone": "cloned",
+    "design": "generated",
+}
+
+
+class VoiceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Of ElevenLabs' settings, `speed` has an effect."""
+
+    speed: Annotated[float, Meta(ge=MIN_SPEED, le=MAX_SPEED)] | None = None
+
+
+class TextToSpeech(msgspec.Struct, frozen=True, kw_only=True):
+    """A text, and how to speak it. Names of ElevenLabs' own models (`eleven_…`) stand for the default model."""
+
+    text: Annotated[str, Meta(min_length=1)]
+    model_id: Name | None = None
+    language_code: Annotated[str, Meta(max_length=64, extra=TRIMMED)] | None = None
+    voice_settings: VoiceSettings | None = None
+    seed: Annotated[int, Meta(ge=0, le=4_294_967_295)] | None = None
+
+
+class ElevenLabsVoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A voice as ElevenLabs lists it."""
+
+    voice_id: str
+    name: str
+    category: Literal["premade", "cloned", "generated"]
+    description: str
+    labels: dict[str, str]
+    high_quality_base_model_ids: list[str]
+    samples: None = None
+    preview_url: None = None
+    settings: VoiceSettings = VoiceSettings(speed=1.0)
+    available_for_tiers: list[str] = []
+
+
+class ElevenLabsVoices(msgspec.Struct, frozen=True, kw_only=True):
+    """All voices that the default model speaks with, on one page."""
+
+    voices: list[ElevenLabsVoice]
+    total_count: int
+    has_more: bool = False
+    next_page_token: str | None = None
+
+
+class ElevenLabsLanguage(msgspec.Struct, frozen=True, kw_only=True):
+    """A language of a model."""
+
+    language_id: str
+    name: str
+
+
+class ElevenLabsModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as ElevenLabs lists it."""
+
+    model_id: str
+    name: str
+    description: str
+    languages: list[ElevenLabsLanguage]
+    maximum_text_length_per_request: int
+    can_do_text_to_speech: bool = True
+    can_do_voice_conversion: bool = False
+    can_be_finetuned: bool = False
+    can_use_style: bool = False
+    can_use_speaker_boost: bool = False
+    serves_pro_voices: bool = False
+    requires_alpha_access: bool = False
+    token_cost_factor: float = 1.0
+
+
+class TextToSpeechJson(JsonBodyDto[TextToSpeech]):
+    """The DTO of the request body."""
+
+    decoder = JsonDecoder(TextToSpeech, {})
+
+
+VoiceId = Annotated[str, PathParameter(description="A voice's id or name, or an OpenAI name.", max_length=MAX_NAME)]
+OutputFormat = Annotated[
+    str | None,
+    QueryParameter(description="codec_rate or codec_rate_bitrate; the bit rate is the server's own.", max_length=40),
+]
+
+
+@post(
+    "/v1/text-to-speech/{voice_id:str}",
+    dto=TextToSpeechJson,
+    return_dto=None,
+    status_code=200,
+    operation_id="elevenlabsConvert",
+    summary="Speak a text, whole (ElevenLabs)",
+    tags=_TAGS,
+    responses=elevenlabs_documented(),
+)
+async def convert(
+    request: Request[Any, Any, Any],
+    data: JSONBody[TextToSpeech],
+    voice_id: VoiceId,
+    *,
+    engine: EngineDependency,
+    settings: SettingsDependency,
+    decoder_pool: DecoderPoolDependency,
+    output_format: OutputFormat = None,
+) -> Response[Any]:
+    """Text in, one file of audio out."""
+    client = client_of(settings, request)
+    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
+    started = await _start(starter, data, voice_id, output_format, request_id_of(request.scope))
+    return await _answer(request, started, streaming=False)
+
+
+@post(
+    "/v1/text-to-speech/{voice_id:str}/stream",
+    dto=TextToSpeechJson,
+    return_dto=None,
+    status_code=200,
+    operation_id="elevenlabsStream",
+    summary="Speak a text, streamed (ElevenLabs)",
+    tags=_TAGS,
+    responses=elevenlabs_documented(),
+)
+async def stream(
+    request: Request[Any, Any, Any],
+    data: JSONBody[TextToSpeech],
+    voice_id: VoiceId,
+    *,
+    engine: EngineDependency,
+    settings: SettingsDependency,
+    decoder_pool: DecoderPoolDependency,
+    output_format: OutputFormat = None,
+) -> Response[Any]:
+    """Text in, audio out while it is made."""
+    client = client_of(settings, request)
+    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
+    started = await _start(starter, data, voice_id, output_format, request_id_of(request.scope))
+    return await _answer(request, started, streaming=can_break(request))
+
+
+@get(
+    "/v1/voices",
+    operation_id="elevenlabsVoices",
+    summary="List the voices (ElevenLabs)",
+    tags=_TAGS,
+    responses=elevenlabs_documented(),
+)
+async def list_voices(engine: EngineDependency, settings: SettingsDependency) -> ElevenLabsVoices:
+    """What `voice_id` can be with the default model."""
+    return await _list(engine, settings)
+
+
+@get(
+    "/v2/voices",
+    operation_id="elevenlabsVoices2",
+    summary="List the voices (ElevenLabs)",
+    tags=_TAGS,
+    responses=elevenlabs_documented(),
+)
+async def list_voices_2(engine: EngineDependency, settings: SettingsDependency) -> ElevenLabsVoices:
+    """The same as /v1/voices, whatever is searched for: all voices are on one page."""
+    return await _list(engine, settings)
+
+
+@get(
+    "/v1/voices/{voice_id:str}",
+    operation_id="elevenlabsVoice",
+    summary="Get a voice (ElevenLabs)",
+    tags=_TAGS,
+    responses=elevenlabs_documented(),
+)
+async def get_voice(voice_id: VoiceId, engine: EngineDependency, settings: SettingsDependency) -> ElevenLabsVoice:
+    """The voice with that id or name."""
+    wanted = voice_id.casefold()
+    for voice in (await voices_for(None, engine, settings)).voices:
+        if wanted in (voice.id.casefold(), voice.name.casefold()):
+            return _voice(voice)
+    raise ApiError("voice_not_found", "There is no voice with this id or name.", param="voice_id")
+
+
+async def _list(engine: EngineClient, settings: Settings) -> ElevenLabsVoices:
+    voices = [_voice(voice) for voice in (await voices_for(None, engine, settings)).voices]
+    return ElevenLabsVoices(voices=voices, total_count=len(voices))
+
+
+async def elevenlabs_models(engine: EngineClient, settings: Settings) -> list[ElevenLabsModel]:
+    """The models that can speak, the default one first."""
+    catalog, snapshot = await fresh_catalog(engine)
+    served = [spec for spec in catalog if status_of(spec, snapshot).state != "unavailable"]
+    return [
+        ElevenLabsModel(
+            model_id=spec.id,
+            name=spec.name,
+            description=f"{spec.name} ({spec.task})",
+            languages=[
+                ElevenLabsLanguage(language_id=min(known.codes, key=len), name=known.name) for known in spec.languages
+            ],
+            maximum_text_length_per_request=settings.max_input_chars,
+        )
+        for spec in sorted(served, key=lambda spec: spec.id != snapshot.default_model)
+    ]
+
+
+async def _start(
+    starter: SpeechStarter, data: TextToSpeech, voice_id: str, output_format: str | None, request_id: str
+) -> StartedSpeech:
+    """Start the speech. A language or a seed that the model does not know is left out, and named as ignored."""
+    audio_format, rate = _output(output_format)
+    model = unaliased(data.model_id, starter.settings.model_aliases) if data.model_id else None
+    fields = SpeechRequest(
+        input=data.text,
+        model=None if model is None or model.lower().startswith("eleven_") else model,
+        voice=voice_id,
+        response_format=audio_format,
+        sample_rate=rate,
+        language=data.language_code,
+        speed=data.voice_settings.speed if data.voice_settings else None,
+        seed=data.seed,
+    )
+    ignored: list[str] = []
+    while True:
+        try:
+            started = await starter.start(fields, request_id)
+        except ApiError as error:
+            if error.param not in _BEST_EFFORT or getattr(fields, error.param) is None:
+                raise _in_their_words(error) from None
+            ignored.append(_BEST_EFFORT[error.param])
+            fields = msgspec.structs.replace(fields, **{error.param: None})
+        else:
+            resolved = msgspec.structs.replace(started.resolved, ignored=(*started.resolved.ignored, *ignored))
+            return dataclasses.replace(started, resolved=resolved)
+
+
+def _in_their_words(error: ApiError) -> ApiError:
+    """`error` with ElevenLabs' name of the field."""
+    ours = error.param or ""
+    theirs = _THEIR_NAMES.get(ours, ours) or None
+    message = error.message
+    if theirs and message.startswith(ours):
+        message = theirs + message.removeprefix(ours)
+    return ApiError(error.code, message, param=theirs, retry_after_s=error.retry_after_s, status=error.status)
+
+
+def _output(name: str | None) -> tuple[Format, int]:
+    """The format and rate of an `output_format`."""
+    match = _OUTPUT.fullmatch((name or "").strip() or "mp3_44100_128")
+    if match is not None:
+        codec, rate = cast("Format", match[1].lower()), int(match[2])
+        if rate in SAMPLE_RATES[codec]:
+            return codec, rate
+    form = "codec_rate or codec_rate_bitrate, such as mp3_44100_128, pcm_24000, opus_48000_64, ulaw_8000"
+    raise ApiError("invalid_value", f"output_format: must be {form}.", param="output_format")
+
+
+async def _answer(request: Request[Any, Any, Any], started: StartedSpeech, *, streaming: bool) -> Response[Any]:
+    try:
+        response = SpeechResponse(request, started, streaming=streaming)
+        answer: Response[Any] = await (response.audio() if streaming else response.whole())
+    except BaseException as error:
+        started.speech.abort(failure_of(error))
+        raise
+    answer.headers["request-id"] = request_id_of(request.scope)
+    return answer
+
+
+def _voice(voice: VoiceObject) -> ElevenLabsVoice:
+    return ElevenLabsVoice(
+        voice_id=voice.id,
+        name=voice.name,
+        category=_CATEGORIES[voice.kind],
+        description=voice.description,
+        labels={"language": voice.language},
+        high_quality_base_model_ids=[voice.model],
+    )
