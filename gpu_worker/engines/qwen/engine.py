@@ -418,7 +418,7 @@ class QwenEngine:
                 for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
                     if sequence.alive:
                         sequence.check_silence(samples, FRAME_SAMPLES)
-                        self._emit(sequence, samples.tobytes(), sequence.rate)
+                        self._emit(sequence, sequence.faded(samples).tobytes(), sequence.rate)
             self._deliveries.popleft()
 
     def _end_utterance(self, end: UtteranceEnd) -> None:

@@ -11,10 +11,12 @@ from typing import Final
 import numpy as np
 
 from gpu_worker.engines.base import FinishReason, Job
+from gpu_worker.engines.fades import Samples, fade_in, fade_out
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.planner import Passage, Plan, Utterance
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
+from shared.pcm import SAMPLE_RATE
 from shared.protocol import Usage
 
 MAX_SILENT_FRAMES: Final = 75
@@ -57,6 +59,7 @@ class RunningJob:
         self.ended = True
         self.pending_frames = 0
         self.chunks = 0
+        self.chunks_delivered = 0
         self.underrun_at = -math.inf
 
     def start_utterance(self, utterance: Utterance) -> None:
@@ -75,6 +78,7 @@ class RunningJob:
         self.silent_frames = 0
         self.ended = False
         self.chunks = 0
+        self.chunks_delivered = 0
 
     def on_prefilled(self) -> None:
         """The prompt is in the slot."""
@@ -128,7 +132,19 @@ class RunningJob:
             self.next, self.reason = Passage(""), "length"
         return not self.next.text
 
-    def check_silence(self, pcm: np.ndarray, frame_samples: int) -> None:
+    def faded(self, pcm: Samples) -> Samples:
+        """The next decoded chunk, in order: faded in if the utterance begins with it, out if it ends with it.
+
+        An utterance has ended by the time that its last frames are decoded.
+        """
+        self.chunks_delivered += 1
+        if self.chunks_delivered == 1:
+            pcm = fade_in(pcm, SAMPLE_RATE)
+        if self.ended and not self.pending_frames and self.chunks_delivered == self.chunks:
+            pcm = fade_out(pcm, SAMPLE_RATE)
+        return pcm
+
+    def check_silence(self, pcm: Samples, frame_samples: int) -> None:
         """End the utterance if the model has gone silent. pcm: a decoded chunk, int16 [samples]."""
         for peak in np.abs(pcm.reshape(-1, frame_samples).astype(np.int32)).max(axis=1):
             self.silent_frames = self.silent_frames + 1 if peak <= SILENCE_PEAK else 0

@@ -10,11 +10,16 @@ import numpy as np
 import torch
 
 from gpu_worker.engines.base import Done, Fault, Job, Pcm, Reference
+from gpu_worker.engines.fades import FADE_IN_S, FADE_OUT_S
 from gpu_worker.engines.qwen.build import QwenOptions, build_parts
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
+from shared.pcm import SAMPLE_RATE
 from shared.protocol import Sampling, Segment
 from tests.checkpoints import Kind, Size, tiny
+
+UNFADED = slice(round(FADE_IN_S * SAMPLE_RATE), -round(FADE_OUT_S * SAMPLE_RATE))
+"""The samples of an utterance that no fade changes."""
 
 _woken = threading.Event()
 """Set when an encoded reference may have made an engine runnable."""

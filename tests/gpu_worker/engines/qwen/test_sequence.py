@@ -45,6 +45,21 @@ def test_chunks_grow_from_one_frame_to_eight() -> None:
     assert (sequence.reason, sequence.usage.output_tokens, sequence.usage.input_tokens) == ("stop", 31, 7)
 
 
+@pytest.mark.parametrize(("frames", "chunks"), [(1, 1), (3, 2), (9, 2), (30, 5)])
+def test_only_the_edges_of_an_utterance_are_faded(frames: int, chunks: int) -> None:
+    """The first chunk begins near zero and the last one ends there; all of them are decoded before one is delivered."""
+    sequence = running_job()
+    loud = np.full(1920, 8_000, np.int16)
+    for frame in range(frames):
+        sequence.on_frame_ready(last=frame == frames - 1)
+    while sequence.chunk_due:
+        sequence.on_chunk_decoded()
+    faded = [sequence.faded(loud) for _ in range(sequence.chunks)]
+    assert [chunk[0] < 100 for chunk in faded] == [True, *[False] * (chunks - 1)]
+    assert [chunk[-1] < 100 for chunk in faded] == [*[False] * (chunks - 1), True]
+    assert all((chunk[200:-200] == 8_000).all() for chunk in faded)
+
+
 def test_the_frame_cap_ends_an_utterance_with_length() -> None:
     """The job ends with `length` even if a later utterance ends by itself."""
     sequence = running_job(max_frames=2)
