@@ -1,0 +1,302 @@
+"""`python -m tests.gpu_worker.engines.qwen.fake_cuda`: what the captured functions launch at published sizes, as JSON.
+
+It builds model and codec of 1.7B in bfloat16 of fake CUDA tensors, which have shapes, strides and devices but no
+memory, and calls one function of each kind. No GPU is needed, only a C++ compiler: fake tensors ask CUDA's device
+guard, which a CPU build of torch lacks. The guard stays in its process, so this runs in a process of its own.
+A value that decides what is launched, a tensor of another device in a function: torch raises.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig, Shape
+from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
+from gpu_worker.engines.qwen.codec.decoder import Decoder
+from gpu_worker.engines.qwen.model.attention import attention
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
+from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
+from gpu_worker.engines.qwen.runtime import captured_buckets
+from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
+from gpu_worker.engines.qwen.vocoder import Vocoder
+from tests.checkpoints import CACHE, codec_config, model_config
+
+SLOTS = 64
+MAX_MODEL_LEN = 2048
+GUARD = """
+#include <c10/core/impl/FakeGuardImpl.h>
+namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>) }
+"""
+FREE = {"device", "empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "_unsafe_view"}
+"""Operators that launch nothing. Views launch nothing either."""
+SEVERAL = {"topk": 2, "sort": 2, "masked_fill": 2, "conv2d": 2}
+"""Operators of several kernels in torch 2.13: a radix selection and a sort, a copy and a fill, a bias of its own."""
+
+
+class Launches(msgspec.Struct):
+    """What one call of a function launches."""
+
+    kernels: Counter[str] = msgspec.field(default_factory=Counter)
+    attention: set[str] = msgspec.field(default_factory=set)
+    crossings: list[str] = []
+    """Operators with a tensor that is not on the device."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "kernels": self.kernels.total(),
+            "attention": sorted(self.attention),
+            "crossings": self.crossings,
+            "by_name": dict(self.kernels.most_common()),
+        }
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the kernels of every operator."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self._launches = launches
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.rpartition("::")[2].rstrip("_")
+        tensors = [item for item in _flat((args, kwargs, result)) if isinstance(item, Tensor)]
+        if any(tensor.device.type != "cuda" and tensor.ndim for tensor in tensors):  # single numbers are arguments
+            self._launches.crossings.append(name)
+        is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        if name not in FREE and not is_view:
+            self._launches.kernels[name] += SEVERAL.get(name, 1)
+        return result
+
+
+class WholeKernels(TorchFunctionMode):
+    """Counts functions as one kernel each that are one on CUDA, and that fake tensors would take to pieces."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self._launches = launches
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func is functional.rms_norm:
+            copies = 0 if args[0].is_contiguous() else 1
+            self._launches.kernels["rms_norm"] += 1 + copies
+            return args[0].new_empty(args[0].shape)
+        if func is functional.scaled_dot_product_attention:
+            query, key, _, *mask = args
+            shapes = [
+                [list(tensor.shape), list(tensor.stride())] for tensor in (query, key, *mask) if tensor is not None
+            ]
+            self._launches.kernels["attention"] += 1
+            self._launches.attention.add(json.dumps(shapes))
+            return query.new_empty(query.shape)
+        return func(*args, **(kwargs or {}))
+
+
+def count(function: Callable[[], None]) -> Launches:
+    """Call the function, under a FakeTensorMode."""
+    launches = Launches()
+    with CountedOperators(launches), WholeKernels(launches):
+        function()
+    return launches
+
+
+def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
+    """The functions that an engine with SLOTS slots captures. Call it and them under a FakeTensorMode."""
+    functions: dict[Key, Callable[[], None]] = {}
+
+    def capture(new: Mapping[Key, Callable[[], None]], **_: Any) -> tuple[dict[Key, Any], int]:
+        functions.update(new)
+        return {}, 0
+
+    captured_buckets.capture_graphs = capture  # type: ignore[assignment]
+    streams: Any = SimpleNamespace(frame_capture=None, codec_capture=None, transfer=None, codec=None)
+    device = torch.device("cuda")
+    config = msgspec.convert(model_config("custom_voice", size, full=True), ModelConfig)  # type: ignore[arg-type]
+    rows = rows_needed(SLOTS, device)
+    model = Qwen3TTSModel(
+        FakeWeights(_model_shapes(config)),
+        config,
+        GenerationConfig(),
+        attention("sdpa", device, torch.bfloat16),
+        slots=rows,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    shape = msgspec.convert(codec_config(full=True)["decoder_config"], DecoderShape)
+    codec = Codec.__new__(Codec)
+    codec.device, codec.dtype = device, torch.bfloat16
+    codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape)
+    CudaGraphModelRunner(model, streams).prepare()
+    Vocoder(codec, model.state.ring_buffer, SLOTS, streams).prepare()
+    return functions
+
+
+class FakeWeights(Mapping[str, Tensor]):
+    """A checkpoint of tensors without values, in bfloat16. Codebooks are float32."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype = torch.float32 if "_codebook" in name else torch.bfloat16
+        return torch.empty(self._shapes[name], dtype=dtype, device="cuda")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _stack_shapes(prefix: str, shape: Shape) -> dict[str, tuple[int, ...]]:
+    hidden, inner, width = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    queries, keys = shape.num_attention_heads * width, shape.num_key_value_heads * width
+    found: dict[str, tuple[int, ...]] = {f"{prefix}norm.weight": (hidden,)}
+    for layer in (f"{prefix}layers.{index}." for index in range(shape.num_hidden_layers)):
+        found |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        found |= {f"{layer}self_attn.{name}_norm.weight": (width,) for name in "qk"}
+        found |= {f"{layer}self_attn.{name}_proj.weight": (keys, hidden) for name in "kv"}
+        found |= {
+            f"{layer}self_attn.q_proj.weight": (queries, hidden),
+            f"{layer}self_attn.o_proj.weight": (hidden, queries),
+        }
+        found |= {f"{layer}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        found[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+    return found
+
+
+def _model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    talker, predictor = config.talker_config, config.talker_config.code_predictor_config
+    prefix = "talker.code_predictor."
+    found = _stack_shapes("talker.model.", talker) | _stack_shapes(f"{prefix}model.", predictor)
+    found["talker.model.codec_embedding.weight"] = found["talker.codec_head.weight"] = (
+        talker.vocab_size,
+        talker.hidden_size,
+    )
+    for book in range(talker.num_code_groups - 1):
+        found[f"{prefix}model.codec_embedding.{book}.weight"] = (predictor.vocab_size, talker.hidden_size)
+        found[f"{prefix}lm_head.{book}.weight"] = (predictor.vocab_size, predictor.hidden_size)
+    found[f"{prefix}small_to_mtp_projection.weight"] = (predictor.hidden_size, talker.hidden_size)
+    found[f"{prefix}small_to_mtp_projection.bias"] = (predictor.hidden_size,)
+    return found
+
+
+def _codec_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
+    hidden, inner, latent, half = shape.hidden_size, shape.intermediate_size, shape.latent_dim, shape.codebook_dim // 2
+    heads = shape.num_attention_heads * shape.head_dim
+    found: dict[str, tuple[int, ...]] = {
+        "pre_conv.conv.weight": (latent, shape.codebook_dim, 3),
+        "pre_conv.conv.bias": (latent,),
+        "pre_transformer.norm.weight": (hidden,),
+        "pre_transformer.input_proj.weight": (hidden, latent),
+        "pre_transformer.input_proj.bias": (hidden,),
+        "pre_transformer.output_proj.weight": (latent, hidden),
+        "pre_transformer.output_proj.bias": (latent,),
+    }
+    for group, books in (("rvq_first", 1), ("rvq_rest", shape.num_quantizers - 1)):
+        found[f"quantizer.{group}.output_proj.weight"] = (shape.codebook_dim, half, 1)
+        for book in (f"quantizer.{group}.vq.layers.{index}._codebook" for index in range(books)):
+            found |= {
+                f"{book}.cluster_usage": (shape.codebook_size,),
+                f"{book}.embedding_sum": (shape.codebook_size, half),
+            }
+    for layer in (f"pre_transformer.layers.{index}." for index in range(shape.num_hidden_layers)):
+        found |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        found |= {f"{layer}{name}_layer_scale.scale": (hidden,) for name in ("self_attn", "mlp")}
+        found |= {f"{layer}self_attn.{name}_proj.weight": (heads, hidden) for name in "qkv"}
+        found |= {f"{layer}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        found |= {f"{layer}self_attn.o_proj.weight": (hidden, heads), f"{layer}mlp.down_proj.weight": (hidden, inner)}
+    for index, ratio in enumerate(shape.upsampling_ratios):
+        block = f"upsample.{index}.1."
+        found |= {
+            f"upsample.{index}.0.conv.weight": (latent, latent, ratio),
+            f"upsample.{index}.0.conv.bias": (latent,),
+        }
+        found |= {f"{block}{name}": (latent,) for name in ("gamma", "norm.weight", "norm.bias", "dwconv.conv.bias")}
+        found |= {f"{block}dwconv.conv.weight": (latent, 1, 7), f"{block}pwconv1.bias": (4 * latent,)}
+        found |= {f"{block}pwconv1.weight": (4 * latent, latent), f"{block}pwconv2.weight": (latent, 4 * latent)}
+        found[f"{block}pwconv2.bias"] = (latent,)
+    width = shape.decoder_dim
+    found |= {"decoder.0.conv.weight": (width, latent, 7), "decoder.0.conv.bias": (width,)}
+    for index, stride in enumerate(shape.upsample_rates, 1):
+        block = f"decoder.{index}.block."
+        found |= {f"{block}0.{name}": (width,) for name in ("alpha", "beta")}
+        found[f"{block}1.conv.weight"] = (width, width // 2, 2 * stride)
+        width //= 2
+        found[f"{block}1.conv.bias"] = (width,)
+        for unit in (f"{block}{number}." for number in (2, 3, 4)):
+            found |= {f"{unit}act{act}.{name}": (width,) for act in (1, 2) for name in ("alpha", "beta")}
+            found |= {f"{unit}conv1.conv.weight": (width, width, 7), f"{unit}conv2.conv.weight": (width, width, 1)}
+            found |= {f"{unit}conv{number}.conv.bias": (width,) for number in (1, 2)}
+    last = len(shape.upsample_rates) + 1
+    found |= {f"decoder.{last}.{name}": (width,) for name in ("alpha", "beta")}
+    found |= {f"decoder.{last + 1}.conv.weight": (1, width, 7), f"decoder.{last + 1}.conv.bias": (1,)}
+    return found
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        yield values
+        return
+    for value in values:
+        yield from _flat(value)
+
+
+def load_guard() -> None:
+    """Compile a device guard for CUDA that does nothing, once for each version of torch, and load it."""
+    library = CACHE.parent / f"fake_guard-{torch.__version__}.so"
+    if not library.exists():
+        root = Path(torch.__path__[0])
+        library.parent.mkdir(exist_ok=True)
+        source, new = library.with_suffix(".cpp"), library.with_suffix(".new")
+        source.write_text(GUARD)
+        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
+        subprocess.run(["g++", str(source), *flags, "-o", str(new)], check=True)  # noqa: S607 -- whichever is installed
+        new.replace(library)
+    ctypes.CDLL(str(library))
+
+
+def main() -> None:
+    """Print what the functions at the batch sizes 1 and 16 launch, and the keys of all functions."""
+    load_guard()
+    wanted: list[Key] = [
+        ("code_predictor_step", 1, 0),
+        ("code_predictor_step", 16, 0),
+        ("talker_step", 1, 256),
+        ("talker_step", 16, 2048),
+        ("prefill", 1, 16),
+        ("prefill", 4, 32),
+        ("decode", 1, 1),
+        ("decode", 16, 8),
+    ]
+    with FakeTensorMode(), torch.no_grad():
+        functions = captured_functions()
+        launched = {"/".join(map(str, key)): count(functions[key]).as_dict() for key in wanted if key in functions}
+    json.dump({"functions": ["/".join(map(str, key)) for key in functions], "launched": launched}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

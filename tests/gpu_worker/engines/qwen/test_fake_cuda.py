@@ -1,0 +1,75 @@
+"""What a published 1.7B model in bfloat16 launches on a GPU, counted without one: see fake_cuda.py.
+
+A change may only lower a budget. A CUDA kernel in a graph takes about 2 µs, however little it computes.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+KERNELS = {
+    "code_predictor_step/1/0": 1718,
+    "code_predictor_step/16/0": 1778,
+    "talker_step/1/256": 645,
+    "talker_step/16/2048": 673,
+    "prefill/1/16": 693,
+    "prefill/4/32": 695,
+    "decode/1/1": 436,
+    "decode/16/8": 436,
+}
+"""Kernels of one replay, at most."""
+
+GRAPHS = 91
+"""Graphs of an engine with 64 slots."""
+
+NODES = 62_694
+"""Kernels of all those graphs: each takes about 10 KB of the driver's memory, and its share of a restore."""
+
+ATTENTION_SHAPES = 64
+"""Different shapes and strides of attention in the functions of KERNELS: a kernel may be chosen or planned for each."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Any]:
+    """What fake_cuda.py prints."""
+    if torch.version.cuda is not None:
+        pytest.skip("this build of torch has a device guard for CUDA, which fake tensors would ask")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    root = Path(__file__).parents[4]
+    command = [sys.executable, "-m", "tests.gpu_worker.engines.qwen.fake_cuda"]
+    printed: dict[str, Any] = json.loads(subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE).stdout)
+    return printed
+
+
+def test_captured_functions_stay_on_the_device(counted: dict[str, Any]) -> None:
+    """No operator reads or writes a tensor of the host. Where a value decides what is launched, torch itself raises."""
+    assert counted["launched"].keys() == KERNELS.keys()
+    assert [one["crossings"] for one in counted["launched"].values() if one["crossings"]] == []
+
+
+@pytest.mark.parametrize("key", KERNELS)
+def test_kernels_of_a_function(counted: dict[str, Any], key: str) -> None:
+    """If they are fewer than the budget, lower it."""
+    assert counted["launched"][key]["kernels"] == KERNELS[key], counted["launched"][key]["by_name"]
+
+
+def test_graphs_and_nodes_of_an_engine(counted: dict[str, Any]) -> None:
+    """Every batch size from 2 on launches the same kernels."""
+    assert len(counted["functions"]) == GRAPHS
+    by_kind = {(key.split("/")[0], key.split("/")[1] == "1"): one for key, one in KERNELS.items()}
+    keys = [key.split("/") for key in counted["functions"]]
+    nodes = sum(by_kind[name, batch == "1"] for name, batch, _ in keys)
+    assert nodes == NODES
+
+
+def test_attention_has_few_shapes(counted: dict[str, Any]) -> None:
+    """Of those in all functions that were called."""
+    shapes = {shape for one in counted["launched"].values() for shape in one["attention"]}
+    assert len(shapes) == ATTENTION_SHAPES
