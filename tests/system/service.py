@@ -203,11 +203,13 @@ class Service:
 def slow_reader(service: Service, text: str, **fields: object) -> socket.socket:
     """A client that requests speech over a bare socket with a small buffer, and reads nothing."""
     request = httpx.Request("POST", service.url + "/v1/audio/speech", json={"input": text, **fields})
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect(("127.0.0.1", service.port))
     headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    connection.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{headers}\r\n".encode() + request.content)
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(socket.socket())
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", service.port))
+        connection.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{headers}\r\n".encode() + request.content)
+        stack.pop_all()
     return connection
 
 
