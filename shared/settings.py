@@ -51,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: Annotated[int, Meta(ge=64, le=1_000_000)] = 4096
     max_connections_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     max_input_chars: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
+    body_buffer_mb: Annotated[int, Meta(ge=16, le=1_000_000)] = 256
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
     allow_ref_urls: bool = False
     model_aliases: dict[str, str] = {}
@@ -110,7 +111,7 @@ SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
-    *("max_connections", "max_connections_per_address"),
+    *("max_connections", "max_connections_per_address", "body_buffer_mb"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format"),

@@ -14,7 +14,7 @@ from litestar.types import ExceptionHandlersMap
 
 from server.http.elevenlabs_errors import elevenlabs_error, is_elevenlabs
 from server.http.errors import ApiError, error_response, internal_error
-from server.http.request_scope import BODY_STALLED, ERROR_CODE, printable_path, request_id_of
+from server.http.request_scope import BODY_ERROR, ERROR_CODE, printable_path, request_id_of
 from shared.validation_messages import choices_in, missing_field, reword
 
 log = structlog.get_logger(__name__)
@@ -73,9 +73,8 @@ def _handle_litestar_error(request: Request[Any, Any, Any], error: Exception) ->
     if not isinstance(error, HTTPException):
         raise TypeError(type(error))
     if isinstance(error, InternalServerException) and error.detail == BODY_INCOMPLETE:
-        if request.scope["state"].get(BODY_STALLED):
-            return _response(request, ApiError("request_timeout", "The rest of the body did not arrive in time."))
-        return _response(request, ApiError("invalid_body", "The body ended too early, or its chunks are malformed."))
+        ended_early = ApiError("invalid_body", "The body ended too early, or its chunks are malformed.")
+        return _response(request, request.scope["state"].get(BODY_ERROR, ended_early))
     if error.status_code >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
         return handle_unexpected(request, error)
     if isinstance(error, ValidationException):

@@ -60,7 +60,7 @@ _DOCUMENTED: Final = {
     415: "The operation expects another media type (`unsupported_media_type`).",
     416: "The range begins behind the end; `Content-Range` has the size (`range_not_satisfiable`).",
     429: "The queue is full (`queue_full`), or the client's address has too many requests in progress "
-    "(`rate_limit_exceeded`); `Retry-After` says when to try again.",
+    "or uploads take too much memory (`rate_limit_exceeded`); `Retry-After` says when to try again.",
     500: "The server made a mistake; trying again does not help.",
     503: "The GPU worker, memory or the model's weights are missing now, or the server is shutting down; "
     "`Retry-After` says when to try again.",

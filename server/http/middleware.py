@@ -1,7 +1,7 @@
 """The ASGI middleware around the Litestar application: rules that hold for every HTTP request, whatever its path.
 
 It gives each response a request id, answers HEAD like GET, refuses compressed bodies and foreign preflights,
-bounds the wait for a body, lets a client that is still sending read its refusal, and logs each refusal.
+bounds the time and the memory of bodies, lets a client that is still sending read its refusal, and logs each refusal.
 It knows no path and no field.
 """
 
@@ -17,11 +17,12 @@ from litestar.datastructures import Headers, MutableScopeHeaders
 from litestar.enums import ScopeType
 from litestar.types import HTTPReceiveMessage, Message, Receive, Scope, Send
 
+from server.http.body_budget import BodyBudget
 from server.http.errors import ApiError, ErrorEnvelope, error_response
 from server.http.forwarded import client_view, strip_root_path
 from server.http.open_requests import OpenRequest, OpenRequests
 from server.http.origins import foreign_origin
-from server.http.request_scope import ASKED_WITH_HEAD, BODY_STALLED, ERROR_CODE, printable_path, request_id_of
+from server.http.request_scope import ASKED_WITH_HEAD, BODY_ERROR, ERROR_CODE, printable_path, request_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +32,11 @@ _PART_BYTES: Final = 16_384
 1,000 clients that asked for a megabyte and read nothing cost 1.4 GB in one part, and 170 MB in parts of this size.
 """
 
-_MAX_DRAINED_BYTES: Final = 256 * 1024 * 1024
+_CROWDED_OUT_FOR_S: Final = 5.0
+"""When a client may send a body again that was crowded out."""
+
+_MIB: Final = 1024 * 1024
+_MAX_DRAINED_BYTES: Final = 256 * _MIB
 _MAX_DRAIN_S: Final = 10.0
 
 
@@ -41,6 +46,7 @@ class HttpMiddleware:
     def __init__(self, app: Litestar) -> None:
         self.app = app
         self.open_requests = OpenRequests()
+        self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB)
         self._unavailable: dict[str, str | None] = {}
         """By route: the error code of the 503 that was the last answer to a reading request."""
 
@@ -53,9 +59,13 @@ class HttpMiddleware:
         strip_root_path(scope, self.app.state.settings.root_path)
         request = self.open_requests.begin(scope, has_body=_expects_body(scope))
         try:
-            await self._answer(scope, _RequestBody(scope, receive, request, self.open_requests.clock), send)
+            await self._answer(scope, self._body(scope, receive, request), send)
         finally:
             self.open_requests.end(request)
+            self.body_budget.release(request)
+
+    def _body(self, scope: Any, receive: Receive, request: OpenRequest) -> "_RequestBody":
+        return _RequestBody(scope, receive, request, self.body_budget, self.open_requests.clock)
 
     async def _answer(self, scope: Any, body: "_RequestBody", send: Send) -> None:
         response = _ResponseSender(scope, body, send, self._unavailable)
@@ -81,8 +91,7 @@ class HttpMiddleware:
         error = ApiError("not_found", f"{printable_path(handshake)} takes no WebSocket; /docs lists what there is.")
         request = self.open_requests.begin(handshake, has_body=False)
         try:
-            body = _RequestBody(handshake, receive, request, self.open_requests.clock)
-            response = _ResponseSender(handshake, body, deny, self._unavailable)
+            response = _ResponseSender(handshake, self._body(handshake, receive, request), deny, self._unavailable)
             refusal = error_response(error).to_asgi_response(app=None, request=Request(handshake))
             await refusal(handshake, receive, response.send)
         finally:
@@ -113,31 +122,49 @@ class HttpMiddleware:
 
 
 class _RequestBody:
-    """A request's body on its way in: whether it is complete, and a bound on how long it may take."""
+    """A request's body on its way in: whether it is complete, and bounds on its time and on the memory of all."""
 
-    def __init__(self, scope: Any, receive: Receive, request: OpenRequest, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, scope: Any, receive: Receive, request: OpenRequest, budget: BodyBudget, clock: Callable[[], float]
+    ) -> None:
         self.expected = not request.body_complete
         self.request = request
+        self._budget = budget
         self._clock = clock
         self._complete = False
         self._scope = scope
         self._receive = receive
 
     async def receive(self) -> HTTPReceiveMessage:
-        """The next message. A body that stalls or drips counts as one whose client has left."""
+        """The next message. A body that is given up counts as one whose client has left."""
         if self._complete:
             return await self._receive()  # type: ignore[return-value]  # it is an HTTP request
         try:
-            async with asyncio.timeout(self.request.body_patience_s(self._clock())):
-                message = await self._receive()
+            async with asyncio.timeout(self.request.body_patience_s(self._clock())) as self.request.waiting:
+                message = await self._next()
         except TimeoutError:
-            self._complete = True
-            self._scope.setdefault("state", {})[BODY_STALLED] = True
-            return {"type": "http.disconnect"}
-        self.request.body_bytes += len(message.get("body", b""))  # type: ignore[arg-type]  # bytes
+            return self._give_up()
+        finally:
+            self.request.waiting = None
+        self._budget.check(self.request, self._clock())
+        return message
+
+    async def _next(self) -> HTTPReceiveMessage:
+        message: HTTPReceiveMessage = await self._receive()  # type: ignore[assignment]  # it is an HTTP request
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         self.request.body_complete = self._complete
-        return message  # type: ignore[return-value]  # it is an HTTP request
+        self.request.body_bytes += len(message["body"]) if message["type"] == "http.request" else 0
+        return message
+
+    def _give_up(self) -> HTTPReceiveMessage:
+        if self.request.crowded_out:
+            message = "The bodies of other requests take all the memory that this server has for them."
+            error = ApiError("rate_limit_exceeded", message, retry_after_s=_CROWDED_OUT_FOR_S)
+        else:
+            error = ApiError("request_timeout", "The rest of the body did not arrive in time.")
+            self._complete = True  # there is no use in waiting for the rest
+        self._scope.setdefault("state", {})[BODY_ERROR] = error
+        return {"type": "http.disconnect"}
 
     async def drain(self) -> None:
         """Read the rest of the body, within bounds, and throw it away.
@@ -145,11 +172,12 @@ class _RequestBody:
         If the connection were closed while the client is still sending, the client would see a reset
         instead of the response.
         """
+        self._budget.release(self.request)
         drained = 0
         try:
             async with asyncio.timeout(_MAX_DRAIN_S):
                 while self.expected and not self._complete and drained < _MAX_DRAINED_BYTES:
-                    message = await self.receive()
+                    message = await self._next()
                     drained += len(message["body"]) if message["type"] == "http.request" else 0
         except TimeoutError:
             pass  # a client that sends so slowly gets the reset

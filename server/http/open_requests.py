@@ -4,6 +4,7 @@
 Whether a connection is closed is the reaper's decision (server/processes/connection_reaper.py).
 """
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -29,11 +30,21 @@ class OpenRequest:
     body_complete: bool
     """True if the client has nothing more to send, so the client waits for this server."""
     body_bytes: int = 0
+    crowded_out: bool = False
+    """True if its body is refused for others that arrive faster."""
+    waiting: asyncio.Timeout | None = None
+    """The time limit of the wait for the next part of the body."""
 
     def body_patience_s(self, now: float) -> float:
         """How long the next part of the body may take: a fixed time for each byte, so dripping prolongs nothing."""
         deadline = self.began + BODY_TIMEOUT_S + self.body_bytes / MIN_BODY_BYTES_PER_S
-        return max(0.0, min(BODY_TIMEOUT_S, deadline - now))
+        return 0.0 if self.crowded_out else max(0.0, min(BODY_TIMEOUT_S, deadline - now))
+
+    def crowd_out(self) -> None:
+        """Refuse the rest of the body, also if its handler is waiting for the next part."""
+        self.crowded_out = True
+        if self.waiting:
+            self.waiting.reschedule(0.0)
 
 
 class OpenRequests:

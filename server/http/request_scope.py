@@ -6,8 +6,8 @@ from typing import Final
 from litestar.datastructures import Headers
 from litestar.types import Scope
 
-BODY_STALLED: Final = "body_stalled"
-"""The key in `scope["state"]` that middleware.py sets when it gives up waiting for the rest of a body."""
+BODY_ERROR: Final = "body_error"
+"""The key in `scope["state"]` for the ApiError of a body that middleware.py has given up."""
 
 ASKED_WITH_HEAD: Final = "asked_with_head"
 """The key in `scope["state"]` that middleware.py sets when it turns HEAD into GET."""

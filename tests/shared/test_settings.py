@@ -24,6 +24,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_ROOT_PATH", "/a/tts", "/a/tts"),
     ("TTS_MAX_CONNECTIONS", "64", 64),
     ("TTS_MAX_CONNECTIONS_PER_ADDRESS", "1", 1),
+    ("TTS_BODY_BUFFER_MB", "16", 16),
     ("TTS_MAX_INPUT_CHARS", "100000", 100_000),
     ("TTS_MAX_BODY_MB", "32", 32),
     ("TTS_ALLOW_REF_URLS", "yes", True),

@@ -137,6 +137,32 @@ async def test_a_body_that_drips(client: httpx.AsyncClient, monkeypatch: pytest.
     assert (await answer).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("path", [SPEECH, VOICES])
+async def test_a_body_that_is_crowded_out(serve: Serve, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Where bodies take more memory than they may, the slowest gets a 429, and the others arrive.
+
+    Of the slow one less arrives than of the fast one, which begins later, so it is slower on any machine.
+    """
+    monkeypatch.setattr("server.http.middleware._MAX_DRAIN_S", 0.1)
+    client = await serve(body_buffer_mb=16)
+    kind = "application/json" if path == SPEECH else "multipart/form-data; boundary=x"
+    heads = [HEAD, f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"]
+    fast, slow = [head.encode() + b"Connection: close\r\nContent-Length: 15000000\r\n\r\n" for head in heads]
+    from_slow, to_slow = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    to_slow.write(slow + b" " * 5_000_000)
+    from_fast, to_fast = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    to_fast.write(fast + b" " * 14_000_000)
+    async with asyncio.timeout(60):
+        refusal = await from_slow.read()
+        to_fast.write(b'{"input": "hello"}'.rjust(1_000_000))
+        answer = await from_fast.read()
+    to_slow.close()
+    to_fast.close()
+    assert refusal.startswith(b"HTTP/1.1 429")
+    assert b"\r\nretry-after: 5\r\n" in refusal
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 async def test_too_many_requests_of_one_address(serve: Serve) -> None:
     """A second request of an address that may have one gets a 429, unless the address is a trusted proxy's."""
     client = await serve(max_connections_per_address=1, trusted_proxies=["10.0.0.1"])
