@@ -53,7 +53,7 @@ async def test_the_servers_of_the_document(client: httpx.AsyncClient, headers: d
 
 
 async def test_openapi(client: httpx.AsyncClient) -> None:
-    """Every operation has an id, a summary and errors of its clients' shape; the limits of fields are in the schemas."""
+    """Every operation has an id, a summary and errors of its shape; the limits of fields are in the schemas."""
     document = (await client.get("/openapi.json")).json()
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations) >= 19
