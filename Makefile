@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # How many processes run tests. The tests of one file stay in one process, and so do most of tests/system.
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest
-PARALLEL := -n $(JOBS) --dist loadgroup
+PARALLEL := -n $(JOBS) --no-loadscope-reorder
 
 # The gpu extra (torch, transformers, qwen-tts: several GB with CUDA) is for machines that can use it.
 WITH_QWEN ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1)

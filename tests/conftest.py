@@ -14,6 +14,9 @@ SYSTEM: Final = Path(__file__).parent / "system"
 BESIDE_OTHERS: Final = {"test_clients.py", "test_load.py", "test_proxies.py", "test_start.py"}
 """System tests that measure neither time nor memory closely: another service may run beside theirs."""
 
+PROCESS_OF: Final[dict[str, str]] = {}
+"""The process of pytest-xdist that runs a file's tests."""
+
 # On two cores, several processes that each compute with two threads take longer than with one thread each.
 # torch reads the variable when it is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,16 +58,35 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.addaudithook(skip_services)
 
 
+def is_measured(path: Path) -> bool:
+    """Whether a test file measures a service, so that no other service may run beside its own."""
+    return path.is_relative_to(SYSTEM) and path.name not in BESIDE_OTHERS
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `-n 2 --dist loadgroup`: a file stays together, and so do most of the system tests.
+    """Let the longest group come first: at the end of a run no process waits for the other."""
+    items.sort(key=lambda item: not is_measured(item.path))
 
-    These, the longest group, come first: at the end of a run no process waits for the other.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, and all measured system tests in one.
+
+    Then the tests share their fixtures, and no measurement disturbs another.
+    pytest-xdist 3.8 has groups of its own, but with pytest 9.2 it puts no test into them.
     """
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 -- quick runs of one file may lack it
 
-    def is_measured(item: pytest.Item) -> bool:
-        return item.path.is_relative_to(SYSTEM) and item.path.name not in BESIDE_OTHERS
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "system" if is_measured(config.rootpath / file) else file
 
-    items.sort(key=lambda item: not is_measured(item))
-    for item in items:
-        group = "system" if is_measured(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    return Groups(config, log)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Fail loudly if a file's tests are in two processes: nothing else would show it but time."""
+    process = getattr(report, "worker_id", "")
+    file = report.nodeid.partition("::")[0]
+    assert PROCESS_OF.setdefault(file, process) == process, f"{file} runs in several processes"
