@@ -28,7 +28,7 @@ from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
-from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
@@ -212,6 +212,7 @@ def build_worker(
         scheduler=Scheduler(settings.max_queue, time.monotonic),
         residency=residency,
         voices=VoiceStore(voice_files, voice_writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
+        consents=ConsentStore(voice_files, voice_writer.submit, settings.max_voices),
         stats=Stats(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,

@@ -1,7 +1,7 @@
 """Calls of the web workers (load, unload, pin, cleanup, voices, outcomes of requests), and those not answered yet.
 
 Owned by the synthesis thread. ControlHandler moves no model, synthesizes nothing and writes no file:
-it asks Residency, submits Requests and hands voices to VoiceStore.
+it asks Residency, submits Requests, and hands voices to VoiceStore and consents to ConsentStore.
 """
 
 import uuid
@@ -14,27 +14,36 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, JobError
 from gpu_worker.requests import Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
-from gpu_worker.voices import VoiceStore, VoiceWrite, VoiceWritten
+from gpu_worker.voices import ConsentRecord, ConsentStore, VoiceStore, VoiceWrite, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     Audio,
     Call,
     Cleanup,
     CloneVoice,
+    ConsentAction,
+    CreateConsent,
+    DeleteConsent,
     DeleteVoice,
     DesignVoice,
     Failed,
+    FindConsent,
     FindSpeech,
     FindVoice,
     Finished,
+    ListConsents,
     LoadModel,
     Message,
     PinModel,
+    RenameConsent,
     Reply,
     Sampling,
+    SavedVoice,
     Segment,
     SpeechOutcome,
     UnloadModel,
+    VoiceAction,
+    VoiceConsent,
 )
 
 DESIGN_TEXT: Final = (
@@ -83,14 +92,14 @@ class _PendingCleanup(msgspec.Struct, frozen=True):
     caller: _Caller
 
 
-class _PendingVoiceWrite(msgspec.Struct, frozen=True):
+class _PendingWrite(msgspec.Struct, frozen=True):
     """Done when the report of `write` is there."""
 
     caller: _Caller
     write: VoiceWrite
 
 
-_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingVoiceWrite
+_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite
 
 
 class ControlHandler:
@@ -102,6 +111,7 @@ class ControlHandler:
         specs: Mapping[str, ModelSpec],
         residency: Residency,
         voices: VoiceStore,
+        consents: ConsentStore,
         buffer: AudioBuffer,
         submit: Callable[[Request], None],
         check_model: Callable[[str], None],
@@ -115,6 +125,7 @@ class ControlHandler:
         self._specs = specs
         self._residency = residency
         self._voices = voices
+        self._consents = consents
         self._buffer = buffer
         self._submit = submit
         self._check_model = check_model
@@ -156,26 +167,32 @@ class ControlHandler:
         """Fail every pending call: the process ends."""
         for pending in self._pending:
             failed = failed_message(pending.caller.call_id, error)
-            if isinstance(pending, _PendingVoiceWrite):  # the disk may still take it
-                message = f"{error.message}; the voice may be {pending.write.participle} all the same"
+            if isinstance(pending, _PendingWrite):  # the disk may still take it
+                write = pending.write
+                message = f"{error.message}; the {write.noun} may be {write.participle} all the same"
                 failed = msgspec.structs.replace(failed, message=message)
             pending.caller.answer(failed)
         self._pending.clear()
 
     def on_voice_written(self, report: VoiceWritten) -> None:
-        """Record the end of a voice's write, and answer its call if that is still pending."""
-        error: JobError | None = None
+        """Record the end of the write of a voice or a consent, and answer its call if that is still pending."""
+        result: JobError | SavedVoice | VoiceConsent
+        store = self._consents if isinstance(report.write.record, ConsentRecord) else self._voices
         try:
-            voice = self._voices.on_written(report)
-        except JobError as raised:
-            error = raised
+            result = store.on_written(report)
+        except JobError as error:
+            result = error
         for pending in list(self._pending):
-            if isinstance(pending, _PendingVoiceWrite) and pending.write is report.write:
+            if isinstance(pending, _PendingWrite) and pending.write is report.write:
                 self._pending.remove(pending)
-                if error is None:
-                    pending.caller.answer(Reply(id=pending.caller.call_id, voice=voice))
-                else:
-                    pending.caller.fail(error)
+                call_id = pending.caller.call_id
+                match result:
+                    case JobError():
+                        pending.caller.fail(result)
+                    case SavedVoice():
+                        pending.caller.answer(Reply(id=call_id, voice=result))
+                    case VoiceConsent():
+                        pending.caller.answer(Reply(id=call_id, consent=result))
 
     def on_model_refused(self, model: str, error: JobError) -> None:
         """Fail the pending loads of a model that cannot be brought to the device."""
@@ -195,21 +212,51 @@ class ControlHandler:
             case Cleanup():
                 self._residency.start_cleanup()
                 self._pending.append(_PendingCleanup(caller))
-            case FindVoice(name=name):
-                return Reply(id=call.id, voice=self._voices.find(name))
             case FindSpeech():
                 return Reply(id=call.id, speech=self._find_speech(call.action))
+            case FindVoice() | CloneVoice() | DesignVoice() | DeleteVoice():
+                return self._dispatch_voice(caller, call, call.action, payload)
+            case CreateConsent() | FindConsent() | ListConsents() | RenameConsent() | DeleteConsent():
+                return self._dispatch_consent(caller, call.action, payload)
+            case _:
+                assert_never(call.action)
+        return None
+
+    def _dispatch_voice(self, caller: _Caller, call: Call, action: VoiceAction, payload: bytes | None) -> Reply | None:
+        """As `_dispatch`, for voices."""
+        match action:
+            case FindVoice(name=name):
+                return Reply(id=call.id, voice=self._voices.find(name))
             case CloneVoice(name=name, text=text, description=description, consent=consent):
                 write = self._voices.create(
                     name=name, kind="clone", pcm=payload or b"", text=text, description=description, consent=consent
                 )
-                self._pending.append(_PendingVoiceWrite(caller, write))
-            case DesignVoice() as action:
+                self._pending.append(_PendingWrite(caller, write))
+            case DesignVoice():
                 self._design(caller, call.client, action)
             case DeleteVoice(id=voice_id):
-                self._pending.append(_PendingVoiceWrite(caller, self._voices.delete(voice_id)))
+                self._pending.append(_PendingWrite(caller, self._voices.delete(voice_id)))
             case _:
-                assert_never(call.action)
+                assert_never(action)
+        return None
+
+    def _dispatch_consent(self, caller: _Caller, action: ConsentAction, payload: bytes | None) -> Reply | None:
+        """As `_dispatch`, for consents."""
+        match action:
+            case FindConsent(id=consent_id):
+                return Reply(id=caller.call_id, consent=self._consents.find(consent_id))
+            case ListConsents(limit=limit, after=after):
+                consents, has_more = self._consents.list(limit, after)
+                return Reply(id=caller.call_id, consents=consents, has_more=has_more)
+            case CreateConsent(name=name, language=language):
+                write = self._consents.create(name, language, payload or b"")
+            case RenameConsent(id=consent_id, name=name):
+                write = self._consents.rename(consent_id, name)
+            case DeleteConsent(id=consent_id):
+                write = self._consents.delete(consent_id)
+            case _:
+                assert_never(action)
+        self._pending.append(_PendingWrite(caller, write))
         return None
 
     def _load(self, caller: _Caller, model: str) -> None:
@@ -252,7 +299,7 @@ class ControlHandler:
                 return Reply(id=call_id, model=status) if loaded else None
             case _PendingUnload(model=model):
                 return self._result_of_unload(call_id, model)
-            case _PendingVoiceWrite():
+            case _PendingWrite():
                 return None  # see on_voice_written
             case _:
                 assert_never(pending)
@@ -321,4 +368,4 @@ class ControlHandler:
         except JobError as error:
             caller.fail(error)
         else:
-            self._pending.append(_PendingVoiceWrite(caller, write))
+            self._pending.append(_PendingWrite(caller, write))

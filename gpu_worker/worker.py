@@ -36,7 +36,7 @@ from gpu_worker.slot_policy import NEWCOMERS_IN_A_ROW
 from gpu_worker.slots import Place, Slots
 from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
-from gpu_worker.voices import VoiceStore, VoiceWritten
+from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     VERSION,
@@ -98,6 +98,7 @@ class Worker:
         scheduler: Scheduler,
         residency: Residency,
         voices: VoiceStore,
+        consents: ConsentStore,
         stats: Stats,
         buffer: AudioBuffer,
         max_concurrency: int,
@@ -112,6 +113,7 @@ class Worker:
         self._scheduler = scheduler
         self._residency = residency
         self._voices = voices
+        self._consents = consents
         self._stats = stats
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
@@ -130,6 +132,7 @@ class Worker:
             specs=self._specs,
             residency=residency,
             voices=voices,
+            consents=consents,
             buffer=buffer,
             submit=self._submit,
             check_model=self._check_model,
@@ -658,7 +661,7 @@ class Worker:
             return False
         if self._clock() > self._drain_until:
             return True
-        return not self._open and not self._voices.writing
+        return not self._open and not self._voices.writing and not self._consents.writing
 
 
 def _of_model(model: str, requests: Iterable[Request]) -> list[Request]:

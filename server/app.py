@@ -25,6 +25,7 @@ from server.routes import (
     speech_batch,
     speech_outcome,
     stored_audio,
+    voice_consents,
     voices,
 )
 from shared.log import set_up_logging
@@ -91,6 +92,8 @@ def _guarded(settings: Settings) -> list[Router]:
                     speech_batch.create_speech_batch,
                     speech_outcome.get_speech,
                     *(voices.list_voices, voices.create_voice, voices.get_voice, voices.delete_voice),
+                    *(voice_consents.create_consent, voice_consents.list_consents, voice_consents.get_consent),
+                    *(voice_consents.update_consent, voice_consents.delete_consent),
                 ],
             ),
         ],

@@ -113,6 +113,10 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         bool | None,
         _describe("Clone from the speaker embedding alone, without ref_text."),
     ] = None
+    consent: Annotated[
+        Name | None,
+        _describe("The id of a consent; beside ref_audio it is needed if the server requires consents."),
+    ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=0, le=2**63 - 1, extra=absent(-1))] | None,
         _describe("The same seed gives the same speech again."),
@@ -272,6 +276,34 @@ class VoiceDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     object: Literal["audio.voice.deleted"] = "audio.voice.deleted"
+    deleted: bool = True
+
+
+class VoiceConsentObject(msgspec.Struct, frozen=True, kw_only=True):
+    """A recording in which a speaker consents to be cloned. `language` is a BCP 47 tag."""
+
+    id: str
+    name: str
+    language: str
+    created_at: int
+    object: Literal["audio.voice_consent"] = "audio.voice_consent"
+
+
+class VoiceConsentList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of consents, the newest first; `last_id` as `after` asks for the next page."""
+
+    data: list[VoiceConsentObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
+class VoiceConsentDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    """The id of the deleted consent."""
+
+    id: str
+    object: Literal["audio.voice_consent"] = "audio.voice_consent"
     deleted: bool = True
 
 

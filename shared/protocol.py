@@ -18,7 +18,7 @@ import msgspec
 
 from shared.catalog import ModelSpec
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -231,7 +231,43 @@ class FindSpeech(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     client: str = ""
 
 
-Action = LoadModel | UnloadModel | PinModel | Cleanup | FindVoice | CloneVoice | DesignVoice | DeleteVoice | FindSpeech
+class CreateConsent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Save the payload, in which a speaker consents to be cloned. `language` is a BCP 47 tag."""
+
+    name: str
+    language: str
+
+
+class FindConsent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Find a consent by its id."""
+
+    id: str
+
+
+class ListConsents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """List `limit` consents, the newest first, from the one behind `after` on."""
+
+    limit: int
+    after: str = ""
+
+
+class RenameConsent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Give a consent another name."""
+
+    id: str
+    name: str
+
+
+class DeleteConsent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Delete the consent with this id; voices that were made with it stay."""
+
+    id: str
+
+
+ModelAction = LoadModel | UnloadModel | PinModel | Cleanup
+VoiceAction = FindVoice | CloneVoice | DesignVoice | DeleteVoice
+ConsentAction = CreateConsent | FindConsent | ListConsents | RenameConsent | DeleteConsent
+Action = ModelAction | VoiceAction | ConsentAction | FindSpeech
 
 
 class Call(Message, frozen=True, kw_only=True):
@@ -260,6 +296,15 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     seconds: float
     in_context: bool
+
+
+class VoiceConsent(msgspec.Struct, frozen=True, kw_only=True):
+    """A recorded consent on the worker's disk. `created_at` is in Unix seconds."""
+
+    id: str
+    name: str
+    language: str
+    created_at: int
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -513,6 +558,9 @@ class Reply(Message, frozen=True, kw_only=True):
     model: ModelStatus | None = None
     cleanup: CleanupPass | None = None
     speech: SpeechOutcome | None = None
+    consent: VoiceConsent | None = None
+    consents: list[VoiceConsent] = []
+    has_more: bool = False
 
 
 class Pong(Message, frozen=True, kw_only=True):

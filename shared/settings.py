@@ -55,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
     allow_ref_urls: bool = False
     model_aliases: dict[str, str] = {}
+    require_consent: bool = False
     unknown_voice: Literal["refuse", "default"] = "refuse"
     audio_store_dir: Path = Path("models/audio")
     audio_store_mb: Annotated[int, Meta(ge=0, le=100_000_000)] = 256
@@ -112,7 +113,7 @@ _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
     *("max_connections", "max_connections_per_address", "body_buffer_mb"),
-    *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice"),
+    *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice", "require_consent"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format"),
 }

@@ -1,10 +1,12 @@
-"""Saved voices on the worker's disk, and the checks of every recording that a voice is cloned from.
+"""Saved voices and consents on the worker's disk, and the checks of every recording that a voice is cloned from.
 
 The store keeps the list, the files do the I/O, and a thread of the caller writes.
 """
 
 from gpu_worker.voices.checks import check_recording as check_recording
 from gpu_worker.voices.checks import check_transcript as check_transcript
+from gpu_worker.voices.consents import ConsentStore as ConsentStore
+from gpu_worker.voices.files import ConsentRecord as ConsentRecord
 from gpu_worker.voices.files import VoiceFiles as VoiceFiles
 from gpu_worker.voices.files import VoiceRecord as VoiceRecord
 from gpu_worker.voices.files import VoiceWrite as VoiceWrite

@@ -1,8 +1,9 @@
-"""The checks of a recording before a voice is cloned from it, or saved to be cloned from later.
+"""The checks of a recording before a voice is cloned from it, or saved to be cloned from later; and of new names.
 
 No files, no encoders, no torch. The limits of length are in `shared.recordings`.
 """
 
+import unicodedata
 from typing import Final
 
 import numpy as np
@@ -10,9 +11,23 @@ import numpy as np
 from gpu_worker.engines.base import JobError
 from shared.pcm import seconds_of
 from shared.recordings import length_problem, silence_problem, transcript_problem
+from shared.text import is_printable
 
 SILENCE_RMS: Final = 1e-3
 """-60 dB of full scale: a quieter recording holds no voice."""
+
+
+MAX_NAME_CHARS: Final = 64
+"""Characters of the name of a voice or a consent."""
+
+
+def checked_name(name: str, owner: str) -> str:
+    """`name` in the form in which a new `owner` would get it; JobError `invalid_value` if it cannot be shown."""
+    name = unicodedata.normalize("NFC", name).strip()
+    if len(name) > MAX_NAME_CHARS or not is_printable(name):
+        problem = f"a {owner}'s name has 1 to {MAX_NAME_CHARS} printable characters"
+        raise JobError("invalid_value", problem, param="name")
+    return name
 
 
 def check_recording(pcm: bytes, param: str) -> None:

@@ -1,6 +1,7 @@
-"""The files of saved voices. Only this process writes them.
+"""The files of saved voices and of consents. Only this process writes them.
 
 A voice is two files named by its id: `<id>.safetensors` (the recording) and `<id>.json` (its VoiceRecord).
+A consent is the same with a ConsentRecord, in the folder `consents` beside the voices.
 The JSON file is written last and deleted first, so a voice is either whole or not there.
 No part of a path ever comes from a client.
 """
@@ -8,7 +9,7 @@ No part of a path ever comes from a client.
 import contextlib
 import os
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,10 +19,13 @@ import structlog
 
 from gpu_worker.engines.base import JobError
 from shared.pcm import SAMPLE_RATE
-from shared.protocol import SavedVoice
+from shared.protocol import SavedVoice, VoiceConsent
 
 ID_PREFIX: Final = "voice_"
+CONSENT_PREFIX: Final = "cons_"
+"""How the ids of consents begin; their files have a folder of their own."""
 
+_CONSENTS: Final = "consents"
 _TENSOR: Final = "pcm"
 _PART: Final = ".part"
 
@@ -55,17 +59,40 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
-    """A pending change of the disk: save `record` with its recording `pcm` (24 kHz mono int16), or delete it."""
+class ConsentRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON file beside a recorded consent; `samples` at 24 kHz, `created_at` in Unix seconds."""
 
-    kind: Literal["save", "delete"]
-    record: VoiceRecord
+    id: str
+    name: str
+    language: str
+    created_at: int
+    samples: int
+
+    def to_public(self) -> VoiceConsent:
+        """The part of the record that clients may see."""
+        return VoiceConsent(id=self.id, name=self.name, language=self.language, created_at=self.created_at)
+
+
+Record = VoiceRecord | ConsentRecord
+_R = TypeVar("_R", bound=Record)
+
+
+class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
+    """A pending change of the disk: save `record` with its recording `pcm` (24 kHz mono int16), update or delete it."""
+
+    kind: Literal["save", "update", "delete"]
+    record: Record
     pcm: bytes = b""
+
+    @property
+    def noun(self) -> str:
+        """What is written, for messages."""
+        return "consent" if isinstance(self.record, ConsentRecord) else "voice"
 
     @property
     def participle(self) -> str:
         """The state of the voice after a successful write, for messages."""
-        return "saved" if self.kind == "save" else "deleted"
+        return {"save": "saved", "update": "changed", "delete": "deleted"}[self.kind]
 
 
 class VoiceWritten(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,19 +116,11 @@ class VoiceFiles:
 
         Files that a dying process left half-written or half-deleted are removed.
         """
-        records = []
-        for path in sorted(self._directory.glob("*.json")):
-            try:
-                records.append(self._read(path))
-            except (OSError, ValueError, safetensors.SafetensorError) as error:
-                log.warning("saved_voice_unreadable", voice=path.stem, reason=str(error))
-        orphans = [
-            path for path in self._directory.glob(f"{ID_PREFIX}*.safetensors") if not path.with_suffix(".json").exists()
-        ]
-        for path in [*self._directory.glob(f"*{_PART}"), *orphans]:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        return sorted(records, key=lambda record: record.created_at)
+        return _read_all(self._directory, VoiceRecord, ID_PREFIX)
+
+    def consents(self) -> list[ConsentRecord]:
+        """The records of all whole consents, as `records` does it."""
+        return _read_all(self._directory / _CONSENTS, ConsentRecord, CONSENT_PREFIX)
 
     def recording(self, voice_id: str) -> bytes:
         """The voice's recording; OSError, KeyError or SafetensorError if it is damaged or gone."""
@@ -113,6 +132,8 @@ class VoiceFiles:
         try:
             if write.kind == "save":
                 self.save(write.record, write.pcm)
+            elif write.kind == "update":
+                self.update(write.record)
             else:
                 self.delete(write.record)
         except Exception as error:
@@ -121,42 +142,36 @@ class VoiceFiles:
             log.error(  # noqa: TRY400 -- as above
                 "voice_write_failed", voice=write.record.id, kind=write.kind, reason=reason, exc_info=defect
             )
-            message = f"the voice could not be {write.participle}: {reason}"
+            message = f"the {write.noun} could not be {write.participle}: {reason}"
             return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
         return VoiceWritten(write=write, error=None)
 
-    def save(self, record: VoiceRecord, pcm: bytes) -> None:
+    def save(self, record: Record, pcm: bytes) -> None:
         """Write `pcm` (24 kHz mono int16 little-endian) and its record; both are synced when this returns.
 
         Raises OSError if the disk did not take them, and then leaves no file of the voice.
         """
         recording = safetensors.numpy.save({_TENSOR: np.frombuffer(pcm, dtype="<i2")})
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._record_path(record.id).parent.mkdir(parents=True, exist_ok=True)
             _write_file(self._recording_path(record.id), recording)
             _write_file(self._record_path(record.id), msgspec.json.format(msgspec.json.encode(record)))
         except Exception:
             self._remove(record.id)
             raise
 
-    def delete(self, record: VoiceRecord) -> None:
-        """Delete the voice's files, synced when this returns; OSError if the disk kept the record."""
-        self._record_path(record.id).unlink(missing_ok=True)
-        _sync(self._directory)
-        self._remove(record.id)
+    def update(self, record: Record) -> None:
+        """Replace the record beside a recording, synced when this returns; OSError if the disk kept the old one."""
+        path = self._record_path(record.id)
+        path.stat()  # a record without its recording would be unreadable
+        _write_file(path, msgspec.json.format(msgspec.json.encode(record)))
 
-    def _read(self, path: Path) -> VoiceRecord:
-        """The record in `path`; ValueError if it does not fit its recording, of which only the header is read."""
-        record = msgspec.json.decode(path.read_bytes(), type=VoiceRecord)
-        if record.id != path.stem:
-            raise ValueError(f"the record names another voice: {record.id!r}")
-        with safetensors.safe_open(self._recording_path(record.id), framework="numpy") as file:
-            if list(file.keys()) != [_TENSOR]:
-                raise ValueError(f"the recording's file holds {list(file.keys())}")
-            recording = file.get_slice(_TENSOR)
-            if recording.get_dtype() != "I16" or recording.get_shape() != [record.samples]:
-                raise ValueError(f"the recording is {recording.get_dtype()} {recording.get_shape()}")
-        return record
+    def delete(self, record: Record) -> None:
+        """Delete the voice's files, synced when this returns; OSError if the disk kept the record."""
+        path = self._record_path(record.id)
+        path.unlink(missing_ok=True)
+        _sync(path.parent)
+        self._remove(record.id)
 
     def _remove(self, voice_id: str) -> None:
         """Remove all files of a voice, as far as the disk allows; `records` handles the rest at the next start."""
@@ -166,10 +181,40 @@ class VoiceFiles:
                     found.unlink()
 
     def _recording_path(self, voice_id: str) -> Path:
-        return self._directory / f"{voice_id}.safetensors"
+        return self._record_path(voice_id).with_suffix(".safetensors")
 
     def _record_path(self, voice_id: str) -> Path:
-        return self._directory / f"{voice_id}.json"
+        folder = self._directory / _CONSENTS if voice_id.startswith(CONSENT_PREFIX) else self._directory
+        return folder / f"{voice_id}.json"
+
+
+def _read_all(directory: Path, kind: type[_R], prefix: str) -> list[_R]:
+    """The whole records in `directory`, the oldest first."""
+    records = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            records.append(_read(path, kind))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            log.warning("saved_voice_unreadable", voice=path.stem, reason=str(error))
+    orphans = [path for path in directory.glob(f"{prefix}*.safetensors") if not path.with_suffix(".json").exists()]
+    for path in [*directory.glob(f"*{_PART}"), *orphans]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return sorted(records, key=lambda record: record.created_at)
+
+
+def _read(path: Path, kind: type[_R]) -> _R:
+    """The record in `path`; ValueError if it does not fit its recording, of which only the header is read."""
+    record = msgspec.json.decode(path.read_bytes(), type=kind)
+    if record.id != path.stem:
+        raise ValueError(f"the record names another voice: {record.id!r}")
+    with safetensors.safe_open(path.with_suffix(".safetensors"), framework="numpy") as file:
+        if list(file.keys()) != [_TENSOR]:
+            raise ValueError(f"the recording's file holds {list(file.keys())}")
+        recording = file.get_slice(_TENSOR)
+        if recording.get_dtype() != "I16" or recording.get_shape() != [record.samples]:
+            raise ValueError(f"the recording is {recording.get_dtype()} {recording.get_shape()}")
+    return record
 
 
 def _part_of(path: Path) -> Path:

@@ -15,14 +15,11 @@ import safetensors
 import structlog
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.voices.checks import check_recording, check_transcript
+from gpu_worker.voices.checks import check_recording, check_transcript, checked_name
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.pcm import samples_of
 from shared.protocol import SavedVoice
-from shared.text import JOINERS, is_printable
-
-MAX_NAME_CHARS: Final = 64
-"""Characters of a voice's name."""
+from shared.text import JOINERS
 
 CACHED_RECORDINGS: Final = 4
 """Recordings kept in memory, of 3 MB at most: reading one holds up the synthesis thread for 2.5 ms."""
@@ -130,11 +127,9 @@ class VoiceStore:
             JobError: `invalid_value` if the name is not allowed or there are too many voices,
                 `queue_full` if too many voices wait for the disk.
         """
-        name = unicodedata.normalize("NFC", name).strip()
+        name = checked_name(name, "voice")
         count = len(self._records) + len(self._saving)
-        if len(name) > MAX_NAME_CHARS or not is_printable(name):
-            problem = f"a voice's name has 1 to {MAX_NAME_CHARS} printable characters"
-        elif _folded(name) in self._reserved:
+        if _folded(name) in self._reserved:
             problem = f"{name!r} is the name of a preset voice"
         elif _find(name, [*self._records.values(), *self._saving.values()]) is not None:
             problem = f"there is a saved voice {name!r} already"
@@ -159,19 +154,19 @@ class VoiceStore:
 
         Raises JobError: the report's own, or `voice_not_found` if an earlier write has already deleted the voice.
         """
-        record = report.write.record
+        voice_id = report.write.record.id
         if report.write.kind == "save":
-            del self._saving[record.id]
+            record = self._saving.pop(voice_id)
             if report.error is not None:
                 raise report.error
-            self._records[record.id] = record
+            self._records[voice_id] = record
         else:
-            self._deleting.remove(record.id)
+            self._deleting.remove(voice_id)
             if report.error is not None:
                 raise report.error
-            self._record(record.id)
-            del self._records[record.id]
-            self._recordings.pop(record.id, None)
+            record = self._record(voice_id)
+            del self._records[voice_id]
+            self._recordings.pop(voice_id, None)
         return record.to_public()
 
     def load(self, voice_id: str) -> Reference:

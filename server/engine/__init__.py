@@ -4,7 +4,14 @@ Outsiders import the names below, never a module of the package.
 """
 
 from server.engine.client import INITIAL_CREDIT, Chunk, EngineClient, Speech, silent_speech
-from server.engine.lookups import cached_catalog, find_saved_voice, find_speech, fresh_catalog, status_of
+from server.engine.lookups import (
+    cached_catalog,
+    find_saved_voice,
+    find_speech,
+    fresh_catalog,
+    require_consent,
+    status_of,
+)
 from server.engine.outage import Outage, OutageFile
 from server.engine.zmq import ZmqEngineClient
 
@@ -20,6 +27,7 @@ __all__ = [
     "find_saved_voice",
     "find_speech",
     "fresh_catalog",
+    "require_consent",
     "silent_speech",
     "status_of",
 ]

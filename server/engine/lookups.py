@@ -6,7 +6,7 @@ from typing import Final
 from server.engine.client import EngineClient
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
-from shared.protocol import FindSpeech, FindVoice, ModelStatus, SavedVoice, Snapshot, SpeechOutcome
+from shared.protocol import FindConsent, FindSpeech, FindVoice, ModelStatus, SavedVoice, Snapshot, SpeechOutcome
 
 _FIND_TIMEOUT_S: Final = 15.0
 """A pause of the GPU worker of 10 s costs no request."""
@@ -64,3 +64,11 @@ async def find_speech(name: str, engine: EngineClient, client: str, owner: str) 
     if reply.speech is None:
         raise ApiError("internal_error", "The GPU worker found the request but did not send its outcome.")
     return reply.speech
+
+
+async def require_consent(consent_id: str | None, engine: EngineClient, client: str) -> None:
+    """Raise ApiError unless `consent_id` is that of a recorded consent (TTS_REQUIRE_CONSENT)."""
+    if not consent_id:
+        message = "consent: this server clones a voice only with the id of a consent (POST /v1/audio/voice_consents)."
+        raise ApiError("invalid_value", message, param="consent")
+    await engine.call(FindConsent(id=consent_id), client=client, timeout_s=_FIND_TIMEOUT_S)

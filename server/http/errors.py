@@ -21,6 +21,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "invalid_json": (400, INVALID),
     "invalid_body": (400, INVALID),
     "voice_not_found": (400, INVALID),
+    "consent_not_found": (400, INVALID),
     "task_mismatch": (400, INVALID),
     "invalid_audio": (400, INVALID),
     "invalid_api_key": (401, "authentication_error"),
@@ -53,7 +54,7 @@ _DOCUMENTED: Final = {
     401: "The API key is missing or unknown (`invalid_api_key`).",
     403: "The key has no admin right (`insufficient_permissions`), or the page of another site sent the request "
     "(`foreign_origin`).",
-    404: "There is no such model or voice (`model_not_found`, `voice_not_found`).",
+    404: "There is no such model, voice or consent (`model_not_found`, `voice_not_found`, `consent_not_found`).",
     408: "The rest of the body did not arrive in time (`request_timeout`).",
     409: "The model is in use (`model_busy`).",
     413: "The body or the upload is too large (`request_too_large`).",

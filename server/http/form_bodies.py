@@ -8,17 +8,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from litestar import Request
+from litestar import Request, Response
+from litestar.datastructures import UploadFile
 from litestar.enums import RequestEncodingType
 from litestar.openapi.spec import Operation, RequestBody
+from litestar.types import ExceptionHandlersMap
 
-from server.http.errors import ApiError
+from server.http.error_handlers import handle_unexpected
+from server.http.errors import ApiError, error_response
 from server.http.json_bodies import JsonBodyDto
 
 T = TypeVar("T")
 
 _JSON_BODY: Final = "json_body"
 """The key in `request.state` of a body that is no form."""
+
+
+async def read_upload(upload: UploadFile | None, param: str, max_bytes: int) -> bytes:
+    """The file of the form field `param`. Raises ApiError: `invalid_value` without one, `request_too_large`."""
+    if upload is None:
+        raise ApiError("invalid_value", f"{param}: is missing; send a recording as a file.", param=param)
+    data = await upload.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ApiError("request_too_large", f"{param}: must have at most {max_bytes // 2**20} MiB.", param=param)
+    return data
+
+
+def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
+    if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
+        return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
+    return handle_unexpected(request, error)
+
+
+BROKEN_FORM: Final[ExceptionHandlersMap] = {UnicodeDecodeError: _broken_form, LookupError: _broken_form}
+"""The exception handlers of a handler that takes a form."""
 
 
 async def keep_json(request: Request[Any, Any, Any]) -> None:

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import msgspec
 
 from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, load_resampler
-from server.engine import INITIAL_CREDIT, EngineClient, Speech, cached_catalog, find_saved_voice, silent_speech
+from server.engine import (
+    INITIAL_CREDIT,
+    EngineClient,
+    Speech,
+    cached_catalog,
+    find_saved_voice,
+    require_consent,
+    silent_speech,
+)
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
 from server.text import PreparedSegment, prepare
@@ -53,6 +61,8 @@ class SpeechStarter:
         resolved = await self._resolve(data)
         reference = None
         if data.ref_audio is not None:
+            if self.settings.require_consent:
+                await require_consent(data.consent, self.engine, self.client)
             reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
         if rate != SAMPLE_RATE:
             await load_resampler()

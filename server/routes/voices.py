@@ -6,7 +6,7 @@ The GPU worker owns the saved voices. This module checks names and turns recordi
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from litestar import Request, Response, delete, get, post
+from litestar import Request, delete, get, post
 from litestar.datastructures import UploadFile
 from litestar.enums import RequestEncodingType
 from litestar.params import Body, PathParameter, QueryParameter
@@ -14,11 +14,10 @@ from msgspec import Meta
 
 from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, status_of
+from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, require_consent, status_of
 from server.http.auth import client_of
-from server.http.error_handlers import handle_unexpected
-from server.http.errors import ApiError, documented, error_response
-from server.http.form_bodies import FormOrJson, FormOrJsonDto, keep_json
+from server.http.errors import ApiError, documented
+from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
 from server.resolution import models_with_voices, unaliased
@@ -75,13 +74,6 @@ class VoiceBody(FormOrJsonDto[VoiceForm]):
     decoder = JsonDecoder(VoiceForm, {})
 
 
-def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
-    """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
-    if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
-        return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
-    return handle_unexpected(request, error)
-
-
 @get(
     "/voices",
     operation_id="listVoices",
@@ -133,7 +125,7 @@ async def voices_for(model: str | None, engine: EngineClient, settings: Settings
     return_dto=None,
     before_request=keep_json,
     operation_class=FormOrJson,
-    exception_handlers={UnicodeDecodeError: _broken_form, LookupError: _broken_form},
+    exception_handlers=BROKEN_FORM,
     responses=documented(400, 401, 403, 408, 409, 413, 415, 429, 500, 503),
 )
 async def create_voice(
@@ -146,12 +138,15 @@ async def create_voice(
     """Save a voice, cloned from a recording (1 to 60 s, at most 10 MiB) or designed from a description."""
     if not is_printable(data.name):
         raise ApiError("invalid_value", "name: must have printable characters only.", param="name")
+    client = client_of(settings, request)
     action: Action
     pcm = None
     if data.type == "prompt":
         action = _design(data)
     else:
-        sample = await _sample(data.audio_sample)
+        if settings.require_consent:
+            await require_consent(data.consent, engine, client)
+        sample = await read_upload(data.audio_sample, "audio_sample", MAX_REFERENCE_BYTES)
         pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
         transcript = (data.ref_text or "").strip()
         action = CloneVoice(
@@ -160,7 +155,7 @@ async def create_voice(
             description=data.description or "",
             consent=data.consent or "",
         )
-    making = engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
+    making = engine.call(action, client=client, payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, making)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
@@ -218,16 +213,6 @@ def _design(data: VoiceForm) -> DesignVoice:
             "invalid_value", f"script_hint: must have at least {MIN_SCRIPT} characters.", param="script_hint"
         )
     return DesignVoice(name=data.name, prompt=data.prompt or "", script=script, description=data.description or "")
-
-
-async def _sample(upload: UploadFile | None) -> bytes:
-    if upload is None:
-        raise ApiError("invalid_value", "audio_sample: is missing; send a recording as a file.", param="audio_sample")
-    data = await upload.read(MAX_REFERENCE_BYTES + 1)
-    if len(data) > MAX_REFERENCE_BYTES:
-        message = f"audio_sample: must have at most {MAX_REFERENCE_BYTES // 2**20} MiB."
-        raise ApiError("request_too_large", message, param="audio_sample")
-    return data
 
 
 def _served(catalog: list[ModelSpec], snapshot: Snapshot) -> list[ModelSpec]:

@@ -8,7 +8,8 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, Memory
 from gpu_worker.requests import Request, Send, Sink
 from gpu_worker.residency.models import ModelState
-from gpu_worker.voices import VoiceFiles, VoiceRecord
+from gpu_worker.voices import VoiceFiles
+from gpu_worker.voices.files import Record
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, Segment
 
@@ -193,12 +194,17 @@ class SlowVoiceFiles(VoiceFiles):
         self.errors: list[Exception] = []
         self.threads: set[str] = set()
 
-    def save(self, record: VoiceRecord, pcm: bytes) -> None:
+    def save(self, record: Record, pcm: bytes) -> None:
         """Wait, then write."""
         self._wait()
         super().save(record, pcm)
 
-    def delete(self, record: VoiceRecord) -> None:
+    def update(self, record: Record) -> None:
+        """Wait, then update."""
+        self._wait()
+        super().update(record)
+
+    def delete(self, record: Record) -> None:
         """Wait, then delete."""
         self._wait()
         super().delete(record)

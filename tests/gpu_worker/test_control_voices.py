@@ -9,11 +9,16 @@ from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import (
     CloneVoice,
+    CreateConsent,
+    DeleteConsent,
     DeleteVoice,
     DesignVoice,
     Failed,
+    FindConsent,
     FindVoice,
+    ListConsents,
     LoadModel,
+    RenameConsent,
     Reply,
 )
 from tests.gpu_worker.fakes import a_spec
@@ -47,6 +52,48 @@ class TestSavedVoices:
         """A voice with a taken name or without a recording is not saved."""
         assert bench.result_of(CloneVoice(name=name), payload).code == code
         assert bench.snapshot().voices == []
+
+
+class TestConsents:
+    """CreateConsent, FindConsent, ListConsents, RenameConsent and DeleteConsent."""
+
+    def test_from_creation_to_deletion(self, bench: WorkerBench) -> None:
+        """A consent is found and listed until it is deleted; no voice comes of it."""
+        consent = bench.result_of(CreateConsent(name="Ada", language="en"), VOICE).consent
+        assert (consent.name, consent.language) == ("Ada", "en")
+        assert bench.result_of(FindConsent(id=consent.id), call_id="f").consent == consent
+        renamed = bench.result_of(RenameConsent(id=consent.id, name="Eva"), call_id="r").consent
+        assert renamed == msgspec.structs.replace(consent, name="Eva")
+        listed = bench.result_of(ListConsents(limit=1), call_id="l")
+        assert (listed.consents, listed.has_more) == ([renamed], False)
+        assert bench.snapshot().voices == []
+        assert bench.result_of(DeleteConsent(id=consent.id), call_id="d").consent == renamed
+        for index, action in enumerate(
+            (
+                FindConsent(id=consent.id),
+                RenameConsent(id=consent.id, name="x"),
+                DeleteConsent(id=consent.id),
+                ListConsents(limit=1, after=consent.id),
+            )
+        ):
+            assert bench.result_of(action, call_id=f"n{index}").code == "consent_not_found"
+
+    def test_refused(self, bench: WorkerBench) -> None:
+        """A consent without a recording is not saved."""
+        failed = bench.result_of(CreateConsent(name="Ada", language="en"))
+        assert (failed.code, failed.param) == ("invalid_audio", "recording")
+
+    def test_drain(self, bench: WorkerBench) -> None:
+        """The drain waits for the disk; at its deadline the message says that the disk may still take the consent."""
+        bench.voice_files.gate.clear()
+        bench.call("c", CreateConsent(name="Ada", language="en"), VOICE)
+        bench.inbox.put(Drain(30))
+        bench.turn(3)
+        assert bench.messages("c") == []
+        bench.clock.advance(31)
+        bench.worker.run()
+        (failed,) = bench.messages("c")
+        assert failed.message.endswith("the consent may be saved all the same")
 
 
 class TestSlowDisk:

@@ -27,7 +27,7 @@ from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
-from gpu_worker.voices import VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
@@ -320,6 +320,7 @@ class WorkerBench:
         self.voices = VoiceStore(
             self.voice_files, self.voice_writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL
         )
+        self.consents = ConsentStore(self.voice_files, self.voice_writer.submit, max_voices, wall=lambda: WALL)
         self.buffer = AudioBuffer(buffer_bytes)
         self.scheduler = _RecordingScheduler(max_queue, self.clock)
         self.worker = Worker(
@@ -329,6 +330,7 @@ class WorkerBench:
             scheduler=self.scheduler,
             residency=self.residency,
             voices=self.voices,
+            consents=self.consents,
             stats=Stats(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
@@ -416,7 +418,7 @@ class WorkerBench:
         """Whether a thread will report something that no gate holds up."""
         if self.is_moving and self.load_gate.is_set() and not self.loses_transitions:
             return True
-        if self.voices.writing and self.voice_files.gate.is_set():
+        if (self.voices.writing or self.consents.writing) and self.voice_files.gate.is_set():
             return True
         pending = self.checkpoints.pending
         return pending[CheckFiles] > 0 or (pending[Download] > 0 and self.files.gate.is_set())

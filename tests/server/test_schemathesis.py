@@ -19,7 +19,17 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.app import create_app
-from shared.protocol import Call, CleanupPass, Failed, FindVoice, ModelStatus, Reply, SavedVoice, SpeechOutcome
+from shared.protocol import (
+    Call,
+    CleanupPass,
+    Failed,
+    FindVoice,
+    ModelStatus,
+    Reply,
+    SavedVoice,
+    SpeechOutcome,
+    VoiceConsent,
+)
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.running import listening
@@ -35,6 +45,7 @@ PASS = CleanupPass(timestamp=1.0, vram_before_bytes=2, vram_after_bytes=1, model
 
 
 SPEECH = SpeechOutcome(id="r.1", client="", status="speaking", model="espeak-ng", voice="en-us")
+CONSENT = VoiceConsent(id="cons_1", name="C", language="en", created_at=1)
 VOICE = SavedVoice(id="v", name="V", kind="clone", created_at=1, seconds=2.0, in_context=True)
 
 
@@ -43,7 +54,7 @@ def _answer(call: Call, _payload: bytes | None) -> Reply | Failed:
     if isinstance(call.action, FindVoice):
         return Failed(id=call.id, code="voice_not_found", message="no")
     resident = ModelStatus(id="espeak-ng", state="resident")
-    return Reply(id=call.id, cleanup=PASS, voice=VOICE, speech=SPEECH, model=resident)
+    return Reply(id=call.id, cleanup=PASS, voice=VOICE, speech=SPEECH, model=resident, consent=CONSENT)
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,18 @@ from shared.protocol import (
     Cleanup,
     CleanupPass,
     CloneVoice,
+    CreateConsent,
     Credit,
+    DeleteConsent,
     DeleteVoice,
     DesignVoice,
     Failed,
+    FindConsent,
     FindVoice,
     Finished,
     Hello,
     Histogram,
+    ListConsents,
     LoadModel,
     ModelStats,
     ModelStatus,
@@ -29,6 +33,7 @@ from shared.protocol import (
     PinModel,
     Pong,
     ProtocolError,
+    RenameConsent,
     Reply,
     Sampling,
     SavedVoice,
@@ -39,6 +44,7 @@ from shared.protocol import (
     Timings,
     UnloadModel,
     Usage,
+    VoiceConsent,
     Welcome,
     decode_from_web,
     decode_from_worker,
@@ -85,9 +91,16 @@ FROM_WEB = [
             CloneVoice(name="n", text="t", description="d", consent="c"),
             DesignVoice(name="n", prompt="p"),
             DeleteVoice(id="voice_1"),
+            CreateConsent(name="n", language="en"),
+            FindConsent(id="cons_1"),
+            ListConsents(limit=20, after="cons_1"),
+            RenameConsent(id="cons_1", name="n"),
+            DeleteConsent(id="cons_1"),
         )
     ],
 ]
+
+CONSENT = VoiceConsent(id="cons_1", name="n", language="en", created_at=1)
 
 FROM_WORKER = [
     Welcome(version=VERSION, boot_id="b", catalog=load_catalog(), snapshot=a_snapshot(load_catalog(), voices=[VOICE])),
@@ -108,6 +121,8 @@ FROM_WORKER = [
     ),
     Failed(id="r", code="queue_full", message="m", param="input", retry_after_s=1.5),
     Reply(id="c"),
+    Reply(id="c", consent=CONSENT),
+    Reply(id="c", consents=[CONSENT], has_more=True),
     Reply(id="c", voice=VOICE, model=ModelStatus(id="m", state="resident", bytes={"weights": 5}), cleanup=PASS),
     Pong(boot_id="b", snapshot=a_snapshot(load_catalog(), cleanup=PASS)),
     Pong(

@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite, VoiceWritten
-from gpu_worker.voices.store import CACHED_RECORDINGS, MAX_NAME_CHARS, MAX_SAVING
+from gpu_worker.voices.checks import MAX_NAME_CHARS
+from gpu_worker.voices.store import CACHED_RECORDINGS, MAX_SAVING
 from shared.protocol import SavedVoice
 from tests.gpu_worker.fakes import FakeClock
 

@@ -1,0 +1,126 @@
+"""The list of recorded consents: which exist, and which are being written.
+
+Owned by the synthesis thread. As with VoiceStore, a change happens when `on_written` gets the report of its write.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.voices.checks import check_recording, checked_name
+from gpu_worker.voices.files import CONSENT_PREFIX, ConsentRecord, VoiceFiles, VoiceWrite, VoiceWritten
+from shared.pcm import samples_of
+from shared.protocol import VoiceConsent
+
+MAX_WRITING: Final = 8
+"""Consents that wait for the disk at once, of 3 MB at most: a disk that hangs must not fill the memory."""
+
+_RETRY_AFTER_S: Final = 5.0
+
+
+class ConsentStore:
+    """The consents of `files`, at most `max_consents` of them. `submit` hands a write to the thread that writes.
+
+    `wall` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        files: VoiceFiles,
+        submit: Callable[[VoiceWrite], None],
+        max_consents: int,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._submit = submit
+        self._max_consents = max_consents
+        self._wall = wall
+        self._records = {record.id: record for record in files.consents()}
+        self._writing: list[VoiceWrite] = []
+
+    @property
+    def writing(self) -> bool:
+        """True while a write is pending."""
+        return bool(self._writing)
+
+    def find(self, consent_id: str) -> VoiceConsent:
+        """The consent with that id; JobError `consent_not_found`."""
+        return self._record(consent_id).to_public()
+
+    def list(self, limit: int, after: str = "") -> tuple[list[VoiceConsent], bool]:
+        """`limit` consents, the newest first, from the one behind `after` on, and whether there are more.
+
+        Raises JobError `consent_not_found` if there is no consent `after`.
+        """
+        ordered = sorted(self._records.values(), key=_age)
+        if after:
+            last = _age(self._record(after))
+            ordered = [record for record in ordered if _age(record) > last]
+        return [record.to_public() for record in ordered[:limit]], len(ordered) > limit
+
+    def create(self, name: str, language: str, pcm: bytes) -> VoiceWrite:
+        """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a consent.
+
+        Raises JobError: `invalid_value`, `invalid_audio`, or `queue_full` if too many consents wait for the disk.
+        """
+        name = checked_name(name, "consent")
+        check_recording(pcm, "recording")
+        count = len(self._records) + sum(write.kind == "save" for write in self._writing)
+        if count >= self._max_consents:
+            message = f"there are {count} consents already and no more may be kept; delete one first"
+            raise JobError("invalid_value", message, param="name")
+        record = ConsentRecord(
+            id=f"{CONSENT_PREFIX}{secrets.token_hex(12)}",
+            name=name,
+            language=language,
+            created_at=int(self._wall()),
+            samples=samples_of(pcm),
+        )
+        return self._write(VoiceWrite(kind="save", record=record, pcm=pcm))
+
+    def rename(self, consent_id: str, name: str) -> VoiceWrite:
+        """Submit a write that gives a consent another name. Raises JobError: `consent_not_found`, `invalid_value`."""
+        record = msgspec.structs.replace(self._record(consent_id), name=checked_name(name, "consent"))
+        return self._write(VoiceWrite(kind="update", record=record))
+
+    def delete(self, consent_id: str) -> VoiceWrite:
+        """Submit a write that deletes the consent with that id; JobError `consent_not_found`."""
+        return self._write(VoiceWrite(kind="delete", record=self._record(consent_id)))
+
+    def on_written(self, report: VoiceWritten) -> VoiceConsent:
+        """Carry out a finished write in the list, and return its consent.
+
+        Raises JobError: the report's own, or `consent_not_found` if an earlier write has deleted the consent.
+        """
+        self._writing.remove(report.write)
+        record = report.write.record
+        if report.write.kind != "save":
+            self._record(record.id)
+        if report.error is not None:
+            raise report.error
+        if isinstance(record, ConsentRecord) and report.write.kind != "delete":
+            self._records[record.id] = record
+            return record.to_public()
+        return self._records.pop(record.id).to_public()
+
+    def _write(self, write: VoiceWrite) -> VoiceWrite:
+        if len(self._writing) >= MAX_WRITING:
+            message = f"{len(self._writing)} consents wait for the disk already"
+            raise JobError("queue_full", message, retry_after_s=_RETRY_AFTER_S)
+        self._writing.append(write)
+        self._submit(write)
+        return write
+
+    def _record(self, consent_id: str) -> ConsentRecord:
+        record = self._records.get(consent_id)
+        if record is None:
+            raise JobError("consent_not_found", f"there is no consent {consent_id!r}", param="consent")
+        return record
+
+
+def _age(record: ConsentRecord) -> tuple[int, str]:
+    """The key of the order of the list; unlike the time alone, it is the same after a restart."""
+    return -record.created_at, record.id
