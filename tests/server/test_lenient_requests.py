@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from shared.protocol import Action, Call, CloneVoice, DesignVoice, Reply, SavedVoice, Speak
+from shared.protocol import Action, Call, CloneVoice, DesignVoice, Reply, SavedVoice, Segment, Speak
 from tests.audio import tone, wav
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve
@@ -58,7 +58,7 @@ CASES: Final[list[tuple[dict[str, Any], dict[str, Any]]]] = [
     ({"keep_alive": ""}, {"keep_alive_s": None}),
     ({"keep_alive": " 5m "}, {"keep_alive_s": 300.0}),
     ({"keep_alive": "60"}, {"keep_alive_s": 60.0}),
-    ({"input": "Hi \ud83d"}, {"text": "Hi \ufffd"}),
+    ({"input": "Hi \ud83d"}, {"segments": [Segment(text="Hi \ufffd")]}),
 ]
 SAMPLING: Final[list[tuple[dict[str, Any], dict[str, Any]]]] = [
     ({"seed": -1}, {"seed": None}),
@@ -136,7 +136,7 @@ async def test_media_types(client: httpx.AsyncClient, worker: FakeWorker, header
     """JSON is JSON under these types too."""
     body = '{"input": "Perché"}'.encode()
     assert (await client.post(SPEECH, content=body, headers=headers)).status_code == 200
-    assert worker.of(Speak)[0].text == "Perché"
+    assert worker.of(Speak)[0].segments[0].text == "Perché"
 
 
 async def test_a_declared_charset(client: httpx.AsyncClient, worker: FakeWorker) -> None:
@@ -144,7 +144,7 @@ async def test_a_declared_charset(client: httpx.AsyncClient, worker: FakeWorker)
     body = '{"input": "Perché"}'.encode("latin-1")
     declared = {"content-type": "application/json; charset=iso-8859-1"}
     assert (await client.post(SPEECH, content=body, headers=declared)).status_code == 200
-    assert worker.of(Speak)[0].text == "Perché"
+    assert worker.of(Speak)[0].segments[0].text == "Perché"
     refused = await client.post(SPEECH, content=body, headers={"content-type": "application/json"})
     assert refused.status_code == 400
     assert "PowerShell 5.1" in refused.json()["error"]["message"]
