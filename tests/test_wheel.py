@@ -40,7 +40,7 @@ def test_it_has_the_catalogue(unpacked: Path, tmp_path: Path) -> None:
     program = "from shared import catalog; print(catalog.__file__, *(spec.id for spec in catalog.load_catalog()))"
     environ = os.environ | {"PYTHONPATH": str(unpacked)}
     said = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environ, check=True, capture_output=True, text=True
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, env=environ, check=True, capture_output=True, text=True
     ).stdout
     assert said.split() == [str(unpacked / "shared" / "catalog.py"), *(spec.id for spec in load_catalog())]
 
