@@ -1,6 +1,6 @@
 """Audio for tests: a decoder that shares only FFmpeg with the server's encoder, and simple sounds.
 
-Every function takes or returns 24 kHz mono int16 little-endian PCM, as bytes.
+PCM is 24 kHz mono int16 little-endian, as bytes.
 """
 
 import array
@@ -9,8 +9,12 @@ import math
 import wave
 
 import av
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.pcm import SAMPLE_RATE
+
+Samples = NDArray[np.float64]
 
 
 def decode(data: bytes, audio_format: str | None = None) -> bytes:
@@ -46,6 +50,21 @@ def wav(pcm: bytes) -> bytes:
 def peak(pcm: bytes) -> int:
     """The largest absolute value of a sample."""
     return max((abs(sample) for sample in array.array("h", pcm)), default=0)
+
+
+def waveform(pcm: bytes) -> Samples:
+    """`pcm` as numbers."""
+    return np.frombuffer(pcm, "<i2").astype(np.float64)
+
+
+def likeness(heard: Samples, wanted: Samples, shift: int = 1_920) -> float:
+    """Normalised correlation of the beginning of `heard` with `wanted`, at the best shift of up to `shift` samples."""
+    got = heard[: wanted.size + shift]
+    sums = np.concatenate(([0.0], np.cumsum(got**2)))
+    energy = (sums[wanted.size :] - sums[: -wanted.size]) * (wanted**2).sum()
+    spectrum = np.fft.rfft(got) * np.conj(np.fft.rfft(wanted, got.size))
+    correlation = np.fft.irfft(spectrum, got.size)[: got.size - wanted.size + 1]  # the shifts that do not wrap around
+    return float((correlation / np.sqrt(energy + 1e-9)).max())
 
 
 def _decoded(file: io.BytesIO, demuxer: str | None, rate: int) -> bytes:
