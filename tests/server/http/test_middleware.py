@@ -39,8 +39,8 @@ async def _raw(client: httpx.AsyncClient, request: str) -> tuple[int, Any]:
 
 
 async def _is_limited(client: httpx.AsyncClient) -> bool:
-    """Whether a request gets the 429 of an address that has too many."""
-    answer = await client.get("/health")
+    """Whether a request gets the 429 of an address that has too many, whatever its headers say."""
+    answer = await client.get("/health", headers={"x-forwarded-for": "127.0.0.1"})
     if answer.status_code == httpx.codes.OK:
         return False
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -164,13 +164,20 @@ async def test_a_body_that_is_crowded_out(serve: Serve, monkeypatch: pytest.Monk
 
 
 async def test_too_many_requests_of_one_address(serve: Serve) -> None:
-    """A second request of an address that may have one gets a 429, unless the address is a trusted proxy's."""
-    client = await serve(max_connections_per_address=1, trusted_proxies=["10.0.0.1"])
-    _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-    writer.write(f"{HEAD}Content-Length: 5\r\n\r\n{{".encode())
-    await until(lambda: _is_limited(client))
-    writer.close()
-    await until(lambda: responds(client, "/health"))
+    """A second request of an address that may have one gets a 429; a trusted proxy has any number of them."""
+    client = await serve(max_connections_per_address=1, trusted_proxies=["127.0.0.1"])
+    writers = []
+    for address in ("127.0.0.1", "127.0.0.1", "127.0.0.2"):
+        _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port, local_addr=(address, 0))
+        writer.write(f"{HEAD}Content-Length: 5\r\n\r\n{{".encode())
+        writers.append(writer)
+    transport = httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+    async with httpx.AsyncClient(base_url=client.base_url, transport=transport) as stranger:
+        await until(lambda: _is_limited(stranger))
+        assert not await _is_limited(client)
+        for writer in writers:
+            writer.close()
+        await until(lambda: responds(stranger, "/health"))
 
 
 async def test_a_large_response_is_sent_in_parts(tmp_path: Path) -> None:
