@@ -236,14 +236,17 @@ class ConnectionReaper:
 
         First go those that have never asked for anything, then bodies that drip, then the longest idle,
         at last stalled readers, first those that have taken least: a player that pauses has taken more.
+        No upload and no reader goes while enough younger connections may soon turn out to be idle.
         """
         self._short = self._missing() > 0
         if not self._short:
             return
         await self._close("silent_for_room", [one for one in idle if not one.has_asked], self._missing(), _IDLE)
-        drip, slow = self._slow_bodies()
+        drip, slow, young = self._slow_bodies()
         await self._close("dripping_body_for_room", drip, self._missing(), _SLOW_BODY)
         await self._close("idle_for_room", [one for one in idle if one.has_asked], self._missing(), _IDLE)
+        if young + sum(one.inode in self._connections for one in idle) >= self._missing():
+            return
         await self._close("slow_body_for_room", slow, self._missing(), _SLOW_BODY)
         waiting = [one for one in self._connections.values() if self._requests.of(one.peer)]
         waiting.sort(key=lambda one: one.acked)
@@ -254,21 +257,25 @@ class ConnectionReaper:
         further = sum(max(0, len(self._requests.of(one.peer)) - 1) for one in self._connections.values())
         return len(self._connections) + further - self._high_water
 
-    def _slow_bodies(self) -> tuple[list[Connection], list[Connection]]:
-        """The connections that only send bodies, and for some seconds: those too slow to be let finish, and others.
+    def _slow_bodies(self) -> tuple[list[Connection], list[Connection], int]:
+        """The connections that only send bodies: those too slow to be let finish, others, and the number of young ones.
 
         The slowest are the first.
         """
         now = self._requests.clock()
-        speeds = []
+        speeds, young = [], 0
         for one in self._connections.values():
             requests = self._requests.of(one.peer)
-            age_s = now - min((request.began for request in requests), default=now)
-            if age_s >= MIN_BODY_S and not any(request.body_complete for request in requests):
+            if not requests or any(request.body_complete for request in requests):
+                continue
+            age_s = now - min(request.began for request in requests)
+            if age_s < MIN_BODY_S:
+                young += 1
+            else:
                 speeds.append((sum(request.body_bytes for request in requests) / age_s / len(requests), one))
         speeds.sort(key=lambda pair: pair[0])
         drip = [one for speed, one in speeds if speed < MIN_BODY_BYTES_PER_S]
-        return drip, [one for _, one in speeds[len(drip) :]]
+        return drip, [one for _, one in speeds[len(drip) :]], young
 
     async def _close(self, why: str, candidates: Iterable[Connection], places: int, rule: _Rule) -> None:
         """Close candidates that `rule` allows to close, until `places` are free."""

@@ -213,6 +213,23 @@ async def test_the_slowest_bodies_make_room(bench: Bench) -> None:
     assert [closed(client) for client in clients] == [False, True, True, *[False] * 5]
 
 
+@pytest.mark.parametrize("kind", ["silent", "idle", "body"])
+async def test_an_upload_outlives_a_crowd(bench: Bench, kind: str) -> None:
+    """An upload of some speed stays, also while none of the connections that crowd in is old enough to be closed."""
+    uploading, _ = bench.connect()
+    bench.request(uploading, body=True).body_bytes = 1_000_000
+    bench.clock.now += 10
+    crowd = [bench.connect()[0] for _ in range(LIMIT)]
+    for client in crowd:
+        request = bench.request(client, body=kind == "body") if kind != "silent" else None
+        if request and kind == "idle":
+            bench.requests.end(request)
+    await bench.after(0.9)
+    assert not any(closed(client) for client in (uploading, *crowd))
+    await bench.after(2)
+    assert [closed(client) for client in (uploading, *crowd)] == [False, *[True] * 3, *[False] * 5]
+
+
 async def test_streams_with_unfinished_bodies_take_places(bench: Bench) -> None:
     """Many streams of one HTTP/2 connection that send nothing more count like as many connections."""
     (greedy, _), (modest, _) = bench.connect(), bench.connect()
