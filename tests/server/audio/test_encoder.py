@@ -5,9 +5,11 @@ import gc
 import io
 import resource
 import struct
+import wave
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -200,6 +202,25 @@ def test_a_streamed_wav_has_unknown_sizes() -> None:
     assert first[8:16] == b"WAVEfmt "
     assert struct.unpack("<I", first[4:8]) == struct.unpack("<I", first[40:44]) == (0xFFFFFFFF,)
     assert first[44:] == SPEECH[:4800]
+
+
+@pytest.mark.parametrize("rate", [8_000, 24_000, 48_000])
+def test_readers_of_a_streamed_wav_find_what_came(tmp_path: Path, rate: int) -> None:
+    """Python's wave, libsndfile and FFmpeg read every sample and no more, from memory and from a file."""
+    encoder = Encoder("wav", sample_rate=rate)
+    data = encoder.feed(SPEECH) + encoder.finish()
+    pcm = data[44:]
+    assert len(pcm) == 2 * samples_of(SPEECH) * rate // 24_000
+    file = tmp_path / "streamed.wav"
+    file.write_bytes(data)
+    for source in (io.BytesIO(data), str(file)):
+        with wave.open(source) as reader:  # type: ignore[call-overload]  # either kind is fine
+            assert (reader.getframerate(), reader.getnchannels(), reader.getsampwidth()) == (rate, 1, 2)
+            assert reader.readframes(reader.getnframes()) == pcm
+    samples, found = soundfile.read(io.BytesIO(data), dtype="int16")
+    assert (samples.tobytes(), found) == (pcm, rate)
+    with av.open(io.BytesIO(data)) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) == len(pcm) // 2
 
 
 def test_a_whole_wav_has_its_true_sizes() -> None:
