@@ -28,6 +28,7 @@ from server.routes import (
     voice_consents,
     voices,
 )
+from server.text import load_pronunciations
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
 
@@ -35,11 +36,13 @@ from shared.settings import Settings, load_settings
 def create_app(settings: Settings) -> HttpMiddleware:
     """The web application: the middleware with the Litestar application in it (`app`).
 
-    Without a GPU worker the application starts and is not ready. Raises ValueError without a `worker_url`.
+    Without a GPU worker the application starts and is not ready. Raises ValueError without a `worker_url`,
+    and PronunciationsError if the file of pronunciations cannot be used.
     """
     if settings.worker_url is None:
         raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
     url = settings.worker_url
+    load_pronunciations(settings.pronunciations)
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:

@@ -57,6 +57,14 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float | None
     ignored: tuple[str, ...] = ()
 
+    def speaks(self, language: str) -> bool:
+        """True if the text is read in `language`, a name or a code.
+
+        With auto, espeak-ng reads in the language of its voice; which one Qwen3-TTS finds is unknown here.
+        """
+        voice = self.model.voice(self.voice) if self.language == "auto" and self.model.engine == "espeak" else None
+        return self.model.language(language) == (voice.language if voice else self.language)
+
 
 def check_input(text: str, max_chars: int) -> None:
     """Raise ApiError if `text` is too long, contains a null character or is blank."""

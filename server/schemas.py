@@ -11,11 +11,13 @@ from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, Format
 from server.http.leniency import TRIMMED, absent
+from server.text import InputFormat, Respelling, Word
 from shared.protocol import PublicState, Task, Usage
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
 MAX_NAME: Final = 200
+MAX_PRONUNCIATIONS: Final = 200
 MAX_KEEP_ALIVE_S: Final = 31_536_000
 """A year; -1 means longer than that: for ever."""
 
@@ -139,6 +141,20 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         bool | None,
         _describe(
             "Qwen3-TTS's text layout: the whole text before the first frame. It does not change how audio is sent."
+        ),
+    ] = None
+    input_format: Annotated[
+        InputFormat | None,
+        _describe(
+            "How to read the input. markdown: as a person would read it aloud. ssml: speak, p, s, break, sub, "
+            "prosody rate, say-as characters. auto: ssml if the input begins with <speak, else text. "
+            "[pause:1.5s] is a pause in all of them."
+        ),
+    ] = None
+    pronunciations: Annotated[
+        Annotated[dict[Word, Respelling], Meta(max_length=MAX_PRONUNCIATIONS)] | None,
+        _describe(
+            "Words and how to spell them for the voice: whole words, in any case.", examples=[{"nginx": "engine X"}]
         ),
     ] = None
     keep_alive: Annotated[

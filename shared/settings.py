@@ -54,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_buffer_mb: Annotated[int, Meta(ge=16, le=1_000_000)] = 256
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
     allow_ref_urls: bool = False
+    input_format: Literal["auto", "text", "markdown", "ssml"] = "auto"
+    pronunciations: Path | None = None
     model_aliases: dict[str, str] = {}
     require_consent: bool = False
     unknown_voice: Literal["refuse", "default"] = "refuse"
@@ -114,6 +116,7 @@ _USED_BY_WEB_SIDE: Final = {
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
     *("max_connections", "max_connections_per_address", "body_buffer_mb"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice", "require_consent"),
+    *("input_format", "pronunciations"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format"),
 }

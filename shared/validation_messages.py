@@ -21,7 +21,7 @@ _BOUNDS: Final = {">=": "at least", "<=": "at most", ">": "more than", "<": "les
 _LONGEST_SHOWN: Final = 60
 
 _MISSING_FIELD: Final = re.compile(r"Object missing required field `(?P<field>\w+)`")
-_PATH: Final = re.compile(r" - at `\$(?:\.(?P<field>\w+))?.*`$")
+_PATH: Final = re.compile(r" - at `(?:key` in `)?\$(?:\.(?P<field>\w+))?.*`$")
 _TRUNCATED: Final = "Input data was truncated"
 _INVALID_CHARACTER: Final = re.compile(r"JSON is malformed: invalid character \(byte (?P<position>\d+)\)")
 _HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
@@ -95,7 +95,8 @@ def _wrong_kind(match: re.Match[str], _choices: Sequence[str], from_text: bool) 
 def _wrong_length(match: re.Match[str], _choices: Sequence[str], _from_text: bool) -> str:  # noqa: FBT001
     if (match["bound"], match["number"]) == (">=", "1"):
         return "must not be empty"
-    return f"must have {_BOUNDS[match['bound']]} {match['number']} characters"
+    unit = "entries" if match["kind"] == "object" else "characters"
+    return f"must have {_BOUNDS[match['bound']]} {match['number']} {unit}"
 
 
 def _out_of_bounds(match: re.Match[str], _choices: Sequence[str], _from_text: bool) -> str:  # noqa: FBT001
@@ -112,7 +113,7 @@ _Reworded = Callable[[re.Match[str], Sequence[str], bool], str]
 
 _TABLE: Final[list[tuple[re.Pattern[str], _Reworded]]] = [
     (re.compile(r"Expected `(?P<wanted>[^`]+)`, got `(?P<got>[^`]+)`"), _wrong_kind),
-    (re.compile(r"Expected `\w+` of length (?P<bound>[<>]=) (?P<number>\d+)"), _wrong_length),
+    (re.compile(r"Expected `(?P<kind>\w+)` of length (?P<bound>[<>]=) (?P<number>\d+)"), _wrong_length),
     (re.compile(r"Expected `\w+` (?P<bound>[<>]=?) (?P<number>\S+)"), _out_of_bounds),
     (re.compile(r"Invalid enum value (?P<value>.+)", re.DOTALL), _no_choice),
     (_MISSING_FIELD, lambda match, *_: f"needs the field {match['field']}"),

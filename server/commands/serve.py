@@ -31,6 +31,7 @@ from server.processes import (
     addresses_of,
     hold_port,
 )
+from server.text import PronunciationsError, load_pronunciations
 from shared.access import current_user
 from shared.catalog import CatalogError
 from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
@@ -57,7 +58,7 @@ def run(_arguments: argparse.Namespace) -> int:
     """Serve until a signal ends the service; returns the exit code."""
     try:
         environ = environment()
-        settings = load_settings(environ, _host_problems, unknown_models, _worker_problems)
+        settings = load_settings(environ, _host_problems, _pronunciations_problems, unknown_models, _worker_problems)
         addresses = addresses_of(settings.host)
         port = hold_port(addresses, settings.port)
     except (SettingsError, CatalogError, HostError, PortError) as error:
@@ -131,6 +132,14 @@ def _host_problems(settings: Settings) -> list[str]:
         addresses_of(settings.host)
     except HostError as error:
         return [f"{variable_of('host')}: {error}"]
+    return []
+
+
+def _pronunciations_problems(settings: Settings) -> list[str]:
+    try:
+        load_pronunciations(settings.pronunciations)
+    except PronunciationsError as error:
+        return [f"{variable_of('pronunciations')}: {error}"]
     return []
 
 

@@ -3,6 +3,24 @@
 Pure functions: no I/O, no model and no audio. Outsiders import the names below, never a module of the package.
 """
 
-from server.text.preparation import PreparedSegment, prepare
+from server.text.preparation import InputFormat, PreparedSegment, prepare
+from server.text.pronunciations import (
+    EVERY_LANGUAGE,
+    Pronunciations,
+    PronunciationsError,
+    Respelling,
+    Word,
+    load_pronunciations,
+)
 
-__all__ = ["PreparedSegment", "prepare"]
+__all__ = [
+    "EVERY_LANGUAGE",
+    "InputFormat",
+    "PreparedSegment",
+    "Pronunciations",
+    "PronunciationsError",
+    "Respelling",
+    "Word",
+    "load_pronunciations",
+    "prepare",
+]

@@ -4,14 +4,22 @@ A reader makes spans and pauses of the input. Here pause marks are found, and wh
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import msgspec
 
+from server.http.errors import ApiError
 from server.text import pauses
+from server.text.markdown import read_markdown
+from server.text.pronunciations import Pronunciations, respell
 from server.text.spans import Pause, Span, copied, source_range, split, text_of
+from server.text.ssml import is_ssml, read_ssml
 from shared.protocol import Segment
 from shared.text import is_speakable
+
+InputFormat = Literal["auto", "text", "markdown", "ssml"]
+"""auto: SSML if the text begins as SSML does, else plain text."""
 
 
 class PreparedSegment(msgspec.Struct, frozen=True):
@@ -40,15 +48,46 @@ class PreparedSegment(msgspec.Struct, frozen=True):
         return Segment(text=self.text, pause_ms=self.pause_ms, rate=self.spans[0].rate if self.spans else 1.0)
 
 
-def prepare(text: str) -> list[PreparedSegment]:
+def prepare(
+    text: str, input_format: InputFormat, *, pronunciations: Sequence[Pronunciations] = (), max_chars: int
+) -> list[PreparedSegment]:
     """The segments of an input, in order. Without anything speakable, one segment has the sum of its pauses.
 
-    Raises ApiError (`invalid_value`) if a pause is too long, or all of them together.
+    Of the tables of `pronunciations` an earlier one counts before a later one.
+    `max_chars` limits the text to speak: pronunciations may make it longer than the input.
+    Raises ApiError (`invalid_value`): SSML is broken, or the text or its pauses are too long.
     """
-    return list(_segments(_read_pauses([copied(text, 0, len(text))])))
+    items = _pauses(_read(text, input_format))
+    segments = list(_segments(_respelled(items, pronunciations) if pronunciations else items))
+    length = sum(len(segment.text) for segment in segments)
+    if length > max_chars:
+        message = f"input: with its pronunciations it has {length} characters, more than {max_chars}."
+        raise ApiError("invalid_value", message, param="input")
+    return segments
 
 
-def _read_pauses(items: Iterable[Span | Pause]) -> Iterator[Span | Pause]:
+def _read(text: str, input_format: InputFormat) -> Sequence[Span | Pause]:
+    match input_format:
+        case "markdown":
+            return read_markdown(text)
+        case "ssml":
+            return read_ssml(text)
+        case "auto" if is_ssml(text):
+            return read_ssml(text)
+        case _:
+            return [copied(text, 0, len(text))]
+
+
+def _respelled(items: Iterable[Span | Pause], pronunciations: Sequence[Pronunciations]) -> Iterator[Span | Pause]:
+    """Replace words that have a pronunciation; a word stands within one segment."""
+    for key, group in itertools.groupby(items, lambda item: None if isinstance(item, Pause) else item.rate):
+        if key is None:
+            yield from group
+        else:
+            yield from respell([item for item in group if isinstance(item, Span)], pronunciations)
+
+
+def _pauses(items: Iterable[Span | Pause]) -> Iterator[Span | Pause]:
     """Turn the pause marks in the text of `items` into pauses."""
     for is_pause, group in itertools.groupby(items, lambda item: isinstance(item, Pause)):
         if is_pause:

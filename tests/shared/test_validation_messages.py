@@ -15,6 +15,12 @@ class Voice(msgspec.Struct):
     id: str
 
 
+class Words(msgspec.Struct):
+    """A field with keys that have limits."""
+
+    words: dict[Annotated[str, Meta(min_length=1)], int]
+
+
 class Body(msgspec.Struct):
     """A Struct with a Struct in it."""
 
@@ -49,6 +55,7 @@ def _changed(message: str) -> str:
         (3, Annotated[int, Meta(lt=3)], "must be at most 2"),
         ("ogg", Literal["mp3", "wav"], "must be one of mp3, wav, not 'ogg'"),
         ("o" * 100, Literal["mp3", "wav"], "must be one of mp3, wav"),
+        ({"a": 1}, Annotated[dict[str, int], Meta(max_length=0)], "must have at most 0 entries"),
         ({}, Voice, "needs the field id"),
     ],
 )
@@ -81,6 +88,8 @@ def test_paths() -> None:
     """The top-level field of a path is found, whatever stands below it."""
     message = _message({"voice": {"id": 1}}, Body)
     assert split_path(message) == ("Expected `str`, got `int`", "voice"), _changed(message)
+    message = _message({"words": {"": 1}}, Words)
+    assert split_path(message) == ("Expected `str` of length >= 1", "words"), _changed(message)
     assert split_path("Expected `str`, got `int`") == ("Expected `str`, got `int`", "")
 
 

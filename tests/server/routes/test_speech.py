@@ -2,6 +2,7 @@
 
 import base64
 import re
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -106,3 +107,53 @@ async def test_other_sample_rates_are_refused(
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "sample_rate")
     assert error["message"].endswith(known)
     assert not worker.of(Speak)
+
+
+async def test_the_input_is_read_in_its_format(serve: Serve, worker: FakeWorker, tmp_path: Path) -> None:
+    """A request's format and pronunciations count before those of the settings; the worker gets what is spoken."""
+    path = tmp_path / "words.toml"
+    path.write_text('[en]\nnginx = "engine X"\n[de]\nnginx = "Engin X"\n[all]\nredis = "reddis"\n', encoding="utf-8")
+    client = await serve(input_format="markdown", pronunciations=path)
+    bodies: list[dict[str, object]] = [
+        {"input": "**nginx** and `Redis`"},
+        {"input": "**nginx**", "input_format": " TEXT ", "language": "de"},
+        {"input": "nginx", "pronunciations": {"NGINX": "en jinx"}},
+        {"input": "<speak>a<break time='1s'/><prosody rate='2'>b</prosody></speak>", "input_format": "auto"},
+    ]
+    for body in bodies:
+        assert (await client.post(SPEECH, json=body)).status_code == 200
+    assert [speak.segments for speak in worker.of(Speak)] == [
+        [Segment(text="engine X and reddis")],
+        [Segment(text="**Engin X**")],
+        [Segment(text="en jinx")],
+        [Segment(text="a", pause_ms=1000), Segment(text="b", rate=2.0)],
+    ]
+
+
+async def test_wrong_formats_and_pronunciations(serve: Serve, worker: FakeWorker) -> None:
+    """Each is a 400 that names the field."""
+    client = await serve()
+    bodies: dict[str, list[dict[str, object]]] = {
+        "input": [{"input_format": "ssml"}, {"input": "<speak>a"}, {"input": "hi[pause:31s]"}],
+        "input_format": [{"input_format": "html"}, {"input_format": 1}],
+        "pronunciations": [
+            {"pronunciations": value}
+            for value in (
+                ["a"],
+                {"": "b"},
+                {"a": 1},
+                {"a" * 101: "b"},
+                {"a": "b" * 201},
+                {str(n): "b" for n in range(201)},
+            )
+        ],
+    }
+    for field, wrong in bodies.items():
+        for body in wrong:
+            answer = await client.post(SPEECH, json={"input": "hi", **body})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), body
+    assert "200 entries" in answer.json()["error"]["message"]
+    assert (
+        await client.post(SPEECH, json={"input": "hi", "pronunciations": {}, "input_format": ""})
+    ).status_code == 200
+    assert worker.of(Speak)[-1].segments == [Segment(text="hi")]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.http.errors import ApiError
-from server.text import PreparedSegment, prepare
+from server.text import InputFormat, PreparedSegment, Pronunciations, prepare
 from shared.protocol import Segment
 from shared.text import is_speakable
 
@@ -49,20 +49,58 @@ def spoken(segments: list[PreparedSegment]) -> list[tuple[str, int]]:
 )
 def test_pauses(text: str, expected: list[tuple[str, int]]) -> None:
     """A pause mark is silence behind the segment before it; what has no letter or digit is left out."""
-    assert spoken(prepare(text)) == expected
+    assert spoken(prepare(text, "text", max_chars=10_000)) == expected
 
 
 @pytest.mark.parametrize("text", ["a[pause:30.1s]", "a[pause:30001ms]", "a[pause:999999s]", "a[pause:30s]" * 21])
 def test_pauses_have_limits(text: str) -> None:
     """One has at most 30 s, and all of them ten minutes."""
     with pytest.raises(ApiError, match="at most") as caught:
-        prepare(text)
+        prepare(text, "text", max_chars=10_000)
     assert (caught.value.code, caught.value.param) == ("invalid_value", "input")
+
+
+@pytest.mark.parametrize(
+    ("text", "input_format", "expected"),
+    [
+        ("<speak>Hi<break time='1s'/>there</speak>", "auto", [("Hi", 1000), ("there", 0)]),
+        ("<speak>Hi</speak>", "text", [("<speak>Hi</speak>", 0)]),
+        ("**Hi**", "auto", [("**Hi**", 0)]),
+        ("**Hi**", "markdown", [("Hi", 0)]),
+        ("**Hi [pa**use:1s] there", "markdown", [("Hi ", 1000), (" there", 0)]),
+        ("# One [pause:1s]\n\n---\n\n- [pause:2s] Two", "markdown", [("One ", 3000), (" Two", 0)]),
+        ("<speak>Hi [pause:1s] <break time='20ms'/>you</speak>", "ssml", [("Hi ", 1020), ("you", 0)]),
+        ("<speak><break time='1s'/>…</speak>", "ssml", [("", 1000)]),
+        ("<speak><prosody rate='50%'>a</prosody>b</speak>", "ssml", [("a", 0), ("b", 0)]),
+        ("<think>hm</think>", "markdown", [("", 0)]),
+        ("```\ncode\n```", "markdown", [("", 0)]),
+    ],
+)
+def test_formats(text: str, input_format: InputFormat, expected: list[tuple[str, int]]) -> None:
+    """Pause marks hold in every format, and auto means SSML or text."""
+    assert spoken(prepare(text, input_format, max_chars=1000)) == expected
+
+
+def test_pronunciations_lead_back_to_the_input() -> None:
+    """Through Markdown, too: a part of a respelling stands for the whole word."""
+    source = "Use **ngi**nx [pause:1s] and *C*."
+    words = [Pronunciations({"nginx": "engine X"}), Pronunciations({"c": "see", "nginx": "no"})]
+    first, second = prepare(source, "markdown", pronunciations=words, max_chars=1000)
+    assert (first.text, second.text) == ("Use engine X ", " and see.")
+    assert source[slice(*first.source_range(4, 7))] == source[slice(*first.source_range(11, 12))] == "ngi**nx"
+    assert source[slice(*second.source_range(5, 8))] == "C"
+
+
+def test_pronunciations_may_not_make_a_text_endless() -> None:
+    """The limit counts what is to be spoken."""
+    with pytest.raises(ApiError, match="599 characters, more than 598") as caught:
+        prepare("a" + " a" * 199, "text", pronunciations=[Pronunciations({"a": "bb"})], max_chars=598)
+    assert caught.value.param == "input"
 
 
 def test_what_the_worker_gets() -> None:
     """Text, pause and rate, without the offsets."""
-    assert [segment.to_struct() for segment in prepare("[pause:1s]Hello.[pause:2s]")] == [
+    assert [segment.to_struct() for segment in prepare("[pause:1s]Hello.[pause:2s]", "text", max_chars=100)] == [
         Segment(text="", pause_ms=1000),
         Segment(text="Hello.", pause_ms=2000),
     ]
@@ -78,7 +116,7 @@ PIECES = st.lists(
 @given(PIECES.map("".join) | st.text())
 def test_no_text_is_lost_and_offsets_are_exact(text: str) -> None:
     """Every letter outside the marks is spoken once, in order, and each character knows its place in the input."""
-    segments = prepare(text)
+    segments = prepare(text, "text", max_chars=10_000)
     places = []
     for segment in segments:
         for index, character in enumerate(segment.text):
@@ -95,7 +133,7 @@ def test_no_text_is_lost_and_offsets_are_exact(text: str) -> None:
 @given(PIECES.map("".join), st.data())
 def test_a_range_is_from_its_first_to_its_last_character(text: str, data: st.DataObject) -> None:
     """The source of several characters reaches from that of the first to that of the last."""
-    segment = data.draw(st.sampled_from(prepare(text)))
+    segment = data.draw(st.sampled_from(prepare(text, "text", max_chars=10_000)))
     if segment.text:
         start = data.draw(st.integers(0, len(segment.text) - 1))
         end = data.draw(st.integers(start + 1, len(segment.text)))
