@@ -5,6 +5,8 @@ gpu_worker's `load_official` does the import itself.
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -42,3 +44,19 @@ def official_package() -> OfficialPackage:
         TokenizerConfig=core.Qwen3TTSTokenizerV2Config,
         Processor=models.Qwen3TTSProcessor,
     )
+
+
+@contextmanager
+def quick_masks() -> Iterator[None]:
+    """Let transformers make its attention masks by the function that it uses with torch before 2.6.
+
+    The masks are the same. The newer function can also be compiled; run as it is, it takes most of the time of a small
+    model: 9 of 16 s for the thirteen runs of test_sampled_parity.py.
+    """
+    masking = importlib.import_module("transformers.masking_utils")
+    made = masking.sdpa_mask
+    masking.sdpa_mask = masking.sdpa_mask_older_torch
+    try:
+        yield
+    finally:
+        masking.sdpa_mask = made

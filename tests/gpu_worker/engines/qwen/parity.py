@@ -22,7 +22,7 @@ from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
 from gpu_worker.engines.qwen.runner import CpuModelRunner, ModelRunner, PrefillInput
 from tests.checkpoints import Generation, Kind, Size, tiny
-from tests.official_package import official_package
+from tests.official_package import official_package, quick_masks
 
 FRAMES = 15
 """Frames of every greedy comparison: enough for the text to end and padding to follow."""
@@ -109,7 +109,7 @@ def official_run(case: Case, *, seed: int = 0, frames: int = FRAMES, **parameter
         "max_new_tokens": frames + 1,
         **parameters,
     }
-    with _sampling_at(randomness(seed)), _spied(model.model) as seen:
+    with quick_masks(), _sampling_at(randomness(seed)), _spied(model.model) as seen:
         if case.kind == "custom_voice":
             model.generate_custom_voice(speaker=case.voice, instruct=case.instructions, **common)
         elif case.kind == "voice_design":

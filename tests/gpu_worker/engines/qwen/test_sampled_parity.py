@@ -4,6 +4,7 @@ Only whole sampled runs test the order of the logits processors, the way of the 
 into a slot, and which uniform belongs to which code. Greedy runs test none of these.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.planner import sampling_params
 from shared.protocol import Sampling
 from tests.checkpoints import Generation, Kind, Size
+from tests.gpu_worker.engines.qwen import parity
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate, official_run, our_model
 
 FRAMES = 12
@@ -78,6 +80,14 @@ def test_sampled_codes_equal_the_official_ones(run: int) -> None:
     ours = our_model(case.kind, case.size)
     (codes,) = generate(ours, [request(ours, run)])
     assert torch.equal(codes, wanted(run))
+
+
+@pytest.mark.parametrize("run", [0, 11])
+def test_quick_masks_change_no_code(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official runs give the same codes with the masks that transformers makes by default."""
+    quick = wanted(run)
+    monkeypatch.setattr(parity, "quick_masks", contextlib.nullcontext)
+    assert torch.equal(wanted.__wrapped__(run), quick)
 
 
 @pytest.mark.parametrize(
