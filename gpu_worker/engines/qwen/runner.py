@@ -189,6 +189,8 @@ class CudaGraphModelRunner:
         model, streams = self._model, self._streams
         model.state.active.fill_(False)
         functions: dict[Key, Callable[[], None]] = {}
+        for batch in self._batch_sizes:
+            model.code_predictor.allocate_scratch(batch)  # in a capture it would become part of the graphs' memory
         for batch, kv_len in largest_first(self._batch_sizes, self._kv_lengths):
             step = functools.partial(model.code_predictor_step, batch)
             functions.setdefault(("code_predictor_step", batch, 0), step)
@@ -198,7 +200,9 @@ class CudaGraphModelRunner:
             bucket = ("prefill", batch, length)
             embeds, where = self._buckets.inputs[bucket] = self._new_inputs(batch, length)
             functions[bucket] = functools.partial(model.prefill, embeds, *where, full_vocab=False)
-        self._buckets.capture(functions, capturing=streams.frame_capture, warming=streams.transfer)
+        self._buckets.capture(
+            functions, capturing=streams.frame_capture, warming=streams.transfer, pool=streams.frame_pool
+        )
 
     def release(self) -> None:
         self._buckets.release()

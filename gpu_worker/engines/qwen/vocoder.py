@@ -123,7 +123,10 @@ class Vocoder:
         for batch, chunk in largest_first(self._batch_sizes, CHUNK_LENGTHS):
             where, pcm = self._buckets.inputs["decode", batch, chunk] = self._new_inputs(batch, chunk)
             functions["decode", batch, chunk] = functools.partial(self._decode_into, where, chunk, pcm)
-        self._buckets.capture(functions, capturing=self._streams.codec_capture, warming=self._streams.transfer)
+        streams = self._streams
+        self._buckets.capture(
+            functions, capturing=streams.codec_capture, warming=streams.transfer, pool=streams.codec_pool
+        )
 
     def memory(self) -> dict[str, int]:
         """Device bytes by purpose, without the codec streams."""

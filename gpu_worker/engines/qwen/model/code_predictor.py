@@ -133,10 +133,7 @@ class CodePredictor(TensorHolder):
         batch = hidden.shape[0]
         hidden = pad_rows(hidden)
         rows = hidden.shape[0]
-        cache = self._caches.get(rows)
-        if cache is None:
-            like = self.codebook0_embeddings
-            cache = self._caches[rows] = FrameCache(self._attention, self._shape, self._rope, rows, like)
+        cache = self._caches.get(rows) or self.allocate_scratch(rows)
         levels = uniform.t().contiguous().unsqueeze(2).unbind()  # one [batch, 1] a group
         codes = [code]
         if self.projection is not None:
@@ -156,6 +153,12 @@ class CodePredictor(TensorHolder):
                 torch.index_select(self.first_layer_inputs[group - 1], 0, code, out=inputs)
                 x = self.stack.from_qkv(cache.hidden, cache.qkv, self._rope_steps[group + 1], cache)
         return torch.stack(codes, 1)
+
+    def allocate_scratch(self, rows: int) -> FrameCache:
+        """Allocate the scratch memory of a padded batch size. It stays until `release_scratch`."""
+        like = self.codebook0_embeddings
+        cache = self._caches[rows] = FrameCache(self._attention, self._shape, self._rope, rows, like)
+        return cache
 
     def scratch(self) -> Iterator[Tensor]:
         """The scratch memory of every batch size used so far."""

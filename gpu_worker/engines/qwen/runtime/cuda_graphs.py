@@ -1,10 +1,10 @@
 """CUDA graphs: functions captured once, and replayed at the cost of one call.
 
-Owns the capture: warm-up, memory pool, streams, and what a failed capture leaves behind. It keeps no graphs.
+Owns the capture: warm-up, memory pools, and what a failed capture leaves behind. It keeps no graphs.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,34 +13,75 @@ Key = tuple[str, int, int]
 """What a function does, and two sizes."""
 
 
-def capture_graphs(
-    functions: Mapping[Key, Callable[[], None]], *, capturing: torch.cuda.Stream, warming: torch.cuda.Stream
-) -> tuple[dict[Key, torch.cuda.CUDAGraph], int]:
-    """Capture functions as graphs that share one memory pool; returns the graphs and the pool's bytes.
+class GraphPool:
+    """Device memory of graphs that never run at the same time: those of all engines that are captured on one stream.
 
-    Every function first runs on `warming`, so that libraries allocate what they need; then each is captured on
-    `capturing`, in the order given. Pass the largest first, so that the smaller ones fit into the same memory.
-    When this returns, the device has finished the warm-up. See cuda_streams.py for where the graphs may be replayed.
-    The bytes are the allocator's figure. They do not include what the driver allocates for a graph.
+    For an engine each, the codec's graphs alone would take about 1 GB at 64 slots (derived from their intermediates).
+    torch frees a pool with its last graph, and then refuses the pool's handle. So users are counted.
+    Not for several threads.
     """
-    warming.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warming):
-        for function in functions.values():
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._handle: Any = None
+
+    def acquire(self) -> Any:
+        """The handle to capture with, for one more user."""
+        if not self._users:
+            self._handle = torch.cuda.graph_pool_handle()
+        self._users += 1
+        return self._handle
+
+    def release(self) -> None:
+        """One user less; its graphs are freed."""
+        self._users -= 1
+
+    def bytes(self) -> int:
+        """The allocator's figure of the memory in use."""
+        if not self._users:
+            return 0
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._handle))
+
+
+def warm_up(functions: Iterable[Callable[[], None]], stream: torch.cuda.Stream) -> None:
+    """Run functions on `stream`, and wait for them: libraries then have allocated and loaded what a capture needs."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for function in functions:
             function()
-    warming.synchronize()
+    stream.synchronize()
+
+
+def capture_graphs(
+    functions: Mapping[Key, Callable[[], None]], *, stream: torch.cuda.Stream, pool: GraphPool
+) -> tuple[dict[Key, torch.cuda.CUDAGraph], int]:
+    """Capture functions as graphs, in the order given. Returns the graphs, and the device bytes that they take.
+
+    Pass the largest first, so that the smaller ones fit into the same memory. Each function has run in this thread.
+    See cuda_streams.py for where the graphs may be replayed. The caller is a user of `pool` while it keeps the graphs.
+    The bytes are the growth of the pool, and what the driver allocates: about 10 KB for each kernel of a graph.
+    """
     # During a capture the allocator cannot return memory to make room. torch.cuda.graph would call empty_cache before
     # every graph, 50 to 90 times a model, and each time wait until no model has work on the device.
     torch.cuda.empty_cache()
-    pool = torch.cuda.graph_pool_handle()
+    handle = pool.acquire()
+    before, taken_before = pool.bytes(), _taken_by_driver()
     graphs: dict[Key, torch.cuda.CUDAGraph] = {}
     try:
-        with torch.cuda.stream(capturing):
+        with torch.cuda.stream(stream):
             for key, function in functions.items():
-                graphs[key] = _capture(function, pool)
+                graphs[key] = _capture(function, handle)
     except BaseException:
         graphs.clear()  # their memory would stay in use for as long as the error's traceback
+        pool.release()
         raise
-    return graphs, sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool))
+    return graphs, pool.bytes() - before + max(0, _taken_by_driver() - taken_before)
+
+
+def _taken_by_driver() -> int:
+    """Bytes of the device that are in use, but not for torch's allocator."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def _capture(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:

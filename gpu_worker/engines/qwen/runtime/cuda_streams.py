@@ -1,4 +1,4 @@
-"""The CUDA streams that all engines of a process share. Each is created once and kept.
+"""The CUDA streams, and the memory pools of graphs, that all engines of a process share. Each is created once and kept.
 
 torch reuses a pool of 32 streams per priority, so streams of each engine's own would collide after a few loads.
 A collision is an error: a thread has one cuBLAS workspace a stream, and graphs captured on one stream share it.
@@ -8,7 +8,7 @@ Hence three rules:
   Those of `frame_capture` are replayed on the default stream, those of `codec_capture` on `codec`, one after the other.
 - On a capture stream nothing runs but captures, and the products that allocate its workspace before the first one.
   A warm-up there would write into the workspace that a replayed graph is using.
-- All other work runs on streams of the other priority: on a stream shared with a capture, it would be captured.
+- Each capture stream is alone in its priority: work on a stream shared with a capture would be captured.
 """
 
 import functools
@@ -17,7 +17,13 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-_CAPTURE_PRIORITY: Final = -1
+from gpu_worker.engines.qwen.runtime.cuda_graphs import GraphPool
+
+_FRAME_PRIORITY: Final = -2
+_CODEC_PRIORITY: Final = -1
+"""Kernels of a graph have the priority of the stream that it was captured on. A frame is 2500 small kernels:
+without precedence each of them would wait for a decode's large ones. All other work comes behind both.
+"""
 
 
 class CudaStreams:
@@ -44,16 +50,26 @@ class CudaStreams:
     @functools.cached_property
     def frame_capture(self) -> torch.cuda.Stream:
         """Where the graphs of prefills and decode steps are captured."""
-        return _capture_stream()
+        return _capture_stream(_FRAME_PRIORITY)
 
     @functools.cached_property
     def codec_capture(self) -> torch.cuda.Stream:
         """Where the graphs of the codec are captured."""
-        return _capture_stream()
+        return _capture_stream(_CODEC_PRIORITY)
+
+    @functools.cached_property
+    def frame_pool(self) -> GraphPool:
+        """The memory of the graphs of `frame_capture`."""
+        return GraphPool()
+
+    @functools.cached_property
+    def codec_pool(self) -> GraphPool:
+        """The memory of the graphs of `codec_capture`."""
+        return GraphPool()
 
 
-def _capture_stream() -> torch.cuda.Stream:
-    stream = torch.cuda.Stream(priority=_CAPTURE_PRIORITY)
+def _capture_stream(priority: int) -> torch.cuda.Stream:
+    stream = torch.cuda.Stream(priority=priority)
     _allocate_workspace(stream)
     return stream
 

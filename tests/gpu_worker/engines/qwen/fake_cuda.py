@@ -131,7 +131,10 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
         return {}, 0
 
     captured_buckets.capture_graphs = capture  # type: ignore[assignment]
-    streams: Any = SimpleNamespace(frame_capture=None, codec_capture=None, transfer=None, codec=None)
+    captured_buckets.warm_up = lambda *_: None
+    streams: Any = SimpleNamespace(
+        frame_capture=None, codec_capture=None, transfer=None, codec=None, frame_pool=None, codec_pool=None
+    )
     device = torch.device("cuda")
     config = msgspec.convert(model_config("custom_voice", size, full=True), ModelConfig)  # type: ignore[arg-type]
     rows = rows_needed(SLOTS, device)

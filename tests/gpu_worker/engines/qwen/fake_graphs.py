@@ -1,10 +1,12 @@
 """CUDA graphs without a GPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
+import pytest
 
+from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 
 
@@ -20,17 +22,38 @@ class FakeGraph(msgspec.Struct):
         self.function()
 
 
-class FakeCapture:
-    """In place of `capture_graphs`: keeps the functions."""
+class FakePool:
+    """A GraphPool that only counts."""
 
     def __init__(self) -> None:
+        self.users = 0
+
+    def acquire(self) -> None:
+        self.users += 1
+
+    def release(self) -> None:
+        self.users -= 1
+
+
+class FakeCapture:
+    """In place of `warm_up` and `capture_graphs`: keeps the functions, whose graphs take 7 bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.graphs: dict[Key, FakeGraph] = {}
         self.streams: dict[str, Any] = {}
+        self.warming: list[Any] = []
+        monkeypatch.setattr(captured_buckets, "warm_up", self._warm_up)
+        monkeypatch.setattr(captured_buckets, "capture_graphs", self._capture)
 
-    def __call__(self, functions: Mapping[Key, Callable[[], None]], **streams: Any) -> tuple[dict[Key, FakeGraph], int]:
-        """Call each function once, as the warm-up does. The pool has 7 bytes."""
-        for function in functions.values():
+    def _warm_up(self, functions: Iterable[Callable[[], None]], stream: Any) -> None:
+        self.warming.append(stream)
+        for function in functions:
             function()
+
+    def _capture(
+        self, functions: Mapping[Key, Callable[[], None]], *, pool: FakePool, **streams: Any
+    ) -> tuple[dict[Key, FakeGraph], int]:
         self.graphs = {key: FakeGraph(function) for key, function in functions.items()}
         self.streams = streams
+        pool.acquire()
         return self.graphs, 7

@@ -13,9 +13,23 @@ def test_speech_is_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = engine("custom_voice")
     wanted = run(on_cpu, jobs)
     on_cpu.close()
-    speaker = install(monkeypatch).engine(slots=4)
+    cuda = install(monkeypatch)
+    speaker = cuda.engine(slots=4)
     spoken = run(speaker, jobs, every=3)
     for name, outcome in wanted.items():
         assert spoken[name].pcm == outcome.pcm
         assert spoken[name].end == outcome.end
+    assert not cuda.misses
+    # A frame's small kernels come before a decode's large ones, and both before all other work.
+    assert cuda.capture_priorities == {
+        ("code_predictor_step", -2),
+        ("talker_step", -2),
+        ("prefill", -2),
+        ("decode", -1),
+    }
+    called = cuda.calls.copy()
+    speaker.offload()
+    speaker.restore()
+    assert cuda.calls - called == dict.fromkeys(called, 1)  # captured, and not warmed up again
+    assert run(speaker, jobs[:2])["job 1"].pcm == wanted["job 1"].pcm
     speaker.close()

@@ -13,10 +13,9 @@ from gpu_worker.engines.qwen.runner import (
     PrefillInput,
     rows_needed,
 )
-from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.captured_buckets import smallest_bucket
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
-from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture
+from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture, FakePool
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
 
 
@@ -108,10 +107,12 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
 
 
 def test_captured_functions_give_the_codes_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They read their inputs where these were at the capture; the same holds after a release and a second capture."""
-    fake = FakeCapture()
-    monkeypatch.setattr(captured_buckets, "capture_graphs", fake)
-    streams: Any = SimpleNamespace(frame_capture="frame_capture", transfer="transfer")
+    """They read their inputs where these were at the capture; the same holds after a release and a second capture.
+
+    The second one has no warm-up.
+    """
+    fake, pool = FakeCapture(monkeypatch), FakePool()
+    streams: Any = SimpleNamespace(frame_capture="frame_capture", transfer="transfer", frame_pool=pool)
     ours = Ours("custom_voice", None, slots=9)
     runner = CudaGraphModelRunner(ours.model, streams)
     shape = ours.config.talker_config
@@ -126,7 +127,9 @@ def test_captured_functions_give_the_codes_of_eager_ones(monkeypatch: pytest.Mon
             runner.prepare()
             memory = runner.memory()
             assert memory["graphs"] == 7
-            assert fake.streams == {"capturing": "frame_capture", "warming": "transfer"}
+            assert fake.streams == {"stream": "frame_capture"}
+            assert fake.warming == ["transfer"]
+            assert pool.users == 1
             # The inputs of a prompt of each captured length. And for the one batch size: the code predictor's
             # KV cache, the first layer's inputs, and cosines and sines of the first forward's two tokens.
             inputs = sum(tokens * shape.hidden_size * 4 + 2 * 8 for tokens in PREFILL_LENGTHS if tokens < 256)
@@ -137,4 +140,5 @@ def test_captured_functions_give_the_codes_of_eager_ones(monkeypatch: pytest.Mon
                 assert torch.equal(codes, expected)
             assert sum(graph.replays for graph in fake.graphs.values()) > 3 + 2 * 6
             runner.release()
+            assert pool.users == 0
             assert runner.memory() == {"graphs": 0, "workspace": 0}

@@ -87,7 +87,6 @@ class VirtualGraph:
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         del capture_error_mode
         self._pool = pool
-        self._cuda.capture_priorities.append(self._cuda.current.priority)
 
     def capture_end(self) -> None:
         """Nothing is left to do: the function has run."""
@@ -121,7 +120,7 @@ class VirtualCuda:
         self.calls: Counter[Key] = Counter()
         self.replays: Counter[Key] = Counter()
         self.misses: Counter[Key] = Counter()
-        self.capture_priorities: list[int] = []
+        self.capture_priorities: set[tuple[str, int]] = set()
         self.streams = CudaStreams()
         self.arrivals: list[float] = []
         """When commands for the engine will come."""
@@ -161,6 +160,7 @@ class VirtualCuda:
         captured, *rest = capture_graphs({key: self._called(key, functions[key]) for key in functions}, **options)
         for key, graph in captured.items():
             named: Any = graph
+            self.capture_priorities.add((key[0], options["stream"].priority))
             named.key, named.function = key, functions[key] if self.computes else None
         return captured, *rest
 
@@ -211,6 +211,8 @@ def install(
         "empty_cache": lambda: None,
         "graph_pool_handle": object,
         "memory_snapshot": lambda _pool: [],
+        "mem_get_info": lambda: (0, 0),
+        "memory_reserved": lambda: 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     # Integers tell the engine where copies run. Floats tell the arithmetic which kernels there are: those of a CPU.
@@ -219,6 +221,8 @@ def install(
     for name in ("empty", "zeros", "tensor"):
         monkeypatch.setattr(torch, name, _unpinned(getattr(torch, name)))
     monkeypatch.setattr(captured_buckets, "capture_graphs", cuda.capture)
+    if not computes:
+        monkeypatch.setattr(captured_buckets, "warm_up", lambda *_: None)
     monkeypatch.setattr(CapturedBuckets, "run", lambda buckets, bucket, eager: cuda.run(buckets, bucket, eager))  # noqa: PLW0108 -- a method, so that it is bound
     monkeypatch.setattr(cuda_streams, "_allocate_workspace", lambda _: None)
     # The parts are built for a CPU, where the tensors are, but with CUDA's rows and runner.

@@ -3,7 +3,6 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
     BATCH_SIZES,
     CapturedBuckets,
@@ -12,22 +11,32 @@ from gpu_worker.engines.qwen.runtime.captured_buckets import (
     smallest_bucket,
 )
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
-from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture
-
-STREAMS: Any = {"capturing": "capturing", "warming": "warming"}
+from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture, FakePool
 
 
 @pytest.fixture
-def buckets(monkeypatch: pytest.MonkeyPatch) -> CapturedBuckets:
+def pool() -> FakePool:
+    """The pool of all buckets' graphs."""
+    return FakePool()
+
+
+@pytest.fixture
+def buckets(monkeypatch: pytest.MonkeyPatch, pool: FakePool) -> CapturedBuckets:
     """A function that doubles [batch, length] ones in place, captured for two batch sizes with two lengths."""
-    monkeypatch.setattr(captured_buckets, "capture_graphs", FakeCapture())
+    FakeCapture(monkeypatch)
     buckets = CapturedBuckets()
     functions: dict[Key, Any] = {}
     for batch, length in largest_first((1, 4), (8, 16)):
         (values,) = buckets.inputs["double", batch, length] = (torch.ones(batch, length),)
         functions["double", batch, length] = lambda values=values: values.mul_(2)
-    buckets.capture(functions, **STREAMS)
+    capture(buckets, functions, pool)
     return buckets
+
+
+def capture(buckets: CapturedBuckets, functions: Any, pool: Any) -> None:
+    """Capture functions on fake streams."""
+    streams: Any = {"capturing": "capturing", "warming": "warming"}
+    buckets.capture(functions, pool=pool, **streams)
 
 
 def test_the_smallest_bucket_holds_the_number() -> None:
@@ -58,10 +67,20 @@ def test_a_captured_bucket_is_replayed_on_its_static_inputs(buckets: CapturedBuc
     assert torch.equal(buckets.inputs["double", 1, 8][0], torch.full((1, 8), 2.0))
 
 
-def test_released_buckets_hold_no_memory(buckets: CapturedBuckets) -> None:
+def test_only_the_first_capture_needs_a_warm_up(buckets: CapturedBuckets, pool: FakePool) -> None:
+    """A restore calls each function once, not twice: here not at all, as the fake captures without calling."""
+    buckets.release()
+    capture(buckets, {("double", 1, 8): lambda: pytest.fail("warmed up again")}, pool)
+    buckets.release()
+
+
+def test_released_buckets_hold_no_memory(buckets: CapturedBuckets, pool: FakePool) -> None:
     """Graphs and inputs are counted while they are there; afterwards everything runs eagerly."""
     assert buckets.memory() == {"graphs": 7, "workspace": (4 + 1) * (8 + 16) * 4}
+    assert pool.users == 1
     buckets.release()
+    buckets.release()
+    assert pool.users == 0
     assert buckets.memory() == {"graphs": 0, "workspace": 0}
     eager: list[None] = []
     buckets.run(("double", 4, 8), lambda: eager.append(None))

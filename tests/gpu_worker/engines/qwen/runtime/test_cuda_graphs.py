@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.runtime.cuda_graphs import Key, capture_graphs
-
-POOL = (0, 7)
+from gpu_worker.engines.qwen.runtime.cuda_graphs import GraphPool, Key, capture_graphs, warm_up
 
 
 class FakeStream:
@@ -36,6 +34,14 @@ class FakeCuda:
         self.invalidated = False
         self.current = FakeStream("default", self.calls)
         self.alive = 0
+        self.handles = 0
+        self.pool_bytes = 2
+        self.driver_bytes = 100
+
+    def new_handle(self) -> tuple[int, int]:
+        """A handle of a pool, as torch numbers them."""
+        self.handles += 1
+        return (0, self.handles)
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -45,13 +51,14 @@ class FakeCuda:
         self.current = before
 
     def function(self, name: str, error: Exception | None = None) -> Callable[[], None]:
-        """A function that raises `error`, if any, at its second call: when it is captured."""
+        """A function that raises `error`, if any. It takes 3 bytes of the pool, and its graph 10 of the driver."""
 
         def call() -> None:
-            again = f"{name} on warming" in self.calls
             self.calls.append(f"{name} on {self.current.name}")
-            if again and error:
+            if error:
                 raise error
+            self.pool_bytes += 3
+            self.driver_bytes += 10
 
         return call
 
@@ -61,6 +68,7 @@ class FakeGraph:
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
+        self._pool: object = None
         self._ended = False
         self._alive = True
         cuda.alive += 1
@@ -75,7 +83,8 @@ class FakeGraph:
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         """Check the mode: it must leave other threads alone."""
-        assert (pool, capture_error_mode) == (POOL, "thread_local")
+        assert capture_error_mode == "thread_local"
+        self._pool = pool
         self._cuda.calls.append(f"begin on {self._cuda.current.name}")
 
     def capture_end(self) -> None:
@@ -89,7 +98,7 @@ class FakeGraph:
         """Known once the capture has ended."""
         if not self._ended:
             raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
-        return POOL
+        return self._pool
 
 
 @pytest.fixture
@@ -105,8 +114,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         "current_stream": lambda: fake.current,
         "current_device": lambda: 0,
         "empty_cache": listed("empty_cache"),
-        "graph_pool_handle": lambda: POOL,
-        "memory_snapshot": lambda pool: [{"total_size": 2}, {"total_size": 3}] if pool == POOL else [],
+        "graph_pool_handle": fake.new_handle,
+        "memory_snapshot": lambda _: [{"total_size": fake.pool_bytes}, {"total_size": 1}],
+        "mem_get_info": lambda: (10_000 - fake.pool_bytes - fake.driver_bytes, 10_000),
+        "memory_reserved": lambda: fake.pool_bytes,
         "CUDAGraph": lambda: FakeGraph(fake),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -115,26 +126,52 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def capture(cuda: FakeCuda, **functions: Callable[[], None]) -> tuple[dict[Key, torch.cuda.CUDAGraph], int]:
+def capture(
+    cuda: FakeCuda, pool: GraphPool, **functions: Callable[[], None]
+) -> tuple[dict[Key, torch.cuda.CUDAGraph], int]:
     """Capture functions by name."""
-    streams: Any = {name: FakeStream(name, cuda.calls) for name in ("capturing", "warming")}
-    return capture_graphs({(name, 1, 0): function for name, function in functions.items()}, **streams)
+    stream: Any = FakeStream("capturing", cuda.calls)
+    return capture_graphs({(name, 1, 0): function for name, function in functions.items()}, stream=stream, pool=pool)
 
 
-def test_all_are_warmed_up_then_captured(cuda: FakeCuda) -> None:
-    """The cache is emptied once, no other stream waits, and on the capture stream nothing runs but captures."""
-    graphs, pool_bytes = capture(cuda, a=cuda.function("a"), b=cuda.function("b"))
+def test_a_warm_up_waits_for_its_functions(cuda: FakeCuda) -> None:
+    """They run on a stream of their own, behind what runs now."""
+    stream: Any = FakeStream("warming", cuda.calls)
+    warm_up([cuda.function("a"), cuda.function("b")], stream)
+    assert cuda.calls == ["warming waits for default", "a on warming", "b on warming", "synchronize warming"]
+
+
+def test_all_are_captured(cuda: FakeCuda) -> None:
+    """The cache is emptied once, no other stream waits, and on the capture stream nothing runs but captures.
+
+    The bytes are those that the pool grows by, and the driver's.
+    """
+    graphs, graph_bytes = capture(cuda, GraphPool(), a=cuda.function("a"), b=cuda.function("b"))
     assert cuda.calls == [
-        "warming waits for default",
-        "a on warming",
-        "b on warming",
-        "synchronize warming",
         "empty_cache",
         *("begin on capturing", "a on capturing", "end on capturing"),
         *("begin on capturing", "b on capturing", "end on capturing"),
     ]
     assert list(graphs) == [("a", 1, 0), ("b", 1, 0)]
-    assert pool_bytes == 5
+    assert graph_bytes == 2 * (3 + 10)
+
+
+def test_engines_share_a_pool_while_there_is_a_graph_in_it(cuda: FakeCuda) -> None:
+    """A pool is freed with its last graph, and torch then refuses its handle: the next capture has a new one."""
+    pool = GraphPool()
+    assert pool.bytes() == 0
+    capture(cuda, pool, a=cuda.function("a"))
+    with pytest.raises(ValueError, match="made up"):
+        capture(cuda, pool, b=cuda.function("b", ValueError("made up")))
+    capture(cuda, pool, c=cuda.function("c"))
+    assert cuda.handles == 1
+    assert pool.bytes() == 2 + 1 + 2 * 3
+    pool.release()
+    assert pool.acquire() == (0, 1)
+    for _ in range(2):
+        pool.release()
+    assert pool.bytes() == 0
+    assert pool.acquire() == (0, 2)
 
 
 @pytest.mark.parametrize("invalidated", [False, True])
@@ -150,7 +187,7 @@ def test_a_failed_capture_leaves_nothing(cuda: FakeCuda, *, invalidated: bool) -
             raise
 
     with pytest.raises(torch.OutOfMemoryError, match="made up"):
-        capture(cuda, a=cuda.function("a"), b=failing)
+        capture(cuda, GraphPool(), a=cuda.function("a"), b=failing)
     ended = ["_cuda_endAllocateToPool", "_cuda_releasePool"] if invalidated else ["end on capturing"]
     assert cuda.calls[-len(ended) :] == ended
     assert cuda.alive == 0
