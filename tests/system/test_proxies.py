@@ -4,6 +4,7 @@ Pages are tested in a real browser. What the machine lacks (nginx, caddy, chromi
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import pytest
 from shared.pcm import seconds_of
 from tests.audio import decode
 from tests.ports import free_port
-from tests.system.browser import CHROMIUM, running_browser
+from tests.system.browser import CHROMIUM, Browser, running_browser
 from tests.system.service import ROOT, Service, eventually, running_service
 
 NGINX: Final = shutil.which("nginx")
@@ -124,6 +125,15 @@ def caddy(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for all tests but that of a name that only it knows."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed (Debian: chromium)")
+    with running_browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
 @pytest.fixture(params=["bare", "nginx", "caddy"])
 def proxy(request: pytest.FixtureRequest) -> Proxy:
     """Each proxy in turn."""
@@ -196,25 +206,60 @@ def test_what_a_page_fetches_is_there(proxy: Proxy) -> None:
             assert httpx.get(url.join(name), trust_env=False).status_code == 200, name
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
-def test_pages_in_a_browser(bare: Proxy, tmp_path: Path) -> None:
+def test_pages_in_a_browser(bare: Proxy, browser: Browser, tmp_path: Path) -> None:
     """The pages show the API; "Try it out" speaks, plays and offers a download, behind the shortest configuration."""
-    with running_browser(tmp_path) as browser:
-        browser.open(f"{bare.below}/redoc")
-        browser.wait_for("document.body.innerText.includes('Speak a text')")
-        for url in (f"{bare.url}/docs", f"{bare.below}/docs/"):
-            browser.open(url)
-            control = "#operations-Speech-createSpeech .opblock-summary-control"
-            for selector in (control, ".try-out__btn", ".execute"):
-                browser.wait_for(f"document.querySelector('{selector}')")
-                browser.evaluate(f"document.querySelector('{selector}').click()")
-            assert browser.wait_for("document.querySelector('audio')?.duration") > 0.2
-            browser.evaluate("document.querySelector('audio').play()")
-            browser.save_downloads(tmp_path)
-            browser.evaluate("document.querySelector('.speech-download').click()")
-            eventually((tmp_path / "speech.mp3").is_file, 20, "the speech is saved")
-            assert seconds_of(decode((tmp_path / "speech.mp3").read_bytes(), "mp3")) > 0.2
-            (tmp_path / "speech.mp3").unlink()
+    browser.open(f"{bare.below}/redoc")
+    browser.wait_for("document.body.innerText.includes('Speak a text')")
+    for url in (f"{bare.url}/docs", f"{bare.below}/docs/"):
+        browser.open(url)
+        control = "#operations-Speech-createSpeech .opblock-summary-control"
+        for selector in (control, ".try-out__btn", ".execute"):
+            browser.wait_for(f"document.querySelector('{selector}')")
+            browser.evaluate(f"document.querySelector('{selector}').click()")
+        assert browser.wait_for("document.querySelector('audio')?.duration") > 0.2
+        browser.evaluate("document.querySelector('audio').play()")
+        browser.save_downloads(tmp_path)
+        browser.evaluate("document.querySelector('.speech-download').click()")
+        eventually((tmp_path / "speech.mp3").is_file, 60, "the speech is saved")
+        assert seconds_of(decode((tmp_path / "speech.mp3").read_bytes(), "mp3")) > 0.2
+        (tmp_path / "speech.mp3").unlink()
+
+
+PLAYED: Final = """(async () => {
+  const body = JSON.stringify({input: "Hi.", response_format: FORMAT});
+  const headers = {"content-type": "application/json"};
+  const answer = await fetch("SPEECH", {method: "POST", headers, body});
+  const audio = new Audio();
+  if (MEDIA_SOURCE) {
+    const source = new MediaSource();
+    audio.src = URL.createObjectURL(source);
+    await new Promise(opened => { source.onsourceopen = opened; });
+    const buffer = source.addSourceBuffer(answer.headers.get("content-type"));
+    const reader = answer.body.getReader();
+    for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+      buffer.appendBuffer(piece.value);
+      await new Promise((added, failed) => { buffer.onupdateend = added; buffer.onerror = failed; });
+    }
+    source.endOfStream();
+  } else audio.src = URL.createObjectURL(await answer.blob());
+  const played = new Promise((ended, failed) => { audio.onended = ended; audio.onerror = failed; });
+  audio.playbackRate = 4;
+  await audio.play();
+  await played;
+  return audio.currentTime;
+})()"""
+"""How long the answer to a request is for a player that plays it to its end."""
+
+
+def test_a_browser_plays_every_format(service: Service, browser: Browser) -> None:
+    """An <audio> element plays each streamed format to its end, and a MediaSource those that it takes, by pieces."""
+    service.wait_ready()
+    browser.open(f"{service.url}/docs")
+    script = PLAYED.replace("SPEECH", SPEECH)
+    for media_source, formats in (("true", ("mp3", "aac")), ("false", ("mp3", "opus", "aac", "flac", "wav"))):
+        for audio_format in formats:
+            play = script.replace("MEDIA_SOURCE", media_source).replace("FORMAT", json.dumps(audio_format))
+            assert 0.25 < browser.evaluate(play) < 1.0, (audio_format, media_source)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
