@@ -17,6 +17,7 @@ import soxr
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from gpu_worker.engines.fades import fade_at_silences, fade_out
+from gpu_worker.engines.scripts import voice_runs
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Usage
@@ -131,6 +132,8 @@ class _RunningJob:
         self.chunks = 0
         self.speech_bytes = 0
         self._source_rate = rate
+        self._run_end = 0
+        self._run_voice = voice
         self._segments = iter(job.segments)
         self.over = not self._next_segment()
 
@@ -146,9 +149,12 @@ class _RunningJob:
         return self._synthesized_chars >= len(self._text)
 
     def synthesize_clause(self, library: _Library) -> None:
-        """Append the audio of the next clause to `pcm`."""
-        piece = self._text[self._synthesized_chars : self._synthesized_chars + MAX_PIECE_CHARS]
-        pcm, taken = library.synthesize_clause(self.voice, piece)
+        """Append the audio of the next clause to `pcm`, or of its part for one voice."""
+        start = self._synthesized_chars
+        if start >= self._run_end:
+            self._run_end, self._run_voice = next(self._runs)
+        piece = self._text[start : min(start + MAX_PIECE_CHARS, self._run_end)]
+        pcm, taken = library.synthesize_clause(self._run_voice, piece)
         self._synthesized_chars += taken
         # espeak-ng stops some sounds at once where a pause begins, and begins a text at any point of a wave.
         samples = fade_at_silences(np.frombuffer(pcm, dtype=np.int16), library.rate)
@@ -176,6 +182,9 @@ class _RunningJob:
             return False
         self._text = segment.text.replace("\0", " ")
         self._synthesized_chars = 0
+        self._runs = voice_runs(self._text, self.voice)
+        self._run_end = 0
+        self._run_voice = self.voice
         self.rate: float | None = segment.rate
         self.pause_left = bytes_for(segment.pause_ms / 1000)
         self._resampler = soxr.ResampleStream(self._source_rate, SAMPLE_RATE, 1, dtype="int16")

@@ -315,6 +315,31 @@ class TestStreaming:
         assert recognise(_say(engine, _job(SENTENCES[0], max_new_tokens=1_000))) == SENTENCES[0]
 
 
+class TestScripts:
+    """Text in a script that the voice cannot read."""
+
+    @pytest.mark.parametrize(
+        ("text", "language"),
+        [("你好我的朋友", "cmn"), ("Здравствуйте", "ru"), ("مرحبا بكم", "ar"), ("Καλημέρα σας", "el")],
+    )
+    def test_another_voice_reads_it(self, engine: EspeakEngine, text: str, language: str) -> None:
+        """It takes as long as in its own language: spelled letter by letter, it would take three times as long."""
+        name = SPEC.language(language)
+        assert name is not None
+        own, alone, within = (
+            seconds_of(_say(engine, job))
+            for job in (_job(text, language=name), _job(text), _job(f"Well, {text}, yes."))
+        )
+        assert alone == pytest.approx(own, rel=0.1, abs=0.05)
+        assert own < within < own + 1.5
+
+    def test_words_around_it_stay_intelligible(self, engine: EspeakEngine) -> None:
+        """The voice of the request goes on behind it."""
+        said = _say(engine, _job(f"你好。 {SENTENCES[0]}"))
+        first = len(_say(engine, _job("你好。")))
+        assert recognise(said[first - first % 2 :]) == SENTENCES[0]
+
+
 class TestPauses:
     """Segments with pauses between them."""
 

@@ -1,0 +1,67 @@
+"""Which voice reads which part of a text."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.engines.scripts import voice_runs
+
+
+def runs(text: str, voice: str) -> list[tuple[str, str]]:
+    """The parts of `text`, each with the language that reads it."""
+    start = 0
+    parts = []
+    for end, reader in voice_runs(text, voice):
+        parts.append((text[start:end], reader))
+        start = end
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("voice", "text", "expected"),
+    [
+        ("en-us+f2", "Hello, world!", [("Hello, world!", "en-us+f2")]),
+        ("en-us+f2", "naïve Ωmega", [("naïve ", "en-us+f2"), ("Ω", "el+f2"), ("mega", "en-us+f2")]),
+        ("en-us+f2", "你好。", [("你好。", "cmn+f2")]),
+        ("en-us+f2", "I say 你好, friend.", [("I say ", "en-us+f2"), ("你好, ", "cmn+f2"), ("friend.", "en-us+f2")]),
+        ("en-us", "2024年5月", [("2024年5月", "cmn")]),
+        ("en-us", "- «Москва» 2024 is", [("- «Москва» 2024 ", "ru"), ("is", "en-us")]),
+        ("en-us", "Київ", [("Київ", "uk")]),
+        ("de+m2", "مرحبا و سلام", [("مرحبا و سلام", "ar+m2")]),
+        ("de", "گربه", [("گربه", "fa")]),
+        ("en-us", "東京タワー", [("東京", "cmn"), ("タワー", "ja")]),
+        ("en-us", "서울 שלום", [("서울 ", "ko"), ("שלום", "he")]),
+        ("en-us", "नमस्ते", [("नमस्ते", "hi")]),
+        ("en-us", "สวัสดี ქართული հայ አማ", [("สวัสดี ", "th"), ("ქართული ", "ka"), ("հայ ", "hy"), ("አማ", "am")]),
+        ("cmn+f3", "你好 hello", [("你好 hello", "cmn+f3")]),
+        ("cmn", "你好 ひらがな", [("你好 ", "cmn"), ("ひらがな", "ja")]),
+        ("yue", "你好", [("你好", "yue")]),
+        ("ja", "東京タワー and", [("東京", "cmn"), ("タワー ", "ja"), ("and", "en-us")]),
+        ("ru", "Привет, hello Київ", [("Привет, hello Київ", "ru")]),
+        ("uk", "Київ", [("Київ", "uk")]),
+        ("el", "Αθήνα abc", [("Αθήνα abc", "el")]),
+        ("ko", "서울 漢字", [("서울 ", "ko"), ("漢字", "cmn")]),
+        ("en-us", "love \u2764\ufe0f it", [("love \u2764\ufe0f it", "en-us")]),
+        ("en-us", "...", [("...", "en-us")]),
+        ("en-us", "", []),
+        ("en-us", "\u13a0 ᏣᎳᎩ", [("\u13a0 ᏣᎳᎩ", "en-us")]),
+    ],
+)
+def test_runs(voice: str, text: str, expected: list[tuple[str, str]]) -> None:
+    """A voice reads what it can; signs and digits belong to the letters before them."""
+    assert runs(text, voice) == expected
+
+
+TEXT = st.text(alphabet="ab 1.,'é你好かカЖїΩ\u0645گ서שĀ\U0001f600\n") | st.text()
+
+
+@given(TEXT, st.sampled_from(["en-us+f2", "ru", "cmn+m1", "ja", "ar", "ko"]))
+def test_runs_cover_the_text(text: str, voice: str) -> None:
+    """No character is left out or read twice, and no run is empty."""
+    parts = runs(text, voice)
+    assert "".join(part for part, _ in parts) == text
+    assert all(part for part, _ in parts)
+    if voice != "cmn+m1":
+        assert not any(re.search("[你好]", part) for part, reader in parts if not reader.startswith("cmn"))
