@@ -74,7 +74,7 @@ async def _list(engine: EngineClient, aliases: dict[str, str]) -> ModelList:
 
 async def _one(engine: EngineClient, aliases: dict[str, str], name: str) -> ModelObject:
     catalog, snapshot = await fresh_catalog(engine)
-    spec = resolve_model(unaliased(name.strip("/"), aliases), catalog, snapshot.default_model)
+    spec = resolve_model(unaliased(name.strip("/").strip(), aliases), catalog, snapshot.default_model)
     return _model_object(spec, catalog, snapshot, aliases)
 
 

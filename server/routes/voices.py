@@ -173,7 +173,7 @@ async def get_voice(
     request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceObject | SavedVoiceObject:
     """The voice with that id or name; if several models have one, that of the first model in the list."""
-    name = voice_id.removeprefix("/")
+    name = voice_id.removeprefix("/").strip()
     # No saved voice can have the name of one of these.
     for voice in (voice for spec in _served(*cached_catalog(engine)) for voice in _voices_of(spec)):
         if name.casefold() in (voice.id.casefold(), voice.name.casefold()):
@@ -195,7 +195,7 @@ async def delete_voice(
 ) -> VoiceDeleted:
     """Delete the saved voice with that id or name."""
     client = client_of(settings, request)
-    voice = await _existing(voice_id.removeprefix("/"), engine, client)
+    voice = await _existing(voice_id.removeprefix("/").strip(), engine, client)
     try:
         await engine.call(DeleteVoice(id=voice.id), client=client, timeout_s=_DELETE_TIMEOUT_S)
     except ApiError as error:

@@ -183,7 +183,8 @@ async def test_aliases_elsewhere(client: httpx.AsyncClient) -> None:
     assert {"Kokoro", "tts-1"} <= set(models[SMALL])
     assert {"piper", "tts-1-hd"} <= set(models["espeak-ng"])
     assert "tts-1-hd" not in models[LARGE]
-    assert (await client.get("/v1/models/PIPER")).json()["id"] == "espeak-ng"
+    assert (await client.get("/v1/models/PIPER%20")).json()["id"] == "espeak-ng"
+    assert (await client.get(f"{VOICES}/%20Vivian%20")).json()["id"] == "vivian"
     voices = (await client.get(VOICES, params={"model": " piper "})).json()["voices"]
     assert {voice["model"] for voice in voices} == {"espeak-ng"}
     everything = (await client.get(VOICES, params={"model": ""})).json()
@@ -198,16 +199,11 @@ VOICE_CASES: Final[list[tuple[dict[str, str], Action]]] = [
     ({"type": "PROMPT", "prompt": "calm", "model": "auto", "script_hint": "", "unknown": "x"}, DESIGN),
     ({"type": "prompt", "prompt": "calm", "name": " Ada\n"}, DESIGN),
     ({"type": "prompt", "prompt": "calm", "description": " "}, DESIGN),
-    ({}, CLONE),
-    ({"type": ""}, CLONE),
-    ({"type": "clone"}, CLONE),
-    ({"type": "Audio_Sample", "prompt": "", "model": ""}, CLONE),
-    ({"ref_text": " "}, CLONE),
-    ({"ref_text": "\u200b"}, CLONE),
-    ({"ref_text": "…"}, CLONE),
-    ({"ref_text": " la la "}, msgspec.structs.replace(CLONE, text="la la")),
-    ({"consent": " cons_1 "}, msgspec.structs.replace(CLONE, consent="cons_1")),
+    ({"type": "Audio_Sample", "prompt": "", "ref_text": "\u200b"}, CLONE),
+    ({"type": "clone", "ref_text": " la la "}, msgspec.structs.replace(CLONE, text="la la")),
+    ({"type": "", "ref_text": "…", "consent": " cons_1 "}, msgspec.structs.replace(CLONE, consent="cons_1")),
 ]
+"""A recording takes a process of its own to decode, so there are few clones here."""
 
 
 @pytest.mark.parametrize(("fields", "action"), VOICE_CASES, ids=[str(case[0]) for case in VOICE_CASES])

@@ -100,8 +100,8 @@ def test_changes_after_a_deletion(shelf: Shelf, tmp_path: Path) -> None:
     """A rename behind a deletion leaves no file, and is told that there is no such consent."""
     consent = shelf.save("Ada")
     shelf.store.delete(consent.id)
-    shelf.store.rename(consent.id, "Eva")
     shelf.store.delete(consent.id)
+    shelf.store.rename(consent.id, "Eva")
     shelf.write()
     for _ in range(2):
         with pytest.raises(JobError) as caught:
