@@ -76,6 +76,18 @@ def test_speed_changes_the_length_and_not_the_words(shared_service: Service, aud
         assert samples == pytest.approx(len(pcm) / 2 / speed, rel=0.03)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_text_is_read_as_its_format_says(shared_service: Service, *, stream: bool) -> None:
+    """The words of Markdown around a pause are heard, and nothing of its marks, thoughts and code."""
+    first, second = SENTENCES[:2]
+    hidden = f"<think>{SENTENCES[2]}</think>\n\n```\n{SENTENCES[3]}\n```\n\n"
+    text = f"{hidden}**{first}** [pause:1.5s]\n\n- [{second}](http://a.b)"
+    answer = shared_service.speech(text, response_format="pcm", input_format="markdown", stream=stream)
+    silence = bytes(72_000)
+    before, after = answer.content.split(silence, 1)
+    assert [recognise(before), recognise(after)] == [first, second]
+
+
 def test_every_sentence_is_told_from_nineteen_others(shared_service: Service) -> None:
     """A recogniser with a closed grammar hears each of the twenty sentences."""
     said = [recognise(shared_service.speech(sentence, response_format="pcm").content) for sentence in SENTENCES]

@@ -106,6 +106,23 @@ def test_max_new_tokens_is_exact(service: Service) -> None:
         assert answer.headers["x-finish-reason"] == "length"
 
 
+def test_pauses_are_exact(service: Service) -> None:
+    """Streamed and whole answers are the same bytes: the words as without pauses, and silence exact to a sample.
+
+    It comes on top of the 150 ms between sentences. The same in SSML is the same speech.
+    """
+    fields = {"model": CUSTOM, "voice": "vivian", "max_new_tokens": None}
+    alone = speak(service, **fields).content
+    text = "[pause:80ms]Good morning.[pause:1.5s] Good evening.[pause:20ms]"
+    ssml = "<speak><break time='80ms'/>Good morning.<break time='1.5s'/> Good evening.<break time='20ms'/></speak>"
+    whole = speak(service, input=text, stream=False, **fields)
+    assert whole.headers["x-finish-reason"] == "stop"
+    assert whole.content == speak(service, input=text, **fields).content == speak(service, input=ssml, **fields).content
+    assert whole.content.startswith(bytes(FRAME_BYTES) + alone + bytes(7_200 + 72_000))
+    assert whole.content.endswith(bytes(960))
+    assert (len(whole.content) - 7_200 - 72_000 - 960) % FRAME_BYTES == 0
+
+
 def test_first_chunk_is_one_frame_and_does_not_wait_for_the_text(service: Service) -> None:
     """The first chunk of a stream is a single frame, and it arrives long before a long text is finished."""
     text = "This is a sentence. " * 60
