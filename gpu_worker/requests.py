@@ -8,7 +8,7 @@ Only `Request` writes the state. It knows neither queue nor engine nor model: th
 
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
@@ -31,6 +31,7 @@ from shared.protocol import (
     StreamState,
     Timings,
     Usage,
+    Word,
 )
 
 CLIENT_CHARS: Final = 20
@@ -114,9 +115,9 @@ class Sink:
         """Send Started."""
         self._send(Started(id=self._id, model=model, sample_rate=SAMPLE_RATE), None)
 
-    def audio(self, pcm: bytes, rate: float | None = 1.0) -> int:
+    def audio(self, pcm: bytes, rate: float | None = 1.0, words: Sequence[Word] = ()) -> int:
         """Send the next piece, or keep it until there is credit. Returns the bytes of audio sent."""
-        self._waiting.append((Audio(id=self._id, seq=self._seq, rate=rate), pcm))
+        self._waiting.append((Audio(id=self._id, seq=self._seq, rate=rate, words=list(words)), pcm))
         self._seq += 1
         self._count(len(pcm))
         return self._flush()
@@ -250,12 +251,12 @@ class Request:
             self._idle_s += now - self._idle_since
             self._idle_since = None
 
-    def push(self, pcm: bytes, now: float, rate: float | None = 1.0) -> None:
+    def push(self, pcm: bytes, now: float, rate: float | None = 1.0, words: Sequence[Word] = ()) -> None:
         """Pass the next piece to the sink."""
         if self.first_audio_at is None:
             self.first_audio_at = now
         self.made_bytes += len(pcm)
-        self._on_sent(self.sink.audio(pcm, rate), now)
+        self._on_sent(self.sink.audio(pcm, rate, words), now)
 
     def grant(self, chunks: int, now: float) -> None:
         """The reader can take `chunks` more pieces. DRAINING -> DONE if these were the last."""

@@ -247,6 +247,7 @@ class Worker:
                         reference=reference,
                         sampling=speak.sampling,
                         non_streaming_mode=speak.non_streaming_mode,
+                        timestamps=speak.timestamps,
                     ),
                 )
             )
@@ -557,10 +558,10 @@ class Worker:
         if request is None:
             return  # cancelled since
         match event:
-            case Pcm(data=data, rate=rate):
+            case Pcm(data=data, rate=rate, words=words):
                 if request.first_audio_at is None:
                     self._stats.first_audio(request)
-                request.push(data, self._clock(), rate)
+                request.push(data, self._clock(), rate, words)
             case Done():
                 self._finish(request, event)
             case Fault(error=error):

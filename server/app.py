@@ -16,6 +16,7 @@ from server.http.middleware import HttpMiddleware
 from server.http.origins import cors_config
 from server.routes import (
     admin,
+    captioned_speech,
     docs,
     elevenlabs,
     health,
@@ -105,11 +106,9 @@ def _guarded(settings: Settings) -> list[Router]:
         "/",
         guards=[require_key(settings)],
         route_handlers=[
-            elevenlabs.convert,
-            elevenlabs.stream,
-            elevenlabs.list_voices,
-            elevenlabs.list_voices_2,
-            elevenlabs.get_voice,
+            captioned_speech.create_captioned_speech,
+            *(elevenlabs.convert, elevenlabs.stream),
+            *(elevenlabs.list_voices, elevenlabs.list_voices_2, elevenlabs.get_voice),
         ],
     )
     administration = Router(

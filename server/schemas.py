@@ -12,7 +12,7 @@ from msgspec import Meta
 from server.audio import MAX_SPEED, MIN_SPEED, Format
 from server.http.leniency import TRIMMED, absent
 from server.text import InputFormat, Respelling, Word
-from shared.protocol import PublicState, Task, Usage
+from shared.protocol import FinishReason, PublicState, Task, Usage
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
@@ -92,6 +92,13 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         bool | None,
         _describe("false: one whole body with Content-Length. By default, audio is sent while it is made."),
     ] = None
+    timestamps: Annotated[
+        bool | None,
+        _describe(
+            "true: server-sent events have the words with their times, where the model knows them. "
+            "An answer of bytes has no place for them."
+        ),
+    ] = None
     store: Annotated[
         bool | None,
         _describe("true: keep the finished audio for a while; the header `x-audio-url` is its path."),
@@ -168,6 +175,14 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
 # --- server-sent events ----------------------------------------------------------------------------------------------
 
 
+class TimedWord(msgspec.Struct, frozen=True, kw_only=True):
+    """A word as it stands in the input, and when it is said: seconds from the beginning of the audio."""
+
+    word: str
+    start_time: float
+    end_time: float
+
+
 class SpeechUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of the text (input) and of the speech (output)."""
 
@@ -183,19 +198,22 @@ def usage_of(usage: Usage) -> SpeechUsage:
 
 
 class SpeechDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="speech.audio.delta"):
-    """The next bytes of audio in `response_format`, as base64."""
+    """The next bytes of audio in `response_format`, as base64. With `timestamps`, the words that are complete now."""
 
     audio: str
+    timestamps: list[TimedWord] | msgspec.UnsetType = msgspec.UNSET
 
 
 class SpeechDone(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="speech.audio.done"):
     """The last event of a complete speech.
 
     `finish_reason` length: a limit cut it. empty: nothing was speakable, and the audio is 100 ms of silence.
+    `timestamps` are the words that no delta had.
     """
 
     usage: SpeechUsage
-    finish_reason: Literal["stop", "length", "empty"]
+    finish_reason: FinishReason
+    timestamps: list[TimedWord] | msgspec.UnsetType = msgspec.UNSET
 
 
 # --- models and voices -----------------------------------------------------------------------------------------------

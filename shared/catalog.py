@@ -59,6 +59,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `id` is its name for clients; `hf_id` is its Hugging Face repository ("" if it has none).
     `size` is "small" or "large" within a family of models, "" in a family without sizes.
+    `timestamps`: its engine knows when each word is said.
     `instructions`: the model follows style instructions (a voice-design model needs a description instead).
     `sampling`: the model uses seeds, temperatures and the like.
     `estimated_bytes` is its size on the device until it was measured.
@@ -76,6 +77,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     aliases: list[str] = []
     size: Literal["", "small", "large"] = ""
     instructions: bool = False
+    timestamps: bool = False
     sampling: bool = False
     voices: list[Voice] = []
     openai_voices: dict[str, str] = {}

@@ -18,7 +18,7 @@ import msgspec
 
 from shared.catalog import ModelSpec
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -92,6 +92,16 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float
 
 
+class Word(msgspec.Struct, frozen=True, array_like=True):
+    """text[start:end] of a segment, which is said from `start_s` to `end_s` of the request's PCM, pauses included."""
+
+    segment: int
+    start: int
+    end: int
+    start_s: float
+    end_s: float
+
+
 class SpeechError(msgspec.Struct, frozen=True, kw_only=True):
     """Why a request failed: `code` is an error code of the HTTP contract, `param` the wrong request field."""
 
@@ -118,6 +128,7 @@ class Speak(Message, frozen=True, kw_only=True):
     `voice` is a preset voice, "" if the task takes none, or with `saved_voice` the id of a saved voice.
     The payload, if there is one, is the reference recording to clone; `reference_text` is its transcript.
     `keep_alive_s`: the model stays resident for so long after this request; negative: for ever; None: as configured.
+    `timestamps`: tell the times of the words, which only models with ModelSpec.timestamps know.
     `credit` is the number of Audio messages that may be sent before the first Credit.
     """
 
@@ -135,6 +146,7 @@ class Speak(Message, frozen=True, kw_only=True):
     x_vector_only: bool = False
     sampling: Sampling = Sampling()
     non_streaming_mode: bool | None = None
+    timestamps: bool = False
     keep_alive_s: float | None = None
 
 
@@ -521,11 +533,14 @@ class Audio(Message, frozen=True, kw_only=True):
     """The payload is the next PCM of the speech; `seq` counts from 0, and a gap is an error.
 
     `rate` is that of its segment. None marks the silence of a pause, whose length no speed changes.
+    `words` are those whose times became known since the last message, in order; they may lie ahead of this PCM,
+    as the synthesizer knows them, or behind it, as an aligner does.
     """
 
     id: str
     seq: int
     rate: float | None = 1.0
+    words: list[Word] = []
 
 
 class Finished(Message, frozen=True, kw_only=True):

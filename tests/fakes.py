@@ -38,6 +38,7 @@ from shared.protocol import (
     Timings,
     Usage,
     Welcome,
+    Word,
     decode_from_web,
     encode,
 )
@@ -103,6 +104,7 @@ class FakeWorker:
     A test may change its behaviour: `hold` keeps requests queued (no Started), `mute` answers no Ping,
     `late` delays the Pongs, `skip_seq` leaves out a sequence number,
     `fail_with` fails every Speak, at once or after `break_after` chunks.
+    `words` are those of each piece, by its number, for a Speak with `timestamps`.
     `seen` holds the messages that arrived, except pings. `reset` undoes all changes.
     """
 
@@ -129,6 +131,7 @@ class FakeWorker:
         self.mute = False
         self.late = False
         self.skip_seq = False
+        self.words: dict[int, list[Word]] = {}
         self.fail_with: Failed | None = None
         self.break_after: int | None = None
         self.saved: list[SavedVoice] = []
@@ -242,7 +245,8 @@ class FakeWorker:
             while job.credit and job.sent < len(job.pcm) and job.sent != self.break_after:
                 pcm, rate = job.pcm[job.sent]
                 seq = job.sent + (1 if self.skip_seq and job.sent else 0)
-                self._send(job.peer, Audio(id=request.id, seq=seq, rate=rate), pcm)
+                words = self.words.get(job.sent, []) if request.timestamps else []
+                self._send(job.peer, Audio(id=request.id, seq=seq, rate=rate, words=words), pcm)
                 job.sent += 1
                 job.credit -= 1
             if job.sent == self.break_after and self.fail_with is not None:

@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from shared.pcm import bytes_for
-from shared.protocol import Sampling, Segment, Task, Usage
+from shared.protocol import Sampling, Segment, Task, Usage, Word
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended the speech. `length`: a limit on the number of frames ended it."""
@@ -59,6 +59,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     reference: Reference | None = None
     sampling: Sampling = Sampling()
     non_streaming_mode: bool | None = None
+    timestamps: bool = False
 
     @property
     def text(self) -> str:
@@ -71,11 +72,12 @@ PAUSE_CHUNK_BYTES: Final = bytes_for(0.64)
 
 
 class Pcm(msgspec.Struct, frozen=True):
-    """The next part of a job's speech: 24 kHz mono int16 little-endian. `rate`: see shared.protocol.Audio."""
+    """The next part of a job's speech: 24 kHz mono int16. `rate` and `words`: see shared.protocol.Audio."""
 
     job_id: str
     data: bytes
     rate: float | None = 1.0
+    words: list[Word] = []
 
 
 class Done(msgspec.Struct, frozen=True):

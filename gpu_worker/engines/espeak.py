@@ -9,18 +9,20 @@ So several jobs speak side by side, and a cancelled job ends before its next chu
 
 import ctypes
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import espeakng_loader
 import numpy as np
 import soxr
+from numpy.typing import NDArray
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from gpu_worker.engines.fades import fade_at_silences, fade_out
 from gpu_worker.engines.scripts import voice_runs
+from gpu_worker.engines.word_times import time_words
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
-from shared.protocol import Usage
+from shared.protocol import Usage, Word
 from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
 SLOTS: Final = 32
@@ -35,8 +37,12 @@ _INITIALIZE_DONT_EXIT: Final = 0x8000
 _CHARS_UTF8: Final = 1
 _POS_CHARACTER: Final = 1
 _EVENT_LIST_TERMINATED: Final = 0
+_EVENT_WORD: Final = 1
 _EVENT_END: Final = 5
 _PARAMETER_RATE: Final = 1
+
+_AUDIBLE: Final = 33
+"""-60 dB of full scale: what is louder belongs to a word."""
 
 _BUFFER_MS: Final = 100
 _WORDS_PER_MINUTE: Final = 155
@@ -64,6 +70,14 @@ class _Event(ctypes.Structure):
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
+class _Clause(NamedTuple):
+    """A clause as int16 PCM at the library's rate, the number of its characters, and what was said when in it."""
+
+    pcm: bytes
+    chars: int
+    reports: list[tuple[int, int]]
+
+
 class _Library:
     """libespeak-ng, loaded and initialized. It synthesizes one clause at a time."""
 
@@ -76,10 +90,11 @@ class _Library:
             raise JobError("model_unavailable", "espeak-ng could not be initialized; its data files may be damaged")
         self._pcm = bytearray()
         self._clause_end = 0
+        self._reports: list[tuple[int, int]] = []
         self._callback = _Callback(self._on_audio)
 
-    def synthesize_clause(self, voice: str, text: str) -> tuple[bytes, int]:
-        """The first clause of `text` as int16 PCM at `rate`, and the number of its characters in `text`.
+    def synthesize_clause(self, voice: str, text: str) -> _Clause:
+        """The first clause of `text`, with PCM at `rate`. Its reports are for word_times.py.
 
         `text` has at most MAX_PIECE_CHARS characters.
         The same text never sounds exactly the same, because espeak-ng continues from the state of its oscillators;
@@ -95,13 +110,15 @@ class _Library:
         self._lib.espeak_SetParameter(_PARAMETER_RATE, _WORDS_PER_MINUTE, 0)
         self._pcm.clear()
         self._clause_end = 0
+        self._reports = []
         data = text.encode("utf-8", "replace")
         # Set it each time: a closed engine may have left its own callback, which no longer exists.
         self._lib.espeak_SetSynthCallback(self._callback)
         failed = self._lib.espeak_Synth(data, len(data) + 1, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
         if failed:
             raise JobError("synthesis_failed", f"espeak-ng answered with error {failed}")
-        return bytes(self._pcm), self._clause_end if 0 < self._clause_end < len(text) else len(text)
+        chars = self._clause_end if 0 < self._clause_end < len(text) else len(text)
+        return _Clause(bytes(self._pcm), chars, self._reports)
 
     def _on_audio(self, samples: Any, count: int, events: Any) -> int:
         """espeak-ng calls this for every 100 ms of audio. Returning 1 ends the synthesis: at the end of a clause."""
@@ -109,6 +126,8 @@ class _Library:
             self._pcm += ctypes.string_at(samples, count * BYTES_PER_SAMPLE)
         index = 0
         while events[index].type != _EVENT_LIST_TERMINATED:
+            if events[index].type == _EVENT_WORD:
+                self._reports.append((events[index].text_position - 1, events[index].sample))
             if events[index].type == _EVENT_END:
                 self._clause_end = events[index].text_position
                 # The rest of the last buffer is padding: up to 100 ms of silence.
@@ -131,6 +150,9 @@ class _RunningJob:
         self.pause_left = 0
         self.chunks = 0
         self.speech_bytes = 0
+        self.words: list[Word] = []
+        self._taken_bytes = 0
+        self._segment = -1
         self._source_rate = rate
         self._run_end = 0
         self._run_voice = voice
@@ -154,12 +176,27 @@ class _RunningJob:
         if start >= self._run_end:
             self._run_end, self._run_voice = next(self._runs)
         piece = self._text[start : min(start + MAX_PIECE_CHARS, self._run_end)]
-        pcm, taken = library.synthesize_clause(self._run_voice, piece)
-        self._synthesized_chars += taken
+        clause = library.synthesize_clause(self._run_voice, piece)
         # espeak-ng stops some sounds at once where a pause begins, and begins a text at any point of a wave.
-        samples = fade_at_silences(np.frombuffer(pcm, dtype=np.int16), library.rate)
+        samples = fade_at_silences(np.frombuffer(clause.pcm, dtype=np.int16), library.rate)
+        if self.job.timestamps:
+            self._time_words(piece[: clause.chars], clause.reports, samples)
+        self._synthesized_chars += clause.chars
+        self._synthesized_samples += len(samples)
         resampled = self._resampler.resample_chunk(samples, last=self.text_done)
         self.pcm += resampled.astype("<i2").tobytes()
+
+    def _time_words(self, text: str, reports: list[tuple[int, int]], samples: NDArray[np.int16]) -> None:
+        """Append the words of a clause to `words`. Behind its last word, a clause is silent."""
+        heard = np.flatnonzero(np.abs(samples.astype(np.int32)) > _AUDIBLE)
+        end = int(heard[-1]) + 1 if heard.size else len(samples)
+        first_char = self._synthesized_chars
+        for word in time_words(text, reports, end):
+            start_s, end_s = (
+                self._segment_start_s + (self._synthesized_samples + sample) / self._source_rate
+                for sample in (word.start_sample, word.end_sample)
+            )
+            self.words.append(Word(self._segment, first_char + word.start, first_char + word.end, start_s, end_s))
 
     def take(self, size: int) -> tuple[bytes, float | None]:
         """The next `size` bytes at most and their rate: speech of the segment, or else a piece of the pause behind it.
@@ -172,6 +209,7 @@ class _RunningJob:
         else:
             taken, rate = bytes(min(self.pause_left, PAUSE_CHUNK_BYTES)), None
             self.pause_left -= len(taken)
+        self._taken_bytes += len(taken)
         if self.text_done and not self.pcm and not self.pause_left:
             self.over = not self._next_segment()
         return taken, rate
@@ -181,10 +219,13 @@ class _RunningJob:
         if segment is None:
             return False
         self._text = segment.text.replace("\0", " ")
+        self._segment += 1
+        self._segment_start_s = self._taken_bytes / bytes_for(1.0)
         self._synthesized_chars = 0
         self._runs = voice_runs(self._text, self.voice)
         self._run_end = 0
         self._run_voice = self.voice
+        self._synthesized_samples = 0
         self.rate: float | None = segment.rate
         self.pause_left = bytes_for(segment.pause_ms / 1000)
         self._resampler = soxr.ResampleStream(self._source_rate, SAMPLE_RATE, 1, dtype="int16")
@@ -280,7 +321,10 @@ class EspeakEngine:
                 chunk, reason = fade_out(cut, SAMPLE_RATE).tobytes(), "length"
             sequence.chunks += 1
             sequence.speech_bytes += len(chunk)
-        events: list[Event] = [Pcm(sequence.job.id, chunk, rate)] if chunk else []
+        events: list[Event] = []
+        if chunk:
+            words, sequence.words = sequence.words, []
+            events.append(Pcm(sequence.job.id, chunk, rate, words))
         if reason == "length" or sequence.over:
             self.cancel(sequence.job.id)
             events.append(Done(sequence.job.id, reason, self._usage(sequence)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from server.audio.decoder import MAX_REFERENCE_BYTES
     from server.audio.decoder_pool import DecoderPool
-    from server.audio.encoder import Encoder, load_resampler
+    from server.audio.encoder import Encoder, effective_speed, load_resampler
     from server.audio.formats import CONTENT_TYPES, SAMPLE_RATES, Format, default_rate
     from server.audio.store import AudioFacts, AudioStore, StoredAudio
     from server.audio.tempo import MAX_SPEED, MIN_SPEED
@@ -20,6 +20,7 @@ else:
         "MAX_REFERENCE_BYTES": "decoder",
         "DecoderPool": "decoder_pool",
         "Encoder": "encoder",
+        "effective_speed": "encoder",
         "load_resampler": "encoder",
         "CONTENT_TYPES": "formats",
         "SAMPLE_RATES": "formats",
@@ -51,5 +52,6 @@ __all__ = [
     "Format",
     "StoredAudio",
     "default_rate",
+    "effective_speed",
     "load_resampler",
 ]

@@ -60,7 +60,7 @@ class Encoder:
         whole = len(data) - len(data) % BYTES_PER_SAMPLE
         self._half_sample = data[whole:]
         data = data[:whole]
-        speed = 1.0 if rate is None else min(max(self._speed * rate, MIN_SPEED), MAX_SPEED)
+        speed = effective_speed(self._speed, rate)
         rest = self._set_tempo(speed) if speed != self._tempo_speed else b""
         data = rest + (self._tempo.feed(data) if self._tempo else data)
         if self._resampler:
@@ -82,6 +82,11 @@ class Encoder:
         self._tempo_speed = speed
         self._tempo = Tempo(speed) if speed != 1 else None
         return rest
+
+
+def effective_speed(speed: float, rate: float | None) -> float:
+    """The speed of a piece with that rate, in an answer with that speed; see `Encoder.feed`."""
+    return 1.0 if rate is None else min(max(speed * rate, MIN_SPEED), MAX_SPEED)
 
 
 async def load_resampler() -> None:

@@ -14,7 +14,19 @@ import msgspec
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
-from shared.protocol import Action, Audio, Finished, Reply, Snapshot, Speak, SpeechOutcome, Started, Timings, Usage
+from shared.protocol import (
+    Action,
+    Audio,
+    Finished,
+    Reply,
+    Snapshot,
+    Speak,
+    SpeechOutcome,
+    Started,
+    Timings,
+    Usage,
+    Word,
+)
 
 INITIAL_CREDIT: Final = 16
 """Audio messages that one request may have under way: 1.3 s of single Qwen3-TTS frames, and bounded memory."""
@@ -33,10 +45,11 @@ _CREDIT_BATCH: Final = 4
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """The next PCM of a speech, 24 kHz mono int16 little-endian. `rate`: see shared.protocol.Audio."""
+    """The next PCM of a speech, 24 kHz mono int16. `rate` and `words`: see shared.protocol.Audio."""
 
     pcm: bytes
     rate: float | None = 1.0
+    words: list[Word] = []
 
 
 class Speech:
@@ -98,7 +111,7 @@ class Speech:
                 if len(self._chunks) >= self._credit:
                     return "The GPU worker sent more audio than it had credit for."
                 self._next_seq += 1
-                self._chunks.append(Chunk(payload, message.rate))
+                self._chunks.append(Chunk(payload, message.rate, message.words))
             case Finished():
                 self.finished = message
         self._news.set()

@@ -24,6 +24,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "consent_not_found": (400, INVALID),
     "task_mismatch": (400, INVALID),
     "invalid_audio": (400, INVALID),
+    "timestamps_unavailable": (400, INVALID),
     "invalid_api_key": (401, "authentication_error"),
     "insufficient_permissions": (403, "permission_error"),
     "foreign_origin": (403, "permission_error"),

@@ -131,6 +131,8 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         if operation["operationId"] in _AUDIO_OPERATIONS:
             operation["responses"]["200"] = {"description": "The audio.", "content": audio}
+    captioned = document["paths"]["/dev/captioned_speech"]["post"]["responses"]["200"]["content"]
+    captioned["application/x-ndjson"] = captioned["application/json"]
     return document
 
 

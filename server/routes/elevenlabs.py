@@ -4,7 +4,6 @@ What has no counterpart here is taken and has no effect: settings of the voice b
 dictionaries, and the bit rate in `output_format`. Errors have ElevenLabs' shape (server/http/elevenlabs_errors.py).
 """
 
-import dataclasses
 import re
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -266,8 +265,7 @@ async def _start(
             ignored.append(_BEST_EFFORT[error.param])
             fields = msgspec.structs.replace(fields, **{error.param: None})
         else:
-            resolved = msgspec.structs.replace(started.resolved, ignored=(*started.resolved.ignored, *ignored))
-            return dataclasses.replace(started, resolved=resolved)
+            return started.ignoring(*ignored)
 
 
 def _in_their_words(error: ApiError) -> ApiError:

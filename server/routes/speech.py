@@ -58,6 +58,8 @@ async def create_speech(
     starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     starting = starter.start(data, request_id_of(request.scope))
     started = await (cancel_on_disconnect(request, starting) if data.ref_audio is not None else starting)
+    if data.timestamps and data.stream_format != "sse":
+        started = started.ignoring("timestamps")
     try:
         keeper = None
         if data.store:

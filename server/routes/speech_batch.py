@@ -17,6 +17,7 @@ from litestar.typing import FieldDefinition
 from msgspec import Meta
 
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
+from server.engine import Chunk
 from server.http.auth import client_of
 from server.http.errors import ApiError, ErrorBody, documented, envelope, internal_error
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
@@ -25,7 +26,7 @@ from server.http.streaming import cancel_on_disconnect
 from server.routes.speech import SpeechJson
 from server.routes.speech_response import failure_of, whole_body
 from server.routes.speech_start import SpeechStarter
-from server.schemas import SpeechRequest, SpeechUsage, usage_of
+from server.schemas import SpeechRequest, SpeechUsage, TimedWord, usage_of
 from shared.protocol import FinishReason, speech_id_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class BatchResult(msgspec.Struct, frozen=True, kw_only=True):
     sample_rate: int | None = None
     finish_reason: FinishReason | None = None
     usage: SpeechUsage | None = None
+    timestamps: list[TimedWord] | None = None
     error: ErrorBody | None = None
 
 
@@ -175,10 +177,14 @@ class _Batch:
         started = await self._starter.start(data, f"{self._request_id}-{index}")
         pcm_bytes = 0
 
-        def hold(n_bytes: int) -> None:
+        captions = started.captions()
+
+        def hold(chunk: Chunk) -> None:
             nonlocal pcm_bytes
-            pcm_bytes += n_bytes
-            self._hold(n_bytes)
+            pcm_bytes += len(chunk.pcm)
+            self._hold(len(chunk.pcm))
+            if captions is not None:
+                captions.feed(chunk)
 
         try:
             audio, finished = await whole_body(started.speech, started.encoder(streaming=False), hold)
@@ -196,6 +202,7 @@ class _Batch:
             sample_rate=started.sample_rate,
             finish_reason=finished.reason,
             usage=usage_of(finished.usage),
+            timestamps=captions.rest() if captions else None,
         )
 
     def _hold(self, n_bytes: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 from litestar import Request, Response
+from msgspec import UNSET
 
 from server.audio import Encoder
 from server.engine import Chunk, Speech
@@ -21,7 +22,7 @@ from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
 from server.routes.audio_keeper import Keeper
 from server.routes.speech_start import StartedSpeech
-from server.schemas import SpeechDelta, SpeechDone, usage_of
+from server.schemas import SpeechDelta, SpeechDone, TimedWord, usage_of
 from shared.protocol import Finished, Timings, speech_id_of
 
 log = structlog.get_logger(__name__)
@@ -41,8 +42,16 @@ MAX_WHOLE_BYTES: Final = 512 * 1024 * 1024
 _encode = msgspec.json.Encoder().encode
 
 
+class CaptionedAudio(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the audio in base64, its media type, and the words that are complete now; null if none are wanted."""
+
+    audio: bytes
+    audio_format: str
+    timestamps: list[TimedWord] | None
+
+
 class SpeechResponse:
-    """The response to one request; one of `whole`, `audio` and `events` is called, once."""
+    """The response to one request; one of its methods is called, once."""
 
     def __init__(
         self,
@@ -57,6 +66,7 @@ class SpeechResponse:
         self._speech = started.speech
         self._encoder = started.encoder(streaming=streaming)
         self._keeper = keeper
+        self._captions = started.captions()
         self._began = time.monotonic()
         self._complete = False
         self._failure: ApiError | None = None
@@ -77,12 +87,27 @@ class SpeechResponse:
 
     async def whole(self) -> Response[bytes]:
         """The whole body, with Content-Length, finish reason and Server-Timing."""
-        body, finished = await cancel_on_disconnect(self._request, whole_body(self._speech, self._encoder))
+        body, finished = await cancel_on_disconnect(self._request, self._whole_body())
         if self._keeper is not None and not await self._keeper.keep(body):
             del self._headers["x-audio-url"]
         self._log("speech_finished", finished)
         timing = {"x-finish-reason": finished.reason, "Server-Timing": _server_timing(finished.timings)}
         return Response(body, media_type=self._media_type, headers=self._headers | timing, status_code=200)
+
+    async def whole_captioned(self) -> Response[bytes]:
+        """The whole audio and all of its words in one JSON object."""
+        body, finished = await cancel_on_disconnect(self._request, self._whole_body())
+        self._log("speech_finished", finished)
+        words = self._captions.rest() if self._captions else None
+        line = _encode(CaptionedAudio(audio=body, audio_format=self._media_type, timestamps=words))
+        return Response(line, media_type="application/json", headers=self._headers, status_code=200)
+
+    async def captioned(self) -> ClosingStream:
+        """A stream of JSON lines, audio and words; a failure before the first of them is raised here."""
+        first = self._first_chunk()
+        await wait_while_connected(self._request, first)
+        first.result()
+        return self._stream(self._as_captioned(first), first, "application/x-ndjson")
 
     async def audio(self) -> ClosingStream:
         """A stream of audio bytes; a failure before the first of them is raised here."""
@@ -126,24 +151,41 @@ class SpeechResponse:
         except ApiError as error:
             raise BrokenTransferError(error.message) from error
 
+    async def _as_captioned(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
+        def line(data: bytes, words: list[TimedWord] | None) -> bytes:
+            return _encode(CaptionedAudio(audio=data, audio_format=self._media_type, timestamps=words)) + b"\n"
+
+        try:
+            async for data in self._encoded(await first):
+                yield line(data, self._captions.complete() if self._captions else None)
+        except ApiError as error:
+            raise BrokenTransferError(error.message) from error
+        if self._captions and (words := self._captions.rest()):
+            yield line(b"", words)
+        self._complete = True
+
     async def _as_events(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         while not (await asyncio.wait({first}, timeout=KEEPALIVE_S))[0]:
             yield b": keepalive\n\n"
         try:
             async for data in self._encoded(await first):
-                yield _event(SpeechDelta(audio=base64.b64encode(data).decode()))
+                words = self._captions.complete() if self._captions else UNSET
+                yield _event(SpeechDelta(audio=base64.b64encode(data).decode(), timestamps=words))
         except ApiError as error:
             yield _event({"type": "speech.audio.error", "error": envelope(error).error})
             # Clients exist that ignore the event, and would take the part for the whole.
             await asyncio.sleep(ERROR_FLUSH_S)
             raise BrokenTransferError(error.message) from error
         finished = finished_of(self._speech)
-        yield _event(SpeechDone(usage=usage_of(finished.usage), finish_reason=finished.reason))
+        words = self._captions.rest() if self._captions else UNSET
+        yield _event(SpeechDone(usage=usage_of(finished.usage), finish_reason=finished.reason, timestamps=words))
         self._complete = True
 
     async def _encoded(self, chunk: Chunk | None) -> AsyncIterator[bytes]:
         try:
             while chunk is not None:
+                if self._captions is not None:
+                    self._captions.feed(chunk)
                 if self._keeper is not None:
                     self._keeper.feed(chunk.pcm, chunk.rate)
                 if data := self._encoder.feed(chunk.pcm, chunk.rate):
@@ -157,6 +199,9 @@ class SpeechResponse:
             self._failure = failure_of(error)
             raise
 
+    async def _whole_body(self) -> tuple[bytes, Finished]:
+        return await whole_body(self._speech, self._encoder, self._captions.feed if self._captions else _nothing)
+
     def _log(self, event: str, finished: Finished | None) -> None:
         log.info(
             event,
@@ -169,14 +214,12 @@ class SpeechResponse:
         )
 
 
-async def whole_body(
-    speech: Speech, encoder: Encoder, count: Callable[[int], None] = lambda _pcm_bytes: None
-) -> tuple[bytes, Finished]:
-    """The whole audio. `count` is told of the PCM that comes, and may refuse it."""
+async def whole_body(speech: Speech, encoder: Encoder, look: Callable[[Chunk], None]) -> tuple[bytes, Finished]:
+    """The whole audio. `look` gets every chunk before it is encoded, and may raise."""
     parts = []
     size = 0
     while (chunk := await speech.chunk()) is not None:
-        count(len(chunk.pcm))
+        look(chunk)
         parts.append(encoder.feed(chunk.pcm, chunk.rate))
         size += len(chunk.pcm)
         if size > MAX_WHOLE_BYTES:
@@ -199,6 +242,10 @@ def failure_of(error: BaseException) -> ApiError | None:
     if isinstance(error, Exception):
         return internal_error()
     return None  # cancelled, or never begun
+
+
+def _nothing(_chunk: Chunk) -> None:
+    pass
 
 
 def _event(data: Any) -> bytes:

@@ -2,12 +2,13 @@
 
 import asyncio
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
 
 from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, load_resampler
+from server.captions import Captions
 from server.engine import (
     INITIAL_CREDIT,
     EngineClient,
@@ -17,6 +18,7 @@ from server.engine import (
     require_consent,
     silent_speech,
 )
+from server.http.errors import ApiError
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
 from server.text import EVERY_LANGUAGE, PreparedSegment, Pronunciations, load_pronunciations, prepare
@@ -36,6 +38,8 @@ class StartedSpeech:
     """A request that the engine has, and how its audio is to be encoded. Abort `speech` if the rest is not wanted."""
 
     speech: Speech
+    text: str
+    timestamps: bool
     segments: list[PreparedSegment]
     resolved: Resolved
     audio_format: Format
@@ -50,6 +54,15 @@ class StartedSpeech:
     def encoder(self, *, streaming: bool) -> Encoder:
         """A new encoder for the audio."""
         return Encoder(self.audio_format, speed=self.speed, sample_rate=self.sample_rate, streaming=streaming)
+
+    def captions(self) -> Captions | None:
+        """The words of the speech, if its client wants them."""
+        return Captions(self.text, self.segments, self.speed) if self.timestamps else None
+
+    def ignoring(self, *fields: str) -> "StartedSpeech":
+        """The same, with more fields that have no effect."""
+        resolved = msgspec.structs.replace(self.resolved, ignored=(*self.resolved.ignored, *fields))
+        return replace(self, resolved=resolved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,9 @@ class SpeechStarter:
         audio_format = data.response_format or "mp3"
         rate = sample_rate(data, audio_format)
         resolved = await self._resolve(data)
+        if data.timestamps and not resolved.model.timestamps:
+            message = f"timestamps: {resolved.model.id} does not know when it says which word; espeak-ng does."
+            raise ApiError("timestamps_unavailable", message, param="timestamps")
         segments = await self._prepare(data, resolved)
         reference = None
         if data.ref_audio is not None:
@@ -79,6 +95,8 @@ class SpeechStarter:
         speakable = any(segment.text for segment in segments)
         return StartedSpeech(
             speech=self.engine.speak(speak, reference) if speakable else silent_speech(speak, self.engine),
+            text=data.input,
+            timestamps=bool(data.timestamps),
             segments=segments,
             resolved=resolved,
             audio_format=audio_format,
@@ -127,5 +145,6 @@ class SpeechStarter:
             x_vector_only=bool(data.x_vector_only_mode),
             sampling=resolved.sampling,
             non_streaming_mode=data.non_streaming_mode,
+            timestamps=bool(data.timestamps),
             keep_alive_s=resolved.keep_alive_s,
         )

@@ -180,6 +180,38 @@ def test_how_a_stream_ended(shared_service: Service) -> None:
     assert outcome("no-such-request")["error"]["code"] == "not_found"
 
 
+def test_captioned_speech_is_timed(shared_service: Service) -> None:
+    """JSON lines whose audio is the speech, with each word of the input once, and none of them in the pause."""
+    text = f"{SENTENCES[8]} [pause:1s] {SENTENCES[9]}"
+    answer = shared_service.http.post("/dev/captioned_speech", json={"input": text, "response_format": "pcm"})
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    pcm = b"".join(base64.b64decode(line["audio"]) for line in lines)
+    words = [word for line in lines for word in line["timestamps"]]
+    spoken = [word.strip(".,?!") for word in f"{SENTENCES[8]} {SENTENCES[9]}".split()]
+    assert [word["word"] for word in words] == spoken
+    first = len(SENTENCES[8].split())
+    assert words[first]["start_time"] - words[first - 1]["end_time"] >= 1
+    for part in (words[:first], words[first:]):
+        begin, end = (round(second * SAMPLE_RATE) * 2 for second in (part[0]["start_time"], part[-1]["end_time"]))
+        assert recognise(pcm[begin:end]) == SENTENCES[8 if part[0] is words[0] else 9]
+
+
+def test_captions_are_the_words_of_the_input(shared_service: Service) -> None:
+    """Through Markdown, respelled words and SSML, each word is the one that stands in the input."""
+    body = {
+        "input": "# A **query**\n\nAsk [the SQL docs](https://example.com/a/b): `x` is 42!",
+        "input_format": "markdown",
+        "pronunciations": {"SQL": "my sequel"},
+        "stream": False,
+    }
+    words = shared_service.http.post("/dev/captioned_speech", json=body).json()["timestamps"]
+    assert [word["word"] for word in words] == ["A", "query", "Ask", "the", "SQL", "docs", "x", "is", "42"]
+    body = {"input": '<speak>Tom &amp; Ann <sub alias="Doctor Who">Dr W</sub></speak>', "stream": False}
+    words = shared_service.http.post("/dev/captioned_speech", json=body).json()["timestamps"]
+    names = [word["word"] for word in words]
+    assert (names[0], *names[-2:]) == ("Tom", "Ann", "Dr W")
+
+
 def test_elevenlabs_sdk_is_understood(shared_service: Service) -> None:
     """ElevenLabs' SDK with our address alone: a whole MP3 at its default rate, and a stream for a telephone."""
     with httpx.Client(trust_env=False) as connections:

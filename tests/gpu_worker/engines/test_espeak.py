@@ -14,7 +14,7 @@ from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, 
 from gpu_worker.engines.espeak import CHUNK_S, MAX_PIECE_CHARS, SLOTS, EspeakEngine
 from shared.catalog import Voice, load_catalog
 from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
-from shared.protocol import Sampling, Segment
+from shared.protocol import Sampling, Segment, Word
 from tests.audio import peak
 from tests.recogniser import SENTENCES, recognise
 
@@ -501,3 +501,56 @@ def test_no_edge_clicks(engine: EspeakEngine, voice: str) -> None:
         for start, end in edges[edges[:, 1] - edges[:, 0] > 480]:
             assert start == 0 or np.abs(samples[start - 3 : start]).max() <= 600
             assert end == len(samples) or np.abs(samples[end : end + 3]).max() <= 600
+
+
+class TestWords:
+    """The times of words."""
+
+    def _said(self, engine: EspeakEngine, *segments: Segment, voice: str = "en-us+f2") -> tuple[bytes, list[Word]]:
+        """The speech of the segments and its words; each word comes with the first audio that is made with it."""
+        job = msgspec.structs.replace(_job("", voice), segments=list(segments), timestamps=True)
+        events = _run(engine, [job])[job.id]
+        return _speech(events), [word for event in events if isinstance(event, Pcm) for word in event.words]
+
+    def test_each_word_is_heard_at_its_time(self, engine: EspeakEngine) -> None:
+        """Words begin with the sound behind a pause, and none is said in a pause."""
+        segments = (Segment(text="Hello there.", pause_ms=1000), Segment(text=" My world", pause_ms=500))
+        pcm, words = self._said(engine, *segments)
+        assert [segments[word.segment].text[word.start : word.end] for word in words] == [
+            "Hello",
+            "there",
+            "My",
+            "world",
+        ]
+        borders = [border for word in words for border in (word.start_s, word.end_s)]
+        assert borders == sorted(borders)
+        assert borders[-1] <= seconds_of(pcm) - 0.5
+        for word in words:
+            assert peak(pcm[bytes_for(word.start_s) : bytes_for(word.end_s)]) > AUDIBLE
+        between = pcm[bytes_for(words[1].end_s + 0.02) : bytes_for(words[2].start_s)]
+        assert seconds_of(between) >= 0.95
+        assert peak(between) < AUDIBLE
+        behind = np.abs(np.frombuffer(pcm[bytes_for(words[2].start_s) :], dtype="<i2").astype(int))
+        assert np.flatnonzero(behind > AUDIBLE / 10)[0] / 24_000 < 0.1
+
+    def test_words_of_the_text_and_not_of_what_is_said(self, engine: EspeakEngine) -> None:
+        """A number is one word however many are said for it; punctuation and symbols are none."""
+        text = "I have 1234567 apples, don't you? It's one of the well-known — “quoted” ones… 3pm"
+        _, words = self._said(engine, Segment(text=text))
+        expected = [*("I", "have", "1234567", "apples", "don't", "you", "It's", "one", "of", "the", "well-known")]
+        expected += ["quoted", "ones", "3pm"]
+        assert [text[word.start : word.end] for word in words] == expected
+        number = words[2]
+        assert number.end_s - number.start_s > 2
+
+    def test_long_texts(self, engine: EspeakEngine) -> None:
+        """Through clauses and pieces, each word once and in order."""
+        text = " ".join(SENTENCES * 3)
+        pcm, words = self._said(engine, Segment(text=text))
+        assert [text[word.start : word.end] for word in words] == [word.strip(".,?!") for word in text.split()]
+        assert words[-1].end_s <= seconds_of(pcm)
+
+    def test_only_if_asked(self, engine: EspeakEngine) -> None:
+        """Other jobs have none."""
+        job = _job("Hello there.")
+        assert not any(event.words for event in _run(engine, [job])[job.id] if isinstance(event, Pcm))

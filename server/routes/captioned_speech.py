@@ -1,0 +1,70 @@
+"""POST /dev/captioned_speech, as Kokoro-FastAPI's clients know it: audio and the times of its words, as JSON lines."""
+
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Request, Response, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
+from msgspec import Meta
+
+from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
+from server.http.auth import client_of
+from server.http.errors import documented
+from server.http.json_bodies import JsonBodyDto, JsonDecoder
+from server.http.request_scope import request_id_of
+from server.http.streaming import can_break, cancel_on_disconnect
+from server.routes.speech_response import CaptionedAudio, SpeechResponse, failure_of
+from server.routes.speech_start import SpeechStarter
+from server.schemas import ALIASES, SpeechRequest
+
+
+class CaptionedRequest(SpeechRequest, frozen=True, kw_only=True):
+    """A request for speech whose words have times."""
+
+    return_timestamps: Annotated[bool | None, Meta(description="false: audio without times, from any model.")] = None
+
+
+class CaptionedJson(JsonBodyDto[CaptionedRequest]):
+    """The DTO of the request body."""
+
+    decoder = JsonDecoder(CaptionedRequest, ALIASES)
+
+
+@post(
+    "/dev/captioned_speech",
+    dto=CaptionedJson,
+    return_dto=None,
+    status_code=200,
+    operation_id="createCaptionedSpeech",
+    summary="Speak a text, with the times of its words",
+    tags=["Speech"],
+    responses={
+        200: ResponseSpec(CaptionedAudio, description="A line of JSON for each part.", generate_examples=False),
+        **documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+    },
+)
+async def create_captioned_speech(
+    request: Request[Any, Any, Any],
+    data: JSONBody[CaptionedRequest],
+    *,
+    engine: EngineDependency,
+    settings: SettingsDependency,
+    decoder_pool: DecoderPoolDependency,
+) -> Response[Any]:
+    """One JSON object a line while the audio is made; with `stream: false` one in all.
+
+    The words are those of `input`. Models that do not know when they say a word answer `timestamps_unavailable`.
+    """
+    data = msgspec.structs.replace(data, timestamps=data.return_timestamps is not False)
+    whole = data.stream is False or not can_break(request)
+    client = client_of(settings, request)
+    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
+    starting = starter.start(data, request_id_of(request.scope))
+    started = await (cancel_on_disconnect(request, starting) if data.ref_audio is not None else starting)
+    try:
+        response = SpeechResponse(request, started, streaming=not whole)
+        return await (response.whole_captioned() if whole else response.captioned())
+    except BaseException as error:
+        started.speech.abort(failure_of(error))
+        raise
