@@ -209,6 +209,8 @@ def _decode(data: bytes, demuxer: str) -> tuple[bytes, float, float | None]:
             raise InvalidAudioError("the file has no audio in it")
         stream = container.streams.audio[0]
         codec = stream.codec_context
+        if codec is None:  # PyAV's types do not know that FFmpeg has no decoder of every codec
+            raise InvalidAudioError(f"recordings in an unknown codec are not supported; {_SEND}")
         if codec.name not in _CODECS:
             raise InvalidAudioError(f"recordings in the codec {codec.name} are not supported; {_SEND}")
         if codec.sample_rate not in _SAMPLE_RATES or not 1 <= codec.channels <= _MAX_CHANNELS:
