@@ -23,7 +23,6 @@ import os
 import socket
 import stat
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -39,9 +38,15 @@ SWEEP_PAUSE_S: Final = 0.25
 HURRIED_PAUSE_S: Final = 0.05
 """The pause while places are short: a flood of new connections waits for the next sweep."""
 
-_SHARE_OF_TIME: Final = 0.1
-_SHARE_IN_A_HURRY: Final = 0.5
-"""Sweeps take no more than this share of the event loop's time."""
+_CONNECTIONS_PER_S: Final = 20_000
+_CONNECTIONS_PER_S_IN_A_HURRY: Final = 80_000
+"""Sweeps look at no more connections a second: that takes some 10 % of a core, and 40 %."""
+
+_LONGEST_STEP_S: Final = 0.5
+"""The most that a sweep adds to the time since the last one, where a request may be on its way.
+
+On a machine that is too busy, granian and the event loop lag behind by seconds.
+"""
 
 IDLE_TIMEOUT_S: Final = 60.0
 """A connection without a request is closed after so long. HTTP/1.1 has granian's shorter limit."""
@@ -49,15 +54,18 @@ IDLE_TIMEOUT_S: Final = 60.0
 KEPT_FREE: Final = 0.25
 """The share of the places that is kept for new connections: above it, connections are closed before their time."""
 
-MIN_IDLE_S: Final = 1.0
+MIN_IDLE_S: Final = 0.25
 """Not even then is a connection closed sooner: its request may be on its way.
 
-With 4,096 places this bounds what one web worker survives: some 3,000 new idle connections a second.
-Beyond, the kernel drops handshakes, and clients repeat them after 1, 3, 7 and 15 s.
+This bounds how many new idle connections a second one web worker survives: four for each place.
+Beyond, they wait in the backlog; when that is full, clients repeat their handshakes after 1, 3, 7 and 15 s.
 """
 
 MIN_ASKING_S: Final = 5.0
-"""Nor a connection that has sent a part of its next request within this time, or one that granian is to pass on."""
+"""Nor a connection whose last bytes came within this time and have no answer: they may be a request.
+
+The time is that of `ConnectionReaper.clock`.
+"""
 
 MIN_BODY_S: Final = 2.0
 """Nor a connection whose request is younger, if its body is not complete."""
@@ -111,7 +119,7 @@ class Connection:
     has_asked: bool = False
     """True if there has been a request on it."""
     asking_since: float | None = None
-    """When it was first seen that bytes had come which belong to no request yet."""
+    """When it was first seen that bytes had come which have no answer yet."""
     acked: int = -1
     """The bytes that the client had taken at the last look; -1 if nothing was left to be sent."""
     acked_since: float = 0.0
@@ -144,6 +152,9 @@ class ConnectionReaper:
         self._short = False
         self._shut: set[int] = set()
         """The inodes of connections that the reaper has shut down, and granian has not closed yet."""
+        self.clock = 0.0
+        """Seconds of the event loop's time: it stands still where the event loop does."""
+        self._swept_at = requests.clock()
         self._closed: Counter[str] = Counter()
         self._logged_at = -_LOG_PAUSE_S
         self._task: asyncio.Task[None] | None = None
@@ -154,17 +165,21 @@ class ConnectionReaper:
 
     async def _run(self) -> None:
         while True:
-            began = time.monotonic()
             try:
                 await self.sweep()
             except Exception:  # without sweeps, idle connections could silence the service
                 log.exception("connection_sweep_failed")
-            hurried = self._short
-            pause_s = (time.monotonic() - began) / (_SHARE_IN_A_HURRY if hurried else _SHARE_OF_TIME)
-            await asyncio.sleep(max(HURRIED_PAUSE_S if hurried else SWEEP_PAUSE_S, pause_s))
+            if self._short:
+                pause_s = max(HURRIED_PAUSE_S, len(self._connections) / _CONNECTIONS_PER_S_IN_A_HURRY)
+            else:
+                pause_s = max(SWEEP_PAUSE_S, len(self._connections) / _CONNECTIONS_PER_S)
+            await asyncio.sleep(pause_s)
 
     async def sweep(self) -> None:
         """Look at all connections once, and close those that must go."""
+        now = self._requests.clock()
+        self.clock += min(now - self._swept_at, _LONGEST_STEP_S)
+        self._swept_at = now
         await self._find()
         idle = self._idle()
         overdue = [one for one in idle if self._idle_s(one) >= IDLE_TIMEOUT_S]
@@ -306,9 +321,12 @@ class ConnectionReaper:
                 one.acked, one.acked_since = acked, now
             return bool(now - one.acked_since >= rule.stalled_s)
         one.acked = -1
-        is_asking = seconds_since(received_ms) < idle_s if one.has_asked else received > 0
-        one.asking_since = (one.asking_since or now) if is_asking else None
-        if rule.only_idle and one.asking_since and now - one.asking_since < MIN_ASKING_S:
+        has_answer = one.has_asked and sent_ms <= received_ms and idle_s <= seconds_since(received_ms)
+        if has_answer or not received:
+            one.asking_since = None
+        elif one.asking_since is None:
+            one.asking_since = self.clock
+        if rule.only_idle and one.asking_since is not None and self.clock - one.asking_since < MIN_ASKING_S:
             return False
         return min(idle_s, seconds_since(sent_ms)) >= rule.idle_s
 

@@ -139,15 +139,15 @@ async def test_other_sockets_are_left_alone(bench: Bench) -> None:
 
 
 async def test_the_longest_idle_make_room(bench: Bench) -> None:
-    """Above three quarters of the places the longest idle are closed, none within its first second."""
+    """Above three quarters of the places the longest idle are closed, none that has just come."""
     first = [bench.connect()[0] for _ in range(3)]
     await bench.reaper.sweep()
     bench.clock.now += 5
     then = [bench.connect()[0] for _ in range(5)]
-    await bench.after(0.5)
+    await bench.after(0.1)
     assert [closed(client) for client in first + then] == [True] * 2 + [False] * 6
     more = [bench.connect()[0] for _ in range(6)]
-    await bench.after(0.4)
+    await bench.after(0.1)
     assert [closed(client) for client in first[2:] + then] == [True] + [False] * 5
     await bench.after(1)
     assert [closed(client) for client in then + more] == [True] * 5 + [False] * 6
@@ -157,7 +157,10 @@ async def test_the_longest_idle_make_room(bench: Bench) -> None:
 async def test_a_request_on_its_way_keeps_its_connection(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, *, used: bool
 ) -> None:
-    """A connection that has sent bytes has five seconds, so that granian can pass its request on."""
+    """A connection that has sent bytes has five seconds, so that granian can pass its request on.
+
+    They are seconds in which the event loop runs: on a busy machine it may stand still meanwhile.
+    """
     monkeypatch.setattr("server.processes.connection_reaper.seconds_since", lambda _milliseconds: 1.5)
     clients = [bench.connect()[0] for _ in range(LIMIT)]
     if used:
@@ -167,9 +170,11 @@ async def test_a_request_on_its_way_keeps_its_connection(
         bench.clock.now += 2
     for client in clients:
         client.send(b"G")
-    await bench.after(4.5)
+    for _ in range(9):
+        await bench.after(60 if used else 0.5)
     assert not any(shut(accepted) for accepted in bench.accepted)
-    await bench.after(1)
+    await bench.after(0.5)
+    await bench.after(0.5)
     assert sum(shut(accepted) for accepted in bench.accepted) == 2
 
 
@@ -224,7 +229,7 @@ async def test_an_upload_outlives_a_crowd(bench: Bench, kind: str) -> None:
         request = bench.request(client, body=kind == "body") if kind != "silent" else None
         if request and kind == "idle":
             bench.requests.end(request)
-    await bench.after(0.9)
+    await bench.after(0.2)
     assert not any(closed(client) for client in (uploading, *crowd))
     await bench.after(2)
     assert [closed(client) for client in (uploading, *crowd)] == [False, *[True] * 3, *[False] * 5]
@@ -258,7 +263,7 @@ async def test_a_reader_may_be_slow(bench: Bench, *, handler_returned: bool) -> 
         with contextlib.suppress(BlockingIOError):
             accepted.send(much)
     ended = [shut(accepted) for _, accepted in clients]
-    assert ended == [False, *[True] * 2, *[False] * 5]
+    assert (ended[0], sum(ended)) == (False, 2)
 
 
 async def test_an_address_has_a_limit(bench: Bench) -> None:
