@@ -68,6 +68,7 @@ class Speech:
         self._chunks: deque[Chunk] = deque()
         self._next_seq = 0
         self._ungranted = 0
+        self._in_a_row = 0
         self._error: ApiError | None = None
         self._aborted = False
         self._news = asyncio.Event()
@@ -82,9 +83,12 @@ class Speech:
                 raise self._error
             if self.finished is not None:
                 return None
+            self._in_a_row = 0
             self._news.clear()
             await self._news.wait()
-        await asyncio.sleep(0)  # a speech that is there at once must not hold up the event loop
+        self._in_a_row += 1
+        if self._in_a_row > INITIAL_CREDIT:  # a long silence, all of it there at once: it must not hold up others
+            await asyncio.sleep(0)
         self._ungranted += 1
         if self._ungranted >= _CREDIT_BATCH and self.finished is None and self._error is None:
             self._grant(self.id, self._ungranted)

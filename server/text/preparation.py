@@ -3,6 +3,7 @@
 A reader makes spans and pauses of the input. Here pause marks are found, and what cannot be spoken is left out.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -13,7 +14,7 @@ from server.http.errors import ApiError
 from server.text import pauses
 from server.text.markdown import read_markdown
 from server.text.pronunciations import Pronunciations, respell
-from server.text.spans import Pause, Span, copied, source_range, split, text_of
+from server.text.spans import Pause, Span, begins_of, copied, source_range, split, text_of
 from server.text.ssml import is_ssml, read_ssml
 from shared.protocol import Segment
 from shared.text import is_speakable
@@ -22,7 +23,7 @@ InputFormat = Literal["auto", "text", "markdown", "ssml"]
 """auto: SSML if the text begins as SSML does, else plain text."""
 
 
-class PreparedSegment(msgspec.Struct, frozen=True):
+class PreparedSegment(msgspec.Struct, frozen=True, dict=True):
     """A part of an input that is spoken in one go, and the silence behind it.
 
     The first segment may have no text: its pause comes before the first word. Every other one is speakable.
@@ -41,7 +42,11 @@ class PreparedSegment(msgspec.Struct, frozen=True):
 
         A replaced word stands for all of the word in the input, whichever part of it is asked for.
         """
-        return source_range(self.spans, start, end)
+        return source_range(self.spans, start, end, begins=self._begins)
+
+    @functools.cached_property
+    def _begins(self) -> list[int]:
+        return begins_of(self.spans)
 
     def to_struct(self) -> Segment:
         """The segment as the GPU worker gets it."""

@@ -50,25 +50,35 @@ def text_of(spans: Iterable[Span]) -> str:
 def split(spans: Iterable[Span], borders: Iterable[int]) -> Iterator[list[Span]]:
     """Cut `spans` at ascending offsets into their text: one more list than there are `borders`, some of them empty."""
     waiting = iter(spans)
-    rest = next(waiting, None)
-    position = 0
+    span = next(waiting, None)
+    position = 0  # of the beginning of `span`
+    taken = 0  # the characters of `span` that were cut off already
     for border in borders:
         piece = []
-        while rest is not None and position + len(rest.text) <= border:
-            piece.append(rest)
-            position += len(rest.text)
-            rest = next(waiting, None)
-        if rest is not None and position < border:
-            piece.append(rest.part(0, border - position))
-            rest = rest.part(border - position, len(rest.text))
-            position = border
+        while span is not None and position + len(span.text) <= border:
+            piece.append(span.part(taken, len(span.text)) if taken else span)
+            position += len(span.text)
+            span, taken = next(waiting, None), 0
+        if span is not None and position + taken < border:
+            piece.append(span.part(taken, border - position))
+            taken = border - position
         yield piece
-    yield [] if rest is None else [rest, *waiting]
+    yield [] if span is None else [span.part(taken, len(span.text)) if taken else span, *waiting]
 
 
-def source_range(spans: Sequence[Span], start: int, end: int) -> tuple[int, int]:
-    """The part of the source for which characters `start` to `end` (above `start`) of the text of `spans` stand."""
-    begins = [0, *itertools.accumulate(len(span.text) for span in spans)]
+def begins_of(spans: Iterable[Span]) -> list[int]:
+    """Where each span begins in the text of all, and the length of that text."""
+    return [0, *itertools.accumulate(len(span.text) for span in spans)]
+
+
+def source_range(
+    spans: Sequence[Span], start: int, end: int, *, begins: Sequence[int] | None = None
+) -> tuple[int, int]:
+    """The part of the source for which characters `start` to `end` (above `start`) of the text of `spans` stand.
+
+    `begins`: what `begins_of` says of the spans, for many calls.
+    """
+    begins = begins_of(spans) if begins is None else begins
     first = bisect.bisect_right(begins, start) - 1
     last = bisect.bisect_left(begins, end) - 1
     head = spans[first].part(start - begins[first], len(spans[first].text))

@@ -82,6 +82,19 @@ def test_an_address_that_is_not_ours(
     assert "TTS_DEFAULT_MODEL" in err
 
 
+def test_pronunciations_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file is a wrong setting, not a failure of the first request."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTS_PRONUNCIATIONS", "words.toml")
+    assert main([]) == 2
+    assert "TTS_PRONUNCIATIONS: words.toml cannot be read by" in capfd.readouterr().err
+    (tmp_path / "words.toml").write_text('nginx = "engine X"')
+    assert main([]) == 2
+    assert "TTS_PRONUNCIATIONS: words.toml: " in capfd.readouterr().err
+
+
 def test_no_room_for_the_socket(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,8 @@ import pytest
 from server.http.errors import ApiError
 from server.text import InputFormat, Pronunciations, prepare
 
-SHORT, LONG = 500, 4000
+SHORT, LONG = 250, 2000
+MANY_CHARS = 1_000_000
 LINEAR_UP_TO = 24
 """Quadratic time would be 64 times as much. CPU time of this process alone is counted, the best of two runs."""
 
@@ -44,6 +45,20 @@ def test_time_is_linear(input_format: InputFormat, text: Callable[[int], str]) -
     """Nested marks, half-open marks and near misses of pronunciations."""
     short_s, long_s = (min(cpu_s(text(size), input_format) for _ in range(2)) for size in (SHORT, LONG))
     assert long_s < LINEAR_UP_TO * max(short_s, 0.0005)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("text", ["a b c d ", "[pause:1ms]aa bb cc "])
+def test_a_book_is_prepared_in_seconds(text: str) -> None:
+    """Every word is replaced, or there is a pause at every word; quadratic time would be minutes of CPU time."""
+    repeated = text * (MANY_CHARS // len(text))
+    began = time.process_time()
+    words = Pronunciations({"a": "x"})
+    segments = prepare(repeated, "text", pronunciations=[words], max_chars=2 * MANY_CHARS)
+    last = segments[-1]
+    for index in range(len(last.text) - 1):
+        last.source_range(index, index + 1)
+    assert time.process_time() - began < 60
 
 
 def cpu_s(text: str, input_format: InputFormat) -> float:
