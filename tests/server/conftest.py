@@ -5,11 +5,13 @@ All of them live in the event loop of the session, so a test that uses them has 
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from server.audio import DecoderPool
 from tests.fakes import FakeWorker
 from tests.server.running import Serve, Services, becomes
 
@@ -42,6 +44,17 @@ def serve(services: Services, worker: FakeWorker) -> Serve:
     """A coroutine function that takes settings and returns a client of the application with those settings."""
     _ = worker
     return services.client
+
+
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every recording for PCM already: a decoding process starts in 0.1 s, or in 1 s on a busy machine."""
+
+    async def as_it_is(_pool: DecoderPool, data: Any, _param: str = "") -> bytes:
+        return data if isinstance(data, bytes) else data.encode()
+
+    monkeypatch.setattr(DecoderPool, "decode", as_it_is)
+    monkeypatch.setattr(DecoderPool, "decode_ref_audio", as_it_is)
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -104,6 +104,7 @@ async def sdk(client: httpx.AsyncClient, worker: FakeWorker) -> AsyncIterator[op
         yield sdk
 
 
+@pytest.mark.usefixtures("no_decoding")
 @pytest.mark.parametrize("given", [{}, {"type": "audio_sample"}], ids=["without a type", "with a type"])
 async def test_a_cloned_voice(sdk: openai.AsyncOpenAI, worker: FakeWorker, given: Any) -> None:
     """voices.create with a recording, whose type may be left out."""
@@ -200,6 +201,7 @@ async def test_consents_without_a_form(client: httpx.AsyncClient, sdk: openai.As
     assert (await client.post(path, data={"name": "Ada", "language": "en"}, files=large)).status_code == 413
 
 
+@pytest.mark.usefixtures("no_decoding")
 async def test_required_consents(serve: Serve, worker: FakeWorker) -> None:
     """With TTS_REQUIRE_CONSENT=true a voice is cloned only with the id of a consent, saved or in one request."""
     worker.on_call = _Consents(1).answer
