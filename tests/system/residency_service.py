@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, cast
 
 import httpx
 
+from gpu_worker.stats import MEMORY_READING_S
 from tests.checkpoints import Kind, Size, tiny
 from tests.system.service import Service, eventually
 
@@ -94,15 +96,13 @@ class ResidencyService:
         return cast("dict[str, Any]", answer.json())
 
     def vram(self) -> dict[str, Any]:
-        """/admin/vram with figures that were read after this call began; without waiting they may be 0.2 s old."""
-        began = self._uptime_s()
-        # /admin/stats is at most 250 ms old: once its clock has moved by more, its figures are newer than this call.
-        eventually(lambda: self._uptime_s() > began + 0.25, 5, "a new reading")
-        return cast("dict[str, Any]", self.service.http.get("/admin/vram").json())
+        """/admin/vram with memory that was read after this call began; a younger reading is not read anew."""
+        time.sleep(MEMORY_READING_S)
+        return self._vram()
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """The entry of every model in /admin/vram, as of now."""
-        return {entry["id"]: entry for entry in self.vram()["models"]}
+        return {entry["id"]: entry for entry in self._vram()["models"]}
 
     def states(self) -> dict[str, str]:
         """The state of each of the three models now."""
@@ -111,12 +111,7 @@ class ResidencyService:
 
     def wait_for(self, condition: Callable[[dict[str, dict[str, Any]]], object], timeout_s: float, what: str) -> float:
         """Wait until `condition` holds for the models' entries; the seconds that took."""
-
-        def holds() -> object:
-            entries = self.service.http.get("/admin/vram").json()["models"]
-            return condition({entry["id"]: entry for entry in entries})
-
-        return eventually(holds, timeout_s, what)
+        return eventually(lambda: condition(self.entries()), timeout_s, what)
 
     def wait_for_state(self, model: str, state: str, timeout_s: float) -> float:
         """Wait until the model is in that state; the seconds that took."""
@@ -142,6 +137,5 @@ class ResidencyService:
         assert (dropped["state"], dropped["bytes"], dropped["host_bytes"]) == ("absent", {}, 0)
         return pcm
 
-    def _uptime_s(self) -> float:
-        uptime_s: float = self.service.stats()["worker"]["uptime_s"]
-        return uptime_s
+    def _vram(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.service.http.get("/admin/vram").json())

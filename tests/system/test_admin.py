@@ -39,6 +39,8 @@ MIB: Final = 2**20
 ESPEAK: Final = "espeak-ng"
 WITHOUT_WEIGHTS: Final = "qwen3-tts-0.6b-base"
 IDLE_S: Final = 0.2
+SLOTS: Final = 2
+"""With eight, the default, each load would take twice as long."""
 
 LAST_PASS: Final = {
     "cleanup_enabled",
@@ -72,6 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResidencyServic
         "MODEL_PATHS": model_paths(checkpoints()),
         "DEFAULT_DEVICE": "cpu",
         "DEFAULT_MODEL": ESPEAK,
+        "MAX_CONCURRENCY": SLOTS,
         "CLEANUP_ENABLED": "false",
         "CLEANUP_INTERVAL": 0.1,
         "IDLE_TIMEOUT": IDLE_S,
@@ -297,12 +300,11 @@ class TestModels:
 
     def test_without_a_slot_is_busy(self, models: ResidencyService) -> None:
         """A request that waits for a slot, or has given it up, keeps its model as well as a running one."""
-        slots = 8
         fields = models.fields(SMALL, stream=True, max_new_tokens=None)
-        readers = [slow_reader(models.service, " ".join(SENTENCES), **fields) for _ in range(slots + 1)]
+        readers = [slow_reader(models.service, " ".join(SENTENCES), **fields) for _ in range(SLOTS + 1)]
         try:
-            eventually(lambda: models.service.open_requests() == slots + 1, 20, "more requests than slots")
-            assert f"{slots + 1} request" in models.post(SMALL, "unload").json()["error"]["message"]
+            eventually(lambda: models.service.open_requests() == SLOTS + 1, 20, "more requests than slots")
+            assert f"{SLOTS + 1} request" in models.post(SMALL, "unload").json()["error"]["message"]
         finally:
             for reader in readers:
                 reader.close()
