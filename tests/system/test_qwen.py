@@ -214,7 +214,6 @@ REFUSED: Final[dict[str, tuple[dict[str, Any], int, str, str | None]]] = {
     "no audio": ({"ref_audio": data_url(b"hello" * 99), "ref_text": "b"}, 400, "invalid_audio", "ref_audio"),
     "no base64": ({"ref_audio": "data:audio/wav;base64,%%%", "ref_text": "b"}, 400, "invalid_audio", "ref_audio"),
     "a URL": ({"ref_audio": "http://127.0.0.1/a.wav", "ref_text": "b"}, 400, "invalid_value", "ref_audio"),
-    "emoji": ({"input": "😀🎉👍"}, 400, "invalid_value", "input"),
     "control characters": ({"input": "\x01\x02\u200b"}, 400, "invalid_value", "input"),
     "a language it lacks": ({"language": "Klingon"}, 400, "invalid_value", "language"),
     "a task it lacks": ({"model": CUSTOM, "task_type": "Base"}, 400, "task_mismatch", "task_type"),
