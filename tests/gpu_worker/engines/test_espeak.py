@@ -548,7 +548,9 @@ class TestWords:
         text = " ".join(SENTENCES * 3)
         pcm, words = self._said(engine, Segment(text=text))
         assert [text[word.start : word.end] for word in words] == [word.strip(".,?!") for word in text.split()]
-        assert words[-1].end_s <= seconds_of(pcm)
+        begins = [word.start_s for word in words]
+        assert begins == sorted(begins)
+        assert seconds_of(pcm) - 1 < words[-1].end_s <= seconds_of(pcm)
 
     def test_only_if_asked(self, engine: EspeakEngine) -> None:
         """Other jobs have none."""
