@@ -83,8 +83,9 @@ def test_a_text_is_read_as_its_format_says(shared_service: Service, *, stream: b
     hidden = f"<think>{SENTENCES[2]}</think>\n\n```\n{SENTENCES[3]}\n```\n\n"
     text = f"{hidden}**{first}** [pause:1.5s]\n\n- [{second}](http://a.b)"
     answer = shared_service.speech(text, response_format="pcm", input_format="markdown", stream=stream)
-    silence = bytes(72_000)
-    before, after = answer.content.split(silence, 1)
+    start = answer.content.index(bytes(72_000))
+    start += start % 2  # the last byte of the speech may be zero, too
+    before, after = answer.content[:start], answer.content[start + 72_000 :]
     assert [recognise(before), recognise(after)] == [first, second]
 
 
