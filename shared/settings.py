@@ -74,7 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     default_device: Literal["auto", "cuda", "cpu"] = "auto"
     default_model: Annotated[str, Meta(min_length=1, max_length=200)] = "auto"
     default_model_size: Literal["large", "small"] = "large"
-    attention_backend: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    attention_backend: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     models_dir: Path = Path("models")
     model_paths: dict[str, Path] = {}

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument(
         "--codec-dtype", choices=("float32", "bfloat16"), help="default: the model's, as in the service"
     )
-    parser.add_argument("--attention", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
+    parser.add_argument("--attention", choices=("auto", "eager", "sdpa", "flash_attention_2"), default="auto")
     parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--frames", type=int, default=72, help="frames a stream; 72 fill chunks of 1, 1, 2, 4 and 8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

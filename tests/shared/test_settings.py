@@ -109,7 +109,7 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_CLEANUP_ENABLED", "maybe", "must be true or false, not 'maybe'"),
     ("TTS_DEFAULT_DEVICE", "tpu", "must be one of auto, cuda, cpu, not 'tpu'"),
     ("TTS_DEFAULT_MODEL_SIZE", "7B", "must be one of large, small"),
-    ("TTS_ATTENTION_BACKEND", "paged", "one of eager, sdpa, flash_attention_2"),
+    ("TTS_ATTENTION_BACKEND", "paged", "one of auto, eager, sdpa, flash_attention_2"),
     ("TTS_DTYPE", "int8", "one of auto, float32"),
     ("TTS_MODEL_PATHS", "just-a-path", "model=path"),
     ("TTS_MODEL_PATHS", "a=,b=/x", "model=path"),

@@ -386,7 +386,7 @@ class TestConfig:
         assert config["cleanup_enabled"] is False
         assert (config["idle_timeout"], config["cleanup_interval"]) == (IDLE_S, 0.1)
         assert (config["default_device"], config["default_model_size"]) == ("cpu", "1.7B")
-        assert (config["attention_backend"], config["port"]) == ("sdpa", models.service.port)
+        assert (config["attention_backend"], config["port"]) == ("auto", models.service.port)
         assert config["model_paths"] == {model: str(path) for model, path in checkpoints().items()}
         assert config["default_model"] == ESPEAK
 

@@ -73,7 +73,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     codecs: SharedCodecs
     device: Device
     dtype: DtypeName = "auto"
-    attention_backend: Backend = "sdpa"
+    attention_backend: Backend = "auto"
     slots: int | None = None
     max_model_len: int = MAX_MODEL_LEN
     pause_s: float = 0.15

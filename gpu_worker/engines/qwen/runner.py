@@ -30,7 +30,10 @@ from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 
 KV_LENGTHS: Final = (256, 512, 1024, 2048, 4096, 8192)
-"""Lengths of the KV cache that decode steps are captured for: a step reads at most twice what it needs."""
+"""Lengths of the KV cache that decode steps are captured for if attention does not read each row's own length.
+
+A step then reads at most twice what its longest row needs.
+"""
 
 PREFILL_BATCH_SIZES: Final = (1, 4)
 """Numbers of prompts that prefills are captured for."""
@@ -158,7 +161,8 @@ class CudaGraphModelRunner:
         self._model = model
         self._streams = streams
         self._batch_sizes = [largest] if batch_invariant else [size for size in BATCH_SIZES if size <= largest]
-        shorter = [] if batch_invariant else [length for length in KV_LENGTHS if length < max_model_len]
+        one_length = batch_invariant or model.talker.cache.reads_lengths
+        shorter = [] if one_length else [length for length in KV_LENGTHS if length < max_model_len]
         self._kv_lengths = [*shorter, max_model_len]
         self._prefill_batch_sizes = [1] if batch_invariant else [n for n in PREFILL_BATCH_SIZES if n <= largest]
         self._prefill_lengths = [length for length in PREFILL_LENGTHS if length < max_model_len]
@@ -166,13 +170,13 @@ class CudaGraphModelRunner:
 
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:
         """Read prompts whose lengths fall into the same bucket together."""
-        groups: dict[tuple[int, bool], list[PrefillInput]] = {}
+        groups: dict[int, list[PrefillInput]] = {}
         for one in inputs:
-            groups.setdefault((self._padded_length(len(one.prompt.embeds)), one.full_vocab), []).append(one)
+            groups.setdefault(self._padded_length(len(one.prompt.embeds)), []).append(one)
         largest = self._prefill_batch_sizes[-1]
-        for (length, full_vocab), group in groups.items():
+        for length, group in groups.items():
             for start in range(0, len(group), largest):
-                self._prefill(group[start : start + largest], length, full_vocab=full_vocab)
+                self._prefill(group[start : start + largest], length)
 
     def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
         batch = smallest_bucket(max(slot for slot, _ in slot_lengths) + 1, self._batch_sizes)
@@ -180,10 +184,7 @@ class CudaGraphModelRunner:
         model = self._model
         self._buckets.run(("code_predictor_step", batch, 0), functools.partial(model.code_predictor_step, batch))
         talker_step = functools.partial(model.talker_step, batch, (), kv_len, full_vocab=full_vocab)
-        if full_vocab:  # rare: not worth a second set of graphs
-            talker_step()
-        else:
-            self._buckets.run(("talker_step", batch, kv_len), talker_step)
+        self._buckets.run(("talker_step", batch, kv_len), talker_step)
 
     def prepare(self) -> None:
         model, streams = self._model, self._streams
@@ -216,7 +217,7 @@ class CudaGraphModelRunner:
         memory["workspace"] += self._model.code_predictor.scratch_bytes
         return memory
 
-    def _prefill(self, group: Sequence[PrefillInput], length: int, *, full_vocab: bool) -> None:
+    def _prefill(self, group: Sequence[PrefillInput], length: int) -> None:
         batch = smallest_bucket(len(group), self._prefill_batch_sizes)
         bucket = ("prefill", batch, length)
         embeds, where = self._buckets.inputs.get(bucket) or self._new_inputs(batch, length)
@@ -225,11 +226,8 @@ class CudaGraphModelRunner:
         slots, lengths = ([one.slot for one in group], [len(one.prompt.embeds) for one in group])
         numbers = [*padded(slots, batch, self._padding_slot), *padded(lengths, batch, 1)]
         where.copy_(to_device(numbers, where.device).view(2, batch), non_blocking=True)
-        eager = functools.partial(self._model.prefill, embeds, *where, full_vocab=full_vocab)
-        if full_vocab:
-            eager()
-        else:
-            self._buckets.run(bucket, eager)
+        full_vocab = any(one.full_vocab for one in group)
+        self._buckets.run(bucket, functools.partial(self._model.prefill, embeds, *where, full_vocab=full_vocab))
 
     def _new_inputs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Embeddings [batch, length, hidden]; slots and prompt lengths, int64 [2, batch], all of them padding."""

@@ -16,7 +16,6 @@ from gpu_worker.engines.qwen.codec import Codec, StreamSnapshot
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
 from gpu_worker.engines.qwen.parking import rows_to_device, rows_to_host
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
-    BATCH_SIZES,
     CapturedBuckets,
     largest_first,
     padded,
@@ -29,6 +28,9 @@ from gpu_worker.engines.qwen.sequence import RunningJob
 from shared.pcm import FRAME_SAMPLES
 
 _PEAK: Final = 32767
+
+DECODE_BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Batch sizes that decodes are captured for. Jobs are seldom in step, so a chunk is due for a few of them at a time."""
 
 
 class Vocoder:
@@ -43,7 +45,8 @@ class Vocoder:
         self._streams = streams
         self._stream = streams.codec if self._cuda else None
         self._issued_decodes: torch.cuda.Event | None = None
-        self._batch_sizes = [size for size in BATCH_SIZES if size <= smallest_bucket(slots, BATCH_SIZES)]
+        largest = smallest_bucket(slots, DECODE_BATCH_SIZES)
+        self._batch_sizes = [size for size in DECODE_BATCH_SIZES if size <= largest]
         self._buckets = CapturedBuckets()
 
     def wait_for_older_decodes(self) -> None:

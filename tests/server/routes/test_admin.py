@@ -52,7 +52,7 @@ async def test_config(configured_worker: FakeWorker) -> None:
     config = answer.json()
     assert {"api_title", "api_version", "host", "port", "idle_timeout", "cleanup_interval"} <= config.keys()
     assert config["default_model_size"] == "0.6B"
-    assert config["attention_backend"] == "sdpa"
+    assert config["attention_backend"] == "auto"
     assert (config["idle_timeout"], config["cleanup_enabled"], config["default_device"]) == (7.5, False, "cuda")
     assert "sesame" not in answer.text
     assert not {"api_keys", "admin_keys", "worker_token"} & config.keys()

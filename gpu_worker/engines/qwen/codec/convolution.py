@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder
+from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder, aligned
 
 UNFOLD_UP_TO_RATE: Final = {"cpu": 160, "cuda": 32}
 """A convolution with at most this rate is one matrix product over copied windows. Others use a direct kernel.
@@ -217,7 +217,9 @@ class ToMono(TensorHolder):
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
         weight, self.bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
-        self.product = Linear(weight[0].t().contiguous())  # [taps, in]
+        matrix = aligned(weight[0].t().contiguous())  # [taps and padding, in]
+        self.product = Linear(matrix)
+        self._width = matrix.shape[0]
         self.taps = weight.shape[2]
         self.lookback_frames = (self.taps - 1) / rate
         self.history_size = (self.taps - 1) * weight.shape[1]
@@ -226,9 +228,9 @@ class ToMono(TensorHolder):
         """[batch, time, in] -> [batch, time]."""
         x = history.extend(x, self.taps - 1)
         batch, time, _ = x.shape
-        projected = self.product(x.flatten(0, 1)).view(batch, time, self.taps)
+        projected, width = self.product(x.flatten(0, 1)), self._width
         count = time - self.taps + 1
-        diagonals = projected.as_strided((batch, count, self.taps), (time * self.taps, self.taps, self.taps + 1))
+        diagonals = projected.as_strided((batch, count, self.taps), (time * width, width, width + 1))
         return diagonals.sum(2) + self.bias
 
 

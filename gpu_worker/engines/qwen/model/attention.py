@@ -1,33 +1,47 @@
-"""Attention kernels behind one small interface: eager, SDPA or FlashAttention 2.
+"""Attention kernels behind one small interface: eager, SDPA or FlashAttention 2, all of them torch's own.
 
 Owns the choice of the backend and its arithmetic. It holds no caches.
 """
 
-import importlib
-from typing import Any, Literal, Protocol
+import functools
+from typing import Any, Final, Literal, Protocol
 
+import structlog
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
 
-Backend = Literal["eager", "sdpa", "flash_attention_2"]
+Backend = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+
+FLASH_CAPABILITY: Final = (8, 0)
+"""The compute capability from which torch has FlashAttention 2: Ampere."""
+
+FLASH_TOLERANCE: Final = 0.02
+"""How far FlashAttention 2 may be from SDPA for values around 1: both round to the dtype, at other places."""
+
+log = structlog.get_logger(__name__)
 
 
 class Attention(Protocol):
-    """Causal attention of whole prompts, and of one new token a row over a cache."""
+    """Causal attention of whole prompts, and of one new token a row over a cache.
+
+    `reads_lengths`: a row costs what its own length costs, however many tokens are passed. Then one graph serves all.
+    """
+
+    reads_lengths: bool
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
 
-    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+    def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Any:
         """What makes `decode` read the first `lengths` (int64 [rows]) of `tokens` cached tokens, in its backend's form.
 
-        It is made once for all layers of a step: 2 kernels less in each layer.
+        `groups`: query heads of a KV head. It is made once for all layers of a step: 2 kernels less in each layer.
         """
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         """Attend with one query a row over the cached tokens that a `length_mask` leaves, or over all of them if None.
 
         [rows, heads, dim] over [rows, kv_heads, tokens, dim] of any strides -> [rows, heads * dim].
@@ -37,6 +51,8 @@ class Attention(Protocol):
 class Eager:
     """The official eager path: scores, float32 softmax, sum, each as a kernel of its own."""
 
+    reads_lengths = False
+
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens, groups = query.shape[1], query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (key, value))
@@ -45,8 +61,9 @@ class Eager:
         weights = functional.softmax(scores.masked_fill(future, float("-inf")), dim=-1, dtype=torch.float32)
         return torch.matmul(weights.to(query.dtype), value).transpose(1, 2)
 
-    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+    def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Tensor:
         """True for tokens beyond the length, bool [rows, 1, 1, tokens]."""
+        del groups
         return (torch.arange(tokens, device=lengths.device) >= lengths[:, None])[:, None, None]
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -61,6 +78,8 @@ class Eager:
 class Sdpa:
     """torch's fused kernels. The query heads of a KV head go in as tokens, so no KV head is repeated."""
 
+    reads_lengths = False
+
     def __init__(self, dtype: torch.dtype) -> None:
         """`dtype`: that of queries, keys and values."""
         self._dtype = dtype
@@ -71,11 +90,12 @@ class Sdpa:
             1, 2
         )
 
-    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
+    def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Tensor:
         """What is added to the scores: 0 within the length, -inf beyond, [rows, 1, 1, tokens].
 
         Of a bool mask, the attention of every layer would make this with 3 kernels of its own.
         """
+        del groups
         beyond = torch.arange(tokens, device=lengths.device) >= lengths[:, None]
         zeros = torch.zeros(beyond.shape, dtype=self._dtype, device=lengths.device)
         return zeros.masked_fill_(beyond, float("-inf"))[:, None, None]
@@ -86,44 +106,101 @@ class Sdpa:
         return functional.scaled_dot_product_attention(query, key, value, mask).reshape(rows, -1)
 
 
-class Flash:
-    """FlashAttention 2: reads each row's true length from the cache, without a mask. CUDA, bfloat16 or float16."""
+class Flash(Sdpa):
+    """SDPA for prompts and short caches; torch's FlashAttention 2 for rows of different lengths.
 
-    def __init__(self, package: Any) -> None:
-        self._package = package
+    Under a mask, SDPA reads for every row as many tokens as the longest one has. This kernel stops at a row's length.
+    It does not split a row among thread blocks, so a row's bits do not depend on the others.
+    CUDA, bfloat16 or float16.
+    """
 
-    def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self._package.flash_attn_func(query, key, value, causal=True)
+    reads_lengths = True
 
-    def length_mask(self, lengths: Tensor, tokens: int) -> Tensor:
-        """The lengths, int32 [rows]: the kernel needs no mask."""
-        del tokens
-        return lengths.to(torch.int32)
+    def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Any:
+        """The lengths, int32 [rows], and where each row's queries and keys begin: int32 [rows + 1]."""
+        begins = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        return lengths.to(torch.int32), begins * groups, begins * tokens
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
-        seqlens = key.shape[1] if mask is None else mask
-        out = self._package.flash_attn_with_kvcache(query[:, None], key, value, cache_seqlens=seqlens)
-        return out.flatten(1)
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        if mask is None:
+            return super().decode(query, key, value, None)
+        rows, kv_heads, tokens, dim = key.shape
+        groups = query.shape[1] // kv_heads
+        # The query heads of a KV head are tokens of one row, as in Sdpa: with one token, the kernel would copy thrice.
+        query = query.view(rows, kv_heads, groups, dim).transpose(1, 2).reshape(-1, kv_heads, dim)
+        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+        out = flash_kernel((query, key, value), mask, groups, tokens)
+        return out.view(rows, groups, kv_heads, dim).transpose(1, 2).reshape(rows, -1)
+
+
+def flash_kernel(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: tuple[Tensor, Tensor, Tensor], queries: int, keys: int
+) -> Tensor:
+    """Attention of rows that lie one behind the other, each with `queries` queries and `keys` keys.
+
+    `tensors`: queries [rows * queries, heads, dim], keys and values [rows * keys, heads, dim].
+    `mask`: see Flash.length_mask. Of its keys, a row reads as many as its length says.
+    """
+    lengths, queries_begin, keys_begin = mask
+    return torch.ops.aten._flash_attention_forward(  # noqa: SLF001 -- the public varlen_attn is younger than torch 2.11
+        *tensors,
+        queries_begin,
+        keys_begin,
+        queries,
+        keys,
+        0.0,  # dropout
+        False,  # causal
+        False,  # debug output
+        seqused_k=lengths,
+    )[0]
 
 
 def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The attention of `backend`.
+    """The attention of `backend`. "auto" is FlashAttention 2 where it can run and agrees with SDPA, and else SDPA.
 
     Raises:
         JobError: `model_unavailable` where it cannot run here. Another backend is never taken instead.
     """
     if backend == "eager":
         return Eager()
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "auto" and not _flash_agrees(device, dtype)):
         return Sdpa(dtype)
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise JobError(
             "model_unavailable",
             f"flash_attention_2 needs CUDA and bfloat16 or float16, not {device.type} and {dtype}; use sdpa",
         )
+    return Flash(dtype)
+
+
+@functools.cache
+def _flash_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether FlashAttention 2 runs on the device, and gives what SDPA gives. One trial for the process."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if torch.cuda.get_device_capability() < FLASH_CAPABILITY:
+        return False
     try:
-        package = importlib.import_module("flash_attn")
-    except ImportError as error:
-        raise JobError("model_unavailable", "flash_attention_2 needs the flash-attn package; use sdpa") from error
-    return Flash(package)
+        difference = difference_from_sdpa(Flash(dtype), device, dtype)
+    except (RuntimeError, TypeError) as error:
+        log.warning("flash_attention_left_out", reason=str(error))
+        return False
+    if not difference <= FLASH_TOLERANCE:
+        log.warning("flash_attention_left_out", reason=f"it differs from SDPA by {difference}")
+        return False
+    return True
+
+
+def difference_from_sdpa(flash: Flash, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference between both over rows of several lengths, for random values."""
+    rows, heads, kv_heads, tokens, dim = 4, 16, 8, 300, 128
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(2, rows, tokens, kv_heads, dim, generator=generator).to(device, dtype)
+    query = torch.randn(rows, heads, dim, generator=generator).to(device, dtype)
+    key, value = cache.transpose(2, 3).unbind()
+    lengths = torch.tensor([1, 64, 129, tokens], device=device)
+    ours, wanted = (
+        backend.decode(query, key, value, backend.length_mask(lengths, tokens, heads // kv_heads))
+        for backend in (flash, Sdpa(dtype))
+    )
+    return float((ours.float() - wanted.float()).abs().max())

@@ -24,7 +24,9 @@ class KVCache(TensorHolder):
         """`like`: a tensor with the cache's device and dtype."""
         size = (slots, max_model_len, shape.num_key_value_heads, shape.head_dim)
         self.max_model_len = max_model_len
+        self.reads_lengths = attention.reads_lengths
         self._attention = attention
+        self._groups = shape.num_attention_heads // shape.num_key_value_heads
         self.keys = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
         self.values = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
 
@@ -51,16 +53,16 @@ class KVCache(TensorHolder):
 
         return attend
 
-    def decode_attend(self, positions: Tensor, slot_lengths: SlotLengths, kv_len: int) -> Attend:
+    def decode_attend(self, positions: Tensor, lengths: Tensor, slot_lengths: SlotLengths, kv_len: int) -> Attend:
         """The Attend of one token a slot, for slots 0 to batch - 1.
 
         It writes the token at its position, and reads the slot's cache.
         `positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
         With `slot_lengths`, each slot in it reads its own length, and the other slots are left out.
-        Without, every slot reads the first `kv_len` positions under a mask: fixed shapes, as graphs need them.
+        Without, each reads its first `lengths` (int64 [batch]) of `kv_len` positions: as graphs need, shapes are fixed.
         """
         batch = len(positions)
-        mask = None if slot_lengths else self._attention.length_mask(positions + 1, kv_len)
+        mask = None if slot_lengths else self._attention.length_mask(lengths, kv_len, self._groups)
         index = (torch.arange(batch, device=positions.device), positions)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

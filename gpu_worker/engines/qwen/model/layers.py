@@ -30,6 +30,9 @@ With full groups of 4, products are batch invariant: a row's bits do not depend 
 Which layout of W this takes depends on the processor; see `_views_are_batch_invariant`.
 """
 
+ALIGNED_OUTPUTS: Final = 8
+"""cuBLAS has its fast kernels only for rows of 16 bytes: for 8 outputs in bfloat16."""
+
 _TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
 """Inputs and outputs of products whose sums, on an Intel Xeon with AVX-512, depend on the batch from 5 or 9 rows up."""
 
@@ -113,6 +116,12 @@ def pad_rows(x: Tensor) -> Tensor:
     if x.is_cuda or not extra:
         return x
     return functional.pad(x, (0, 0) * (x.ndim - 1) + (0, extra))
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """On CUDA, `matrix` [out, in] with rows of zeros up to a multiple of ALIGNED_OUTPUTS; elsewhere `matrix`."""
+    extra = -matrix.shape[0] % ALIGNED_OUTPUTS
+    return functional.pad(matrix, (0, 0, 0, extra)) if matrix.is_cuda and extra else matrix
 
 
 class Norm(TensorHolder):

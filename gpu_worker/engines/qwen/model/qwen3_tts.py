@@ -61,6 +61,7 @@ class Qwen3TTSModel(TensorHolder):
         """Read prompts into their slots and sample their first codebook 0; the tensors are as for Talker.prefill.
 
         `full_vocab`: whether the sampling parameters of any of them need the full vocabulary (SamplingParams).
+        On CUDA the full vocabulary is sorted in any case.
         """
         state = self.state
         hidden, logits = self.talker.prefill(embeds, slots, lengths)
@@ -93,7 +94,8 @@ class Qwen3TTSModel(TensorHolder):
         frame, code, active = state.frame[part], state.next_codebook0[part], state.active[part]
         index = torch.arange(batch, device=frame.device)
         positions = state.prompt_len[part] + frame
-        hidden, logits = self.talker.decode(state.talker_input[part], positions, slot_lengths, kv_len)
+        lengths = positions * active + 1  # of a row whose result is not kept, one token is enough
+        hidden, logits = self.talker.decode(state.talker_input[part], positions, lengths, slot_lengths, kv_len)
         state.seen[part].index_put_((index, code), torch.ones_like(active))
         uniform = state.uniform[part][index, frame, -1:]
         sampled = self._sample(logits, part, uniform, frame + 1, full_vocab=full_vocab)
@@ -113,6 +115,8 @@ class Qwen3TTSModel(TensorHolder):
         tensors = state.sampling_tensors(rows, uniform)
         scores = apply_repetition_penalty(logits.float(), state.seen[rows], tensors.penalty)
         scores[:, EOS_INDEX] = scores[:, EOS_INDEX].masked_fill(frame < MIN_FRAMES, float("-inf"))
+        if state.active.is_cuda:  # a graph has no second path; sorting all takes some µs more than the best CANDIDATES
+            return sample(scores, tensors, scores.shape[1])
         sampled = sample(scores, tensors, min(CANDIDATES, scores.shape[1]))
         if full_vocab:
             sampled = torch.where(state.full_vocab[rows], sample(scores, tensors, scores.shape[1]), sampled)

@@ -117,6 +117,8 @@ def topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     rows, vocabulary = scores.shape
     groups = vocabulary // GROUP
+    if scores.is_cuda and count == vocabulary:
+        return scores.sort(stable=True, dim=-1, descending=True)
     if scores.is_cuda or rows < FEW_ROWS or groups < 2 * count:
         return scores.topk(count)
     grouped = scores[:, : groups * GROUP].view(rows, GROUP, groups)

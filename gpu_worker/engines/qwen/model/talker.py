@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
-from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, TensorHolder, pad_rows
+from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, TensorHolder, aligned, pad_rows
 
 EOS_INDEX: Final = -1
 """Index of the end-of-speech logit: the last row of the reduced head."""
@@ -27,7 +27,8 @@ class Talker(TensorHolder):
         self.stack = Stack(weights, "talker.model.", shape)
         head = weights["talker.codec_head.weight"]
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
-        self.head = Linear(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None])))
+        self._outputs = shape.codes + 1
+        self.head = Linear(aligned(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None]))))
         self.rope = Rope(shape, cache.max_model_len, head.dtype, head.device)
         self.cache = cache
 
@@ -42,16 +43,21 @@ class Talker(TensorHolder):
         x = self.stack(embeds.flatten(0, 1), self.rope.span(0, tokens, prompts), attend)
         last = torch.arange(prompts, device=slots.device) * tokens + lengths - 1
         hidden = self.stack.norm(x.index_select(0, last))
-        return hidden, self.head(hidden)
+        return hidden, self._logits(hidden)
 
-    def decode(self, x: Tensor, positions: Tensor, slot_lengths: SlotLengths, kv_len: int) -> tuple[Tensor, Tensor]:
-        """Read one token of each of the first slots: x [batch, hidden], positions int64 [batch].
+    def decode(
+        self, x: Tensor, positions: Tensor, lengths: Tensor, slot_lengths: SlotLengths, kv_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """Read one token of each of the first slots: x [batch, hidden]; positions, lengths int64 [batch].
 
-        Returns hidden states and logits as `prefill` does. `slot_lengths`, `kv_len`: see KVCache.decode_attend.
+        Returns hidden states and logits as `prefill` does. See KVCache.decode_attend for the other arguments.
         """
         batch = x.shape[0]
-        attend = self.cache.decode_attend(positions, slot_lengths, kv_len)
+        attend = self.cache.decode_attend(positions, lengths, slot_lengths, kv_len)
         padded = pad_rows(x)
         rope = self.rope.at(functional.pad(positions, (0, padded.shape[0] - batch)))
         hidden = self.stack.norm(self.stack(padded, rope, attend))
-        return hidden[:batch], self.head(hidden)[:batch]
+        return hidden[:batch], self._logits(hidden)[:batch]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)[:, : self._outputs]

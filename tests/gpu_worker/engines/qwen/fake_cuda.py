@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Mo
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.decoder import Decoder
-from gpu_worker.engines.qwen.model.attention import attention
+from gpu_worker.engines.qwen.model.attention import Flash
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from gpu_worker.engines.qwen.runtime import captured_buckets
@@ -44,8 +44,8 @@ namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CU
 """
 FREE = {"device", "empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "_unsafe_view"}
 """Operators that launch nothing. Views launch nothing either."""
-SEVERAL = {"topk": 2, "sort": 2, "masked_fill": 2, "conv2d": 2}
-"""Operators of several kernels in torch 2.13: a radix selection and a sort, a copy and a fill, a bias of its own."""
+SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2, "conv2d": 2}
+"""Operators of several kernels in torch 2.13: with copies, indices, fills or a bias of their own."""
 
 
 class Launches(msgspec.Struct):
@@ -83,6 +83,8 @@ class CountedOperators(TorchDispatchMode):
         if any(tensor.device.type != "cuda" and tensor.ndim for tensor in tensors):  # single numbers are arguments
             self._launches.crossings.append(name)
         is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        if name == "_flash_attention_forward":
+            self._launches.attention.add(_shapes(args[:3]))
         if name not in FREE and not is_view:
             self._launches.kernels[name] += SEVERAL.get(name, 1)
         return result
@@ -104,13 +106,10 @@ class WholeKernels(TorchFunctionMode):
             self._launches.kernels["rms_norm"] += 1 + copies
             return args[0].new_empty(args[0].shape)
         if func is functional.scaled_dot_product_attention:
-            query, key, _, *mask = args
-            shapes = [
-                [list(tensor.shape), list(tensor.stride())] for tensor in (query, key, *mask) if tensor is not None
-            ]
+            query = args[0]
             self._launches.kernels["attention"] += 1
-            self._launches.attention.add(json.dumps(shapes))
-            return query.new_empty(query.shape)
+            self._launches.attention.add(_shapes(args))
+            return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)  # as all fused kernels lay it out
         return func(*args, **(kwargs or {}))
 
 
@@ -142,7 +141,7 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
         FakeWeights(_model_shapes(config)),
         config,
         GenerationConfig(),
-        attention("sdpa", device, torch.bfloat16),
+        Flash(torch.bfloat16),
         slots=rows,
         max_model_len=MAX_MODEL_LEN,
     )
@@ -258,6 +257,10 @@ def _codec_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _shapes(tensors: Sequence[Tensor | None]) -> str:
+    return json.dumps([[list(tensor.shape), list(tensor.stride())] for tensor in tensors if tensor is not None])
+
+
 def _flat(values: Any) -> Iterator[Any]:
     if isinstance(values, dict):
         values = values.values()
@@ -288,7 +291,7 @@ def main() -> None:
     wanted: list[Key] = [
         ("code_predictor_step", 1, 0),
         ("code_predictor_step", 16, 0),
-        ("talker_step", 1, 256),
+        ("talker_step", 1, 2048),
         ("talker_step", 16, 2048),
         ("prefill", 1, 16),
         ("prefill", 4, 32),

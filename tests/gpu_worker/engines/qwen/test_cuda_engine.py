@@ -33,3 +33,14 @@ def test_speech_is_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.calls - called == dict.fromkeys(called, 1)  # captured, and not warmed up again
     assert run(speaker, jobs[:2])["job 1"].pcm == wanted["job 1"].pcm
     speaker.close()
+
+
+def test_nothing_is_eager_while_somebody_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every length of speech and every `top_k` is served by graphs. Only prompts of over 256 tokens have none."""
+    cuda = install(monkeypatch, computes=False)
+    speaker = cuda.engine(slots=4, dtype="bfloat16")
+    ordinary = [job(frames, sampling=Sampling(seed=1, max_new_tokens=frames)) for frames in range(1, 41)]
+    unlimited = [job(frames, sampling=Sampling(seed=1, max_new_tokens=5, top_k=0)) for frames in range(41, 45)]
+    run(speaker, [*ordinary, *unlimited])
+    assert not cuda.misses
+    speaker.close()

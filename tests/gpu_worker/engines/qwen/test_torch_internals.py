@@ -26,6 +26,7 @@ RELIED_ON = {
     "_C._host_emptyCache": "offload.py",
     "ops.mkldnn._reorder_linear_weight": "model/layers.py",
     "ops.mkldnn._linear_pointwise.binary": "model/layers.py",
+    "ops.aten._flash_attention_forward": "model/attention.py",
     "mkldnn_convolution": "codec/convolution.py",
 }
 CUDA_ONLY = {"_C._host_emptyCache"}

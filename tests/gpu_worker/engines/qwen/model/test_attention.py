@@ -1,10 +1,13 @@
-import importlib.util
+import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.model.attention import attention
+from gpu_worker.engines.qwen.model import attention as attention_module
+from gpu_worker.engines.qwen.model.attention import Flash, Sdpa, attention, difference_from_sdpa
 
 CPU = torch.device("cpu")
 
@@ -27,7 +30,7 @@ def test_a_row_reads_its_own_length_and_no_further() -> None:
     query, key, value = torch.randn(3, 4, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)
     lengths = torch.tensor([1, 7, 10])
     for kernel in kernels():
-        masked = kernel.decode(query, key, value, kernel.length_mask(lengths, 10))
+        masked = kernel.decode(query, key, value, kernel.length_mask(lengths, 10, 2))
         assert masked.shape == (3, 64)
         for row, length in enumerate(lengths.tolist()):
             one = slice(row, row + 1)
@@ -37,7 +40,7 @@ def test_a_row_reads_its_own_length_and_no_further() -> None:
 
 def test_the_mask_has_the_form_that_the_kernels_add() -> None:
     """It has the dtype of the scores: no layer has to convert it."""
-    mask = attention("sdpa", CPU, torch.bfloat16).length_mask(torch.tensor([1, 3]), 3)
+    mask = attention("sdpa", CPU, torch.bfloat16).length_mask(torch.tensor([1, 3]), 3, 2)
     assert mask.dtype == torch.bfloat16
     assert mask.tolist() == [[[[0, -float("inf"), -float("inf")]]], [[[0, 0, 0]]]]
 
@@ -53,8 +56,57 @@ def test_a_backend_that_cannot_run_here_is_refused(backend: str, device: str, dt
     assert refusal.value.code == "model_unavailable"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
-def test_a_missing_package_is_named() -> None:
-    """The error of flash_attention_2 names flash-attn."""
-    with pytest.raises(JobError, match="flash-attn"):
-        attention("flash_attention_2", torch.device("cuda"), torch.bfloat16)
+def plain_flash(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: tuple[Tensor, Tensor, Tensor], queries: int, keys: int
+) -> Tensor:
+    """What `flash_kernel` promises, in plain torch: the kernel itself needs a GPU."""
+    query, key, value = tensors
+    out = torch.empty_like(query)
+    lengths, queries_begin, keys_begin = (numbers.tolist() for numbers in mask)
+    for length, first, last, begin in zip(lengths, queries_begin, queries_begin[1:], keys_begin, strict=False):
+        assert (last - first, length <= keys) == (queries, True)
+        scores = torch.einsum("qhd,khd->hqk", query[first:last], key[begin : begin + length]) * query.shape[-1] ** -0.5
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[begin : begin + length])
+    return out
+
+
+def test_flash_attention_gives_each_row_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments that the kernel gets make it what SDPA is under a mask."""
+    monkeypatch.setattr(attention_module, "flash_kernel", plain_flash)
+    assert difference_from_sdpa(Flash(torch.float32), CPU, torch.float32) < 1e-5
+
+
+class Device:
+    """A CUDA device in a test of the choice between backends."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "difference", "chosen"),
+    [
+        ((8, 0), 0.01, Flash),
+        ((9, 0), 0.0, Flash),
+        ((7, 5), 0.0, Sdpa),
+        ((8, 0), 0.5, Sdpa),
+        ((8, 0), math.nan, Sdpa),
+        ((8, 0), RuntimeError("no kernel image"), Sdpa),
+    ],
+)
+def test_flash_attention_is_chosen_where_it_works(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], difference: float | Exception, chosen: type
+) -> None:
+    """It is left out on older devices, and where its trial fails or gives something else than SDPA."""
+
+    def measure(*_: object) -> float:
+        if isinstance(difference, Exception):
+            raise difference
+        return difference
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention_module, "difference_from_sdpa", measure)
+    device: Any = Device()
+    assert type(attention("auto", device, torch.bfloat16)) is chosen
+    assert type(attention("auto", device, torch.float32)) is Sdpa
+    assert type(attention("auto", CPU, torch.bfloat16)) is Sdpa
+    assert type(attention("flash_attention_2", device, torch.bfloat16)) is Flash

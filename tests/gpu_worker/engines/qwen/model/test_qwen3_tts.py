@@ -1,10 +1,14 @@
 import pytest
 import torch
 
+from gpu_worker.engines.qwen.model import attention as attention_module
+from gpu_worker.engines.qwen.model.attention import Flash
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
+from tests.gpu_worker.engines.qwen import parity
+from tests.gpu_worker.engines.qwen.model.test_attention import plain_flash
 from tests.gpu_worker.engines.qwen.parity import (
     CASES,
     FRAMES,
@@ -86,9 +90,17 @@ def test_a_seed_gives_the_same_codes_alone_and_in_a_batch() -> None:
     assert not torch.equal(other[: len(together[0])], together[0][: len(other)])
 
 
-def test_fixed_shapes_give_the_same_codes() -> None:
-    """Padded prompts, masked caches and rows of padding, as graphs need them, give the codes of true lengths."""
+@pytest.mark.parametrize("flash", [False, True])
+def test_fixed_shapes_give_the_same_codes(monkeypatch: pytest.MonkeyPatch, *, flash: bool) -> None:
+    """Padded prompts, masked caches and rows of padding, as graphs need them, give the codes of true lengths.
+
+    So do the lengths that FlashAttention 2 gets.
+    """
+    if flash:
+        monkeypatch.setattr(attention_module, "flash_kernel", plain_flash)
+        monkeypatch.setattr(parity, "attention", lambda *_: Flash(torch.float32))
     ours = Ours("custom_voice", None, slots=BATCH_SIZES[3] + 1)
+    assert ours.model.talker.cache.reads_lengths is flash
     requests = [
         Request(prompt=ours.prompt(case), join=place, frames=10)
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
@@ -140,7 +152,7 @@ def test_reduced_precision_follows_the_official_rounding() -> None:
     for position in range(start, len(inputs)):
         x = inputs[position : position + 1].bfloat16().expand(4, -1)
         positions = torch.tensor([position, 0, 0, 0])
-        logits.append(ours.model.talker.decode(x, positions, [(0, position + 1)], 0)[1][:1])
+        logits.append(ours.model.talker.decode(x, positions, positions + 1, [(0, position + 1)], 0)[1][:1])
     mine = torch.cat(logits).float()[:, : ours.config.talker_config.codes]
     reference, theirs = (x[start - 1 :, : mine.shape[1]].float() for x in (reference, theirs))
     assert (mine - theirs).abs().mean() < 0.1 * (theirs - reference).abs().mean()
