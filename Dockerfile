@@ -1,6 +1,6 @@
 # One image for both services of compose.yaml. EXTRAS selects the engines:
 #   demo      espeak-ng alone, small, for any CPU
-#   demo,gpu  Qwen3-TTS as well (torch with CUDA, several GB)
+#   demo,gpu  Qwen3-TTS as well (torch with CUDA 13, several GB; the host needs NVIDIA driver 580 or newer)
 FROM python:3.12-slim
 
 ARG EXTRAS=demo,gpu

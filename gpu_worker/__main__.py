@@ -23,7 +23,16 @@ from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.heartbeat import Heartbeat
-from gpu_worker.residency import Checkpoints, Mover, Progress, Residency, ResidencyOptions, cuda_present, open_probe
+from gpu_worker.residency import (
+    Checkpoints,
+    Mover,
+    Progress,
+    Residency,
+    ResidencyOptions,
+    cuda_present,
+    cuda_problem,
+    open_probe,
+)
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
@@ -101,9 +110,10 @@ def _no_address(settings: Settings) -> list[str]:
 
 
 def _no_device(settings: Settings) -> list[str]:
-    if settings.default_device != "cuda" or cuda_present():
+    if settings.default_device != "cuda":
         return []
-    return [f"{variable_of('default_device')}: {NO_CUDA}"]
+    problem = cuda_problem() if cuda_present() else NO_CUDA
+    return [f"{variable_of('default_device')}: {problem}"] if problem else []
 
 
 def _download(names: list[str], settings: Settings) -> int:
@@ -168,7 +178,10 @@ def build_worker(
     catalog = load_catalog()
     device = settings.default_device
     if device == "auto":
-        device = "cuda" if cuda_present() else "cpu"
+        problem = cuda_problem() if cuda_present() else NO_CUDA
+        device = "cpu" if problem else "cuda"
+        if problem and problem != NO_CUDA:
+            log.warning("gpu_not_used", reason=problem)
     probe = open_probe(
         device,
         budget_bytes=_bytes(settings.vram_budget_mb),

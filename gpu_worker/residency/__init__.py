@@ -20,3 +20,4 @@ from gpu_worker.residency.models import TransitionDone as TransitionDone
 from gpu_worker.residency.models import TransitionFailed as TransitionFailed
 from gpu_worker.residency.mover import Mover as Mover
 from gpu_worker.residency.nvidia import cuda_present as cuda_present
+from gpu_worker.residency.nvidia import cuda_problem as cuda_problem

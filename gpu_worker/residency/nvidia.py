@@ -5,11 +5,17 @@ NVML answers without starting CUDA. torch is asked only if the driver has no NVM
 
 import ctypes
 import importlib
+import importlib.util
 import os
+import runpy
 import sys
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
 from gpu_worker.residency.host_ram import Usage
+
+DRIVERS: Final = {12: 525, 13: 580}
+"""By the major version of CUDA that torch is built for: the oldest NVIDIA driver for Linux that runs it."""
 
 
 class NvmlDriver:
@@ -130,6 +136,38 @@ def cuda_present() -> bool:
     except (OSError, ImportError):
         return False
     return bool(torch.cuda.is_available())
+
+
+def cuda_problem() -> str | None:
+    """Why torch cannot use the GPU of this machine, in one sentence; None if it can, or if torch is not installed.
+
+    torch itself would say so at the first load, and nvidia-smi shows nothing wrong. torch is not imported.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    built = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    version, cuda = built["__version__"], built["cuda"]
+    if cuda is None:
+        return f"torch {version} is built without CUDA: install the build for CUDA from pypi.org"
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        supported = int(nvml.nvmlSystemGetCudaDriverVersion_v2())  # 12040 is 12.4
+        driver = nvml.nvmlSystemGetDriverVersion()
+    except (ImportError, AttributeError):
+        return None
+    except nvml.NVMLError:
+        return None  # such a machine may still have CUDA
+    needed = int(cuda.partition(".")[0])
+    if supported // 1000 >= needed:  # within a major version every driver runs every torch
+        return None
+    driver = driver.decode() if isinstance(driver, bytes) else str(driver)
+    oldest = f"driver {DRIVERS[needed]} or newer" if needed in DRIVERS else "a newer driver"
+    return (
+        f"the NVIDIA driver {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, "
+        f"and torch {version} needs CUDA {cuda}: install {oldest}"
+    )
 
 
 def nvml_driver() -> NvmlDriver | None:

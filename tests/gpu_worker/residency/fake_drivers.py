@@ -42,6 +42,7 @@ class FakeNvml:
         self._trouble = trouble
         self._mig = mig
         self.used = 700
+        self.cuda = 12040
         self.asked: int | str | None = None
 
     def __getattribute__(self, name: str) -> Any:
@@ -53,6 +54,14 @@ class FakeNvml:
 
     def nvmlInit(self) -> None:  # noqa: N802 -- NVML's name
         """Nothing to start."""
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:  # noqa: N802 -- NVML's name
+        """`cuda`."""
+        return self.cuda
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:  # noqa: N802 -- NVML's name
+        """Older versions give bytes."""
+        return b"550.54.15"
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802 -- NVML's name
         """Three."""

@@ -1,15 +1,18 @@
 """NVIDIA drivers: which one answers, for which device, and with which figures."""
 
 import ctypes
+import importlib.util
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from gpu_worker.residency.host_ram import Usage
 from gpu_worker.residency.memory import MemoryProbe, open_probe
-from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_present
+from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_present, cuda_problem
 from tests.gpu_worker.residency.fake_drivers import FakeNvml, FakeTorch
 
 
@@ -106,3 +109,49 @@ class TestDrivers:
         driver = TorchDriver(FakeTorch())
         assert driver.name() == "Fake 4000"
         assert driver.read() == Usage(total_bytes=100, used_bytes=70, free_bytes=30, ours_bytes=60)
+
+
+class TestCudaProblem:
+    """What keeps an installed torch from a GPU that NVML shows."""
+
+    def problem(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, cuda: str | None, nvml: FakeNvml | None
+    ) -> str | None:
+        """With a torch that is built for `cuda`."""
+        (folder / "version.py").write_text(f"__version__ = '2.13.0'\ncuda = {cuda!r}\n")
+        spec = SimpleNamespace(origin=str(folder / "__init__.py"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _name: spec)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type] -- stands in for the module
+        return cuda_problem()
+
+    def test_old_driver(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """One sentence has both versions, and the driver that is needed."""
+        assert self.problem(monkeypatch, tmp_path, "13.0", FakeNvml()) == (
+            "the NVIDIA driver 550.54.15 supports CUDA 12.4, and torch 2.13.0 needs CUDA 13.0: "
+            "install driver 580 or newer"
+        )
+        assert "install a newer driver" in str(self.problem(monkeypatch, tmp_path, "14.1", FakeNvml()))
+
+    @pytest.mark.parametrize("cuda", ["12.1", "12.8", "11.8"])
+    def test_driver_of_the_same_major_version(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: str) -> None:
+        """CUDA promises that it runs every torch of that version and of older ones."""
+        assert self.problem(monkeypatch, tmp_path, cuda, FakeNvml()) is None
+
+    def test_torch_without_cuda(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A build for CPUs uses no GPU."""
+        assert "built without CUDA" in str(self.problem(monkeypatch, tmp_path, None, FakeNvml()))
+
+    def test_what_is_unknown_is_no_problem(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Neither a machine without NVML, nor one without torch: others say so."""
+        assert self.problem(monkeypatch, tmp_path, "13.0", None) is None
+        assert self.problem(monkeypatch, tmp_path, "13.0", FakeNvml(trouble="nvmlInit")) is None
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+        assert cuda_problem() is None
+
+    def test_the_real_torch(self) -> None:
+        """Its version.py has what is read, and torch is not imported for it."""
+        program = (
+            "import sys; from gpu_worker.residency import cuda_problem; cuda_problem(); print('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == "False"
