@@ -335,10 +335,18 @@ class Worker:
         )
         if model in self._residency.engines:
             self._slots_of[model] = self._residency.engines[model].capacity()
+            self._warm_up(model)
         self._control.answer_finished()  # before the next transition takes the model elsewhere
         for request in self._scheduler:
             if request.model == model:
                 request.model_ready_at = self._clock()
+
+    def _warm_up(self, model: str) -> None:
+        try:
+            self._residency.engines[model].warm_up()
+        except Exception as error:
+            _raise_if_broken(error)
+            log.warning("warm_up_failed", model=model, exc_info=error)  # the first job tries again
 
     def _refuse(self, refusal: Refusal) -> None:
         """The model cannot become resident: fail the requests and calls that wait for it."""

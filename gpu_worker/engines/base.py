@@ -131,6 +131,12 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 class Engine(Protocol):
     """One loaded model. The first lines of the module say which thread calls which method."""
 
+    def warm_up(self) -> None:
+        """Do once, on the synthesis thread, what the first job would wait for. Call it after a load or a restore.
+
+        Libraries of CUDA keep handles and workspaces for each thread: what the mover warmed up is cold here.
+        """
+
     def capacity(self) -> int:
         """The number of further jobs that `admit` accepts now."""
 

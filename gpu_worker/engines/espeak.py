@@ -287,6 +287,9 @@ class EspeakEngine:
             self._pop_parked(job_id)
         self._sequences.pop(job_id, None)
 
+    def warm_up(self) -> None:
+        """Do nothing: the first samples come after half a millisecond."""
+
     def offload(self) -> None:
         """Do nothing: espeak-ng holds a few megabytes of host RAM and no device memory."""
 

@@ -1,8 +1,10 @@
 """Loads, downloads, evictions and measurements as requests see them."""
 
+import pytest
 from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError
+from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.residency import Progress
 from gpu_worker.residency.manager import FILE_CHECK_S
 from gpu_worker.residency.policy import SHORTAGE_WAIT_S
@@ -32,6 +34,28 @@ class TestModels:
         bench.speak("t", "three")
         bench.settle()
         assert bench.words("t") == "three"
+
+    def test_warm_up(self, make_bench: MakeBench) -> None:
+        """The synthesis thread warms an engine up after a load and after a restore, before any job. (The fake checks.)
+
+        If that fails, the first job tries again. A broken device ends the process.
+        """
+        bench = loaded(make_bench({"m": 100, "n": 100}, device=FakeDevice(budget_bytes=150)))
+        engine = bench.engines["m"]
+        for error in (None, MemoryError("full")):
+            engine.warm_up_errors.append(error)
+            bench.speak(f"n {error}", "one", model="n")
+            bench.settle()
+            assert bench.states()["m"] == "offloaded"
+            bench.speak(f"m {error}", "one")
+            bench.settle()
+            assert bench.words(f"m {error}") == "one"
+        bench.speak("n", "one", model="n")
+        bench.settle()
+        engine.warm_up_errors.append(RuntimeError("CUDA error: device-side assert triggered"))
+        bench.speak("m", "two")
+        with pytest.raises(BrokenDeviceError):
+            bench.worker.run()
 
     def test_load_runs_out_of_memory(self, make_bench: MakeBench) -> None:
         """A load that runs out of memory is repeated after idle models are evicted; the request waits."""

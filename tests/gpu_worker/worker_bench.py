@@ -100,6 +100,8 @@ class SpeakingEngine:
         self.finish_reason: FinishReason = "stop"
         self.steps = 0
         self.admitted: list[Job] = []
+        self.warm_up_errors: deque[Exception | None] = deque()
+        self.is_warm = False
 
     @property
     def jobs(self) -> set[str]:
@@ -116,6 +118,12 @@ class SpeakingEngine:
         """The ids of the parked jobs."""
         return set(self._parked)
 
+    def warm_up(self) -> None:
+        """Make the engine ready for its first job; until then it takes none."""
+        assert self.state is ModelState.RESIDENT
+        self.is_warm = True
+        _raise_next(self.warm_up_errors)
+
     def capacity(self) -> int:
         """The free slots."""
         return self._slots - len(self._words)
@@ -123,6 +131,7 @@ class SpeakingEngine:
     def admit(self, job: Job) -> None:
         """Take a job; the caller must not ask for more slots than there are."""
         assert self.state is ModelState.RESIDENT
+        assert self.is_warm
         assert self.capacity() > 0
         assert job.id not in self._words
         assert job.id not in self._parked
@@ -210,6 +219,7 @@ class SpeakingEngine:
         assert not self._words
         assert not self._parked
         self.state = state
+        self.is_warm = False
         self.memory()
 
 

@@ -23,11 +23,11 @@ from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, 
 from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
 from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
-from gpu_worker.engines.qwen.model.sampling import uniforms
+from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.parking import ParkedJob, nbytes, rows_to_device, rows_to_host
-from gpu_worker.engines.qwen.planner import Planner
+from gpu_worker.engines.qwen.planner import Plan, Planner, Utterance
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy
@@ -126,6 +126,28 @@ class QwenEngine:
         self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
         self._events: list[Event] = []
         """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
+
+    def warm_up(self) -> None:
+        """Speak one frame on CUDA that is handed to nobody."""
+        if not self._cuda:
+            return
+        plan = Plan(
+            passages=iter(()),
+            longest_tokens=1,
+            sampling=SamplingParams(greedy=False, temperature=1.0, top_k=1, top_p=1.0, repetition_penalty=1.0),
+            seed=0,
+            max_new_tokens=1,
+            whole_text=False,
+        )
+        with torch.inference_mode():
+            prompt = self._parts.prompts.build("a", Voice(), language="auto", instructions="", whole_text=False)
+            sequence = RunningJob(Job(id="", task="CustomVoice", segments=[]), min(self._free_slots), plan)
+            sequence.start_utterance(Utterance(prompt, tokens=1, max_frames=1))
+            self._prefill([sequence])
+            self._launch_frame([sequence])
+            self._on_frame_ready(self._frames.pop())
+            self._parts.vocoder.decode([sequence]).wait()
+        self._frame_times.clear()
 
     def capacity(self) -> int:
         return len(self._free_slots)

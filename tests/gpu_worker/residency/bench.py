@@ -36,6 +36,10 @@ class FakeEngine:
         self.calls: list[str] = []
         self.threads: set[str] = set()
 
+    def warm_up(self) -> None:
+        """Never asked: that is the synthesis loop's part."""
+        raise AssertionError
+
     def capacity(self) -> int:
         """No room for jobs: these tests run none."""
         return 0

@@ -15,6 +15,14 @@ def test_speech_is_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu.close()
     cuda = install(monkeypatch)
     speaker = cuda.engine(slots=4)
+    speaker.warm_up()
+    assert cuda.replays.keys() == {
+        ("code_predictor_step", 4, 0),
+        ("talker_step", 4, 512),
+        ("prefill", 1, 16),
+        ("decode", 1, 1),
+    }
+    assert (speaker.capacity(), speaker.runnable(())) == (4, False)
     spoken = run(speaker, jobs, every=3)
     for name, outcome in wanted.items():
         assert spoken[name].pcm == outcome.pcm
