@@ -34,6 +34,11 @@ _OUTPUT: Final = re.compile(r"(mp3|pcm|wav|opus|ulaw|alaw)_(\d{1,6})(?:_(\d{1,4}
 _BEST_EFFORT: Final = {"language": "language_code", "seed": "seed"}
 """Our fields that ElevenLabs leaves out where a model does not know them -> its names."""
 
+_BREAK: Final = re.compile(
+    r"""<break\s{1,9}time\s{0,9}=\s{0,9}["']\s{0,9}([0-9.]{1,9}\s{0,9}m?s)\s{0,9}["']\s{0,9}/?>"""
+)
+"""Their mark of a pause, in a text that is no SSML otherwise."""
+
 _THEIR_NAMES: Final = {"input": "text", "voice": "voice_id", "model": "model_id", "sample_rate": "output_format"}
 
 _CATEGORIES: Final[dict[str, Literal["premade", "cloned", "generated"]]] = {
@@ -246,7 +251,7 @@ async def _start(
     audio_format, rate = _output(output_format)
     model = unaliased(data.model_id, starter.settings.model_aliases) if data.model_id else None
     fields = SpeechRequest(
-        input=data.text,
+        input=_BREAK.sub(r"[pause:\1]", data.text),
         model=None if model is None or model.lower().startswith("eleven_") else model,
         voice=voice_id,
         response_format=audio_format,

@@ -11,7 +11,7 @@ import pytest
 from elevenlabs.core import ApiError
 from elevenlabs.errors import UnprocessableEntityError
 
-from shared.protocol import Cancel, Failed, SavedVoice, Speak
+from shared.protocol import Cancel, Failed, SavedVoice, Segment, Speak
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SHARED_LOOP, Serve
 
@@ -44,6 +44,22 @@ async def test_the_sdk_converts_and_streams(client: httpx.AsyncClient, worker: F
     assert (first.model, first.language, first.voice) == ("espeak-ng", "german", second.voice)
     # espeak-ng takes no seed.
     assert first.sampling.seed is None
+
+
+async def test_pauses(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """A break tag is a pause: in a text of ElevenLabs, which is no SSML, as well as in SSML."""
+    marked = [
+        'Hello <break time="1.5s" />there.<break time=".25s"/>',
+        "Hello <break time = '1500 ms'>there.[pause:250ms]",
+        '<speak>Hello <break time="1.5s" />there.<break time="250ms"/></speak>',
+    ]
+    for text in marked:
+        assert (await client.post(f"{SPEAK}/nova", json={"text": text})).status_code == 200
+    pauses = [Segment(text="Hello ", pause_ms=1500), Segment(text="there.", pause_ms=250)]
+    assert [speak.segments for speak in worker.of(Speak)] == [pauses] * 3
+    refused = await client.post(f"{SPEAK}/nova", json={"text": 'Hello <break time="31s"/>'})
+    assert "at most 30 s" in refused.text
+    assert (await client.post(f"{SPEAK}/nova", json={"text": "a <break time='soon'/>"})).status_code == 200
 
 
 async def test_a_seed_and_a_language_that_the_model_knows(serve: Serve, worker: FakeWorker) -> None:

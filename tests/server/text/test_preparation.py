@@ -130,6 +130,36 @@ def test_no_text_is_lost_and_offsets_are_exact(text: str) -> None:
     assert all(segment.text for segment in segments[1:])
 
 
+MARKUP = st.lists(
+    st.sampled_from(
+        ["**", "# ", "`", "\n", "[", "](x)", "|", "<b>", "&amp;", "<think>", "nginx ", "a", "日", "[pause:1s]", "…"]
+    )
+).map("".join)
+
+
+@given(MARKUP, st.sampled_from(["auto", "text", "markdown", "ssml", "speak"]))
+def test_every_input_is_prepared_or_refused(text: str, kind: str) -> None:
+    """Every segment but the first is speakable, and each of its characters has a place in the input, in order."""
+    source = f"<speak>{text}</speak>" if kind == "speak" else text
+    input_format: InputFormat = "auto" if kind == "speak" else kind  # type: ignore[assignment]
+    try:
+        segments = prepare(
+            source, input_format, pronunciations=[Pronunciations({"nginx": "engine X"})], max_chars=10_000
+        )
+    except ApiError:
+        return
+    assert segments
+    assert all(is_speakable(segment.text) for segment in segments if segment.text)
+    assert all(segment.text for segment in segments[1:])
+    reached = 0
+    for segment in segments:
+        for index in range(len(segment.text)):
+            start, end = segment.source_range(index, index + 1)
+            assert 0 <= start <= end <= len(source)
+            assert start >= reached or (start, end) == segment.source_range(index - 1, index)
+            reached = start
+
+
 @given(PIECES.map("".join), st.data())
 def test_a_range_is_from_its_first_to_its_last_character(text: str, data: st.DataObject) -> None:
     """The source of several characters reaches from that of the first to that of the last."""
