@@ -14,6 +14,10 @@ SYSTEM: Final = Path(__file__).parent / "system"
 BESIDE_OTHERS: Final = {"test_clients.py", "test_load.py", "test_proxies.py", "test_start.py"}
 """System tests that measure neither time nor memory closely: another service may run beside theirs."""
 
+ENGINE: Final = Path(__file__).parent / "gpu_worker" / "engines" / "qwen"
+LONGEST: Final = {"system": 0, "engine": 1}
+"""The order of the groups that take minutes."""
+
 PROCESS_OF: Final[dict[str, str]] = {}
 """The process of pytest-xdist that runs a file's tests."""
 
@@ -62,29 +66,32 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.addaudithook(skip_services)
 
 
-def is_measured(path: Path) -> bool:
-    """Whether a test file measures a service, so that no other service may run beside its own."""
-    return path.is_relative_to(SYSTEM) and path.name not in BESIDE_OTHERS
+def group_of(path: Path) -> str:
+    """The tests of a group run in one process.
+
+    No service may run beside one that is measured. The tests of the engine share models and official runs.
+    """
+    if path.is_relative_to(SYSTEM) and path.name not in BESIDE_OTHERS:
+        return "system"
+    return "engine" if path.is_relative_to(ENGINE) else str(path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest group come first: at the end of a run no process waits for the other."""
-    items.sort(key=lambda item: not is_measured(item.path))
+    """Let the longest groups come first: at the end of a run no process waits for the other."""
+    items.sort(key=lambda item: LONGEST.get(group_of(item.path), len(LONGEST)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file in one process, and all measured system tests in one.
+    """Keep the tests of a file, and of a group, in one process: they share their fixtures.
 
-    Then the tests share their fixtures, and no measurement disturbs another.
     pytest-xdist 3.8 has groups of its own, but with pytest 9.2 it puts no test into them.
     """
     from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 -- quick runs of one file may lack it
 
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "system" if is_measured(config.rootpath / file) else file
+            return group_of(config.rootpath / nodeid.partition("::")[0])
 
     return Groups(config, log)
 

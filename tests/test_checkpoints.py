@@ -11,7 +11,7 @@ import torch
 
 from gpu_worker.engines.qwen.checkpoint.verification import verify
 from tests.checkpoints import Kind, Size, checkpoint_name, codec_config, main, model_config, tiny
-from tests.official_package import official_package
+from tests.official_package import official_package, quick_masks
 
 MODELS: list[tuple[Kind, Size]] = [
     ("custom_voice", "0b6"),
@@ -22,6 +22,7 @@ MODELS: list[tuple[Kind, Size]] = [
 ]
 
 
+@quick_masks()
 @pytest.mark.parametrize(("kind", "size"), MODELS)
 def test_the_official_package_speaks_with_them(kind: Kind, size: Size) -> None:
     """Every official call for the model's type gives audible, unclipped audio of whole frames."""

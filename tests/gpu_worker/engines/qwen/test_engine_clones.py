@@ -26,6 +26,7 @@ from tests.gpu_worker.engines.qwen.driving import (
 )
 from tests.gpu_worker.engines.qwen.faulty_parts import FaultyEncoder, OutOfMemoryPart, with_encoder
 from tests.gpu_worker.engines.qwen.parity import TRANSCRIPT, official
+from tests.official_package import quick_masks
 
 HIDDEN = 64
 """Size of a speaker embedding of the small Base model."""
@@ -38,6 +39,7 @@ def crowded(number: int) -> Job:
     return job(number, task="Base", voice="", reference=reference, non_streaming_mode=True, sampling=sampling)
 
 
+@quick_masks()
 def test_a_clone_in_context_equals_the_official_one(cloner: QwenEngine) -> None:
     """Speaker embedding, reference codes, prompt, speech and the cut behind the reference are the official ones."""
     pcm = recording(1.3)

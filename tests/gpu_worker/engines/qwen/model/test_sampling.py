@@ -1,13 +1,10 @@
+import functools
+import importlib
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from gpu_worker.engines.qwen.model.sampling import (
     SamplingTensors,
@@ -32,11 +29,18 @@ def parameters(rows: int, *, temperature: float, top_k: int, top_p: float, unifo
     )
 
 
+@functools.cache
+def logits_processors() -> Any:
+    """Those of Transformers: their import takes seconds, which a process that only collects this file is spared."""
+    return importlib.import_module("transformers.generation.logits_process")
+
+
 def official(scores: torch.Tensor, *, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """The probabilities that Transformers' processors leave."""
-    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)])
+    made = logits_processors()
+    processors = made.LogitsProcessorList([made.TemperatureLogitsWarper(temperature), made.TopKLogitsWarper(top_k)])
     if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
+        processors.append(made.TopPLogitsWarper(top_p))
     return processors(torch.zeros(len(scores), 0, dtype=torch.int64), scores).softmax(-1)
 
 
@@ -142,7 +146,7 @@ def test_repetition_is_penalised_as_transformers_does() -> None:
     scores = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(8))
     ids = torch.randint(0, VOCABULARY, (4, 30), generator=torch.Generator().manual_seed(9))
     seen = torch.zeros(4, VOCABULARY, dtype=torch.bool).scatter_(1, torch.cat((ids, ids), 1), value=True)
-    wanted = RepetitionPenaltyLogitsProcessor(1.05)(ids, scores)
+    wanted = logits_processors().RepetitionPenaltyLogitsProcessor(1.05)(ids, scores)
     assert torch.equal(apply_repetition_penalty(scores, seen, torch.full((4, 1), 1.05)), wanted)
 
 
