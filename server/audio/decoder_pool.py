@@ -16,8 +16,9 @@ from typing import Final
 
 import structlog
 
-from server.audio.decoder import MAX_REFERENCE_BYTES, REFUSED, InvalidAudioError
+from server.audio.decoder import MAX_REFERENCE_BYTES, REFUSED
 from server.audio.fetching import fetch_reference
+from server.audio.file_kinds import InvalidAudioError
 from server.http.errors import ApiError
 
 DECODER: Final = (sys.executable, "-m", "server.audio.decoder")

@@ -13,7 +13,8 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import IO, Final
 
-from server.audio.decoder import MAX_REFERENCE_BYTES, InvalidAudioError
+from server.audio.decoder import MAX_REFERENCE_BYTES
+from server.audio.file_kinds import InvalidAudioError
 
 FETCH_TIMEOUT_S: Final = 15.0
 

@@ -7,8 +7,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from server.audio.decoder import InvalidAudioError
 from server.audio.fetching import Address, fetch_reference, is_public
+from server.audio.file_kinds import InvalidAudioError
 
 
 @pytest.mark.parametrize(
