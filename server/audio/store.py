@@ -72,7 +72,7 @@ class AudioStore:
 
     def __init__(self, folder: Path, *, max_bytes: int, ttl_s: float, wall: Callable[[], float] = time.time) -> None:
         self._folder = folder
-        self.max_bytes = max_bytes
+        self._max_bytes = max_bytes
         self._ttl_s = ttl_s
         self._wall = wall
 
@@ -111,7 +111,7 @@ class AudioStore:
 
     def _put(self, audio_id: str, head: bytes, audio: bytes) -> None:
         size = len(head) + len(audio)
-        if _on_disk(size) > self.max_bytes:
+        if _on_disk(size) > self._max_bytes:
             raise _TooLargeError(f"{size} bytes are more than the store may hold")
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         scratch = self._folder / (audio_id + _PARTIAL)
@@ -166,7 +166,7 @@ class AudioStore:
                     kept.append((status.st_atime, _on_disk(status.st_size), path))
         kept.sort(reverse=True)
         total = sum(n_bytes for _, n_bytes, _ in kept) + (_on_disk(size) if size else 0)
-        while kept and total > self.max_bytes:
+        while kept and total > self._max_bytes:
             _, n_bytes, path = kept.pop()
             path.unlink(missing_ok=True)
             total -= n_bytes

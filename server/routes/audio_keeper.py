@@ -4,11 +4,12 @@ The id is not the speech id: logs and dashboards show that one, and this one is 
 """
 
 import secrets
+from typing import Final
 
 from server.audio import AudioFacts, AudioStore, Encoder
 from shared.pcm import bytes_for
 
-MAX_PCM_BYTES = bytes_for(3 * 3600)
+MAX_PCM_BYTES: Final = bytes_for(3 * 3600)
 """Of a streamed answer: three hours. Its copy is encoded in memory, up to 500 MB as wav, and 90 MB as mp3."""
 
 

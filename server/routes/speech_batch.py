@@ -12,7 +12,6 @@ import structlog
 from litestar import Request, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
-from litestar.response.streaming import Stream
 from litestar.typing import FieldDefinition
 from msgspec import Meta
 
@@ -22,9 +21,9 @@ from server.http.auth import client_of
 from server.http.errors import ApiError, ErrorBody, documented, envelope, internal_error
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
-from server.http.streaming import cancel_on_disconnect
+from server.http.streaming import ClosingStream
 from server.routes.speech import SpeechJson
-from server.routes.speech_response import failure_of, whole_body
+from server.routes.speech_response import KEEPALIVE_S, failure_of, whole_body
 from server.routes.speech_start import SpeechStarter
 from server.schemas import SpeechRequest, SpeechUsage, TimedWord, usage_of
 from shared.protocol import FinishReason, speech_id_of
@@ -137,7 +136,7 @@ async def create_speech_batch(
     engine: EngineDependency,
     settings: SettingsDependency,
     decoder_pool: DecoderPoolDependency,
-) -> Stream:
+) -> ClosingStream:
     """1 to 32 requests over shared defaults, answered together. An item that fails does so alone, with its own error.
 
     `stream`, `stream_format` and `store` have no meaning here.
@@ -145,8 +144,13 @@ async def create_speech_batch(
     client = client_of(settings, request)
     starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     batch = _Batch(starter, request_id_of(request.scope))
-    results = await cancel_on_disconnect(request, batch.speak(data.items))
-    return Stream(_body(request_id_of(request.scope), results), media_type="application/json", status_code=200)
+    speaking = asyncio.create_task(batch.speak(data.items))
+
+    def close() -> None:
+        speaking.cancel()
+
+    body = _body(request_id_of(request.scope), speaking)
+    return ClosingStream(body, on_close=close, media_type="application/json", status_code=200)
 
 
 class _Batch:
@@ -211,8 +215,14 @@ class _Batch:
             raise ApiError("invalid_value", "input: too much speech for one batch; send fewer items.", param="input")
 
 
-async def _body(request_id: str, results: list[BatchResult]) -> AsyncIterator[bytes]:
-    """The JSON of a BatchResponse, an item at a time: base64 takes a third more than the audio."""
+async def _body(request_id: str, speaking: "asyncio.Task[list[BatchResult]]") -> AsyncIterator[bytes]:
+    """The JSON of a BatchResponse, an item at a time: base64 takes a third more than the audio.
+
+    Until all have come there is white space, which JSON allows: proxies give up after a minute of silence.
+    """
+    while not (await asyncio.wait({speaking}, timeout=KEEPALIVE_S))[0]:
+        yield b" "
+    results = speaking.result()
     succeeded = sum(result.error is None for result in results)
     whole = BatchResponse(
         id=request_id, results=[], total=len(results), succeeded=succeeded, failed=len(results) - succeeded

@@ -55,14 +55,17 @@ def _response(request: Request[Any, Any, Any], audio: StoredAudio, *, etag: str)
         "Last-Modified": modified,
         "x-sample-rate": str(audio.facts.sample_rate),
     }
-    asked = {name: request.headers[name] for name in request.headers}
-    if is_unchanged(asked, etag):
+    if is_unchanged(request.headers, etag):
         audio.close()
         return Response(b"", status_code=304, headers=headers)
     part, status = None, 200
     try:
         # A range has a meaning for GET alone.
-        part = None if is_head(request.scope) else requested_range(asked, audio.size, etag=etag, modified=modified)
+        part = (
+            None
+            if is_head(request.scope)
+            else requested_range(request.headers, audio.size, etag=etag, modified=modified)
+        )
     except UnsatisfiableError:
         audio.close()
         error = ApiError("range_not_satisfiable", f"The audio has {audio.size} bytes; the range begins behind them.")

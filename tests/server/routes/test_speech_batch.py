@@ -177,6 +177,19 @@ async def test_a_client_that_leaves(client: httpx.AsyncClient, worker: FakeWorke
     await becomes(lambda: worker.busy == 0)
 
 
+async def test_a_long_batch_is_kept_alive(
+    client: httpx.AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """White space comes while the items are spoken, and the JSON behind it is whole."""
+    monkeypatch.setattr("server.routes.speech_batch.KEEPALIVE_S", 0.01)
+    worker.hold = True
+    async with client.stream("POST", BATCH, json={"items": [{"input": "a"}]}) as answer:
+        pieces = answer.aiter_text()
+        assert (await anext(pieces)).strip() == ""
+        worker.hold = False
+        assert json.loads("".join([piece async for piece in pieces]))["succeeded"] == 1
+
+
 async def test_it_needs_a_key(serve: Serve) -> None:
     """As every request for speech."""
     client = await serve(api_keys=["user-1", "user-2"], admin_keys=["boss"])
