@@ -182,7 +182,8 @@ async def test_slow_readers_share_the_slots(service: Service, capsys: pytest.Cap
 
     Every reader gets the bytes of the whole answer, and the buffer keeps within its budget.
     """
-    await listen(service, Crowd(readers=2 * SLOTS, frames=50, speed=4.0, every_s=0.25), capsys)
+    # Slow enough that a machine three times slower makes all of it in time: then the slots decide who waits.
+    await listen(service, Crowd(readers=2 * SLOTS, frames=50, speed=1.0, every_s=0.5), capsys)
 
 
 @pytest.mark.soak
@@ -229,7 +230,7 @@ async def listen(service: Service, crowd: Crowd, capsys: pytest.CaptureFixture[s
         )
     assert peaks.buffer_bytes <= stats["audio_buffer"]["budget_bytes"]
     assert (stats["requests"]["failed"], stats["requests"]["rejected"], stats["queued"]) == (0, 0, 0)
-    assert statistics.median(came) < stretched(max(0.2, 4 * statistics.median(idle)))
+    assert statistics.median(came) < stretched(max(0.5, 4 * statistics.median(idle)))
 
 
 def _whole(service: Service, request: dict[str, Any]) -> bytes:
