@@ -85,6 +85,7 @@ class MemoryProbe:
 
         A collection stops every thread of the process: 250 ms were measured with torch and transformers imported
         (2 cores), 0 after gc.freeze.
+        Do not call it while a model is moved: waiting for the device would break a capture of graphs in another thread.
         """
         trim_host(collect=collect)
         torch = sys.modules.get("torch")

@@ -36,7 +36,14 @@ from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
 from gpu_worker.engines.qwen.reference_cache import EncodedReference, ReferenceCache
-from gpu_worker.engines.qwen.runner import CpuModelRunner, CudaGraphModelRunner, ModelRunner, rows_needed, trace_bytes
+from gpu_worker.engines.qwen.runner import (
+    CpuModelRunner,
+    CudaGraphModelRunner,
+    ModelRunner,
+    graph_bytes,
+    rows_needed,
+    trace_bytes,
+)
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.vocoder import Vocoder
@@ -178,7 +185,7 @@ def compute_dtype(device: Device, name: DtypeName) -> torch.dtype:
 
 
 def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options: QwenOptions) -> int:
-    """The number of slots if none is configured. On CUDA, they take SLOTS_SHARE of the memory beside the weights.
+    """The number of slots if none is configured. On CUDA, they take SLOTS_SHARE of what weights and graphs leave.
 
     `weight_bytes`: what the weights take on the device. Memory counts if it is free and within the budget.
 
@@ -193,12 +200,15 @@ def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options
     state = codec.new_state(1, max_chunk=MAX_CHUNK_FRAMES)
     dtype = compute_dtype(options.device, options.dtype)
     each = slot_bytes(config.talker_config, dtype, options.max_model_len) + state.bytes // 2
-    slots = int((free - weight_bytes) * SLOTS_SHARE / each)
-    if slots < 1:
-        message = f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB and a slot {each >> 20} MiB"
-        raise JobError("insufficient_vram", message, retry_after_s=30)
     # Rows are allocated in these numbers (see rows_needed): slots between two of them would waste rows.
-    return max(size for size in BATCH_SIZES if size <= min(slots, MAX_SLOTS))
+    for slots in reversed([size for size in BATCH_SIZES if size <= MAX_SLOTS]):
+        if slots * each <= (free - weight_bytes - graph_bytes(slots)) * SLOTS_SHARE:
+            return slots
+    message = (
+        f"{free >> 20} MiB may be taken; weights take {weight_bytes >> 20} MiB, a slot {each >> 20} MiB, "
+        f"and its graphs {graph_bytes(1) >> 20} MiB"
+    )
+    raise JobError("insufficient_vram", message, retry_after_s=30)
 
 
 def slot_bytes(shape: TalkerShape, dtype: torch.dtype, max_model_len: int) -> int:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
+from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS
 from gpu_worker.engines.qwen.model.kv_cache import SlotLengths
 from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
     BATCH_SIZES,
+    DECODE_BATCH_SIZES,
     CapturedBuckets,
     largest_first,
     padded,
@@ -40,6 +42,12 @@ PREFILL_BATCH_SIZES: Final = (1, 4)
 
 PREFILL_LENGTHS: Final = (16, 32, 64, 128, 256)
 """Prompt lengths that prefills are captured for. Longer prompts run eagerly, padded to a power of 2."""
+
+GRAPH_NODE_BYTES: Final = 10 << 10
+"""What the driver takes for a kernel in a graph: about 10 KB, reported for CUDA 12 (NVIDIA/cccl 3768)."""
+
+GRAPH_NODES: Final = {"frame": 2500, "decode": 440, "prefill": 650}
+"""Kernels of a decode step, of a vocoder's call and of a prefill of published models: see test_fake_cuda.py."""
 
 TRACE_NODES: Final = 55
 """Nodes of a trace for each layer and forward of the code predictor: 47 to 49 in float32, 65 to 70 in bfloat16."""
@@ -94,6 +102,15 @@ def trace_bytes(shape: Shape, slots: int) -> int:
     """An estimate of the host memory of a CPU's traces of the code predictor."""
     forwards = (shape.num_code_groups - 1) * shape.num_hidden_layers
     return NODE_BYTES * TRACE_NODES * forwards * len(cpu_batch_sizes(slots))
+
+
+def graph_bytes(slots: int) -> int:
+    """An estimate of what the driver takes for the graphs of an engine, besides the memory that they compute in."""
+    frames = sum(size <= slots for size in BATCH_SIZES)
+    decodes = sum(size <= slots for size in DECODE_BATCH_SIZES) * len(CHUNK_LENGTHS)
+    prefills = len(PREFILL_BATCH_SIZES) * len(PREFILL_LENGTHS)
+    nodes = GRAPH_NODES
+    return GRAPH_NODE_BYTES * (frames * nodes["frame"] + decodes * nodes["decode"] + prefills * nodes["prefill"])
 
 
 class CpuModelRunner:

@@ -16,6 +16,7 @@ from gpu_worker.engines.qwen.codec import Codec, StreamSnapshot
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
 from gpu_worker.engines.qwen.parking import rows_to_device, rows_to_host
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
+    DECODE_BATCH_SIZES,
     CapturedBuckets,
     largest_first,
     padded,
@@ -28,9 +29,6 @@ from gpu_worker.engines.qwen.sequence import RunningJob
 from shared.pcm import FRAME_SAMPLES
 
 _PEAK: Final = 32767
-
-DECODE_BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Batch sizes that decodes are captured for. Jobs are seldom in step, so a chunk is due for a few of them at a time."""
 
 
 class Vocoder:

@@ -148,6 +148,16 @@ class Norm(TensorHolder):
         self.weight = None
         return matrices
 
+    def of_part(self, part: Tensor, whole: Tensor, sizes: tuple[int, int]) -> Tensor:
+        """The norm of `part`, the first of `sizes` along the second axis of `whole`.
+
+        CUDA's kernel would copy a part that is not contiguous. The norm of all costs less than that copy.
+        """
+        if not part.is_cuda:
+            return self(part)
+        y = functional.rms_norm(whole, self._shape, None, self._eps).split_with_sizes(sizes, 1)[0]
+        return y if self.weight is None else y * self.weight
+
     def __call__(self, x: Tensor) -> Tensor:
         """`x`: [..., size] in any float dtype -> the same shape and dtype."""
         if x.is_cuda:
@@ -225,8 +235,9 @@ class Layer(TensorHolder):
         """`x`: [rows, hidden] -> its queries, keys and values."""
         cos, sin = rope
         qkv = self.qkv(self.input_norm(x)).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        qk, value = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)  # half the time of split
-        qk = self.qk_norm(qk)
+        sizes = (self.heads + self.kv_heads, self.kv_heads)
+        qk, value = qkv.split_with_sizes(sizes, 1)  # half the time of split
+        qk = self.qk_norm.of_part(qk, qkv, sizes)
         rotated = qk.roll(self.half, -1)
         # In one kernel where that rounds no coarser than the official two.
         qk = torch.addcmul(qk * cos, rotated, sin) if qk.dtype == torch.float32 else qk * cos + rotated * sin

@@ -83,7 +83,7 @@ def sample(scores: Tensor, tensors: SamplingTensors, candidates: int) -> Tensor:
     values, ids = topk(scores, candidates)
     values = values / tensors.temperature
     worst = values.gather(1, tensors.rank.clamp(max=candidates - 1))
-    values = values.masked_fill(values < worst, float("-inf"))
+    values = values.masked_fill_(values < worst, float("-inf"))
     probabilities = values.softmax(-1)
     # TopPLogitsWarper sums from the least likely candidate upwards, and always keeps the best.
     tail = probabilities.flip(-1).cumsum(-1).flip(-1)
@@ -105,7 +105,7 @@ def sample_fixed(logits: Tensor, uniform: Tensor, *, top_k: int, temperature: fl
     else:
         values, ids = topk(logits.float(), min(top_k + CANDIDATES // 4, logits.shape[-1]))
         values = values / temperature
-        values = values.masked_fill(values < values[:, top_k - 1 : top_k], float("-inf"))
+        values = values.masked_fill_(values < values[:, top_k - 1 : top_k], float("-inf"))
     return _invert_cdf(values.softmax(-1).cumsum(-1), ids, uniform)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from gpu_worker.engines.qwen.runtime.cuda_graphs import GraphPool, Key, capture_graphs, warm_up
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Batch sizes that functions are captured for."""
+"""Batch sizes that decode steps are captured for."""
+
+DECODE_BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Batch sizes of the vocoder. Jobs are seldom in step, so a chunk is due for a few of them at a time."""
 
 
 class CapturedBuckets:

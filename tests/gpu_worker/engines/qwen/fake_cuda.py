@@ -78,7 +78,8 @@ class CountedOperators(TorchDispatchMode):
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name.rpartition("::")[2].rstrip("_")
+        full_name = func._schema.name.rpartition("::")[2]
+        name = full_name.rstrip("_")
         tensors = [item for item in _flat((args, kwargs, result)) if isinstance(item, Tensor)]
         if any(tensor.device.type != "cuda" and tensor.ndim for tensor in tensors):  # single numbers are arguments
             self._launches.crossings.append(name)
@@ -86,7 +87,7 @@ class CountedOperators(TorchDispatchMode):
         if name == "_flash_attention_forward":
             self._launches.attention.add(_shapes(args[:3]))
         if name not in FREE and not is_view:
-            self._launches.kernels[name] += SEVERAL.get(name, 1)
+            self._launches.kernels[name] += SEVERAL.get(full_name, 1)
         return result
 
 
