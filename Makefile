@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# How many processes run tests. The tests of one file stay in one process, and so do most of tests/system.
+# How many processes run tests; tests/conftest.py says which tests stay in one process.
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest
 PARALLEL := -n $(JOBS) --no-loadscope-reorder
