@@ -1,5 +1,6 @@
 """The worker as a process: its settings, its address, its exit codes, its end."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+import gpu_worker.__main__
 from gpu_worker.__main__ import EXIT_ALREADY_RUNNING, EXIT_WRONG_SETTINGS, main
 from gpu_worker.engines.factory import GPU_EXTRA
 from gpu_worker.health import check
@@ -248,6 +250,7 @@ class TestHealth:
         assert main(["health"]) == 1
         monkeypatch.delenv("TTS_WORKER_TOKEN")
         running.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(gpu_worker.__main__, "check", functools.partial(check, timeout_s=0.5))
         assert main(["health"]) == 1
 
 

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zmq
 
+from gpu_worker import transport
 from gpu_worker.transport import LEASE_S, Incoming, PeerGone, Transport, TransportEvent, TransportFailed
 from shared.protocol import (
     VERSION,
@@ -86,8 +87,9 @@ class _Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[_Server]:
-    """A running transport."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
+    """A running transport that ends at once: the tests of its end have one of their own."""
+    monkeypatch.setattr(transport, "_LINGER_S", 0.0)
     server = _Server(tmp_path)
     server.transport.start()
     yield server
