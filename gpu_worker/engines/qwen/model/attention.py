@@ -28,9 +28,12 @@ class Attention(Protocol):
     """Causal attention of whole prompts, and of one new token a row over a cache.
 
     `reads_lengths`: a row costs what its own length costs, however many tokens are passed. Then one graph serves all.
+    `heads_by_group`: results have the first query head of every KV head in front, then the second, as fused kernels
+    leave them: a copy less in each layer. Otherwise all heads of the first KV head are in front. Queries always are so.
     """
 
     reads_lengths: bool
+    heads_by_group: bool
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
@@ -52,6 +55,7 @@ class Eager:
     """The official eager path: scores, float32 softmax, sum, each as a kernel of its own."""
 
     reads_lengths = False
+    heads_by_group = False
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens, groups = query.shape[1], query.shape[2] // key.shape[2]
@@ -80,15 +84,16 @@ class Sdpa:
 
     reads_lengths = False
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, heads_by_group: bool = False) -> None:
         """`dtype`: that of queries, keys and values."""
         self._dtype = dtype
+        self.heads_by_group = heads_by_group
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        out = out.transpose(1, 2)
+        return by_group(out, key.shape[1]) if self.heads_by_group else out
 
     def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Tensor:
         """What is added to the scores: 0 within the length, -inf beyond, [rows, 1, 1, tokens].
@@ -103,7 +108,8 @@ class Sdpa:
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         rows, kv_heads, _, dim = key.shape
         query = query.reshape(rows, kv_heads, -1, dim)
-        return functional.scaled_dot_product_attention(query, key, value, mask).reshape(rows, -1)
+        out = functional.scaled_dot_product_attention(query, key, value, mask)
+        return (out.transpose(1, 2) if self.heads_by_group else out).reshape(rows, -1)
 
 
 class Flash(Sdpa):
@@ -130,7 +136,13 @@ class Flash(Sdpa):
         query = query.view(rows, kv_heads, groups, dim).transpose(1, 2).reshape(-1, kv_heads, dim)
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
         out = flash_kernel((query, key, value), mask, groups, tokens)
-        return out.view(rows, groups, kv_heads, dim).transpose(1, 2).reshape(rows, -1)
+        out = out.view(rows, groups, kv_heads, dim)
+        return (out if self.heads_by_group else out.transpose(1, 2)).reshape(rows, -1)
+
+
+def by_group(heads: Tensor, kv_heads: int) -> Tensor:
+    """Reorder [..., heads, dim] for `heads_by_group`."""
+    return heads.unflatten(-2, (kv_heads, -1)).transpose(-3, -2).flatten(-3, -2)
 
 
 def flash_kernel(
@@ -164,13 +176,13 @@ def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Att
     if backend == "eager":
         return Eager()
     if backend == "sdpa" or (backend == "auto" and not _flash_agrees(device, dtype)):
-        return Sdpa(dtype)
+        return Sdpa(dtype, heads_by_group=device.type == "cuda")
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise JobError(
             "model_unavailable",
             f"flash_attention_2 needs CUDA and bfloat16 or float16, not {device.type} and {dtype}; use sdpa",
         )
-    return Flash(dtype)
+    return Flash(dtype, heads_by_group=True)
 
 
 @functools.cache
@@ -181,7 +193,7 @@ def _flash_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     if torch.cuda.get_device_capability() < FLASH_CAPABILITY:
         return False
     try:
-        difference = difference_from_sdpa(Flash(dtype), device, dtype)
+        difference = difference_from_sdpa(Flash(dtype, heads_by_group=True), device, dtype)
     except (RuntimeError, TypeError) as error:
         log.warning("flash_attention_left_out", reason=str(error))
         return False
@@ -201,6 +213,6 @@ def difference_from_sdpa(flash: Flash, device: torch.device, dtype: torch.dtype)
     lengths = torch.tensor([1, 64, 129, tokens], device=device)
     ours, wanted = (
         backend.decode(query, key, value, backend.length_mask(lengths, tokens, heads // kv_heads))
-        for backend in (flash, Sdpa(dtype))
+        for backend in (flash, Sdpa(dtype, heads_by_group=flash.heads_by_group))
     )
     return float((ours.float() - wanted.float()).abs().max())

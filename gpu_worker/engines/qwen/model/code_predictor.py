@@ -98,7 +98,7 @@ class CodePredictor(TensorHolder):
         self._attention = attention
         self._top_k = generation.subtalker_top_k
         codebook0, *others = codec_table.split([talker.vocab_size, *[shape.vocab_size] * (self.groups - 1)])
-        self.stack = Stack(weights, f"{prefix}model.", shape)
+        self.stack = Stack(weights, f"{prefix}model.", shape, heads_by_group=attention.heads_by_group)
         heads = self.stack.norm.fold_into([weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)])
         self._temperature = generation.subtalker_temperature
         if heads[0].dtype == torch.float32:  # in other dtypes logits are rounded before the temperature divides them

@@ -25,6 +25,7 @@ class KVCache(TensorHolder):
         size = (slots, max_model_len, shape.num_key_value_heads, shape.head_dim)
         self.max_model_len = max_model_len
         self.reads_lengths = attention.reads_lengths
+        self.heads_by_group = attention.heads_by_group
         self._attention = attention
         self._groups = shape.num_attention_heads // shape.num_key_value_heads
         self.keys = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]

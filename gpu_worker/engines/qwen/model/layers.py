@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
+from gpu_worker.engines.qwen.model.attention import by_group
 
 PACK_ELEMENTS: Final = 1 << 18
 """On CPU, weights of at least this many elements are kept in oneDNN's blocked layout ("packed").
@@ -210,7 +211,9 @@ class Attend(Protocol):
 class Layer(TensorHolder):
     """One pre-norm block: attention with a norm of each head's query and key, then SwiGLU."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, heads_by_group: bool) -> None:
+        """`heads_by_group`: the order of the heads that attention returns, see Attention."""
+
         def fused(*names: str, behind: Norm | None = None) -> Linear:
             matrix = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
             return Linear(behind.fold_into([matrix])[0] if behind is not None else matrix)
@@ -227,7 +230,10 @@ class Layer(TensorHolder):
             torch.cat((query.expand(self.heads, -1), key.expand(self.kv_heads, -1))), shape.rms_norm_eps
         )
         self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", behind=self.input_norm)
-        self.out = fused("self_attn.o_proj")
+        out = weights[f"{prefix}self_attn.o_proj.weight"]
+        if heads_by_group:
+            out = by_group(out.unflatten(1, (self.heads, self.head_dim)), self.kv_heads).flatten(1)
+        self.out = Linear(out)
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
         self.down = fused("mlp.down_proj")
 
@@ -254,8 +260,11 @@ class Layer(TensorHolder):
 class Stack(TensorHolder):
     """The blocks and the final norm."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape) -> None:
-        self.layers = [Layer(weights, f"{prefix}layers.{i}.", shape) for i in range(shape.num_hidden_layers)]
+    def __init__(
+        self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, heads_by_group: bool = False
+    ) -> None:
+        layers = [f"{prefix}layers.{i}." for i in range(shape.num_hidden_layers)]
+        self.layers = [Layer(weights, layer, shape, heads_by_group=heads_by_group) for layer in layers]
         self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:

@@ -24,7 +24,7 @@ class Talker(TensorHolder):
 
     def __init__(self, weights: Mapping[str, Tensor], shape: TalkerShape, cache: KVCache) -> None:
         """`weights`: as for CodePredictor. `cache` has their device and dtype."""
-        self.stack = Stack(weights, "talker.model.", shape)
+        self.stack = Stack(weights, "talker.model.", shape, heads_by_group=cache.heads_by_group)
         head = weights["talker.codec_head.weight"]
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
         self._outputs = shape.codes + 1

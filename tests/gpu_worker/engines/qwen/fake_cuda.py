@@ -142,7 +142,7 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
         FakeWeights(_model_shapes(config)),
         config,
         GenerationConfig(),
-        Flash(torch.bfloat16),
+        Flash(torch.bfloat16, heads_by_group=True),
         slots=rows,
         max_model_len=MAX_MODEL_LEN,
     )

@@ -16,12 +16,12 @@ import torch
 from gpu_worker.engines.qwen.runner import GRAPH_NODE_BYTES, graph_bytes
 
 KERNELS = {
-    "code_predictor_step/1/0": 1757,
-    "code_predictor_step/16/0": 1759,
-    "talker_step/1/2048": 646,
-    "talker_step/16/2048": 702,
-    "prefill/1/16": 638,
-    "prefill/4/32": 640,
+    "code_predictor_step/1/0": 1692,
+    "code_predictor_step/16/0": 1694,
+    "talker_step/1/2048": 674,
+    "talker_step/16/2048": 674,
+    "prefill/1/16": 666,
+    "prefill/4/32": 668,
     "decode/1/1": 435,
     "decode/16/8": 435,
 }
@@ -30,7 +30,7 @@ KERNELS = {
 GRAPHS = 56
 """Graphs of an engine with 64 slots."""
 
-NODES = 40_661
+NODES = 40_160
 """Kernels of all those graphs: each takes about 10 KB of the driver's memory, and its share of a restore."""
 
 ATTENTION_SHAPES = 64

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.model import attention as attention_module
-from gpu_worker.engines.qwen.model.attention import Flash, Sdpa, attention, difference_from_sdpa
+from gpu_worker.engines.qwen.model.attention import Flash, Sdpa, attention, by_group, difference_from_sdpa
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,21 @@ def plain_flash(
 def test_flash_attention_gives_each_row_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments that the kernel gets make it what SDPA is under a mask."""
     monkeypatch.setattr(attention_module, "flash_kernel", plain_flash)
-    assert difference_from_sdpa(Flash(torch.float32), CPU, torch.float32) < 1e-5
+    for heads_by_group in (False, True):
+        flash = Flash(torch.float32, heads_by_group=heads_by_group)
+        assert difference_from_sdpa(flash, CPU, torch.float32) < 1e-5
+
+
+def test_heads_may_come_by_group() -> None:
+    """The same heads in another order, which `by_group` makes of the usual one."""
+    usual, grouped = Sdpa(torch.float32), Sdpa(torch.float32, heads_by_group=True)
+    query, key, value = torch.randn(2, 9, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+    wanted = usual.prefill(query, key, value)[:, :, [0, 2, 1, 3]]
+    assert torch.equal(grouped.prefill(query, key, value), wanted)
+    arguments = query[:, 0], key.transpose(1, 2), value.transpose(1, 2), None
+    wanted = usual.decode(*arguments).view(2, 4, 16)[:, [0, 2, 1, 3]]
+    assert torch.equal(grouped.decode(*arguments).view(2, 4, 16), wanted)
+    assert torch.equal(by_group(usual.decode(*arguments).view(2, 4, 16), 2), wanted)
 
 
 class Device:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen.model import attention as attention_module
-from gpu_worker.engines.qwen.model.attention import Flash
+from gpu_worker.engines.qwen.model.attention import Flash, Sdpa
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
@@ -90,23 +90,25 @@ def test_a_seed_gives_the_same_codes_alone_and_in_a_batch() -> None:
     assert not torch.equal(other[: len(together[0])], together[0][: len(other)])
 
 
-@pytest.mark.parametrize("flash", [False, True])
-def test_fixed_shapes_give_the_same_codes(monkeypatch: pytest.MonkeyPatch, *, flash: bool) -> None:
+@pytest.mark.parametrize(
+    "kernel", [Sdpa(torch.float32), Sdpa(torch.float32, heads_by_group=True), Flash(torch.float32, heads_by_group=True)]
+)
+def test_fixed_shapes_give_the_same_codes(monkeypatch: pytest.MonkeyPatch, kernel: Sdpa) -> None:
     """Padded prompts, masked caches and rows of padding, as graphs need them, give the codes of true lengths.
 
-    So do the lengths that FlashAttention 2 gets.
+    So do the lengths that FlashAttention 2 gets, and the order of heads that fused kernels leave.
     """
-    if flash:
-        monkeypatch.setattr(attention_module, "flash_kernel", plain_flash)
-        monkeypatch.setattr(parity, "attention", lambda *_: Flash(torch.float32))
+    monkeypatch.setattr(attention_module, "flash_kernel", plain_flash)
+    monkeypatch.setattr(parity, "attention", lambda *_: kernel)
     ours = Ours("custom_voice", None, slots=BATCH_SIZES[3] + 1)
-    assert ours.model.talker.cache.reads_lengths is flash
+    cache = ours.model.talker.cache
+    assert (cache.reads_lengths, cache.heads_by_group) == (kernel.reads_lengths, kernel.heads_by_group)
     requests = [
         Request(prompt=ours.prompt(case), join=place, frames=10)
         for place, case in enumerate(case for case in CASES if case.kind == "custom_voice" and case.size is None)
     ]
     padded = generate(ours, requests, CudaGraphModelRunner(ours.model, CudaStreams()))
-    for codes, wanted in zip(padded, generate(ours, requests), strict=True):
+    for codes, wanted in zip(padded, generate(our_model("custom_voice"), requests), strict=True):
         assert torch.equal(codes, wanted)
 
 
