@@ -11,12 +11,19 @@ import hypothesis
 import pytest
 
 SYSTEM: Final = Path(__file__).parent / "system"
-BESIDE_OTHERS: Final = {"test_clients.py", "test_load.py", "test_proxies.py", "test_start.py"}
+BESIDE_OTHERS: Final = {
+    "test_admin.py",
+    "test_clients.py",
+    "test_load.py",
+    "test_proxies.py",
+    "test_qwen.py",
+    "test_start.py",
+}
 """System tests that measure neither time nor memory closely: another service may run beside theirs."""
 
 ENGINE: Final = Path(__file__).parent / "gpu_worker" / "engines" / "qwen"
-LONGEST: Final = {"system": 0, "engine": 1}
-"""The order of the groups that take minutes."""
+LONGEST: Final = ("system", "engine", str(SYSTEM))
+"""The order of the groups that take minutes, and of the files that take half a minute."""
 
 PROCESS_OF: Final[dict[str, str]] = {}
 """The process of pytest-xdist that runs a file's tests."""
@@ -78,7 +85,12 @@ def group_of(path: Path) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest groups come first: at the end of a run no process waits for the other."""
-    items.sort(key=lambda item: LONGEST.get(group_of(item.path), len(LONGEST)))
+
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item.path)
+        return next((place for place, name in enumerate(LONGEST) if group.startswith(name)), len(LONGEST))
+
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(optionalhook=True)
