@@ -103,6 +103,16 @@ def test_every_task_streams_its_whole_answer(service: Service, fields: dict[str,
     assert speak(service, **fields).content == whole.content
 
 
+@pytest.mark.parametrize(("sample_rate", "speed"), [(8_000, 1.0), (44_100, 1.3)])
+def test_a_stream_equals_its_whole_answer_at_any_rate(service: Service, sample_rate: int, speed: float) -> None:
+    """Resampled, faster and with a pause, every sample is the same, and the pause is in it."""
+    fields = {"input": "Good [pause:300ms] morning.", "sample_rate": sample_rate, "speed": speed}
+    whole = speak(service, **fields, stream=False)
+    assert whole.headers["x-sample-rate"] == str(sample_rate)
+    assert len(whole.content) > 2 * 0.3 * sample_rate
+    assert speak(service, **fields).content == whole.content
+
+
 @pytest.mark.parametrize("audio_format", ["mp3", "opus", "aac", "flac", "wav"])
 def test_every_format(service: Service, audio_format: str) -> None:
     """Every format gives as much audio as pcm."""

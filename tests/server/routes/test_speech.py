@@ -67,6 +67,7 @@ async def test_a_recording_in_the_request(serve: Serve, worker: FakeWorker) -> N
         ({"response_format": "pcm", "sample_rate": None}, "audio/pcm", 24_000, 2 * 5_760),
         ({"response_format": "ulaw"}, "audio/basic", 8_000, 1_920),
         ({"response_format": "alaw", "sample_rate": 8000}, "audio/x-alaw-basic", 8_000, 1_920),
+        ({"response_format": " WAV ", "sample_rate": "16000"}, "audio/wav", 16_000, 44 + 2 * 3_840),
         ({"response_format": "ogg", "sample_rate": 12000}, "audio/ogg", 12_000, None),
         ({"response_format": "pcm", "sample_rate": 16000, "speed": 2.0}, "audio/pcm", 16_000, 2 * 1_920),
     ],
