@@ -229,7 +229,7 @@ async def test_an_upload_outlives_a_crowd(bench: Bench, kind: str) -> None:
         request = bench.request(client, body=kind == "body") if kind != "silent" else None
         if request and kind == "idle":
             bench.requests.end(request)
-    await bench.after(0.2)
+    await bench.after(0.9)
     assert not any(closed(client) for client in (uploading, *crowd))
     await bench.after(2)
     assert [closed(client) for client in (uploading, *crowd)] == [False, *[True] * 3, *[False] * 5]
