@@ -9,10 +9,18 @@ import importlib.util
 import os
 import runpy
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from gpu_worker.residency.host_ram import Usage
+
+LIST_AGE_S: Final = 1.0
+"""How old NVML's list of processes may be while torch's part is the same. Some drivers take 5 ms for it.
+
+The synthesis thread reads the memory five times a second for each web worker.
+"""
 
 DRIVERS: Final = {12: 525, 13: 580}
 """By the major version of CUDA that torch is built for: the oldest NVIDIA driver for Linux that runs it."""
@@ -28,8 +36,10 @@ class NvmlDriver:
 
     kind: Literal["cuda", "cpu"] = "cuda"
 
-    def __init__(self, nvml: Any, visible: str | None) -> None:
+    def __init__(self, nvml: Any, visible: str | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._nvml = nvml
+        self._clock = clock
+        self._last_list: tuple[float, int, int | None] | None = None
         nvml.nvmlInit()
         self._handle = self._find((visible or "0").split(",")[0].strip())
         self._context_bytes = 0
@@ -61,7 +71,7 @@ class NvmlDriver:
     def read(self) -> Usage:
         """If NVML does not list this process, its part is what torch has reserved plus the CUDA context."""
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-        listed = self._listed()
+        listed = self._recently_listed()
         return Usage(
             total_bytes=int(memory.total),
             used_bytes=int(memory.used),
@@ -80,6 +90,13 @@ class NvmlDriver:
                 if (uuid.decode() if isinstance(uuid, bytes) else str(uuid)).startswith(name):
                     return handle
         return self._nvml.nvmlDeviceGetHandleByUUID(name)
+
+    def _recently_listed(self) -> int | None:
+        """As `_listed`; at most LIST_AGE_S old, and never older than the last change of what torch has reserved."""
+        now, reserved, last = self._clock(), _torch_reserved(), self._last_list
+        if last is None or now - last[0] > LIST_AGE_S or reserved != last[1]:
+            last = self._last_list = (now, reserved, self._listed())
+        return last[2]
 
     def _listed(self) -> int | None:
         """This process's bytes in NVML's list, or None if it is not in the list.

@@ -38,7 +38,7 @@ class FakeNvml:
         """What pynvml raises."""
 
     def __init__(self, pid: int = 1, used_by_pid: int | None = 1, *, trouble: str = "", mig: bool = False) -> None:
-        self._process = SimpleNamespace(pid=pid, usedGpuMemory=used_by_pid)
+        self.process = SimpleNamespace(pid=pid, usedGpuMemory=used_by_pid)
         self._trouble = trouble
         self._mig = mig
         self.used = 700
@@ -100,7 +100,7 @@ class FakeNvml:
 
     def nvmlDeviceGetComputeRunningProcesses(self, _handle: int | str) -> list[Any]:  # noqa: N802 -- NVML's name
         """One process."""
-        return [self._process]
+        return [self.process]
 
 
 class FakeTorch:
@@ -118,6 +118,7 @@ class FakeTorch:
         self.cuda = self
         self.calls: list[str] = []
         self.available = True
+        self.reserved = 60
         self._nvml = nvml
 
     def is_available(self) -> bool:
@@ -136,7 +137,7 @@ class FakeTorch:
 
     def memory_reserved(self) -> int:
         """What the allocator holds."""
-        return 60
+        return self.reserved
 
     def mem_get_info(self) -> tuple[int, int]:
         """Free and total."""

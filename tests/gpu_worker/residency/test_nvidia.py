@@ -13,6 +13,7 @@ import pytest
 from gpu_worker.residency.host_ram import Usage
 from gpu_worker.residency.memory import MemoryProbe, open_probe
 from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_present, cuda_problem
+from tests.gpu_worker.fakes import FakeClock
 from tests.gpu_worker.residency.fake_drivers import FakeNvml, FakeTorch
 
 
@@ -42,6 +43,20 @@ class TestDrivers:
         for _ in range(2):
             probe.start()
             assert probe.device().ours_bytes == FakeTorch.CONTEXT + 60
+
+    def test_list_of_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is read again once a second, and at once when torch has reserved more or less."""
+        nvml, clock, torch = FakeNvml(os.getpid(), 250), FakeClock(), FakeTorch()
+        driver = NvmlDriver(nvml, None, clock)
+        monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type] -- stands in for the module
+        assert driver.read().ours_bytes == 250
+        nvml.process.usedGpuMemory, nvml.used = 300, 800
+        assert (driver.read().ours_bytes, driver.read().used_bytes) == (250, 800)
+        clock.advance(1.5)
+        assert driver.read().ours_bytes == 300
+        nvml.process.usedGpuMemory = 400
+        torch.reserved = 61
+        assert driver.read().ours_bytes == 400
 
     @pytest.mark.parametrize(
         ("visible", "handle"),
