@@ -83,6 +83,27 @@ async def listening(app: HttpMiddleware, port: int | None = None, **options: Any
         await serving_task
 
 
+async def exchange(client: httpx.AsyncClient, request: bytes) -> tuple[int, httpx.Headers, list[bytes]]:
+    """Send exactly these bytes; the status, the headers and the pieces of the answer, as its chunks cut it."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    try:
+        writer.write(request)
+        status = int((await reader.readline()).split()[1])
+        headers = httpx.Headers()
+        while line := (await reader.readline()).strip().decode():
+            name, _, value = line.partition(": ")
+            headers[name] = value
+        if "content-length" in headers:
+            return status, headers, [await reader.readexactly(int(headers["content-length"]))]
+        pieces = []
+        while size := int(await reader.readline(), 16):
+            pieces.append(await reader.readexactly(size))
+            await reader.readline()
+        return status, headers, pieces
+    finally:
+        writer.close()
+
+
 async def until(condition: Any, timeout_s: float = 20.0) -> None:
     """Poll until the coroutine function `condition` returns a true value."""
     async with asyncio.timeout(timeout_s):
