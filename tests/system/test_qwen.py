@@ -185,6 +185,27 @@ def test_thirty_two_clients_on_eight_slots(service: Service) -> None:
     assert [answer.content for answer in together] == alone
 
 
+@pytest.mark.soak
+def test_no_voice_leaks_into_another(service: Service) -> None:
+    """20 clones of 20 recordings get alone the samples that they get among 30 others: each has its own voice."""
+    spoken = {"model": BASE, "max_new_tokens": 12, "ref_text": "Buzz."}
+    clones = [
+        {**spoken, "ref_audio": data_url(recording(1.5 + number / 10)), "seed": number, "input": f"Clone {number}."}
+        for number in range(20)
+    ]
+    others = [
+        {"model": CUSTOM, "voice": ("vivian", "ryan", "serena")[number % 3], "input": "Others. " * (1 + number % 4)}
+        for number in range(30)
+    ]
+    alone = [speak(service, **clone).content for clone in clones]
+    crowd = [request for pair in zip(clones, others, strict=False) for request in pair] + others[len(clones) :]
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        together = list(pool.map(lambda request: speak(service, **request), crowd))
+    assert [answer.status_code for answer in together] == [200] * 50
+    assert [answer.content for answer in together[: 2 * len(clones) : 2]] == alone
+    assert len(set(alone)) == len(clones)
+
+
 def test_clients_that_leave_free_their_slots(service: Service) -> None:
     """All slots are taken: others get theirs all the same, and exact audio; clients that disconnect leave nothing."""
     expected = speak(service, seed=3).content

@@ -18,7 +18,7 @@ from shared.pcm import seconds_of
 from shared.protocol import Cancel, Credit, Failed, Segment, Speak
 from tests.audio import decode, peak
 from tests.fakes import FakeWorker, tone
-from tests.server.running import SHARED_LOOP, SPEECH, becomes, responds, serving, until
+from tests.server.running import SHARED_LOOP, SPEECH, becomes, exchange, responds, serving, until
 from tests.system.service import stretched
 
 pytestmark = SHARED_LOOP
@@ -48,6 +48,27 @@ async def test_pcm_is_streamed_by_default(client: httpx.AsyncClient) -> None:
     assert answer.headers["cache-control"] == "no-cache"
     assert answer.headers["x-accel-buffering"] == "no"
     assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 24_000, 44_100])
+@pytest.mark.parametrize("speed", [0.7, 1.0, 1.3])
+async def test_pieces_of_pcm_are_whole_samples(
+    client: httpx.AsyncClient, worker: FakeWorker, rate: int, speed: float
+) -> None:
+    """Clients take each chunk of the transfer and each event for samples; both ways are the whole answer's bytes."""
+    worker.chunks = 20
+    body = {"input": "One.[pause:75ms] Two.", "response_format": "pcm", "sample_rate": rate, "speed": speed}
+    data = json.dumps(body).encode()
+    head = f"POST {SPEECH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+    _, headers, pieces = await exchange(client, head.encode() + data)
+    *deltas, _ = _events((await client.post(SPEECH, json=body | {"stream_format": "sse"})).text)
+    events = [base64.b64decode(delta["audio"]) for delta in deltas]
+    assert headers["x-sample-rate"] == str(rate)
+    for parts in (pieces, events):
+        assert len(parts) > 3
+        assert not [len(part) for part in parts if len(part) % 2]
+    whole = (await client.post(SPEECH, json=body | {"stream": False})).content
+    assert b"".join(pieces) == b"".join(events) == whole
 
 
 async def test_a_whole_body(client: httpx.AsyncClient) -> None:
