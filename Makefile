@@ -14,7 +14,12 @@ PARALLEL := -n $(JOBS) --no-loadscope-reorder
 # The gpu extra (torch, transformers, qwen-tts: several GB with CUDA) is for machines that can use it.
 WITH_QWEN ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
 
-.PHONY: serve help quick test soak bench gpu install lint format clean
+# Each group of clients has an environment of its own. wyoming-openai needs Python 3.12; without it, its tests skip.
+CLIENTS := .cache/clients
+PYTHON_OF_agents = $(PYTHON)
+PYTHON_OF_wyoming ?= python3.12
+
+.PHONY: serve help quick test soak clients bench gpu install lint format clean
 
 serve: $(VENV)/.serve$(if $(filter 1,$(WITH_QWEN)),-gpu) ## set up, then serve on 127.0.0.1:8000
 	$(BIN)/python -m server
@@ -30,6 +35,9 @@ test: install lint ## set up, then everything that must pass
 
 soak: install ## the long runs that `make test` leaves out, and a long search by Hypothesis
 	$(PYTEST) -m 'soak or hypothesis' --hypothesis-profile soak --timeout 3600
+
+clients: install $(CLIENTS)/.agents $(CLIENTS)/.wyoming ## unmodified clients of others against the real service
+	$(PYTEST) -m clients tests/clients
 
 install: $(VENV)/.all ## the environment alone, with all that the tests need
 
@@ -82,3 +90,11 @@ $(VENV)/.quick: pyproject.toml | $(BIN)/python
 $(VENV)/.all: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[demo,gpu,dev]'
 	@touch $@ $(VENV)/.quick $(VENV)/.serve $(VENV)/.serve-gpu
+
+$(CLIENTS)/.agents $(CLIENTS)/.wyoming: $(CLIENTS)/.%: pyproject.toml
+	@if $(PYTHON_OF_$*) -c '' 2>/dev/null; then \
+		$(PYTHON_OF_$*) -m venv $(CLIENTS)/$* \
+		&& $(CLIENTS)/$*/bin/python -m pip install --quiet 'pip>=25.1' \
+		&& $(CLIENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check --group $* \
+		&& touch $@; \
+	else echo "$(PYTHON_OF_$*) is not installed; the tests of $* will be skipped"; fi
