@@ -62,6 +62,12 @@ This bounds how many new idle connections a second one web worker survives: one 
 Beyond, they wait in the backlog; when that is full, clients repeat their handshakes after 1, 3, 7 and 15 s.
 """
 
+SILENT_WEIGHT: Final = 5
+"""A connection that has never asked for anything counts as idle for so much longer.
+
+If all of these went first, a crowd that always makes room short would leave none of them a second.
+"""
+
 MIN_ASKING_S: Final = 5.0
 """Nor a connection whose last bytes came within this time and have no answer: they may be a request.
 
@@ -250,17 +256,17 @@ class ConnectionReaper:
     async def _close_for_room(self, idle: list[Connection]) -> None:
         """Keep a share of the places free.
 
-        First go those that have never asked for anything, then bodies that drip, then the longest idle,
+        First go bodies that drip, then the longest idle, then slow bodies,
         at last stalled readers, first those that have taken least: a player that pauses has taken more.
         No upload and no reader goes while enough younger connections may soon turn out to be idle.
         """
         self._short = self._missing() > 0
         if not self._short:
             return
-        await self._close("silent_for_room", [one for one in idle if not one.has_asked], self._missing(), _IDLE)
         drip, slow, young = self._slow_bodies()
         await self._close("dripping_body_for_room", drip, self._missing(), _SLOW_BODY)
-        await self._close("idle_for_room", [one for one in idle if one.has_asked], self._missing(), _IDLE)
+        idle.sort(key=lambda one: self._idle_s(one) * (1 if one.has_asked else SILENT_WEIGHT), reverse=True)
+        await self._close("idle_for_room", idle, self._missing(), _IDLE)
         if young + sum(one.inode in self._connections for one in idle) >= self._missing():
             return
         await self._close("slow_body_for_room", slow, self._missing(), _SLOW_BODY)

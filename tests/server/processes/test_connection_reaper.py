@@ -178,24 +178,38 @@ async def test_a_request_on_its_way_keeps_its_connection(
     assert sum(shut(accepted) for accepted in bench.accepted) == 2
 
 
-async def test_who_never_asked_goes_first(bench: Bench) -> None:
-    """A connection without any request goes before a dripping body, and that before an idle one that was used."""
-    used, dripping, silent = (
-        [bench.connect()[0] for _ in range(2)],
-        [bench.connect()[0] for _ in range(4)],
-        [bench.connect()[0] for _ in range(2)],
-    )
-    for client in used:
-        bench.requests.end(bench.request(client))
+async def test_dripping_bodies_go_first(bench: Bench) -> None:
+    """A dripping body goes before an idle connection, and that before an upload."""
+    uploading, idle, dripping = ([bench.connect()[0] for _ in range(number)] for number in (2, 4, 2))
+    for client in uploading:
+        bench.request(client, body=True).body_bytes = 1_000_000
     for client in dripping:
         bench.request(client, body=True)
     await bench.after(10)
-    assert [closed(client) for client in used + dripping + silent] == [False] * 6 + [True] * 2
-    silent = [bench.connect()[0] for _ in range(4)]
-    for client in silent:
-        bench.requests.end(bench.request(client))
+    assert [closed(client) for client in uploading + idle + dripping] == [False] * 6 + [True] * 2
+    more = [bench.connect()[0] for _ in range(4)]
     await bench.after(10)
-    assert [closed(client) for client in used + dripping + silent] == [False] * 2 + [True] * 4 + [False] * 4
+    assert [closed(client) for client in uploading + idle + more] == [False] * 2 + [True] * 4 + [False] * 4
+
+
+async def test_who_never_asked_counts_as_longer_idle(bench: Bench) -> None:
+    """A connection that has never asked for anything goes before one that is idle for less than five times as long."""
+
+    def asked(number: int) -> list[socket.socket]:
+        clients = [bench.connect()[0] for _ in range(number)]
+        for client in clients:
+            bench.requests.end(bench.request(client))
+        return clients
+
+    old = asked(1)
+    await bench.after(10)
+    silent = [bench.connect()[0]]
+    used = asked(5)
+    await bench.after(2)
+    assert [closed(client) for client in old + silent + used] == [True, *[False] * 6]
+    used += asked(1)
+    await bench.after(2)
+    assert [closed(client) for client in silent + used] == [True, *[False] * 6]
 
 
 async def test_a_request_is_never_closed_for_room(bench: Bench) -> None:
