@@ -1,4 +1,4 @@
-"""Resets of TCP connections: what tells a client with HTTP/1.0 that an answer has broken.
+"""Resets of TCP connections: what tells a client with HTTP/1.0, or one that reads lines, that an answer has broken.
 
 HTTP/1.0 has no chunks: the end of the connection is the end of the body. A reset (RST) is not that end:
 a client's read fails, and nginx, which asks its upstream with HTTP/1.0 by default, breaks its own answer off.
@@ -48,17 +48,18 @@ class ResettableConnection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
 
     def finish(self) -> None:
-        """The answer is complete: from now on the connection ends normally."""
+        """From now on the connection ends normally: the answer is complete, or a reset would discard some of it."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
 
-    async def flush(self) -> None:
-        """Wait until what was sent so far has reached the client; a reset discards what still waits."""
-        deadline = asyncio.get_running_loop().time() + _FLUSH_S
+    async def flush(self, timeout_s: float = _FLUSH_S) -> bool:
+        """Wait until what was sent so far has reached the client (True); a reset discards what still waits (False)."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
         while asyncio.get_running_loop().time() < deadline:
             # Granian writes in a thread of its own, so a queue that is empty at first may fill up yet.
             await asyncio.sleep(_FLUSH_POLL_S)
             if not self._unsent_bytes():
-                break
+                return True
+        return False
 
     def close(self) -> None:
         """Give the file descriptor back; granian closes its own."""

@@ -6,7 +6,7 @@ It owns the ASGI and Litestar side of a stream; it knows nothing of audio.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from litestar import Request
 from litestar.response.streaming import Stream
@@ -16,6 +16,9 @@ from server.http.connection_reset import can_reset, resettable_connection
 from server.http.errors import CLIENT_GONE, ApiError
 
 T = TypeVar("T")
+
+SLOW_FLUSH_S: Final = 5.0
+"""How long a reader of lines may take to receive the rest of a broken answer; a slower one sees no reset."""
 
 
 class BrokenTransferError(Exception):
@@ -78,17 +81,21 @@ class ClosingStream(Stream):
 
     A BrokenTransferError of the iterator leaves the body without its end: the last chunk of the chunked encoding
     is not sent and the connection is closed, so that no client can take the body for complete.
-    A connection with HTTP/1.0 is reset instead.
+    A connection with HTTP/1.0 is reset instead. With `of_lines`, a connection with HTTP/1.1 is reset as well:
+    Python's http.client, which notices a missing chunk otherwise, takes it for the end if it reads line by line.
     """
 
-    def __init__(self, content: AsyncIterator[bytes], *, on_close: Callable[[], None], **kwargs: Any) -> None:
+    def __init__(
+        self, content: AsyncIterator[bytes], *, on_close: Callable[[], None], of_lines: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(content, **kwargs)
         self.on_close = on_close
+        self.of_lines = of_lines
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> Any:
         """The ASGI application that sends this stream."""
         send_stream = super().to_asgi_response(*args, **kwargs)
-        on_close = self.on_close
+        on_close, of_lines = self.on_close, self.of_lines
 
         async def send_and_close(scope: Scope, receive: Receive, send: Send) -> None:
             try:
@@ -96,7 +103,8 @@ class ClosingStream(Stream):
                     await send_stream(scope, receive, send_part)
             except* BrokenTransferError:
                 # Returning without the last body message is what breaks the transfer.
-                pass
+                if of_lines and scope["http_version"] == "1.1" and can_reset(scope):
+                    await _reset_when_received(scope)
             finally:
                 on_close()
 
@@ -130,3 +138,15 @@ async def _reset_on_failure(scope: Any, send: Send) -> AsyncIterator[Send]:
                 await connection.flush()
         finally:
             connection.close()
+
+
+async def _reset_when_received(scope: Any) -> None:
+    """Let the connection end with a reset, unless that would discard something that the client has not received."""
+    connection = await asyncio.to_thread(resettable_connection, scope)
+    if connection is None:
+        return
+    try:
+        if not await connection.flush(SLOW_FLUSH_S):
+            connection.finish()
+    finally:
+        connection.close()

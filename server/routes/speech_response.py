@@ -107,21 +107,21 @@ class SpeechResponse:
         first = self._first_chunk()
         await wait_while_connected(self._request, first)
         first.result()
-        return self._stream(self._as_captioned(first), first, "application/x-ndjson")
+        return self._stream(self._as_captioned(first), first, "application/x-ndjson", of_lines=True)
 
     async def audio(self) -> ClosingStream:
         """A stream of audio bytes; a failure before the first of them is raised here."""
         first = self._first_chunk()
         await wait_while_connected(self._request, first)
         first.result()
-        return self._stream(self._as_audio(first), first, self._media_type)
+        return self._stream(self._as_audio(first), first, self._media_type, of_lines=False)
 
     async def events(self) -> ClosingStream:
         """A stream of server-sent events; a failure within SSE_GRACE_S is raised here, a later one is an event."""
         first = self._first_chunk()
         if await wait_while_connected(self._request, first, SSE_GRACE_S):
             first.result()
-        return self._stream(self._as_events(first), first, "text/event-stream")
+        return self._stream(self._as_events(first), first, "text/event-stream", of_lines=True)
 
     def _first_chunk(self) -> asyncio.Task[Chunk | None]:
         first = asyncio.create_task(self._speech.chunk())
@@ -130,7 +130,7 @@ class SpeechResponse:
         return first
 
     def _stream(
-        self, content: AsyncIterator[bytes], first: asyncio.Task[Chunk | None], media_type: str
+        self, content: AsyncIterator[bytes], first: asyncio.Task[Chunk | None], media_type: str, *, of_lines: bool
     ) -> ClosingStream:
         def close() -> None:
             first.cancel()
@@ -141,7 +141,9 @@ class SpeechResponse:
             del self._encoder, self._keeper
             self._log("speech_finished" if self._speech.finished else "speech_broken_off", self._speech.finished)
 
-        return ClosingStream(content, on_close=close, media_type=media_type, headers=self._headers, status_code=200)
+        return ClosingStream(
+            content, on_close=close, of_lines=of_lines, media_type=media_type, headers=self._headers, status_code=200
+        )
 
     async def _as_audio(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         try:
