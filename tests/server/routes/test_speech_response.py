@@ -228,7 +228,7 @@ async def test_a_failure_after_the_first_event_is_an_event_and_breaks_the_transf
         httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as speaking,
         speaking.stream("POST", SPEECH, json=body) as answer,
     ):
-        with pytest.raises(httpx.RemoteProtocolError, match="StreamReset" if http2 else "incomplete"):
+        with pytest.raises(httpx.RemoteProtocolError if http2 else httpx.ReadError):  # a reset of stream or connection
             await _read(answer, parts)
     events = _events("".join(parts))
     assert [event["type"] for event in events] == ["speech.audio.delta"] * 2 + ["speech.audio.error"]
