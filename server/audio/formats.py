@@ -65,6 +65,10 @@ The length of an answer stays within 3 % of the speech from 2.7 s on, unless tha
 """
 
 
+_SHORTEST_S: Final = 0.1
+"""What packets that are left out never take from an answer: the silence of a text without words lasts so long."""
+
+
 class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """PyAV's options for one format.
 
@@ -291,7 +295,8 @@ class _CompressedWriter:
             lost = recent[cut - self._speech_samples :] if cut < self._speech_samples else []
             audible = not self._may_lose(lost)
             fits = length - self._speech_samples <= self._packet_samples / 2
-            if fits or audible or kept <= self._first_packets:
+            shortest = length - self._packet_samples < min(self._speech_samples, _SHORTEST_S * self._rate)
+            if fits or audible or shortest or kept <= self._first_packets:
                 return surplus
         return flushed
 

@@ -115,6 +115,16 @@ def test_the_first_sound_comes_soon(audio_format: Format, rate: int) -> None:
     assert samples.size / found > 0.005
 
 
+@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("audio_format", ["mp3", "aac"])
+def test_a_tenth_of_a_second_of_silence_stays(audio_format: Format, *, streaming: bool) -> None:
+    """Packets of silence that are left out do not make it shorter at any rate: players refuse what is too short."""
+    for rate in SAMPLE_RATES[audio_format]:
+        sent = encoded(bytes(bytes_for(0.1)), audio_format, rate, streaming=streaming)
+        samples, found = heard(sent, audio_format, rate)
+        assert samples.size >= 0.1 * found
+
+
 @pytest.mark.parametrize("rate", OTHER_RATES)
 def test_pieces_are_whole_samples(rate: int) -> None:
     """A client that plays each piece as it comes never meets half a sample."""
