@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from litestar import Litestar, Router
 from litestar.datastructures import State
+from litestar.di import Provide
 
 from server.audio import AudioStore, DecoderPool
 from server.dependencies import providers
@@ -29,6 +30,7 @@ from server.routes import (
     voice_consents,
     voices,
 )
+from server.routes.speech_start import speech_starter
 from server.text import load_pronunciations
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
@@ -68,7 +70,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
             *(docs.openapi_json, docs.redoc, docs.static_file),
             *_guarded(settings),
         ],
-        dependencies=providers(),
+        dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},
         state=State({"settings": settings}),
         lifespan=[lifespan],
         exception_handlers=exception_handlers(),

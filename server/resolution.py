@@ -39,7 +39,7 @@ _MAX_SHOWN: Final = 60
 
 
 UnknownVoice = Literal["refuse", "default"]
-"""What a voice that nobody knows gets: a refusal, or the model's first voice (TTS_UNKNOWN_VOICE)."""
+"""What a request with an unknown voice gets: a refusal, or the model's first voice (TTS_UNKNOWN_VOICE)."""
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):

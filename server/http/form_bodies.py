@@ -53,6 +53,8 @@ async def keep_json(request: Request[Any, Any, Any]) -> None:
     body = await request.body()
     if not body:
         raise ApiError("invalid_json", "The body is missing: send a form (multipart/form-data) or JSON.")
+    if content_type == RequestEncodingType.URL_ENCODED and not body.lstrip().startswith(b"{"):
+        raise ApiError("unsupported_media_type", "Send the form as multipart/form-data, or send JSON.")
     request.state[_JSON_BODY] = body
     await request.form()
 

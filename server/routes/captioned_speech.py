@@ -8,14 +8,12 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from msgspec import Meta
 
-from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.http.auth import client_of
 from server.http.errors import documented
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
 from server.http.streaming import can_break, cancel_on_disconnect
 from server.routes.speech_response import CaptionedAudio, SpeechResponse, failure_of
-from server.routes.speech_start import SpeechStarter
+from server.routes.speech_start import SpeechStarterDependency
 from server.schemas import ALIASES, SpeechRequest
 
 
@@ -48,9 +46,7 @@ async def create_captioned_speech(
     request: Request[Any, Any, Any],
     data: JSONBody[CaptionedRequest],
     *,
-    engine: EngineDependency,
-    settings: SettingsDependency,
-    decoder_pool: DecoderPoolDependency,
+    starter: SpeechStarterDependency,
 ) -> Response[Any]:
     """One JSON object a line while the audio is made; with `stream: false` one in all.
 
@@ -58,8 +54,6 @@ async def create_captioned_speech(
     """
     data = msgspec.structs.replace(data, timestamps=data.return_timestamps is not False)
     whole = data.stream is False or not can_break(request)
-    client = client_of(settings, request)
-    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     starting = starter.start(data, request_id_of(request.scope))
     started = await (cancel_on_disconnect(request, starting) if data.ref_audio is not None else starting)
     try:

@@ -13,9 +13,8 @@ from litestar.params import JSONBody, PathParameter, QueryParameter
 from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, SAMPLE_RATES, Format
-from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
+from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient, fresh_catalog, status_of
-from server.http.auth import client_of
 from server.http.elevenlabs_errors import elevenlabs_documented
 from server.http.errors import ApiError
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
@@ -24,7 +23,7 @@ from server.http.request_scope import request_id_of
 from server.http.streaming import can_break
 from server.resolution import unaliased
 from server.routes.speech_response import SpeechResponse, failure_of
-from server.routes.speech_start import SpeechStarter, StartedSpeech
+from server.routes.speech_start import SpeechStarter, SpeechStarterDependency, StartedSpeech
 from server.routes.voices import voices_for
 from server.schemas import MAX_NAME, Name, SpeechRequest, VoiceObject
 from shared.settings import Settings
@@ -142,14 +141,10 @@ async def convert(
     data: JSONBody[TextToSpeech],
     voice_id: VoiceId,
     *,
-    engine: EngineDependency,
-    settings: SettingsDependency,
-    decoder_pool: DecoderPoolDependency,
+    starter: SpeechStarterDependency,
     output_format: OutputFormat = None,
 ) -> Response[Any]:
     """Text in, one file of audio out."""
-    client = client_of(settings, request)
-    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     started = await _start(starter, data, voice_id, output_format, request_id_of(request.scope))
     return await _answer(request, started, streaming=False)
 
@@ -169,14 +164,10 @@ async def stream(
     data: JSONBody[TextToSpeech],
     voice_id: VoiceId,
     *,
-    engine: EngineDependency,
-    settings: SettingsDependency,
-    decoder_pool: DecoderPoolDependency,
+    starter: SpeechStarterDependency,
     output_format: OutputFormat = None,
 ) -> Response[Any]:
     """Text in, audio out while it is made."""
-    client = client_of(settings, request)
-    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     started = await _start(starter, data, voice_id, output_format, request_id_of(request.scope))
     return await _answer(request, started, streaming=can_break(request))
 

@@ -9,8 +9,7 @@ from litestar import Request, Response, post
 from litestar.params import JSONBody
 
 from server.audio import AudioFacts
-from server.dependencies import AudioStoreDependency, DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.http.auth import client_of
+from server.dependencies import AudioStoreDependency, SettingsDependency
 from server.http.errors import ApiError, documented
 from server.http.forwarded import client_view
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
@@ -18,7 +17,7 @@ from server.http.request_scope import request_id_of
 from server.http.streaming import can_break, cancel_on_disconnect
 from server.routes.audio_keeper import Keeper
 from server.routes.speech_response import SpeechResponse, failure_of
-from server.routes.speech_start import SpeechStarter
+from server.routes.speech_start import SpeechStarterDependency
 from server.schemas import ALIASES, SpeechRequest
 
 
@@ -43,9 +42,8 @@ async def create_speech(
     request: Request[Any, Any, Any],
     data: JSONBody[SpeechRequest],
     *,
-    engine: EngineDependency,
+    starter: SpeechStarterDependency,
     settings: SettingsDependency,
-    decoder_pool: DecoderPoolDependency,
     audio_store: AudioStoreDependency,
 ) -> Response[Any]:
     """Speak `data`."""
@@ -54,8 +52,6 @@ async def create_speech(
     if data.store and not settings.audio_store_mb:
         raise ApiError("invalid_value", "store: this server keeps no audio (TTS_AUDIO_STORE_MB=0).", param="store")
     whole = data.stream is False or (data.stream_format != "sse" and not can_break(request))
-    client = client_of(settings, request)
-    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     starting = starter.start(data, request_id_of(request.scope))
     started = await (cancel_on_disconnect(request, starting) if data.ref_audio is not None else starting)
     if data.timestamps and data.stream_format != "sse":

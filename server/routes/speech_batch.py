@@ -15,16 +15,14 @@ from litestar.params import JSONBody
 from litestar.typing import FieldDefinition
 from msgspec import Meta
 
-from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
 from server.engine import Chunk
-from server.http.auth import client_of
 from server.http.errors import ApiError, ErrorBody, documented, envelope, internal_error
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
 from server.http.streaming import ClosingStream
 from server.routes.speech import SpeechJson
 from server.routes.speech_response import KEEPALIVE_S, failure_of, whole_body
-from server.routes.speech_start import SpeechStarter
+from server.routes.speech_start import SpeechStarter, SpeechStarterDependency
 from server.schemas import SpeechRequest, SpeechUsage, TimedWord, usage_of
 from shared.protocol import FinishReason, speech_id_of
 
@@ -133,16 +131,12 @@ async def create_speech_batch(
     request: Request[Any, Any, Any],
     data: JSONBody[BatchItems],
     *,
-    engine: EngineDependency,
-    settings: SettingsDependency,
-    decoder_pool: DecoderPoolDependency,
+    starter: SpeechStarterDependency,
 ) -> ClosingStream:
     """1 to 32 requests over shared defaults, answered together. An item that fails does so alone, with its own error.
 
     `stream`, `stream_format` and `store` have no meaning here.
     """
-    client = client_of(settings, request)
-    starter = SpeechStarter(engine=engine, settings=settings, decoder_pool=decoder_pool, client=client)
     batch = _Batch(starter, request_id_of(request.scope))
     speaking = asyncio.create_task(batch.speak(data.items))
 

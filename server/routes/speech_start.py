@@ -3,9 +3,13 @@
 import asyncio
 import functools
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import msgspec
+from litestar import Request
+from litestar.datastructures import State
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
 
 from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, load_resampler
 from server.captions import Captions
@@ -18,6 +22,7 @@ from server.engine import (
     require_consent,
     silent_speech,
 )
+from server.http.auth import client_of
 from server.http.errors import ApiError
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
@@ -148,3 +153,17 @@ class SpeechStarter:
             timestamps=bool(data.timestamps),
             keep_alive_s=resolved.keep_alive_s,
         )
+
+
+def speech_starter(request: Request[Any, Any, Any], state: State) -> Any:
+    """The starter for the client of `request`; app.py makes it the dependency `starter`."""
+    return SpeechStarter(
+        engine=state.engine,
+        settings=state.settings,
+        decoder_pool=state.decoder_pool,
+        client=client_of(state.settings, request),
+    )
+
+
+SpeechStarterDependency = NamedDependency[SkipValidation[SpeechStarter]]
+"""The annotation of the parameter `starter`."""

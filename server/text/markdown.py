@@ -33,7 +33,7 @@ def read_markdown(source: str) -> list[Span]:
 
 
 def _left_out(source: str) -> Iterator[tuple[int, int]]:
-    """The parts of a text that nobody would read: thoughts and comments. The first half of a line end is one, too.
+    """The parts of a text that are not read aloud: thoughts and comments. The first half of a line end is one, too.
 
     A thought without an end lasts to the end of the text. An end alone ends a thought that began in the prompt.
     """

@@ -128,7 +128,7 @@ class QwenEngine:
         """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
 
     def warm_up(self) -> None:
-        """Speak one frame on CUDA that is handed to nobody."""
+        """Make one frame on CUDA, and drop it."""
         if not self._cuda:
             return
         plan = Plan(
@@ -176,7 +176,7 @@ class QwenEngine:
         )
 
     def step(self, held_back: Collection[str]) -> list[Event]:
-        """See Engine.step. After any exception the step can be repeated: each part is complete, or as if not begun."""
+        """After any exception the step can be repeated: each part is complete, or as if not begun."""
         sequences = [sequence for sequence in self._sequences.values() if sequence.job.id not in held_back]
         with torch.inference_mode():
             self._start_cloned_voices(sequences)
@@ -197,9 +197,7 @@ class QwenEngine:
         return events
 
     def park(self, job_id: str) -> int:
-        """See Engine.park.
-
-        Nothing is settled first. Frames and chunks on their way are counted and delivered by the next steps:
+        """Frames and chunks on their way are not waited for. The next steps count and deliver them:
         their records hold the job itself, and the slot that it had.
         """
         if job_id in self._parked:

@@ -198,6 +198,13 @@ async def test_limits_of_a_recording(client: httpx.AsyncClient) -> None:
     assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
 
 
+async def test_a_form_of_the_other_kind(client: httpx.AsyncClient) -> None:
+    """It cannot carry a recording; the message names what can."""
+    answer = await client.post(VOICES, data={"name": "Anna"})
+    assert answer.status_code == httpx.codes.UNSUPPORTED_MEDIA_TYPE
+    assert "multipart/form-data, or send JSON" in answer.json()["error"]["message"]
+
+
 async def test_delete(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """The voice is found by its name, and deleted by its id."""
     worker.saved.append(SAVED)
