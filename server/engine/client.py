@@ -87,7 +87,7 @@ class Speech:
             self._news.clear()
             await self._news.wait()
         self._in_a_row += 1
-        if self._in_a_row > INITIAL_CREDIT:  # a long silence, all of it there at once: it must not hold up others
+        if self._in_a_row > 1:  # chunks that are there at once must not hold up others, nor the news that a client left
             await asyncio.sleep(0)
         self._ungranted += 1
         if self._ungranted >= _CREDIT_BATCH and self.finished is None and self._error is None:

@@ -306,7 +306,7 @@ async def test_http_1_0_sees_a_reset_after_a_failure(own_worker: FakeWorker) -> 
         own_worker.break_after = own_worker.fail_with = None
         own_worker.chunks = 100_000
         reader, writer = await _ask_with_http_1_0(client, response_format="pcm")
-        await asyncio.to_thread(own_worker.wait_for, Credit)
+        await reader.readuntil(b"\r\n\r\n")  # before that, it would be a 503 and a normal end
         await asyncio.to_thread(own_worker.stop)
         with pytest.raises(ConnectionResetError):
             await reader.read()
