@@ -71,73 +71,43 @@ class StartedSpeech:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechStarter:
-    """Starts the requests of one client."""
+class SpeechPlan:
+    """How one client's texts are to be spoken: everything of a request but its text."""
 
-    engine: EngineClient
-    settings: Settings
-    decoder_pool: DecoderPool
-    client: str
+    starter: "SpeechStarter"
+    data: SpeechRequest
+    resolved: Resolved
+    audio_format: Format
+    sample_rate: int
+    reference: bytes | None
 
-    async def start(self, data: SpeechRequest, request_id: str) -> StartedSpeech:
-        """Check `data`, and let the engine speak it. Raises ApiError."""
-        check_input(data.input, self.settings.max_input_chars)
-        audio_format = data.response_format or "mp3"
-        rate = sample_rate(data, audio_format)
-        resolved = await self._resolve(data)
-        if data.timestamps and not resolved.model.timestamps:
-            message = f"timestamps: {resolved.model.id} does not know when it says which word; espeak-ng does."
-            raise ApiError("timestamps_unavailable", message, param="timestamps")
-        segments = await self._prepare(data, resolved)
-        reference = None
-        if data.ref_audio is not None:
-            if self.settings.require_consent:
-                await require_consent(data.consent, self.engine, self.client)
-            reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
-        if rate != SAMPLE_RATE:
-            await load_resampler()
-        speak = self._speak(data, segments, resolved, request_id)
+    @property
+    def media_type(self) -> str:
+        """The content type of the audio."""
+        return CONTENT_TYPES[self.audio_format]
+
+    async def start(self, text: str, request_id: str) -> StartedSpeech:
+        """Let the engine speak `text`. Raises ApiError."""
+        segments = await self.starter.prepare(text, self.data, self.resolved)
+        speak = self._speak(segments, request_id)
         speakable = any(segment.text for segment in segments)
+        engine = self.starter.engine
         return StartedSpeech(
-            speech=self.engine.speak(speak, reference) if speakable else silent_speech(speak, self.engine),
-            text=data.input,
-            timestamps=bool(data.timestamps),
+            speech=engine.speak(speak, self.reference) if speakable else silent_speech(speak, engine),
+            text=text,
+            timestamps=bool(self.data.timestamps),
             segments=segments,
-            resolved=resolved,
-            audio_format=audio_format,
-            sample_rate=rate,
-            speed=data.speed or 1.0,
+            resolved=self.resolved,
+            audio_format=self.audio_format,
+            sample_rate=self.sample_rate,
+            speed=self.data.speed or 1.0,
         )
 
-    async def _prepare(self, data: SpeechRequest, resolved: Resolved) -> list[PreparedSegment]:
-        """The segments of the input. A long input is prepared in a thread: 4,000 brackets in Markdown take 80 ms."""
-        service = load_pronunciations(self.settings.pronunciations)
-        tables = [Pronunciations(data.pronunciations)] if data.pronunciations else []
-        tables += [table for name, table in service.items() if name != EVERY_LANGUAGE and resolved.speaks(name)]
-        tables += [table for name, table in service.items() if name == EVERY_LANGUAGE]
-        prepared = functools.partial(
-            prepare,
-            data.input,
-            data.input_format or self.settings.input_format,
-            pronunciations=tables,
-            max_chars=_LONGER * self.settings.max_input_chars,
-        )
-        return prepared() if len(data.input) <= _SHORT_INPUT else await asyncio.to_thread(prepared)
-
-    async def _resolve(self, data: SpeechRequest) -> Resolved:
-        catalog, snapshot = cached_catalog(self.engine)
-        if data.model is not None and self.settings.model_aliases:
-            data = msgspec.structs.replace(data, model=unaliased(data.model, self.settings.model_aliases))
-        name = saved_voice_name(data, catalog, snapshot.default_model)
-        saved = await find_saved_voice(name, self.engine, self.client) if name is not None else None
-        return resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
-
-    def _speak(
-        self, data: SpeechRequest, segments: list[PreparedSegment], resolved: Resolved, request_id: str
-    ) -> Speak:
+    def _speak(self, segments: list[PreparedSegment], request_id: str) -> Speak:
+        data, resolved = self.data, self.resolved
         return Speak(
             id=new_speak_id(request_id),
-            client=self.client,
+            client=self.starter.client,
             model=resolved.model.id,
             task=resolved.model.task,
             segments=[segment.to_struct() for segment in segments],
@@ -153,6 +123,68 @@ class SpeechStarter:
             timestamps=bool(data.timestamps),
             keep_alive_s=resolved.keep_alive_s,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechStarter:
+    """Starts the requests of one client."""
+
+    engine: EngineClient
+    settings: Settings
+    decoder_pool: DecoderPool
+    client: str
+
+    async def start(self, data: SpeechRequest, request_id: str) -> StartedSpeech:
+        """Check `data`, and let the engine speak it. Raises ApiError."""
+        check_input(data.input, self.settings.max_input_chars)
+        return await (await self.plan(data)).start(data.input, request_id)
+
+    async def plan(self, data: SpeechRequest) -> SpeechPlan:
+        """Check everything of `data` but its input, and decode its recording. Raises ApiError."""
+        audio_format = data.response_format or "mp3"
+        rate = sample_rate(data, audio_format)
+        resolved = await self._resolve(data)
+        if data.timestamps and not resolved.model.timestamps:
+            message = f"timestamps: {resolved.model.id} does not know when it says which word; espeak-ng does."
+            raise ApiError("timestamps_unavailable", message, param="timestamps")
+        reference = None
+        if data.ref_audio is not None:
+            if self.settings.require_consent:
+                await require_consent(data.consent, self.engine, self.client)
+            reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
+        if rate != SAMPLE_RATE:
+            await load_resampler()
+        return SpeechPlan(
+            starter=self,
+            data=data,
+            resolved=resolved,
+            audio_format=audio_format,
+            sample_rate=rate,
+            reference=reference,
+        )
+
+    async def prepare(self, text: str, data: SpeechRequest, resolved: Resolved) -> list[PreparedSegment]:
+        """The segments of `text`. A long text is prepared in a thread: 4,000 brackets in Markdown take 80 ms."""
+        service = load_pronunciations(self.settings.pronunciations)
+        tables = [Pronunciations(data.pronunciations)] if data.pronunciations else []
+        tables += [table for name, table in service.items() if name != EVERY_LANGUAGE and resolved.speaks(name)]
+        tables += [table for name, table in service.items() if name == EVERY_LANGUAGE]
+        prepared = functools.partial(
+            prepare,
+            text,
+            data.input_format or self.settings.input_format,
+            pronunciations=tables,
+            max_chars=_LONGER * self.settings.max_input_chars,
+        )
+        return prepared() if len(text) <= _SHORT_INPUT else await asyncio.to_thread(prepared)
+
+    async def _resolve(self, data: SpeechRequest) -> Resolved:
+        catalog, snapshot = cached_catalog(self.engine)
+        if data.model is not None and self.settings.model_aliases:
+            data = msgspec.structs.replace(data, model=unaliased(data.model, self.settings.model_aliases))
+        name = saved_voice_name(data, catalog, snapshot.default_model)
+        saved = await find_saved_voice(name, self.engine, self.client) if name is not None else None
+        return resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
 
 
 def speech_starter(request: Request[Any, Any, Any], state: State) -> Any:
