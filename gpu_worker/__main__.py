@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from gpu_worker.audio_buffer import AudioBuffer
+from gpu_worker.cpu_threads import set_compute_threads
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
@@ -142,6 +143,7 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
     url = str(settings.worker_url)
     # NVML numbers devices by their place on the bus; CUDA by default puts the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    set_compute_threads(os.environ, settings.cpu_threads)
     with claim(url):
         inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         transport = Transport(url, settings.worker_token, inbox.put)

@@ -58,6 +58,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_HOST_IDLE_TIMEOUT", "60", 60.0),
     ("TTS_CLEANUP_INTERVAL", "1e3", 1000.0),
     ("TTS_CLEANUP_ENABLED", "FALSE", False),
+    ("TTS_CPU_THREADS", "4", 4),
     ("TTS_VRAM_BUDGET_MB", "8000", 8000),
     ("TTS_HOST_BUDGET_MB", "1", 1),
     ("TTS_LOG_LEVEL", "DEBUG", "debug"),
