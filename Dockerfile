@@ -12,6 +12,10 @@ RUN useradd --create-home --uid 10001 tts \
     && install --directory --owner=tts /data/models /data/voices \
     && install --directory --owner=tts --mode=0700 /data/audio
 
+# Triton compiles a launcher for its kernels at the first load. Without a C compiler, torch's kernels are taken.
+RUN case ",${EXTRAS}," in *,gpu,*) apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; esac
+
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared

@@ -42,7 +42,7 @@ from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
-from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
+from shared.environment import NO_CUDA, environment, impossible_kernels, unknown_models, unusable_folders
 from shared.log import set_up_logging
 from shared.protocol import DeviceMemory
 from shared.settings import Settings, SettingsError, load_settings, variable_of
@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "health":
             settings = load_settings(environment(), _no_address)
             return _health(str(settings.worker_url), settings.worker_token)
-        settings = load_settings(environment(), _no_address, unknown_models, unusable_folders, _no_device)
+        checks = (_no_address, unknown_models, unusable_folders, impossible_kernels, _no_device)
+        settings = load_settings(environment(), *checks)
         return _serve(settings, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
     except (SettingsError, CatalogError, AddressError) as error:
         sys.stderr.write(f"{error}\n")
@@ -111,10 +112,11 @@ def _no_address(settings: Settings) -> list[str]:
 
 
 def _no_device(settings: Settings) -> list[str]:
-    if settings.default_device != "cuda":
+    variables = settings.needing_cuda()
+    if not variables:
         return []
     problem = cuda_problem() if cuda_present() else NO_CUDA
-    return [f"{variable_of('default_device')}: {problem}"] if problem else []
+    return [f"{variable}: {problem}" for variable in variables] if problem else []
 
 
 def _download(names: list[str], settings: Settings) -> int:

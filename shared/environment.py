@@ -3,6 +3,7 @@
 The variables are those of the environment and, where it lacks one, of the file .env in the current folder.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,19 @@ def unknown_models(settings: Settings) -> list[str]:
         for field, name in named
         if not any(spec.answers_to(name) for spec in catalog)
     ]
+
+
+def impossible_kernels(settings: Settings) -> list[str]:
+    """The problem of TTS_KERNELS=triton without Triton or on a CPU. Call it on the machine of the GPU worker."""
+    if settings.kernels != "triton":
+        return []
+    if settings.default_device == "cpu":
+        problem = f"triton needs a CUDA device, but {variable_of('default_device')} is cpu"
+    elif importlib.util.find_spec("triton") is None:
+        problem = "the package triton is not installed"
+    else:
+        return []
+    return [f"{variable_of('kernels')}: {problem}; use auto or torch"]
 
 
 def unusable_folders(settings: Settings) -> list[str]:

@@ -75,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     default_model: Annotated[str, Meta(min_length=1, max_length=200)] = "auto"
     default_model_size: Literal["large", "small"] = "large"
     attention_backend: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cpu_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     models_dir: Path = Path("models")
@@ -103,6 +104,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values = msgspec.to_builtins(self, str_keys=True, enc_hook=str)
         shown = {name.removesuffix("_s"): value for name, value in values.items() if name not in _SECRET}
         return shown | {"default_model_size": SIZE_NAMES[self.default_model_size]}
+
+    def needing_cuda(self) -> list[str]:
+        """The variables whose values need a CUDA device."""
+        values = {"default_device": self.default_device == "cuda"}
+        values["kernels"] = self.kernels == "triton" and self.default_device != "cpu"
+        return [variable_of(name) for name, needs in values.items() if needs]
 
     def worker_public(self) -> dict[str, Any]:
         """The public settings that the GPU worker alone uses; its environment may differ from the web side's."""

@@ -258,6 +258,7 @@ class EngineFactory:
                 device=self._device,
                 dtype=self._settings.dtype,
                 attention_backend=self._settings.attention_backend,
+                kernels=self._settings.kernels,
                 slots=self._settings.max_concurrency,
                 pause_s=self._settings.sentence_pause_ms / 1000,
                 reference_cache_bytes=self._settings.reference_cache_mb * 2**20,

@@ -34,7 +34,7 @@ from server.processes import (
 from server.text import PronunciationsError, load_pronunciations
 from shared.access import current_user
 from shared.catalog import CatalogError
-from shared.environment import NO_CUDA, environment, unknown_models, unusable_folders
+from shared.environment import NO_CUDA, environment, impossible_kernels, unknown_models, unusable_folders
 from shared.log import set_up_logging
 from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, ipc_path
@@ -118,12 +118,12 @@ def _worker_problems(settings: Settings) -> list[str]:
     """The settings that would stop the GPU worker, if it runs on this machine."""
     if settings.worker_url is not None:
         return []
-    problems = unusable_folders(settings)
-    if settings.default_device == "cuda":
+    problems = [*unusable_folders(settings), *impossible_kernels(settings)]
+    if needing_cuda := settings.needing_cuda():
         # A process of its own looks for the device, so that the web side never loads the worker's code.
         probe = subprocess.run([sys.executable, "-m", "gpu_worker", "cuda"], stdin=subprocess.DEVNULL, check=False)
         if probe.returncode:
-            problems.append(f"{variable_of('default_device')}: {NO_CUDA}")
+            problems += [f"{variable}: {NO_CUDA}" for variable in needing_cuda]
     return problems
 
 

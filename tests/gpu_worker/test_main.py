@@ -94,7 +94,7 @@ class TestSettings:
 
     def test_mistakes_of_every_kind(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         """Mistakes that only the catalogue, the disk or the driver can show are in the same message."""
-        wrong = {"PORT": "http", "DEFAULT_MODEL": "void", "MODEL_PATHS": "espeak=/nowhere", "DEFAULT_DEVICE": "cuda"}
+        wrong = {"PORT": "http", "DEFAULT_MODEL": "void", "MODEL_PATHS": "espeak=/nowhere", "KERNELS": "triton"}
         for name, value in wrong.items():
             monkeypatch.setenv(f"TTS_{name}", value)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

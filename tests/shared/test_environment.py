@@ -1,10 +1,11 @@
 """Settings and their surroundings: .env, the catalogue, the disk."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-from shared.environment import environment, unknown_models, unusable_folders
+from shared.environment import environment, impossible_kernels, unknown_models, unusable_folders
 from shared.settings import Settings, SettingsError, load_settings
 
 
@@ -43,6 +44,24 @@ def test_known_models_are_no_problem() -> None:
     names = {"TTS_DEFAULT_MODEL": "Espeak", "TTS_MODEL_PATHS": "qwen/qwen3-tts-12hz-1.7b-base=/"}
     assert unknown_models(load_settings(names)) == []
     assert unknown_models(Settings()) == []
+
+
+def test_kernels_need_triton_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TTS_KERNELS=triton names what is missing, and what to do, in one sentence. Other values have a fallback."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert impossible_kernels(Settings(kernels="auto")) == []
+    assert impossible_kernels(Settings(kernels="torch", default_device="cpu")) == []
+    assert impossible_kernels(Settings(kernels="triton")) == [
+        "TTS_KERNELS: the package triton is not installed; use auto or torch"
+    ]
+    assert impossible_kernels(Settings(kernels="triton", default_device="cpu")) == [
+        "TTS_KERNELS: triton needs a CUDA device, but TTS_DEFAULT_DEVICE is cpu; use auto or torch"
+    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    assert impossible_kernels(Settings(kernels="triton")) == []
+    assert Settings(kernels="triton", default_device="cuda").needing_cuda() == ["TTS_DEFAULT_DEVICE", "TTS_KERNELS"]
+    assert Settings(kernels="triton").needing_cuda() == ["TTS_KERNELS"]
+    assert Settings(kernels="triton", default_device="cpu").needing_cuda() == []
 
 
 def test_missing_weights_are_problems(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
+from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_bytes
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder
@@ -81,6 +82,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     dtype: DtypeName = "auto"
     attention_backend: Backend = "auto"
+    kernels: KernelSetting = "auto"
     slots: int | None = None
     max_model_len: int = MAX_MODEL_LEN
     pause_s: float = 0.15
@@ -128,12 +130,19 @@ def build_parts(directory: Path, options: QwenOptions) -> Parts:
 def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     device, dtype = torch.device(options.device), compute_dtype(options.device, options.dtype)
     config, generation = read_config(directory), read_generation_config(directory)
-    kernel = attention(options.attention_backend, device, dtype)
+    attend = attention(options.attention_backend, device, dtype)
+    kernels = select_kernels(options.kernels, device, dtype)
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
         size = weights.nbytes + first_layer_inputs_bytes(config.talker_config.code_predictor_config, dtype)
         slots = options.slots or slots_that_fit(size, config, codec, options)
         model = Qwen3TTSModel(
-            weights, config, generation, kernel, slots=rows_needed(slots, device), max_model_len=options.max_model_len
+            weights,
+            config,
+            generation,
+            attend,
+            kernels=kernels,
+            slots=rows_needed(slots, device),
+            max_model_len=options.max_model_len,
         )
         prompts = PromptBuilder(weights, config, options.tokenizers.load(directory), model.embed_codes)
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Shape, TalkerShape
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import QKV, Linear, Rope, Stack, TensorHolder, pad_rows
 from gpu_worker.engines.qwen.model.sampling import sample_fixed
@@ -86,6 +87,8 @@ class CodePredictor(TensorHolder):
         generation: GenerationConfig,
         attention: Attention,
         codec_table: Tensor,
+        *,
+        kernels: Kernels,
     ) -> None:
         """`weights`: the checkpoint's, on the device, in the compute dtype.
 
@@ -98,7 +101,8 @@ class CodePredictor(TensorHolder):
         self._attention = attention
         self._top_k = generation.subtalker_top_k
         codebook0, *others = codec_table.split([talker.vocab_size, *[shape.vocab_size] * (self.groups - 1)])
-        self.stack = Stack(weights, f"{prefix}model.", shape, heads_by_group=attention.heads_by_group)
+        heads_by_group = attention.heads_by_group
+        self.stack = Stack(weights, f"{prefix}model.", shape, kernels=kernels, heads_by_group=heads_by_group)
         heads = self.stack.norm.fold_into([weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)])
         self._temperature = generation.subtalker_temperature
         if heads[0].dtype == torch.float32:  # in other dtypes logits are rounded before the temperature divides them

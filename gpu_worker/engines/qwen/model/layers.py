@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
 
 PACK_ELEMENTS: Final = 1 << 18
@@ -211,7 +212,9 @@ class Attend(Protocol):
 class Layer(TensorHolder):
     """One pre-norm block: attention with a norm of each head's query and key, then SwiGLU."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, heads_by_group: bool) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, kernels: Kernels, heads_by_group: bool
+    ) -> None:
         """`heads_by_group`: the order of the heads that attention returns, see Attention."""
 
         def fused(*names: str, behind: Norm | None = None) -> Linear:
@@ -222,7 +225,7 @@ class Layer(TensorHolder):
         self.kv_heads = shape.num_key_value_heads
         self.head_dim = shape.head_dim
         self.half = shape.head_dim // 2
-        self.inner = shape.intermediate_size
+        self.kernels = kernels
         self.input_norm = Norm(weights[f"{prefix}input_layernorm.weight"], shape.rms_norm_eps)
         self.post_norm = Norm(weights[f"{prefix}post_attention_layernorm.weight"], shape.rms_norm_eps)
         query, key = (weights[f"{prefix}self_attn.{name}_norm.weight"] for name in "qk")
@@ -253,18 +256,17 @@ class Layer(TensorHolder):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """`x` [rows, hidden] and attention's output [rows, heads * head_dim] -> the block's output [rows, hidden]."""
         x = self.out.add_to(x, attended)
-        gate, up = self.gate_up(self.post_norm(x)).split_with_sizes((self.inner, self.inner), 1)
-        return self.down.add_to(x, functional.silu(gate).mul_(up))
+        return self.down.add_to(x, self.kernels.silu_mul(self.gate_up(self.post_norm(x))))
 
 
 class Stack(TensorHolder):
     """The blocks and the final norm."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, heads_by_group: bool = False
+        self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, kernels: Kernels, heads_by_group: bool
     ) -> None:
         layers = [f"{prefix}layers.{i}." for i in range(shape.num_hidden_layers)]
-        self.layers = [Layer(weights, layer, shape, heads_by_group=heads_by_group) for layer in layers]
+        self.layers = [Layer(weights, layer, shape, kernels=kernels, heads_by_group=heads_by_group) for layer in layers]
         self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:

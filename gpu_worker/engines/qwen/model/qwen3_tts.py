@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
@@ -34,6 +35,7 @@ class Qwen3TTSModel(TensorHolder):
         generation: GenerationConfig,
         attention: Attention,
         *,
+        kernels: Kernels,
         slots: int,
         max_model_len: int,
     ) -> None:
@@ -48,8 +50,9 @@ class Qwen3TTSModel(TensorHolder):
         self.codec_table = torch.cat([weights[name] for name in tables])
         offsets = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
         self.table_offsets = torch.tensor(offsets, device=self.codec_table.device)
-        self.talker = Talker(weights, shape, KVCache(shape, attention, slots, max_model_len, self.codec_table))
-        self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table)
+        cache = KVCache(shape, attention, slots, max_model_len, self.codec_table)
+        self.talker = Talker(weights, shape, cache, kernels=kernels)
+        self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table, kernels=kernels)
         self.state = SlotState(shape, slots, max_model_len, self.codec_table)
 
     def embed_codes(self, codes: Tensor) -> Tensor:

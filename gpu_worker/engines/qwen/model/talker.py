@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, TensorHolder, aligned, pad_rows
 
@@ -22,9 +23,9 @@ EOS_INDEX: Final = -1
 class Talker(TensorHolder):
     """Weights of the talker and the KV cache of all slots."""
 
-    def __init__(self, weights: Mapping[str, Tensor], shape: TalkerShape, cache: KVCache) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], shape: TalkerShape, cache: KVCache, *, kernels: Kernels) -> None:
         """`weights`: as for CodePredictor. `cache` has their device and dtype."""
-        self.stack = Stack(weights, "talker.model.", shape, heads_by_group=cache.heads_by_group)
+        self.stack = Stack(weights, "talker.model.", shape, kernels=kernels, heads_by_group=cache.heads_by_group)
         head = weights["talker.codec_head.weight"]
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
         self._outputs = shape.codes + 1

@@ -6,6 +6,7 @@ guard, which a CPU build of torch lacks. The guard stays in its process, so this
 A value that decides what is launched, a tensor of another device in a function: torch raises.
 """
 
+import contextlib
 import ctypes
 import json
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 import torch
+import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -28,6 +30,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Mo
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.decoder import Decoder
+from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from gpu_worker.engines.qwen.model.attention import Flash
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
@@ -117,9 +120,29 @@ class WholeKernels(TorchFunctionMode):
 def count(function: Callable[[], None]) -> Launches:
     """Call the function, under a FakeTensorMode."""
     launches = Launches()
-    with CountedOperators(launches), WholeKernels(launches):
+    with CountedOperators(launches), WholeKernels(launches), _counted_triton(launches):
         function()
     return launches
+
+
+@contextlib.contextmanager
+def _counted_triton(launches: Launches) -> Iterator[None]:
+    """Counts the launches of Triton kernels, and launches none. The operators of a launcher are counted as well."""
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **_: Any) -> None:
+        del warmup
+        name = kernel.fn.__module__.rpartition(".")[2]
+        assert all(1 <= size < 1 << 16 for size in grid[1:]), f"{name}: a grid that CUDA refuses, {grid}"
+        launches.kernels[name] += 1
+        if any(isinstance(item, Tensor) and item.device.type != "cuda" for item in arguments):
+            launches.crossings.append(name)
+
+    launched = triton.JITFunction.run
+    triton.JITFunction.run = run
+    try:
+        yield
+    finally:
+        triton.JITFunction.run = launched
 
 
 def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
@@ -143,6 +166,7 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
         config,
         GenerationConfig(),
         Flash(torch.bfloat16, heads_by_group=True),
+        kernels=fused_kernels(),
         slots=rows,
         max_model_len=MAX_MODEL_LEN,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config, read_generation_config
 from gpu_worker.engines.qwen.checkpoint.weights import load_weights
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
@@ -141,13 +142,16 @@ class Ours:
         backend: Backend = "sdpa",
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        kernels: Kernels | None = None,
     ) -> None:
         directory = tiny(kind, size, generation=generation)
         weights = load_weights(directory, "talker.", dtype=dtype, device=device)
         self.config = read_config(directory)
         self.generation = read_generation_config(directory)
-        kernel = attention(backend, torch.device(device), dtype)
-        self.model = Qwen3TTSModel(weights, self.config, self.generation, kernel, slots=slots, max_model_len=256)
+        attend = attention(backend, torch.device(device), dtype)
+        self.model = Qwen3TTSModel(
+            weights, self.config, self.generation, attend, kernels=kernels or Kernels(), slots=slots, max_model_len=256
+        )
         tokenizer = official(kind, size).processor.tokenizer
         self.prompts = PromptBuilder(
             weights, self.config, lambda text: tokenizer(text)["input_ids"], self.model.embed_codes

@@ -1,0 +1,1 @@
+"""The operations of this package's parent as Triton kernels. Importing one of them imports Triton."""

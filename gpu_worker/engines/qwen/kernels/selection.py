@@ -1,0 +1,78 @@
+"""The choice between torch and Triton: made once when an engine is opened, for each operation."""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Final, Literal
+
+import msgspec
+import structlog
+import torch
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.faults import is_out_of_memory
+from gpu_worker.engines.qwen.kernels.silu_mul import SiluMul, silu_mul
+
+KernelSetting = Literal["auto", "torch", "triton"]
+
+NO_TRITON: Final = "the package triton is not installed; use auto or torch"
+
+log = structlog.get_logger(__name__)
+
+
+class Kernels(msgspec.Struct, frozen=True, kw_only=True):
+    """The functions that an engine computes with: plain torch, but for those whose Triton kernel was chosen."""
+
+    silu_mul: SiluMul = silu_mul
+
+
+OPERATIONS: Final = Kernels.__struct_fields__
+
+
+def fused_kernels(*left_out: str) -> Kernels:
+    """The Triton kernels of all operations but those left out. It imports Triton, and compiles nothing yet."""
+    return Kernels(**{name: _fused(name) for name in OPERATIONS if name not in left_out})
+
+
+def select_kernels(setting: KernelSetting, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels of `setting`. "auto" takes on CUDA those Triton kernels that compile and agree with torch.
+
+    Call it outside of captures: the first call for a device and dtype compiles and compares.
+
+    Raises:
+        JobError: `model_unavailable` where "triton" was asked for and one of its kernels cannot be used.
+    """
+    if setting == "torch" or (setting == "auto" and device.type != "cuda"):
+        return Kernels()
+    if device.type != "cuda":
+        raise JobError("model_unavailable", "TTS_KERNELS=triton needs a CUDA device; use auto or torch")
+    if importlib.util.find_spec("triton") is None:
+        if setting == "triton":
+            raise JobError("model_unavailable", f"TTS_KERNELS=triton is impossible here: {NO_TRITON}")
+        log.warning("kernels_left_out", reason=NO_TRITON)
+        return Kernels()
+    problems = {name: problem for name in OPERATIONS if (problem := _problem(name, device, dtype))}
+    if problems and setting == "triton":
+        reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise JobError("model_unavailable", f"TTS_KERNELS=triton is impossible here, use auto or torch: {reasons}")
+    return fused_kernels(*problems)
+
+
+@functools.cache
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernel of an operation cannot be used; None if it can. One trial for the process."""
+    disagreement = importlib.import_module(f"{__package__}.{name}").disagreement
+    try:
+        problem: str | None = disagreement(_fused(name), device, dtype)
+    except Exception as error:  # a compiler may fail in any way, and torch computes the same
+        if is_out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        log.warning("kernel_left_out", kernel=name, dtype=str(dtype), reason=problem)
+    return problem
+
+
+def _fused(name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{__package__}.fused.{name}"), name)

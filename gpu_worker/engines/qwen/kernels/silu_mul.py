@@ -1,0 +1,26 @@
+"""silu(gate) * up, of a product that holds both: one kernel instead of two."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpu_worker.engines.qwen.kernels.agreement import difference
+
+SiluMul = Callable[[Tensor], Tensor]
+"""[rows, 2 * inner], the gate first -> [rows, inner]."""
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """The reference. It rounds after the silu and after the product."""
+    inner = gate_up.shape[1] // 2
+    gate, up = gate_up.split_with_sizes((inner, inner), 1)
+    return functional.silu(gate).mul_(up)
+
+
+def disagreement(fused: SiluMul, device: torch.device, dtype: torch.dtype) -> str | None:
+    """How `fused` differs from the reference over random values; None if it does not."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (4 * torch.randn(8, 2 * 3072, generator=generator)).to(device, dtype)
+    return difference(fused(gate_up), silu_mul(gate_up), share=0.01)

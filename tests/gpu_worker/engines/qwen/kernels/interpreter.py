@@ -1,0 +1,49 @@
+"""Tests of kernels run in Triton's interpreter, in a child process.
+
+Triton decides on import whether it interprets, so the process of the other tests must not import it that way.
+"""
+
+import atexit
+import functools
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+VARIABLE = "TRITON_INTERPRET"
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the package triton, which exists for Linux on x86-64"
+)
+
+
+def interpreted(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test of a module, with its parameters, in the child process. The test may import kernels.fused."""
+
+    @needs_triton
+    @functools.wraps(test)
+    def wrapper(**parameters: object) -> None:
+        if os.environ.get(VARIABLE) == "1":
+            test(**parameters)
+        else:
+            _child().submit(wrapper, **parameters).result()
+
+    return wrapper
+
+
+@functools.cache
+def _child() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_interpret)
+    atexit.register(pool.shutdown)
+    return pool
+
+
+def _interpret() -> None:
+    os.environ[VARIABLE] = "1"
+    import torch  # noqa: PLC0415 -- the parent does not need it
+
+    torch.set_num_threads(1)

@@ -1,0 +1,22 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from gpu_worker.engines.qwen.kernels.selection import fused_kernels
+from gpu_worker.engines.qwen.kernels.silu_mul import silu_mul
+from tests.gpu_worker.engines.qwen.kernels.comparison import assert_equal
+from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+
+EXTREMES = [0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 100.0, -100.0, 6e4, -6e4, float("inf"), float("nan")]
+
+
+@interpreted
+@pytest.mark.parametrize("inner", [1, 96, 1000, 3072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_torch(dtype: torch.dtype, inner: int) -> None:
+    """Bit for bit in reduced precision, for values of every size, for infinities and NaN."""
+    generator = torch.Generator().manual_seed(inner)
+    for rows in (1, 3, 9):
+        gate_up = (6 * torch.randn(rows, 2 * inner, generator=generator)).to(dtype)
+        gate_up[0, : min(inner, len(EXTREMES))] = torch.tensor(EXTREMES[:inner]).to(dtype)
+        assert_equal(fused_kernels().silu_mul(gate_up), silu_mul(gate_up), functional.silu(gate_up[:, :inner].double()))
