@@ -10,9 +10,12 @@ from typing import Any, Final, Literal
 import msgspec
 
 from gpu_worker.audio_buffer import AudioBuffer
+from gpu_worker.engines.base import EngineStats
+from gpu_worker.performance import Performance
 from gpu_worker.requests import BYTES_PER_S, Request, RequestState
 from gpu_worker.residency import MemoryProbe, TransitionDone, TransitionFailed
 from shared.protocol import (
+    BATCH_SIZE_BOUNDS,
     FIRST_AUDIO_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
     TRANSITION_BOUNDS_S,
@@ -70,12 +73,19 @@ class Stats:
         self._started_at = clock()
         self._counts: Counter[str] = Counter()
         self._model_stats: dict[str, ModelStats] = {}
+        self._audio_bytes: Counter[str] = Counter()
+        self._engine_stats: dict[str, EngineStats] = {}
+        self._performance = Performance(clock)
         self._memory: tuple[DeviceMemory, HostMemory] | None = None
         self._memory_read_at = 0.0
 
-    def request_started(self) -> None:
-        """Count a request that has got a slot."""
+    def request_started(self, request: Request) -> None:
+        """Count a request that gets a slot now, and record how long it has waited."""
         self._counts["started"] += 1
+        seconds = self._clock() - request.arrived_at
+        histogram = self._stats_of(request.model).queue_wait_s
+        self._replace(request.model, queue_wait_s=_with_value(histogram, FIRST_AUDIO_BOUNDS_S, seconds))
+        self._performance.queue_wait(request.model, seconds)
 
     def request_rejected(self) -> None:
         """Count a request that was not even queued."""
@@ -86,6 +96,11 @@ class Stats:
         seconds = self._clock() - request.arrived_at
         histogram = self._stats_of(request.model).first_audio_s
         self._replace(request.model, first_audio_s=_with_value(histogram, FIRST_AUDIO_BOUNDS_S, seconds))
+        self._performance.first_audio(request.model, seconds)
+
+    def audio_made(self, model: str, n_bytes: int) -> None:
+        """Count audio of a model."""
+        self._audio_bytes[model] += n_bytes
 
     def request_ended(self, ending: Ending) -> None:
         """Count a request whose last message is sent, or that was cancelled."""
@@ -97,12 +112,13 @@ class Stats:
         What is not sent yet waits for the reader, and causes no underrun.
         """
         before = self._stats_of(request.model)
-        real_time_factor = before.real_time_factor
+        factor, factors = None, before.real_time_factor
         if request.made_bytes:
-            seconds = request.synthesis_s(self._clock()) / (request.made_bytes / BYTES_PER_S)
-            real_time_factor = _with_value(real_time_factor, REAL_TIME_FACTOR_BOUNDS, seconds)
-        underrun_s = _with_value(before.underrun_s, UNDERRUN_BOUNDS_S, request.playback.underrun_s)
-        self._replace(request.model, real_time_factor=real_time_factor, underrun_s=underrun_s)
+            factor = request.synthesis_s(self._clock()) / (request.made_bytes / BYTES_PER_S)
+            factors = _with_value(factors, REAL_TIME_FACTOR_BOUNDS, factor)
+        underruns = _with_value(before.underrun_s, UNDERRUN_BOUNDS_S, request.playback.underrun_s)
+        self._replace(request.model, real_time_factor=factors, underrun_s=underruns)
+        self._performance.speech_made(request.model, factor, request.playback.underrun_s)
 
     def transition_ended(self, report: TransitionDone | TransitionFailed) -> None:
         """Count a model transition, or its failure."""
@@ -120,6 +136,30 @@ class Stats:
     def out_of_memory(self, model: str) -> None:
         """Count that the device ran out of memory for the model."""
         self._replace(model, out_of_memory=self._stats_of(model).out_of_memory + 1)
+
+    def engine_stats(self, model: str, now: EngineStats) -> None:
+        """Add what the model's engine has counted since the last call."""
+        before = self._engine_stats.get(model, EngineStats())
+        if now == before:
+            return
+        if now.captured_steps + now.eager_steps < before.captured_steps + before.eager_steps or any(
+            now.batch_sizes.get(size, 0) < count for size, count in before.batch_sizes.items()
+        ):
+            before = EngineStats()  # the model has been loaded again
+        self._engine_stats[model] = now
+        totals = self._stats_of(model)
+        sizes = totals.batch_size
+        for size, count in now.batch_sizes.items():
+            more = count - before.batch_sizes.get(size, 0)
+            if more:
+                sizes = _with_value(sizes, BATCH_SIZE_BOUNDS, size, times=more)
+                self._performance.batches(model, size, more)
+        self._replace(
+            model,
+            batch_size=sizes,
+            captured_steps=totals.captured_steps + now.captured_steps - before.captured_steps,
+            eager_steps=totals.eager_steps + now.eager_steps - before.eager_steps,
+        )
 
     def snapshot(
         self,
@@ -145,6 +185,8 @@ class Stats:
         if self._memory is None or now - self._memory_read_at >= MEMORY_READING_S:
             self._memory, self._memory_read_at = (self._probe.device(), self._probe.host()), now
         device, host = self._memory
+        for model, n_bytes in self._audio_bytes.items():
+            self._replace(model, audio_s=n_bytes / BYTES_PER_S)
         streams = sorted(requests, key=lambda request: _SHOWN_FIRST.get(request.state, 2))
         return Snapshot(
             pid=os.getpid(),
@@ -169,6 +211,7 @@ class Stats:
             restarts=self._restarts,
             model_stats=dict(self._model_stats),
             streams=[request.to_struct(now) for request in islice(streams, MAX_STREAMS)],
+            performance=self._performance.report(),
         )
 
     def _stats_of(self, model: str) -> ModelStats:
@@ -179,9 +222,9 @@ class Stats:
         self._model_stats[model] = msgspec.structs.replace(self._stats_of(model), **changes)
 
 
-def _with_value(histogram: Histogram, bounds: Sequence[float], value: float) -> Histogram:
-    """`histogram`, of which `bounds` are the upper bounds, with one more value."""
+def _with_value(histogram: Histogram, bounds: Sequence[float], value: float, times: int = 1) -> Histogram:
+    """`histogram`, of which `bounds` are the upper bounds, with one more value, or the same one several times."""
     counts = histogram.counts or [0] * (len(bounds) + 1)
     bucket = bisect_left(bounds, value)
-    counts = [*counts[:bucket], counts[bucket] + 1, *counts[bucket + 1 :]]
-    return Histogram(counts=counts, sum=histogram.sum + value)
+    counts = [*counts[:bucket], counts[bucket] + times, *counts[bucket + 1 :]]
+    return Histogram(counts=counts, sum=histogram.sum + value * times)

@@ -407,7 +407,7 @@ class Worker:
             self._admission_failed(request, error)
         else:
             self._slots.running[request.job.id] = request
-            self._stats.request_started()
+            self._stats.request_started(request)
             request.start(self._clock())
         return True
 
@@ -569,6 +569,7 @@ class Worker:
             case Pcm(data=data, rate=rate, words=words):
                 if request.first_audio_at is None:
                     self._stats.first_audio(request)
+                self._stats.audio_made(request.model, len(data))
                 request.push(data, self._clock(), rate, words)
             case Done():
                 self._finish(request, event)
@@ -643,6 +644,8 @@ class Worker:
         )
 
     def _snapshot(self) -> Snapshot:
+        for model, engine in self._residency.engines.items():
+            self._stats.engine_stats(model, engine.stats())
         return self._stats.snapshot(
             accepting=self._drain_until is None,
             running=len(self._slots.running),

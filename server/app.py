@@ -23,6 +23,7 @@ from server.routes import (
     health,
     metrics,
     models,
+    performance,
     speech,
     speech_batch,
     speech_outcome,
@@ -119,6 +120,7 @@ def _guarded(settings: Settings) -> list[Router]:
         route_handlers=[
             *(admin.config, admin.stats, admin.vram, admin.cleanup),
             *(admin.move_model, admin.move_model_of_hub),
+            performance.performance,
         ],
     )
     figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])

@@ -18,7 +18,7 @@ import msgspec
 
 from shared.catalog import ModelSpec
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -417,8 +417,15 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 
 FIRST_AUDIO_BOUNDS_S: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAL_TIME_FACTOR_BOUNDS: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 0.9, 1.0, 1.5, 2.0, 5.0)
-UNDERRUN_BOUNDS_S: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+UNDERRUN_BOUNDS_S: Final = (0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 """The first bucket counts streams without an underrun."""
+
+PLAYER_BUFFERS_S: Final = (0.0, 0.1, 0.3, 1.0)
+"""How long after the first audio players start whose underruns are counted; each is one of UNDERRUN_BOUNDS_S."""
+
+BATCH_SIZE_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+PERFORMANCE_MINUTES: Final = (1, 15, 60)
+"""The windows of the figures of performance."""
 
 TRANSITION_BOUNDS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -436,18 +443,50 @@ class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 class ModelStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The statistics of one model since the worker started.
 
-    The first three count streams. `first_audio_s`: from the arrival of a request to its first audio.
+    The first four count streams. `first_audio_s`: from the arrival of a request to its first audio.
+    `queue_wait_s`: from its arrival to its slot.
     `real_time_factor`: seconds of synthesis for each second of audio, without the time that the request was parked.
     `underrun_s`: the time in which a player that starts with the first audio would have had nothing to play.
+    `audio_s`: seconds of audio made. `batch_size`: the number of jobs that shared a frame, for each frame.
+    `captured_steps`: decode steps that replayed a captured function; `eager_steps` called Python for each operator.
     `transitions_s` and `failed_transitions` are by kind: load, restore, offload or drop.
     """
 
     first_audio_s: Histogram = Histogram()
+    queue_wait_s: Histogram = Histogram()
     real_time_factor: Histogram = Histogram()
     underrun_s: Histogram = Histogram()
+    audio_s: float = 0.0
+    batch_size: Histogram = Histogram()
+    captured_steps: int = 0
+    eager_steps: int = 0
     transitions_s: dict[str, Histogram] = {}
     failed_transitions: dict[str, int] = {}
     out_of_memory: int = 0
+
+
+class Distribution(msgspec.Struct, frozen=True, kw_only=True):
+    """Percentiles of `count` values; None without values."""
+
+    count: int = 0
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+class WindowPerformance(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one model over the last `minutes`; `first_audio_s` to `batch_size` are as in ModelStats.
+
+    `underruns`: of the complete `streams`, those in which a player ran out of audio, by the milliseconds of its buffer.
+    """
+
+    minutes: int
+    first_audio_s: Distribution
+    real_time_factor: Distribution
+    queue_wait_s: Distribution
+    batch_size: Distribution
+    streams: int
+    underruns: dict[str, int]
 
 
 ShownState = Literal["waiting", "generating", "buffered", "stalled"]
@@ -506,6 +545,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     model_stats: dict[str, ModelStats] = {}
     streams: list[StreamState] = []
+    performance: dict[str, list[WindowPerformance]] = {}
+    """By model, of those that did something in the last hour; a window each for PERFORMANCE_MINUTES."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):

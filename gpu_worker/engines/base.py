@@ -128,6 +128,18 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     host: dict[str, int] = {}
 
 
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine has counted since it was loaded.
+
+    `batch_sizes`: frames (or the engine's other units of work) by the number of jobs that shared them.
+    `captured_steps`: decode steps that replayed captured functions alone; `eager_steps`: the others.
+    """
+
+    batch_sizes: dict[int, int] = {}
+    captured_steps: int = 0
+    eager_steps: int = 0
+
+
 class Engine(Protocol):
     """One loaded model. The first lines of the module say which thread calls which method."""
 
@@ -201,3 +213,6 @@ class Engine(Protocol):
 
     def memory(self) -> Memory:
         """Bytes that the engine holds, by place and purpose. Any thread may call it."""
+
+    def stats(self) -> EngineStats:
+        """What the engine has counted. It is called several times a second."""

@@ -8,6 +8,7 @@ So several jobs speak side by side, and a cancelled job ends before its next chu
 """
 
 import ctypes
+from collections import Counter
 from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +17,18 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
+from gpu_worker.engines.base import (
+    PAUSE_CHUNK_BYTES,
+    Done,
+    EngineStats,
+    Event,
+    Fault,
+    FinishReason,
+    Job,
+    JobError,
+    Memory,
+    Pcm,
+)
 from gpu_worker.engines.fades import fade_at_silences, fade_out
 from gpu_worker.engines.scripts import voice_runs
 from gpu_worker.engines.word_times import time_words
@@ -242,6 +254,7 @@ class EspeakEngine:
         self._sequences: dict[str, _RunningJob] = {}
         self._parked: dict[str, _RunningJob] = {}
         self._parked_bytes = 0
+        self._batch_sizes: Counter[int] = Counter()
 
     def capacity(self) -> int:
         return SLOTS - len(self._sequences)
@@ -257,9 +270,9 @@ class EspeakEngine:
     def step(self, held_back: Collection[str]) -> list[Event]:
         """Return at most one chunk of each job."""
         events: list[Event] = []
-        for job_id, sequence in list(self._sequences.items()):
-            if job_id in held_back:
-                continue
+        batch = [(job_id, sequence) for job_id, sequence in self._sequences.items() if job_id not in held_back]
+        self._batch_sizes[len(batch)] += 1
+        for job_id, sequence in batch:
             try:
                 events += self._advance(sequence)
             except JobError as error:
@@ -304,6 +317,9 @@ class EspeakEngine:
     def memory(self) -> Memory:
         """The audio of parked jobs. The few megabytes of espeak-ng count as the process's own."""
         return Memory(host={"parked": self._parked_bytes} if self._parked_bytes else {})
+
+    def stats(self) -> EngineStats:
+        return EngineStats(batch_sizes=dict(self._batch_sizes))
 
     def _pop_parked(self, job_id: str) -> _RunningJob:
         sequence = self._parked.pop(job_id)

@@ -17,7 +17,9 @@ from prometheus_client.registry import Collector
 from server.dependencies import EngineDependency
 from server.http.errors import documented
 from shared.protocol import (
+    BATCH_SIZE_BOUNDS,
     FIRST_AUDIO_BOUNDS_S,
+    PLAYER_BUFFERS_S,
     REAL_TIME_FACTOR_BOUNDS,
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
@@ -63,6 +65,7 @@ class _SnapshotCollector(Collector):
             yield from _worker_families(snapshot)
             yield from _memory_families(snapshot)
             yield from _speech_families(snapshot.model_stats)
+            yield from _batch_families(snapshot.model_stats)
             yield from _transition_families(snapshot.model_stats)
 
 
@@ -121,8 +124,56 @@ def _speech_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:
         [(labels, stats.underrun_s) for labels, stats in by_model.items()],
         ["model"],
     )
+    yield _histogram(
+        "tts_queue_wait_seconds",
+        "From a request's arrival at the GPU worker to its slot, the load of its model included.",
+        FIRST_AUDIO_BOUNDS_S,
+        [(labels, stats.queue_wait_s) for labels, stats in by_model.items()],
+        ["model"],
+    )
     underruns = [(labels, sum(stats.underrun_s.counts[1:])) for labels, stats in by_model.items()]
     yield _counter("tts_underruns", "Streams in which such a player would have had no audio.", underruns, ["model"])
+    yield _counter(
+        "tts_continuous_streams",
+        "Streams without a gap for a player that starts `player_buffer` seconds after the first audio; "
+        "of the streams that tts_underrun_seconds_count counts.",
+        [
+            ((model, str(buffer_s)), _continuous(stats.underrun_s, buffer_s))
+            for model, stats in model_stats.items()
+            for buffer_s in PLAYER_BUFFERS_S
+            if stats.underrun_s.counts
+        ],
+        ["model", "player_buffer"],
+    )
+    audio = [(labels, stats.audio_s) for labels, stats in by_model.items()]
+    yield _counter("tts_audio_seconds", "Seconds of audio made.", audio, ["model"])
+
+
+def _continuous(underrun_s: Histogram, buffer_s: float) -> int:
+    """The streams in which a player with that buffer runs dry never: it starts that much later, and waits less."""
+    return sum(underrun_s.counts[: UNDERRUN_BOUNDS_S.index(buffer_s) + 1])
+
+
+def _batch_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:
+    yield _histogram(
+        "tts_batch_size",
+        "Requests that shared a frame, of each frame.",
+        BATCH_SIZE_BOUNDS,
+        [((model,), stats.batch_size) for model, stats in model_stats.items()],
+        ["model"],
+    )
+    steps = [
+        ((model, captured), count)
+        for model, stats in model_stats.items()
+        for captured, count in (("true", stats.captured_steps), ("false", stats.eager_steps))
+        if stats.captured_steps or stats.eager_steps
+    ]
+    yield _counter(
+        "tts_decode_steps",
+        "Decode steps of Qwen3-TTS models, by whether they replayed captured functions alone.",
+        steps,
+        ["model", "captured"],
+    )
 
 
 def _transition_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:

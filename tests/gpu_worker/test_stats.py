@@ -7,12 +7,13 @@ import msgspec
 import pytest
 
 from gpu_worker.audio_buffer import AudioBuffer
-from gpu_worker.engines.base import Done, JobError, Memory
+from gpu_worker.engines.base import Done, EngineStats, JobError, Memory
 from gpu_worker.requests import STALLED_AFTER_S, Request
 from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
 from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Ending, Stats
 from shared.pcm import bytes_for
 from shared.protocol import (
+    BATCH_SIZE_BOUNDS,
     FIRST_AUDIO_BOUNDS_S,
     REAL_TIME_FACTOR_BOUNDS,
     TRANSITION_BOUNDS_S,
@@ -95,15 +96,32 @@ def _bucket(histogram: Histogram, bounds: tuple[float, ...]) -> float:
 class TestRequests:
     """Counters, and histograms of speech."""
 
-    def test_counters(self, stats: Stats) -> None:
+    def test_counters(self, stats: Stats, clock: FakeClock) -> None:
         """Every ending has its own counter."""
         for _ in range(3):
-            stats.request_started()
+            stats.request_started(_request(clock))
         stats.request_rejected()
         endings: list[Ending] = ["finished", "failed", "cancelled", "cancelled"]
         for ending in endings:
             stats.request_ended(ending)
         assert _snapshot(stats).requests == Counters(started=3, finished=1, failed=1, cancelled=2, rejected=1)
+
+    def test_queue_wait(self, stats: Stats, clock: FakeClock) -> None:
+        """The wait for a slot starts at the arrival."""
+        request = _request(clock)
+        clock.advance(0.25)
+        stats.request_started(request)
+        histogram = _model_stats(stats).queue_wait_s
+        assert histogram.sum == pytest.approx(0.25)
+        assert _bucket(histogram, FIRST_AUDIO_BOUNDS_S) == 0.3
+
+    def test_audio(self, stats: Stats) -> None:
+        """The audio of each model is counted in seconds."""
+        stats.audio_made("m", bytes_for(0.5))
+        stats.audio_made("m", bytes_for(0.25))
+        stats.audio_made("n", bytes_for(1.0))
+        model_stats = _snapshot(stats).model_stats
+        assert {model: figures.audio_s for model, figures in model_stats.items()} == {"m": 0.75, "n": 1.0}
 
     def test_first_audio(self, stats: Stats, clock: FakeClock) -> None:
         """The time to first audio starts at the arrival and includes the wait for a slot."""
@@ -205,6 +223,28 @@ class TestRequests:
         stats.first_audio(_request(clock, model="m"))
         stats.first_audio(_request(clock, model="n"))
         assert _snapshot(stats).model_stats.keys() == {"m", "n"}
+
+
+class TestEngines:
+    """What the engines count of their work."""
+
+    def test_batches(self, stats: Stats) -> None:
+        """Each batch counts once, however often the engine is asked; the steps are told apart."""
+        for _ in range(2):
+            stats.engine_stats("m", EngineStats(batch_sizes={1: 3, 4: 1}, captured_steps=3, eager_steps=1))
+        stats.engine_stats("m", EngineStats(batch_sizes={1: 4, 4: 1, 200: 2}, captured_steps=6, eager_steps=1))
+        model_stats = _model_stats(stats)
+        assert model_stats.batch_size == Histogram(counts=[4, 0, 1, 0, 0, 0, 0, 0, 2], sum=408.0)
+        assert len(model_stats.batch_size.counts) == len(BATCH_SIZE_BOUNDS) + 1
+        assert (model_stats.captured_steps, model_stats.eager_steps) == (6, 1)
+        assert _snapshot(stats).performance["m"][0].batch_size.count == 7
+
+    def test_loaded_again(self, stats: Stats) -> None:
+        """A new engine begins at 0, and what the old one counted stays."""
+        stats.engine_stats("m", EngineStats(batch_sizes={2: 5}, captured_steps=5))
+        stats.engine_stats("m", EngineStats(batch_sizes={2: 1}, eager_steps=1))
+        model_stats = _model_stats(stats)
+        assert (sum(model_stats.batch_size.counts), model_stats.captured_steps, model_stats.eager_steps) == (6, 5, 1)
 
 
 class TestTransitions:

@@ -33,6 +33,25 @@ class TestFigures:
         assert model_stats.underrun_s.sum == pytest.approx(2.0, abs=0.01)
         assert sum(model_stats.underrun_s.counts[1:]) == 1
 
+    def test_performance(self, bench: WorkerBench) -> None:
+        """The windows have the request's wait for its model, its first audio, its underruns and its batches."""
+        bench.load_s = 2.0
+        bench.speak("r", "a b c")
+        bench.settle()
+        bench.engines["m"].step_s = 0.5
+        bench.speak("s", "a b c")
+        bench.speak("t", "a b c")
+        bench.settle()
+        bench.clock.advance(1.0)
+        [minute, *longer] = bench.snapshot().performance["m"]
+        assert [window.minutes for window in longer] == [15, 60]
+        assert minute.queue_wait_s.p99 == pytest.approx(2.0, rel=0.08)
+        assert (minute.first_audio_s.count, minute.real_time_factor.count, minute.streams) == (3, 3, 3)
+        assert minute.underruns == {"0": 2, "100": 2, "300": 2, "1000": 0}
+        assert (minute.batch_size.count, minute.batch_size.p99) == (6, 2.0)
+        assert bench.snapshot().model_stats["m"].captured_steps == 6
+        assert bench.snapshot().model_stats["m"].audio_s > 0
+
     def test_pause_of_the_reader(self, bench: WorkerBench) -> None:
         """A lack of credit is no underrun."""
         loaded(bench)

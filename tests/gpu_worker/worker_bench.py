@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from gpu_worker.audio_buffer import AudioBuffer
-from gpu_worker.engines.base import Done, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
+from gpu_worker.engines.base import Done, EngineStats, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from gpu_worker.requests import Request
 from gpu_worker.residency import (
     Checkpoints,
@@ -99,6 +99,7 @@ class SpeakingEngine:
         self.muted: set[str] = set()
         self.finish_reason: FinishReason = "stop"
         self.steps = 0
+        self.batch_sizes: Counter[int] = Counter()
         self.admitted: list[Job] = []
         self.warm_up_errors: deque[Exception | None] = deque()
         self.is_warm = False
@@ -149,6 +150,7 @@ class SpeakingEngine:
         self.steps += 1
         _raise_next(self.step_errors)
         self._clock.advance(self.step_s)
+        self.batch_sizes[len(self._able(stalled))] += 1
         return [event for job in self._able(stalled) for event in self._speak(job)]
 
     def _able(self, stalled: Collection[str]) -> list[Job]:
@@ -214,6 +216,10 @@ class SpeakingEngine:
             host = {**self._memory.host, "parked": self.parked_bytes * len(self._parked)}
             return msgspec.structs.replace(self._memory, host=host)
         return self._memory
+
+    def stats(self) -> EngineStats:
+        """The steps by their jobs; each was captured."""
+        return EngineStats(batch_sizes=dict(self.batch_sizes), captured_steps=self.batch_sizes.total())
 
     def _move(self, state: ModelState) -> None:
         assert not self._words

@@ -10,7 +10,7 @@ The frame that was launched behind the end of a job is dropped.
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
@@ -19,7 +19,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, JobError, Memory, Pcm
+from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, EngineStats, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
 from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
@@ -124,6 +124,9 @@ class QwenEngine:
         self._frame_started = -math.inf
         self._frame_times: deque[float] = deque(maxlen=FRAME_TIMES)
         self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
+        self._batch_sizes: Counter[int] = Counter()
+        self._steps: Counter[bool] = Counter()
+        """Decode steps, by whether they were captured."""
         self._events: list[Event] = []
         """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
 
@@ -148,6 +151,8 @@ class QwenEngine:
             self._on_frame_ready(self._frames.pop())
             self._parts.vocoder.decode([sequence]).wait()
         self._frame_times.clear()
+        self._steps.clear()
+        self._batch_sizes.clear()
 
     def capacity(self) -> int:
         return len(self._free_slots)
@@ -281,6 +286,11 @@ class QwenEngine:
             memory = msgspec.structs.replace(memory, host={**memory.host, "parked": self._parked_bytes})
         return memory
 
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            batch_sizes=dict(self._batch_sizes), captured_steps=self._steps[True], eager_steps=self._steps[False]
+        )
+
     def _drop_launched_work(self) -> None:
         """Drop the frames and chunks of jobs that are gone, and wait until the device has finished them."""
         self._frames.clear()
@@ -388,8 +398,11 @@ class QwenEngine:
         frame = LaunchedFrame([(sequence, sequence.utterance, sequence.slot) for sequence in members])
         host_copy = HostCopy(self._parts.state.next_codebook0, frame)
         self._parts.vocoder.wait_for_older_decodes()
-        self._parts.runner.decode_step(rows, full_vocab=any(member.plan.sampling.full_vocab for member in members))
+        full_vocab = any(member.plan.sampling.full_vocab for member in members)
+        captured = self._parts.runner.decode_step(rows, full_vocab=full_vocab)
         host_copy.start()
+        self._steps[captured] += 1
+        self._batch_sizes[len(members)] += 1
         if not self._frames:
             self._frame_started = self._clock()
         self._frames.append(host_copy)

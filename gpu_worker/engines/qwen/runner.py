@@ -67,10 +67,11 @@ class ModelRunner(Protocol):
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:
         """Read prompts into their slots."""
 
-    def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
+    def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> bool:
         """Make one frame for each slot of `slot_lengths`: (slot, tokens in its cache once the frame is read).
 
         `full_vocab`: whether the sampling parameters of any of them need the full vocabulary.
+        Returns True if every function that can be traced or captured was.
         """
 
     def prepare(self) -> None:
@@ -136,17 +137,19 @@ class CpuModelRunner:
             slot, length = (torch.tensor([number], device=device) for number in (one.slot, len(embeds)))
             self._model.prefill(embeds[None], slot, length, full_vocab=one.full_vocab)
 
-    def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
+    def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> bool:
         batch = max(slot for slot, _ in slot_lengths) + 1
         padded_batch = smallest_bucket(batch, self._batch_sizes)
         threads = torch.get_num_threads()
         if self._single_thread:
             torch.set_num_threads(1)
         try:
-            self._traces.run(padded_batch, functools.partial(self._model.code_predictor_step, padded_batch))
+            step = functools.partial(self._model.code_predictor_step, padded_batch)
+            traced = self._traces.run(padded_batch, step)
         finally:
             torch.set_num_threads(threads)
         self._model.talker_step(batch, slot_lengths, kv_len=0, full_vocab=full_vocab)
+        return traced
 
     def prepare(self) -> None:
         for batch in self._batch_sizes:
@@ -195,13 +198,14 @@ class CudaGraphModelRunner:
             for start in range(0, len(group), largest):
                 self._prefill(group[start : start + largest], length)
 
-    def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
+    def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> bool:
         batch = smallest_bucket(max(slot for slot, _ in slot_lengths) + 1, self._batch_sizes)
         kv_len = smallest_bucket(max(length for _, length in slot_lengths), self._kv_lengths)
         model = self._model
-        self._buckets.run(("code_predictor_step", batch, 0), functools.partial(model.code_predictor_step, batch))
+        code_predictor_step = functools.partial(model.code_predictor_step, batch)
+        predicted = self._buckets.run(("code_predictor_step", batch, 0), code_predictor_step)
         talker_step = functools.partial(model.talker_step, batch, (), kv_len, full_vocab=full_vocab)
-        self._buckets.run(("talker_step", batch, kv_len), talker_step)
+        return self._buckets.run(("talker_step", batch, kv_len), talker_step) and predicted
 
     def prepare(self) -> None:
         model, streams = self._model, self._streams

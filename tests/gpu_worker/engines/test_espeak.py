@@ -118,6 +118,19 @@ class TestSpeech:
         assert _alike(_say(engine, _job("Guten Morgen, wie geht es Ihnen heute?", "en-us+f2", "german")), expected)
         assert not _alike(_say(engine, _job("Guten Morgen, wie geht es Ihnen heute?", "de+f3")), expected)
 
+    def test_counted(self, engine: EspeakEngine) -> None:
+        """Each step counts by the jobs that had a part in it."""
+        before = engine.stats().batch_sizes
+        jobs = [_job("Hello."), _job("Good morning.")]
+        for job in jobs:
+            engine.admit(job)
+        engine.step({jobs[0].id})
+        engine.step(())
+        after = engine.stats().batch_sizes
+        for job in jobs:
+            engine.cancel(job.id)
+        assert [after.get(size, 0) - before.get(size, 0) for size in (1, 2)] == [1, 1]
+
     def test_by_name(self, engine: EspeakEngine) -> None:
         """A voice may be requested by its name."""
         assert _alike(_say(engine, _job(SENTENCES[0], "emma")), _say(engine, _job(SENTENCES[0], "en-us+f2")))

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from gpu_worker.engines.base import Event, Job, JobError, Memory
+from gpu_worker.engines.base import EngineStats, Event, Job, JobError, Memory
 from gpu_worker.residency import (
     Downloaded,
     FilesChecked,
@@ -87,6 +87,10 @@ class FakeEngine:
     def memory(self) -> Memory:
         """What it holds."""
         return self._memory
+
+    def stats(self) -> EngineStats:
+        """Nothing: it does no work."""
+        return EngineStats()
 
     def _call(self, name: str, state: ModelState) -> None:
         self.calls.append(name)

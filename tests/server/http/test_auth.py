@@ -8,7 +8,7 @@ pytestmark = SHARED_LOOP
 
 OPEN = ["/", "/health", "/ready", "/docs", "/redoc", "/openapi.json"]
 KEYED = ["/v1/models", "/v1/audio/voices", "/metrics"]
-ADMIN = ["/admin/config", "/admin/stats", "/admin/vram"]
+ADMIN = ["/admin/config", "/admin/stats", "/admin/vram", "/admin/performance"]
 
 
 def _bearer(key: str) -> dict[str, str]:

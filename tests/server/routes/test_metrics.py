@@ -9,6 +9,7 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared.protocol import (
+    BATCH_SIZE_BOUNDS,
     FIRST_AUDIO_BOUNDS_S,
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
@@ -36,7 +37,12 @@ def _histogram(bounds: tuple[float, ...], counts: dict[int, int], total: float) 
 MODEL_STATS = {
     MODEL: ModelStats(
         first_audio_s=_histogram(FIRST_AUDIO_BOUNDS_S, {0: 2, 4: 3, len(FIRST_AUDIO_BOUNDS_S): 1}, 101.5),
+        queue_wait_s=_histogram(FIRST_AUDIO_BOUNDS_S, {2: 5}, 0.4),
         underrun_s=_histogram(UNDERRUN_BOUNDS_S, {0: 4, 3: 1, 5: 1}, 0.6),
+        audio_s=12.5,
+        batch_size=_histogram(BATCH_SIZE_BOUNDS, {0: 7, 2: 1}, 11.0),
+        captured_steps=6,
+        eager_steps=2,
         transitions_s={
             "load": _histogram(TRANSITION_BOUNDS_S, {2: 1}, 0.2),
             "offload": _histogram(TRANSITION_BOUNDS_S, {0: 7}, 0.1),
@@ -130,6 +136,26 @@ async def test_underruns(samples: Samples) -> None:
     assert _value(samples, "tts_underrun_seconds_count", model=MODEL) == 6
     assert _value(samples, "tts_underrun_seconds_sum", model=MODEL) == 0.6
     assert _value(samples, "tts_underruns_total", model=MODEL) == 2
+
+
+async def test_continuity(samples: Samples) -> None:
+    """A player with a larger buffer plays more streams without a gap."""
+    continuous = [
+        _value(samples, "tts_continuous_streams_total", model=MODEL, player_buffer=buffer)
+        for buffer in ("0.0", "0.1", "0.3", "1.0")
+    ]
+    assert continuous == [4, 5, 5, 6]
+
+
+async def test_work(samples: Samples) -> None:
+    """The waits for a slot, the audio made, the sizes of batches, and the share of captured decode steps."""
+    assert _value(samples, "tts_queue_wait_seconds_bucket", model=MODEL, le="0.1") == 5
+    assert _value(samples, "tts_audio_seconds_total", model=MODEL) == 12.5
+    assert _value(samples, "tts_batch_size_bucket", model=MODEL, le="1") == 7
+    assert _value(samples, "tts_batch_size_bucket", model=MODEL, le="4") == 8
+    assert _value(samples, "tts_batch_size_sum", model=MODEL) == 11
+    assert _value(samples, "tts_decode_steps_total", model=MODEL, captured="true") == 6
+    assert _value(samples, "tts_decode_steps_total", model=MODEL, captured="false") == 2
 
 
 async def test_moves(samples: Samples) -> None:

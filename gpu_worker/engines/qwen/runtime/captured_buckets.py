@@ -49,13 +49,14 @@ class CapturedBuckets:
         self._graphs, self._graph_bytes = capture_graphs(functions, stream=capturing, pool=pool)
         self._pool = pool
 
-    def run(self, bucket: Key, eager: Callable[[], None]) -> None:
-        """Replay a bucket's graph; call `eager` if it was not captured."""
+    def run(self, bucket: Key, eager: Callable[[], None]) -> bool:
+        """Replay a bucket's graph (True); call `eager` if it was not captured (False)."""
         graph = self._graphs.get(bucket)
         if graph is None:
             eager()
-        else:
-            graph.replay()
+            return False
+        graph.replay()
+        return True
 
     def release(self) -> None:
         """Free graphs and static inputs."""

@@ -40,6 +40,7 @@ class CpuTraces:
         """
         self._tensors = tensors
         self._functions: dict[int, Callable[[], Any]] = {}
+        self._untraced: set[int] = set()
         self.bytes = 0
         """An estimate of the traces' host memory."""
 
@@ -48,20 +49,24 @@ class CpuTraces:
         if key not in self._functions:
             function()  # untraced first: it allocates the scratch memory that the trace will refer to
             self._functions[key] = self._trace(function)
+            if self._functions[key] is function:
+                self._untraced.add(key)
             self.run(key, function)  # torch prepares a trace, and takes half of its memory, when it first runs
 
-    def run(self, key: int, function: Callable[[], None]) -> None:
-        """Run the trace of `key`; if there is none, `capture` the function, which runs it, too."""
+    def run(self, key: int, function: Callable[[], None]) -> bool:
+        """Run the trace of `key` (True); if there is none, `capture` the function, which runs it, too (False)."""
         traced = self._functions.get(key)
         if traced is None:
             self.capture(key, function)
-        else:
-            with _without_fusion():
-                traced()
+            return False
+        with _without_fusion():
+            traced()
+        return key not in self._untraced
 
     def clear(self) -> None:
         """Free all traces, and the tensors that only they hold."""
         self._functions.clear()
+        self._untraced.clear()
         self.bytes = 0
 
     def _trace(self, function: Callable[[], None]) -> Callable[[], Any]:

@@ -84,6 +84,17 @@ def test_audio_is_the_same_in_any_batch(speaker: QwenEngine) -> None:
         assert end_of(together[one.id]) == end_of(alone)
 
 
+def test_frames_are_counted_by_their_jobs() -> None:
+    """Every frame counts once, by the number of its jobs; the code predictor's trace was ready for each."""
+    speaker = engine("custom_voice")
+    spoken = run(speaker, [job(number, sampling=Sampling(seed=1, max_new_tokens=3 + number)) for number in range(3)])
+    counted = speaker.stats()
+    frames = sum(end_of(outcome)[1] for outcome in spoken.values())
+    assert sum(size * count for size, count in counted.batch_sizes.items()) >= frames  # some run beyond the end
+    assert max(counted.batch_sizes) == 3
+    assert (counted.captured_steps, counted.eager_steps) == (sum(counted.batch_sizes.values()), 0)
+
+
 def test_a_long_text_is_spoken_utterance_by_utterance(speaker: QwenEngine) -> None:
     """Sentences beyond the limit of an utterance follow in the same slot, with nothing but the pause between them."""
     spoken = run(speaker, [job(1, LONG, sampling=Sampling(seed=1))])["job 1"]

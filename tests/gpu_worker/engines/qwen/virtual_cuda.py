@@ -164,14 +164,14 @@ class VirtualCuda:
             named.key, named.function = key, functions[key] if self.computes else None
         return captured, *rest
 
-    def run(self, buckets: CapturedBuckets, bucket: Key, eager: Callable[[], None]) -> None:
+    def run(self, buckets: CapturedBuckets, bucket: Key, eager: Callable[[], None]) -> bool:
         """In the place of `CapturedBuckets.run`: counts what was not captured."""
 
         def missed() -> None:
             self.misses[bucket] += 1
             eager()
 
-        _run(buckets, bucket, missed)
+        return _run(buckets, bucket, missed)
 
     def _called(self, key: Key, function: Callable[[], None]) -> Callable[[], None]:
         def call() -> None:

@@ -58,10 +58,10 @@ def test_the_largest_bucket_comes_first() -> None:
 
 
 def test_a_captured_bucket_is_replayed_on_its_static_inputs(buckets: CapturedBuckets) -> None:
-    """Every other bucket runs eagerly. (The warm-up of the capture is the first doubling.)"""
+    """Every other bucket runs eagerly, and the caller learns which. (The capture's warm-up is the first doubling.)"""
     eager: list[Key] = []
-    for key in (("double", 4, 8), ("double", 4, 9), ("another", 4, 8)):
-        buckets.run(key, lambda key=key: eager.append(key))  # type: ignore[misc]
+    for key, captured in ((("double", 4, 8), True), (("double", 4, 9), False), (("another", 4, 8), False)):
+        assert buckets.run(key, lambda key=key: eager.append(key)) is captured  # type: ignore[misc]
     assert eager == [("double", 4, 9), ("another", 4, 8)]
     assert torch.equal(buckets.inputs["double", 4, 8][0], torch.full((4, 8), 4.0))
     assert torch.equal(buckets.inputs["double", 1, 8][0], torch.full((1, 8), 2.0))

@@ -1,0 +1,48 @@
+"""GET /admin/performance: what listeners felt in the last minutes, from the snapshot."""
+
+import msgspec
+from litestar import get
+
+from server.dependencies import EngineDependency
+from server.http.errors import documented
+from server.routes.admin import STATS_MAX_AGE_S
+from shared.protocol import Snapshot, WindowPerformance
+
+
+class ModelPerformance(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one model over the last 1, 15 and 60 minutes."""
+
+    id: str
+    windows: list[WindowPerformance]
+
+
+class Performance(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that spoke within the last hour; times in seconds.
+
+    `first_audio_s`: from a request's arrival at the GPU worker to its first audio.
+    `queue_wait_s`: to its slot, the load of the model included.
+    `real_time_factor`: seconds of synthesis for one second of audio.
+    `batch_size`: requests that shared a frame, of each frame.
+    `underruns`: of the complete `streams`, those in which a player had nothing to play, by its buffer:
+    how many milliseconds it starts after the first audio.
+    Percentiles are off by 7.5 % at most; a window may be longer by the time slot that is not over yet.
+    """
+
+    models: list[ModelPerformance]
+
+
+def performance_of(snapshot: Snapshot) -> list[ModelPerformance]:
+    """The figures in a snapshot."""
+    return [ModelPerformance(id=model, windows=windows) for model, windows in snapshot.performance.items()]
+
+
+@get(
+    "/performance",
+    operation_id="getPerformance",
+    summary="Get percentiles of the last minutes",
+    tags=["Admin"],
+    responses=documented(401, 403, 500, 503),
+)
+async def performance(engine: EngineDependency) -> Performance:
+    """Time to first audio, real-time factor, queue wait, batch sizes and underruns of the last 1, 15 and 60 minutes."""
+    return Performance(models=performance_of(await engine.fresh_snapshot(STATS_MAX_AGE_S)))
