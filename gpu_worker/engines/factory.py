@@ -247,11 +247,11 @@ class EngineFactory:
         if self._options is None:
             import torch  # noqa: PLC0415 -- takes two seconds
 
-            from gpu_worker.engines.qwen.build import QwenOptions, compute_dtype  # noqa: PLC0415 -- imports torch
+            from gpu_worker.engines.qwen.build import QwenOptions, codec_dtype  # noqa: PLC0415 -- imports torch
             from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs  # noqa: PLC0415 -- imports torch
 
             self._start_device()
-            dtype = compute_dtype(self._device, self._settings.dtype)
+            dtype = codec_dtype(self._device, self._settings.dtype)
             self._options = QwenOptions(
                 codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device)),
                 tokenizers=self._tokenizers,

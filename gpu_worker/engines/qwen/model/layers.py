@@ -73,7 +73,7 @@ class Linear(TensorHolder):
     """y = x Wᵀ + b, with W in the layout that the device computes fastest with."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
+        self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS and _packs(weight.dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self.packed else weight  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
         self._outputs = weight.shape[0]
         self.bias = bias
@@ -106,6 +106,11 @@ class Linear(TensorHolder):
     def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` + x Wᵀ + b: the form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype on this processor: of bfloat16 not without AVX-512."""
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 -- no public way
 
 
 def _needs_contiguous(weight: Tensor) -> bool:

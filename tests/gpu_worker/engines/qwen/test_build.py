@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.build import MAX_SLOTS, QwenOptions, slots_that_fit
+from gpu_worker.engines.qwen.build import MAX_SLOTS, QwenOptions, codec_dtype, slots_that_fit
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from tests.checkpoints import tiny
@@ -45,6 +45,17 @@ def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(JobError, match="a CPU computes in float32 or bfloat16") as refusal:
         engine("custom_voice", dtype="float16")
     assert refusal.value.code == "model_unavailable"
+
+
+@pytest.mark.parametrize(("fast", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_codec_stays_float32_where_a_cpu_has_no_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, *, fast: bool, wanted: torch.dtype
+) -> None:
+    """Whatever the dtype of the model. On CUDA the codec has the model's dtype."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert codec_dtype("cpu", "bfloat16") == wanted
+    assert codec_dtype("cpu", "auto") == torch.float32
+    assert codec_dtype("cuda", "auto") == torch.bfloat16
 
 
 def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:

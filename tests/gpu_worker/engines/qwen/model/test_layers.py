@@ -80,6 +80,20 @@ def test_products_are_batch_invariant(inner: int, outer: int) -> None:
     )
 
 
+def test_bfloat16_is_not_packed_where_onednn_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor without AVX-512, packing raises. The product is the same to rounding."""
+    weight, x = torch.randn(512, 512).bfloat16(), torch.randn(3, 512).bfloat16()
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx512bw")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    linear = Linear(weight)
+    assert not linear.packed
+    torch.testing.assert_close(linear(x), functional.linear(x, weight), rtol=0.02, atol=0.02)
+
+
 def _unpacked(linear: Linear) -> torch.Tensor:
     return linear.weight.to_dense()
 
