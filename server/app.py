@@ -30,6 +30,7 @@ from server.routes import (
     stored_audio,
     voice_consents,
     voices,
+    web_page,
 )
 from server.routes.speech_start import speech_starter
 from server.text import load_pronunciations
@@ -69,6 +70,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
             *(health.root, health.health, health.ready),
             stored_audio.get_stored_audio,
             *(docs.openapi_json, docs.redoc, docs.static_file),
+            *([web_page.page_file] if settings.web_page else []),
             *_guarded(settings),
         ],
         dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},

@@ -220,7 +220,10 @@ class SpeechDone(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
-    """A model in OpenAI's shape, with more fields. `voices` are the ids of its preset voices."""
+    """A model in OpenAI's shape, with more fields. `voices` are the ids of its preset voices.
+
+    `instructions`, `sampling` and `timestamps`: the model follows these fields of a request.
+    """
 
     id: str
     created: int
@@ -232,6 +235,9 @@ class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
     voices: list[str]
     state: PublicState
     loaded_bytes: int
+    instructions: bool
+    sampling: bool
+    timestamps: bool
     detail: str = ""
     object: Literal["model"] = "model"
 
@@ -344,14 +350,33 @@ class VoiceConsentDeleted(msgspec.Struct, frozen=True, kw_only=True):
 # --- service ---------------------------------------------------------------------------------------------------------
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The longest text of a request, the largest recording, and how long one may be."""
+
+    input_chars: int
+    recording_bytes: int
+    recording_min_s: float
+    recording_max_s: float
+
+
+class Requires(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client must send: a key under /v1, an admin key under /admin, a consent with a recording to clone."""
+
+    key: bool
+    admin_key: bool
+    consent: bool
+
+
 class Root(msgspec.Struct, frozen=True, kw_only=True):
-    """The service's name and version, and its most important paths."""
+    """The service's name and version, its most important paths, its limits, and what it requires."""
 
     status: Literal["healthy"]
     service: str
     version: str
     docs: str
     endpoints: dict[str, str]
+    limits: Limits
+    requires: Requires
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):

@@ -48,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: list[str] = []
     trusted_proxies: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])
     root_path: str = ""
+    web_page: bool = True
     max_connections: Annotated[int, Meta(ge=64, le=1_000_000)] = 4096
     max_connections_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     max_input_chars: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
@@ -121,7 +122,7 @@ SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 
 _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
-    *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path"),
+    *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path", "web_page"),
     *("max_connections", "max_connections_per_address", "body_buffer_mb"),
     *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice", "require_consent"),
     *("input_format", "pronunciations"),

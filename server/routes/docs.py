@@ -128,6 +128,13 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
         "description": "The speech, in `response_format` (mp3 by default) or as server-sent events.",
         "content": audio | {"text/event-stream": {"schema": _EVENT}},
     }
+    document["paths"]["/"]["get"]["responses"]["200"] = {
+        "description": "JSON, or for browsers the page.",
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Root"}},
+            "text/html": {"schema": {"type": "string"}},
+        },
+    }
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         if operation["operationId"] in _AUDIO_OPERATIONS:
             operation["responses"]["200"] = {"description": "The audio.", "content": audio}

@@ -3,19 +3,24 @@
 import time
 from typing import Any
 
-from litestar import Request, get
+from litestar import Request, Response, get
 from litestar.exceptions import NotFoundException
 
+from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import EngineDependency, SettingsDependency
 from server.http.errors import ApiError, documented
 from server.http.forwarded import client_view
-from server.schemas import Health, Ready, Root, Status
+from server.routes.web_page import page_response, wants_page
+from server.schemas import Health, Limits, Ready, Requires, Root, Status
 from server.version import VERSION
+from shared.recordings import MAX_RECORDING_S, MIN_RECORDING_S
 
 
 @get("/", operation_id="getRoot", summary="Get the service's name and version", tags=["Service"])
-async def root(request: Request[Any, Any, Any], settings: SettingsDependency) -> Root:
-    """Name, version and the most important paths."""
+async def root(request: Request[Any, Any, Any], settings: SettingsDependency) -> Root | Response[bytes]:
+    """Name, version and the most important paths; browsers get a page (TTS_WEB_PAGE)."""
+    if settings.web_page and wants_page(request):
+        return page_response(request, settings)
     prefix = client_view(settings, request.scope).prefix
     return Root(
         status="healthy",
@@ -27,6 +32,17 @@ async def root(request: Request[Any, Any, Any], settings: SettingsDependency) ->
             "models": f"{prefix}/v1/audio/models",
             "voices": f"{prefix}/v1/audio/voices",
         },
+        limits=Limits(
+            input_chars=settings.max_input_chars,
+            recording_bytes=MAX_REFERENCE_BYTES,
+            recording_min_s=MIN_RECORDING_S,
+            recording_max_s=MAX_RECORDING_S,
+        ),
+        requires=Requires(
+            key=bool(settings.api_keys),
+            admin_key=bool(settings.api_keys or settings.admin_keys),
+            consent=settings.require_consent,
+        ),
     )
 
 

@@ -96,5 +96,8 @@ def _model_object(
         voices=[voice.id for voice in spec.voices],
         state=status.state,
         loaded_bytes=sum(status.bytes.values()),
+        instructions=spec.instructions,
+        sampling=spec.sampling,
+        timestamps=spec.timestamps,
         detail=status.detail,
     )

@@ -21,7 +21,29 @@ async def test_root(serve: Serve) -> None:
         "service": "A title",
         "docs": "/docs",
         "endpoints": {"speech": "/v1/audio/speech", "models": "/v1/audio/models", "voices": "/v1/audio/voices"},
+        "limits": {
+            "input_chars": 4096,
+            "recording_bytes": 10 * 2**20,
+            "recording_min_s": 1.0,
+            "recording_max_s": 60.0,
+        },
+        "requires": {"key": False, "admin_key": False, "consent": False},
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"api_keys": ["a"]}, {"key": True, "admin_key": True}),
+        ({"admin_keys": ["b"]}, {"key": False, "admin_key": True}),
+    ],
+)
+async def test_root_says_what_it_requires(
+    serve: Serve, settings: dict[str, list[str]], needed: dict[str, bool]
+) -> None:
+    """A client learns without a key which keys it needs, and whether a clone needs a consent."""
+    answer = (await (await serve(**settings, require_consent=True)).get("/")).json()
+    assert answer["requires"] == needed | {"consent": True}
 
 
 async def test_the_paths_of_root_begin_with_the_prefix(client: httpx.AsyncClient) -> None:

@@ -20,16 +20,21 @@ PUBLISHED = {file: (digest, removed) for file, digest, removed in ROW.findall((V
 
 @pytest.mark.skipif(NODE is None, reason="node is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_whole(script: Path) -> None:
+def test_scripts_are_whole(script: Path, tmp_path: Path) -> None:
     """Every script can be parsed: none was cut off when it was copied."""
-    subprocess.run([str(NODE), "--check", str(script)], check=True)
+    is_module = re.search(r"^(import|export)\b|\bexport\{", script.read_text(), re.MULTILINE)
+    copy = tmp_path / (script.stem + (".mjs" if is_module else ".js"))  # Node tells modules by their names
+    copy.write_bytes(script.read_bytes())
+    subprocess.run([str(NODE), "--check", str(copy)], check=True)
 
 
 @pytest.mark.parametrize("file", PUBLISHED)
 def test_vendored_files_are_the_published_ones(file: str) -> None:
-    """Each byte is that of the package, but for the pointer to a source map: none was cut off or changed."""
+    """Each byte is that of the package, but for source maps and the name of an import: none was cut off or changed."""
     digest, removed = PUBLISHED[file]
-    assert hashlib.sha256((VENDOR / file).read_bytes() + removed.encode()).hexdigest() == digest
+    content = (VENDOR / file).read_bytes().replace(b'from"./preact.js"', b'from"preact"')
+    ends = (removed, removed + "\n")
+    assert digest in {hashlib.sha256(content + end.encode()).hexdigest() for end in ends}
 
 
 def test_every_vendored_file_has_a_digest() -> None:
