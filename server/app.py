@@ -1,5 +1,6 @@
 """create_app: the only place where the parts of the web side are put together."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from server.routes import (
     captioned_speech,
     docs,
     elevenlabs,
+    events,
     health,
     metrics,
     models,
@@ -63,6 +65,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
             app.state.engine = engine
             app.state.audio_store = audio_store
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
+            app.state.event_feed = events.EventFeed(lambda: events.event_of(engine, settings), app.state.stopping)
             yield
 
     app = Litestar(
@@ -74,7 +77,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
             *_guarded(settings),
         ],
         dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},
-        state=State({"settings": settings}),
+        state=State({"settings": settings, "stopping": asyncio.Event()}),
         lifespan=[lifespan],
         exception_handlers=exception_handlers(),
         request_max_body_size=settings.max_body_mb * 1024 * 1024,
@@ -122,7 +125,7 @@ def _guarded(settings: Settings) -> list[Router]:
         route_handlers=[
             *(admin.config, admin.stats, admin.vram, admin.cleanup),
             *(admin.move_model, admin.move_model_of_hub),
-            performance.performance,
+            *(performance.performance, events.events),
         ],
     )
     figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])

@@ -199,13 +199,13 @@ def _load(
     """The application of this web worker. It keeps `beat` fresh once it serves, and ends with the main process."""
     threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
     application = create()
-    application.app.on_startup.append(partial(_on_startup, beat))
+    application.app.on_startup.append(partial(_on_startup, beat, application.app.state.stopping))
     application.app.on_startup.append(reaper(application).start)
     application.app.on_startup.append(HeapTrimmer(application.open_requests).start)
     return application
 
 
-async def _on_startup(beat: ctypes.c_double) -> None:
+async def _on_startup(beat: ctypes.c_double, stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
 
     def keep_fresh() -> None:
@@ -214,19 +214,21 @@ async def _on_startup(beat: ctypes.c_double) -> None:
 
     def serving() -> None:
         keep_fresh()
-        threading.Thread(target=_take_one_sigterm, args=(loop,), name="sigterm", daemon=True).start()
+        threading.Thread(target=_take_one_sigterm, args=(loop, stopping), name="sigterm", daemon=True).start()
 
     loop.call_later(_SERVING_AFTER_S, serving)
 
 
-def _take_one_sigterm(loop: asyncio.AbstractEventLoop) -> None:
+def _take_one_sigterm(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
     """Let the event loop have the first SIGTERM, and no other: at a second one granian 2.8.7 stops for ever.
 
     systemd, for one, sends SIGTERM to every process of a service, and the main process sends another one.
+    `stopping` is set as well, for responses that have no end of their own: granian waits for them.
     """
     signal.sigwait({signal.SIGTERM})
 
     def deliver() -> None:
+        stopping.set()
         signal.raise_signal(signal.SIGTERM)
         _unblock_sigterm()
         _block_sigterm()

@@ -28,6 +28,7 @@ from shared.protocol import (
     LoadModel,
     ModelStatus,
     PinModel,
+    Snapshot,
     StreamState,
     UnloadModel,
 )
@@ -61,6 +62,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     `running` requests hold one of `slots`; `queued` ones wait for one.
     `buffered` ones hold none: their speech waits for the client in the audio buffer, or the client has enough of it.
     `stalled`, of either kind: the client has read nothing for 10 s.
+    `audio_s`: seconds of audio made since the GPU worker started.
     `streams`: requests with a slot, buffered ones, then those that wait; the oldest first, at most fifty.
     """
 
@@ -75,6 +77,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     stalled: int
     audio_buffer: BufferMemory
     requests: Counters
+    audio_s: float
     streams: list[StreamState]
 
 
@@ -127,7 +130,11 @@ async def config(engine: EngineDependency, settings: SettingsDependency) -> dict
 )
 async def stats(engine: EngineDependency) -> Stats:
     """Requests that run, wait and have ended; at most 250 ms old."""
-    snapshot = await engine.fresh_snapshot(STATS_MAX_AGE_S)
+    return stats_of(await engine.fresh_snapshot(STATS_MAX_AGE_S))
+
+
+def stats_of(snapshot: Snapshot) -> Stats:
+    """The request figures in a snapshot."""
     return Stats(
         web_pid=os.getpid(),
         worker=WorkerStats(
@@ -142,6 +149,7 @@ async def stats(engine: EngineDependency) -> Stats:
         stalled=snapshot.stalled,
         audio_buffer=snapshot.audio_buffer,
         requests=snapshot.requests,
+        audio_s=round(sum(model.audio_s for model in snapshot.model_stats.values()), 3),
         streams=snapshot.streams,
     )
 
@@ -155,7 +163,11 @@ async def stats(engine: EngineDependency) -> Stats:
 )
 async def vram(engine: EngineDependency) -> Vram:
     """Memory of the device, of the host and of each model, as of now."""
-    snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
+    return vram_of(await engine.fresh_snapshot(_VRAM_MAX_AGE_S))
+
+
+def vram_of(snapshot: Snapshot) -> Vram:
+    """The memory in a snapshot."""
     return Vram(
         device=snapshot.device,
         shared=snapshot.shared_bytes,
@@ -182,10 +194,15 @@ async def cleanup(
     """The figures of the last eviction of idle models; with `trigger=true`, of one that runs now."""
     if not trigger:
         snapshot = await engine.fresh_snapshot(_VRAM_MAX_AGE_S)
-        return _report(_settings_in_force(engine, settings), snapshot.cleanup, completed=False)
+        return cleanup_report_of(engine, settings, snapshot)
     cleaning = engine.call(Cleanup(), client=client_of(settings, request), timeout_s=_CLEANUP_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, cleaning)
     return _report(_settings_in_force(engine, settings), reply.cleanup, completed=True)
+
+
+def cleanup_report_of(engine: EngineClient, settings: Settings, snapshot: Snapshot) -> CleanupReport:
+    """The last pass in a snapshot."""
+    return _report(_settings_in_force(engine, settings), snapshot.cleanup, completed=False)
 
 
 @post(

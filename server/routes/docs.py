@@ -46,6 +46,16 @@ _EVENT: Final = {
         }
     },
 }
+_STATE_EVENT: Final = {
+    "type": "object",
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "JSON with `time`, `problem` (null while the GPU worker answers), and `stats`, `vram`, "
+            "`performance`, `cleanup` as the operations of these names answer.",
+        }
+    },
+}
 _DESCRIPTION: Final = """\
 Speech from text, compatible with OpenAI's `POST /v1/audio/speech`.
 
@@ -138,6 +148,9 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         if operation["operationId"] in _AUDIO_OPERATIONS:
             operation["responses"]["200"] = {"description": "The audio.", "content": audio}
+    content = document["paths"]["/admin/events"]["get"]["responses"]["200"]["content"]
+    content.clear()
+    content["text/event-stream"] = {"schema": _STATE_EVENT}
     captioned = document["paths"]["/dev/captioned_speech"]["post"]["responses"]["200"]["content"]
     captioned["application/x-ndjson"] = captioned["application/json"]
     return document

@@ -94,6 +94,8 @@ def test_every_operation_answers_as_described(base_url: str, mode: GenerationMod
     for operation in operations:
         if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query):
             continue  # any string is a valid path
+        if operation.path == "/admin/events":
+            continue  # its answer has no end
 
         @hypothesis.settings(max_examples=examples, suppress_health_check=list(HealthCheck))
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode))

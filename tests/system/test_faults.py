@@ -205,9 +205,18 @@ def test_burst_fills_the_slots_before_the_queue(start: Start) -> None:
     assert (statuses.count(200), statuses.count(429)) == (20, 20), statuses
 
 
+def _watch(service: Service, watched: list[str]) -> None:
+    """Collect the lines that a dashboard gets, and at last the word that they ended."""
+    with httpx.stream("GET", service.url + "/admin/events", timeout=30) as answer:
+        for line in answer.iter_lines():
+            watched.append(line.removeprefix("data: "))
+    watched.append("the end")
+
+
 def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
     """SIGTERM during streams: they complete, new connections are refused, exit code 0, no process is left.
 
+    The stream of a dashboard has no end of its own: it ends at once, as whole as the others.
     Every process gets the signal, as systemd sends it; the web workers get a second one from the main process.
     """
     service = start(WEB_WORKERS=2)
@@ -225,10 +234,13 @@ def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
                 time.sleep(0.02)  # slower than the worker
             heard.append(count)
 
-    listeners = [threading.Thread(target=listen) for _ in range(3)]
+    watched: list[str] = []
+    listeners = [threading.Thread(target=_watch, args=(service, watched))]
+    listeners += [threading.Thread(target=listen) for _ in range(3)]
     for listener in listeners:
         listener.start()
     eventually(lambda: service.open_requests() == 3, 5, "three streams")
+    eventually(lambda: watched, 5, "a dashboard")
     for pid in (*processes, service.process.pid):
         os.kill(pid, signal.SIGTERM)
 
@@ -246,6 +258,8 @@ def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
     for listener in listeners:
         listener.join(5)
     assert heard == pytest.approx([expected] * 3, rel=0.001)
+    assert watched[-1] == "the end"
+    assert any('"problem":null' in line for line in watched)
     assert not any(is_running(pid) for pid in processes)
 
 
