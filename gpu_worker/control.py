@@ -14,7 +14,15 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, JobError
 from gpu_worker.requests import Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
-from gpu_worker.voices import ConsentRecord, ConsentStore, VoiceStore, VoiceWrite, VoiceWritten
+from gpu_worker.voices import (
+    ConsentRecord,
+    ConsentStore,
+    VoiceStore,
+    VoiceWrite,
+    VoiceWritten,
+    check_recording,
+    check_transcript,
+)
 from shared.catalog import ModelSpec
 from shared.protocol import (
     Audio,
@@ -26,16 +34,20 @@ from shared.protocol import (
     DeleteConsent,
     DeleteVoice,
     DesignVoice,
+    ExportVoice,
     Failed,
     FindConsent,
     FindSpeech,
     FindVoice,
     Finished,
+    ImportVoice,
     ListConsents,
     LoadModel,
     Message,
     PinModel,
+    PortableVoice,
     RenameConsent,
+    RenameVoice,
     Reply,
     Sampling,
     SavedVoice,
@@ -176,10 +188,11 @@ class ControlHandler:
 
     def on_voice_written(self, report: VoiceWritten) -> None:
         """Record the end of the write of a voice or a consent, and answer its call if that is still pending."""
-        result: JobError | SavedVoice | VoiceConsent
+        result: JobError | SavedVoice | VoiceConsent | PortableVoice
         store = self._consents if isinstance(report.write.record, ConsentRecord) else self._voices
         try:
             result = store.on_written(report)
+            result = report.exported or result
         except JobError as error:
             result = error
         for pending in list(self._pending):
@@ -193,6 +206,8 @@ class ControlHandler:
                         pending.caller.answer(Reply(id=call_id, voice=result))
                     case VoiceConsent():
                         pending.caller.answer(Reply(id=call_id, consent=result))
+                    case PortableVoice():
+                        pending.caller.answer(Reply(id=call_id, exported=result))
 
     def on_model_refused(self, model: str, error: JobError) -> None:
         """Fail the pending loads of a model that cannot be brought to the device."""
@@ -214,7 +229,15 @@ class ControlHandler:
                 self._pending.append(_PendingCleanup(caller))
             case FindSpeech():
                 return Reply(id=call.id, speech=self._find_speech(call.action))
-            case FindVoice() | CloneVoice() | DesignVoice() | DeleteVoice():
+            case (
+                FindVoice()
+                | CloneVoice()
+                | DesignVoice()
+                | RenameVoice()
+                | DeleteVoice()
+                | ExportVoice()
+                | ImportVoice()
+            ):
                 return self._dispatch_voice(caller, call, call.action, payload)
             case CreateConsent() | FindConsent() | ListConsents() | RenameConsent() | DeleteConsent():
                 return self._dispatch_consent(caller, call.action, payload)
@@ -233,9 +256,18 @@ class ControlHandler:
                 )
                 self._pending.append(_PendingWrite(caller, write))
             case DesignVoice():
-                self._design(caller, call.client, action)
+                if payload is None:
+                    self._design(caller, call.client, action)
+                else:
+                    self._save_design(caller, action, payload, action.script or None)
+            case RenameVoice(id=voice_id, name=name):
+                self._pending.append(_PendingWrite(caller, self._voices.rename(voice_id, name)))
             case DeleteVoice(id=voice_id):
                 self._pending.append(_PendingWrite(caller, self._voices.delete(voice_id)))
+            case ExportVoice(id=voice_id):
+                self._pending.append(_PendingWrite(caller, self._voices.export(voice_id, self._consents)))
+            case ImportVoice(voice=voice):
+                self._pending.append(_PendingWrite(caller, self._import(voice)))
             case _:
                 assert_never(action)
         return None
@@ -328,7 +360,7 @@ class ControlHandler:
                 case Audio():
                     pcm.extend(payload or b"")
                 case Finished(reason="stop"):
-                    self._save_design(caller, action, bytes(pcm))
+                    self._save_design(caller, action, bytes(pcm), action.script or DESIGN_TEXT)
                 case Finished():
                     reason = "the model did not come to an end of what it said; try again"
                     caller.fail(JobError("synthesis_failed", reason))
@@ -355,13 +387,32 @@ class ControlHandler:
             ),
         )
 
-    def _save_design(self, caller: _Caller, action: DesignVoice, pcm: bytes) -> None:
+    def _import(self, voice: PortableVoice) -> VoiceWrite:
+        """Save a voice of another server with its consent; nothing is saved if the voice is refused."""
+        self._voices.check_new(voice.name)
+        check_recording(voice.pcm, "file")
+        check_transcript(voice.text or "", voice.pcm)
+        consent_id = ""
+        if (consent := voice.consent) is not None:
+            saving = self._consents.create(consent.name, consent.language, consent.pcm, consent.created_at)
+            consent_id = saving.record.id
+        return self._voices.create(
+            voice.name,
+            voice.pcm,
+            kind=voice.kind,
+            text=voice.text,
+            prompt=voice.prompt,
+            description=voice.description,
+            consent=consent_id,
+        )
+
+    def _save_design(self, caller: _Caller, action: DesignVoice, pcm: bytes, text: str | None) -> None:
         try:
             write = self._voices.create(
                 name=action.name,
                 kind="design",
                 pcm=pcm,
-                text=action.script or DESIGN_TEXT,
+                text=text,
                 prompt=action.prompt,
                 description=action.description or action.prompt,
             )

@@ -87,6 +87,23 @@ class Scheduler:
                 return request
         return None
 
+    def position(self, request: Request) -> int | None:
+        """The place of `request` among those that wait, from 1 on, if every model has slots; None if it is not queued.
+
+        Clients take turns: before the nth request of a client come at most n of each client whose turn is earlier,
+        and n - 1 of each whose turn is later.
+        """
+        if request not in self._queues.get(request.client, ()):
+            return None
+        own = self._queues[request.client].index(request)
+        before, earlier = own, True
+        for client, queue in self._queues.items():
+            if client == request.client:
+                earlier = False
+            else:
+                before += min(len(queue), own + 1 if earlier else own)
+        return before + 1
+
     def remove(self, request: Request) -> None:
         """Take out `request`; no effect if it is not queued."""
         queue = self._queues.get(request.client, deque())

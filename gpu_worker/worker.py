@@ -298,7 +298,8 @@ class Worker:
     def _find_speech(self, wanted: FindSpeech) -> SpeechOutcome:
         for request in reversed(self._open.values()):
             if is_known_as(request.id, wanted.id) and wanted.client in ("", request.client):
-                return request.to_outcome()
+                position = self._scheduler.position(request)
+                return msgspec.structs.replace(request.to_outcome(), queue_position=position)
         outcome = self._outcomes.find(wanted.id, wanted.client)
         if outcome is None:
             raise JobError("not_found", f"none of the last {MAX_OUTCOMES} requests has this id")

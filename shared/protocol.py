@@ -12,18 +12,24 @@ it never sends more Audio messages than it has credit for.
 """
 
 import uuid
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 from shared.catalog import ModelSpec
+from shared.pcm import bytes_for
+from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 7
+VERSION: Final = 8
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
 READY: Final = b"r"
 """What a GPU worker writes into its supervisor's pipe, a byte a second: its loop runs; and its models are preloaded."""
+
+MAX_PORTABLE_PCM: Final = bytes_for(MAX_RECORDING_S)
+"""Bytes of the longest recording that a voice is cloned from."""
 
 Task = Literal["CustomVoice", "VoiceDesign", "Base"]
 PublicState = Literal["absent", "loading", "resident", "offloaded", "unavailable"]
@@ -218,7 +224,8 @@ class CloneVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Let the voice-design model speak as `prompt` describes, and save its speech as a voice.
 
-    `script` is what it says; "" for the worker's own text.
+    `script` is what it says; "" for the worker's own text. The payload, if there is one, is such speech that was made
+    before: it is saved as it is, and `script` is its transcript, "" if that is unknown.
     """
 
     name: str
@@ -227,10 +234,53 @@ class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     description: str = ""
 
 
+class RenameVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Give the saved voice with this id another name."""
+
+    id: str
+    name: str
+
+
 class DeleteVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Delete the saved voice with this id."""
 
     id: str
+
+
+class PortableConsent(msgspec.Struct, frozen=True, kw_only=True):
+    """A consent as it goes from one server to another. `created_at` is in Unix seconds."""
+
+    name: Annotated[str, Meta(max_length=200)]
+    language: Annotated[str, Meta(max_length=200)]
+    created_at: Annotated[int, Meta(ge=0)]
+    pcm: Annotated[bytes, Meta(max_length=MAX_PORTABLE_PCM)]
+
+
+class PortableVoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A saved voice with its recording and the consent of its speaker, as it goes from one server to another.
+
+    `pcm` is 24 kHz mono int16 little-endian, `text` its transcript. It is no payload: there may be two recordings.
+    """
+
+    name: Annotated[str, Meta(max_length=200)]
+    kind: Literal["clone", "design"]
+    text: Annotated[str, Meta(max_length=4096)] | None = None
+    prompt: Annotated[str, Meta(max_length=4096)] = ""
+    description: Annotated[str, Meta(max_length=4096)] = ""
+    pcm: Annotated[bytes, Meta(max_length=MAX_PORTABLE_PCM)]
+    consent: PortableConsent | None = None
+
+
+class ExportVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Read the saved voice with this id from the disk, and its consent if that is kept."""
+
+    id: str
+
+
+class ImportVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Save a voice of another server, and its consent."""
+
+    voice: PortableVoice
 
 
 class FindSpeech(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -277,7 +327,7 @@ class DeleteConsent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 ModelAction = LoadModel | UnloadModel | PinModel | Cleanup
-VoiceAction = FindVoice | CloneVoice | DesignVoice | DeleteVoice
+VoiceAction = FindVoice | CloneVoice | DesignVoice | RenameVoice | DeleteVoice | ExportVoice | ImportVoice
 ConsentAction = CreateConsent | FindConsent | ListConsents | RenameConsent | DeleteConsent
 Action = ModelAction | VoiceAction | ConsentAction | FindSpeech
 
@@ -347,6 +397,8 @@ failed: `error` says why. cancelled: the client left.
 class SpeechOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a Speak ended, or how far it is; only one that is done has `finish_reason` and `usage`.
 
+    `queue_position` counts from 1, in the order in which queued requests get a slot; None for one that is not queued.
+
     `timings` are those of Finished, or the times up to the failure.
     """
 
@@ -359,6 +411,7 @@ class SpeechOutcome(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     timings: Timings | None = None
     error: SpeechError | None = None
+    queue_position: int | None = None
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -617,6 +670,7 @@ class Reply(Message, frozen=True, kw_only=True):
     consent: VoiceConsent | None = None
     consents: list[VoiceConsent] = []
     has_more: bool = False
+    exported: PortableVoice | None = None
 
 
 class Pong(Message, frozen=True, kw_only=True):

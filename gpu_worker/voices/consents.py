@@ -50,6 +50,10 @@ class ConsentStore:
         """The consent with that id; JobError `consent_not_found`."""
         return self._record(consent_id).to_public()
 
+    def record_of(self, consent_id: str) -> ConsentRecord | None:
+        """The record of the consent with that id; None if it is not kept."""
+        return self._records.get(consent_id)
+
     def list(self, limit: int, after: str = "") -> tuple[list[VoiceConsent], bool]:
         """`limit` consents, the newest first, from the one behind `after` on, and whether there are more.
 
@@ -61,8 +65,8 @@ class ConsentStore:
             ordered = [record for record in ordered if _age(record) > last]
         return [record.to_public() for record in ordered[:limit]], len(ordered) > limit
 
-    def create(self, name: str, language: str, pcm: bytes) -> VoiceWrite:
-        """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a consent.
+    def create(self, name: str, language: str, pcm: bytes, created_at: int | None = None) -> VoiceWrite:
+        """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a consent, given now or at `created_at`.
 
         Raises JobError: `invalid_value`, `invalid_audio`, or `queue_full` if too many consents wait for the disk.
         """
@@ -76,7 +80,7 @@ class ConsentStore:
             id=f"{CONSENT_PREFIX}{secrets.token_hex(12)}",
             name=name,
             language=language,
-            created_at=int(self._wall()),
+            created_at=int(self._wall()) if created_at is None else created_at,
             samples=samples_of(pcm),
         )
         return self._write(VoiceWrite(kind="save", record=record, pcm=pcm))

@@ -19,7 +19,7 @@ import structlog
 
 from gpu_worker.engines.base import JobError
 from shared.pcm import SAMPLE_RATE
-from shared.protocol import SavedVoice, VoiceConsent
+from shared.protocol import PortableConsent, PortableVoice, SavedVoice, VoiceConsent
 
 ID_PREFIX: Final = "voice_"
 CONSENT_PREFIX: Final = "cons_"
@@ -78,11 +78,15 @@ _R = TypeVar("_R", bound=Record)
 
 
 class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
-    """A pending change of the disk: save `record` with its recording `pcm` (24 kHz mono int16), update or delete it."""
+    """Work for the disk: save `record` with its recording `pcm` (24 kHz mono int16), update, delete or export it.
 
-    kind: Literal["save", "update", "delete"]
+    `consent` is the one that is exported with a voice.
+    """
+
+    kind: Literal["save", "update", "delete", "export"]
     record: Record
     pcm: bytes = b""
+    consent: ConsentRecord | None = None
 
     @property
     def noun(self) -> str:
@@ -92,14 +96,15 @@ class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def participle(self) -> str:
         """The state of the voice after a successful write, for messages."""
-        return {"save": "saved", "update": "changed", "delete": "deleted"}[self.kind]
+        return {"save": "saved", "update": "changed", "delete": "deleted", "export": "exported"}[self.kind]
 
 
 class VoiceWritten(msgspec.Struct, frozen=True, kw_only=True):
-    """The report of a write: `error` is None if the disk has taken it."""
+    """The report of a write: `error` is None if the disk has taken it. `exported` is the voice that was exported."""
 
     write: VoiceWrite
     error: JobError | None
+    exported: PortableVoice | None = None
 
 
 class VoiceFiles:
@@ -129,8 +134,11 @@ class VoiceFiles:
 
     def write(self, write: VoiceWrite) -> VoiceWritten:
         """Carry out `write`. Every error is part of the report: it fails this voice and nothing else."""
+        exported = None
         try:
-            if write.kind == "save":
+            if write.kind == "export" and isinstance(write.record, VoiceRecord):
+                exported = self.export(write.record, write.consent)
+            elif write.kind == "save":
                 self.save(write.record, write.pcm)
             elif write.kind == "update":
                 self.update(write.record)
@@ -144,7 +152,27 @@ class VoiceFiles:
             )
             message = f"the {write.noun} could not be {write.participle}: {reason}"
             return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
-        return VoiceWritten(write=write, error=None)
+        return VoiceWritten(write=write, error=None, exported=exported)
+
+    def export(self, record: VoiceRecord, consent: ConsentRecord | None) -> PortableVoice:
+        """The voice with its recording, and its consent; OSError, KeyError or SafetensorError if one is damaged."""
+        portable = None
+        if consent is not None:
+            portable = PortableConsent(
+                name=consent.name,
+                language=consent.language,
+                created_at=consent.created_at,
+                pcm=self.recording(consent.id),
+            )
+        return PortableVoice(
+            name=record.name,
+            kind=record.kind,
+            text=record.text,
+            prompt=record.prompt,
+            description=record.description,
+            pcm=self.recording(record.id),
+            consent=portable,
+        )
 
     def save(self, record: Record, pcm: bytes) -> None:
         """Write `pcm` (24 kHz mono int16 little-endian) and its record; both are synced when this returns.

@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from typing import Final, Literal
 
+import msgspec
 import safetensors
 import structlog
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.voices.checks import check_recording, check_transcript, checked_name
+from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.pcm import samples_of
 from shared.protocol import SavedVoice
@@ -53,7 +55,9 @@ class VoiceStore:
         self._wall = wall
         self._records: dict[str, VoiceRecord] = {}
         self._saving: dict[str, VoiceRecord] = {}
+        self._renaming: list[VoiceRecord] = []  # with their new names
         self._deleting: list[str] = []  # an id stands here once for every pending delete of it
+        self._exporting: list[VoiceWrite] = []
         self._recordings: OrderedDict[str, Reference] = OrderedDict()
         for record in files.records():
             if self.find(record.name) is not None:
@@ -64,7 +68,7 @@ class VoiceStore:
     @property
     def writing(self) -> bool:
         """True while a write is pending."""
-        return bool(self._saving or self._deleting)
+        return bool(self._saving or self._renaming or self._deleting or self._exporting)
 
     def list(self) -> list[SavedVoice]:
         """Every voice, the oldest first."""
@@ -127,17 +131,43 @@ class VoiceStore:
             JobError: `invalid_value` if the name is not allowed or there are too many voices,
                 `queue_full` if too many voices wait for the disk.
         """
-        name = checked_name(name, "voice")
+        name = self._free_name(name)
         count = len(self._records) + len(self._saving)
+        if count >= self._max_voices:
+            problem = f"there are {count} saved voices already and no more may be kept; delete one first"
+            raise JobError("invalid_value", problem, param="name")
+        _check_waiting(self._saving)
+        return name
+
+    def rename(self, voice_id: str, name: str) -> VoiceWrite:
+        """Submit a write that gives the voice with that id another name, which is taken from now on.
+
+        Raises JobError: `voice_not_found`, `invalid_value` if the name is not allowed, `queue_full`.
+        """
+        record = msgspec.structs.replace(self._kept(voice_id), name=self._free_name(name, but=voice_id))
+        _check_waiting(self._renaming)
+        self._renaming.append(record)
+        write = VoiceWrite(kind="update", record=record)
+        self._submit(write)
+        return write
+
+    def export(self, voice_id: str, consents: ConsentStore) -> VoiceWrite:
+        """Submit the reading of the voice with that id. Raises JobError: `voice_not_found`, `queue_full`."""
+        record = self._kept(voice_id)
+        _check_waiting(self._exporting)
+        write = VoiceWrite(kind="export", record=record, consent=consents.record_of(record.consent))
+        self._exporting.append(write)
+        self._submit(write)
+        return write
+
+    def _free_name(self, name: str, but: str = "") -> str:
+        """`name` in the form in which a voice gets it; JobError if another voice than the one with id `but` has it."""
+        name = checked_name(name, "voice")
+        others = [*self._records.values(), *self._saving.values(), *self._renaming]
         if _folded(name) in self._reserved:
             problem = f"{name!r} is the name of a preset voice"
-        elif _find(name, [*self._records.values(), *self._saving.values()]) is not None:
+        elif _find(name, [record for record in others if record.id != but]) is not None:
             problem = f"there is a saved voice {name!r} already"
-        elif count >= self._max_voices:
-            problem = f"there are {count} saved voices already and no more may be kept; delete one first"
-        elif len(self._saving) >= MAX_SAVING:
-            message = f"{len(self._saving)} voices wait for the disk already"
-            raise JobError("queue_full", message, retry_after_s=_RETRY_AFTER_S)
         else:
             return name
         raise JobError("invalid_value", problem, param="name")
@@ -150,23 +180,30 @@ class VoiceStore:
         return write
 
     def on_written(self, report: VoiceWritten) -> SavedVoice:
-        """Add or remove the voice of a finished write, and return it.
+        """Carry out a finished write in the list, and return its voice.
 
         Raises JobError: the report's own, or `voice_not_found` if an earlier write has already deleted the voice.
         """
-        voice_id = report.write.record.id
-        if report.write.kind == "save":
-            record = self._saving.pop(voice_id)
-            if report.error is not None:
-                raise report.error
-            self._records[voice_id] = record
+        write, record = report.write, report.write.record
+        if not isinstance(record, VoiceRecord):
+            raise TypeError("the write of a consent")
+        if write.kind == "save":
+            del self._saving[record.id]
+        elif write.kind == "update":
+            self._renaming.remove(record)
+        elif write.kind == "export":
+            self._exporting.remove(write)
         else:
-            self._deleting.remove(voice_id)
-            if report.error is not None:
-                raise report.error
-            record = self._record(voice_id)
-            del self._records[voice_id]
-            self._recordings.pop(voice_id, None)
+            self._deleting.remove(record.id)
+        if report.error is not None:
+            raise report.error
+        if write.kind != "save":
+            self._record(record.id)
+        if write.kind == "delete":
+            record = self._records.pop(record.id)
+            self._recordings.pop(record.id, None)
+        elif write.kind != "export":
+            self._records[record.id] = record
         return record.to_public()
 
     def load(self, voice_id: str) -> Reference:
@@ -192,11 +229,23 @@ class VoiceStore:
             self._recordings.popitem(last=False)
         return reference
 
+    def _kept(self, voice_id: str) -> VoiceRecord:
+        """As `_record`, of a voice that nobody is deleting."""
+        if voice_id in self._deleting:
+            raise _not_found(voice_id)
+        return self._record(voice_id)
+
     def _record(self, voice_id: str) -> VoiceRecord:
         record = self._records.get(voice_id)
         if record is None:
             raise _not_found(voice_id)
         return record
+
+
+def _check_waiting(waiting: Collection[object]) -> None:
+    """JobError `queue_full` if as many voices wait for the disk as may."""
+    if len(waiting) >= MAX_SAVING:
+        raise JobError("queue_full", f"{len(waiting)} voices wait for the disk already", retry_after_s=_RETRY_AFTER_S)
 
 
 def _not_found(voice_id: str) -> JobError:

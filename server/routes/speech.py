@@ -60,7 +60,11 @@ async def create_speech(
         keeper = None
         if data.store:
             copy = None if whole else started.encoder(streaming=False)
-            facts = AudioFacts(media_type=started.media_type, sample_rate=started.sample_rate)
+            facts = AudioFacts(
+                media_type=started.media_type,
+                sample_rate=started.sample_rate,
+                designed=started.resolved.model.task == "VoiceDesign",
+            )
             keeper = Keeper(audio_store, facts, copy, prefix=client_view(settings, request.scope).prefix)
         response = SpeechResponse(request, started, streaming=not whole, keeper=keeper)
         if whole:

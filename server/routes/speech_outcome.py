@@ -23,6 +23,7 @@ class SpeechObject(msgspec.Struct, frozen=True, kw_only=True):
     """A request: how it ended, or how far it is. `id` is its `x-speech-id`.
 
     `finish_reason` and `usage` are there if it is done, `timings` (in seconds) if it has ended, `error` if it failed.
+    `queue_position` counts from 1, while it is queued.
     """
 
     id: str
@@ -33,6 +34,7 @@ class SpeechObject(msgspec.Struct, frozen=True, kw_only=True):
     usage: SpeechUsage | None
     timings: Timings | None
     error: ErrorBody | None
+    queue_position: int | None
     object: Literal["audio.speech"] = "audio.speech"
 
 
@@ -64,4 +66,5 @@ def _speech_object(outcome: SpeechOutcome) -> SpeechObject:
         usage=usage_of(outcome.usage) if outcome.usage else None,
         timings=outcome.timings,
         error=envelope(ApiError(error.code, error.message, param=error.param)).error if error else None,
+        queue_position=outcome.queue_position,
     )

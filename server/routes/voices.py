@@ -1,30 +1,22 @@
-"""/v1/audio/voices: list, make and delete voices.
+"""/v1/audio/voices: list, rename and delete voices. new_voices.py makes them, voice_files.py moves them.
 
-The GPU worker owns the saved voices. This module checks names and turns recordings into PCM.
+The GPU worker owns the saved voices.
 """
 
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from litestar import Request, delete, get, post
-from litestar.datastructures import UploadFile
-from litestar.enums import RequestEncodingType
-from litestar.params import Body, PathParameter, QueryParameter
-from msgspec import Meta
+from litestar.params import JSONBody, PathParameter, QueryParameter
 
-from server.audio import MAX_REFERENCE_BYTES
-from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, require_consent, status_of
+from server.dependencies import EngineDependency, SettingsDependency
+from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, status_of
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
-from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
-from server.http.json_bodies import JsonDecoder
-from server.http.streaming import cancel_on_disconnect
+from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.resolution import models_with_voices, unaliased
 from server.schemas import (
-    MAX_INSTRUCTIONS,
     MAX_NAME,
-    MAX_REF_TEXT,
     Name,
     SavedVoiceObject,
     VoiceDeleted,
@@ -33,45 +25,31 @@ from server.schemas import (
     VoiceObject,
 )
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
-from shared.protocol import Action, CloneVoice, DeleteVoice, DesignVoice, SavedVoice, Snapshot
+from shared.protocol import (
+    DeleteVoice,
+    ExportVoice,
+    RenameVoice,
+    Reply,
+    SavedVoice,
+    Snapshot,
+)
 from shared.settings import Settings
-from shared.text import is_printable, is_speakable
 
-MIN_SCRIPT: Final = 20
-MAX_SCRIPT: Final = 400
-"""Characters of the text that a voice says while it is designed; 30 s may hold them."""
-
-_MAKE_TIMEOUT_S: Final = 300.0
-"""Making a voice may include loading a model."""
-
-_DELETE_TIMEOUT_S: Final = 10.0
+_CHANGE_TIMEOUT_S: Final = 10.0
 
 VoiceName = Annotated[str, PathParameter(description="A voice's id or name; a name may contain a slash.")]
 
 
-class VoiceForm(msgspec.Struct, kw_only=True):
-    """A recording to clone (`audio_sample`) or, with `type=prompt`, the description of a voice to design.
-
-    `clone` is another name of the type `audio_sample`. `model` is taken and has no effect.
-    """
+class VoiceUpdate(msgspec.Struct, kw_only=True):
+    """Another name for a saved voice."""
 
     name: Name
-    type: Literal["audio_sample", "prompt", "clone"] = "audio_sample"
-    audio_sample: UploadFile | None = None
-    ref_text: Annotated[str, Meta(max_length=MAX_REF_TEXT, description="The transcript of audio_sample.")] | None = None
-    prompt: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS, description="The description of the voice.")] | None = None
-    model: Name | None = None
-    script_hint: (
-        Annotated[str, Meta(max_length=MAX_SCRIPT, description="What the voice says while it is designed.")] | None
-    ) = None
-    consent: Name | None = None
-    description: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
 
 
-class VoiceBody(FormOrJsonDto[VoiceForm]):
-    """The DTO of a new voice."""
+class VoiceUpdateJson(JsonBodyDto[VoiceUpdate]):
+    """The DTO of a voice's new name."""
 
-    decoder = JsonDecoder(VoiceForm, {})
+    decoder = JsonDecoder(VoiceUpdate, {})
 
 
 @get(
@@ -115,53 +93,6 @@ async def voices_for(model: str | None, engine: EngineClient, settings: Settings
     return VoiceList(voices=voices, uploaded_voices=saved, data=voices)
 
 
-@post(
-    "/voices",
-    operation_id="createVoice",
-    summary="Save a voice",
-    tags=["Voices"],
-    status_code=200,
-    dto=VoiceBody,
-    return_dto=None,
-    before_request=keep_json,
-    operation_class=FormOrJson,
-    exception_handlers=BROKEN_FORM,
-    responses=documented(400, 401, 403, 408, 409, 413, 415, 429, 500, 503),
-)
-async def create_voice(
-    request: Request[Any, Any, Any],
-    data: Annotated[VoiceForm, Body(media_type=RequestEncodingType.MULTI_PART)],
-    engine: EngineDependency,
-    settings: SettingsDependency,
-    decoder_pool: DecoderPoolDependency,
-) -> SavedVoiceObject:
-    """Save a voice, cloned from a recording (1 to 60 s, at most 10 MiB) or designed from a description."""
-    if not is_printable(data.name):
-        raise ApiError("invalid_value", "name: must have printable characters only.", param="name")
-    client = client_of(settings, request)
-    action: Action
-    pcm = None
-    if data.type == "prompt":
-        action = _design(data)
-    else:
-        if settings.require_consent:
-            await require_consent(data.consent, engine, client)
-        sample = await read_upload(data.audio_sample, "audio_sample", MAX_REFERENCE_BYTES)
-        pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
-        transcript = (data.ref_text or "").strip()
-        action = CloneVoice(
-            name=data.name,
-            text=transcript if is_speakable(transcript) else None,
-            description=data.description or "",
-            consent=data.consent or "",
-        )
-    making = engine.call(action, client=client, payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
-    reply = await cancel_on_disconnect(request, making)
-    if reply.voice is None:
-        raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
-    return _saved_voice_object(reply.voice, _speaker_of_saved(*cached_catalog(engine)))
-
-
 @get(
     "/voices/{voice_id:path}",
     operation_id="getVoice",
@@ -178,8 +109,33 @@ async def get_voice(
     for voice in (voice for spec in _served(*cached_catalog(engine)) for voice in _voices_of(spec)):
         if name.casefold() in (voice.id.casefold(), voice.name.casefold()):
             return voice
-    saved = await _existing(name, engine, client_of(settings, request))
-    return _saved_voice_object(saved, _speaker_of_saved(*cached_catalog(engine)))
+    return saved_voice_object(await existing_voice(name, engine, client_of(settings, request)), engine)
+
+
+@post(
+    "/voices/{voice_id:path}",
+    operation_id="updateVoice",
+    summary="Rename a saved voice",
+    tags=["Voices"],
+    status_code=200,
+    dto=VoiceUpdateJson,
+    return_dto=None,
+    responses=documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+)
+async def update_voice(
+    request: Request[Any, Any, Any],
+    voice_id: VoiceName,
+    data: JSONBody[VoiceUpdate],
+    engine: EngineDependency,
+    settings: SettingsDependency,
+) -> SavedVoiceObject:
+    """Give the saved voice with that id or name another name. Its id stays."""
+    client = client_of(settings, request)
+    voice = await existing_voice(voice_id, engine, client)
+    reply = await change_voice(RenameVoice(id=voice.id, name=data.name), engine, client)
+    if reply.voice is None:
+        raise ApiError("internal_error", "The GPU worker did not send the renamed voice.")
+    return saved_voice_object(reply.voice, engine)
 
 
 @delete(
@@ -195,24 +151,27 @@ async def delete_voice(
 ) -> VoiceDeleted:
     """Delete the saved voice with that id or name."""
     client = client_of(settings, request)
-    voice = await _existing(voice_id.removeprefix("/").strip(), engine, client)
-    try:
-        await engine.call(DeleteVoice(id=voice.id), client=client, timeout_s=_DELETE_TIMEOUT_S)
-    except ApiError as error:
-        # Another client has deleted the voice meanwhile.
-        raise _no_such_voice() if error.code == "voice_not_found" else error from None
+    voice = await existing_voice(voice_id, engine, client)
+    await change_voice(DeleteVoice(id=voice.id), engine, client)
     return VoiceDeleted(id=voice.id)
 
 
-def _design(data: VoiceForm) -> DesignVoice:
-    if not (data.prompt or "").strip():
-        raise ApiError("invalid_value", "prompt: must describe the voice.", param="prompt")
-    script = (data.script_hint or "").strip()
-    if script and (len(script) < MIN_SCRIPT or not is_speakable(script)):
-        raise ApiError(
-            "invalid_value", f"script_hint: must have at least {MIN_SCRIPT} characters.", param="script_hint"
-        )
-    return DesignVoice(name=data.name, prompt=data.prompt or "", script=script, description=data.description or "")
+async def existing_voice(name: str, engine: EngineClient, client: str) -> SavedVoice:
+    """The saved voice that a path names by id or name; ApiError (`voice_not_found`, 404)."""
+    await fresh_catalog(engine)
+    voice = await find_saved_voice(name.removeprefix("/").strip(), engine, client)
+    if voice is None:
+        raise _no_such_voice()
+    return voice
+
+
+async def change_voice(action: RenameVoice | DeleteVoice | ExportVoice, engine: EngineClient, client: str) -> Reply:
+    """Carry out `action` on a voice that was there a moment ago."""
+    try:
+        return await engine.call(action, client=client, timeout_s=_CHANGE_TIMEOUT_S)
+    except ApiError as error:
+        # Another client has deleted the voice meanwhile.
+        raise _no_such_voice() if error.code == "voice_not_found" else error from None
 
 
 def _served(catalog: list[ModelSpec], snapshot: Snapshot) -> list[ModelSpec]:
@@ -226,14 +185,6 @@ def _speaker_of_saved(catalog: list[ModelSpec], snapshot: Snapshot) -> str:
     _, base = models_with_voices(None, catalog, snapshot.default_model)
     bases = [spec for spec in _served(catalog, snapshot) if spec.task == "Base"]
     return min((spec.id for spec in bases), key=lambda name: base is None or name != base.id, default="")
-
-
-async def _existing(name: str, engine: EngineClient, client: str) -> SavedVoice:
-    await fresh_catalog(engine)
-    voice = await find_saved_voice(name, engine, client)
-    if voice is None:
-        raise _no_such_voice()
-    return voice
 
 
 def _no_such_voice() -> ApiError:
@@ -271,6 +222,11 @@ def _saved_in_list(voice: SavedVoice, base: ModelSpec) -> VoiceObject:
         description=voice.description,
         kind=voice.kind,
     )
+
+
+def saved_voice_object(voice: SavedVoice, engine: EngineClient) -> SavedVoiceObject:
+    """The voice for clients, with the model that speaks with it now."""
+    return _saved_voice_object(voice, _speaker_of_saved(*cached_catalog(engine)))
 
 
 def _saved_voice_object(voice: SavedVoice, model: str) -> SavedVoiceObject:

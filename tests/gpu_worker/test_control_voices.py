@@ -13,12 +13,17 @@ from shared.protocol import (
     DeleteConsent,
     DeleteVoice,
     DesignVoice,
+    ExportVoice,
     Failed,
     FindConsent,
     FindVoice,
+    ImportVoice,
     ListConsents,
     LoadModel,
+    PortableConsent,
+    PortableVoice,
     RenameConsent,
+    RenameVoice,
     Reply,
 )
 from tests.gpu_worker.fakes import a_spec
@@ -367,3 +372,58 @@ class TestDesign:
     def test_no_such_model(self, make_bench: MakeBench) -> None:
         """Without a voice-design model in the catalogue the call fails."""
         assert make_bench().result_of(DesignVoice(name="Ada", prompt="p")).code == "model_unavailable"
+
+
+class TestMovedVoices:
+    """RenameVoice, ExportVoice and ImportVoice."""
+
+    def test_renamed(self, bench: WorkerBench) -> None:
+        """The new name is there with the answer."""
+        voice = bench.save_voice("Ada")
+        renamed = bench.result_of(RenameVoice(id=voice.id, name="Eva"), call_id="r").voice
+        assert renamed == msgspec.structs.replace(voice, name="Eva")
+        assert bench.snapshot().voices == [renamed]
+        assert bench.result_of(RenameVoice(id="voice_none", name="Bob"), call_id="n").code == "voice_not_found"
+
+    def test_from_one_server_to_another(self, bench: WorkerBench) -> None:
+        """A voice with its consent comes back as it was, under another name and with ids of its own."""
+        consent = bench.result_of(CreateConsent(name="Ada L.", language="en"), VOICE, call_id="k").consent
+        clone = CloneVoice(name="Ada", text="what it says", description="calm", consent=consent.id)
+        voice = bench.result_of(clone, VOICE).voice
+        exported = bench.result_of(ExportVoice(id=voice.id), call_id="e").exported
+        assert bench.result_of(ImportVoice(voice=exported), call_id="t").code == "invalid_value"
+        moved = msgspec.structs.replace(exported, name="Eva")
+        imported = bench.result_of(ImportVoice(voice=moved), call_id="i").voice
+        assert imported == msgspec.structs.replace(voice, id=imported.id, name="Eva", created_at=imported.created_at)
+        assert imported.id != voice.id
+        consents = bench.result_of(ListConsents(limit=9), call_id="l").consents
+        assert {(each.name, each.created_at) for each in consents} == {("Ada L.", consent.created_at)}
+        assert len(consents) == 2
+        again = bench.result_of(ExportVoice(id=imported.id), call_id="f").exported
+        assert again == moved
+
+    @pytest.mark.parametrize(
+        ("changes", "code"),
+        [
+            ({"name": "Preset"}, "invalid_value"),
+            ({"name": ""}, "invalid_value"),
+            ({"pcm": b"\1"}, "invalid_audio"),
+            ({"pcm": bytes(48_000)}, "invalid_audio"),
+            ({"text": "x" * 4000}, "invalid_value"),
+        ],
+    )
+    def test_refused(self, bench: WorkerBench, changes: dict[str, object], code: str) -> None:
+        """A refused voice leaves nothing, its consent included."""
+        consent = PortableConsent(name="Ada L.", language="en", created_at=7, pcm=VOICE)
+        voice = PortableVoice(name="Ada", kind="clone", pcm=VOICE, consent=consent)
+        assert bench.result_of(ImportVoice(voice=msgspec.structs.replace(voice, **changes))).code == code
+        assert bench.snapshot().voices == []
+        assert bench.result_of(ListConsents(limit=9), call_id="l").consents == []
+
+    def test_a_design_that_was_heard(self, bench: WorkerBench) -> None:
+        """Speech that was made before is saved as it is: no model speaks again."""
+        voice = bench.result_of(DesignVoice(name="Bob", prompt="calm", script="Good morning."), VOICE).voice
+        assert (voice.kind, voice.prompt, voice.seconds, voice.in_context) == ("design", "calm", 1.0, True)
+        assert bench.result_of(ExportVoice(id=voice.id), call_id="e").exported.pcm == VOICE
+        other = bench.result_of(DesignVoice(name="Eve", prompt="calm"), VOICE, call_id="d").voice
+        assert not other.in_context, "a transcript that nobody knows"

@@ -45,6 +45,19 @@ class TestOrder:
         requests += [a_request("b0", client="bob"), a_request("b1", client="bob"), a_request("c0", client="carol")]
         assert _take_all(_queue(*requests)) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
 
+    def test_positions(self) -> None:
+        """The place of a request is the one at which it leaves the queue; one that has left has none."""
+        choose = random.Random(5)  # noqa: S311 -- no secret
+        for _ in range(20):
+            requests = [a_request(f"{i}", client=choose.choice("abcd")) for i in range(choose.randrange(1, 12))]
+            scheduler = _queue(*requests)
+            if choose.random() < 0.5:
+                requests.remove(next(request for request in requests if request.id == _next(scheduler)))
+            places = {request.id: scheduler.position(request) for request in requests}
+            order = _take_all(scheduler)
+            assert places == {name: place for place, name in enumerate(order, 1)}
+            assert [scheduler.position(request) for request in requests] == [None] * len(requests)
+
     def test_put_back(self) -> None:
         """A request that could not be started is next again, before its own client's and all other requests."""
         scheduler = _queue(a_request("a0"), a_request("a1"), a_request("b0", client="bob"))

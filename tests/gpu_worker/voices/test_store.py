@@ -9,10 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.voices import VoiceFiles, VoiceStore, VoiceWrite, VoiceWritten
+from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite, VoiceWritten
 from gpu_worker.voices.checks import MAX_NAME_CHARS
 from gpu_worker.voices.store import CACHED_RECORDINGS, MAX_SAVING
-from shared.protocol import SavedVoice
+from shared.protocol import PortableConsent, PortableVoice, SavedVoice
 from tests.gpu_worker.fakes import FakeClock
 
 SECOND = bytes(range(240)) * 200
@@ -412,3 +412,84 @@ class TestPendingWrites:
         assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == [voice]
         assert shelf.store.load(voice.id).pcm == SECOND
         assert shelf.delete(voice.id) == voice
+
+
+def test_renamed(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
+    """A voice keeps its id and everything else; the old name is free, and a restart finds the new one."""
+    voice = shelf.save("Ada", SECOND, kind="clone", text="Hello.", description="my aunt")
+    shelf.store.rename(voice.id, " ada ")
+    with pytest.raises(JobError, match="already"):
+        shelf.store.create("ADA", SECOND, kind="clone")
+    assert shelf.store.find("Ada") == voice, "before the disk has taken it"
+    renamed = shelf.write()
+    assert renamed == msgspec.structs.replace(voice, name="ada")
+    shelf.store.rename(voice.id, "Eva")
+    assert (shelf.write().name, shelf.store.find("ada")) == ("Eva", None)
+    assert Shelf(tmp_path, clock).store.list() == shelf.store.list() == [msgspec.structs.replace(voice, name="Eva")]
+    assert not shelf.store.writing
+
+
+@pytest.mark.parametrize("name", ["Bob", "bob", "alloy", "", "x" * (MAX_NAME_CHARS + 1), "a\nb"])
+def test_names_that_a_voice_cannot_get(shelf: Shelf, name: str) -> None:
+    """The rules of a new voice hold for a new name."""
+    voice = shelf.save("Ada", SECOND, kind="clone")
+    shelf.save("Bob", SECOND, kind="clone")
+    with pytest.raises(JobError) as caught:
+        shelf.store.rename(voice.id, name)
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "name")
+
+
+def test_two_voices_never_get_one_name(shelf: Shelf) -> None:
+    """Of two renames that wait for the disk the first gets the name."""
+    first, second = (shelf.save(name, SECOND, kind="clone") for name in ("Ada", "Bob"))
+    shelf.store.rename(first.id, "Eva")
+    with pytest.raises(JobError, match="already"):
+        shelf.store.rename(second.id, "eva")
+    shelf.write()
+    assert [voice.name for voice in shelf.store.list()] == ["Eva", "Bob"]
+
+
+def test_a_voice_that_is_being_deleted(shelf: Shelf) -> None:
+    """Nobody can rename or export it; a rename before the delete does not bring it back."""
+    voice = shelf.save("Ada", SECOND, kind="clone")
+    shelf.store.rename(voice.id, "Eva")
+    shelf.store.delete(voice.id)
+    consents = ConsentStore(shelf.files, shelf.submitted.append, 5)
+    for change in (lambda: shelf.store.rename(voice.id, "Bob"), lambda: shelf.store.export(voice.id, consents)):
+        with pytest.raises(JobError) as caught:
+            change()
+        assert caught.value.code == "voice_not_found"
+    shelf.write()
+    shelf.write()
+    assert shelf.store.list() == []
+
+
+def test_exported_with_its_consent(shelf: Shelf) -> None:
+    """All that a voice is made of; a consent that was deleted is missing."""
+    consents = ConsentStore(shelf.files, shelf.submitted.append, 5, wall=lambda: 77)
+    consents.create("Ada L.", "en", SECOND)
+    consent = consents.on_written(shelf.files.write(shelf.submitted.pop()))
+    voice = shelf.save("Ada", SECOND * 2, kind="clone", text="Hello.", description="my aunt", consent=consent.id)
+    exported = shelf.files.write(shelf.store.export(voice.id, consents)).exported
+    assert exported == PortableVoice(
+        name="Ada",
+        kind="clone",
+        text="Hello.",
+        description="my aunt",
+        pcm=SECOND * 2,
+        consent=PortableConsent(name="Ada L.", language="en", created_at=77, pcm=SECOND),
+    )
+    consents.delete(consent.id)
+    consents.on_written(shelf.files.write(shelf.submitted.pop()))
+    without = shelf.files.write(shelf.store.export(voice.id, consents)).exported
+    assert without == msgspec.structs.replace(exported, consent=None)
+
+
+def test_an_export_of_a_damaged_voice(shelf: Shelf, tmp_path: Path) -> None:
+    """It fails by itself, and the voice stays in the list."""
+    voice = shelf.save("Ada", SECOND, kind="clone")
+    (tmp_path / "voices" / f"{voice.id}.safetensors").write_bytes(b"x")
+    consents = ConsentStore(shelf.files, shelf.submitted.append, 5)
+    with capture_logs(), pytest.raises(JobError, match="could not be exported"):
+        shelf.store.on_written(shelf.files.write(shelf.store.export(voice.id, consents)))
+    assert (shelf.store.list(), shelf.store.writing) == ([voice], False)

@@ -78,6 +78,7 @@ async def test_a_request_that_is_done(client: httpx.AsyncClient, worker: FakeWor
         "usage": {"input_tokens": 2, "output_tokens": 3, "total_tokens": 5},
         "timings": {"queue_s": 0.1, "load_s": 0.0, "first_audio_s": 0.2, "total_s": 0.9},
         "error": None,
+        "queue_position": None,
     }
 
 
