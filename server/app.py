@@ -15,6 +15,7 @@ from server.engine import ZmqEngineClient
 from server.http.auth import require_admin, require_key
 from server.http.error_handlers import exception_handlers
 from server.http.middleware import HttpMiddleware
+from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
 from server.routes import (
     admin,
@@ -30,6 +31,7 @@ from server.routes import (
     speech,
     speech_batch,
     speech_outcome,
+    speech_websocket,
     stored_audio,
     voice_consents,
     voice_files,
@@ -76,10 +78,12 @@ def create_app(settings: Settings) -> HttpMiddleware:
             stored_audio.get_stored_audio,
             *(docs.openapi_json, docs.redoc, docs.static_file),
             *([web_page.page_file] if settings.web_page else []),
+            # Its keys may come in a first message, so it looks at keys and origins itself.
+            speech_websocket.stream_speech,
             *_guarded(settings),
         ],
         dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},
-        state=State({"settings": settings, "stopping": asyncio.Event()}),
+        state=State({"settings": settings, "stopping": asyncio.Event(), "open_sockets": OpenSockets()}),
         lifespan=[lifespan],
         exception_handlers=exception_handlers(),
         request_max_body_size=settings.max_body_mb * 1024 * 1024,

@@ -79,9 +79,20 @@ def test_curl(service: Service, tmp_path: Path) -> None:
 
 def test_openai_sdk(service: Service, tmp_path: Path) -> None:
     """The program with OpenAI's client runs as shown."""
-    (program,) = blocks("python")
+    program, _ = blocks("python")
     run([sys.executable, "-c", program.replace(HERE, service.url)], service, tmp_path)
     assert soundfile.info(tmp_path / "speech.ogg").duration > 0.5
+
+
+def test_websocket(service: Service, tmp_path: Path) -> None:
+    """The program that sends a text in pieces runs as shown."""
+    _, program = blocks("python")
+    run(
+        [sys.executable, "-c", program.replace(HERE.replace("http", "ws"), service.url.replace("http", "ws"))],
+        service,
+        tmp_path,
+    )
+    assert (tmp_path / "live.pcm").stat().st_size > 0.5 * 48_000
 
 
 def test_command_line(service: Service, tmp_path: Path) -> None:

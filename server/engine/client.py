@@ -182,6 +182,9 @@ class EngineClient(Protocol):
         A request may still be sent to a worker that is silent: `speak` and `call` wait longer for it.
         """
 
+    async def worker_loss(self) -> ApiError:
+        """Wait until the GPU worker is lost that is there now, or that comes next; the error of its requests."""
+
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
         """A snapshot that is at most `max_age_s` old; ApiError (`worker_unavailable`) if none arrives in time."""
 

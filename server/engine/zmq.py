@@ -88,6 +88,8 @@ class ZmqEngineClient:
         self._ticked_at = 0.0
         self._news = asyncio.Event()
         """Set, and replaced, by the next snapshot and by the loss of the worker."""
+        self._loss: asyncio.Future[ApiError] | None = None
+        """What waits for the loss of the worker; None if nothing does."""
         self._speeches: dict[str, Speech] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
 
@@ -123,6 +125,11 @@ class ZmqEngineClient:
             reason = f"The GPU worker has not answered for {silent_s:.0f} s"
             return _unavailable(f"{reason}; it is replaced after {self._timeout_s:.0f} s.", left_s + _RETRY_AFTER_S)
         return None
+
+    async def worker_loss(self) -> ApiError:
+        if self._loss is None:
+            self._loss = asyncio.get_running_loop().create_future()
+        return await asyncio.shield(self._loss)
 
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
         self._require_worker()
@@ -225,6 +232,9 @@ class ZmqEngineClient:
         self._fail_all("The GPU worker went away.")
 
     def _fail_all(self, message: str) -> None:
+        if self._loss is not None:
+            self._loss.set_result(_unavailable(message))
+            self._loss = None
         speeches, self._speeches = self._speeches, {}
         for speech in speeches.values():
             error = _unavailable(message)

@@ -4,14 +4,11 @@ HTTP/1.0 has no chunks: the end of the connection is the end of the body. A rese
 a client's read fails, and nginx, which asks its upstream with HTTP/1.0 by default, breaks its own answer off.
 A socket with SO_LINGER 0 is reset when it closes, also by the kernel after a process was killed.
 
-Granian shows no socket, so this module finds the connection among the open files of the process, by the client's
-address. It knows nothing of answers; streaming.py decides when one has broken.
+It knows nothing of answers; streaming.py decides when one has broken.
 """
 
 import asyncio
-import ctypes
 import fcntl
-import os
 import socket
 import struct
 import sys
@@ -19,12 +16,11 @@ import termios
 from pathlib import Path
 from typing import Any, Final
 
+from server.http.connections import connection_of
+
 _LINGER: Final = struct.pack("ii", 1, 0)
 """SO_LINGER: a close resets the connection."""
 _NO_LINGER: Final = struct.pack("ii", 0, 0)
-_ADDRESS_BYTES: Final = 28
-"""Room for an address of IPv6 or IPv4; the port stands at bytes 2 and 3 of both."""
-_getpeername: Final = ctypes.CDLL(None).getpeername
 
 _FLUSH_S: Final = 0.5
 _FLUSH_POLL_S: Final = 0.01
@@ -72,43 +68,8 @@ class ResettableConnection:
 
 def resettable_connection(scope: Any) -> ResettableConnection | None:
     """The connection of the request with this ASGI scope; None if the client has closed it."""
-    host, port = str(scope["client"][0]), int(scope["client"][1])
-    # A first look at the port alone: there may be 20,000 connections.
-    wanted = port.to_bytes(2, "big")
-    address = bytearray(_ADDRESS_BYTES)
-    buffer = (ctypes.c_char * _ADDRESS_BYTES).from_buffer(address)
-    size = ctypes.c_uint32(_ADDRESS_BYTES)
-    size_pointer = ctypes.pointer(size)
-    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - a Path for each would take longer than all the rest
-        size.value = _ADDRESS_BYTES
-        if _getpeername(int(entry), buffer, size_pointer) == 0 and address[2:4] == wanted:
-            found = _duplicate(int(entry), host, port)
-            if found is not None:
-                return ResettableConnection(found)
-    return None
-
-
-def _duplicate(fd: int, host: str, port: int) -> socket.socket | None:
-    """A file descriptor of our own for the connection at `fd`, if its other end is `host` and `port`.
-
-    Granian's threads may close `fd` meanwhile and open another file in its place, so the copy is what is checked.
-    """
-    try:
-        copy = os.dup(fd)
-    except OSError:
-        return None
-    try:
-        connection = socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        return None
-    try:
-        if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getpeername()[:2] == (host, port):
-            return connection
-    except OSError:
-        pass
-    connection.close()
-    return None
+    found = connection_of(scope)
+    return ResettableConnection(found) if found is not None else None
 
 
 def _default_gateways() -> set[str]:

@@ -18,11 +18,20 @@ from litestar.enums import ScopeType
 from litestar.types import HTTPReceiveMessage, Message, Receive, Scope, Send
 
 from server.http.body_budget import BodyBudget
+from server.http.elevenlabs_errors import elevenlabs_error, is_elevenlabs
 from server.http.errors import ApiError, ErrorEnvelope, error_response
 from server.http.forwarded import client_view, strip_root_path
 from server.http.open_requests import OpenRequest, OpenRequests
+from server.http.open_sockets import OpenSockets
 from server.http.origins import foreign_origin
-from server.http.request_scope import ASKED_WITH_HEAD, BODY_ERROR, ERROR_CODE, printable_path, request_id_of
+from server.http.request_scope import (
+    ASKED_WITH_HEAD,
+    BODY_ERROR,
+    ERROR_CODE,
+    SOCKET_ERROR,
+    printable_path,
+    request_id_of,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -32,8 +41,14 @@ _PART_BYTES: Final = 16_384
 1,000 clients that asked for a megabyte and read nothing cost 1.4 GB in one part, and 170 MB in parts of this size.
 """
 
+_UNREADABLE: Final = 1002
+"""The code of a close after a frame that breaks the protocol: text that is no UTF-8, or more than granian takes."""
+
 _CROWDED_OUT_FOR_S: Final = 5.0
 """When a client may send a body again that was crowded out."""
+
+_BACK_AFTER_S: Final = 5.0
+"""When a client may try again that met the end of the service."""
 
 _MIB: Final = 1024 * 1024
 _MAX_DRAINED_BYTES: Final = 256 * _MIB
@@ -46,6 +61,7 @@ class HttpMiddleware:
     def __init__(self, app: Litestar) -> None:
         self.app = app
         self.open_requests = OpenRequests()
+        self.open_sockets: OpenSockets = app.state.open_sockets
         self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB)
         self._unavailable: dict[str, str | None] = {}
         """By route: the error code of the 503 that was the last answer to a reading request."""
@@ -53,7 +69,7 @@ class HttpMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. The lifespan scope passes through."""
         if scope["type"] != ScopeType.HTTP:
-            answer = self._refuse_websocket if scope["type"] == ScopeType.WEBSOCKET else self.app
+            answer = self._open_websocket if scope["type"] == ScopeType.WEBSOCKET else self.app
             await answer(scope, receive, send)
             return
         strip_root_path(scope, self.app.state.settings.root_path)
@@ -80,19 +96,30 @@ class HttpMiddleware:
             scope.setdefault("state", {})[ASKED_WITH_HEAD] = True
         await self.app(scope, body.receive, response.send)
 
-    async def _refuse_websocket(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Refuse a WebSocket handshake with a 404, because no path takes one. Litestar's close would be a bare 403."""
-        handshake: Any = {**scope, "type": "http", "method": "GET"}
+    async def _open_websocket(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Let the application take a WebSocket, or answer its handshake with an HTTP error.
 
-        async def deny(message: Any) -> None:
-            await send({**message, "type": f"websocket.{message['type']}"})  # type: ignore[typeddict-item]
-
-        strip_root_path(handshake, self.app.state.settings.root_path)
-        error = ApiError("not_found", f"{printable_path(handshake)} takes no WebSocket; /docs lists what there is.")
+        The handler raises an ApiError, or sets SOCKET_ERROR and accepts nothing, to refuse. A path without a handler is
+        a 404: Litestar's close would be a bare 403.
+        """
+        strip_root_path(scope, self.app.state.settings.root_path)
+        handshake: Any = {**scope, "type": "http", "method": "GET", "state": scope.setdefault("state", {})}
         request = self.open_requests.begin(handshake, has_body=False)
         try:
-            response = _ResponseSender(handshake, self._body(handshake, receive, request), deny, self._unavailable)
-            refusal = error_response(error).to_asgi_response(app=None, request=Request(handshake))
+            body = self._body(handshake, receive, request)
+            error = self._objection(handshake, body) or await _taken(self.app, scope, receive, send)
+            if error is None:
+                return
+
+            async def deny(message: Any) -> None:
+                await send({**message, "type": f"websocket.{message['type']}"})  # type: ignore[typeddict-item]
+
+            response = _ResponseSender(handshake, body, deny, self._unavailable)
+            answer = error_response(error)
+            if is_elevenlabs(handshake) and error.code != "not_found":
+                handshake["state"][ERROR_CODE] = error.code
+                answer = elevenlabs_error(error, request_id_of(handshake))
+            refusal = answer.to_asgi_response(app=None, request=Request(handshake))
             await refusal(handshake, receive, response.send)
         finally:
             self.open_requests.end(request)
@@ -100,6 +127,8 @@ class HttpMiddleware:
     def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
         """What is wrong with a request by its headers alone, or with the number of its client's requests."""
         settings, peer = self.app.state.settings, body.request.peer
+        if self.open_sockets.draining and scope["path"] != "/health":
+            return ApiError("shutting_down", "The service is shutting down.", retry_after_s=_BACK_AFTER_S)
         if (
             peer
             and self.open_requests.of_address(peer[0]) > settings.max_connections_per_address
@@ -119,6 +148,31 @@ class HttpMiddleware:
         if scope["method"] == "OPTIONS" and origin and cors and not cors.is_origin_allowed(origin):
             return foreign_origin(origin)
         return None
+
+
+async def _taken(app: Litestar, scope: Any, receive: Receive, send: Send) -> ApiError | None:
+    """Let `app` take a WebSocket; the error if it has refused the handshake."""
+    accepted = False
+
+    async def pass_on(message: Any) -> None:
+        nonlocal accepted
+        accepted = accepted or message["type"] == "websocket.accept"
+        if accepted:
+            await send(message)
+
+    async def pass_in() -> Any:
+        message: Any = await receive()
+        if message["type"] == "websocket.disconnect" and accepted:
+            # If granian could not read a frame, the client still waits, and would see an end without any code.
+            await send({"type": "websocket.close", "code": _UNREADABLE, "reason": "a frame could not be read"})
+        return message
+
+    await app(scope, pass_in, pass_on)
+    if accepted:
+        return None
+    hint = f"{printable_path(scope)} takes no WebSocket; /docs lists what there is."
+    error: ApiError | None = scope["state"].get(SOCKET_ERROR)
+    return error or ApiError("not_found", hint)
 
 
 class _RequestBody:

@@ -15,6 +15,9 @@ ASKED_WITH_HEAD: Final = "asked_with_head"
 ERROR_CODE: Final = "error_code"
 """The key in `scope["state"]` of the code of an error whose body has not OpenAI's shape."""
 
+SOCKET_ERROR: Final = "socket_error"
+"""The key in `scope["state"]` of the ApiError with which a handler refuses a WebSocket's handshake."""
+
 _MAX_REQUEST_ID: Final = 128
 """Characters of a client's request id; a longer one is replaced."""
 

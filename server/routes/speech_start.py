@@ -156,7 +156,7 @@ class SpeechStarter:
             await load_resampler()
         return SpeechPlan(
             starter=self,
-            data=data,
+            data=msgspec.structs.replace(data, ref_audio=None),  # 4 MB of base64 that are decoded now
             resolved=resolved,
             audio_format=audio_format,
             sample_rate=rate,

@@ -12,14 +12,17 @@ from server.text.pronunciations import (
     Word,
     load_pronunciations,
 )
+from server.text.sentences import Granularity, SentenceSplitter
 
 __all__ = [
     "EVERY_LANGUAGE",
+    "Granularity",
     "InputFormat",
     "PreparedSegment",
     "Pronunciations",
     "PronunciationsError",
     "Respelling",
+    "SentenceSplitter",
     "Word",
     "load_pronunciations",
     "prepare",

@@ -73,7 +73,7 @@ async def test_head_is_get_without_a_body(client: httpx.AsyncClient, *, http2: b
         assert (await asking.head(SPEECH)).headers["allow"] == (await asking.get(SPEECH)).headers["allow"]
 
 
-@pytest.mark.parametrize("path", ["/nothing", SPEECH, "/health", f"{SPEECH}/stream"])
+@pytest.mark.parametrize("path", ["/nothing", SPEECH, "/health", f"{SPEECH}/batch"])
 async def test_a_websocket_where_there_is_none(client: httpx.AsyncClient, path: str) -> None:
     """The handshake is answered with a 404 in the shape of every error, even where another method has an answer."""
     with structlog.testing.capture_logs() as logs:

@@ -1,0 +1,262 @@
+"""One WebSocket that speaks, whatever its dialect: its life from the handshake to the close.
+
+It waits for its configuration, takes messages while it speaks, and ends for one reason, which the close names: its
+client has had enough, its client made a mistake, speech failed, the GPU worker is lost, or the service stops.
+A dialect (speech_websocket.py, nari_websocket.py, elevenlabs_websocket.py) reads and writes the messages.
+"""
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar, Final
+
+import msgspec
+import structlog
+from litestar import WebSocket
+from litestar.datastructures import State
+
+from server.engine import EngineClient
+from server.http.auth import admit_socket, client_of, subprotocol_for
+from server.http.errors import ApiError, internal_error
+from server.http.json_socket import CLOSE_S, GOING_AWAY, NORMAL, POLICY, JsonSocket, SocketClosedError, close_code
+from server.http.open_sockets import OpenSockets
+from server.http.request_scope import SOCKET_ERROR, printable_path, request_id_of
+from server.routes.live_speech import Utterance, UtteranceQueue
+from server.routes.speech_start import SpeechStarter
+from shared.settings import Settings
+
+CONFIGURE_S: Final = 10.0
+"""How long a client may take to say who it is and what it wants."""
+
+IDLE_S: Final = 30.0
+"""How long a socket that has nothing to say may be silent; a ping is a sign of life."""
+
+MAX_MISTAKES: Final = 32
+"""Messages that cannot be understood until the socket is closed."""
+
+log = structlog.get_logger(__name__)
+
+
+class SpeechSocket(ABC):
+    """The socket of one client. `run` returns when it is closed; nothing of it is left then."""
+
+    dialect: ClassVar[str]
+
+    def __init__(self, websocket: WebSocket[Any, Any, Any], state: State) -> None:
+        self.settings: Settings = state.settings
+        self.request_id = request_id_of(websocket.scope)
+        self.configured = False
+        self.idle_s = IDLE_S
+        self._websocket = websocket
+        self._state = state
+        self._engine: EngineClient = state.engine
+        self._open_sockets: OpenSockets = state.open_sockets
+        self._socket = JsonSocket(websocket, send_timeout_s=self.settings.stall_timeout_s)
+        self._key = ""
+        self._admitted = False
+        self._queues: list[UtteranceQueue] = []
+        self._mistakes = 0
+        self._draining = False
+        self._active_at = time.monotonic()
+        self._end: asyncio.Future[tuple[int, str, ApiError | None]] = asyncio.get_running_loop().create_future()
+
+    # --- what a dialect does -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def on_message(self, message: str) -> None:
+        """Take a message. An ApiError is sent to the client; before the configuration it ends the socket."""
+
+    @abstractmethod
+    def error_message(self, error: ApiError) -> Any:
+        """The message for an error."""
+
+    def last_messages(self, error: ApiError) -> list[Any]:
+        """The messages for the error that ends the socket."""
+        return [self.error_message(error)]
+
+    async def on_open(self) -> None:  # noqa: B027 - most dialects let the client begin
+        """Greet the client."""
+
+    def on_quiet(self) -> None:  # noqa: B027 - most dialects wait for more
+        """A queue has said everything."""
+
+    # --- what a dialect uses -----------------------------------------------------------------------------------------
+
+    def admit(self, key: str | None = None) -> None:
+        """Check the key that the first message may have. Raises ApiError (`invalid_api_key`)."""
+        if not self._admitted:
+            self._key = key or ""
+            self._admitted = admit_socket(self.settings, self._websocket, self._key)
+        if not self._admitted:
+            message = "This server needs an API key: in a header, a subprotocol, or the first message."
+            raise ApiError("invalid_api_key", message)
+
+    def starter(self) -> SpeechStarter:
+        """The starter of this client's requests."""
+        return SpeechStarter(
+            engine=self._engine,
+            settings=self.settings,
+            decoder_pool=self._state.decoder_pool,
+            client=client_of(self.settings, self._websocket, self._key),
+        )
+
+    def new_queue(self, speak: Callable[[Utterance], Awaitable[None]]) -> UtteranceQueue:
+        """A queue of utterances; the socket ends if one of them fails."""
+        queue = UtteranceQueue(speak, self.fail, self._on_quiet)
+        self._queues.append(queue)
+        return queue
+
+    def drop_queue(self, queue: UtteranceQueue) -> None:
+        """Forget a queue that has nothing more to say."""
+        self._queues.remove(queue)
+
+    async def send(self, message: bytes | msgspec.Struct | dict[str, Any]) -> None:
+        """Send a message; see `JsonSocket.send`."""
+        await self._socket.send(message)
+        self._active_at = time.monotonic()
+
+    def close(self) -> None:
+        """End the socket normally: nothing is left to be said."""
+        self._finish(NORMAL, "")
+
+    def append(self, utterance: Utterance, text: str) -> None:
+        """Add text to an utterance. If it cannot be added the socket ends: the speech would lack a part."""
+        try:
+            utterance.append(text)
+        except ApiError as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the socket with an error."""
+        if isinstance(error, SocketClosedError):
+            self._finish(GOING_AWAY, "")
+            return
+        if not isinstance(error, ApiError):
+            log.error("socket_crashed", request_id=self.request_id, exc_info=error)
+            error = internal_error()
+        self._finish(close_code(error), error.message, error)
+
+    @property
+    def busy(self) -> bool:
+        """True while something is to be said whose text is complete."""
+        return any(queue.busy for queue in self._queues)
+
+    # --- the end of the service --------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """End when everything is said whose text has come."""
+        self._draining = True
+        if not self.busy:
+            self._finish(GOING_AWAY, "the service is shutting down")
+
+    def cut_off(self) -> None:
+        """End now."""
+        self.fail(ApiError("shutting_down", "The service is shutting down."))
+
+    # --- the life of the socket --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the socket until it is closed."""
+        try:
+            self._admitted = admit_socket(self.settings, self._websocket)
+        except ApiError as error:
+            self._websocket.scope["state"][SOCKET_ERROR] = error
+            return
+        await self._websocket.accept(subprotocols=subprotocol_for(list(self._websocket.scope["subprotocols"])))
+        self._open_sockets.add(self)
+        lost = asyncio.create_task(self._watch_worker())
+        try:
+            await self._serve()
+        except SocketClosedError:
+            self._finish(GOING_AWAY, "")
+        except Exception as error:  # noqa: BLE001 - the client must get its close
+            self.fail(error)
+        finally:
+            lost.cancel()
+            self._finish(GOING_AWAY, "the service is shutting down")
+            for queue in list(self._queues):
+                await queue.cancel()
+            await self._say_goodbye()
+            self._open_sockets.discard(self)
+
+    async def _serve(self) -> None:
+        await self.on_open()
+        receiving: asyncio.Task[str] | None = None
+        try:
+            while not self._end.done():
+                # The task outlives a timeout: to cancel it could lose a message.
+                receiving = receiving or asyncio.create_task(self._socket.receive())
+                waited: set[asyncio.Future[Any]] = {receiving, self._end}
+                await asyncio.wait(waited, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED)
+                if receiving.done():
+                    message, receiving = receiving, None
+                    self._active_at = time.monotonic()
+                    await self._take(message)
+                elif self._patience_s() == 0 and not self._end.done():
+                    await self._on_silence()
+        finally:
+            if receiving is not None:
+                receiving.cancel()
+                with contextlib.suppress(asyncio.CancelledError, SocketClosedError, ApiError):
+                    await receiving
+
+    async def _take(self, message: "asyncio.Task[str]") -> None:
+        try:
+            await self.on_message(message.result())
+        except ApiError as error:
+            self._mistakes += 1
+            fatal = close_code(error) != POLICY or not self._admitted or self._mistakes > MAX_MISTAKES
+            if fatal or not self.configured:
+                self.fail(error)
+            else:
+                await self.send(self.error_message(error))
+
+    def _patience_s(self) -> float:
+        """How long the next message may take from now on; while something is being said, when to ask again."""
+        if self.busy:
+            return self.idle_s
+        limit_s = self.idle_s if self.configured else CONFIGURE_S
+        return max(0.0, self._active_at + limit_s - time.monotonic())
+
+    async def _on_silence(self) -> None:
+        if not self.configured:
+            self.fail(ApiError("request_timeout", f"No configuration came within {CONFIGURE_S:.0f} s."))
+            return
+        silent_s = await self._socket.silent_s()
+        if silent_s < self.idle_s:
+            self._active_at = time.monotonic() - silent_s
+        else:
+            self.fail(ApiError("request_timeout", f"No message came within {self.idle_s:.0f} s."))
+
+    def _on_quiet(self) -> None:
+        self._active_at = time.monotonic()
+        self.on_quiet()
+        if self._draining:
+            self.drain()
+
+    async def _watch_worker(self) -> None:
+        self.fail(await self._engine.worker_loss())
+
+    def _finish(self, code: int, reason: str, error: ApiError | None = None) -> None:
+        """The first reason counts."""
+        if not self._end.done():
+            self._end.set_result((code, reason, error))
+
+    async def _say_goodbye(self) -> None:
+        code, reason, error = self._end.result()
+        if error is not None:
+            with contextlib.suppress(TimeoutError, SocketClosedError, ApiError):
+                async with asyncio.timeout(CLOSE_S):
+                    for message in self.last_messages(error):
+                        await self.send(message)
+        await self._socket.close(code, reason)
+        log.info(
+            "socket_closed",
+            request_id=self.request_id,
+            dialect=self.dialect,
+            path=printable_path(self._websocket.scope),
+            code=code,
+            error=error.code if error else None,
+        )

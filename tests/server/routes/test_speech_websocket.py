@@ -1,0 +1,356 @@
+"""WS /v1/audio/speech/stream: the messages of both dialects, in order; what ends a socket, and with which code."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+
+from server.http import json_socket
+from server.routes import live_speech, speech_socket
+from shared.protocol import Cancel, Failed, Speak
+from tests.audio import decode
+from tests.fakes import FakeWorker, text_of, tone
+from tests.server.running import HANDSHAKE, SHARED_LOOP, Serve, becomes
+from tests.server.sockets import STREAM, Talk, audio, is_a, talk
+
+pytestmark = SHARED_LOOP
+
+PCM = {"type": "session.config", "response_format": "pcm"}
+DONE = {"type": "input.done"}
+COMMIT = {"type": "input.commit"}
+CLOSE = {"type": "session.close"}
+
+
+def text(words: str) -> dict[str, str]:
+    """A piece of text."""
+    return {"type": "input.text", "text": words}
+
+
+async def configured(socket: Talk, **fields: Any) -> dict[str, Any]:
+    """Configure the socket; the answer."""
+    await socket.say(PCM | fields)
+    answer: dict[str, Any] = await socket.hear()
+    assert is_a(answer, "session.configured"), answer
+    return answer
+
+
+async def test_two_utterances_over_one_socket(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Pieces are joined, parts are framed by start and done, commit and done end utterances, and close closes."""
+    async with talk(client) as socket:
+        assert (await configured(socket, voice="alloy"))["sample_rate"] == 24_000
+        await socket.say(text("Hello "), text("there."), COMMIT)
+        start, *pcm, done, committed = await socket.until("input.committed")
+        assert start["sentence_text"] == "Hello there."
+        assert (start["utterance_index"], start["sentence_index"]) == (0, 0)
+        assert (start["format"], start["sample_rate"], start["channels"]) == ("pcm", 24_000, 1)
+        assert audio(pcm) == b"".join(tone("Hello there.", 3))
+        assert (done["total_bytes"], done["finish_reason"], done["error"]) == (len(audio(pcm)), "stop", False)
+        assert done["usage"]["output_tokens"] == 3
+        assert (committed["segment_index"], committed["segment_sentences"], committed["total_sentences"]) == (0, 1, 1)
+        await socket.say(text("Again."), DONE, CLOSE)
+        heard, code, _ = await socket.end()
+        assert heard[0]["utterance_index"] == 1
+        assert (heard[-1]["type"], heard[-1]["total_sentences"], code) == ("session.done", 1, 1000)
+    assert {speak.voice for speak in worker.of(Speak)} == {worker.of(Speak)[0].voice}
+
+
+async def test_an_utterance_without_text_is_nothing(client: httpx.AsyncClient) -> None:
+    """It has no parts; one without a letter is a short silence."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(DONE, text("  "), DONE, text("…"), DONE)
+        assert [(await socket.hear())["total_sentences"] for _ in range(2)] == [0, 0]
+        _, *silence, done, _ = await socket.until("session.done")
+        assert (done["finish_reason"], len(audio(silence))) == ("empty", 4800)
+
+
+@pytest.mark.parametrize(
+    ("split", "parts"), [("sentence", ["One, two.", "It is 3.14!", "四。", "end"]), ("clause", None)]
+)
+async def test_each_sentence_is_spoken_when_it_is_complete(
+    client: httpx.AsyncClient, worker: FakeWorker, split: str, parts: list[str] | None
+) -> None:
+    """Before the next piece comes; in order, one request each, cut however the pieces are."""
+    async with talk(client) as socket:
+        await configured(socket, split_granularity=split)
+        await socket.say(text("One, two. It i"))
+        first = await socket.until("audio.done")
+        assert first[0]["sentence_text"] == (parts[0] if parts else "One,")
+        await socket.say(text("s 3."), text("14! 四。en"), text("d"), DONE)
+        heard = [*first, *await socket.until("session.done")]
+    spoken = [message["sentence_text"] for message in heard if is_a(message, "audio.start")]
+    assert spoken == (parts or ["One,", "two.", "It is 3.14!", "四。", "end"])
+    assert [text_of(speak) for speak in worker.of(Speak)] == spoken
+    assert audio(heard) == b"".join(piece for part in spoken for piece in tone(part, 3))
+
+
+async def test_every_part_is_a_file(client: httpx.AsyncClient) -> None:
+    """As a stream of frames, or with stream_audio false in one frame that has its length."""
+    async with talk(client) as socket:
+        await configured(socket, response_format="wav", stream_audio=False)
+        await socket.say(text("Hello."), DONE)
+        _, whole, *_ = await socket.until("session.done")
+        await configured(socket, response_format="mp3")
+        await socket.say(text("Hello."), DONE)
+        streamed = audio(await socket.until("session.done"))
+    assert int.from_bytes(whole[4:8], "little") == len(whole) - 8
+    assert len(decode(whole, "wav")) == 3 * 3840
+    assert len(decode(streamed, "mp3")) >= 3 * 3840
+
+
+async def test_the_nested_form_and_other_names_of_fields(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """`session` may hold the configuration, fields have their other names, and what has no effect is named."""
+    async with talk(client) as socket:
+        session = {"speaker": "Alloy", "response_format": " PCM ", "speed": "1.0", "store": True, "unknown": 1}
+        await socket.say({"type": "session.config", "session": session})
+        answer = await socket.hear()
+        assert (answer["response_format"], answer["ignored"]) == ("pcm", ["store"])
+        await socket.say(text("Hello."), DONE)
+        await socket.until("session.done")
+    assert worker.of(Speak)[0].voice == answer["voice"]
+
+
+async def test_cancel_stops_at_once(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """The request is cancelled, what waits is forgotten, and the socket goes on."""
+    worker.hold = True
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(text("One."), DONE, text("Two."), DONE, text("Three"))
+        assert is_a(await socket.hear(), "audio.start")
+        await socket.say({"type": "input.cancel"})
+        done, cancelled = await socket.until("input.cancelled")
+        assert (done["finish_reason"], done["error"]) == ("cancelled", False)
+        assert cancelled["utterance_index"] == 2
+        await becomes(lambda: worker.of(Cancel))
+        worker.hold = False
+        await socket.say(text("Four."), DONE)
+        assert (await socket.hear())["sentence_text"] == "Four."
+        await socket.until("session.done")
+    assert [text_of(speak) for speak in worker.of(Speak)] == ["One.", "Four."]
+
+
+async def test_a_client_that_leaves_ends_its_speech(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Without a word, and in the middle of a request."""
+    worker.hold = True
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(text("One."), DONE)
+        await becomes(lambda: worker.of(Speak))
+        socket.socket.transport.abort()
+    await becomes(lambda: worker.of(Cancel))
+    await becomes(lambda: not worker.busy)
+
+
+MISTAKES = [
+    ("{", "invalid_json", ""),
+    ("[]", "invalid_json", ""),
+    ({}, "invalid_value", ""),
+    ({"type": 7}, "invalid_value", ""),
+    ({"type": "input.nothing"}, "invalid_value", "input.nothing"),
+    (PCM | {"voice": "nobody"}, "voice_not_found", "session.config"),
+    (PCM | {"speed": 9}, "invalid_value", "session.config"),
+]
+"""A message, the code of its error, and the action that the error names."""
+
+
+@pytest.mark.parametrize(("message", "code", "action"), MISTAKES)
+async def test_a_mistake_costs_no_speech(client: httpx.AsyncClient, message: Any, code: str, action: str) -> None:
+    """After the configuration it is answered, and the next utterance is spoken as configured."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(message)
+        error = await socket.hear()
+        assert (error["type"], error["code"], error["action"]) == ("error", code, action)
+        await socket.say(text("Hello."), DONE)
+        assert audio(await socket.until("session.done")) == b"".join(tone("Hello.", 3))
+
+
+@pytest.mark.parametrize(("message", "code", "action"), MISTAKES)
+async def test_a_mistake_before_the_configuration_ends_the_socket(
+    client: httpx.AsyncClient, message: Any, code: str, action: str
+) -> None:
+    """The error comes, and a close that is no normal end."""
+    async with talk(client) as socket:
+        await socket.say(message)
+        (error,), close, reason = await socket.end()
+        assert error["code"] == code if action != "input.nothing" else error["code"] == "invalid_value"
+        assert (close, reason[:20]) == (1008, error["message"][:20])
+
+
+LOST = [
+    (text("x" * 5000), 1008, "invalid_value"),
+    (text("a\0b"), 1008, "invalid_value"),
+    ({"type": "input.text", "text": 7}, 1008, "invalid_value"),
+    ({"type": "input.text"}, 1008, "invalid_value"),
+    (b"binary", 1003, "unsupported_media_type"),
+    (text("x" * json_socket.MAX_MESSAGE_BYTES), 1009, "request_too_large"),
+    (text("ä" * (json_socket.MAX_MESSAGE_BYTES // 2)), 1009, "request_too_large"),
+]
+"""A message whose text would be missing from the speech, the code of the close, and that of the error."""
+
+
+@pytest.mark.parametrize(("message", "close", "code"), LOST)
+async def test_text_that_cannot_be_taken_ends_the_socket(
+    client: httpx.AsyncClient, worker: FakeWorker, message: Any, close: int, code: str
+) -> None:
+    """No speech lacks a part of its text without an error."""
+    async with talk(client) as socket:
+        await configured(socket)
+        data = json.dumps(message, ensure_ascii=False) if isinstance(message, dict) else message
+        await socket.say(text("Before. "), data)
+        heard, got, _ = await socket.end()
+        assert (heard[-1]["code"], got) == (code, close)
+    assert not worker.of(Speak)
+
+
+async def test_too_many_mistakes_and_utterances(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Both have a limit, after which the socket is closed."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(*(["{"] * (speech_socket.MAX_MISTAKES + 1)))
+        heard, code, _ = await socket.end()
+        assert (len(heard), code) == (speech_socket.MAX_MISTAKES + 1, 1008)
+    worker.hold = True
+    async with talk(client) as socket:
+        await configured(socket)
+        for _ in range(live_speech.MAX_WAITING + 3):
+            await socket.say(text("Hello."), DONE)
+        heard, code, _ = await socket.end()
+        assert (heard[-2]["code"], heard[-1]["error"], code) == ("queue_full", True, 1013)
+    await becomes(lambda: worker.of(Cancel))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+async def test_failed_speech_ends_the_socket(client: httpx.AsyncClient, worker: FakeWorker, after: int) -> None:
+    """The error comes, the part is marked as broken, and the close is 1011."""
+    worker.fail_with = Failed(id="", code="synthesis_failed", message="It broke.")
+    worker.break_after = after
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(text("Hello."), DONE)
+        heard, code, reason = await socket.end()
+    error, done = heard[-2:]
+    assert (error["code"], error["message"]) == ("synthesis_failed", "It broke.")
+    assert (done["type"], done["error"], done["total_bytes"]) == ("audio.done", True, after * 3840)
+    assert (code, reason) == (1011, "It broke.")
+
+
+async def test_silence_has_limits(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does not configure, or says nothing afterwards, is closed with 1008."""
+    monkeypatch.setattr(speech_socket, "CONFIGURE_S", 0.05)
+    monkeypatch.setattr(speech_socket, "IDLE_S", 0.1)
+    async with talk(client) as socket:
+        (error,), code, _ = await socket.end()
+        assert (error["code"], code) == ("request_timeout", 1008)
+    monkeypatch.setattr(speech_socket, "CONFIGURE_S", 10.0)
+    async with talk(client, ping_interval=None) as socket:
+        await configured(socket)
+        (error,), code, _ = await socket.end()
+        assert (error["code"], code) == ("request_timeout", 1008)
+
+
+async def test_signs_of_life_keep_a_socket_open(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are no message, such as pings, put the end off; a ping is answered."""
+    silences = iter([0.0, 0.02, 0.0])
+
+    async def silent_s(_socket: json_socket.JsonSocket) -> float:
+        return next(silences, 1000.0)
+
+    monkeypatch.setattr(json_socket.JsonSocket, "silent_s", silent_s)
+    monkeypatch.setattr(speech_socket, "IDLE_S", 0.05)
+    async with talk(client, ping_interval=None) as socket:
+        await configured(socket)
+        await (await socket.socket.ping())
+        (error,), code, _ = await socket.end()
+        assert (error["code"], code, next(silences, None)) == ("request_timeout", 1008, None)
+
+
+KEYS = {"api_keys": ["sesame"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"additional_headers": {"authorization": "Bearer sesame"}},
+        {"additional_headers": {"xi-api-key": "sesame"}},
+        {"subprotocols": ["speech", "openai-insecure-api-key.sesame"]},
+        {"subprotocols": ["openai-insecure-api-key.sesame"]},
+        {},
+    ],
+    ids=["bearer", "xi-api-key", "subprotocol", "key alone", "first message"],
+)
+async def test_a_key_by_header_subprotocol_or_first_message(serve: Serve, options: dict[str, Any]) -> None:
+    """Each way opens the socket; a browser gets one of the subprotocols that it offers."""
+    client = await serve(**KEYS)
+    async with talk(client, **options) as socket:
+        assert socket.socket.subprotocol == next(iter(options.get("subprotocols", [])), None)
+        await configured(socket, **({} if options else {"api_key": "sesame"}))
+        await socket.say(text("Hello."), DONE)
+        await socket.until("session.done")
+
+
+async def test_a_wrong_or_missing_key(serve: Serve) -> None:
+    """A wrong one in the handshake is a 401; a wrong one or none in the first message is an error and 1008."""
+    client = await serve(**KEYS)
+    with pytest.raises(websockets.InvalidStatus) as refused:
+        async with talk(client, additional_headers={"authorization": "Bearer simsim"}):
+            pass
+    assert refused.value.response.status_code == 401
+    assert json.loads(refused.value.response.body or b"")["error"]["code"] == "invalid_api_key"
+    for key in ({"api_key": "simsim"}, {}):
+        async with talk(client) as socket:
+            await socket.say(PCM | key)
+            (error,), code, _ = await socket.end()
+            assert (error["code"], code) == ("invalid_api_key", 1008)
+
+
+@pytest.mark.parametrize(
+    ("settings", "origin", "status"),
+    [
+        ({}, "https://evil.example", 403),
+        ({}, "null", 403),
+        ({"cors_origins": ["https://good.example"]}, "https://good.example", 101),
+        ({"cors_origins": ["https://good.example"]}, "https://evil.example", 403),
+        ({}, None, 101),
+    ],
+)
+async def test_foreign_pages(serve: Serve, settings: dict[str, Any], origin: str | None, status: int) -> None:
+    """The origin decides as it does for a POST."""
+    client = await serve(**settings)
+    headers = {} if origin is None else {"origin": origin}
+    post = await client.post("/v1/audio/speech", json={"input": "Hello."}, headers=headers)
+    assert (post.status_code == 200) == (status == 101)
+    handshake = await client.get(STREAM, headers=HANDSHAKE | headers)
+    assert handshake.status_code == status
+    if status == 403:
+        assert handshake.json()["error"]["code"] == "foreign_origin"
+
+
+async def test_a_slow_reader_holds_back_itself_alone(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """What it does not read is not asked for: the worker has no credit left, and other sockets are served."""
+    worker.chunks = 4000
+    async with talk(client) as slow, talk(client) as other:
+        slow.socket.transport.pause_reading()
+        await slow.say(PCM, text("Slow."), DONE)
+        await becomes(lambda: worker.busy)
+        await becomes(lambda: worker.of(Speak))
+        worker.chunks = 3
+        await configured(other)
+        await other.say(text("Hello."), DONE)
+        await other.until("session.done")
+        assert worker.busy == 1
+        slow.socket.transport.resume_reading()
+        heard = await slow.until("session.done")
+        assert len(audio(heard)) == 4000 * 3840
+
+
+async def test_the_number_of_sockets_of_an_address(serve: Serve) -> None:
+    """Open sockets count as requests in progress: one too many is a 429."""
+    client = await serve(max_connections_per_address=2, trusted_proxies=[])
+    async with talk(client), talk(client):
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            async with talk(client):
+                pass
+    assert refused.value.response.status_code == 429
