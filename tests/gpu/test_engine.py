@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpu_worker.engines.qwen.engine import QwenEngine
-from gpu_worker.engines.qwen.model.layers import Norm
+from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder, aligned
+from gpu_worker.engines.qwen.model.layers import Linear, aligned
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 UNFOLD_UP_TO_RATE: Final = {"cpu": 160, "cuda": 32}
 """A convolution with at most this rate is one matrix product over copied windows. Others use a direct kernel.

@@ -23,7 +23,8 @@ from gpu_worker.engines.qwen.codec.convolution import (
 )
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.transformer import Transformer, Window
-from gpu_worker.engines.qwen.model.layers import Linear, TensorHolder
+from gpu_worker.engines.qwen.model.layers import Linear
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
 class Decoder(TensorHolder):

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import scaled
-from gpu_worker.engines.qwen.model.layers import Linear, Norm, TensorHolder
+from gpu_worker.engines.qwen.kernels.norm import Norm
+from gpu_worker.engines.qwen.model.layers import Linear
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
 class Window:

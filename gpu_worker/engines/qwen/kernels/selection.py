@@ -12,6 +12,7 @@ import torch
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.faults import is_out_of_memory
+from gpu_worker.engines.qwen.kernels.add_norm import AddNorm, add_norm
 from gpu_worker.engines.qwen.kernels.silu_mul import SiluMul, silu_mul
 
 KernelSetting = Literal["auto", "torch", "triton"]
@@ -24,6 +25,7 @@ log = structlog.get_logger(__name__)
 class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     """The functions that an engine computes with: plain torch, but for those whose Triton kernel was chosen."""
 
+    add_norm: AddNorm = add_norm
     silu_mul: SiluMul = silu_mul
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Shape, TalkerShape
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import QKV, Linear, Rope, Stack, TensorHolder, pad_rows
+from gpu_worker.engines.qwen.model.layers import QKV, Linear, Rope, Stack, pad_rows
 from gpu_worker.engines.qwen.model.sampling import sample_fixed
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
 def first_layer_inputs_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -145,17 +146,17 @@ class CodePredictor(TensorHolder):
         embedded = pad_rows(self.codebook0_embeddings.index_select(0, code))
         x = torch.stack((hidden, embedded), 1).flatten(0, 1)
         cache.position = 0
-        x = self.stack(x, cache.first_rope, cache).unflatten(0, (rows, 2))[:, 1]
+        x = self.stack.norm(self.stack(x, cache.first_rope, cache).unflatten(0, (rows, 2))[:, 1])
         inputs = cache.inputs[batch]
         for group in range(1, self.groups):
-            logits = self.heads[group - 1](self.stack.norm(x))
+            logits = self.heads[group - 1](x)
             logits = logits if batch == rows else logits[:batch]
             code = sample_fixed(logits, levels[group - 1], top_k=self._top_k, temperature=self._temperature)
             codes.append(code)
             if group < self.groups - 1:
                 cache.position = group + 1
                 torch.index_select(self.first_layer_inputs[group - 1], 0, code, out=inputs)
-                x = self.stack.from_qkv(cache.hidden, cache.qkv, self._rope_steps[group + 1], cache)
+                x = self.stack.normed_from_qkv(cache.hidden, cache.qkv, self._rope_steps[group + 1], cache)
         return torch.stack(codes, 1)
 
     def allocate_scratch(self, rows: int) -> FrameCache:
@@ -185,4 +186,5 @@ class CodePredictor(TensorHolder):
     def _first_layer_inputs(self, rows: Tensor, rope_step: tuple[Tensor, Tensor]) -> Tensor:
         """Rows of the codec table, read at one position -> [rows, values of a first-layer input]."""
         x = self._embed(rows)
-        return torch.cat((x, *(part.flatten(1) for part in self.stack.layers[0].project(x, rope_step))), 1)
+        first = self.stack.layers[0]
+        return torch.cat((x, *(part.flatten(1) for part in first.project(first.input_norm(x), rope_step))), 1)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import Attend, TensorHolder, pad_rows
+from gpu_worker.engines.qwen.model.layers import Attend, pad_rows
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 SlotLengths = Sequence[tuple[int, int]]
 """(slot, cached tokens that it reads) of each slot whose result matters."""

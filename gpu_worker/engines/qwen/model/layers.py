@@ -5,8 +5,8 @@ It holds no caches: keys and values go to the Attend that the caller passes.
 """
 
 import functools
-import math
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
+from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 PACK_ELEMENTS: Final = 1 << 18
 """On CPU, weights of at least this many elements are kept in oneDNN's blocked layout ("packed").
@@ -54,19 +56,6 @@ def _views_are_batch_invariant() -> bool:
             if not torch.equal(torch.mm(x[:rows], weight.t()), alone[:rows]):
                 return False
     return True
-
-
-class TensorHolder:
-    """Finds the tensors in its attributes, in lists there, and in the TensorHolders there."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor held, directly or below; a tensor held twice comes twice."""
-        for value in vars(self).values():
-            for item in value if isinstance(value, list) else (value,):
-                if isinstance(item, Tensor):
-                    yield item
-                elif isinstance(item, TensorHolder):
-                    yield from item.tensors()
 
 
 class Linear(TensorHolder):
@@ -129,54 +118,6 @@ def aligned(matrix: Tensor) -> Tensor:
     """On CUDA, `matrix` [out, in] with rows of zeros up to a multiple of ALIGNED_OUTPUTS; elsewhere `matrix`."""
     extra = -matrix.shape[0] % ALIGNED_OUTPUTS
     return functional.pad(matrix, (0, 0, 0, extra)) if matrix.is_cuda and extra else matrix
-
-
-class Norm(TensorHolder):
-    """RMSNorm over the last axis, computed in float32 and rounded to the model's dtype before the weight."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._shape = weight.shape[-1:]
-        self._eps = eps
-        # x / sqrt(mean(x²) + eps) == sqrt(n) x / hypot(norm(x), sqrt(n eps)): torch has no fused kernel for CPU,
-        # and this is a third of the calls of its composite one.
-        self._root = math.sqrt(weight.shape[-1])
-        self._floor = torch.tensor(self._root * math.sqrt(eps), dtype=torch.float32, device=weight.device)
-        rooted = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.weight: Tensor | None = weight * self._root if rooted else weight
-
-    def fold_into(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Multiply the weight into all matrices [out, size] that read this norm's output, and apply it no longer.
-
-        In float32 only: in other dtypes the official modules round in between, so the matrices come back unchanged.
-        """
-        if self.weight is None or self.weight.dtype != torch.float32:
-            return matrices
-        matrices = [matrix * self.weight for matrix in matrices]
-        self.weight = None
-        return matrices
-
-    def of_part(self, part: Tensor, whole: Tensor, sizes: tuple[int, int]) -> Tensor:
-        """The norm of `part`, the first of `sizes` along the second axis of `whole`.
-
-        CUDA's kernel would copy a part that is not contiguous. The norm of all costs less than that copy.
-        """
-        if not part.is_cuda:
-            return self(part)
-        y = functional.rms_norm(whole, self._shape, None, self._eps).split_with_sizes(sizes, 1)[0]
-        return y if self.weight is None else y * self.weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x`: [..., size] in any float dtype -> the same shape and dtype."""
-        if x.is_cuda:
-            # One kernel. It computes in float32 and, without a weight, rounds where the official modules do.
-            y = functional.rms_norm(x, self._shape, None, self._eps)
-        elif x.dtype == torch.float32:
-            y = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
-        else:
-            y = x.float()
-            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).hypot_(self._floor)
-            y = (y * (self._root / norm)).to(x.dtype)
-        return y if self.weight is None else y * self.weight
 
 
 class Rope(TensorHolder):
@@ -245,10 +186,10 @@ class Layer(TensorHolder):
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
         self.down = fused("mlp.down_proj")
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> QKV:
-        """`x`: [rows, hidden] -> its queries, keys and values."""
+    def project(self, normed: Tensor, rope: tuple[Tensor, Tensor]) -> QKV:
+        """The layer's input behind `input_norm`, [rows, hidden] -> its queries, keys and values."""
         cos, sin = rope
-        qkv = self.qkv(self.input_norm(x)).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        qkv = self.qkv(normed).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         sizes = (self.heads + self.kv_heads, self.kv_heads)
         qk, value = qkv.split_with_sizes(sizes, 1)  # half the time of split
         qk = self.qk_norm.of_part(qk, qkv, sizes)
@@ -260,8 +201,25 @@ class Layer(TensorHolder):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """`x` [rows, hidden] and attention's output [rows, heads * head_dim] -> the block's output [rows, hidden]."""
-        x = self.out.add_to(x, attended)
-        return self.down.add_to(x, self.kernels.silu_mul(self.gate_up(self.post_norm(x))))
+        x, gated = self._gated(x, attended)
+        return self.down.add_to(x, gated)
+
+    def finish_normed(self, x: Tensor, attended: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The same, and the norm of the output."""
+        x, gated = self._gated(x, attended)
+        return self._add_normed(x, self.down, gated, norm)
+
+    def _gated(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum behind attention, and what the last projection reads."""
+        x, normed = self._add_normed(x, self.out, attended, self.post_norm)
+        return x, self.kernels.silu_mul(self.gate_up(normed))
+
+    def _add_normed(self, x: Tensor, linear: Linear, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """`x` + linear(y), and its norm."""
+        if x.dtype == torch.float32:  # the product adds
+            x = linear.add_to(x, y)
+            return x, norm(x)
+        return self.kernels.add_norm(x, linear(y), norm)
 
 
 class Stack(TensorHolder):
@@ -276,12 +234,26 @@ class Stack(TensorHolder):
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """`x`: [rows, hidden] -> the last layer's output [rows, hidden]. Apply `norm` to the rows that are needed."""
-        return self.from_qkv(x, self.layers[0].project(x, rope), rope, attend)
+        x, attended = self._up_to_last(x, self._first_qkv(x, rope), rope, attend)
+        return self.layers[-1].finish(x, attended)
 
-    def from_qkv(self, x: Tensor, qkv: QKV, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """The same, where the first layer's queries, keys and values of x are known."""
-        for index, layer in enumerate(self.layers):
-            if index:
-                qkv = layer.project(x, rope)
-            x = layer.finish(x, attend(index, *qkv))
-        return x
+    def normed(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """`x`: [rows, hidden] -> the norm of the last layer's output, for callers that need every row."""
+        return self.normed_from_qkv(x, self._first_qkv(x, rope), rope, attend)
+
+    def normed_from_qkv(self, x: Tensor, qkv: QKV, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """As `normed`, where the first layer's queries, keys and values of x are known."""
+        x, attended = self._up_to_last(x, qkv, rope, attend)
+        return self.layers[-1].finish_normed(x, attended, self.norm)[1]
+
+    def _first_qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> QKV:
+        first = self.layers[0]
+        return first.project(first.input_norm(x), rope)
+
+    def _up_to_last(self, x: Tensor, qkv: QKV, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:
+        """The last layer's input, and the output of its attention."""
+        attended = attend(0, *qkv)
+        for index, (layer, following) in enumerate(itertools.pairwise(self.layers), 1):
+            x, normed = layer.finish_normed(x, attended, following.input_norm)
+            attended = attend(index, *following.project(normed, rope))
+        return x, attended

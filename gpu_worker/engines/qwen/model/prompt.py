@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import ModelConfig
-from gpu_worker.engines.qwen.model.layers import TensorHolder
 from gpu_worker.engines.qwen.runtime.transfers import to_device
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 MAX_CACHED_PREFIXES: Final = 256
 """Constant prefixes kept: the speakers times the languages of every published model fit."""

@@ -16,10 +16,10 @@ from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
-from gpu_worker.engines.qwen.model.layers import TensorHolder
 from gpu_worker.engines.qwen.model.sampling import CANDIDATES, apply_repetition_penalty, sample
 from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES, SlotState
 from gpu_worker.engines.qwen.model.talker import EOS_INDEX, Talker
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 MIN_FRAMES: Final = 2
 """The official package forbids the end before this many frames (`min_new_tokens`)."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
-from gpu_worker.engines.qwen.model.layers import TensorHolder
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.sampling import SamplingParams, SamplingTensors
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 RING_FRAMES: Final = 16
 """Frames that the ring buffer keeps for the codec: the longest chunk, and the frames decoded while it is read."""

@@ -14,7 +14,8 @@ from torch.nn import functional
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
-from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, TensorHolder, aligned, pad_rows
+from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, aligned, pad_rows
+from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 EOS_INDEX: Final = -1
 """Index of the end-of-speech logit: the last row of the reduced head."""
@@ -57,7 +58,7 @@ class Talker(TensorHolder):
         attend = self.cache.decode_attend(positions, lengths, slot_lengths, kv_len)
         padded = pad_rows(x)
         rope = self.rope.at(functional.pad(positions, (0, padded.shape[0] - batch)))
-        hidden = self.stack.norm(self.stack(padded, rope, attend))
+        hidden = self.stack.normed(padded, rope, attend)
         return hidden[:batch], self._logits(hidden)[:batch]
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ import torch
 from gpu_worker.engines.qwen.runner import GRAPH_NODE_BYTES, graph_bytes
 
 KERNELS = {
-    "code_predictor_step/1/0": 1617,
-    "code_predictor_step/16/0": 1619,
-    "talker_step/1/2048": 646,
-    "talker_step/16/2048": 646,
-    "prefill/1/16": 638,
-    "prefill/4/32": 640,
+    "code_predictor_step/1/0": 1319,
+    "code_predictor_step/16/0": 1321,
+    "talker_step/1/2048": 534,
+    "talker_step/16/2048": 534,
+    "prefill/1/16": 528,
+    "prefill/4/32": 530,
     "decode/1/1": 435,
     "decode/16/8": 435,
 }
@@ -31,7 +31,7 @@ KERNELS = {
 GRAPHS = 56
 """Graphs of an engine with 64 slots."""
 
-NODES = 38_953
+NODES = 34_163
 """Kernels of all those graphs: each takes about 10 KB of the driver's memory, and its share of a restore."""
 
 ATTENTION_SHAPES = 64
