@@ -22,7 +22,9 @@ from shared.protocol import (
     Audio,
     Failed,
     Finished,
+    KeyLimits,
     Message,
+    RateLimit,
     ShownState,
     SpeechError,
     SpeechOutcome,
@@ -111,9 +113,9 @@ class Sink:
             self.unread_bytes -= self._unread.popleft()
         return self._flush()
 
-    def started(self, model: str) -> None:
+    def started(self, model: str, rate_limit: RateLimit | None = None) -> None:
         """Send Started."""
-        self._send(Started(id=self._id, model=model, sample_rate=SAMPLE_RATE), None)
+        self._send(Started(id=self._id, model=model, sample_rate=SAMPLE_RATE, rate_limit=rate_limit), None)
 
     def audio(self, pcm: bytes, rate: float | None = 1.0, words: Sequence[Word] = ()) -> int:
         """Send the next piece, or keep it until there is credit. Returns the bytes of audio sent."""
@@ -207,6 +209,8 @@ class Request:
     keep_alive_s: float | None
     arrived_at: float
     voice: str = ""
+    limits: KeyLimits = field(default_factory=KeyLimits)
+    rate_limit: RateLimit | None = None
     state: RequestState = field(default=RequestState.QUEUED, init=False)
     model_ready_at: float = field(default=0.0, init=False)
     started_at: float | None = field(default=None, init=False)
@@ -228,7 +232,7 @@ class Request:
         self.started_at = self._slot_since = now
         if self.sink.stalled:
             self.unread_since = now
-        self.sink.started(self.model)
+        self.sink.started(self.model, self.rate_limit)
 
     def park(self, parked_bytes: int, now: float) -> None:
         """RUNNING -> PARKED: the engine keeps the job off its slot, in so many bytes of host RAM."""

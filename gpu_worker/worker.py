@@ -8,6 +8,7 @@ It owns no socket (see `transport`), writes no voice (see `voices`), and decides
 """
 
 import queue
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, assert_never
 
@@ -18,6 +19,7 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
+from gpu_worker.limits import LimitCounter
 from gpu_worker.outcomes import MAX_OUTCOMES, Outcomes
 from gpu_worker.requests import Cancelled, Outcome, Request, RequestState, Sink, speech_error
 from gpu_worker.residency import (
@@ -104,6 +106,7 @@ class Worker:
         max_concurrency: int,
         stall_timeout_s: float,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
         preload: Sequence[str] = (),
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
@@ -117,6 +120,7 @@ class Worker:
         self._stats = stats
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
+        self._limits = LimitCounter(clock, wall_clock)
         self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._outcomes = Outcomes()
@@ -234,6 +238,7 @@ class Worker:
                     client=speak.client,
                     model=speak.model,
                     voice=speak.voice,
+                    limits=speak.limits,
                     sink=sink,
                     keep_alive_s=speak.keep_alive_s,
                     arrived_at=self._clock(),
@@ -364,9 +369,12 @@ class Worker:
         self._check_model(request.model)
         if (request.peer, request.id) in self._open:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
+        characters = sum(len(segment.text) for segment in request.job.segments)
+        self._limits.check(request.client, request.limits, characters)
         can_start = self._can_start(request.model)
         free_slots = self._slots.free(request.model, unknown=self._slots_of.get(request.model, UNKNOWN_SLOTS))
         self._scheduler.submit(request, len(self._slots), free_slots=free_slots, can_start=can_start)
+        request.rate_limit = self._limits.count(request.client, request.limits, characters)
         self._open[request.peer, request.id] = request
         self._residency.acquire(request.model)
         self._control.answer_finished()  # fail the unloads that the request prevents, even if it is over in a moment
@@ -505,6 +513,7 @@ class Worker:
         """Count a request whose last message is sent, and forget it; each request once."""
         if request.state is RequestState.DONE:
             del self._open[request.peer, request.id]
+            self._limits.end(request.client, request.limits)
             self._outcomes.record(request.to_outcome())
             self._stats.request_ended(ending)
 

@@ -5,11 +5,11 @@ import os
 import sys
 from typing import Final
 
-from server.commands import models, say, serve, top, voices
+from server.commands import key, models, say, serve, top, voices
 from server.commands.client import ClientError, UsageError
 from shared.settings import SettingsError
 
-_COMMANDS: Final = {"serve": serve, "say": say, "models": models, "voices": voices, "top": top}
+_COMMANDS: Final = {"serve": serve, "key": key, "say": say, "models": models, "voices": voices, "top": top}
 
 _EXIT_FAILED: Final = 1
 _EXIT_WRONG_USE: Final = 2

@@ -14,6 +14,7 @@ from server.dependencies import providers
 from server.engine import ZmqEngineClient
 from server.http.auth import require_admin, require_key
 from server.http.error_handlers import exception_handlers
+from server.http.keys import load_keyring
 from server.http.middleware import HttpMiddleware
 from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
@@ -48,7 +49,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
     """The web application: the middleware with the Litestar application in it (`app`).
 
     Without a GPU worker the application starts and is not ready. Raises ValueError without a `worker_url`,
-    and PronunciationsError if the file of pronunciations cannot be used.
+    KeysError if the file of keys cannot be used, PronunciationsError if that of pronunciations cannot.
     """
     if settings.worker_url is None:
         raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
@@ -83,7 +84,14 @@ def create_app(settings: Settings) -> HttpMiddleware:
             *_guarded(settings),
         ],
         dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},
-        state=State({"settings": settings, "stopping": asyncio.Event(), "open_sockets": OpenSockets()}),
+        state=State(
+            {
+                "settings": settings,
+                "keyring": load_keyring(settings),
+                "stopping": asyncio.Event(),
+                "open_sockets": OpenSockets(),
+            }
+        ),
         lifespan=[lifespan],
         exception_handlers=exception_handlers(),
         request_max_body_size=settings.max_body_mb * 1024 * 1024,

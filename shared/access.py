@@ -20,6 +20,17 @@ def unreadable(path: Path, error: OSError) -> str:
     return f"{path} cannot be read by {current_user()}: {error.strerror or error}"
 
 
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file that an operator has named. ValueError with a sentence if that is impossible."""
+    try:
+        data = path.read_bytes() if path.stat().st_size <= max_bytes else None
+    except OSError as error:
+        raise ValueError(unreadable(path, error)) from error
+    if data is None:
+        raise ValueError(f"{path} is larger than {max_bytes // 1_000_000} MB")
+    return data
+
+
 def folder_problem(path: Path) -> str | None:
     """Why files in the folder `path` cannot be read; None if they can, or if there is no such folder."""
     try:

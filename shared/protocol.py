@@ -66,6 +66,22 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_new_tokens: int | None = None
 
 
+class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The limits of the API key of a request; None: no such limit. The GPU worker counts, over all web workers."""
+
+    requests_per_minute: int | None = None
+    characters_per_day: int | None = None
+    concurrent_requests: int | None = None
+
+
+class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """What a key has left of its requests a minute: `remaining` now, all `limit` of them after `reset_s` seconds."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
 class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A part of a text, and the silence behind it.
 
@@ -131,6 +147,7 @@ class Speak(Message, frozen=True, kw_only=True):
 
     `id` is one of `new_speak_id`.
     `client` is the key of fairness: requests of one client wait for each other, not other clients for them.
+    `limits` are those of all requests of the client together.
     `voice` is a preset voice, "" if the task takes none, or with `saved_voice` the id of a saved voice.
     The payload, if there is one, is the reference recording to clone; `reference_text` is its transcript.
     `keep_alive_s`: the model stays resident for so long after this request; negative: for ever; None: as configured.
@@ -154,6 +171,7 @@ class Speak(Message, frozen=True, kw_only=True):
     non_streaming_mode: bool | None = None
     timestamps: bool = False
     keep_alive_s: float | None = None
+    limits: KeyLimits = KeyLimits()
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -616,11 +634,12 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 
 class Started(Message, frozen=True, kw_only=True):
-    """The request has a slot. `sample_rate` is in Hz."""
+    """The request has a slot. `sample_rate` is in Hz. `rate_limit` is that of its key, if that has one."""
 
     id: str
     model: str
     sample_rate: int
+    rate_limit: RateLimit | None = None
 
 
 class Audio(Message, frozen=True, kw_only=True):

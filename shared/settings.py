@@ -44,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_title: Annotated[str, Meta(min_length=1, max_length=100)] = "Qwen3-TTS server"
     api_keys: list[str] = []
     admin_keys: list[str] = []
+    keys_file: Path | None = None
     cors_origins: list[str] = []
     allowed_hosts: list[str] = []
     trusted_proxies: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])
@@ -124,7 +125,15 @@ _USED_BY_WEB_SIDE: Final = {
     *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path", "web_page"),
     *("max_connections", "max_connections_per_address", "body_buffer_mb"),
-    *("max_input_chars", "max_body_mb", "allow_ref_urls", "model_aliases", "unknown_voice", "require_consent"),
+    *(
+        "max_input_chars",
+        "max_body_mb",
+        "allow_ref_urls",
+        "model_aliases",
+        "unknown_voice",
+        "require_consent",
+        "keys_file",
+    ),
     *("input_format", "pronunciations"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format"),

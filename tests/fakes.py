@@ -30,6 +30,7 @@ from shared.protocol import (
     ModelStatus,
     Ping,
     Pong,
+    RateLimit,
     Reply,
     SavedVoice,
     Snapshot,
@@ -104,7 +105,7 @@ class FakeWorker:
     A test may change its behaviour: `hold` keeps requests queued (no Started), `mute` answers no Ping,
     `late` delays the Pongs, `skip_seq` leaves out a sequence number,
     `fail_with` fails every Speak, at once or after `break_after` chunks.
-    `words` are those of each piece, by its number, for a Speak with `timestamps`.
+    `rate_limit` is in each Started. `words` are those of each piece, by its number, for a Speak with `timestamps`.
     `seen` holds the messages that arrived, except pings. `reset` undoes all changes.
     """
 
@@ -132,6 +133,7 @@ class FakeWorker:
         self.late = False
         self.skip_seq = False
         self.words: dict[int, list[Word]] = {}
+        self.rate_limit: RateLimit | None = None
         self.fail_with: Failed | None = None
         self.break_after: int | None = None
         self.saved: list[SavedVoice] = []
@@ -241,7 +243,8 @@ class FakeWorker:
             request = job.request
             if job.sent == 0 and not job.started:
                 job.started = True
-                self._send(job.peer, Started(id=request.id, model=request.model, sample_rate=24_000))
+                started = Started(id=request.id, model=request.model, sample_rate=24_000, rate_limit=self.rate_limit)
+                self._send(job.peer, started)
             while job.credit and job.sent < len(job.pcm) and job.sent != self.break_after:
                 pcm, rate = job.pcm[job.sent]
                 seq = job.sent + (1 if self.skip_seq and job.sent else 0)

@@ -22,6 +22,7 @@ import structlog
 
 from server.app import from_environment
 from server.engine import OutageFile
+from server.http.keys import KeysError, load_keyring
 from server.processes import (
     HostError,
     PortError,
@@ -58,7 +59,7 @@ def run(_arguments: argparse.Namespace) -> int:
     """Serve until a signal ends the service; returns the exit code."""
     try:
         environ = environment()
-        settings = load_settings(environ, _host_problems, _pronunciations_problems, unknown_models, _worker_problems)
+        settings = load_settings(environ, *_CHECKS)
         addresses = addresses_of(settings.host)
         port = hold_port(addresses, settings.port)
     except (SettingsError, CatalogError, HostError, PortError) as error:
@@ -141,6 +142,18 @@ def _pronunciations_problems(settings: Settings) -> list[str]:
     except PronunciationsError as error:
         return [f"{variable_of('pronunciations')}: {error}"]
     return []
+
+
+def _keys_problems(settings: Settings) -> list[str]:
+    try:
+        load_keyring(settings)
+    except KeysError as error:
+        return [f"{variable_of('keys_file')}: {error}"]
+    return []
+
+
+_CHECKS: Final = (_host_problems, _keys_problems, _pronunciations_problems, unknown_models, _worker_problems)
+"""What is wrong with settings beyond their form."""
 
 
 @contextmanager

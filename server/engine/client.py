@@ -18,6 +18,7 @@ from shared.protocol import (
     Action,
     Audio,
     Finished,
+    RateLimit,
     Reply,
     Snapshot,
     Speak,
@@ -55,12 +56,14 @@ class Chunk(msgspec.Struct, frozen=True):
 class Speech:
     """One request while the GPU worker speaks it: call `chunk` until it gives None, then read `finished`.
 
+    `rate_limit` is what the request's key has left of its requests a minute; it is there when `chunk` first returns.
     One consumer calls `chunk`. `abort` may be called at any time; it costs a dictionary entry and a message.
     `grant(id, n)` lets the worker send `n` more Audio messages. `abort` cancels the request at the worker.
     """
 
     def __init__(self, request: Speak, *, grant: Callable[[str, int], None], abort: Abort) -> None:
         self.id = request.id
+        self.rate_limit: RateLimit | None = None
         self.finished: Finished | None = None
         self._credit = request.credit
         self._grant = grant
@@ -108,7 +111,7 @@ class Speech:
         """Record a message of the worker; returns an error message if it breaks the protocol."""
         match message:
             case Started():
-                pass
+                self.rate_limit = message.rate_limit
             case Audio():
                 if message.seq != self._next_seq or payload is None:
                     return f"Audio message {self._next_seq} of the GPU worker was lost."

@@ -1,11 +1,9 @@
-"""API keys: who may speak, who may administer, and the fairness key under which a client's requests queue.
+"""Who sends a request, and whether they may speak or administer; keys.py has the keys that are known.
 
 Without configured keys every client may do everything, except the pages of other sites (see origins.py):
 the server listens on loopback unless it is configured otherwise.
 """
 
-import hashlib
-import hmac
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,6 +13,7 @@ from litestar.handlers import BaseRouteHandler
 from server.http.elevenlabs_errors import KEY_HEADER
 from server.http.errors import ApiError
 from server.http.forwarded import client_view
+from server.http.keys import Caller, Keyring, today
 from server.http.origins import refuse_foreign
 from shared.settings import Settings
 
@@ -25,12 +24,12 @@ Guard = Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]
 
 
 def require_key(settings: Settings) -> Guard:
-    """A guard that requires an API key or an admin key; without API keys every client passes."""
+    """A guard that requires a known key; without keys for speech every client passes."""
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        if _is_among(_key_of(connection), [*settings.api_keys, *settings.admin_keys]):
+        if _known(connection) is not None:
             return
-        if settings.api_keys:
+        if keyring_of(connection).guards_speech:
             raise _unknown_key(connection)
         refuse_foreign(settings, connection)
 
@@ -38,18 +37,17 @@ def require_key(settings: Settings) -> Guard:
 
 
 def require_admin(settings: Settings) -> Guard:
-    """A guard that requires an admin key; without keys of either kind every client passes."""
+    """A guard that requires an admin key; without any keys every client passes."""
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        if not settings.api_keys and not settings.admin_keys:
+        if not keyring_of(connection).guards_admin:
             refuse_foreign(settings, connection)
             return
-        key = _key_of(connection)
-        if _is_among(key, settings.admin_keys):
-            return
-        if _is_among(key, settings.api_keys):
-            raise ApiError("insufficient_permissions", "This needs an admin key (TTS_ADMIN_KEYS).")
-        raise _unknown_key(connection)
+        caller = _known(connection)
+        if caller is None:
+            raise _unknown_key(connection)
+        if not caller.is_admin:
+            raise ApiError("insufficient_permissions", "This needs an admin key.")
 
     return guard
 
@@ -59,16 +57,14 @@ def admit_socket(settings: Settings, connection: ASGIConnection[Any, Any, Any, A
 
     `key` is that of the first message. Raises ApiError: the key is unknown, or the page that asks is foreign.
     """
-    key = _key_of(connection) or key.strip()
-    if not settings.api_keys:
-        if not _is_among(key, settings.admin_keys):
-            refuse_foreign(settings, connection)
+    if _known(connection, key) is not None:
         return True
-    if not key:
+    if not keyring_of(connection).guards_speech:
+        refuse_foreign(settings, connection)
+        return True
+    if not (_key_of(connection) or key.strip()):
         return False
-    if not _is_among(key, [*settings.api_keys, *settings.admin_keys]):
-        raise ApiError("invalid_api_key", "This server does not know this API key.")
-    return True
+    raise ApiError("invalid_api_key", "This server does not know this API key.")
 
 
 def subprotocol_for(offered: list[str]) -> str | None:
@@ -76,21 +72,39 @@ def subprotocol_for(offered: list[str]) -> str | None:
     return next((name for name in offered if not name.startswith(_KEY_SUBPROTOCOL)), next(iter(offered), None))
 
 
-def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> str:
-    """The fairness key: a digest of the client's API key, else the client's address. Never the API key itself.
+def caller_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> Caller:
+    """Who sends this request: by the key, else by the address.
 
     Without configured keys the address counts: many clients then send the same made-up API key.
     Behind a trusted proxy it is the address that the proxy has forwarded. `key` is one that no header has.
     """
-    key = _key_of(connection) or key.strip()
-    if key and (settings.api_keys or settings.admin_keys):
-        return "key:" + hashlib.sha256(key.encode()).hexdigest()[:16]
-    return f"peer:{client_view(settings, connection.scope).address or 'local'}"
+    address = client_view(settings, connection.scope).address or "local"
+    return _known(connection, key) or Caller(client=f"peer:{address}")
+
+
+def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> str:
+    """The fairness key of a request: the name or the digest of its API key, or its address. Never the key itself."""
+    return caller_of(settings, connection).client
 
 
 def owner_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> str:
     """The client whose requests this one may look at; "" for those of all, where no key protects the service."""
-    return client_of(settings, connection) if settings.api_keys or settings.admin_keys else ""
+    return client_of(settings, connection) if keyring_of(connection).guards_admin else ""
+
+
+def keyring_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Keyring:
+    """The keys that the application knows now."""
+    keyring: Keyring = connection.app.state.keyring
+    return keyring
+
+
+def _known(connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> Caller | None:
+    """Whose key the request has, or else `key`; None without a known one. Raises ApiError if the key has expired."""
+    key = _key_of(connection) or key.strip()
+    caller = keyring_of(connection).find(key) if key else None
+    if caller is not None and caller.is_expired(today()):
+        raise ApiError("invalid_api_key", f"This API key has expired on {caller.expires}.")
+    return caller
 
 
 def _key_of(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
@@ -101,12 +115,6 @@ def _key_of(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
     offered: Any = connection.scope.get("subprotocols", [])
     in_subprotocol = (name.removeprefix(_KEY_SUBPROTOCOL) for name in offered if name.startswith(_KEY_SUBPROTOCOL))
     return key.strip() or next(in_subprotocol, "")
-
-
-def _is_among(key: str, keys: list[str]) -> bool:
-    """True if `key` is one of `keys`; the time that this takes does not depend on how much of `key` is right."""
-    given = key.encode()
-    return any([hmac.compare_digest(given, known.encode()) for known in keys])  # noqa: C419 - any() must not stop early
 
 
 def _unknown_key(connection: ASGIConnection[Any, Any, Any, Any]) -> ApiError:

@@ -53,7 +53,7 @@ CLIENT_GONE: Final = 499
 _DOCUMENTED: Final = {
     400: "A field is wrong: `param` names the field, `message` says how to correct it.",
     401: "The API key is missing or unknown (`invalid_api_key`).",
-    403: "The key has no admin right (`insufficient_permissions`), or the page of another site sent the request "
+    403: "The key may not do this (`insufficient_permissions`), or the page of another site sent the request "
     "(`foreign_origin`).",
     404: "There is no such model, voice or consent (`model_not_found`, `voice_not_found`, `consent_not_found`).",
     408: "The rest of the body did not arrive in time (`request_timeout`).",
@@ -61,8 +61,8 @@ _DOCUMENTED: Final = {
     413: "The body or the upload is too large (`request_too_large`).",
     415: "The operation expects another media type (`unsupported_media_type`).",
     416: "The range begins behind the end; `Content-Range` has the size (`range_not_satisfiable`).",
-    429: "The queue is full (`queue_full`), or the client's address has too many requests in progress "
-    "or uploads take too much memory (`rate_limit_exceeded`); `Retry-After` says when to try again.",
+    429: "The queue is full (`queue_full`), or the key has reached a limit, the client's address has too many requests "
+    "in progress or uploads take too much memory (`rate_limit_exceeded`); `Retry-After` says when to try again.",
     500: "The server made a mistake; trying again does not help.",
     503: "The GPU worker, memory or the model's weights are missing now, or the server is shutting down; "
     "`Retry-After` says when to try again.",

@@ -8,6 +8,7 @@ from litestar.exceptions import NotFoundException
 
 from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import EngineDependency, SettingsDependency
+from server.http.auth import keyring_of
 from server.http.errors import ApiError, documented
 from server.http.forwarded import client_view
 from server.routes.web_page import page_response, wants_page
@@ -39,8 +40,8 @@ async def root(request: Request[Any, Any, Any], settings: SettingsDependency) ->
             recording_max_s=MAX_RECORDING_S,
         ),
         requires=Requires(
-            key=bool(settings.api_keys),
-            admin_key=bool(settings.api_keys or settings.admin_keys),
+            key=keyring_of(request).guards_speech,
+            admin_key=keyring_of(request).guards_admin,
             consent=settings.require_consent,
         ),
     )

@@ -92,7 +92,8 @@ class SpeechResponse:
             del self._headers["x-audio-url"]
         self._log("speech_finished", finished)
         timing = {"x-finish-reason": finished.reason, "Server-Timing": _server_timing(finished.timings)}
-        return Response(body, media_type=self._media_type, headers=self._headers | timing, status_code=200)
+        headers = self._headers | timing | self._rate_limit()
+        return Response(body, media_type=self._media_type, headers=headers, status_code=200)
 
     async def whole_captioned(self) -> Response[bytes]:
         """The whole audio and all of its words in one JSON object."""
@@ -100,7 +101,8 @@ class SpeechResponse:
         self._log("speech_finished", finished)
         words = self._captions.rest() if self._captions else None
         line = _encode(CaptionedAudio(audio=body, audio_format=self._media_type, timestamps=words))
-        return Response(line, media_type="application/json", headers=self._headers, status_code=200)
+        headers = self._headers | self._rate_limit()
+        return Response(line, media_type="application/json", headers=headers, status_code=200)
 
     async def captioned(self) -> ClosingStream:
         """A stream of JSON lines, audio and words; a failure before the first of them is raised here."""
@@ -141,9 +143,21 @@ class SpeechResponse:
             del self._encoder, self._keeper
             self._log("speech_finished" if self._speech.finished else "speech_broken_off", self._speech.finished)
 
+        headers = self._headers | self._rate_limit()
         return ClosingStream(
-            content, on_close=close, of_lines=of_lines, media_type=media_type, headers=self._headers, status_code=200
+            content, on_close=close, of_lines=of_lines, media_type=media_type, headers=headers, status_code=200
         )
+
+    def _rate_limit(self) -> dict[str, str]:
+        """What the key has left of its requests a minute, in OpenAI's headers; the engine tells it when it starts."""
+        state = self._speech.rate_limit
+        if state is None:
+            return {}
+        return {
+            "x-ratelimit-limit-requests": str(state.limit),
+            "x-ratelimit-remaining-requests": str(state.remaining),
+            "x-ratelimit-reset-requests": f"{state.reset_s:.3f}s",
+        }
 
     async def _as_audio(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         try:

@@ -18,7 +18,7 @@ from litestar import WebSocket
 from litestar.datastructures import State
 
 from server.engine import EngineClient
-from server.http.auth import admit_socket, client_of, subprotocol_for
+from server.http.auth import admit_socket, caller_of, subprotocol_for
 from server.http.errors import ApiError, internal_error
 from server.http.json_socket import CLOSE_S, GOING_AWAY, NORMAL, POLICY, JsonSocket, SocketClosedError, close_code
 from server.http.open_sockets import OpenSockets
@@ -99,7 +99,7 @@ class SpeechSocket(ABC):
             engine=self._engine,
             settings=self.settings,
             decoder_pool=self._state.decoder_pool,
-            client=client_of(self.settings, self._websocket, self._key),
+            caller=caller_of(self.settings, self._websocket, self._key),
         )
 
     def new_queue(self, speak: Callable[[Utterance], Awaitable[None]]) -> UtteranceQueue:

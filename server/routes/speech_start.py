@@ -22,13 +22,14 @@ from server.engine import (
     require_consent,
     silent_speech,
 )
-from server.http.auth import client_of
+from server.http.auth import caller_of
 from server.http.errors import ApiError
+from server.http.keys import Caller
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
 from server.text import EVERY_LANGUAGE, PreparedSegment, Pronunciations, load_pronunciations, prepare
 from shared.pcm import SAMPLE_RATE
-from shared.protocol import Speak, new_speak_id
+from shared.protocol import SavedVoice, Speak, new_speak_id
 from shared.settings import Settings
 
 _SHORT_INPUT: Final = 500
@@ -107,7 +108,8 @@ class SpeechPlan:
         data, resolved = self.data, self.resolved
         return Speak(
             id=new_speak_id(request_id),
-            client=self.starter.client,
+            client=self.starter.caller.client,
+            limits=self.starter.caller.limits,
             model=resolved.model.id,
             task=resolved.model.task,
             segments=[segment.to_struct() for segment in segments],
@@ -132,7 +134,7 @@ class SpeechStarter:
     engine: EngineClient
     settings: Settings
     decoder_pool: DecoderPool
-    client: str
+    caller: Caller
 
     async def start(self, data: SpeechRequest, request_id: str) -> StartedSpeech:
         """Check `data`, and let the engine speak it. Raises ApiError."""
@@ -150,7 +152,7 @@ class SpeechStarter:
         reference = None
         if data.ref_audio is not None:
             if self.settings.require_consent:
-                await require_consent(data.consent, self.engine, self.client)
+                await require_consent(data.consent, self.engine, self.caller.client)
             reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
         if rate != SAMPLE_RATE:
             await load_resampler()
@@ -183,8 +185,27 @@ class SpeechStarter:
         if data.model is not None and self.settings.model_aliases:
             data = msgspec.structs.replace(data, model=unaliased(data.model, self.settings.model_aliases))
         name = saved_voice_name(data, catalog, snapshot.default_model)
-        saved = await find_saved_voice(name, self.engine, self.client) if name is not None else None
-        return resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
+        saved = await find_saved_voice(name, self.engine, self.caller.client) if name is not None else None
+        resolved = resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
+        self._require_allowed(resolved, saved)
+        return resolved
+
+    def _require_allowed(self, resolved: Resolved, saved: SavedVoice | None) -> None:
+        """Raise ApiError if the key may not use this model or this voice."""
+        models, voices = self.caller.models, self.caller.voices
+        if models and resolved.model.id.casefold() not in models:
+            message = f"model: this API key may use only {', '.join(sorted(models))}."
+            raise ApiError("insufficient_permissions", message, param="model")
+
+        def is_chosen(name: str) -> bool:
+            if saved is not None:
+                return name in (saved.id.casefold(), saved.name.casefold())
+            preset = resolved.model.voice(name)
+            return preset is not None and preset.id == resolved.voice
+
+        if voices and not any(is_chosen(name) for name in voices):
+            message = f"voice: this API key may use only {', '.join(sorted(voices))}."
+            raise ApiError("insufficient_permissions", message, param="voice")
 
 
 def speech_starter(request: Request[Any, Any, Any], state: State) -> Any:
@@ -193,7 +214,7 @@ def speech_starter(request: Request[Any, Any, Any], state: State) -> Any:
         engine=state.engine,
         settings=state.settings,
         decoder_pool=state.decoder_pool,
-        client=client_of(state.settings, request),
+        caller=caller_of(state.settings, request),
     )
 
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from server.text.spans import Span, split, text_of
-from shared.access import unreadable
+from shared.access import read_file
 
 MAX_FILE_BYTES: Final = 1_000_000
 MAX_ENTRIES_OF_A_LANGUAGE: Final = 10_000
@@ -93,16 +93,12 @@ def load_pronunciations(path: Path | None) -> dict[str, Pronunciations]:
     if path is None:
         return {}
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else None
-    except OSError as error:
-        raise PronunciationsError(unreadable(path, error)) from error
-    if data is None:
-        raise PronunciationsError(f"{path} is larger than {MAX_FILE_BYTES // 1_000_000} MB")
-    try:
-        tables = msgspec.toml.decode(data, type=dict[str, dict[Word, Respelling]])
+        tables = msgspec.toml.decode(read_file(path, MAX_FILE_BYTES), type=dict[str, dict[Word, Respelling]])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         form = 'the file has a table for each language: [en], and in it word = "respelling"'
         raise PronunciationsError(f"{path}: {error}; {form}") from error
+    except ValueError as error:
+        raise PronunciationsError(str(error)) from error
     for language, entries in tables.items():
         if len(entries) > MAX_ENTRIES_OF_A_LANGUAGE:
             raise PronunciationsError(f"{path}: [{language}] has more than {MAX_ENTRIES_OF_A_LANGUAGE} entries")

@@ -1,0 +1,94 @@
+"""The limits of each API key: requests a minute, characters a day, requests at once.
+
+The GPU worker counts, so that a limit holds over all web workers. Counts live in memory; a new process begins anew.
+Requests a minute follow the generic cell rate algorithm (GCRA): a key that has been quiet may use its minute at once,
+and then gets a request every 60 / limit seconds.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+
+from gpu_worker.engines.base import JobError
+from shared.protocol import KeyLimits, RateLimit
+
+MINUTE_S: Final = 60.0
+DAY_S: Final = 86_400.0
+
+
+class _Use(msgspec.Struct):
+    """What a client has used. `full_at`: when the whole minute is free again; GCRA's theoretical arrival time."""
+
+    full_at: float = 0.0
+    day: int = 0
+    characters: int = 0
+    running: int = 0
+
+
+class LimitCounter:
+    """What every limited client has used. Clients without limits are not counted."""
+
+    def __init__(self, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
+        """`clock` is monotonic, `wall_clock` gives Unix seconds; both in seconds."""
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._uses: dict[str, _Use] = {}  # the file of keys bounds it: only its keys have limits
+
+    def check(self, client: str, limits: KeyLimits, characters: int) -> None:
+        """Raise JobError (`rate_limit_exceeded`) if a request of so many characters is over a limit."""
+        if limits == _NO_LIMITS:
+            return
+        use = self._uses.setdefault(client, _Use())
+        if limits.concurrent_requests is not None and use.running >= limits.concurrent_requests:
+            raise _exceeded(f"{limits.concurrent_requests} requests at once", 1.0)
+        if limits.requests_per_minute is not None:
+            interval_s = MINUTE_S / limits.requests_per_minute
+            wait_s = max(use.full_at, self._clock()) + interval_s - MINUTE_S - self._clock()
+            if wait_s > _ROUNDING_S:
+                raise _exceeded(f"{limits.requests_per_minute} requests a minute", wait_s)
+        if limits.characters_per_day is not None:
+            self._begin_day(use)
+            if use.characters + characters > limits.characters_per_day:
+                left = max(0, limits.characters_per_day - use.characters)
+                until_midnight_s = DAY_S - self._wall_clock() % DAY_S
+                raise _exceeded(f"{limits.characters_per_day} characters a day ({left} are left)", until_midnight_s)
+
+    def count(self, client: str, limits: KeyLimits, characters: int) -> RateLimit | None:
+        """Count a request that `check` let pass; what is left of the minute, or None without such a limit."""
+        if limits == _NO_LIMITS:
+            return None
+        use = self._uses.setdefault(client, _Use())
+        use.running += 1
+        self._begin_day(use)
+        use.characters += characters
+        if limits.requests_per_minute is None:
+            return None
+        now = self._clock()
+        interval_s = MINUTE_S / limits.requests_per_minute
+        use.full_at = max(use.full_at, now) + interval_s
+        used_s = use.full_at - now
+        remaining = int((MINUTE_S - used_s + _ROUNDING_S) / interval_s)
+        return RateLimit(limit=limits.requests_per_minute, remaining=remaining, reset_s=used_s)
+
+    def end(self, client: str, limits: KeyLimits) -> None:
+        """A request that was counted with `limits` is over."""
+        if limits != _NO_LIMITS:
+            self._uses[client].running -= 1
+
+    def _begin_day(self, use: _Use) -> None:
+        day = datetime.fromtimestamp(self._wall_clock(), UTC).toordinal()
+        if use.day != day:
+            use.day, use.characters = day, 0
+
+
+_NO_LIMITS: Final = KeyLimits()
+
+_ROUNDING_S: Final = 1e-6
+"""A sum of sixty intervals differs from a minute by less."""
+
+
+def _exceeded(limit: str, retry_after_s: float) -> JobError:
+    message = f"this API key is limited to {limit}"
+    return JobError("rate_limit_exceeded", message, retry_after_s=retry_after_s)

@@ -1,0 +1,84 @@
+"""`key new`: make an API key, print it once, and add its hash to the file of keys."""
+
+import argparse
+import os
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from server.commands.client import UsageError
+from server.http.keys import NAME, KeyEntry, KeysError, digest_of, new_key, read_entries
+from shared.environment import environment
+from shared.settings import load_settings
+
+SUMMARY: Final = "make an API key for the file TTS_KEYS_FILE"
+
+_LIMITS: Final = {
+    "--requests-per-minute": "requests that the key may send a minute",
+    "--characters-per-day": "characters that it may have spoken a day, UTC",
+    "--concurrent-requests": "requests that it may have open at once",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The name of the key, its rights and its limits."""
+    parser.add_argument("action", choices=["new"], help="make a key")
+    parser.add_argument("name", help="its name in logs and figures")
+    parser.add_argument("--file", type=Path, help="the file of keys (default: TTS_KEYS_FILE)")
+    parser.add_argument("--admin", action="store_true", help="the key may administer")
+    for option, text in _LIMITS.items():
+        parser.add_argument(option, type=int, metavar="N", help=text)
+    parser.add_argument("--model", action="append", default=[], help="a model that it may use (default: all)")
+    parser.add_argument("--voice", action="append", default=[], help="a voice that it may use (default: all)")
+    parser.add_argument("--expires", type=date.fromisoformat, metavar="YYYY-MM-DD", help="the day it ends, UTC")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Add the key to the file, and print it."""
+    path = arguments.file or load_settings(environment()).keys_file
+    if path is None:
+        raise UsageError("name the file of keys: --file, or TTS_KEYS_FILE for the service as well")
+    if not NAME.fullmatch(arguments.name):
+        raise UsageError("a name has letters, digits, dots, hyphens and underscores, 64 at most")
+    try:
+        known = read_entries(path) if path.exists() else {}
+    except KeysError as error:
+        raise UsageError(str(error)) from error
+    if arguments.name in known:
+        raise UsageError(f"{path} has a key named {arguments.name}")
+    key = new_key()
+    _append(path, _table(arguments, key))
+    sys.stdout.write(f"{key}\n")
+    sys.stderr.write(f"{path} has its hash. Nothing shows the key again.\n")
+    return 0
+
+
+def _table(arguments: argparse.Namespace, key: str) -> str:
+    try:
+        entry = msgspec.convert(
+            {
+                "hash": digest_of(key),
+                "role": "admin" if arguments.admin else "user",
+                "requests_per_minute": arguments.requests_per_minute,
+                "characters_per_day": arguments.characters_per_day,
+                "concurrent_requests": arguments.concurrent_requests,
+                "models": arguments.model,
+                "voices": arguments.voice,
+                "expires": arguments.expires,
+            },
+            KeyEntry,
+        )
+    except msgspec.ValidationError as error:
+        raise UsageError(str(error)) from error
+    return msgspec.toml.encode({arguments.name: entry}).decode()
+
+
+def _append(path: Path, table: str) -> None:
+    """Add `table` to the file; others cannot read a new file."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "rb+") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(("\n" if file.tell() else "").encode() + table.encode())
+        os.fsync(file.fileno())

@@ -1,0 +1,151 @@
+"""The API keys that the service knows, and what each may do: TTS_API_KEYS, TTS_ADMIN_KEYS and the file TTS_KEYS_FILE.
+
+Only SHA-256 digests of keys are kept. A key of `new_key` has 256 random bits, so its digest needs no salt,
+and a look-up by digest tells nothing about the key by the time that it takes.
+"""
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.access import read_file
+from shared.protocol import KeyLimits
+from shared.settings import Settings
+
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""The name of a key: it stands in logs and figures in the place of the key."""
+
+MAX_KEYS: Final = 10_000
+MAX_FILE_BYTES: Final = 16_000_000
+
+_DIGEST: Final = "sha256:"
+_FORM: Final = 'the file has a table for each key: [alice], and in it hash = "sha256:…"'
+
+Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+Names = list[Annotated[str, Meta(min_length=1, max_length=200)]]
+
+
+class KeysError(Exception):
+    """The file of keys cannot be used; the message is for the operator and holds no key."""
+
+
+class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A key as the file has it. A limit that is absent is no limit; a list that is empty allows everything.
+
+    The key is no longer taken from the day `expires` on, UTC.
+    """
+
+    hash: Annotated[str, Meta(pattern=rf"^{_DIGEST}[0-9a-f]{{64}}$")]
+    role: Literal["user", "admin"] = "user"
+    requests_per_minute: Count | None = None
+    characters_per_day: Count | None = None
+    concurrent_requests: Count | None = None
+    models: Names = []
+    voices: Names = []
+    expires: date | None = None
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who sends a request, and what they may do. `client` is the fairness key of their requests.
+
+    `models` and `voices` are in lower case; an empty set allows all.
+    """
+
+    client: str
+    is_admin: bool = False
+    limits: KeyLimits = KeyLimits()
+    models: frozenset[str] = frozenset()
+    voices: frozenset[str] = frozenset()
+    expires: date | None = None
+
+    def is_expired(self, today: date) -> bool:
+        """True from the day on at which the key is no longer taken."""
+        return self.expires is not None and today >= self.expires
+
+
+class Keyring:
+    """All known keys. Immutable: a reload makes a new one."""
+
+    def __init__(self, keys: dict[str, Caller], *, guards_speech: bool) -> None:
+        """`keys` by digest. `guards_speech`: everything needs a key; else only the admin routes do, if there is one."""
+        self._keys = keys
+        self.guards_speech = guards_speech
+        self.guards_admin = guards_speech or bool(keys)
+
+    def find(self, key: str) -> Caller | None:
+        """Whose key it is, expired or not; None for an unknown key."""
+        return self._keys.get(digest_of(key))
+
+
+def load_keyring(settings: Settings) -> Keyring:
+    """The keys of the settings and of their file. Raises KeysError."""
+    keys = {}
+    for given, is_admin in ((settings.api_keys, False), (settings.admin_keys, True)):
+        for key in given:
+            digest = digest_of(key)
+            keys[digest] = Caller(client=f"key:{digest.removeprefix(_DIGEST)[:16]}", is_admin=is_admin)
+    entries = read_entries(settings.keys_file) if settings.keys_file is not None else {}
+    if settings.keys_file is not None and not entries:
+        raise KeysError(f"{settings.keys_file} has no key: python -m server key new NAME makes one")
+    for name, entry in entries.items():
+        if entry.hash in keys:
+            raise KeysError(f"{settings.keys_file}: [{name}] has the hash of another key")
+        keys[entry.hash] = _caller_of(name, entry)
+    return Keyring(keys, guards_speech=bool(settings.api_keys or entries))
+
+
+def read_entries(path: Path) -> dict[str, KeyEntry]:
+    """The entries of a file of keys, by name. Raises KeysError."""
+    try:
+        entries = msgspec.toml.decode(read_file(path, MAX_FILE_BYTES), type=dict[str, KeyEntry])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise KeysError(f"{path}: {error}; {_FORM}") from error
+    except ValueError as error:
+        raise KeysError(str(error)) from error
+    if len(entries) > MAX_KEYS:
+        raise KeysError(f"{path} has more than {MAX_KEYS} keys")
+    for name in entries:
+        if not NAME.fullmatch(name):
+            raise KeysError(f"{path}: [{name}] is no name: letters, digits, dots, hyphens and underscores, at most 64")
+    return entries
+
+
+def new_key() -> str:
+    """A new key: 256 random bits."""
+    return f"sk-tts-{secrets.token_urlsafe(32)}"
+
+
+def digest_of(key: str) -> str:
+    """What is kept of a key."""
+    return _DIGEST + hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+
+
+def today() -> date:
+    """The day, UTC."""
+    return datetime.now(UTC).date()
+
+
+def _caller_of(name: str, entry: KeyEntry) -> Caller:
+    return Caller(
+        client=f"key:{name}",
+        is_admin=entry.role == "admin",
+        limits=KeyLimits(
+            requests_per_minute=entry.requests_per_minute,
+            characters_per_day=entry.characters_per_day,
+            concurrent_requests=entry.concurrent_requests,
+        ),
+        models=_in_lower_case(entry.models),
+        voices=_in_lower_case(entry.voices),
+        expires=entry.expires,
+    )
+
+
+def _in_lower_case(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.casefold() for name in names)

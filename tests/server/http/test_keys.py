@@ -1,0 +1,182 @@
+"""The file of keys: what it may say, and what its keys may do."""
+
+import re
+from datetime import date
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.http.keys import Caller, Keyring, KeysError, digest_of, load_keyring
+from shared.protocol import KeyLimits, RateLimit, Speak
+from shared.settings import Settings
+from tests.fakes import FakeWorker
+from tests.server.running import SPEECH, Serve
+
+ALICE = "sk-tts-alice"
+FILE = f"""
+[alice]
+hash = "{digest_of(ALICE)}"
+requests_per_minute = 60
+characters_per_day = 1000
+concurrent_requests = 2
+
+[boss]
+hash = "{digest_of("sk-tts-boss")}"
+role = "admin"
+
+[narrow]
+hash = "{digest_of("sk-tts-narrow")}"
+models = ["ESPEAK-NG"]
+voices = ["Alloy", "my voice"]
+
+[old]
+hash = "{digest_of("sk-tts-old")}"
+expires = 2026-01-01
+"""
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The headers of a request with that key."""
+    return {"authorization": f"Bearer {key}"}
+
+
+def found(keyring: Keyring, key: str) -> Caller:
+    """Whose key it is."""
+    caller = keyring.find(key)
+    assert caller is not None
+    return caller
+
+
+@pytest.fixture(scope="session")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FILE."""
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    path.write_text(FILE)
+    return path
+
+
+class TestFile:
+    """What the file may say."""
+
+    def test_a_key_has_what_its_table_says(self, keys_file: Path) -> None:
+        """The key itself is nowhere; an absent limit is none."""
+        keyring = load_keyring(Settings(keys_file=keys_file))
+        alice, boss, old = (found(keyring, f"sk-tts-{name}") for name in ("alice", "boss", "old"))
+        limits = KeyLimits(requests_per_minute=60, characters_per_day=1000, concurrent_requests=2)
+        assert (alice.client, alice.limits, alice.is_admin) == ("key:alice", limits, False)
+        assert (boss.client, boss.limits, boss.is_admin) == ("key:boss", KeyLimits(), True)
+        assert not old.is_expired(date(2025, 12, 31))
+        assert old.is_expired(date(2026, 1, 1))
+        assert keyring.find("sk-tts-nobody") is None
+        assert keyring.find("\udcff") is None
+        assert ALICE not in repr(alice)
+
+    def test_the_settings_have_keys_too(self, keys_file: Path) -> None:
+        """Keys of TTS_API_KEYS and TTS_ADMIN_KEYS have no limits."""
+        keyring = load_keyring(Settings(keys_file=keys_file, api_keys=["one"], admin_keys=["two"]))
+        one, two = found(keyring, "one"), found(keyring, "two")
+        assert (one.is_admin, two.is_admin) == (False, True)
+        assert one.client != two.client
+        assert one.limits == KeyLimits()
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("", "has no key"),
+            ("[a]\n", "missing required field `hash`"),
+            ("[a]\nhash = 'sk-tts-alice'\n", "regex"),
+            (f"[a]\nhash = '{digest_of('x')}'\nrole = 'king'\n", "king"),
+            (f"[a]\nhash = '{digest_of('x')}'\nrequests_per_minute = 0\n", ">= 1"),
+            (f"[a]\nhash = '{digest_of('x')}'\nlimit = 1\n", "unknown field `limit`"),
+            (f"['a b']\nhash = '{digest_of('x')}'\n", "[a b] is no name"),
+            (f"[a]\nhash = '{digest_of('x')}'\n[b]\nhash = '{digest_of('x')}'\n", "[b] has the hash of another key"),
+            ("[a\n", "keys.toml"),
+            ("\ufffd", "keys.toml"),
+        ],
+    )
+    def test_a_mistake_is_named(self, tmp_path: Path, text: str, problem: str) -> None:
+        """The message names the file and the mistake, and no key."""
+        path = tmp_path / "keys.toml"
+        path.write_text(text)
+        with pytest.raises(KeysError, match=re.escape(problem)) as raised:
+            load_keyring(Settings(keys_file=path))
+        assert "keys.toml" in str(raised.value)
+        assert ALICE not in str(raised.value)
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        """The path and the reason."""
+        with pytest.raises(KeysError, match=r"cannot be read by .*: No such file"):
+            load_keyring(Settings(keys_file=tmp_path / "keys.toml"))
+
+
+@pytest.mark.asyncio(loop_scope="session")
+class TestService:
+    """What the keys of FILE may do. The service has an admin key of the settings as well."""
+
+    async def test_who_may_what(self, serve: Serve, keys_file: Path) -> None:
+        """Every key may speak, an admin may administer, an expired or unknown key may nothing."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+
+        async def statuses(key: str) -> tuple[int, int]:
+            answers = [await client.get(path, headers=bearer(key)) for path in ("/v1/models", "/admin/stats")]
+            return answers[0].status_code, answers[1].status_code
+
+        assert await statuses(ALICE) == (200, 403)
+        assert await statuses("sk-tts-boss") == (200, 200)
+        assert await statuses("root") == (200, 200)
+        assert await statuses("sk-tts-nobody") == (401, 401)
+        assert await statuses(digest_of(ALICE)) == (401, 401)
+        expired = await client.get("/v1/models", headers=bearer("sk-tts-old"))
+        assert expired.status_code == httpx.codes.UNAUTHORIZED
+        assert expired.json()["error"]["message"] == "This API key has expired on 2026-01-01."
+
+    async def test_a_client_learns_that_it_needs_a_key(self, serve: Serve, keys_file: Path) -> None:
+        """Without one it may read that, and nothing else."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        assert (await client.get("/")).json()["requires"] == {"key": True, "admin_key": True, "consent": False}
+
+    async def test_limits_go_to_the_gpu_worker(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
+        """The GPU worker learns the name and the limits; what is left of the minute comes back in OpenAI's headers."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        worker.rate_limit = RateLimit(limit=60, remaining=58, reset_s=1.5)
+        bodies = [{"input": "x", **more} for more in ({}, {"stream": False}, {"stream_format": "sse"})]
+        for body in bodies:
+            answer = await client.post(SPEECH, json=body, headers=bearer(ALICE))
+            assert answer.status_code == httpx.codes.OK
+            found = {name: text for name, text in answer.headers.items() if name.startswith("x-ratelimit")}
+            assert found == {
+                "x-ratelimit-limit-requests": "60",
+                "x-ratelimit-remaining-requests": "58",
+                "x-ratelimit-reset-requests": "1.500s",
+            }
+        limits = KeyLimits(requests_per_minute=60, characters_per_day=1000, concurrent_requests=2)
+        assert {(speak.client, speak.limits) for speak in worker.of(Speak)} == {("key:alice", limits)}
+
+    async def test_no_headers_without_a_limit(self, serve: Serve, keys_file: Path) -> None:
+        """A key without a limit has nothing left or used up."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        answer = await client.post(SPEECH, json={"input": "x"}, headers=bearer("sk-tts-boss"))
+        assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
+
+    @pytest.mark.parametrize(
+        ("body", "param"),
+        [
+            ({}, None),
+            ({"voice": "alloy"}, None),
+            ({"voice": "nova"}, "voice"),
+            ({"model": "qwen3-tts-0.6b-customvoice"}, "model"),
+        ],
+    )
+    async def test_models_and_voices(
+        self, serve: Serve, keys_file: Path, body: dict[str, str], param: str | None
+    ) -> None:
+        """A key with lists gets what they name, in any case and by any name of a voice, and else a 403."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        answer = await client.post(SPEECH, json={"input": "x", **body}, headers=bearer("sk-tts-narrow"))
+        if param is None:
+            assert answer.status_code == httpx.codes.OK
+            return
+        assert answer.status_code == httpx.codes.FORBIDDEN
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("insufficient_permissions", param)
