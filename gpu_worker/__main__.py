@@ -242,6 +242,8 @@ def build_worker(
         buffer=AudioBuffer(settings.audio_buffer_mb * 2**20, pause_s=settings.sentence_pause_ms / 1000),
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
+        open_text_timeout_s=settings.open_text_timeout_s,
+        max_input_chars=settings.max_input_chars,
         clock=time.monotonic,
         preload=factory.models_to_preload(default_model),
         on_turn=lambda: heartbeat.beat(ready=not residency.preloading),

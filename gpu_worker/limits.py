@@ -48,6 +48,16 @@ class LimitCounter:
             wait_s = max(use.full_at, self._clock()) + interval_s - MINUTE_S - self._clock()
             if wait_s > _ROUNDING_S:
                 raise _exceeded(f"{limits.requests_per_minute} requests a minute", wait_s)
+        self._check_characters(use, limits, characters)
+
+    def add_characters(self, client: str, limits: KeyLimits, characters: int) -> None:
+        """Count more text of a counted request; JobError (`rate_limit_exceeded`) if there are too many."""
+        if limits != _NO_LIMITS:
+            use = self._uses[client]
+            self._check_characters(use, limits, characters)
+            use.characters += characters
+
+    def _check_characters(self, use: _Use, limits: KeyLimits, characters: int) -> None:
         if limits.characters_per_day is not None:
             self._begin_day(use)
             if use.characters + characters > limits.characters_per_day:

@@ -19,7 +19,9 @@ from gpu_worker.engines.base import Done, FinishReason, Job, JobError
 from gpu_worker.slot_policy import Holding
 from shared.pcm import SAMPLE_RATE, bytes_for
 from shared.protocol import (
+    Append,
     Audio,
+    EndText,
     Failed,
     Finished,
     KeyLimits,
@@ -134,6 +136,11 @@ class Sink:
         self.drop()
         self._send(failed_message(self._id, error), None)
 
+    def failed_behind_audio(self, error: JobError) -> None:
+        """Send Failed behind the last piece."""
+        self._waiting.append((failed_message(self._id, error), None))
+        self._flush()
+
     def drop(self) -> None:
         """Drop the messages that still wait."""
         self._waiting.clear()
@@ -198,6 +205,9 @@ class Request:
     `parked_bytes` is the host RAM that its engine keeps for it while it is PARKED; it is counted in the sink's buffer.
     `made_bytes` counts its audio, sent or waiting. `unread_since` is when its credit was used up; None with credit.
     `outcome` and `ended_at` are of its end; a DRAINING request may get a second one.
+    Of an open request: `text_open` until its text has ended, `text_chars` so far, `held_text` that came before it had
+    a slot, `first_text_at` when the first came, and `waits_since` when it began to wait for text.
+    `text_cut` is the error that comes behind its audio, because the worker takes no more of its text.
     """
 
     peer: bytes
@@ -221,10 +231,34 @@ class Request:
     retried: bool = field(default=False, init=False)
     outcome: Outcome | None = field(default=None, init=False)
     ended_at: float = field(default=0.0, init=False)
+    text_open: bool = field(init=False)
+    text_chars: int = field(init=False)
+    first_text_at: float | None = field(init=False)
+    held_text: list[Append | EndText] = field(default_factory=list, init=False)
+    waits_since: float | None = field(default=None, init=False)
+    text_cut: JobError | None = field(default=None, init=False)
     playback: Playback = field(default_factory=Playback, init=False)
     _slot_since: float = field(default=0.0, init=False)
     _idle_since: float | None = field(default=None, init=False)
     _idle_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.text_open = self.job.open
+        self.text_chars = len(self.job.text)
+        self.first_text_at = self.arrived_at if self.text_chars or not self.text_open else None
+
+    def take_text(self, message: Append | EndText, now: float) -> None:
+        """The next text of an open request, or its end. A wait for text counts as no underrun of the player."""
+        if isinstance(message, EndText):
+            self.text_open = False
+        else:
+            self.text_chars += len(message.text)
+            self.first_text_at = now if self.first_text_at is None else self.first_text_at
+        if self.waits_since is not None:
+            self.waits_since = None
+            self.playback.resume(0.0, now)
+        if self.state is RequestState.QUEUED:
+            self.held_text.append(message)
 
     def start(self, now: float) -> None:
         """QUEUED -> RUNNING: the engine has taken the job."""
@@ -276,6 +310,9 @@ class Request:
         self._count_parked(0)
         self.outcome, self.ended_at = outcome, now
         match outcome:
+            case Done() if self.text_cut is not None:
+                self.outcome = self.text_cut
+                self.sink.failed_behind_audio(self.text_cut)
             case Done(reason=reason, usage=usage):
                 self.sink.finished(reason, usage, self.timings(now))
             case JobError():

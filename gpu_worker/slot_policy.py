@@ -4,6 +4,7 @@ A slot belongs to the request that needs it most: the one with the least audio i
 In hand are the seconds of audio that have been made and that the request's listener has not heard yet.
 A listener hears a second a second from the first piece on, and nothing while its reader takes nothing.
 
+- A request that waits for its text makes no audio, so it gives its slot to any other.
 - A newcomer has nothing in hand. It gets a slot from the request with the most, if that one has MIN_IN_HAND_S.
 - A parked request is hungry below HUNGRY_BELOW_S. It gets a slot from a request with RETURN_MARGIN_S more in hand.
 - A hungry request comes after NEWCOMERS_IN_A_ROW newcomers at the latest.
@@ -14,6 +15,7 @@ A listener hears a second a second from the first piece on, and nothing while it
 It knows neither engines nor messages; see `worker` for these, and `audio_buffer` for the bytes.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -39,12 +41,16 @@ MIN_SLICE_S: Final = 0.2
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """A request with a slot or parked. `slice_s`: how long it has held its slot. `has_spoken`: it has made audio."""
+    """A request with a slot or parked. `slice_s`: how long it has held its slot. `has_spoken`: it has made audio.
+
+    `waits_for_text`: it is an open one that can make no audio before more of its text comes.
+    """
 
     job_id: str
     in_hand_s: float
     slice_s: float = 0.0
     has_spoken: bool = True
+    waits_for_text: bool = False
 
     @property
     def is_hungry(self) -> bool:
@@ -54,11 +60,16 @@ class Holding(msgspec.Struct, frozen=True):
 
 def next_to_park(running: Iterable[Holding], waiting: Holding | None) -> Holding | None:
     """The running request that gives its slot to the parked `waiting`, or to a newcomer (None); None if none does."""
-    if waiting is not None and not waiting.is_hungry:
-        return None
-    needed_s = MIN_IN_HAND_S if waiting is None else waiting.in_hand_s + RETURN_MARGIN_S
-    able = (holding for holding in running if holding.slice_s >= MIN_SLICE_S and holding.in_hand_s >= needed_s)
-    return max(able, key=lambda holding: holding.in_hand_s, default=None)
+    if waiting is None:
+        needed_s = MIN_IN_HAND_S
+    else:
+        needed_s = waiting.in_hand_s + RETURN_MARGIN_S if waiting.is_hungry else math.inf
+    able = [
+        holding
+        for holding in running
+        if holding.slice_s >= MIN_SLICE_S and (holding.waits_for_text or holding.in_hand_s >= needed_s)
+    ]
+    return max(able, key=lambda holding: (holding.waits_for_text, holding.in_hand_s), default=None)
 
 
 def next_to_wait(running: Sequence[Holding]) -> list[str]:
@@ -67,7 +78,7 @@ def next_to_wait(running: Sequence[Holding]) -> list[str]:
     A step of one job is several times shorter than one of all slots. A newcomer has FIRST_AUDIO_S for it:
     it may have to wait for something else, such as the encoding of its recording.
     """
-    if all(holding.has_spoken or holding.slice_s > FIRST_AUDIO_S for holding in running):
+    if all(holding.has_spoken or holding.waits_for_text or holding.slice_s > FIRST_AUDIO_S for holding in running):
         return []
     return [holding.job_id for holding in running if holding.in_hand_s >= MIN_IN_HAND_S]
 

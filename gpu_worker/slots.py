@@ -13,7 +13,7 @@ import msgspec
 from gpu_worker.audio_buffer import AudioBuffer, may_grow, may_park
 from gpu_worker.engines.base import Engine
 from gpu_worker.requests import STALLED_AFTER_S, Request
-from gpu_worker.slot_policy import next_to_park, next_to_unpark, next_to_wait
+from gpu_worker.slot_policy import Holding, next_to_park, next_to_unpark, next_to_wait
 
 NO_PARKING_S: Final = 1.0
 """How long nothing is parked after host RAM ran out."""
@@ -96,20 +96,34 @@ class Slots:
     def next_parked(self, models: Iterable[str]) -> Request | None:
         """The parked request of one of `models` that comes back first."""
         now = self._clock()
-        chosen = next_to_unpark(request.holding(now) for request in self.parked.values() if request.model in models)
+        holdings = [self._holding(request, now) for request in self.parked.values() if request.model in models]
+        chosen = next_to_unpark(holding for holding in holdings if not holding.waits_for_text)
         return None if chosen is None else self.parked[chosen.job_id]
 
     def held_back(self) -> set[str]:
         """The jobs with a slot that make no audio now.
 
-        They have enough in the buffer; or they have some audio in hand, and a newcomer is to make its first.
+        They have enough in the buffer; or they wait for text; or they have some audio in hand, and a newcomer is to
+        make its first.
         """
         free_bytes = self.free_bytes()
-        held_back = {job_id for job_id, request in self.running.items() if not self._may_grow(request, free_bytes)}
+        held_back = {
+            job_id
+            for job_id, request in self.running.items()
+            if not self._may_grow(request, free_bytes) or self.waits_for_text(request)
+        }
         if any(request.first_audio_at is None for request in self.running.values()):
             now = self._clock()
-            held_back.update(next_to_wait([request.holding(now) for request in self.running.values()]))
+            held_back.update(next_to_wait([self._holding(request, now) for request in self.running.values()]))
         return held_back
+
+    def waits_for_text(self, request: Request) -> bool:
+        """Whether the running or parked request is an open one that can go on only with more text."""
+        return request.job.open and self._engines()[request.model].waits_for_text(request.job.id)
+
+    def is_hungry(self, request: Request) -> bool:
+        """Whether the listener of the running or parked request will soon have nothing to hear."""
+        return self._holding(request, self._clock()).is_hungry
 
     def longest_stalled(self, requests: Iterable[Request]) -> Request | None:
         """The stalled request that has been so for the longest time; one with a slot before all others."""
@@ -129,8 +143,8 @@ class Slots:
             return None
         of_any_model = capacity > 0
         able = [request for request in self.running.values() if of_any_model or request.model == model]
-        holding = None if waiting is None else waiting.holding(now)
-        while chosen := next_to_park((request.holding(now) for request in able), holding):
+        holding = None if waiting is None else self._holding(waiting, now)
+        while chosen := next_to_park((self._holding(request, now) for request in able), holding):
             request = self.running[chosen.job_id]
             parked_bytes = self._park_bytes(request)
             gained_bytes = self.buffer.set_aside(request.sink.waiting_bytes)
@@ -139,6 +153,9 @@ class Slots:
             self.out_of_room = True
             able.remove(request)
         return None
+
+    def _holding(self, request: Request, now: float) -> Holding:
+        return msgspec.structs.replace(request.holding(now), waits_for_text=self.waits_for_text(request))
 
     def _may_grow(self, request: Request, free_bytes: int) -> bool:
         waiting_bytes = request.sink.waiting_bytes

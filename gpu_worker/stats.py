@@ -92,8 +92,9 @@ class Stats:
         self._counts["rejected"] += 1
 
     def first_audio(self, request: Request) -> None:
-        """Record the time to first audio: the request's first piece is there now."""
-        seconds = self._clock() - request.arrived_at
+        """Record the time to first audio: the request's first piece is there now. It counts from the first text."""
+        asked_at = request.arrived_at if request.first_text_at is None else request.first_text_at
+        seconds = self._clock() - asked_at
         histogram = self._stats_of(request.model).first_audio_s
         self._replace(request.model, first_audio_s=_with_value(histogram, FIRST_AUDIO_BOUNDS_S, seconds))
         self._performance.first_audio(request.model, seconds)
@@ -198,6 +199,7 @@ class Stats:
             queued=queued,
             slots=slots,
             buffered=sum(request.state in {RequestState.PARKED, RequestState.DRAINING} for request in streams),
+            waiting_for_text=sum(request.waits_since is not None for request in streams),
             stalled=sum(request.shown_state(now) == "stalled" for request in streams),
             audio_buffer=BufferMemory(used_bytes=buffer.used_bytes, budget_bytes=buffer.budget_bytes),
             requests=Counters(**self._counts),

@@ -42,9 +42,11 @@ from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     VERSION,
+    Append,
     Call,
     Cancel,
     Credit,
+    EndText,
     FindSpeech,
     FromWeb,
     Hello,
@@ -105,6 +107,8 @@ class Worker:
         buffer: AudioBuffer,
         max_concurrency: int,
         stall_timeout_s: float,
+        open_text_timeout_s: float,
+        max_input_chars: int,
         clock: Callable[[], float],
         wall_clock: Callable[[], float] = time.time,
         preload: Sequence[str] = (),
@@ -119,6 +123,8 @@ class Worker:
         self._consents = consents
         self._stats = stats
         self._stall_timeout_s = stall_timeout_s
+        self._open_text_timeout_s = open_text_timeout_s
+        self._max_input_chars = max_input_chars
         self._clock = clock
         self._limits = LimitCounter(clock, wall_clock)
         self._on_turn = on_turn
@@ -216,6 +222,8 @@ class Worker:
                 self._send(peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot), None)
             case Speak():
                 self._speak(peer, message, payload)
+            case Append() | EndText():
+                self._take_text(peer, message)
             case Credit(id=request_id, chunks=chunks):
                 self._grant_credit(peer, request_id, chunks)
             case Cancel(id=request_id, error=error):
@@ -253,6 +261,7 @@ class Worker:
                         sampling=speak.sampling,
                         non_streaming_mode=speak.non_streaming_mode,
                         timestamps=speak.timestamps,
+                        open=speak.open,
                     ),
                 )
             )
@@ -279,6 +288,33 @@ class Worker:
         if payload is None:
             return None
         return Reference.of(payload, text=speak.reference_text, x_vector_only=speak.x_vector_only)
+
+    def _take_text(self, peer: bytes, message: Append | EndText) -> None:
+        request = self._open.get((peer, message.id))
+        if request is None or not request.text_open:
+            return
+        try:
+            if isinstance(message, Append):
+                self._count_text(request, len(message.text))
+        except JobError as error:
+            self._finish(request, error)
+            return
+        request.take_text(message, self._clock())
+        if request.state in {RequestState.RUNNING, RequestState.PARKED}:
+            self._write_text(request, message)
+
+    def _count_text(self, request: Request, characters: int) -> None:
+        if request.text_chars + characters > self._max_input_chars:
+            problem = f"must have at most {self._max_input_chars} characters in all its parts"
+            raise JobError("invalid_value", problem, param="input")
+        self._limits.add_characters(request.client, request.limits, characters)
+
+    def _write_text(self, request: Request, message: Append | EndText) -> None:
+        engine = self._residency.engines[request.model]
+        if isinstance(message, EndText):
+            engine.end_text(request.job.id)
+        else:
+            engine.append(request.job.id, message.text, flush=message.flush)
 
     def _grant_credit(self, peer: bytes, request_id: str, chunks: int) -> None:
         request = self._open.get((peer, request_id))
@@ -418,6 +454,9 @@ class Worker:
             self._slots.running[request.job.id] = request
             self._stats.request_started(request)
             request.start(self._clock())
+            for message in request.held_text:
+                self._write_text(request, message)
+            request.held_text.clear()
         return True
 
     def _unpark_next(self, *, hungry: bool) -> bool:
@@ -425,7 +464,7 @@ class Worker:
         if not self._slots.parked:
             return False
         request = self._slots.next_parked([model for model in self._residency.engines if self._takes_jobs(model)])
-        if request is None or (hungry and not request.holding(self._clock()).is_hungry):
+        if request is None or (hungry and not self._slots.is_hungry(request)):
             return False
         place = self._slots.place_for_parked(request)
         if place is None or not self._vacate(place):
@@ -538,7 +577,7 @@ class Worker:
         self._residency.release(model, request.keep_alive_s)
 
     def _check_readers(self) -> None:
-        """Fail the requests whose reader took nothing for `stall_timeout_s`.
+        """Fail the requests whose reader took nothing for `stall_timeout_s`, and those whose text does not come.
 
         If a request could start but for the full buffer, the one that has been stalled for the longest time fails.
         """
@@ -546,6 +585,7 @@ class Worker:
         if now - self._readers_checked_at < READERS_CHECK_S:
             return
         self._readers_checked_at = now
+        self._check_texts(now)
         for request in [request for request in self._open.values() if request.unread_s(now) > self._stall_timeout_s]:
             self._fail_slow(request, f"nothing was read for {self._stall_timeout_s:.0f} s")
         if self._slots.out_of_room:
@@ -553,6 +593,19 @@ class Worker:
             if stalled is not None:
                 reason = f"nothing was read for {stalled.unread_s(now):.0f} s, and the buffer is full"
                 self._fail_slow(stalled, reason)
+
+    def _check_texts(self, now: float) -> None:
+        """Fail the open requests that have waited for text for `open_text_timeout_s`."""
+        for request in list(self._slots):
+            if not request.text_open:
+                continue
+            if not self._slots.waits_for_text(request):
+                request.waits_since = None
+            elif request.waits_since is None:
+                request.waits_since = now
+            elif now - request.waits_since > self._open_text_timeout_s:
+                reason = f"the rest of the text did not come: nothing for {self._open_text_timeout_s:.0f} s"
+                self._finish(request, JobError("request_timeout", reason))
 
     def _fail_slow(self, request: Request, reason: str) -> None:
         self._finish(request, JobError("client_too_slow", reason))
@@ -677,6 +730,10 @@ class Worker:
         self._drain_until = self._clock() + deadline_s
         for request in list(self._scheduler):
             self._finish(request, _shutting_down())
+        for request in list(self._slots):
+            if request.text_open:  # what has come of its text is said to the end
+                request.text_cut = _shutting_down()
+                self._take_text(request.peer, EndText(id=request.id))
 
     def _is_drained(self) -> bool:
         if self._drain_until is None:

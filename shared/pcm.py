@@ -10,6 +10,9 @@ BYTES_PER_SAMPLE: Final = 2
 FRAME_SAMPLES: Final = 1_920
 """Samples of one Qwen3-TTS frame: 80 ms, 12.5 frames a second."""
 
+EMPTY_S: Final = 0.1
+"""The silence for a text without anything speakable: the shortest that players open in every format."""
+
 
 def samples_of(data: bytes | memoryview) -> int:
     """The number of samples in `data`; ValueError if it ends inside a sample."""

@@ -3,12 +3,13 @@
 A message is one header frame (a tagged Struct in msgpack) and, if it has sound, one payload frame of raw PCM
 (24 kHz mono int16 little-endian). Nothing else crosses the socket, and nothing is ever pickled.
 
-    web worker -> GPU worker: Hello, Speak (+PCM of a reference), Credit, Cancel, Spoken,
+    web worker -> GPU worker: Hello, Speak (+PCM of a reference), Append, EndText, Credit, Cancel, Spoken,
                               Call (+PCM of a recording), Ping
     GPU worker -> web worker: Welcome, Started, Audio (+PCM), Finished, Failed, Reply, Pong, Probe
 
 The worker answers a Speak with Started, Audio …, and then exactly one Finished or Failed;
 it never sends more Audio messages than it has credit for.
+The text of an open Speak goes on with Append, until EndText.
 """
 
 import uuid
@@ -21,7 +22,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 8
+VERSION: Final = 9
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -152,6 +153,7 @@ class Speak(Message, frozen=True, kw_only=True):
     The payload, if there is one, is the reference recording to clone; `reference_text` is its transcript.
     `keep_alive_s`: the model stays resident for so long after this request; negative: for ever; None: as configured.
     `timestamps`: tell the times of the words, which only models with ModelSpec.timestamps know.
+    `open`: the last segment goes on with Append, until EndText. There may be no segment yet.
     `credit` is the number of Audio messages that may be sent before the first Credit.
     """
 
@@ -172,6 +174,25 @@ class Speak(Message, frozen=True, kw_only=True):
     timestamps: bool = False
     keep_alive_s: float | None = None
     limits: KeyLimits = KeyLimits()
+    open: bool = False
+
+
+class Append(Message, frozen=True, kw_only=True):
+    """More text of an open Speak, as the next part of its last segment.
+
+    `flush`: the segment ends behind this text. It is spoken to its end; text that follows begins another one.
+    It has no answer. A request that is over ignores it.
+    """
+
+    id: str
+    text: str
+    flush: bool = False
+
+
+class EndText(Message, frozen=True, kw_only=True):
+    """The text of an open Speak is complete. It has no answer. A request that is over ignores it."""
+
+    id: str
 
 
 class Credit(Message, frozen=True, kw_only=True):
@@ -588,6 +609,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     `running` requests hold a slot, `slots` is how many can. `queued` ones wait for their first slot.
     `buffered` ones hold none: their audio is complete or enough for now, and waits for its readers.
     `stalled`, of those with a slot and those without: the reader has taken nothing for 10 s.
+    `waiting_for_text`, of both kinds: open ones that can go on only with more text.
     It is sent several times a second, so `model_stats` has active models alone and `streams` the oldest few.
     `restarts` is the number of workers that the supervisor started before this one.
     """
@@ -616,6 +638,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     model_stats: dict[str, ModelStats] = {}
     streams: list[StreamState] = []
+    waiting_for_text: int = 0
     performance: dict[str, list[WindowPerformance]] = {}
     """By model, of those that did something in the last hour; a window each for PERFORMANCE_MINUTES."""
 
@@ -703,7 +726,7 @@ class Probe(Message, frozen=True, kw_only=True):
     """Nothing: that it cannot be sent shows that the web worker is gone. It has no answer."""
 
 
-FromWeb = Hello | Speak | Credit | Cancel | Spoken | Call | Ping
+FromWeb = Hello | Speak | Append | EndText | Credit | Cancel | Spoken | Call | Ping
 FromWorker = Welcome | Started | Audio | Finished | Failed | Reply | Pong | Probe
 
 

@@ -70,6 +70,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64
     audio_buffer_mb: Annotated[int, Meta(ge=16, le=100_000_000)] = 512
     stall_timeout_s: Seconds = 300.0
+    open_text_timeout_s: Seconds = 30.0
     drain_timeout_s: Seconds = 30.0
 
     # models

@@ -13,6 +13,7 @@ from shared.catalog import ModelSpec, load_catalog
 from shared.pcm import bytes_for
 from shared.protocol import (
     VERSION,
+    Append,
     Audio,
     BufferMemory,
     Call,
@@ -20,6 +21,7 @@ from shared.protocol import (
     Counters,
     Credit,
     DeviceMemory,
+    EndText,
     Failed,
     FindVoice,
     Finished,
@@ -100,8 +102,8 @@ def a_snapshot(catalog: list[ModelSpec], **changes: Any) -> Snapshot:
 class FakeWorker:
     """A GPU worker in a thread: a real socket and the real protocol, with fixed answers.
 
-    It answers each segment of a Speak with `chunks` pieces of `tone` and its pause, as credit allows,
-    and each Call with `on_call`.
+    It answers each segment of a Speak, and each Append to an open one, with `chunks` pieces of `tone` and its pause,
+    as credit allows, and each Call with `on_call`.
     A test may change its behaviour: `hold` keeps requests queued (no Started), `mute` answers no Ping,
     `late` delays the Pongs, `skip_seq` leaves out a sequence number,
     `fail_with` fails every Speak, at once or after `break_after` chunks.
@@ -222,12 +224,21 @@ class FakeWorker:
                 )
             case Speak() if refused and self.fail_with is not None:
                 self._send(peer, msgspec.structs.replace(self.fail_with, id=message.id))
-            case Credit() if message.id in self._jobs:
-                self._jobs[message.id].credit += message.chunks
             case Cancel():
                 self._jobs.pop(message.id, None)
             case Call():
                 self._send(peer, self.on_call(message, payload))
+            case Append() | EndText() | Credit() if message.id in self._jobs:
+                self._go_on(self._jobs[message.id], message)
+
+    def _go_on(self, job: "_Job", message: Append | EndText | Credit) -> None:
+        match message:
+            case Append(text=text):
+                job.pcm += self._pieces_of(text, 1.0)
+            case EndText():
+                job.text_open = False
+            case Credit(chunks=chunks):
+                job.credit += chunks
 
     def _find_voice(self, call: Call, _payload: bytes | None) -> Reply | Failed:
         if isinstance(call.action, FindVoice):
@@ -254,17 +265,19 @@ class FakeWorker:
                 job.credit -= 1
             if job.sent == self.break_after and self.fail_with is not None:
                 self._end(job, msgspec.structs.replace(self.fail_with, id=request.id))
-            elif job.sent == len(job.pcm):
+            elif job.sent == len(job.pcm) and not job.text_open:
                 usage = Usage(input_tokens=len(text_of(request)), output_tokens=job.sent)
                 timings = Timings(queue_s=0.001, load_s=0.0, first_audio_s=0.002, total_s=0.003)
                 self._end(job, Finished(id=request.id, reason="stop", usage=usage, timings=timings))
 
     def _pieces(self, request: Speak) -> Iterator[tuple[bytes, float | None]]:
         for segment in request.segments:
-            for piece in tone(segment.text, self.chunks) if segment.text else ():
-                yield piece, segment.rate
+            yield from self._pieces_of(segment.text, segment.rate)
             if segment.pause_ms:
                 yield bytes(bytes_for(segment.pause_ms / 1000)), None
+
+    def _pieces_of(self, text: str, rate: float) -> list[tuple[bytes, float | None]]:
+        return [(piece, rate) for piece in tone(text, self.chunks)] if text else []
 
     def _end(self, job: "_Job", message: Message) -> None:
         self._send(job.peer, message)
@@ -285,4 +298,5 @@ class _Job:
         self.pcm = pcm
         self.credit = request.credit
         self.sent = 0
+        self.text_open = request.open
         self.started = False

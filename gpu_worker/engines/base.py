@@ -15,8 +15,10 @@ import msgspec
 from shared.pcm import bytes_for
 from shared.protocol import Sampling, Segment, Task, Usage, Word
 
-FinishReason = Literal["stop", "length"]
-"""`stop`: the model ended the speech. `length`: a limit on the number of frames ended it."""
+FinishReason = Literal["stop", "length", "empty"]
+"""`stop`: the model ended the speech. `length`: a limit on the number of frames ended it.
+`empty`: nothing in the text of an open job was speakable.
+"""
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `voice` is "" for a task without named voices (VoiceDesign, Base).
     `language` is "auto" or one of the model's languages in lower case ("english").
     `non_streaming_mode` is the text layout of Qwen3-TTS (the whole text before the first frame), not the transport.
+    `open`: the text of the last segment goes on with `Engine.append`. There may be no segment yet.
     """
 
     id: str
@@ -60,6 +63,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     non_streaming_mode: bool | None = None
     timestamps: bool = False
+    open: bool = False
 
     @property
     def text(self) -> str:
@@ -159,6 +163,22 @@ class Engine(Protocol):
 
         Raises:
             JobError: the job is impossible. It holds no slot then.
+        """
+
+    def append(self, job_id: str, text: str, *, flush: bool) -> None:
+        """Add text to an open job, parked or not. `flush`: the segment ends behind it. Cheap: the next step reads it.
+
+        The speech equals that of the whole text, however it was cut into pieces, with one segment for each flush.
+        An unknown id is ignored, and so is text behind `end_text`.
+        """
+
+    def end_text(self, job_id: str) -> None:
+        """The text of an open job is complete. An unknown id is ignored."""
+
+    def waits_for_text(self, job_id: str) -> bool:
+        """True if an open job, parked or not, can make no audio before more of its text comes.
+
+        `step` need not be called for such a job. Its first utterance begins with the first text that is sure.
         """
 
     def runnable(self, held_back: Collection[str]) -> bool:

@@ -8,12 +8,13 @@ So several jobs speak side by side, and a cancelled job ends before its next chu
 """
 
 import ctypes
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
 import espeakng_loader
 import numpy as np
+import sentencex
 import soxr
 from numpy.typing import NDArray
 
@@ -33,7 +34,7 @@ from gpu_worker.engines.fades import fade_at_silences, fade_out
 from gpu_worker.engines.scripts import voice_runs
 from gpu_worker.engines.word_times import time_words
 from shared.catalog import ModelSpec
-from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
+from shared.pcm import BYTES_PER_SAMPLE, EMPTY_S, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Usage, Word
 from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
@@ -149,13 +150,63 @@ class _Library:
         return 0
 
 
-class _RunningJob:
-    """The state of one job: the segments not yet synthesized, and the audio not yet returned by a step.
+class _Part(NamedTuple):
+    """Text that is spoken in one go: a segment, or a sentence of an open one, which begins at `first_char` of it."""
 
-    `pcm` is audio of the current segment alone, and `pause_left` the bytes of the pause behind that segment.
+    text: str
+    segment: int
+    first_char: int
+    rate: float
+    pause_ms: int
+
+
+class _OpenSegment:
+    """The last segment of an open job, divided into sentences as its text comes.
+
+    A sentence is held back until the next one has begun. It is spoken by itself, so nothing later can change it.
     """
 
-    def __init__(self, job: Job, voice: str, rate: int) -> None:
+    def __init__(self, first: _Part, rules: str) -> None:
+        """`rules`: sentencex's code of the language."""
+        self._part = first._replace(text="")
+        self._text = first.text
+        self._rules = rules
+        self._is_speakable = False
+
+    def append(self, text: str) -> list[_Part]:
+        """Add text; returns the sentences that it completes."""
+        self._text += text
+        self._is_speakable = self._is_speakable or is_speakable(self._text)
+        if not self._is_speakable:
+            return []
+        # Behind white space, the letter shows whether the next sentence can begin there.
+        next_word = "A" if self._text[-1:].isspace() else ""
+        *sentences, rest = sentencex.segment(self._rules, self._text + next_word) or [""]
+        self._text = rest.removesuffix(next_word)
+        return [self._next(sentence) for sentence in sentences]
+
+    def end(self) -> _Part:
+        """The rest of the segment, with the pause behind it. Text behind it is of another segment."""
+        rest = self._part._replace(text=self._text if self._is_speakable else "")
+        self._part = rest._replace(text="", segment=rest.segment + 1, first_char=0, pause_ms=0)
+        self._text, self._is_speakable = "", False
+        return rest
+
+    def _next(self, text: str) -> _Part:
+        part = self._part._replace(text=text, pause_ms=0)
+        self._part = self._part._replace(first_char=self._part.first_char + len(text))
+        return part
+
+
+class _RunningJob:
+    """The state of one job: the parts not yet synthesized, and the audio not yet returned by a step.
+
+    `pcm` is audio of the current part alone, and `pause_left` the bytes of the pause behind that part.
+    `over`: all of it is said. `waits`: all that there is of an open job is said, and more may come.
+    """
+
+    def __init__(self, job: Job, voice: str, rate: int, rules: str) -> None:
+        """`rules`: the code of the language by whose rules sentencex divides the text of an open job."""
         self.job = job
         self.voice = voice
         self.pcm = bytearray()
@@ -163,13 +214,41 @@ class _RunningJob:
         self.chunks = 0
         self.speech_bytes = 0
         self.words: list[Word] = []
-        self._taken_bytes = 0
-        self._segment = -1
+        self.input_words = 0
+        self._taken_bytes = self._synthesized_chars = self._synthesized_samples = self._run_end = 0
         self._source_rate = rate
-        self._run_end = 0
-        self._run_voice = voice
-        self._segments = iter(job.segments)
-        self.over = not self._next_segment()
+        self._resampler: Any = None
+        self._text = ""
+        self._parts: deque[_Part] = deque()
+        self._open: _OpenSegment | None = None
+        parts = [
+            _Part(segment.text.replace("\0", " "), number, 0, segment.rate, segment.pause_ms)
+            for number, segment in enumerate(job.segments)
+        ]
+        if job.open:
+            self._open = _OpenSegment(parts.pop() if parts else _Part("", 0, 0, 1.0, 0), rules)
+            parts += self._open.append("")
+        self.waits = True
+        self._add(parts)
+
+    def append(self, text: str, *, flush: bool) -> None:
+        """Add text to an open job."""
+        if self._open is not None:
+            parts = self._open.append(text.replace("\0", " "))
+            self._add([*parts, self._open.end()] if flush else parts)
+
+    def end_text(self) -> None:
+        """The text of an open job is complete."""
+        if self._open is not None:
+            rest = self._open.end()
+            self._open = None
+            self._add([rest])
+
+    def _add(self, parts: list[_Part]) -> None:
+        self.input_words += sum(len(part.text.split()) for part in parts)
+        self._parts.extend(parts)
+        if self.waits:
+            self._next_part()
 
     @property
     def max_bytes(self) -> int | None:
@@ -179,7 +258,7 @@ class _RunningJob:
 
     @property
     def text_done(self) -> bool:
-        """True if the whole text of the segment has been synthesized."""
+        """True if the whole text of the part has been synthesized."""
         return self._synthesized_chars >= len(self._text)
 
     def synthesize_clause(self, library: _Library) -> None:
@@ -202,18 +281,18 @@ class _RunningJob:
         """Append the words of a clause to `words`. Behind its last word, a clause is silent."""
         heard = np.flatnonzero(np.abs(samples.astype(np.int32)) > _AUDIBLE)
         end = int(heard[-1]) + 1 if heard.size else len(samples)
-        first_char = self._synthesized_chars
+        first_char = self._part.first_char + self._synthesized_chars
         for word in time_words(text, reports, end):
             start_s, end_s = (
-                self._segment_start_s + (self._synthesized_samples + sample) / self._source_rate
+                self._part_start_s + (self._synthesized_samples + sample) / self._source_rate
                 for sample in (word.start_sample, word.end_sample)
             )
-            self.words.append(Word(self._segment, first_char + word.start, first_char + word.end, start_s, end_s))
+            self.words.append(Word(self._part.segment, first_char + word.start, first_char + word.end, start_s, end_s))
 
     def take(self, size: int) -> tuple[bytes, float | None]:
-        """The next `size` bytes at most and their rate: speech of the segment, or else a piece of the pause behind it.
+        """The next `size` bytes at most and their rate: speech of the part, or else a piece of the pause behind it.
 
-        Behind the last of them the next segment is the current one, or the job is over.
+        Behind the last of them the next part is the current one, or the job is over, or it waits.
         """
         if self.pcm:
             taken, rate = bytes(self.pcm[:size]), self.rate
@@ -223,25 +302,26 @@ class _RunningJob:
             self.pause_left -= len(taken)
         self._taken_bytes += len(taken)
         if self.text_done and not self.pcm and not self.pause_left:
-            self.over = not self._next_segment()
+            self._next_part()
         return taken, rate
 
-    def _next_segment(self) -> bool:
-        segment = next(self._segments, None)
-        if segment is None:
-            return False
-        self._text = segment.text.replace("\0", " ")
-        self._segment += 1
-        self._segment_start_s = self._taken_bytes / bytes_for(1.0)
+    def _next_part(self) -> None:
+        self.over = self.waits = False
+        if not self._parts:
+            self.waits = self._open is not None
+            self.over = not self.waits
+            return
+        self._part = self._parts.popleft()
+        self._text = self._part.text
+        self._part_start_s = self._taken_bytes / bytes_for(1.0)
         self._synthesized_chars = 0
         self._runs = voice_runs(self._text, self.voice)
         self._run_end = 0
         self._run_voice = self.voice
         self._synthesized_samples = 0
-        self.rate: float | None = segment.rate
-        self.pause_left = bytes_for(segment.pause_ms / 1000)
+        self.rate: float | None = self._part.rate
+        self.pause_left = bytes_for(self._part.pause_ms / 1000)
         self._resampler = soxr.ResampleStream(self._source_rate, SAMPLE_RATE, 1, dtype="int16")
-        return True
 
 
 class EspeakEngine:
@@ -260,17 +340,33 @@ class EspeakEngine:
         return SLOTS - len(self._sequences)
 
     def admit(self, job: Job) -> None:
-        if not is_speakable(job.text):
+        if not job.open and not is_speakable(job.text):
             raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
-        self._sequences[job.id] = _RunningJob(job, self._voice_of(job), self._library.rate)
+        voice = self._voice_of(job)
+        self._sequences[job.id] = _RunningJob(job, voice, self._library.rate, _sentence_rules(voice))
+
+    def append(self, job_id: str, text: str, *, flush: bool) -> None:
+        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        if sequence is not None:
+            sequence.append(text, flush=flush)
+
+    def end_text(self, job_id: str) -> None:
+        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        if sequence is not None:
+            sequence.end_text()
+
+    def waits_for_text(self, job_id: str) -> bool:
+        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        return sequence is not None and sequence.waits
 
     def runnable(self, held_back: Collection[str]) -> bool:
-        return any(job_id not in held_back for job_id in self._sequences)
+        return any(job_id not in held_back and not sequence.waits for job_id, sequence in self._sequences.items())
 
     def step(self, held_back: Collection[str]) -> list[Event]:
         """Return at most one chunk of each job."""
         events: list[Event] = []
-        batch = [(job_id, sequence) for job_id, sequence in self._sequences.items() if job_id not in held_back]
+        sequences = self._sequences.items()
+        batch = [(name, sequence) for name, sequence in sequences if name not in held_back and not sequence.waits]
         self._batch_sizes[len(batch)] += 1
         for job_id, sequence in batch:
             try:
@@ -333,6 +429,10 @@ class EspeakEngine:
             if len(sequence.pcm) < chunk_bytes and not sequence.text_done:
                 return []
         chunk, rate = sequence.take(chunk_bytes)
+        if sequence.job.open and sequence.over and not sequence.speech_bytes and rate is None:
+            self.cancel(sequence.job.id)
+            silence = Pcm(sequence.job.id, chunk or bytes(bytes_for(EMPTY_S)), None)
+            return [silence, Done(sequence.job.id, "empty", self._usage(sequence))]
         reason: FinishReason = "stop"
         if rate is not None:
             if sequence.max_bytes is not None and sequence.speech_bytes + len(chunk) > sequence.max_bytes:
@@ -352,9 +452,7 @@ class EspeakEngine:
     def _usage(self, sequence: _RunningJob) -> Usage:
         """espeak-ng has no tokens: the input counts in words, the output in frames of 80 ms."""
         frame_bytes = FRAME_SAMPLES * BYTES_PER_SAMPLE
-        return Usage(
-            input_tokens=len(sequence.job.text.split()), output_tokens=-(-sequence.speech_bytes // frame_bytes)
-        )
+        return Usage(input_tokens=sequence.input_words, output_tokens=-(-sequence.speech_bytes // frame_bytes))
 
     def _voice_of(self, job: Job) -> str:
         """The voice's name for espeak-ng: a language, "+", and the variant that makes the voice.
@@ -371,3 +469,9 @@ class EspeakEngine:
         if code is None:
             raise JobError("invalid_value", f"espeak-ng does not speak {job.language!r}", param="language")
         return f"{code}+{variant}"
+
+
+def _sentence_rules(voice: str) -> str:
+    """The code by which sentencex knows the language of a voice of espeak-ng."""
+    language = voice.partition("+")[0].partition("-")[0]
+    return "zh" if language in ("cmn", "yue") else language

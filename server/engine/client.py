@@ -13,10 +13,12 @@ import msgspec
 
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
-from shared.pcm import bytes_for
+from shared.pcm import EMPTY_S, bytes_for
 from shared.protocol import (
     Action,
+    Append,
     Audio,
+    EndText,
     Finished,
     RateLimit,
     Reply,
@@ -32,14 +34,14 @@ from shared.protocol import (
 INITIAL_CREDIT: Final = 16
 """Audio messages that one request may have under way: 1.3 s of single Qwen3-TTS frames, and bounded memory."""
 
-EMPTY_S: Final = 0.1
-"""The silence for a text without anything speakable: the shortest that players open in every format."""
-
 Abort = Callable[[str, ApiError | None], None]
 """Takes the id of a request whose client does not get the rest, and why its response failed; None: the client left."""
 
 _SILENCE_BYTES: Final = bytes_for(0.64)
 """The pieces of silence for such a text; its chunks share one object."""
+
+PIECE_INTERVAL_S: Final = 0.01
+"""The shortest time between two Append messages of a request: pieces that come faster are sent together."""
 
 _CREDIT_BATCH: Final = 4
 """Credits granted at a time: the worker always holds three quarters of them, for a quarter of the messages."""
@@ -58,13 +60,26 @@ class Speech:
 
     `rate_limit` is what the request's key has left of its requests a minute; it is there when `chunk` first returns.
     One consumer calls `chunk`. `abort` may be called at any time; it costs a dictionary entry and a message.
+    The text of an open request goes on with `append`, until `end_text`.
     `grant(id, n)` lets the worker send `n` more Audio messages. `abort` cancels the request at the worker.
+    `write` sends it the text of an open request.
     """
 
-    def __init__(self, request: Speak, *, grant: Callable[[str, int], None], abort: Abort) -> None:
+    def __init__(
+        self,
+        request: Speak,
+        *,
+        grant: Callable[[str, int], None],
+        abort: Abort,
+        write: Callable[[Append | EndText], None] = lambda _message: None,
+    ) -> None:
         self.id = request.id
         self.rate_limit: RateLimit | None = None
         self.finished: Finished | None = None
+        self._write = write
+        self._text_open = request.open
+        self._unsent_text = ""
+        self._piece_timer: asyncio.TimerHandle | None = None
         self._credit = request.credit
         self._grant = grant
         self._abort = abort
@@ -98,6 +113,45 @@ class Speech:
             self._ungranted = 0
         return self._chunks.popleft()
 
+    def append(self, text: str, *, flush: bool = False) -> None:
+        """Speak more text, which goes on where the text before it ended: also within a word.
+
+        `flush`: speak what there is to its end. Text that follows begins a new utterance.
+        Never blocks. Does nothing once the text has ended or the request is over: `chunk` says why.
+        """
+        if not self._text_open:
+            return
+        self._unsent_text += text
+        if flush:
+            self._send_text(flush=True)
+        elif self._piece_timer is None:
+            self._on_piece_timer()
+
+    def end_text(self) -> None:
+        """The text of an open request is complete. Idempotent."""
+        if self._text_open:
+            self._send_text()
+            self._close_text()
+            self._write(EndText(id=self.id))
+
+    def _on_piece_timer(self) -> None:
+        self._piece_timer = None
+        if self._unsent_text:
+            self._send_text()
+            self._piece_timer = asyncio.get_running_loop().call_later(PIECE_INTERVAL_S, self._on_piece_timer)
+
+    def _send_text(self, *, flush: bool = False) -> None:
+        if self._unsent_text or flush:
+            text, self._unsent_text = self._unsent_text, ""
+            self._write(Append(id=self.id, text=text, flush=flush))
+
+    def _close_text(self) -> None:
+        self._text_open = False
+        self._unsent_text = ""
+        if self._piece_timer is not None:
+            self._piece_timer.cancel()
+            self._piece_timer = None
+
     def abort(self, error: ApiError | None = None) -> None:
         """Tell the worker that the client does not get the rest: it left, or its response failed by `error`.
 
@@ -105,6 +159,7 @@ class Speech:
         """
         if self._error is None and not self._aborted:
             self._aborted = True
+            self._close_text()
             self._abort(self.id, error)
 
     def receive(self, message: Started | Audio | Finished, payload: bytes | None) -> str | None:
@@ -121,6 +176,7 @@ class Speech:
                 self._chunks.append(Chunk(payload, message.rate, message.words))
             case Finished():
                 self.finished = message
+                self._close_text()
         self._news.set()
         return None
 
@@ -128,6 +184,7 @@ class Speech:
         """End the request: `chunk` raises `error` after the chunks that have arrived."""
         if self._error is None and self.finished is None:
             self._error = error
+            self._close_text()
             self._news.set()
 
 

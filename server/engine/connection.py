@@ -13,7 +13,17 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from shared.protocol import Cancel, Credit, FromWorker, Message, ProtocolError, decode_from_worker, encode
+from shared.protocol import (
+    Append,
+    Cancel,
+    Credit,
+    EndText,
+    FromWorker,
+    Message,
+    ProtocolError,
+    decode_from_worker,
+    encode,
+)
 from shared.sockets import connect_dealer
 
 _MESSAGES_A_TURN: Final = 32
@@ -23,6 +33,10 @@ _LINGER_MS: Final = 200
 """Time for the last cancels to leave when the socket closes."""
 
 log = structlog.get_logger(__name__)
+
+
+SmallMessage = Credit | Cancel | Append | EndText
+"""What belongs to a request that the worker has, and may be sent a moment later. The order is kept."""
 
 
 class Connection:
@@ -42,7 +56,7 @@ class Connection:
         self._context = zmq.asyncio.Context()
         # pyzmq's asyncio sockets are untyped where they differ from the plain ones.
         self._dealer: Any = connect_dealer(self._context, url)
-        self._unsent: deque[Credit | Cancel] = deque()
+        self._unsent: deque[SmallMessage] = deque()
         monitor = self._dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._tasks = [asyncio.create_task(self._watch(monitor)), asyncio.create_task(self._receive())]
 
@@ -63,9 +77,9 @@ class Connection:
         # With NOBLOCK the future is done when it is returned.
         return sent.exception() is None
 
-    def send_or_keep(self, message: Credit | Cancel) -> None:
+    def send_or_keep(self, message: SmallMessage) -> None:
         """Send now, or keep the message for `send_kept` if there is no room."""
-        if not self.send(message):
+        if self._unsent or not self.send(message):
             self._unsent.append(message)
 
     def send_kept(self) -> None:

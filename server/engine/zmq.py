@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import structlog
 
 from server.engine.client import Speech
-from server.engine.connection import Connection
+from server.engine.connection import Connection, SmallMessage
 from server.engine.outage import OutageFile
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
@@ -149,7 +149,9 @@ class ZmqEngineClient:
         self._require_worker()
         if not self._connection.send(request, reference):
             raise _unavailable("The GPU worker cannot be reached.")
-        speech = self._speeches[request.id] = Speech(request, grant=self._grant, abort=self._abort)
+        speech = self._speeches[request.id] = Speech(
+            request, grant=self._grant, abort=self._abort, write=self._send_if_connected
+        )
         return speech
 
     def record(self, outcome: SpeechOutcome) -> None:
@@ -333,7 +335,7 @@ class ZmqEngineClient:
         reason = SpeechError(code=error.code, message=error.message, param=error.param) if error else None
         self._send_if_connected(Cancel(id=request_or_call_id, error=reason))
 
-    def _send_if_connected(self, message: Credit | Cancel) -> None:
+    def _send_if_connected(self, message: SmallMessage) -> None:
         """A new worker knows nothing of the requests of the old one."""
         if self._connected:
             self._connection.send_or_keep(message)

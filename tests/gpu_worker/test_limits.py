@@ -107,6 +107,15 @@ class TestCharactersADay:
         counted.request(self.LIMITS, characters=5)
         counted.refusal(self.LIMITS, characters=1)
 
+    def test_text_in_pieces(self) -> None:
+        """The text of an open request counts as it comes; what was refused does not."""
+        counted = Counted()
+        counted.request(self.LIMITS, characters=95)
+        with pytest.raises(JobError, match="5 are left"):
+            counted.limits.add_characters("key:a", self.LIMITS, 6)
+        counted.limits.add_characters("key:a", self.LIMITS, 5)
+        counted.refusal(self.LIMITS, characters=1)
+
     def test_midnight(self) -> None:
         """A second before it nothing is free, at midnight everything is."""
         counted = Counted()

@@ -33,11 +33,13 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.protocol import (
     Action,
+    Append,
     Audio,
     Call,
     Cancel,
     CloneVoice,
     Credit,
+    EndText,
     Message,
     Ping,
     Pong,
@@ -88,6 +90,7 @@ class SpeakingEngine:
         self._memory = device.put(model, ModelState.RESIDENT, n_bytes)
         self._words: dict[str, deque[str]] = {}
         self._parked: dict[str, deque[str]] = {}
+        self._unfinished: dict[str, str] = {}  # the last words of open jobs
         self.parked_bytes = 10
         self.word_s = 0.0
         self.park_errors: deque[Exception | None] = deque()
@@ -138,7 +141,27 @@ class SpeakingEngine:
         assert job.id not in self._parked
         _raise_next(self.admit_errors)
         self.admitted.append(job)
-        self._words[job.id] = deque(job.text.split())
+        self._words[job.id] = deque(() if job.open else job.text.split())
+        if job.open:
+            self._unfinished[job.id] = ""
+            self.append(job.id, job.text, flush=False)
+
+    def append(self, job_id: str, text: str, *, flush: bool) -> None:
+        """Add text to an open job; its last word may still grow."""
+        if job_id in self._unfinished:
+            *words, self._unfinished[job_id] = (self._unfinished[job_id] + text + " " * flush).split(" ")
+            self._words_of(job_id).extend(word for word in words if word)
+
+    def end_text(self, job_id: str) -> None:
+        """The last word of an open job is complete."""
+        self._words_of(job_id).extend(self._unfinished.pop(job_id, "").split())
+
+    def waits_for_text(self, job_id: str) -> bool:
+        """Whether all words of an open job are spoken."""
+        return job_id in self._unfinished and not self._words_of(job_id)
+
+    def _words_of(self, job_id: str) -> deque[str]:
+        return self._words[job_id] if job_id in self._words else self._parked.get(job_id, deque())
 
     def runnable(self, stalled: Collection[str]) -> bool:
         """Whether any job is neither stalled nor muted."""
@@ -156,7 +179,7 @@ class SpeakingEngine:
     def _able(self, stalled: Collection[str]) -> list[Job]:
         latest = {job.id: job for job in self.admitted}
         jobs = [latest[job_id] for job_id in self._words if job_id not in stalled]
-        return [job for job in jobs if job.text not in self.muted]
+        return [job for job in jobs if job.text not in self.muted and not self.waits_for_text(job.id)]
 
     def _speak(self, job: Job) -> Iterator[Event]:
         words = self._words[job.id]
@@ -167,7 +190,7 @@ class SpeakingEngine:
                 return
             repeats = 200 if job.task == "VoiceDesign" else 1  # a saved voice lasts at least a second
             yield Pcm(job.id, (pcm_of(word) * repeats).ljust(bytes_for(self.word_s), b"\0"))
-        if not words:
+        if not words and job.id not in self._unfinished:
             self.cancel(job.id)
             count = len(job.text.split())
             yield Done(job.id, self.finish_reason, Usage(input_tokens=count, output_tokens=2 * count))
@@ -196,6 +219,7 @@ class SpeakingEngine:
         """Drop a job, in a slot or parked."""
         self._words.pop(job_id, None)
         self._parked.pop(job_id, None)
+        self._unfinished.pop(job_id, None)
 
     def offload(self) -> None:
         """Move the weights to the host; the caller must not do that while a job holds a slot."""
@@ -297,6 +321,8 @@ class WorkerBench:
         max_voices: int = 4,
         preload: tuple[str, ...] = (),
         stall_timeout_s: float = 60.0,
+        open_text_timeout_s: float = 30.0,
+        max_input_chars: int = 4096,
         buffer_bytes: int = 2**24,
         **options: Any,
     ) -> None:
@@ -360,6 +386,8 @@ class WorkerBench:
             buffer=self.buffer,
             max_concurrency=max_concurrency,
             stall_timeout_s=stall_timeout_s,
+            open_text_timeout_s=open_text_timeout_s,
+            max_input_chars=max_input_chars,
             clock=self.clock,
         )
 
@@ -390,6 +418,14 @@ class WorkerBench:
     def call(self, call_id: str, action: Action, payload: bytes | None = None, peer: bytes = WEB) -> None:
         """Send a Call."""
         self.send(Call(id=call_id, client="alice", action=action), payload, peer)
+
+    def append(self, request_id: str, text: str, *, flush: bool = False) -> None:
+        """Send an Append."""
+        self.send(Append(id=request_id, text=text, flush=flush))
+
+    def end_text(self, request_id: str) -> None:
+        """Send an EndText."""
+        self.send(EndText(id=request_id))
 
     def credit(self, request_id: str, chunks: int) -> None:
         """Send a Credit."""

@@ -37,6 +37,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_AUDIO_STORE_TTL", "60", 60.0),
     ("TTS_MAX_CONCURRENCY", "12", 12),
     ("TTS_MAX_QUEUE", "1", 1),
+    ("TTS_OPEN_TEXT_TIMEOUT", "5.5", 5.5),
     ("TTS_AUDIO_BUFFER_MB", "16", 16),
     ("TTS_STALL_TIMEOUT", "30", 30.0),
     ("TTS_DRAIN_TIMEOUT", "0.5", 0.5),

@@ -27,13 +27,15 @@ from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.parking import ParkedJob, nbytes, rows_to_device, rows_to_host
+from gpu_worker.engines.qwen.passages import OpenText, WholeText
 from gpu_worker.engines.qwen.planner import Plan, Planner, Utterance
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
 from gpu_worker.engines.qwen.runtime.transfers import HostCopy
 from gpu_worker.engines.qwen.sequence import RunningJob, by_chunk_length, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
-from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
+from shared.pcm import EMPTY_S, FRAME_SAMPLES, bytes_for, seconds_of
+from shared.protocol import Segment
 
 MAX_PREFILL_TOKENS: Final = 1024
 """Prompt tokens of the prefills in one step (but at least one prompt), so that new jobs do not delay the others."""
@@ -68,10 +70,9 @@ class LaunchedFrame(msgspec.Struct, frozen=True):
 
 
 class UtteranceEnd(msgspec.Struct, frozen=True):
-    """All PCM of an utterance comes before this entry. `last`: the job ends here as well."""
+    """All PCM of an utterance comes before this entry."""
 
     sequence: RunningJob
-    last: bool
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +136,7 @@ class QwenEngine:
         if not self._cuda:
             return
         plan = Plan(
-            passages=iter(()),
+            passages=WholeText([Segment(text="a")], lambda text: [text]),
             longest_tokens=1,
             sampling=SamplingParams(greedy=False, temperature=1.0, top_k=1, top_p=1.0, repetition_penalty=1.0),
             seed=0,
@@ -163,9 +164,23 @@ class QwenEngine:
             sequence.reference = self._parts.reference_cache.request(job.reference)
         else:
             with torch.inference_mode():
-                self._start_utterance(sequence)
+                self._go_on(sequence)
         self._free_slots.remove(sequence.slot)
         self._sequences[job.id] = sequence
+
+    def append(self, job_id: str, text: str, *, flush: bool) -> None:
+        open_text = self._open_text(job_id)
+        if open_text is not None:
+            open_text.append(text, flush=flush)
+
+    def end_text(self, job_id: str) -> None:
+        open_text = self._open_text(job_id)
+        if open_text is not None:
+            open_text.end()
+
+    def waits_for_text(self, job_id: str) -> bool:
+        sequence = self._find(job_id)
+        return sequence is not None and sequence.waits_for_text
 
     def runnable(self, held_back: Collection[str]) -> bool:
         if self._frames or self._deliveries or self._events:
@@ -175,6 +190,7 @@ class QwenEngine:
             or sequence.pause_left
             or sequence.can_launch
             or sequence.chunk_due
+            or (sequence.between and not sequence.waits_for_text)
             or (sequence.ended and (sequence.generating or _reference_done(sequence)))
             for sequence in self._sequences.values()
             if sequence.job.id not in held_back
@@ -184,7 +200,8 @@ class QwenEngine:
         """After any exception the step can be repeated: each part is complete, or as if not begun."""
         sequences = [sequence for sequence in self._sequences.values() if sequence.job.id not in held_back]
         with torch.inference_mode():
-            self._start_cloned_voices(sequences)
+            self._take_references(sequences)
+            self._start_utterances(sequences)
             self._prefill(sequences)
             self._decode_due_chunks()
             members = [sequence for sequence in sequences if sequence.can_launch]
@@ -299,6 +316,16 @@ class QwenEngine:
         if self._cuda:
             torch.cuda.synchronize()
 
+    def _find(self, job_id: str) -> RunningJob | None:
+        """The job, in a slot or parked."""
+        if job_id in self._parked:
+            return self._parked[job_id].sequence
+        return self._sequences.get(job_id)
+
+    def _open_text(self, job_id: str) -> OpenText | None:
+        sequence = self._find(job_id)
+        return None if sequence is None else sequence.plan.open_text
+
     def _model_rows(self, sequence: RunningJob) -> list[Tensor]:
         """What the utterance of a job holds in its slot, but the codec stream: views of a length that a copy knows."""
         tokens = sequence.prompt_tokens + sequence.frames_launched
@@ -307,8 +334,8 @@ class QwenEngine:
             *self._parts.state.rows(sequence.slot, frames=sequence.max_frames, trailing=sequence.trailing_tokens),
         ]
 
-    def _start_cloned_voices(self, sequences: Iterable[RunningJob]) -> None:
-        """Start the jobs whose reference is encoded.
+    def _take_references(self, sequences: Iterable[RunningJob]) -> None:
+        """Let the jobs begin whose reference is encoded.
 
         A job whose reference could not be encoded fails, unless the device itself is broken. If the encoder ran out of
         memory, the step raises that error once, so that its caller can free memory. The next step tries again.
@@ -328,21 +355,51 @@ class QwenEngine:
                 if isinstance(error, Exception) and not is_broken_device(error):
                     raise error if isinstance(error, JobError) else _encoding_error(error)
                 sequence.encoded = sequence.reference.result()
-                self._start_utterance(sequence)
+                sequence.between = True
             except JobError as failure:
                 self._fail(sequence, failure)
         if out_of_memory is not None:
             raise out_of_memory
 
-    def _start_utterance(self, sequence: RunningJob) -> None:
+    def _start_utterances(self, sequences: Iterable[RunningJob]) -> None:
+        """Continue the jobs that are between two utterances, unless they wait for text."""
+        for sequence in sequences:
+            if sequence.alive and sequence.between and not sequence.waits_for_text:
+                try:
+                    self._go_on(sequence)
+                except JobError as error:
+                    self._fail(sequence, error)
+
+    def _go_on(self, sequence: RunningJob) -> None:
+        """Start the job's next utterance or end the job. An open job waits if its text has not come yet.
+
+        Events are added last, behind everything that may raise: then the job stays between two utterances.
+        """
+        sequence.between = True
+        passage = sequence.look_ahead()
+        if passage is None:
+            return
+        if passage.text:
+            is_first, rate = sequence.utterance < 0, sequence.rate
+            self._start_utterance(sequence, passage.text)
+            if self._gap and not is_first:
+                self._emit(sequence, self._gap, rate)
+            return
+        sequence.between = False
+        sequence.pause_left = passage.pause_bytes
+        if sequence.utterance < 0:  # an open job without a word
+            sequence.reason = "empty"
+            sequence.pause_left = max(sequence.pause_left, bytes_for(EMPTY_S))
+        if not sequence.pause_left:
+            self._finish(sequence)
+
+    def _start_utterance(self, sequence: RunningJob, text: str) -> None:
         """Build the prompt of the job's next utterance."""
         encoded, plan = sequence.encoded, sequence.plan
         voice = Voice(name=sequence.job.voice)
         if encoded is not None:
             voice = Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=plan.transcript)
-        utterance = self._parts.planner.utterance(
-            sequence.job, plan, sequence.next.text, voice, frames_left=sequence.frames_left
-        )
+        utterance = self._parts.planner.utterance(sequence.job, plan, text, voice, frames_left=sequence.frames_left)
         sequence.start_utterance(utterance)
 
     def _prefill(self, sequences: Iterable[RunningJob]) -> None:
@@ -436,40 +493,25 @@ class QwenEngine:
                     sequence.on_chunk_decoded()
         for sequence in self._sequences.values():
             if sequence.generating and sequence.ended and not sequence.pending_frames:
-                self._deliveries.append(UtteranceEnd(sequence, last=sequence.finish_utterance()))
+                sequence.finish_utterance()
+                self._deliveries.append(UtteranceEnd(sequence))
 
     def _deliver(self, max_pending: int) -> None:
         """Turn decoded chunks into events, in order. At most `max_pending` deliveries may stay unfinished."""
         while self._deliveries:
             head = self._deliveries[0]
             if isinstance(head, UtteranceEnd):
-                if head.sequence.alive:
-                    self._end_utterance(head)
-            else:
-                if len(self._deliveries) <= max_pending and not head.ready():
-                    return
-                for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
-                    if sequence.alive:
-                        sequence.check_silence(samples, FRAME_SAMPLES)
-                        self._emit(sequence, sequence.faded(samples).tobytes(), sequence.rate)
+                head.sequence.between = True
+                self._deliveries.popleft()
+                self._start_utterances([head.sequence])
+                continue
+            if len(self._deliveries) <= max_pending and not head.ready():
+                return
+            for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
+                if sequence.alive:
+                    sequence.check_silence(samples, FRAME_SAMPLES)
+                    self._emit(sequence, sequence.faded(samples).tobytes(), sequence.rate)
             self._deliveries.popleft()
-
-    def _end_utterance(self, end: UtteranceEnd) -> None:
-        """End the job, or start its next utterance. Events are added last, behind everything that may raise."""
-        sequence = end.sequence
-        if end.last:
-            sequence.pause_left = sequence.next.pause_bytes
-            if not sequence.pause_left:
-                self._finish(sequence)
-            return
-        rate = sequence.rate
-        try:
-            self._start_utterance(sequence)
-        except JobError as error:
-            self._fail(sequence, error)
-            return
-        if self._gap:
-            self._emit(sequence, self._gap, rate)
 
     def _emit_pauses(self, sequences: Iterable[RunningJob]) -> None:
         """Emit the next piece of each pause. A job whose last sound is a pause ends behind it.
@@ -523,4 +565,4 @@ def _is_ready(delivery: HostCopy[list[RunningJob]] | UtteranceEnd) -> bool:
 
 def _reference_done(sequence: RunningJob) -> bool:
     """True if the job waits for a reference whose encoding has succeeded or failed."""
-    return sequence.reference is not None and sequence.utterance < 0 and sequence.reference.done()
+    return sequence.reference is not None and sequence.encoded is None and sequence.reference.done()

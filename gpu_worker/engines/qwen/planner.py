@@ -15,6 +15,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Mo
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.model.slot_state import MAX_TRAILING_TOKENS
+from gpu_worker.engines.qwen.passages import OpenText, Passage, WholeText
 from gpu_worker.engines.qwen.text_splitting import (
     MAX_CHARS_PER_TOKEN,
     clean_text,
@@ -23,7 +24,6 @@ from gpu_worker.engines.qwen.text_splitting import (
     split_into_utterances,
 )
 from gpu_worker.voices import check_transcript
-from shared.pcm import bytes_for
 from shared.protocol import Sampling, Task
 from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
@@ -46,28 +46,21 @@ GREEDY_BELOW_TEMPERATURE: Final = 1e-5
 """Lower temperatures mean greedy sampling: logits divided by a smaller number leave the range of float32."""
 
 
-class Passage(msgspec.Struct, frozen=True):
-    """The text of an utterance, its rate, and the pause before it in bytes of PCM.
-
-    An empty `text` ends the job; its pause is the last sound.
-    """
-
-    text: str
-    rate: float = 1.0
-    pause_bytes: int = 0
+_NEEDS_STREAMING_LAYOUT: Final = "a text that is still being written is read frame by frame: it must be false"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A job that passed all checks.
 
     `passages` yields the texts of the utterances, once; each is cut off when it is asked for.
+    Of an open job it yields None while more text has to come first, and `open_text` takes that text.
     `longest_tokens` is the most text tokens that an utterance can have.
     `max_new_tokens` limits the frames of the whole job; None if the request sets no limit.
     `whole_text` is the text layout, see PromptBuilder.build.
     `instructions` and `transcript` are the job's, without control characters and control tokens.
     """
 
-    passages: Iterator[Passage]
+    passages: Iterator[Passage | None]
     longest_tokens: int
     sampling: SamplingParams
     seed: int
@@ -75,6 +68,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     whole_text: bool
     instructions: str = ""
     transcript: str = ""
+    open_text: OpenText | None = None
 
 
 class Utterance(msgspec.Struct, frozen=True):
@@ -104,8 +98,10 @@ class Planner:
             JobError: `invalid_value`, `voice_not_found` or `task_mismatch`, with the field at fault.
         """
         texts = [segment.text for segment in job.segments if is_speakable(segment.text)]
-        if not texts:
+        if not texts and not job.open:
             raise JobError("invalid_value", NO_SPEAKABLE_TEXT, param="input")
+        if job.open and job.non_streaming_mode:
+            raise JobError("invalid_value", _NEEDS_STREAMING_LAYOUT, param="non_streaming_mode")
         instructions = remove_controls(job.instructions)
         transcript = remove_controls(job.reference.text or "").strip() if job.reference is not None else ""
         self._check(job, transcript)
@@ -114,18 +110,28 @@ class Planner:
         if len(texts) > 1:
             if job.task == "VoiceDesign":
                 raise _in_parts()
+        elif job.open:
+            pass
         elif fits_tokens(text := clean_text(texts[0]), limit, self._prompts.count):
             longest = self._prompts.count(text)
         elif job.task == "VoiceDesign":
             raise self._too_long(text, limit)
+
+        def split(text: str) -> Iterator[str]:
+            return split_into_utterances(text, job.language, limit, self._prompts.count)
+
+        open_text = OpenText(job.segments, split) if job.open else None
         return Plan(
-            passages=self._passages(job, limit),
+            passages=open_text or WholeText(job.segments, split),
+            open_text=open_text,
             longest_tokens=longest,
             sampling=sampling_params(job.sampling, self._generation),
             seed=secrets.randbits(63) if job.sampling.seed is None else job.sampling.seed,
             max_new_tokens=job.sampling.max_new_tokens,
             # The defaults of the official package: only clones read their text frame by frame.
-            whole_text=job.task != "Base" if job.non_streaming_mode is None else job.non_streaming_mode,
+            whole_text=job.task != "Base" and not job.open
+            if job.non_streaming_mode is None
+            else job.non_streaming_mode,
             instructions=instructions,
             transcript=transcript,
         )
@@ -151,16 +157,6 @@ class Planner:
             field = "ref_text" if voice.codes is not None else "instructions"
             raise JobError("invalid_value", f"{field}: no room is left for speech; make it shorter", param=field)
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
-
-    def _passages(self, job: Job, limit: int) -> Iterator[Passage]:
-        pause_bytes = 0
-        for segment in job.segments:
-            text = clean_text(segment.text)
-            for part in split_into_utterances(text, job.language, limit, self._prompts.count) if text else ():
-                yield Passage(part, segment.rate, pause_bytes)
-                pause_bytes = 0
-            pause_bytes += bytes_for(segment.pause_ms / 1000)
-        yield Passage("", pause_bytes=pause_bytes)
 
     def _max_tokens(self, job: Job, instructions: str) -> int:
         """The most text tokens of an utterance. With a described voice, the whole text must be one utterance."""

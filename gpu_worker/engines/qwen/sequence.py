@@ -14,7 +14,8 @@ from gpu_worker.engines.base import FinishReason, Job
 from gpu_worker.engines.fades import Samples, fade_in, fade_out
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
-from gpu_worker.engines.qwen.planner import Passage, Plan, Utterance
+from gpu_worker.engines.qwen.passages import Passage
+from gpu_worker.engines.qwen.planner import Plan, Utterance
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Usage
@@ -29,7 +30,8 @@ SILENCE_PEAK: Final = 33
 class RunningJob:
     """A job in its slot.
 
-    `next` is the next passage; without a text, the job ends behind its pause. `rate` is that of the utterance.
+    `next` is the next passage; without a text, the job ends behind its pause. It is None while an open text has none.
+    `between` is true while no utterance is under way, and the job can go on. `rate` is that of the utterance.
     `pause_left` are the bytes of a pause that no step has emitted yet. An utterance waits for its prefill until then.
     `reference` is the recording while it is being encoded, `oom_reference` the first attempt if that ran out of memory.
     `prompt` is set while an utterance waits for its prefill; `generating` is true from the prefill to its last chunk.
@@ -43,7 +45,8 @@ class RunningJob:
         self.job = job
         self.slot = slot
         self.plan = plan
-        self.next = next(plan.passages, Passage(""))
+        self.next: Passage | None = None
+        self.between = False
         self.rate = 1.0
         self.pause_left = 0
         self.reference: Future[EncodedReference] | None = None
@@ -64,10 +67,12 @@ class RunningJob:
 
     def start_utterance(self, utterance: Utterance) -> None:
         """Set the prompt of the next utterance, which then waits for its prefill."""
+        passage = self.look_ahead() or Passage("")
         self.utterance += 1
-        self.rate = self.next.rate
-        self.pause_left = self.next.pause_bytes
-        self.next = next(self.plan.passages, Passage(""))
+        self.between = False
+        self.rate = passage.rate
+        self.pause_left = passage.pause_bytes
+        self.next = None
         self.prompt = utterance.prompt
         self.prompt_tokens = len(utterance.prompt.embeds)
         self.trailing_tokens = len(utterance.prompt.trailing)
@@ -80,10 +85,23 @@ class RunningJob:
         self.chunks = 0
         self.chunks_delivered = 0
 
+    def look_ahead(self) -> Passage | None:
+        """The next passage; None if more text has to come first. Behind the last frame that may be made comes none."""
+        if self.next is None:
+            self.next = next(self.plan.passages)
+        if self.next is not None and self.next.text and self.frames_left == 0:
+            self.next, self.reason = Passage(""), "length"
+        return self.next
+
     def on_prefilled(self) -> None:
         """The prompt is in the slot."""
         self.prompt = None
         self.generating = True
+
+    @property
+    def waits_for_text(self) -> bool:
+        """True if an open job can make no audio before more of its text comes."""
+        return self.between and self.look_ahead() is None
 
     @property
     def can_launch(self) -> bool:
@@ -125,12 +143,9 @@ class RunningJob:
         self.pending_frames -= self.next_chunk
         self.chunks += 1
 
-    def finish_utterance(self) -> bool:
-        """End the utterance, whose last frames went to the vocoder. Returns True if the job ends with it."""
+    def finish_utterance(self) -> None:
+        """End the utterance, whose last frames went to the vocoder."""
         self.generating = False
-        if self.next.text and self.frames_left == 0:
-            self.next, self.reason = Passage(""), "length"
-        return not self.next.text
 
     def faded(self, pcm: Samples) -> Samples:
         """The next decoded chunk, in order: faded in if the utterance begins with it, out if it ends with it.

@@ -13,7 +13,7 @@ import pytest
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.espeak import CHUNK_S, MAX_PIECE_CHARS, SLOTS, EspeakEngine
 from shared.catalog import Voice, load_catalog
-from shared.pcm import FRAME_SAMPLES, bytes_for, seconds_of
+from shared.pcm import EMPTY_S, FRAME_SAMPLES, bytes_for, seconds_of
 from shared.protocol import Sampling, Segment, Word
 from tests.audio import peak
 from tests.recogniser import SENTENCES, recognise
@@ -569,3 +569,78 @@ class TestWords:
         """Other jobs have none."""
         job = _job("Hello there.")
         assert not any(event.words for event in _run(engine, [job])[job.id] if isinstance(event, Pcm))
+
+
+def _step_until_it_waits(engine: EspeakEngine, job: Job) -> bytes:
+    events: list[Event] = []
+    while engine.runnable(()):
+        events += engine.step(())
+    assert engine.waits_for_text(job.id) or engine.capacity() == SLOTS
+    return _speech(events)
+
+
+class TestOpenJobs:
+    """Text that is still being written."""
+
+    def test_sentence_by_sentence(self, engine: EspeakEngine) -> None:
+        """A sentence is spoken once the next one has begun, the last one when the text ends."""
+        job = msgspec.structs.replace(_job("Good"), open=True)
+        engine.admit(job)
+        heard = []
+        for piece in (" morning to Dr.", " Smith, everybody.", " It is a", " fine day."):
+            engine.append(job.id, piece, flush=False)
+            heard.append(_step_until_it_waits(engine, job))
+        engine.end_text(job.id)
+        heard.append(_step_until_it_waits(engine, job))
+        assert [len(pcm) > bytes_for(0.5) for pcm in heard] == [False, False, True, False, True]
+        one, two = (
+            _speech(_run(engine, [said])[said.id])
+            for said in (_job("Good morning to Dr. Smith, everybody."), _job("It is a fine day."))
+        )
+        assert _alike(heard[2], one)
+        assert _alike(heard[4], two)
+
+    def test_white_space_shows_the_end_of_a_sentence(self, engine: EspeakEngine) -> None:
+        """So a client that sends whole sentences need not send the next one, or flush."""
+        job = msgspec.structs.replace(_job(""), open=True)
+        engine.admit(job)
+        for piece, spoken in (("It costs 3.", False), ("50. ", True), ("Hello", False), ("", True)):
+            engine.append(job.id, piece, flush=not piece)
+            assert bool(_step_until_it_waits(engine, job)) == spoken
+        engine.cancel(job.id)
+
+    def test_a_text_without_a_word(self, engine: EspeakEngine) -> None:
+        """It ends with a moment of silence, whatever came."""
+        for piece in ("", "---. ", "?!. . "):
+            job = msgspec.structs.replace(_job(piece), open=True)
+            engine.admit(job)
+            engine.append(job.id, piece, flush=True)
+            engine.append(job.id, piece, flush=False)
+            engine.end_text(job.id)
+            events: list[Event] = []
+            while engine.runnable(()):
+                events += engine.step(())
+            assert _speech(events) == bytes(bytes_for(EMPTY_S))
+            assert isinstance(events[-1], Done)
+            assert events[-1].reason == "empty"
+
+    def test_words_have_their_places_in_the_segment(self, engine: EspeakEngine) -> None:
+        """As in the whole text. A flush begins another segment. The text also grows while its job is parked."""
+        job = msgspec.structs.replace(_job("One two. Thr"), open=True, timestamps=True)
+        engine.admit(job)
+        engine.park(job.id)
+        engine.append(job.id, "ee four. Fi", flush=False)
+        assert not engine.waits_for_text(job.id)
+        engine.unpark(job.id)
+        engine.append(job.id, "ve. ", flush=True)
+        engine.append(job.id, "Six", flush=False)
+        engine.end_text(job.id)
+        events: list[Event] = []
+        while engine.runnable(()):
+            events += engine.step(())
+        words = [word for event in events if isinstance(event, Pcm) for word in event.words]
+        texts = ["One two. Three four. Five. ", "Six"]
+        assert [texts[word.segment][word.start : word.end].strip(". ") for word in words] == [
+            *("One", "two", "Three", "four", "Five", "Six")
+        ]
+        assert [word.start_s for word in words] == sorted(word.start_s for word in words)

@@ -9,16 +9,18 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from server.engine.client import INITIAL_CREDIT
+from server.engine.client import INITIAL_CREDIT, PIECE_INTERVAL_S, Speech
 from server.engine.outage import Outage, OutageFile
 from server.engine.zmq import STALE_AFTER_S, ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import (
+    Append,
     Call,
     Cancel,
     Cleanup,
     CleanupPass,
     Credit,
+    EndText,
     Failed,
     FindVoice,
     Hello,
@@ -112,6 +114,48 @@ async def test_a_slow_consumer_holds_the_worker_back(client: ZmqEngineClient, wo
     for _ in range(40):
         await speech.chunk()
     assert sum(credit.chunks for credit in await asyncio.to_thread(worker.wait_for, Credit, 10)) == 40
+
+
+async def test_text_in_pieces(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """The first piece leaves at once, later ones together; the end takes what is left. Text behind it is dropped."""
+    speech = client.speak(msgspec.structs.replace(_request(), open=True, segments=[]))
+    for piece in ("a", "b", "c"):
+        speech.append(piece)
+    (first,) = await asyncio.to_thread(worker.wait_for, Append, 1)
+    assert first.text == "a"
+    assert (await asyncio.to_thread(worker.wait_for, Append, 2))[1].text == "bc"
+    speech.append("d", flush=True)
+    speech.append("e")
+    speech.end_text()
+    speech.append("f")
+    speech.end_text()
+    chunks = [chunk async for chunk in _chunks(speech)]
+    assert chunks == [*tone("a", 3), *tone("bc", 3), *tone("d", 3), *tone("e", 3)]
+    assert [message.flush for message in worker.of(Append)] == [False, False, True, False]
+    assert len(worker.of(EndText)) == 1
+
+
+async def test_a_request_that_is_over_takes_no_text(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """No message of it follows its end, whichever that is."""
+    aborted, lost = (client.speak(msgspec.structs.replace(_request(number), open=True)) for number in (1, 2))
+    await asyncio.to_thread(worker.wait_for, Speak, 2)
+    for speech in (aborted, lost):
+        speech.append("a")
+        speech.append("b")
+    aborted.abort()
+    lost.fail(ApiError("worker_unavailable", "gone"))
+    for speech in (aborted, lost):
+        speech.append("c", flush=True)
+        speech.end_text()
+    await asyncio.sleep(3 * PIECE_INTERVAL_S)
+    await client.fresh_snapshot(0)
+    assert {message.text for message in worker.of(Append)} == {"a"}
+    assert not worker.of(EndText)
+
+
+async def _chunks(speech: Speech) -> AsyncIterator[bytes]:
+    while (chunk := await speech.chunk()) is not None:
+        yield chunk.pcm
 
 
 async def test_without_a_worker(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import torch
 
 from gpu_worker.engines.base import Job
 from gpu_worker.engines.qwen.model.prompt import Prompt
-from gpu_worker.engines.qwen.planner import Passage, Plan, Utterance
+from gpu_worker.engines.qwen.passages import Passage
+from gpu_worker.engines.qwen.planner import Plan, Utterance
 from gpu_worker.engines.qwen.sequence import MAX_SILENT_FRAMES, RunningJob, most_urgent_first
 from shared.protocol import Segment
 from tests.gpu_worker.engines.qwen.parity import GREEDY
@@ -78,7 +79,10 @@ def test_the_requests_limit_counts_the_frames_of_all_utterances(frames: int, end
     for frame in range(3):
         sequence.on_frame_ready(last=frame == 2)
     sequence.on_chunk_decoded()
-    assert (sequence.finish_utterance(), sequence.reason, sequence.frames_left) == (ended, reason, frames - 3)
+    sequence.finish_utterance()
+    passage = sequence.look_ahead()
+    assert passage is not None
+    assert (not passage.text, sequence.reason, sequence.frames_left) == (ended, reason, frames - 3)
 
 
 def test_the_earliest_underrun_is_decoded_first() -> None:
