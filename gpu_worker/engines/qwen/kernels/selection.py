@@ -13,6 +13,9 @@ import torch
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.faults import is_out_of_memory
 from gpu_worker.engines.qwen.kernels.add_norm import AddNorm, add_norm
+from gpu_worker.engines.qwen.kernels.embed_frame import EmbedFrame, embed_frame
+from gpu_worker.engines.qwen.kernels.next_codebook0 import NextCodebook0, next_codebook0
+from gpu_worker.engines.qwen.kernels.sample_code import SampleCode, sample_code
 from gpu_worker.engines.qwen.kernels.silu_mul import SiluMul, silu_mul
 
 KernelSetting = Literal["auto", "torch", "triton"]
@@ -26,6 +29,9 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     """The functions that an engine computes with: plain torch, but for those whose Triton kernel was chosen."""
 
     add_norm: AddNorm = add_norm
+    embed_frame: EmbedFrame = embed_frame
+    next_codebook0: NextCodebook0 = next_codebook0
+    sample_code: SampleCode = sample_code
     silu_mul: SiluMul = silu_mul
 
 

@@ -16,7 +16,6 @@ from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Sh
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import QKV, Linear, Rope, Stack, pad_rows
-from gpu_worker.engines.qwen.model.sampling import sample_fixed
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
@@ -100,6 +99,7 @@ class CodePredictor(TensorHolder):
         self.groups = shape.num_code_groups
         self._shape = shape
         self._attention = attention
+        self._sample = kernels.sample_code
         self._top_k = generation.subtalker_top_k
         codebook0, *others = codec_table.split([talker.vocab_size, *[shape.vocab_size] * (self.groups - 1)])
         heads_by_group = attention.heads_by_group
@@ -151,11 +151,18 @@ class CodePredictor(TensorHolder):
         for group in range(1, self.groups):
             logits = self.heads[group - 1](x)
             logits = logits if batch == rows else logits[:batch]
-            code = sample_fixed(logits, levels[group - 1], top_k=self._top_k, temperature=self._temperature)
+            last = group == self.groups - 1
+            code = self._sample(
+                logits,
+                levels[group - 1],
+                None if last else self.first_layer_inputs[group - 1],
+                None if last else inputs,
+                top_k=self._top_k,
+                temperature=self._temperature,
+            )
             codes.append(code)
-            if group < self.groups - 1:
+            if not last:
                 cache.position = group + 1
-                torch.index_select(self.first_layer_inputs[group - 1], 0, code, out=inputs)
                 x = self.stack.normed_from_qkv(cache.hidden, cache.qkv, self._rope_steps[group + 1], cache)
         return torch.stack(codes, 1)
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
+from gpu_worker.engines.qwen.kernels.embed_frame import embed_codes
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
-from gpu_worker.engines.qwen.model.sampling import CANDIDATES, apply_repetition_penalty, sample
-from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES, SlotState
-from gpu_worker.engines.qwen.model.talker import EOS_INDEX, Talker
+from gpu_worker.engines.qwen.model.slot_state import SlotState
+from gpu_worker.engines.qwen.model.talker import Talker
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 MIN_FRAMES: Final = 2
@@ -53,12 +53,12 @@ class Qwen3TTSModel(TensorHolder):
         cache = KVCache(shape, attention, slots, max_model_len, self.codec_table)
         self.talker = Talker(weights, shape, cache, kernels=kernels)
         self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table, kernels=kernels)
+        self._kernels = kernels
         self.state = SlotState(shape, slots, max_model_len, self.codec_table)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """The sum of each frame's code embeddings: int64 [frames, groups] -> [frames, hidden]."""
-        rows = self.codec_table.index_select(0, (codes + self.table_offsets).flatten())
-        return rows.view(*codes.shape, -1).sum(1)
+        return embed_codes(codes, self.codec_table, self.table_offsets)
 
     def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor, *, full_vocab: bool) -> None:
         """Read prompts into their slots and sample their first codebook 0; the tensors are as for Talker.prefill.
@@ -66,13 +66,8 @@ class Qwen3TTSModel(TensorHolder):
         `full_vocab`: whether the sampling parameters of any of them need the full vocabulary (SamplingParams).
         On CUDA the full vocabulary is sorted in any case.
         """
-        state = self.state
         hidden, logits = self.talker.prefill(embeds, slots, lengths)
-        frame = torch.zeros_like(slots)
-        uniform = state.first_uniform.index_select(0, slots)
-        code = self._sample(logits, slots, uniform, frame, full_vocab=full_vocab)
-        state.hidden.index_copy_(0, slots, hidden)
-        state.next_codebook0.index_copy_(0, slots, code)
+        self._kernels.next_codebook0(self.state, logits, hidden, slots, min_frames=MIN_FRAMES, full_vocab=full_vocab)
 
     def code_predictor_step(self, batch: int) -> None:
         """First half of a decode step, for slots 0 to batch - 1: all codes of the frame, into `state.ring_buffer`.
@@ -83,9 +78,7 @@ class Qwen3TTSModel(TensorHolder):
         frame = state.frame[part]
         index = torch.arange(batch, device=frame.device)
         codes = self.code_predictor(state.hidden[part], state.next_codebook0[part], state.uniform[part][index, frame])
-        state.ring_buffer[part].index_put_((index, frame % RING_FRAMES), codes)
-        text = state.trailing[part][index, torch.minimum(frame, state.trailing_len[part])]
-        torch.add(self.embed_codes(codes), text, out=state.talker_input[part])
+        self._kernels.embed_frame(state, codes, self.codec_table, self.table_offsets)
 
     def talker_step(self, batch: int, slot_lengths: SlotLengths, kv_len: int, *, full_vocab: bool) -> None:
         """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.
@@ -94,33 +87,7 @@ class Qwen3TTSModel(TensorHolder):
         Rows that are not active are computed and not kept, so a frame that failed midway can be made again.
         """
         state, part = self.state, slice(0, batch)
-        frame, code, active = state.frame[part], state.next_codebook0[part], state.active[part]
-        index = torch.arange(batch, device=frame.device)
-        positions = state.prompt_len[part] + frame
-        lengths = positions * active + 1  # of a row whose result is not kept, one token is enough
+        positions = state.prompt_len[part] + state.frame[part]
+        lengths = positions * state.active[part] + 1  # of a row whose result is not kept, one token is enough
         hidden, logits = self.talker.decode(state.talker_input[part], positions, lengths, slot_lengths, kv_len)
-        state.seen[part].index_put_((index, code), torch.ones_like(active))
-        uniform = state.uniform[part][index, frame, -1:]
-        sampled = self._sample(logits, part, uniform, frame + 1, full_vocab=full_vocab)
-        hidden = torch.where(active[:, None], hidden, state.hidden[part])
-        sampled = torch.where(active, sampled, code)
-        next_frame = frame + active
-        # Nothing below allocates: a step that runs out of memory has changed all of this or nothing.
-        state.hidden[part].copy_(hidden)
-        code.copy_(sampled)
-        frame.copy_(next_frame)
-
-    def _sample(
-        self, logits: Tensor, rows: slice | Tensor, uniform: Tensor, frame: Tensor, *, full_vocab: bool
-    ) -> Tensor:
-        """The codebook 0 of `frame`, int64 [rows]."""
-        state = self.state
-        tensors = state.sampling_tensors(rows, uniform)
-        scores = apply_repetition_penalty(logits.float(), state.seen[rows], tensors.penalty)
-        scores[:, EOS_INDEX] = scores[:, EOS_INDEX].masked_fill(frame < MIN_FRAMES, float("-inf"))
-        if state.active.is_cuda:  # a graph has no second path; sorting all takes some µs more than the best CANDIDATES
-            return sample(scores, tensors, scores.shape[1])
-        sampled = sample(scores, tensors, min(CANDIDATES, scores.shape[1]))
-        if full_vocab:
-            sampled = torch.where(state.full_vocab[rows], sample(scores, tensors, scores.shape[1]), sampled)
-        return sampled
+        self._kernels.next_codebook0(state, logits, hidden, None, min_frames=MIN_FRAMES, full_vocab=full_vocab)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.prompt import Prompt
-from gpu_worker.engines.qwen.model.sampling import SamplingParams, SamplingTensors
+from gpu_worker.engines.qwen.model.sampling import SamplingParams
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 RING_FRAMES: Final = 16
@@ -121,7 +121,3 @@ class SlotState(TensorHolder):
             self.penalty,
             self.full_vocab,
         )
-
-    def sampling_tensors(self, rows: slice | Tensor, uniform: Tensor) -> SamplingTensors:
-        """The sampling parameters of some rows, with the uniforms [rows, 1] to sample at."""
-        return SamplingTensors(self.temperature[rows], self.rank[rows], self.top_p[rows], self.penalty[rows], uniform)

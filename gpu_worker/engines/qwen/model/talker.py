@@ -5,7 +5,6 @@ It neither places requests into slots nor samples from the logits.
 """
 
 from collections.abc import Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, aligned, pad_rows
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
-
-EOS_INDEX: Final = -1
-"""Index of the end-of-speech logit: the last row of the reduced head."""
 
 
 class Talker(TensorHolder):

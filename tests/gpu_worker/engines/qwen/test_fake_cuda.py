@@ -17,12 +17,12 @@ import torch
 from gpu_worker.engines.qwen.runner import GRAPH_NODE_BYTES, graph_bytes
 
 KERNELS = {
-    "code_predictor_step/1/0": 1319,
-    "code_predictor_step/16/0": 1321,
-    "talker_step/1/2048": 534,
-    "talker_step/16/2048": 534,
-    "prefill/1/16": 528,
-    "prefill/4/32": 530,
+    "code_predictor_step/1/0": 1148,
+    "code_predictor_step/16/0": 1150,
+    "talker_step/1/2048": 491,
+    "talker_step/16/2048": 491,
+    "prefill/1/16": 487,
+    "prefill/4/32": 489,
     "decode/1/1": 435,
     "decode/16/8": 435,
 }
@@ -31,7 +31,7 @@ KERNELS = {
 GRAPHS = 56
 """Graphs of an engine with 64 slots."""
 
-NODES = 34_163
+NODES = 31_827
 """Kernels of all those graphs: each takes about 10 KB of the driver's memory, and its share of a restore."""
 
 ATTENTION_SHAPES = 64

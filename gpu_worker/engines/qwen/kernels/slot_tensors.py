@@ -1,0 +1,26 @@
+"""What kernels read and write of the slots' state. model/slot_state.py owns it and describes every tensor."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class SlotTensors(Protocol):
+    """The tensors of all slots, one row each."""
+
+    hidden: Tensor
+    talker_input: Tensor
+    next_codebook0: Tensor
+    frame: Tensor
+    active: Tensor
+    trailing: Tensor
+    trailing_len: Tensor
+    seen: Tensor
+    uniform: Tensor
+    first_uniform: Tensor
+    ring_buffer: Tensor
+    temperature: Tensor
+    rank: Tensor
+    top_p: Tensor
+    penalty: Tensor
+    full_vocab: Tensor

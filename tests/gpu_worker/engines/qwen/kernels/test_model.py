@@ -1,0 +1,50 @@
+import torch
+
+from gpu_worker.engines.qwen.checkpoint.model_config import read_config, read_generation_config
+from gpu_worker.engines.qwen.checkpoint.weights import load_weights
+from gpu_worker.engines.qwen.kernels.selection import Kernels, fused_kernels
+from gpu_worker.engines.qwen.model.attention import Sdpa
+from gpu_worker.engines.qwen.model.prompt import Prompt
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
+from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
+from tests.checkpoints import tiny
+from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+
+FRAMES = 2
+PARAMS = [
+    SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.05),
+    SamplingParams(greedy=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.05),
+]
+
+
+@interpreted
+@torch.inference_mode()
+def test_a_model_with_all_kernels_makes_the_same_codes() -> None:
+    """In float32, sampled and greedy, from prompts through several frames: kernels change no code."""
+    directory = tiny("custom_voice")
+    weights = load_weights(directory, "talker.", dtype=torch.float32, device="cpu")
+    config, generation = read_config(directory), read_generation_config(directory)
+    made = []
+    for kernels in (Kernels(), fused_kernels()):
+        model = Qwen3TTSModel(
+            weights, config, generation, Sdpa(torch.float32), kernels=kernels, slots=len(PARAMS), max_model_len=32
+        )
+        hidden = model.codec_table.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        for slot, params in enumerate(PARAMS):
+            embeds = torch.randn(5 + slot, hidden, generator=generator)
+            prompt = Prompt(embeds, torch.randn(2, hidden, generator=generator))
+            model.state.write(
+                slot, prompt, torch.randn(1, hidden, generator=generator), params, uniforms(slot, 0, 9, 16)
+            )
+            slots, lengths = torch.tensor([[slot], [len(embeds)]])
+            model.prefill(embeds[None], slots, lengths, full_vocab=False)
+        model.state.active.fill_(True)
+        for _ in range(FRAMES):
+            model.code_predictor_step(len(PARAMS))
+            model.talker_step(len(PARAMS), (), 32, full_vocab=False)
+        made.append((model.state.ring_buffer[:, :FRAMES].clone(), model.state.next_codebook0.clone()))
+    (codes, following), (our_codes, our_following) = made
+    assert torch.equal(our_codes, codes)
+    assert torch.equal(our_following, following)
+    assert codes.unique().numel() > FRAMES * len(PARAMS)
