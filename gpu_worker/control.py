@@ -1,4 +1,4 @@
-"""Calls of the web workers (load, unload, pin, cleanup, voices, outcomes of requests), and those not answered yet.
+"""Calls of the web workers (models, voices, consents, outcomes of requests, caches), and those not answered yet.
 
 Owned by the synthesis thread. ControlHandler moves no model, synthesizes nothing and writes no file:
 it asks Residency, submits Requests, and hands voices to VoiceStore and consents to ConsentStore.
@@ -26,6 +26,7 @@ from gpu_worker.voices import (
 from shared.catalog import ModelSpec
 from shared.protocol import (
     Audio,
+    CacheName,
     Call,
     Cleanup,
     CloneVoice,
@@ -34,6 +35,7 @@ from shared.protocol import (
     DeleteConsent,
     DeleteVoice,
     DesignVoice,
+    EmptyCache,
     ExportVoice,
     Failed,
     FindConsent,
@@ -128,6 +130,7 @@ class ControlHandler:
         submit: Callable[[Request], None],
         check_model: Callable[[str], None],
         find_speech: Callable[[FindSpeech], SpeechOutcome],
+        empty_cache: Callable[[CacheName], None],
         clock: Callable[[], float],
     ) -> None:
         """`submit` queues a request, `check_model` refuses an unknown model; both raise JobError during a drain.
@@ -142,6 +145,7 @@ class ControlHandler:
         self._submit = submit
         self._check_model = check_model
         self._find_speech = find_speech
+        self._empty_cache = empty_cache
         self._clock = clock
         self._pending: list[_Pending] = []
 
@@ -229,6 +233,9 @@ class ControlHandler:
                 self._pending.append(_PendingCleanup(caller))
             case FindSpeech():
                 return Reply(id=call.id, speech=self._find_speech(call.action))
+            case EmptyCache(name=name):
+                self._empty_cache(name)
+                return Reply(id=call.id)
             case (
                 FindVoice()
                 | CloneVoice()

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from gpu_worker.audio_buffer import AudioBuffer
+from gpu_worker.caches import Caches
 from gpu_worker.engines.base import EngineStats
 from gpu_worker.performance import Performance
 from gpu_worker.requests import BYTES_PER_S, Request, RequestState
@@ -175,6 +176,7 @@ class Stats:
         cleanup: CleanupPass | None,
         voices: list[SavedVoice],
         requests: Iterable[Request],
+        caches: Caches,
         preloading: Sequence[str] = (),
     ) -> Snapshot:
         """The state of the worker now.
@@ -214,6 +216,9 @@ class Stats:
             model_stats=dict(self._model_stats),
             streams=[request.to_struct(now) for request in islice(streams, MAX_STREAMS)],
             performance=self._performance.report(),
+            caches=caches.list(),
+            web_caches=caches.web_counts(),
+            emptied=caches.emptied,
         )
 
     def _stats_of(self, model: str) -> ModelStats:

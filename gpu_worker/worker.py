@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from gpu_worker.audio_buffer import AudioBuffer
+from gpu_worker.caches import Caches
 from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
@@ -130,6 +131,7 @@ class Worker:
         self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._outcomes = Outcomes()
+        self._caches = Caches(lambda: residency.engines, voices)
         self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
         self._newcomers_in_a_row = 0
         self._held_back: set[str] = set()  # the jobs that the last step left out
@@ -147,6 +149,7 @@ class Worker:
             submit=self._submit,
             check_model=self._check_model,
             find_speech=self._find_speech,
+            empty_cache=self._caches.empty,
             clock=clock,
         )
 
@@ -217,7 +220,8 @@ class Worker:
         match message:
             case Hello():
                 self._send(peer, self._welcome(), None)
-            case Ping():
+            case Ping(caches=counts):
+                self._caches.record(peer, counts)
                 snapshot = self._snapshot()
                 self._send(peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot), None)
             case Speak():
@@ -332,6 +336,7 @@ class Worker:
 
     def _forget_peer(self, peer: bytes) -> None:
         self._control.forget(peer)
+        self._caches.forget(peer)
         gone = SpeechError(code="internal_error", message="the web worker that answered the request is gone")
         for request in [request for request in self._open.values() if request.peer == peer]:
             self._finish(request, Cancelled(gone))
@@ -721,6 +726,7 @@ class Worker:
             voices=self._voices.list(),
             requests=self._open.values(),
             preloading=self._residency.preloading,
+            caches=self._caches,
         )
 
     def _begin_drain(self, deadline_s: float) -> None:

@@ -10,6 +10,7 @@ from litestar.datastructures import State
 from litestar.di import Provide
 
 from server.audio import AudioStore, DecoderPool
+from server.caches import WebCaches
 from server.dependencies import providers
 from server.engine import ZmqEngineClient
 from server.http.auth import require_admin, require_key
@@ -20,6 +21,7 @@ from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
 from server.routes import (
     admin,
+    caches,
     captioned_speech,
     docs,
     elevenlabs,
@@ -59,16 +61,25 @@ def create_app(settings: Settings) -> HttpMiddleware:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         # Not before the application starts: sockets and an event loop do not survive granian's fork.
+        audio_store = AudioStore(
+            settings.audio_store_dir,
+            max_bytes=settings.audio_store_mb * 1024 * 1024,
+            ttl_s=settings.audio_store_ttl_s,
+        )
+        web_caches = WebCaches(settings.pronunciations, audio_store)
         async with (
-            ZmqEngineClient(url, settings.worker_token, timeout_s=settings.worker_timeout_s) as engine,
-            AudioStore(
-                settings.audio_store_dir,
-                max_bytes=settings.audio_store_mb * 1024 * 1024,
-                ttl_s=settings.audio_store_ttl_s,
-            ) as audio_store,
+            audio_store,
+            ZmqEngineClient(
+                url,
+                settings.worker_token,
+                timeout_s=settings.worker_timeout_s,
+                cache_counts=web_caches.counts,
+                on_emptied=web_caches.on_emptied,
+            ) as engine,
         ):
             app.state.engine = engine
             app.state.audio_store = audio_store
+            app.state.caches = web_caches
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
             app.state.event_feed = events.EventFeed(lambda: events.event_of(engine, settings), app.state.stopping)
             yield
@@ -142,6 +153,7 @@ def _guarded(settings: Settings) -> list[Router]:
             *(admin.config, admin.stats, admin.vram, admin.cleanup),
             *(admin.move_model, admin.move_model_of_hub),
             *(performance.performance, events.events),
+            *(caches.get_caches, caches.empty_cache),
         ],
     )
     figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])

@@ -22,7 +22,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 9
+VERSION: Final = 10
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -125,6 +125,33 @@ class Word(msgspec.Struct, frozen=True, array_like=True):
     end_s: float
 
 
+CacheName = Literal["references", "prompts", "tokens", "recordings", "catalog", "pronunciations", "stored_audio"]
+"""Of engines: encoded recordings, constant parts of prompts, tokens of texts. Of the GPU worker: recordings of saved
+voices. Of web workers: the models' catalogue, the service's pronunciations, finished audio on disk.
+"""
+
+
+class CacheCounts(msgspec.Struct, frozen=True, array_like=True):
+    """How often a cache had what was asked of it, and how often not."""
+
+    hits: int = 0
+    misses: int = 0
+
+
+class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A cache now, and how often it had what was asked of it. `bytes` is None where they cannot be measured.
+
+    `model` is "" for a cache that belongs to no engine. An engine counts from its load on.
+    """
+
+    name: CacheName
+    model: str = ""
+    entries: int
+    bytes: int | None
+    hits: int
+    misses: int
+
+
 class SpeechError(msgspec.Struct, frozen=True, kw_only=True):
     """Why a request failed: `code` is an error code of the HTTP contract, `param` the wrong request field."""
 
@@ -219,7 +246,12 @@ class Spoken(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True, kw_only=True):
-    """Ask for a Pong. The synthesis loop answers, not the socket's thread, so a Pong proves that the loop is alive."""
+    """Ask for a Pong. The synthesis loop answers, not the socket's thread, so a Pong proves that the loop is alive.
+
+    `caches`: how often the web worker has found something in its own caches since it started, and how often not.
+    """
+
+    caches: dict[CacheName, CacheCounts] = {}
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -365,10 +397,16 @@ class DeleteConsent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     id: str
 
 
+class EmptyCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Empty a cache: of all engines, or of all web workers, which learn it from Snapshot.emptied."""
+
+    name: CacheName
+
+
 ModelAction = LoadModel | UnloadModel | PinModel | Cleanup
 VoiceAction = FindVoice | CloneVoice | DesignVoice | RenameVoice | DeleteVoice | ExportVoice | ImportVoice
 ConsentAction = CreateConsent | FindConsent | ListConsents | RenameConsent | DeleteConsent
-Action = ModelAction | VoiceAction | ConsentAction | FindSpeech
+Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache
 
 
 class Call(Message, frozen=True, kw_only=True):
@@ -641,6 +679,15 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     waiting_for_text: int = 0
     performance: dict[str, list[WindowPerformance]] = {}
     """By model, of those that did something in the last hour; a window each for PERFORMANCE_MINUTES."""
+
+    caches: list[CacheStats] = []
+    """Those of the engines and of the GPU worker."""
+
+    web_caches: dict[CacheName, CacheCounts] = {}
+    """The sums of what the web workers have counted."""
+
+    emptied: dict[CacheName, int] = {}
+    """How often a cache of the web workers was to be emptied."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):

@@ -198,7 +198,9 @@ class FakeWorker:
     def _take(self, peer: bytes, message: FromWeb, payload: bytes | None) -> None:
         if isinstance(message, Ping):
             if not self.mute:
-                self.pongs.append((peer, Pong(boot_id=self.snapshot.boot_id, snapshot=self.snapshot)))
+                # It knows of one web worker alone, so that one's counts are the sums.
+                snapshot = msgspec.structs.replace(self.snapshot, web_caches=message.caches)
+                self.pongs.append((peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot)))
             return
         refused = self.fail_with is not None and self.break_after is None
         if isinstance(message, Speak) and not refused:

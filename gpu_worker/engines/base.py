@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from shared.pcm import bytes_for
-from shared.protocol import Sampling, Segment, Task, Usage, Word
+from shared.protocol import CacheName, CacheStats, Sampling, Segment, Task, Usage, Word
 
 FinishReason = Literal["stop", "length", "empty"]
 """`stop`: the model ended the speech. `length`: a limit on the number of frames ended it.
@@ -137,11 +137,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     `batch_sizes`: frames (or the engine's other units of work) by the number of jobs that shared them.
     `captured_steps`: decode steps that replayed captured functions alone; `eager_steps`: the others.
+    `caches` are its own, without a model's name.
     """
 
     batch_sizes: dict[int, int] = {}
     captured_steps: int = 0
     eager_steps: int = 0
+    caches: list[CacheStats] = []
 
 
 class Engine(Protocol):
@@ -236,3 +238,6 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """What the engine has counted. It is called several times a second."""
+
+    def empty_cache(self, name: CacheName) -> None:
+        """Drop what a cache keeps, if the engine has one of that name. Jobs keep what they use."""

@@ -35,7 +35,7 @@ from gpu_worker.engines.scripts import voice_runs
 from gpu_worker.engines.word_times import time_words
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, EMPTY_S, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
-from shared.protocol import Usage, Word
+from shared.protocol import CacheName, Usage, Word
 from shared.text import NO_SPEAKABLE_TEXT, is_speakable
 
 SLOTS: Final = 32
@@ -416,6 +416,9 @@ class EspeakEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(batch_sizes=dict(self._batch_sizes))
+
+    def empty_cache(self, name: CacheName) -> None:
+        """Do nothing: espeak-ng keeps nothing."""
 
     def _pop_parked(self, job_id: str) -> _RunningJob:
         sequence = self._parked.pop(job_id)

@@ -20,7 +20,7 @@ from gpu_worker.voices.checks import check_recording, check_transcript, checked_
 from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.pcm import samples_of
-from shared.protocol import SavedVoice
+from shared.protocol import CacheStats, SavedVoice
 from shared.text import JOINERS
 
 CACHED_RECORDINGS: Final = 4
@@ -59,6 +59,7 @@ class VoiceStore:
         self._deleting: list[str] = []  # an id stands here once for every pending delete of it
         self._exporting: list[VoiceWrite] = []
         self._recordings: OrderedDict[str, Reference] = OrderedDict()
+        self._hits = self._misses = 0
         for record in files.records():
             if self.find(record.name) is not None:
                 log.warning("saved_voice_name_taken", voice=record.id, name=record.name)
@@ -213,8 +214,10 @@ class VoiceStore:
         """
         record = self._record(voice_id)
         if voice_id in self._recordings:
+            self._hits += 1
             self._recordings.move_to_end(voice_id)
             return self._recordings[voice_id]
+        self._misses += 1
         try:
             pcm = self._files.recording(voice_id)
         except (OSError, KeyError, safetensors.SafetensorError) as error:
@@ -234,6 +237,20 @@ class VoiceStore:
         if voice_id in self._deleting:
             raise _not_found(voice_id)
         return self._record(voice_id)
+
+    def cache_stats(self) -> CacheStats:
+        """The recordings that are kept in host RAM."""
+        return CacheStats(
+            name="recordings",
+            entries=len(self._recordings),
+            bytes=sum(len(recording.pcm) for recording in self._recordings.values()),
+            hits=self._hits,
+            misses=self._misses,
+        )
+
+    def empty_cache(self) -> None:
+        """Forget the recordings that are kept in host RAM; the next requests read them again."""
+        self._recordings.clear()
 
     def _record(self, voice_id: str) -> VoiceRecord:
         record = self._records.get(voice_id)

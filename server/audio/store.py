@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Self
 
@@ -76,6 +76,8 @@ class AudioStore:
         self._max_bytes = max_bytes
         self._ttl_s = ttl_s
         self._wall = wall
+        self.hits = self.misses = 0
+        """How often this process found what it was asked for, and how often not."""
 
     async def __aenter__(self) -> Self:
         self._sweeping = asyncio.create_task(self._sweep_forever())
@@ -100,7 +102,22 @@ class AudioStore:
 
     async def open(self, audio_id: str) -> StoredAudio | None:
         """The audio with that id; None if it is not there, or not any more."""
-        return await asyncio.to_thread(self._open, audio_id) if _ID.fullmatch(audio_id) else None
+        if not _ID.fullmatch(audio_id):
+            return None
+        audio = await asyncio.to_thread(self._open, audio_id)
+        if audio is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return audio
+
+    async def usage(self) -> tuple[int, int]:
+        """How many files there are, expired ones included, and their bytes on the disk."""
+        return await asyncio.to_thread(self._usage)
+
+    async def clear(self) -> None:
+        """Drop all audio."""
+        await asyncio.to_thread(self._clear)
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -146,6 +163,22 @@ class AudioStore:
             file.close()
             raise
         return StoredAudio(file, facts, stored_at=stored_at, expires_in_s=left_s)
+
+    def _usage(self) -> tuple[int, int]:
+        sizes = []
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if _ID.fullmatch(path.name):
+                with suppress(FileNotFoundError):  # dropped a moment ago
+                    sizes.append(_on_disk(path.stat().st_size))
+        return len(sizes), sum(sizes)
+
+    def _clear(self) -> None:
+        if not self._folder.is_dir():
+            return
+        with self._locked():
+            for path in self._folder.iterdir():
+                if _ID.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         if self._folder.is_dir():

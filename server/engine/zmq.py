@@ -21,6 +21,8 @@ from shared.protocol import (
     VERSION,
     Action,
     Audio,
+    CacheCounts,
+    CacheName,
     Call,
     Cancel,
     Credit,
@@ -69,7 +71,20 @@ class ZmqEngineClient:
     _connection: Connection
     _ticking: asyncio.Task[None]
 
-    def __init__(self, url: str, token: str, *, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
+        on_emptied: Callable[[CacheName], None] = lambda _name: None,
+    ) -> None:
+        """`cache_counts`: the figures of the caches of this web worker, but the catalogue's.
+
+        `on_emptied` is called with the name of each of them that an admin has emptied, by whichever web worker.
+        """
         self._url = url
         self._timeout_s = timeout_s
         self._outage_file = OutageFile(url)
@@ -86,6 +101,9 @@ class ZmqEngineClient:
         self._pinged_at = 0.0
         self._ping_out = False
         self._ticked_at = 0.0
+        self._cache_counts = cache_counts
+        self._on_emptied = on_emptied
+        self._catalog_hits = self._catalog_misses = 0
         self._news = asyncio.Event()
         """Set, and replaced, by the next snapshot and by the loss of the worker."""
         self._loss: asyncio.Future[ApiError] | None = None
@@ -97,7 +115,11 @@ class ZmqEngineClient:
 
     @property
     def catalog(self) -> list[ModelSpec]:
-        return self._welcome.catalog if self._welcome else []
+        if self._welcome is None:
+            self._catalog_misses += 1
+            return []
+        self._catalog_hits += 1
+        return self._welcome.catalog
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -222,7 +244,8 @@ class ZmqEngineClient:
     def _ping(self) -> None:
         if not self._ping_out:
             self._pinged_at = self._clock()
-            self._ping_out = self._connection.send(Ping())
+            catalog = CacheCounts(self._catalog_hits, self._catalog_misses)
+            self._ping_out = self._connection.send(Ping(caches={**self._cache_counts(), "catalog": catalog}))
 
     def _on_lost(self) -> None:
         if self._connected:
@@ -308,10 +331,20 @@ class ZmqEngineClient:
 
     def _record_snapshot(self, snapshot: Snapshot, asked_at: float) -> None:
         """`asked_at` is when the Ping or Hello was sent that `snapshot` answers."""
+        before = self._snapshot
         self._snapshot = snapshot
+        if before is not None and before.boot_id == snapshot.boot_id:
+            self._empty_caches([name for name, times in snapshot.emptied.items() if times != before.emptied.get(name)])
         self._snapshot_asked_at = asked_at
         self._heard_at = self._clock()
         self._tell_waiters()
+
+    def _empty_caches(self, names: list[CacheName]) -> None:
+        for name in names:
+            if name == "catalog":
+                self._hello()  # the Welcome has it
+            else:
+                self._on_emptied(name)
 
     def _tell_waiters(self) -> None:
         self._news.set()

@@ -23,6 +23,8 @@ from shared.protocol import (
     REAL_TIME_FACTOR_BOUNDS,
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
+    CacheCounts,
+    CacheStats,
     Histogram,
     ModelStats,
     PublicState,
@@ -67,6 +69,7 @@ class _SnapshotCollector(Collector):
             yield from _speech_families(snapshot.model_stats)
             yield from _batch_families(snapshot.model_stats)
             yield from _transition_families(snapshot.model_stats)
+            yield from _cache_families(snapshot)
 
 
 def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
@@ -174,6 +177,18 @@ def _batch_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:
         steps,
         ["model", "captured"],
     )
+
+
+def _cache_families(snapshot: Snapshot) -> Iterator[Metric]:
+    labels = ["cache", "model"]
+    caches = [((cache.name, cache.model), cache) for cache in snapshot.caches]
+    lookups: list[tuple[Labels, CacheStats | CacheCounts]] = [*caches]
+    lookups += [((name, ""), counts) for name, counts in snapshot.web_caches.items()]
+    yield _counter("tts_cache_hits", "How often a cache had it.", [(key, n.hits) for key, n in lookups], labels)
+    yield _counter("tts_cache_misses", "How often it had not.", [(key, n.misses) for key, n in lookups], labels)
+    yield _gauge("tts_cache_entries", "What a cache holds.", [(key, cache.entries) for key, cache in caches], labels)
+    sizes = [(key, cache.bytes) for key, cache in caches if cache.bytes is not None]
+    yield _gauge("tts_cache_bytes", "How large that is.", sizes, labels)
 
 
 def _transition_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:

@@ -11,6 +11,7 @@ from server.text.pronunciations import (
     Respelling,
     Word,
     load_pronunciations,
+    reload_pronunciations,
 )
 from server.text.sentences import Granularity, SentenceSplitter
 
@@ -26,4 +27,5 @@ __all__ = [
     "Word",
     "load_pronunciations",
     "prepare",
+    "reload_pronunciations",
 ]

@@ -48,6 +48,7 @@ class Pronunciations:
 
     def __init__(self, entries: Mapping[str, str]) -> None:
         self._trie: _Trie = {}
+        self.count = len(entries)
         for word, respelling in entries.items():
             node = self._trie
             for _, _, spelling in _tokens(word.strip()):
@@ -103,6 +104,12 @@ def load_pronunciations(path: Path | None) -> dict[str, Pronunciations]:
         if len(entries) > MAX_ENTRIES_OF_A_LANGUAGE:
             raise PronunciationsError(f"{path}: [{language}] has more than {MAX_ENTRIES_OF_A_LANGUAGE} entries")
     return {language: Pronunciations(entries) for language, entries in tables.items()}
+
+
+def reload_pronunciations(path: Path | None) -> None:
+    """Read the file again. PronunciationsError, and the old words stay, if it cannot be used."""
+    load_pronunciations.__wrapped__(path)
+    load_pronunciations.cache_clear()
 
 
 def _find(text: str, tables: Sequence[Pronunciations]) -> Iterator[tuple[int, int, str]]:

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from gpu_worker.audio_buffer import AudioBuffer
+from gpu_worker.caches import Caches
 from gpu_worker.engines.base import Done, EngineStats, JobError, Memory
 from gpu_worker.requests import STALLED_AFTER_S, Request
 from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
@@ -19,6 +20,7 @@ from shared.protocol import (
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
     BufferMemory,
+    CacheStats,
     Counters,
     Histogram,
     ModelStats,
@@ -55,6 +57,14 @@ def stats(clock: FakeClock) -> Stats:
     return _stats(FakeDevice(), clock)
 
 
+class FakeVoices:
+    """The recordings of saved voices: none."""
+
+    def cache_stats(self) -> CacheStats:
+        """An empty cache."""
+        return CacheStats(name="recordings", entries=0, bytes=0, hits=0, misses=0)
+
+
 def _request(clock: FakeClock, request_id: str = "r", *, model: str = "m", credit: int = 1_000) -> Request:
     """A request that arrives now."""
     return a_request(
@@ -78,6 +88,7 @@ def _snapshot(stats: Stats, **changes: Any) -> Snapshot:
         "cleanup": None,
         "voices": [],
         "requests": [],
+        "caches": Caches(dict, FakeVoices()),  # type: ignore[arg-type] # it asks for the figures alone
     }
     return stats.snapshot(**{**given, **changes})
 

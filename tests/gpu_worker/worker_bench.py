@@ -35,6 +35,8 @@ from shared.protocol import (
     Action,
     Append,
     Audio,
+    CacheName,
+    CacheStats,
     Call,
     Cancel,
     CloneVoice,
@@ -103,6 +105,7 @@ class SpeakingEngine:
         self.finish_reason: FinishReason = "stop"
         self.steps = 0
         self.batch_sizes: Counter[int] = Counter()
+        self.emptied: list[CacheName] = []
         self.admitted: list[Job] = []
         self.warm_up_errors: deque[Exception | None] = deque()
         self.is_warm = False
@@ -242,8 +245,13 @@ class SpeakingEngine:
         return self._memory
 
     def stats(self) -> EngineStats:
-        """The steps by their jobs; each was captured."""
-        return EngineStats(batch_sizes=dict(self.batch_sizes), captured_steps=self.batch_sizes.total())
+        """The steps by their jobs; each was captured. One cache, which is never empty."""
+        cache = CacheStats(name="references", entries=1, bytes=5, hits=3, misses=2)
+        return EngineStats(batch_sizes=dict(self.batch_sizes), captured_steps=self.batch_sizes.total(), caches=[cache])
+
+    def empty_cache(self, name: CacheName) -> None:
+        """Note the name."""
+        self.emptied.append(name)
 
     def _move(self, state: ModelState) -> None:
         assert not self._words

@@ -9,6 +9,8 @@ from shared.catalog import load_catalog
 from shared.protocol import (
     VERSION,
     Audio,
+    CacheCounts,
+    CacheStats,
     Call,
     Cancel,
     Cleanup,
@@ -19,6 +21,7 @@ from shared.protocol import (
     DeleteConsent,
     DeleteVoice,
     DesignVoice,
+    EmptyCache,
     Failed,
     FindConsent,
     FindVoice,
@@ -80,6 +83,7 @@ FROM_WEB = [
     Credit(id="r", chunks=3),
     Cancel(id="r"),
     Ping(),
+    Ping(caches={"catalog": CacheCounts(hits=2, misses=1)}),
     *[
         Call(id="c", client="c", action=action)
         for action in (
@@ -96,6 +100,7 @@ FROM_WEB = [
             ListConsents(limit=20, after="cons_1"),
             RenameConsent(id="cons_1", name="n"),
             DeleteConsent(id="cons_1"),
+            EmptyCache(name="stored_audio"),
         )
     ],
 ]
@@ -130,6 +135,9 @@ FROM_WORKER = [
         snapshot=a_snapshot(
             load_catalog(),
             restarts=2,
+            caches=[CacheStats(name="tokens", model="m", entries=1, bytes=None, hits=2, misses=3)],
+            web_caches={"catalog": CacheCounts(hits=2)},
+            emptied={"catalog": 1},
             model_stats={
                 "m": ModelStats(first_audio_s=Histogram(counts=[0, 3], sum=1.5), failed_transitions={"load": 1}),
                 "n": ModelStats(transitions_s={"offload": Histogram(counts=[2, 0], sum=0.5)}, out_of_memory=1),

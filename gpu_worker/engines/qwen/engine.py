@@ -35,7 +35,7 @@ from gpu_worker.engines.qwen.runtime.transfers import HostCopy
 from gpu_worker.engines.qwen.sequence import RunningJob, by_chunk_length, most_urgent_first
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from shared.pcm import EMPTY_S, FRAME_SAMPLES, bytes_for, seconds_of
-from shared.protocol import Segment
+from shared.protocol import CacheName, Segment
 
 MAX_PREFILL_TOKENS: Final = 1024
 """Prompt tokens of the prefills in one step (but at least one prompt), so that new jobs do not delay the others."""
@@ -305,8 +305,20 @@ class QwenEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            batch_sizes=dict(self._batch_sizes), captured_steps=self._steps[True], eager_steps=self._steps[False]
+            batch_sizes=dict(self._batch_sizes),
+            captured_steps=self._steps[True],
+            eager_steps=self._steps[False],
+            caches=[self._parts.reference_cache.stats(), *self._parts.prompts.cache_stats()],
         )
+
+    def empty_cache(self, name: CacheName) -> None:
+        match name:
+            case "references":
+                self._parts.reference_cache.drop_kept()
+            case "prompts":
+                self._parts.prompts.clear_cache()
+            case "tokens":
+                self._parts.prompts.forget_tokens()
 
     def _drop_launched_work(self) -> None:
         """Drop the frames and chunks of jobs that are gone, and wait until the device has finished them."""

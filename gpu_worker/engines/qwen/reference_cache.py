@@ -19,6 +19,7 @@ from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.engines.qwen.codec import StreamSnapshot
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.voices import check_recording
+from shared.protocol import CacheStats
 
 MAX_WAITING: Final = 32
 """References that may wait for their encoding, up to 3 MB each."""
@@ -80,6 +81,8 @@ class ReferenceCache:
         self.bytes = 0
         """Bytes of the kept references."""
 
+        self._hits = self._misses = 0
+
     def request(self, reference: Reference) -> Future[EncodedReference]:
         """The future of the encoded reference. It raises what the encoder raised.
 
@@ -91,18 +94,21 @@ class ReferenceCache:
         """
         with self._lock:
             if reference.key in self._kept:
+                self._hits += 1
                 self._kept.move_to_end(reference.key)
                 done: Future[EncodedReference] = Future()
                 done.set_result(self._kept[reference.key])
                 return done
             encoding = self._encodings.get(reference.key)
             if encoding is not None:
+                self._hits += 1
                 encoding.jobs += 1
                 return encoding.future
             check_recording(reference.pcm, "ref_audio")
             if len(self._encodings) >= MAX_WAITING:
                 message = f"{MAX_WAITING} recordings are waiting to be encoded"
                 raise JobError("queue_full", message, param="ref_audio", retry_after_s=5)
+            self._misses += 1
             future: Future[EncodedReference] = Future()
             self._encodings[reference.key] = _Encoding(reference, future)
             # The queue holds keys only, so the recording of a cancelled reference is freed at once.
@@ -120,6 +126,19 @@ class ReferenceCache:
             if encoding.jobs == 0 and future.cancel():
                 del self._encodings[key]
 
+    def stats(self) -> CacheStats:
+        """The kept references. One that is being encoded for another job counts as a hit."""
+        with self._lock:
+            return CacheStats(
+                name="references", entries=len(self._kept), bytes=self.bytes, hits=self._hits, misses=self._misses
+            )
+
+    def drop_kept(self) -> None:
+        """Drop all kept references; jobs keep theirs."""
+        with self._lock:
+            self._kept.clear()
+            self.bytes = 0
+
     def clear(self) -> None:
         """Drop all kept references, and cancel the waiting ones. No job may wait for a reference.
 
@@ -129,9 +148,7 @@ class ReferenceCache:
             self._encodings = {key: each for key, each in self._encodings.items() if not each.future.cancel()}
             running = [each.future for each in self._encodings.values()]
         wait(running)
-        with self._lock:
-            self._kept.clear()
-            self.bytes = 0
+        self.drop_kept()
 
     def close(self) -> None:
         """Clear, and end the thread."""

@@ -17,7 +17,7 @@ from gpu_worker.residency import (
     TransitionFailed,
 )
 from gpu_worker.residency.models import TARGET_STATE, CheckFiles, Download, ModelState, Transition
-from shared.protocol import ModelStatus
+from shared.protocol import CacheName, ModelStatus
 from tests.gpu_worker.fakes import WALL, FakeClock, FakeDevice, a_spec
 
 
@@ -91,6 +91,10 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         """Nothing: it does no work."""
         return EngineStats()
+
+    def empty_cache(self, name: CacheName) -> None:
+        """Nothing: it has none."""
+        del name
 
     def _call(self, name: str, state: ModelState) -> None:
         self.calls.append(name)

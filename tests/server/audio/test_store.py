@@ -177,3 +177,21 @@ async def test_hostile_ids(tmp_path: Path, hostile: str) -> None:
     assert await store.open(hostile) is None
     with pytest.raises(ValueError, match="hexadecimal"):
         await store.put(hostile, b"x", FACTS)
+
+
+async def test_usage_and_clearing(tmp_path: Path) -> None:
+    """Whole files count, in blocks of the disk; look-ups are hits or misses; then all of it is gone."""
+    store = a_store(tmp_path, Clock())
+    assert await store.usage() == (0, 0)
+    for number in (1, 2):
+        assert await store.put(an_id(number), bytes(5_000), FACTS)
+    (tmp_path / "somebody's.txt").write_text("x")
+    assert await store.usage() == (2, 4 * BLOCK_BYTES)
+    assert await content(store, 1) == bytes(5_000)
+    assert await content(store, 3) is None
+    assert await store.open("../1") is None
+    assert (store.hits, store.misses) == (1, 1)
+    await store.clear()
+    assert (await content(store, 1), await store.usage()) == (None, (0, 0))
+    assert names(tmp_path) == {"somebody's.txt"}
+    await a_store(tmp_path / "none", Clock()).clear()

@@ -86,6 +86,17 @@ def _request(number: int = 1) -> Speak:
     )
 
 
+async def test_the_catalogue_is_asked_for_again(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """When an admin has emptied that cache, by whichever web worker."""
+    worker.catalog = worker.catalog[:1]
+    assert len(client.catalog) > 1
+    worker.snapshot = msgspec.structs.replace(worker.snapshot, emptied={"catalog": 1})
+    await becomes(lambda: len(client.catalog) == 1)
+    await becomes(lambda: client.snapshot and client.snapshot.web_caches)
+    assert client.snapshot
+    assert client.snapshot.web_caches["catalog"].hits > 0
+
+
 async def test_chunks_come_in_order(client: ZmqEngineClient, worker: FakeWorker) -> None:
     """The chunks come in order, then None; then `finished` tells how the request ended."""
     speech = client.speak(_request())

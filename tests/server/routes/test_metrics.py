@@ -13,6 +13,7 @@ from shared.protocol import (
     FIRST_AUDIO_BOUNDS_S,
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
+    CacheStats,
     Histogram,
     ModelStats,
     ModelStatus,
@@ -54,12 +55,19 @@ MODEL_STATS = {
 }
 
 
+CACHES = [
+    CacheStats(name="prompts", model=MODEL, entries=3, bytes=300, hits=7, misses=4),
+    CacheStats(name="tokens", model=MODEL, entries=1, bytes=None, hits=0, misses=1),
+]
+
+
 @pytest.fixture
 def worker(worker: FakeWorker) -> FakeWorker:
     """A worker with figures."""
     models = [*worker.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
+    figures = {"running": 2, "queued": 1, "buffered": 4, "stalled": 3, "restarts": 3}
     worker.snapshot = msgspec.structs.replace(
-        worker.snapshot, models=models, model_stats=MODEL_STATS, restarts=3, running=2, queued=1, buffered=4, stalled=3
+        worker.snapshot, models=models, model_stats=MODEL_STATS, caches=CACHES, **figures
     )
     return worker
 
@@ -156,6 +164,16 @@ async def test_work(samples: Samples) -> None:
     assert _value(samples, "tts_batch_size_sum", model=MODEL) == 11
     assert _value(samples, "tts_decode_steps_total", model=MODEL, captured="true") == 6
     assert _value(samples, "tts_decode_steps_total", model=MODEL, captured="false") == 2
+
+
+async def test_caches(samples: Samples) -> None:
+    """Caches by name and model, and those of web workers without a model; no size where there is none."""
+    assert _value(samples, "tts_cache_hits_total", cache="prompts", model=MODEL) == 7
+    assert _value(samples, "tts_cache_misses_total", cache="tokens", model=MODEL) == 1
+    assert _value(samples, "tts_cache_entries", cache="prompts", model=MODEL) == 3
+    assert _value(samples, "tts_cache_bytes", cache="prompts", model=MODEL) == 300
+    assert ("tts_cache_bytes", frozenset({("cache", "tokens"), ("model", MODEL)})) not in samples
+    assert _value(samples, "tts_cache_hits_total", cache="catalog", model="") > 0
 
 
 async def test_moves(samples: Samples) -> None:

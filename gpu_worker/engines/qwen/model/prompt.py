@@ -18,6 +18,7 @@ from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import ModelConfig
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
+from shared.protocol import CacheStats
 
 MAX_CACHED_PREFIXES: Final = 256
 """Constant prefixes kept: the speakers times the languages of every published model fit."""
@@ -75,6 +76,7 @@ class PromptBuilder(TensorHolder):
         self.fc1 = [weights[f"{projection}1.weight"], weights[f"{projection}1.bias"]]
         self.fc2 = [weights[f"{projection}2.weight"], weights[f"{projection}2.bias"]]
         self._prefixes: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._prefix_hits = self._prefix_misses = 0
         self._control_embeddings: tuple[Tensor, Tensor, Tensor] | None = None
 
     def count(self, text: str) -> int:
@@ -115,6 +117,24 @@ class PromptBuilder(TensorHolder):
         """The text embedding of frames behind the text's end, [1, hidden]."""
         return self._controls()[2]
 
+    def cache_stats(self) -> list[CacheStats]:
+        """The cached prefixes, and the tokens of the last texts."""
+        tokens = self._tokenize.cache_info()
+        return [
+            CacheStats(
+                name="prompts",
+                entries=len(self._prefixes),
+                bytes=sum(prefix.nbytes for prefix in self._prefixes.values()),
+                hits=self._prefix_hits,
+                misses=self._prefix_misses,
+            ),
+            CacheStats(name="tokens", entries=tokens.currsize, bytes=None, hits=tokens.hits, misses=tokens.misses),
+        ]
+
+    def forget_tokens(self) -> None:
+        """Drop the tokens of the last texts."""
+        self._tokenize.cache_clear()
+
     def clear_cache(self) -> None:
         """Free the cached prefixes and control embeddings; the next `build` makes them again."""
         self._prefixes.clear()
@@ -135,7 +155,10 @@ class PromptBuilder(TensorHolder):
         if voice.embedding is not None:
             return self._make_prefix(voice.embedding[None], language)
         key = (voice.name, language)
-        if key not in self._prefixes:
+        if key in self._prefixes:
+            self._prefix_hits += 1
+        else:
+            self._prefix_misses += 1
             speaker = self._codec(self._config.talker_config.spk_id[voice.name]) if voice.name else None
             self._prefixes[key] = self._make_prefix(speaker, self._dialect(voice.name, language))
             if len(self._prefixes) > MAX_CACHED_PREFIXES:

@@ -95,6 +95,23 @@ def test_frames_are_counted_by_their_jobs() -> None:
     assert (counted.captured_steps, counted.eager_steps) == (sum(counted.batch_sizes.values()), 0)
 
 
+def test_emptied_caches_change_no_sample() -> None:
+    """Prompts and tokens are made again; each look-up counts as a hit or a miss."""
+    speaker = engine("custom_voice")
+    spoken = [run(speaker, [job(1, sampling=Sampling(seed=1, max_new_tokens=3))])["job 1"].pcm]
+    before = {cache.name: cache for cache in speaker.stats().caches}
+    assert before.keys() == {"references", "prompts", "tokens"}
+    assert (before["prompts"].entries, before["prompts"].misses, before["tokens"].entries > 0) == (1, 1, True)
+    assert before["prompts"].bytes
+    spoken.append(run(speaker, [job(1, sampling=Sampling(seed=1, max_new_tokens=3))])["job 1"].pcm)
+    assert {cache.name: cache.hits for cache in speaker.stats().caches}["prompts"] == before["prompts"].hits + 1
+    for name in ("references", "prompts", "tokens", "recordings"):
+        speaker.empty_cache(name)  # type: ignore[arg-type] # a word of the protocol
+    assert [cache.entries for cache in speaker.stats().caches] == [0, 0, 0]
+    spoken.append(run(speaker, [job(1, sampling=Sampling(seed=1, max_new_tokens=3))])["job 1"].pcm)
+    assert len(set(spoken)) == 1
+
+
 def test_a_long_text_is_spoken_utterance_by_utterance(speaker: QwenEngine) -> None:
     """Sentences beyond the limit of an utterance follow in the same slot, with nothing but the pause between them."""
     spoken = run(speaker, [job(1, LONG, sampling=Sampling(seed=1))])["job 1"]

@@ -8,6 +8,7 @@ import torch
 
 from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.engines.qwen.reference_cache import MAX_WAITING, EncodedReference, ReferenceCache
+from shared.protocol import CacheStats
 from tests.gpu_worker.engines.qwen.driving import recording
 
 
@@ -46,6 +47,11 @@ def test_a_reference_is_encoded_once_and_kept() -> None:
     assert references.request(reference(1)).done()
     assert encoder.calls == 1
     assert references.bytes == 100
+    assert references.stats() == CacheStats(name="references", entries=1, bytes=100, hits=3, misses=1)
+    references.drop_kept()
+    assert references.bytes == 0
+    assert references.request(reference(1)).result().bytes == 100
+    assert (encoder.calls, references.stats().misses) == (2, 2)
     references.close()
     assert references.bytes == 0
 

@@ -1,0 +1,69 @@
+"""The caches of a web worker: the pronunciations of the service, and the store of finished audio.
+
+`WebCaches` owns none of them. It gives their figures, and empties them when an admin says so.
+The catalogue is the engine client's, which counts for itself.
+"""
+
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from server.audio import AudioStore
+from server.engine import EngineClient
+from server.text import PronunciationsError, load_pronunciations, reload_pronunciations
+from shared.protocol import CacheCounts, CacheName, CacheStats
+
+log = structlog.get_logger(__name__)
+
+
+class WebCaches:
+    """Figures of the caches of this web worker, and their emptying."""
+
+    def __init__(self, pronunciations: Path | None, audio_store: AudioStore) -> None:
+        self._path = pronunciations
+        self._audio_store = audio_store
+        self._words = self._count_words()
+
+    def counts(self) -> dict[CacheName, CacheCounts]:
+        """What this web worker has counted."""
+        words = load_pronunciations.cache_info()
+        return {
+            "pronunciations": CacheCounts(words.hits, words.misses),
+            "stored_audio": CacheCounts(self._audio_store.hits, self._audio_store.misses),
+        }
+
+    async def list(self, engine: EngineClient, counts: dict[CacheName, CacheCounts]) -> list[CacheStats]:
+        """The caches now, with the `counts` of all web workers."""
+
+        def stats(name: CacheName, entries: int, n_bytes: int | None) -> CacheStats:
+            count = counts.get(name, CacheCounts())
+            return CacheStats(name=name, entries=entries, bytes=n_bytes, hits=count.hits, misses=count.misses)
+
+        catalog = engine.catalog
+        return [
+            stats("catalog", len(catalog), len(msgspec.msgpack.encode(catalog))),
+            stats("pronunciations", self._words, None),
+            stats("stored_audio", *await self._audio_store.usage()),
+        ]
+
+    async def clear_stored_audio(self) -> None:
+        """Drop all stored audio; all web workers share it."""
+        await self._audio_store.clear()
+
+    def check_pronunciations(self) -> None:
+        """PronunciationsError if the file cannot be used now."""
+        load_pronunciations.__wrapped__(self._path)
+
+    def on_emptied(self, name: CacheName) -> None:
+        """An admin has emptied a cache of all web workers."""
+        if name != "pronunciations":
+            return
+        try:
+            reload_pronunciations(self._path)
+            self._words = self._count_words()
+        except PronunciationsError as error:
+            log.warning("pronunciations_kept", reason=str(error))
+
+    def _count_words(self) -> int:
+        return sum(table.count for table in load_pronunciations(self._path).values())
