@@ -5,7 +5,8 @@ dictionaries, and the bit rate in `output_format`. Errors have ElevenLabs' shape
 """
 
 import re
-from typing import Annotated, Any, Final, Literal, cast
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import msgspec
 from litestar import Request, Response, get, post
@@ -27,6 +28,8 @@ from server.routes.speech_start import SpeechStarter, SpeechStarterDependency, S
 from server.routes.voices import voices_for
 from server.schemas import MAX_NAME, Name, SpeechRequest, VoiceObject
 from shared.settings import Settings
+
+T = TypeVar("T")
 
 _TAGS: Final = ["ElevenLabs"]
 _OUTPUT: Final = re.compile(r"(mp3|pcm|wav|opus|ulaw|alaw)_(\d{1,6})(?:_(\d{1,4}))?", re.IGNORECASE | re.ASCII)
@@ -239,29 +242,65 @@ async def _start(
     starter: SpeechStarter, data: TextToSpeech, voice_id: str, output_format: str | None, request_id: str
 ) -> StartedSpeech:
     """Start the speech. A language or a seed that the model does not know is left out, and named as ignored."""
+    fields = speech_fields(
+        data.text,
+        voice_id,
+        output_format,
+        settings=starter.settings,
+        model_id=data.model_id,
+        language_code=data.language_code,
+        speed=data.voice_settings.speed if data.voice_settings else None,
+        seed=data.seed,
+    )
+    started, ignored = await best_effort(fields, lambda fields: starter.start(fields, request_id))
+    return started.ignoring(*ignored)
+
+
+def speech_fields(
+    text: str,
+    voice_id: str,
+    output_format: str | None,
+    *,
+    settings: Settings,
+    model_id: str | None,
+    language_code: str | None,
+    speed: float | None,
+    seed: int | None,
+) -> SpeechRequest:
+    """A request of ElevenLabs' clients as one of ours."""
     audio_format, rate = _output(output_format)
-    model = unaliased(data.model_id, starter.settings.model_aliases) if data.model_id else None
-    fields = SpeechRequest(
-        input=_BREAK.sub(r"[pause:\1]", data.text),
+    model = unaliased(model_id, settings.model_aliases) if model_id else None
+    return SpeechRequest(
+        input=pauses_of(text),
         model=None if model is None or model.lower().startswith("eleven_") else model,
         voice=voice_id,
         response_format=audio_format,
         sample_rate=rate,
-        language=data.language_code,
-        speed=data.voice_settings.speed if data.voice_settings else None,
-        seed=data.seed,
+        language=language_code,
+        speed=speed,
+        seed=seed,
     )
+
+
+def pauses_of(text: str) -> str:
+    """`text` with our marks of pauses in the place of theirs."""
+    return _BREAK.sub(r"[pause:\1]", text)
+
+
+async def best_effort(fields: SpeechRequest, attempt: Callable[[SpeechRequest], Awaitable[T]]) -> tuple[T, list[str]]:
+    """The result of `attempt`, without the fields that the model does not know; their names in ElevenLabs' API.
+
+    Raises ApiError with ElevenLabs' names of fields.
+    """
     ignored: list[str] = []
     while True:
         try:
-            started = await starter.start(fields, request_id)
+            return await attempt(fields), ignored
         except ApiError as error:
             if error.param not in _BEST_EFFORT or getattr(fields, error.param) is None:
                 raise _in_their_words(error) from None
             ignored.append(_BEST_EFFORT[error.param])
             fields = msgspec.structs.replace(fields, **{error.param: None})
-        else:
-            return started.ignoring(*ignored)
 
 
 def _in_their_words(error: ApiError) -> ApiError:

@@ -18,7 +18,7 @@ from shared.protocol import Finished
 
 Split = Literal["none", "sentence", "clause"]
 
-MAX_WAITING: Final = 16
+MAX_WAITING: Final = 256
 """Utterances of one queue that wait while another one is spoken."""
 
 

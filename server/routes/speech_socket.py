@@ -193,7 +193,7 @@ class SpeechSocket(ABC):
                 if receiving.done():
                     message, receiving = receiving, None
                     self._active_at = time.monotonic()
-                    await self._take(message)
+                    await self._handle(message)
                 elif self._patience_s() == 0 and not self._end.done():
                     await self._on_silence()
         finally:
@@ -202,7 +202,7 @@ class SpeechSocket(ABC):
                 with contextlib.suppress(asyncio.CancelledError, SocketClosedError, ApiError):
                     await receiving
 
-    async def _take(self, message: "asyncio.Task[str]") -> None:
+    async def _handle(self, message: "asyncio.Task[str]") -> None:
         try:
             await self.on_message(message.result())
         except ApiError as error:

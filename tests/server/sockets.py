@@ -11,7 +11,7 @@ import httpx
 import websockets
 
 STREAM: Final = "/v1/audio/speech/stream"
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 20.0
 
 
 class Talk:
