@@ -337,14 +337,18 @@ class Request:
         """How long the reader has taken nothing, though it could have: 0 with credit."""
         return 0.0 if self.unread_since is None else now - self.unread_since
 
-    def holding(self, now: float) -> Holding:
-        """What decides about its slot."""
+    def in_hand_s(self, now: float) -> float:
+        """Audio that was made and that its listener has not heard yet."""
         unheard_s = self.playback.ahead_s(now)
         if self.sink.stalled:
             unheard_s = max(unheard_s, self.sink.unread_bytes / BYTES_PER_S)
+        return self.sink.waiting_bytes / BYTES_PER_S + unheard_s
+
+    def holding(self, now: float) -> Holding:
+        """What decides about its slot."""
         return Holding(
             self.job.id,
-            in_hand_s=self.sink.waiting_bytes / BYTES_PER_S + unheard_s,
+            in_hand_s=self.in_hand_s(now),
             slice_s=now - self._slot_since,
             has_spoken=self.first_audio_at is not None,
         )

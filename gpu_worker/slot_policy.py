@@ -6,23 +6,28 @@ A listener hears a second a second from the first piece on, and nothing while it
 
 - A request that waits for its text makes no audio, so it gives its slot to any other.
 - A newcomer has nothing in hand. It gets a slot from the request with the most, if that one has MIN_IN_HAND_S.
+  If the device does not keep up, and parked requests have less, it need only have more than one of these.
 - A parked request is hungry below HUNGRY_BELOW_S. It gets a slot from a request with RETURN_MARGIN_S more in hand.
-- A hungry request comes after NEWCOMERS_IN_A_ROW newcomers at the latest.
+- A hungry request comes after NEWCOMERS_IN_A_ROW newcomers at the latest. Then it takes a slot from any with more.
 - Other free slots go to the parked request with the least in hand.
 - Until a newcomer has made its first audio, the requests with MIN_IN_HAND_S leave it the device.
+  The others leave it one step, but never two in a row.
 - No request is parked before it has held its slot for MIN_SLICE_S.
 
 It knows neither engines nor messages; see `worker` for these, and `audio_buffer` for the bytes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 import msgspec
 
 MIN_IN_HAND_S: Final = 1.0
-"""A request with less is not parked for a newcomer: it could not be back in its slot before its listener waits."""
+"""A request with less is not parked for a newcomer: it could not be back in its slot before its listener waits.
+
+It leaves a newcomer no two steps in a row, either.
+"""
 
 HUNGRY_BELOW_S: Final = 3.0
 """A parked request with less in hand takes a slot from one with more."""
@@ -58,29 +63,42 @@ class Holding(msgspec.Struct, frozen=True):
         return self.in_hand_s < HUNGRY_BELOW_S
 
 
-def next_to_park(running: Iterable[Holding], waiting: Holding | None) -> Holding | None:
-    """The running request that gives its slot to the parked `waiting`, or to a newcomer (None); None if none does."""
+def next_to_park(
+    running: Iterable[Holding], waiting: Holding | None, *, least_parked_s: float = math.inf, its_turn: bool = False
+) -> Holding | None:
+    """The running request that gives its slot to the parked `waiting`, or to a newcomer (None); None if none does.
+
+    `least_parked_s`: the least audio in hand of a parked request. One that gives its slot to a newcomer has either
+    MIN_IN_HAND_S, or more than that: where listeners wait already, no newcomer waits for all of them.
+    `its_turn`: `waiting` comes after newcomers, for each of which a request may have been parked with as little.
+    """
+    able = (holding for holding in running if holding.slice_s >= MIN_SLICE_S)
+    most = max(able, key=lambda holding: (holding.waits_for_text, holding.in_hand_s), default=None)
+    if most is None or most.waits_for_text:
+        return most
     if waiting is None:
-        needed_s = MIN_IN_HAND_S
+        gives = most.in_hand_s >= MIN_IN_HAND_S or most.in_hand_s > least_parked_s
+    elif its_turn:
+        gives = waiting.is_hungry and most.in_hand_s > waiting.in_hand_s
     else:
-        needed_s = waiting.in_hand_s + RETURN_MARGIN_S if waiting.is_hungry else math.inf
-    able = [
-        holding
-        for holding in running
-        if holding.slice_s >= MIN_SLICE_S and (holding.waits_for_text or holding.in_hand_s >= needed_s)
-    ]
-    return max(able, key=lambda holding: (holding.waits_for_text, holding.in_hand_s), default=None)
+        gives = waiting.is_hungry and most.in_hand_s >= waiting.in_hand_s + RETURN_MARGIN_S
+    return most if gives else None
 
 
-def next_to_wait(running: Sequence[Holding]) -> list[str]:
-    """The jobs with a slot that leave the next steps to a newcomer, until it has made its first audio.
+def next_to_wait(running: Sequence[Holding], waited: Collection[str]) -> list[str]:
+    """The jobs with a slot that leave the next step to a newcomer, until it has made its first audio.
 
-    A step of one job is several times shorter than one of all slots. A newcomer has FIRST_AUDIO_S for it:
-    it may have to wait for something else, such as the encoding of its recording.
+    `waited`: the jobs that the step before it left out. A step of one job is several times shorter than one of all
+    slots, so a listener who has nothing in hand waits for a fraction of a step. A newcomer has FIRST_AUDIO_S for its
+    first audio.
     """
     if all(holding.has_spoken or holding.waits_for_text or holding.slice_s > FIRST_AUDIO_S for holding in running):
         return []
-    return [holding.job_id for holding in running if holding.in_hand_s >= MIN_IN_HAND_S]
+    return [
+        holding.job_id
+        for holding in running
+        if holding.has_spoken and (holding.in_hand_s >= MIN_IN_HAND_S or holding.job_id not in waited)
+    ]
 
 
 def next_to_unpark(parked: Iterable[Holding]) -> Holding | None:

@@ -5,7 +5,7 @@ It asks engines for their figures alone: the Worker parks, unparks and steps.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
@@ -59,6 +59,10 @@ class Slots:
         engine = self._engines().get(model)
         return min(unknown if engine is None else engine.capacity(), self._max_concurrency - len(self.running))
 
+    def has_spare(self, model: str) -> bool:
+        """Whether a request that does not run dry could have a slot: a free one, or that of a request without text."""
+        return self.free(model, unknown=0) > 0 or any(self.waits_for_text(request) for request in self.running.values())
+
     def __iter__(self) -> Iterator[Request]:
         """The requests that are running or parked."""
         yield from self.running.values()
@@ -86,12 +90,12 @@ class Slots:
         """Where a request of the queue can start; None if it has to wait."""
         return self._place(model, None, self.buffer.set_aside(0))
 
-    def place_for_parked(self, request: Request) -> Place | None:
-        """Where a parked request can go on; None if it has to stay parked."""
+    def place_for_parked(self, request: Request, *, its_turn: bool) -> Place | None:
+        """Where a parked request can go on; None if it has to stay parked. `its_turn`: newcomers went before it."""
         if not self._may_grow(request, self.free_bytes()):
             return None
         needed_bytes = self.buffer.set_aside(request.sink.waiting_bytes) - request.parked_bytes
-        return self._place(request.model, request, needed_bytes)
+        return self._place(request.model, request, needed_bytes, its_turn=its_turn)
 
     def next_parked(self, models: Iterable[str]) -> Request | None:
         """The parked request of one of `models` that comes back first."""
@@ -100,11 +104,12 @@ class Slots:
         chosen = next_to_unpark(holding for holding in holdings if not holding.waits_for_text)
         return None if chosen is None else self.parked[chosen.job_id]
 
-    def held_back(self) -> set[str]:
-        """The jobs with a slot that make no audio now.
+    def held_back(self, waited: Collection[str], models: Collection[str]) -> set[str]:
+        """The jobs with a slot that the next step leaves out; `waited` are those that the step before it left out.
 
-        They have enough in the buffer; or they wait for text; or they have some audio in hand, and a newcomer is to
-        make its first.
+        `models` are those whose engines take a step.
+
+        They have enough in the buffer, or wait for text, or a newcomer is to make its first audio.
         """
         free_bytes = self.free_bytes()
         held_back = {
@@ -112,9 +117,9 @@ class Slots:
             for job_id, request in self.running.items()
             if not self._may_grow(request, free_bytes) or self.waits_for_text(request)
         }
-        if any(request.first_audio_at is None for request in self.running.values()):
+        if self._newcomer_can_speak(models):
             now = self._clock()
-            held_back.update(next_to_wait([self._holding(request, now) for request in self.running.values()]))
+            held_back.update(next_to_wait([self._holding(request, now) for request in self.running.values()], waited))
         return held_back
 
     def waits_for_text(self, request: Request) -> bool:
@@ -132,7 +137,24 @@ class Slots:
         with_slot = [request for request in stalled if request.job.id in self.running]
         return max(with_slot or stalled, key=lambda request: request.unread_s(now), default=None)
 
-    def _place(self, model: str, waiting: Request | None, needed_bytes: int) -> Place | None:
+    def _in_hand_of_parked(self, model: str, now: float) -> Iterator[float]:
+        """The seconds in hand of the model's parked requests that could go on."""
+        for request in self.parked.values():
+            if request.model == model and not self.waits_for_text(request):
+                yield request.in_hand_s(now)
+
+    def _newcomer_can_speak(self, models: Collection[str]) -> bool:
+        """Whether a step can bring a request nearer to its first audio, and sooner without the others."""
+        engines = self._engines()
+        for job_id, request in self.running.items():
+            if request.first_audio_at is not None or request.model not in models:
+                continue
+            engine = engines[request.model]
+            if engine.is_faster_alone() and engine.runnable(self.running.keys() - {job_id}):
+                return True
+        return False
+
+    def _place(self, model: str, waiting: Request | None, needed_bytes: int, *, its_turn: bool = False) -> Place | None:
         """A slot of `model` for the parked request `waiting`, or for a newcomer. It takes `needed_bytes` of buffer."""
         free_bytes, capacity = self.free_bytes(), self._engines()[model].capacity()
         if len(self.running) < self._max_concurrency and capacity > 0:
@@ -144,7 +166,14 @@ class Slots:
         of_any_model = capacity > 0
         able = [request for request in self.running.values() if of_any_model or request.model == model]
         holding = None if waiting is None else self._holding(waiting, now)
-        while chosen := next_to_park((self._holding(request, now) for request in able), holding):
+        parked = self._in_hand_of_parked(model, now) if waiting is None else ()
+        least_parked_s = min(parked, default=math.inf)
+        while chosen := next_to_park(
+            (self._holding(request, now) for request in able),
+            holding,
+            least_parked_s=least_parked_s,
+            its_turn=its_turn,
+        ):
             request = self.running[chosen.job_id]
             parked_bytes = self._park_bytes(request)
             gained_bytes = self.buffer.set_aside(request.sink.waiting_bytes)
@@ -155,7 +184,8 @@ class Slots:
         return None
 
     def _holding(self, request: Request, now: float) -> Holding:
-        return msgspec.structs.replace(request.holding(now), waits_for_text=self.waits_for_text(request))
+        holding = request.holding(now)
+        return msgspec.structs.replace(holding, waits_for_text=True) if self.waits_for_text(request) else holding
 
     def _may_grow(self, request: Request, free_bytes: int) -> bool:
         waiting_bytes = request.sink.waiting_bytes

@@ -186,7 +186,7 @@ class Worker:
     # --- commands --------------------------------------------------------------------------------------------------
 
     def _handle_commands(self) -> None:
-        wait_s = 0.0 if self._runnable(self._slots.held_back()) else IDLE_TURN_S
+        wait_s = 0.0 if self._runnable(self._left_out()) else IDLE_TURN_S
         try:
             command = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
             while True:
@@ -437,7 +437,7 @@ class Worker:
         if newcomers_first and self._start_next():
             self._newcomers_in_a_row += 1
             return True
-        if self._unpark_next(hungry=True):
+        if self._unpark_next(hungry=True, its_turn=not newcomers_first):
             self._newcomers_in_a_row = 0
             return True
         return not newcomers_first and self._start_next()
@@ -464,14 +464,18 @@ class Worker:
             request.held_text.clear()
         return True
 
-    def _unpark_next(self, *, hungry: bool) -> bool:
-        """Put the parked request with the least audio in hand into a slot; with `hungry`, only if it runs dry."""
-        if not self._slots.parked:
-            return False
-        request = self._slots.next_parked([model for model in self._residency.engines if self._takes_jobs(model)])
+    def _unpark_next(self, *, hungry: bool, its_turn: bool = False) -> bool:
+        """Put the parked request with the least audio in hand into a slot; with `hungry`, only if it runs dry.
+
+        `its_turn`: newcomers went before it.
+        """
+        models = [model for model in self._residency.engines if self._takes_jobs(model)]
+        if not hungry:
+            models = [model for model in models if self._slots.has_spare(model)]
+        request = self._slots.next_parked(models)
         if request is None or (hungry and not self._slots.is_hungry(request)):
             return False
-        place = self._slots.place_for_parked(request)
+        place = self._slots.place_for_parked(request, its_turn=its_turn)
         if place is None or not self._vacate(place):
             return False
         try:
@@ -684,8 +688,8 @@ class Worker:
         self._control.fail_pending(failed)
 
     def _hold_back(self) -> set[str]:
-        """The jobs that the next step leaves out, because their requests have enough audio in the buffer."""
-        now, held_back = self._clock(), self._slots.held_back()
+        """The jobs that the next step leaves out, now that it begins."""
+        now, held_back = self._clock(), self._left_out()
         for job_id in held_back ^ self._held_back:
             request = self._slots.running.get(job_id)
             if request is not None:
@@ -693,11 +697,19 @@ class Worker:
         self._held_back = held_back
         return held_back
 
+    def _left_out(self) -> set[str]:
+        """The jobs that a step leaves out if it is the next one."""
+        return self._slots.held_back(self._held_back, self._stepped_models())
+
     def _runnable(self, held_back: set[str]) -> list[str]:
-        """The models whose engine has work; a model that ran out of memory waits while idle models are evicted."""
+        """The models whose engine has work."""
+        engines = self._residency.engines
+        return [model for model in self._stepped_models() if engines[model].runnable(held_back)]
+
+    def _stepped_models(self) -> list[str]:
+        """The resident models; one that ran out of memory waits while idle models are evicted."""
         waiting = self._out_of_memory if self._residency.evicting else ()
-        engines = self._residency.engines.items()
-        return [model for model, engine in engines if model not in waiting and engine.runnable(held_back)]
+        return [model for model in self._residency.engines if model not in waiting]
 
     # --- the process -----------------------------------------------------------------------------------------------
 

@@ -183,6 +183,12 @@ class Engine(Protocol):
         `step` need not be called for such a job. Its first utterance begins with the first text that is sure.
         """
 
+    def is_faster_alone(self) -> bool:
+        """True if a step of one job takes much less time than one of all slots.
+
+        Then others may leave a step to a job that has made no audio yet.
+        """
+
     def runnable(self, held_back: Collection[str]) -> bool:
         """True if `step(held_back)` would do work now."""
 

@@ -359,6 +359,9 @@ class EspeakEngine:
         sequence = self._sequences.get(job_id) or self._parked.get(job_id)
         return sequence is not None and sequence.waits
 
+    def is_faster_alone(self) -> bool:
+        return True
+
     def runnable(self, held_back: Collection[str]) -> bool:
         return any(job_id not in held_back and not sequence.waits for job_id, sequence in self._sequences.items())
 

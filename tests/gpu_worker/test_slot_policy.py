@@ -21,6 +21,10 @@ def _running(**in_hand_s: float) -> list[Holding]:
     return [Holding(name, seconds, slice_s=1.0) for name, seconds in in_hand_s.items()]
 
 
+FRESH = Holding("fresh", 0.0, slice_s=0.01, has_spoken=False)
+"""A newcomer."""
+
+
 class TestPark:
     """The request that gives up its slot."""
 
@@ -35,12 +39,29 @@ class TestPark:
         assert next_to_park(_running(a=0.0, b=MIN_IN_HAND_S - 0.01), None) is None
         assert next_to_park(_running(a=MIN_IN_HAND_S), None) is not None
 
+    def test_listeners_wait_already(self) -> None:
+        """Where a parked request has less, a newcomer gets the slot of the one with the most, as little as that is."""
+        slots = _running(a=0.3, b=0.2)
+        chosen = next_to_park(slots, None, least_parked_s=0.1)
+        assert chosen is not None
+        assert chosen.job_id == "a"
+        assert next_to_park(slots, None, least_parked_s=0.3) is None
+        assert next_to_park(_running(a=0.0, b=0.0), None, least_parked_s=0.0) is None
+
     def test_for_a_hungry_one(self) -> None:
         """A parked request that runs dry needs a request with RETURN_MARGIN_S more."""
         hungry = Holding("h", 1.0)
         assert next_to_park(_running(a=0.9 + RETURN_MARGIN_S), hungry) is None
         chosen = next_to_park(_running(a=1.0 + RETURN_MARGIN_S), hungry)
         assert chosen is not None
+
+    def test_its_turn(self) -> None:
+        """After some newcomers, a parked request that runs dry takes a slot from any that has more."""
+        hungry = Holding("h", 1.0)
+        assert next_to_park(_running(a=1.0), hungry, its_turn=True) is None
+        chosen = next_to_park(_running(a=1.1), hungry, its_turn=True)
+        assert chosen is not None
+        assert next_to_park(_running(a=9.0), Holding("h", HUNGRY_BELOW_S), its_turn=True) is None
 
     def test_for_one_with_enough(self) -> None:
         """A parked request that has enough takes no slot from another."""
@@ -60,16 +81,39 @@ class TestWait:
     """Requests that leave the device to a newcomer."""
 
     def test_until_its_first_audio(self) -> None:
-        """Requests with some audio in hand wait while a newcomer has made none; others go on with it."""
+        """Requests with some audio in hand wait while a newcomer has made none; others leave it a step, but not two."""
         comfortable, needy = _running(a=MIN_IN_HAND_S, b=MIN_IN_HAND_S / 2)
-        fresh = Holding("fresh", 0.0, slice_s=0.01, has_spoken=False)
-        assert next_to_wait([comfortable, needy, fresh]) == ["a"]
-        assert next_to_wait([comfortable, needy]) == []
+        assert next_to_wait([comfortable, needy, FRESH], ()) == ["a", "b"]
+        assert next_to_wait([comfortable, needy, FRESH], ["a", "b"]) == ["a"]
+        assert next_to_wait([comfortable, needy], ()) == []
 
     def test_not_for_ever(self) -> None:
         """A newcomer that waits for something else, such as its recording, holds back no other for long."""
         slow = Holding("slow", 0.0, slice_s=FIRST_AUDIO_S + 0.01, has_spoken=False)
-        assert next_to_wait([*_running(a=9.0), slow]) == []
+        assert next_to_wait([*_running(a=9.0), slow], ()) == []
+
+    @given(
+        st.lists(st.floats(0, 5), min_size=1, max_size=8),
+        st.lists(st.booleans(), min_size=20, max_size=60),
+        st.floats(0.01, 0.1),
+    )
+    def test_nobody_waits_past_its_margin(self, in_hand_s: list[float], newcomers: list[bool], step_s: float) -> None:
+        """However many newcomers come, requests with a margin keep it, and one with less is in every other step.
+
+        Each step takes as long as it may where the device keeps up: every second one makes more than is heard.
+        """
+        margins, waited = dict(enumerate(in_hand_s)), set[str]()
+        lowest = {number: min(margin, MIN_IN_HAND_S) - 2 * step_s for number, margin in margins.items()}
+        for newcomer in newcomers:
+            running = [Holding(str(number), margin) for number, margin in margins.items()]
+            left_out = set(next_to_wait([*running, FRESH] if newcomer else running, waited))
+            assert FRESH.job_id not in left_out
+            for number, margin in margins.items():
+                if str(number) in left_out:
+                    assert margin >= MIN_IN_HAND_S or str(number) not in waited
+                margins[number] = margin - step_s + (0 if str(number) in left_out else 2 * step_s)
+                assert margins[number] >= lowest[number] - 1e-9
+            waited = left_out
 
 
 class TestUnpark:

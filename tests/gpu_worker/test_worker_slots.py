@@ -94,6 +94,23 @@ class TestParking:
         _turn(bench, turns)
         assert bench.words("short") == "x"
 
+    def test_all_are_heard_late(self, make_bench: MakeBench) -> None:
+        """If a parked request has run dry, a newcomer speaks at once, and the others go on after it."""
+        bench = _bench(make_bench)
+        bench.speak("first", LONG)
+        _turn(bench, 10)
+        bench.speak("second", LONG)
+        _turn(bench)
+        assert _state(bench, "first") is RequestState.PARKED
+        bench.engines["m"].word_s = TURN_S + 0.01  # the device no longer keeps up with two
+        bench.clock.advance(9)
+        _turn(bench, 3)
+        bench.speak("short", "x")
+        _turn(bench)
+        assert bench.words("short") == "x"
+        bench.settle()
+        assert bench.words("first") == bench.words("second") == LONG
+
     @pytest.mark.parametrize("ms", range(20))
     def test_time_passes_meanwhile(self, make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, ms: int) -> None:
         """A newcomer whose slot is no longer to be had when it should start stays in the queue."""
@@ -190,6 +207,57 @@ class TestParking:
         _turn(bench, 5)
         assert _state(bench, "m1") is RequestState.RUNNING
         assert bench.kinds("n2") == []
+
+
+class TestFirstAudio:
+    """Steps that are left to newcomers."""
+
+    def test_alone(self, make_bench: MakeBench) -> None:
+        """A newcomer's first step is its own; the others are in the next one, however many newcomers come."""
+        bench = _bench(make_bench, slots=3)
+        engine = bench.engines["m"]
+        bench.speak("long", LONG)
+        bench.turn()
+        for number in range(8):
+            bench.speak(f"short{number}", "x y z")
+            engine.batch_sizes.clear()
+            bench.turn()
+            assert bench.words(f"short{number}") == "x"
+            assert engine.batch_sizes == {1: 1}
+            bench.turn()
+            assert engine.batch_sizes[2] == 1
+            bench.cancel(f"short{number}")
+        assert len(bench.words("long").split()) == 9
+
+    def test_nobody_runs_dry(self, make_bench: MakeBench) -> None:
+        """A listener hears no gap, though a newcomer comes in every turn."""
+        bench = _bench(make_bench, slots=2)
+        bench.speak("long", LONG)
+        _turn(bench, 5)
+        (long,) = bench.worker._slots.running.values()
+        for number in range(300):
+            bench.speak(f"short{number}", "x")
+            _turn(bench)
+        assert long.playback.underrun_s == 0.0
+        bench.settle()
+        assert bench.words("long") == LONG
+
+    def test_only_where_it_helps(self, make_bench: MakeBench) -> None:
+        """Neither a newcomer that cannot speak yet nor one on a device that is no faster for it has others wait."""
+        bench = _bench(make_bench, slots=2)
+        engine = bench.engines["m"]
+        engine.muted.add("mute")
+        bench.speak("long", LONG)
+        _turn(bench, 10)
+        bench.speak("mute", "mute")
+        _turn(bench, 5)
+        assert len(bench.words("long").split()) == 15
+        bench.cancel("mute")
+        engine.is_faster_alone = lambda: False  # type: ignore[method-assign] # a GPU
+        bench.speak("short", "x")
+        _turn(bench)
+        assert bench.words("short") == "x"
+        assert len(bench.words("long").split()) == 16
 
 
 class TestEnds:

@@ -166,6 +166,10 @@ class SpeakingEngine:
     def _words_of(self, job_id: str) -> deque[str]:
         return self._words[job_id] if job_id in self._words else self._parked.get(job_id, deque())
 
+    def is_faster_alone(self) -> bool:
+        """Others leave a step to a newcomer."""
+        return True
+
     def runnable(self, stalled: Collection[str]) -> bool:
         """Whether any job is neither stalled nor muted."""
         return bool(self._able(stalled))

@@ -48,6 +48,10 @@ class FakeEngine:
         """Never asked."""
         raise AssertionError(job)
 
+    def is_faster_alone(self) -> bool:
+        """Never asked."""
+        raise AssertionError
+
     def runnable(self, stalled: Collection[str]) -> bool:
         """Nothing to do."""
         return bool(stalled) and False
