@@ -220,8 +220,8 @@ class ControlHandler:
     def _dispatch(self, caller: _Caller, call: Call, payload: bytes | None) -> Reply | None:
         """Carry out the action; None if the answer comes later."""
         match call.action:
-            case LoadModel(model=model):
-                self._load(caller, model)
+            case LoadModel(model=model, keep_alive_s=keep_alive_s):
+                self._load(caller, model, keep_alive_s)
             case UnloadModel(model=model):
                 self._unload(caller, model)
             case PinModel(model=model, pinned=pinned):
@@ -298,9 +298,9 @@ class ControlHandler:
         self._pending.append(_PendingWrite(caller, write))
         return None
 
-    def _load(self, caller: _Caller, model: str) -> None:
+    def _load(self, caller: _Caller, model: str, keep_alive_s: float | None) -> None:
         self._check_model(model)
-        self._residency.load(model)
+        self._residency.load(model, keep_alive_s)
         # The later of a load and an unload wins.
         self._fail(_PendingUnload, model, JobError("model_busy", f"{model} was to be loaded meanwhile", param="model"))
         self._pending.append(_PendingLoad(caller, model))

@@ -255,9 +255,10 @@ class Ping(Message, frozen=True, kw_only=True):
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Load a model, or restore it from host RAM."""
+    """Load a model, or restore it from host RAM. `keep_alive_s` is as in Speak, from now on."""
 
     model: str
+    keep_alive_s: float | None = None
 
 
 class UnloadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):

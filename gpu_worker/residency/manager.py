@@ -148,12 +148,15 @@ class Residency:
 
     # --- admin calls -------------------------------------------------------------------------------------------------
 
-    def load(self, model: str) -> None:
-        """Make the model resident; done when its status says "resident", or with a Refusal."""
+    def load(self, model: str, keep_alive_s: float | None = None) -> None:
+        """Make the model resident; done when its status says "resident", or with a Refusal.
+
+        `keep_alive_s` is as in `release`.
+        """
         entry = self._entries[model]
         self._enqueue(entry)
         entry.requested = None if entry.state is ModelState.RESIDENT and not entry.broken else "load"
-        entry.keep_alive_s = None
+        entry.keep_alive_s = keep_alive_s
         self._changed = self._changed or entry.wanted
         self._touch(entry)
 

@@ -15,7 +15,7 @@ from server.engine import EngineClient, cached_catalog
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.streaming import cancel_on_disconnect
-from server.resolution import resolve_model, unaliased
+from server.resolution import keep_alive_s, resolve_model, unaliased
 from server.version import VERSION
 from shared.protocol import (
     Action,
@@ -45,6 +45,13 @@ _CLEANUP_TIMEOUT_S: Final = 60.0
 _MIB: Final = 1024 * 1024
 
 ModelAction = Literal["load", "unload", "pin", "unpin"]
+KeepAlive = Annotated[
+    str | None,
+    QueryParameter(
+        description="With `load`: how long the model stays after its last use, as in a speech request: seconds, `5m`, "
+        "`0`, or `-1` for ever. Without it, as configured."
+    ),
+]
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,9 +226,11 @@ async def move_model(
     action: Annotated[ModelAction, PathParameter(description="What to do with the model.")],
     engine: EngineDependency,
     settings: SettingsDependency,
+    *,
+    keep_alive: KeepAlive = None,
 ) -> ModelStatus:
     """Load, unload, pin or unpin a model, and answer with its state afterwards. A busy model is not unloaded (409)."""
-    return await _move(request, model_id, action, engine, settings)
+    return await _move(request, model_id, action, engine, settings, keep_alive=keep_alive)
 
 
 @post("/models/{owner:str}/{name:str}/{action:str}", include_in_schema=False, status_code=200)
@@ -233,18 +242,27 @@ async def move_model_of_hub(
     action: FromPath[ModelAction],
     engine: EngineDependency,
     settings: SettingsDependency,
+    keep_alive: KeepAlive = None,
 ) -> ModelStatus:
     """The same by Hugging Face id, which contains a slash."""
-    return await _move(request, f"{owner}/{name}", action, engine, settings)
+    return await _move(request, f"{owner}/{name}", action, engine, settings, keep_alive=keep_alive)
 
 
 async def _move(
-    request: Request[Any, Any, Any], name: str, action: ModelAction, engine: EngineClient, settings: Settings
+    request: Request[Any, Any, Any],
+    name: str,
+    action: ModelAction,
+    engine: EngineClient,
+    settings: Settings,
+    *,
+    keep_alive: str | None,
 ) -> ModelStatus:
+    if keep_alive and action != "load":
+        raise ApiError("invalid_value", "keep_alive: only `load` takes it.", param="keep_alive")
     catalog, snapshot = cached_catalog(engine)
     model = resolve_model(unaliased(name, settings.model_aliases), catalog, snapshot.default_model).id
     actions: dict[ModelAction, Action] = {
-        "load": LoadModel(model=model),
+        "load": LoadModel(model=model, keep_alive_s=keep_alive_s(keep_alive or None)),
         "unload": UnloadModel(model=model),
         "pin": PinModel(model=model, pinned=True),
         "unpin": PinModel(model=model, pinned=False),

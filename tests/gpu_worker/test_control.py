@@ -63,6 +63,11 @@ class TestLoad:
         assert bench.result_of(LoadModel(model="m")).model.state == "resident"
         assert bench.states() == {"m": "offloaded"}
 
+    def test_for_a_while(self, bench: WorkerBench) -> None:
+        """A load says how long the model stays; a later one without it means: as configured."""
+        assert bench.result_of(LoadModel(model="m", keep_alive_s=60.0)).model.keep_alive_s == 60.0
+        assert bench.result_of(LoadModel(model="m")).model.keep_alive_s is None
+
     def test_unknown_and_unavailable(self, bench: WorkerBench) -> None:
         """A model that cannot be loaded fails the call like a request."""
         failed = bench.result_of(LoadModel(model="x"))

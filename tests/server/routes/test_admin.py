@@ -174,6 +174,25 @@ async def test_moving_a_model(
     assert worker.of(Call)[-1].action == action
 
 
+@pytest.mark.parametrize(("given", "seconds"), [("5m", 300.0), ("-1", -1.0), ("0", 0.0), ("", None)])
+async def test_loading_for_a_while(
+    client: httpx.AsyncClient, worker: FakeWorker, given: str, seconds: float | None
+) -> None:
+    """An admin says how long a model stays, in the words of a speech request."""
+    worker.on_call = lambda call, _payload: Reply(id=call.id, model=ModelStatus(id=CUSTOM, state="resident"))
+    answer = await client.post(f"/admin/models/{CUSTOM}/load?keep_alive={given}")
+    assert answer.status_code == 200
+    assert worker.of(Call)[-1].action == LoadModel(model=CUSTOM, keep_alive_s=seconds)
+
+
+@pytest.mark.parametrize(("action", "given"), [("load", "soon"), ("pin", "5m")])
+async def test_a_wrong_keep_alive(client: httpx.AsyncClient, worker: FakeWorker, action: str, given: str) -> None:
+    """A time that is none is refused, and so is one that would have no effect."""
+    answer = await client.post(f"/admin/models/{CUSTOM}/{action}?keep_alive={given}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "keep_alive")
+    assert not worker.of(Call)
+
+
 async def test_a_busy_model_is_not_unloaded(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """The worker's refusal is a 409."""
     worker.on_call = lambda call, _payload: Failed(id=call.id, code="model_busy", message="it speaks")
