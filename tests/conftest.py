@@ -22,7 +22,8 @@ BESIDE_OTHERS: Final = {
 """System tests that measure neither time nor memory closely: another service may run beside theirs."""
 
 ENGINE: Final = Path(__file__).parent / "gpu_worker" / "engines" / "qwen"
-LONGEST: Final = ("system", "engine", str(SYSTEM))
+BROWSER: Final = Path(__file__).parent / "browser"
+LONGEST: Final = ("system", "engine", "browser", str(SYSTEM))
 """The order of the groups that take minutes, and of the files that take half a minute."""
 
 PROCESS_OF: Final[dict[str, str]] = {}
@@ -76,10 +77,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def group_of(path: Path) -> str:
     """The tests of a group run in one process.
 
-    No service may run beside one that is measured. The tests of the engine share models and official runs.
+    No service may run beside one that is measured. The tests of the engine share models and official runs,
+    those of the page a browser and its services.
     """
     if path.is_relative_to(SYSTEM) and path.name not in BESIDE_OTHERS:
         return "system"
+    if path.is_relative_to(BROWSER):
+        return "browser"
     return "engine" if path.is_relative_to(ENGINE) else str(path)
 
 

@@ -23,6 +23,7 @@ function newId() {
  */
 export class Speech {
   blob = null;
+  audioId = null; // of stored speech
   #abort = new AbortController();
   #parts = [];
   #audio;
@@ -38,7 +39,7 @@ export class Speech {
   /** Ask for the speech and play it. It ends when the last byte has come, was stopped, or failed. */
   async run() {
     const began = performance.now();
-    const polling = this.#poll();
+    this.#poll();
     try {
       const answer = await send("v1/audio/speech", {
         method: "POST",
@@ -47,15 +48,13 @@ export class Speech {
         signal: this.#abort.signal,
       });
       this.rate = Number(answer.headers.get("x-sample-rate"));
+      this.audioId = answer.headers.get("x-audio-url")?.split("/").at(-2) ?? null;
       this.#set({ model: answer.headers.get("x-model"), ignored: answer.headers.get("x-ignored") });
       await this.#receive(answer, began);
       await this.#complete("done");
     } catch (error) {
       if (error.name === "AbortError") await this.#complete("stopped");
       else await this.#fail(error);
-    } finally {
-      clearTimeout(this.timer);
-      await polling;
     }
   }
 

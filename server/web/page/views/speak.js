@@ -10,6 +10,7 @@ import { Replay } from "../replay.js";
 import { SettingsForm } from "../settings_form.js";
 import { Speech } from "../speech.js";
 import { strings } from "../strings.js";
+import { problemsOf } from "../submit.js";
 import { html, Shared, useEffect, useRef, useShared, useState } from "../ui.js";
 
 const words = strings.speak;
@@ -64,14 +65,6 @@ function Manuscript({ problem, busy, onSpeak, onStop }) {
   </section>`;
 }
 
-/** The words about a failure, by the field that is at fault; "" is for no field of this form. */
-function problemsOf(error) {
-  if (!error) return {};
-  const field = error.field in EMPTY ? error.field : "";
-  const wait = error.retryAfter ? ` ${strings.errors.retryIn(error.retryAfter)}` : "";
-  return { [field]: error.message + wait };
-}
-
 export function View() {
   const fields = useShared(draft);
   useShared(models);
@@ -93,7 +86,7 @@ export function View() {
     const next = new Speech(requestOf(draft.value, model), audio);
     await show(next);
     if (current.value === next) setBusy(false);
-    setProblems(problemsOf(next.state.value.error));
+    setProblems(problemsOf(next.state.value.error, Object.keys(EMPTY), strings.errors));
     await keep(next);
   };
   const replay = (kept) => {

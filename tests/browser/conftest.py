@@ -1,0 +1,161 @@
+"""The page in Debian's Chromium, driven by Playwright, against real services that speak with espeak-ng."""
+
+import contextlib
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from tests.system.browser import CHROMIUM
+from tests.system.service import Service, running_service
+
+KEY: Final = "api-key-of-the-test"
+ADMIN_KEY: Final = "admin-key-of-the-test"
+TIMEOUT_MS: Final = 45_000
+"""A busy machine takes seconds for what takes milliseconds."""
+
+_OPTIONS: Final = (
+    *("--mute-audio", "--disable-gpu", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+)
+_WATCH: Final = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation",
+    event => violations.push(`${event.violatedDirective} ${event.blockedURI}`));
+"""
+
+
+@pytest.fixture(scope="session")
+def open_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service without keys."""
+    with running_service(tmp_path_factory.mktemp("open")) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def keyed_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with keys of both kinds, which wants a consent with every clone."""
+    keys = {"API_KEYS": KEY, "ADMIN_KEYS": ADMIN_KEY, "REQUIRE_CONSENT": "true"}
+    with running_service(tmp_path_factory.mktemp("keyed"), **keys) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed (Debian: chromium)")
+    expect.set_options(timeout=TIMEOUT_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*_OPTIONS])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page of a profile of its own, and everything in it that no page should do."""
+
+    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
+        self.context = browser.new_context(permissions=["microphone"], accept_downloads=True, **options)
+        self.context.set_default_timeout(TIMEOUT_MS)
+        self.context.add_init_script(_WATCH)
+        self.url = url
+        self.errors: list[str] = []
+        self.requested: list[str] = []
+        self.page: Page = self.context.new_page()
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
+        self.page.on("request", lambda request: self.requested.append(request.url))
+
+    def _note(self, message: ConsoleMessage) -> None:
+        # The browser itself reports every refusal of the API, which a test may provoke.
+        if message.type in {"error", "warning"} and not message.text.startswith("Failed to load resource"):
+            self.errors.append(message.text)
+
+    def open(self, view: str = "speak") -> Page:
+        """Show a view, once the lists have come."""
+        self.page.goto(f"{self.url}#/{view}")
+        self.page.locator("select[name=model], main h1 + .actions").first.wait_for()
+        return self.page
+
+    def check(self) -> None:
+        """Nothing was wrong: no violation of the policy, no error, no request to another host."""
+        assert self.page.evaluate("violations") == []
+        assert self.errors == []
+        assert [url for url in self.requested if not url.startswith((self.url, "blob:" + self.url, "data:"))] == []
+
+
+OpenTab = Callable[..., Tab]
+
+
+@pytest.fixture
+def tab(open_service: Service, browser: Browser) -> Iterator[OpenTab]:
+    """Open a tab of a new profile; at the end each is checked and closed."""
+    tabs: list[Tab] = []
+
+    def opened(url: str | None = None, **options: Any) -> Tab:
+        tabs.append(Tab(browser, url or open_service.url + "/", **options))
+        return tabs[-1]
+
+    yield opened
+    for each in tabs:
+        each.check()
+        each.context.close()
+
+
+class _Forwarding(BaseHTTPRequestHandler):
+    """Passes everything below /tts on to the service, as a stream, and refuses the rest. It adds no header."""
+
+    port: int
+    protocol_version = "HTTP/1.1"
+
+    def _forward(self) -> None:
+        if not self.path.startswith("/tts/"):
+            self.send_error(404)
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        upstream.request(self.command, self.path.removeprefix("/tts"), body or None, dict(self.headers))
+        answer = upstream.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in {"transfer-encoding", "connection", "date", "server"}:
+                self.send_header(name, value)
+        self.send_header("connection", "close")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the browser has left
+            while piece := answer.read1(65_536):
+                self.wfile.write(piece)
+        upstream.close()
+        self.close_connection = True
+
+    do_GET = do_POST = do_DELETE = _forward  # noqa: N815 -- the names of the standard library
+
+    def log_message(self, *_arguments: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="session")
+def below_a_path(keyed_service: Service) -> Iterator[str]:
+    """The URL of the service with keys behind a small proxy that shows it below /tts/."""
+    handler = type("Forwarding", (_Forwarding,), {"port": keyed_service.port})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{proxy.server_address[1]}/tts/"
+        proxy.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def recording(open_service: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of a few seconds, as a WAV file."""
+    file = tmp_path_factory.mktemp("recording") / "grandma.wav"
+    text = "This is my grandmother, who tells a story about the sea and about the winter."
+    file.write_bytes(open_service.speech(text, response_format="wav", stream=False).content)
+    return file
