@@ -6,7 +6,7 @@ strict decoding to refuse.
 
 | The field is | taken as well |
 |---|---|
-| optional | an empty string, white space or null: the field is absent |
+| optional | an empty string, white space (unless it is `VERBATIM`) or null: the field is absent |
 | a number | the number in quotes; 42.0 for a whole number |
 | true or false | "true" and "false", in any case |
 | one of several words | any case, with white space around it |
@@ -24,6 +24,9 @@ import msgspec.inspect as mi
 
 TRIMMED: Final = {"trimmed": True}
 """`Meta(extra=TRIMMED)`: white space around the string means nothing."""
+
+VERBATIM: Final = {"verbatim": True}
+"""`Meta(extra=VERBATIM)`: a string of white space, and an empty one, are values of this optional field."""
 
 _NUMBER: Final = re.compile(r"[+-]?(?P<whole>[0-9]{1,40})(?:\.(?P<fraction>[0-9]{0,40}))?(?:[eE][+-]?[0-9]{1,3})?")
 _BOOLEANS: Final = {"true": True, "false": False}
@@ -92,6 +95,7 @@ class _Rule:
         self._optional = not field.required
         self._absent = extra.get("absent")
         self._trimmed = extra.get("trimmed", False)
+        self._verbatim = extra.get("verbatim", False)
         self._is_string = any(isinstance(kind, mi.StrType) for kind in kinds)
         self._is_boolean = any(isinstance(kind, mi.BoolType) for kind in kinds)
         self._is_fraction = any(isinstance(kind, mi.FloatType) for kind in kinds)
@@ -130,7 +134,7 @@ class _Rule:
 
     def _of_string(self, text: str) -> Any:
         trimmed = text.strip()
-        if not trimmed and self._optional:
+        if not trimmed and self._optional and not self._verbatim:
             return msgspec.UNSET
         if self._words:
             text = self._words.get(trimmed.casefold(), text)

@@ -19,8 +19,9 @@ from server.engine import Chunk
 from server.http.errors import ApiError
 from server.http.json_bodies import JsonDecoder
 from server.http.json_socket import close_code
+from server.http.leniency import VERBATIM
 from server.routes.elevenlabs import VoiceId, VoiceSettings, best_effort, pauses_of, speech_fields
-from server.routes.live_speech import SentenceStart, Utterance
+from server.routes.live_speech import PartStart, Utterance
 from server.routes.speech_socket import IDLE_S, SpeechSocket
 from server.routes.speech_start import SpeechPlan
 from server.schemas import Name
@@ -69,7 +70,7 @@ class StreamInput(InputMessage, frozen=True, kw_only=True):
 class ContextInput(InputMessage, frozen=True, kw_only=True):
     """A message of multi-stream-input; an empty text is a sign of life."""
 
-    text: str | None = None
+    text: Annotated[str, Meta(extra=VERBATIM)] | None = None
     context_id: Annotated[str, Meta(max_length=200)] | None = None
     close_context: bool | None = None
     close_socket: bool | None = None
@@ -152,7 +153,7 @@ class _Context:
             self._last.end()
 
     def _add(self) -> Utterance:
-        utterance = Utterance(self._plan, self._socket.next_request_id(), "sentence")
+        utterance = Utterance(self._plan, self._socket.next_request_id())
         self._queue.add(utterance)
         return utterance
 
@@ -160,7 +161,7 @@ class _Context:
         async with aclosing(utterance.speak()) as spoken:
             async for part in spoken:
                 match part:
-                    case SentenceStart(_, started) if self._encoder is None:
+                    case PartStart(_, started) if self._encoder is None:
                         self._encoder = started.encoder(streaming=True)
                     case Chunk() if self._encoder is not None:
                         await self._send(self._encoder.feed(part.pcm, part.rate))

@@ -9,21 +9,26 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from server.engine import Chunk
+from server.engine import Chunk, Speech
 from server.http.errors import ApiError
 from server.routes.speech_response import failure_of, finished_of
 from server.routes.speech_start import SpeechPlan, StartedSpeech
-from server.text import SentenceSplitter
+from server.text import GrowingText, Pause, SentenceSplitter, is_ssml, may_become_ssml
+from shared.pcm import bytes_for
 from shared.protocol import Finished
+from shared.text import is_speakable
 
 Split = Literal["none", "sentence", "clause"]
 
 MAX_WAITING: Final = 256
 """Utterances of one queue that wait while another one is spoken."""
 
+_SILENCE_S: Final = 0.64
+"""The longest piece of a pause."""
+
 
 @dataclass(frozen=True)
-class SentenceStart:
+class PartStart:
     """The engine has the next part of the utterance; its chunks follow. `text` is what is known of it so far."""
 
     text: str
@@ -31,17 +36,60 @@ class SentenceStart:
 
 
 @dataclass(frozen=True)
-class SentenceEnd:
+class PartEnd:
     """All chunks of the part have come."""
 
     finished: Finished
 
 
-Spoken = SentenceStart | Chunk | SentenceEnd
+Spoken = PartStart | Chunk | PartEnd
+
+
+class _Part:
+    """A request to the engine. An open one has begun before its text is complete."""
+
+    def __init__(self, text: str = "", *, is_open: bool, pause_ms: int = 0) -> None:
+        self.text = text
+        self.is_open = is_open
+        self.ended = not is_open
+        self.pause_ms = pause_ms
+        """The silence behind an open part."""
+        self.speech: Speech | None = None
+
+    @property
+    def can_start(self) -> bool:
+        return self.ended or is_speakable(self.text)
+
+    def append(self, text: str) -> None:
+        self.text += text
+        if self.speech is not None:
+            self.speech.append(text)
+
+    def end(self, pause_ms: int = 0) -> None:
+        self.ended = True
+        self.pause_ms = pause_ms
+        if self.speech is not None:
+            self.speech.end_text()
+
+    async def start(self, plan: SpeechPlan, request_id: str) -> StartedSpeech:
+        if not self.is_open:
+            return await plan.start(self.text, request_id)
+        if self.ended and not is_speakable(self.text):
+            pause_ms, self.pause_ms = self.pause_ms, 0
+            return await plan.start(f"[pause:{pause_ms}ms]", request_id)
+        started = plan.start_open(self.text, request_id)
+        self.speech = started.speech
+        if self.ended:
+            self.speech.end_text()
+        return started
 
 
 class Utterance:
-    """A text in pieces, and its speech. With `split`, each sentence or clause is a request of its own."""
+    """A text in pieces, and its speech. With a `split`, each sentence or clause is a part of its own.
+
+    Without one, the engine gets each piece when it comes, and a pause mark begins another part.
+    Markdown, SSML and Qwen3-TTS's layout of whole texts need all of the text first.
+    """
 
     def __init__(self, plan: SpeechPlan, request_id: str, split: Split = "none") -> None:
         self.plan = plan
@@ -49,59 +97,109 @@ class Utterance:
         """True if its text is complete."""
         self._request_id = request_id
         self._splitter = SentenceSplitter(split) if split != "none" else None
+        self._growing = GrowingText(plan.pronunciations())
+        self._kind: Literal["undecided", "whole", "split", "growing"] = "undecided"
+        self._beginning = ""
+        """The text while it is undecided how it is spoken; all of it if it is spoken as a whole."""
         self._length = 0
-        self._sentences: deque[str] = deque()
+        self._parts: deque[_Part] = deque()
+        self._last: _Part | None = None
+        """The open part, if its text goes on."""
         self._news = asyncio.Event()
 
     def append(self, text: str) -> None:
-        """Take more text. Raises ApiError: it has become too long, or no text can have such a character."""
+        """Take more text. Raises ApiError: it has become too long, or no text can have such a character or pause."""
         limit = self.plan.starter.settings.max_input_chars
         self._length += len(text)
         if self._length > limit:
             raise ApiError("invalid_value", f"text: an utterance has at most {limit} characters.", param="text")
         if "\0" in text:
             raise ApiError("invalid_value", "text: contains a null character.", param="text")
-        if text:
-            self._sentences.extend(self._splitter.feed(text) if self._splitter else [text])
-            self._news.set()
+        if self._kind == "undecided":
+            text = self._beginning = self._beginning + text
+            self._kind = self._kind_of(text)
+        elif self._kind == "whole":
+            self._beginning += text
+        self._take(text)
 
     def end(self) -> None:
         """Its text is complete."""
-        if self._splitter and (rest := self._splitter.rest()):
-            self._sentences.append(rest)
+        if self._kind == "undecided" and self._beginning.strip():
+            self._kind = "split" if self._splitter else "growing"
+            self._take(self._beginning)
+        if self._kind == "whole":
+            self._parts.append(_Part(self._beginning, is_open=False))
+        elif self._kind == "split" and self._splitter and (rest := self._splitter.rest()):
+            self._parts.append(_Part(rest, is_open=False))
+        elif self._kind == "growing":
+            self._grow(self._growing.rest())
+            self._end_part()
         self.ended = True
         self._news.set()
 
     async def speak(self) -> AsyncGenerator[Spoken]:
         """What is spoken, while it is made. Raises ApiError. Close the iterator to stop the speech at once."""
         number = 0
-        async for text in self._texts():
-            started = await self.plan.start(text, f"{self._request_id}-{number}")
+        while (part := await self._next_part()) is not None:
+            started = await part.start(self.plan, f"{self._request_id}-{number}")
             number += 1
             try:
-                yield SentenceStart(text, started)
+                yield PartStart(part.text, started)
                 while (chunk := await started.speech.chunk()) is not None:
                     yield chunk
-                yield SentenceEnd(finished_of(started.speech))
+                for silence in _silence(part.pause_ms):
+                    yield silence
+                yield PartEnd(finished_of(started.speech))
             except BaseException as error:
                 started.speech.abort(failure_of(error))
                 raise
 
-    async def _texts(self) -> AsyncGenerator[str]:
-        """The texts of the requests."""
-        while self._splitter and not (self.ended and not self._sentences):
-            if self._sentences:
-                yield self._sentences.popleft()
-            else:
-                await self._wait()
-        while not self.ended:
-            await self._wait()
-        if whole := "".join(self._sentences).strip():
-            yield whole
+    def _kind_of(self, text: str) -> Literal["undecided", "whole", "split", "growing"]:
+        form = self.plan.input_format
+        if form == "ssml" or (form == "auto" and is_ssml(text)):
+            return "whole"
+        if not text.strip() or (form == "auto" and may_become_ssml(text)):
+            return "undecided"
+        if self._splitter:
+            return "split"
+        return "whole" if form == "markdown" or self.plan.data.non_streaming_mode else "growing"
 
-    async def _wait(self) -> None:
-        self._news.clear()
-        await self._news.wait()
+    def _take(self, text: str) -> None:
+        if self._kind == "split" and self._splitter:
+            self._parts.extend(_Part(sentence, is_open=False) for sentence in self._splitter.feed(text))
+        elif self._kind == "growing":
+            self._grow(self._growing.feed(text))
+        self._news.set()
+
+    def _grow(self, items: list[str | Pause]) -> None:
+        for item in items:
+            if isinstance(item, Pause):
+                self._end_part(item.ms)
+            elif self._last is not None:
+                self._last.append(item)
+            else:
+                self._last = _Part(item, is_open=True)
+                self._parts.append(self._last)
+
+    def _end_part(self, pause_ms: int = 0) -> None:
+        if self._last is None and pause_ms:
+            self._last = _Part(is_open=True)
+            self._parts.append(self._last)
+        if self._last is not None:
+            self._last.end(pause_ms)
+            self._last = None
+
+    async def _next_part(self) -> _Part | None:
+        while True:
+            if self._parts and self._parts[0].can_start:
+                part = self._parts.popleft()
+                if part.text.strip() or part.pause_ms:
+                    return part
+            elif self.ended:
+                return None
+            else:
+                self._news.clear()
+                await self._news.wait()
 
 
 class UtteranceQueue:
@@ -119,6 +217,11 @@ class UtteranceQueue:
         self._waiting: deque[Utterance] = deque()
         self._current: Utterance | None = None
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """True while there is an utterance, complete or not."""
+        return self._current is not None or bool(self._waiting)
 
     @property
     def busy(self) -> bool:
@@ -155,3 +258,9 @@ class UtteranceQueue:
             self._current = None
         self._task = None
         self._idle()
+
+
+def _silence(pause_ms: int) -> list[Chunk]:
+    whole, rest = divmod(bytes_for(pause_ms / 1000), bytes_for(_SILENCE_S))
+    silence = bytes(bytes_for(_SILENCE_S))
+    return [Chunk(silence, None)] * whole + [Chunk(silence[:rest], None)] * bool(rest)

@@ -12,7 +12,8 @@ from server.audio import Encoder
 from server.engine import Chunk
 from server.http.errors import ApiError, ErrorBody, envelope
 from server.http.json_bodies import JsonDecoder
-from server.routes.live_speech import SentenceEnd, SentenceStart, Utterance
+from server.http.leniency import VERBATIM
+from server.routes.live_speech import PartEnd, PartStart, Utterance
 from server.routes.speech_socket import SpeechSocket
 from server.schemas import ALIASES, SpeechRequest
 from shared.pcm import SAMPLE_RATE
@@ -83,7 +84,7 @@ class ResponseError(msgspec.Struct, frozen=True, kw_only=True, tag_field="type",
 class _Event(msgspec.Struct, kw_only=True):
     type: str
     sequence: Annotated[int, Meta(ge=0)] | None = None
-    text: Annotated[str, Meta(min_length=1)] | None = None
+    text: Annotated[str, Meta(min_length=1, extra=VERBATIM)] | None = None
 
 
 _START: Final = JsonDecoder(RequestStart, ALIASES | {"instruction": "instructions"})
@@ -155,7 +156,7 @@ class _NariSocket(SpeechSocket):
         plan = await self.starter().plan(
             msgspec.structs.replace(data, api_key=None, response_format="pcm", timestamps=None, store=None)
         )
-        self._utterance = Utterance(plan, self.request_id, "sentence")
+        self._utterance = Utterance(plan, self.request_id)
         self.configured = True
         await self.send(RequestConfigured(request_id=self.request_id))
 
@@ -181,12 +182,12 @@ class _NariSocket(SpeechSocket):
         async with aclosing(utterance.speak()) as spoken:
             async for part in spoken:
                 match part:
-                    case SentenceStart(_, started) if encoder is None:
+                    case PartStart(_, started) if encoder is None:
                         encoder = started.encoder(streaming=True)
                         await self.send(ResponseStarted(request_id=self.request_id))
                     case Chunk() if encoder is not None:
                         await self._send_audio(encoder.feed(part.pcm, part.rate))
-                    case SentenceEnd(finished):
+                    case PartEnd(finished):
                         reason = finished.reason
         await self._send_audio(encoder.finish() if encoder else b"")
         await self._finish_response(reason)

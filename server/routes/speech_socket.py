@@ -146,9 +146,9 @@ class SpeechSocket(ABC):
     # --- the end of the service --------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """End when everything is said whose text has come."""
+        """End when everything is said, also what is still being written."""
         self._draining = True
-        if not self.busy:
+        if not any(queue.running for queue in self._queues):
             self._finish(GOING_AWAY, "the service is shutting down")
 
     def cut_off(self) -> None:

@@ -27,9 +27,9 @@ from server.http.errors import ApiError
 from server.http.keys import Caller
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
-from server.text import EVERY_LANGUAGE, PreparedSegment, Pronunciations, load_pronunciations, prepare
+from server.text import EVERY_LANGUAGE, InputFormat, PreparedSegment, Pronunciations, load_pronunciations, prepare
 from shared.pcm import SAMPLE_RATE
-from shared.protocol import SavedVoice, Speak, new_speak_id
+from shared.protocol import SavedVoice, Segment, Speak, new_speak_id
 from shared.settings import Settings
 
 _SHORT_INPUT: Final = 500
@@ -87,14 +87,37 @@ class SpeechPlan:
         """The content type of the audio."""
         return CONTENT_TYPES[self.audio_format]
 
+    @property
+    def input_format(self) -> InputFormat:
+        """How its texts are read."""
+        return self.data.input_format or self.starter.settings.input_format
+
+    def pronunciations(self) -> list[Pronunciations]:
+        """The tables of respelled words, an earlier one before a later one."""
+        return self.starter.pronunciations(self.data, self.resolved)
+
     async def start(self, text: str, request_id: str) -> StartedSpeech:
         """Let the engine speak `text`. Raises ApiError."""
-        segments = await self.starter.prepare(text, self.data, self.resolved)
-        speak = self._speak(segments, request_id)
+        segments = await self._prepare(text)
+        speak = self._speak([segment.to_struct() for segment in segments], request_id)
         speakable = any(segment.text for segment in segments)
         engine = self.starter.engine
+        speech = engine.speak(speak, self.reference) if speakable else silent_speech(speak, engine)
+        return self._started(speech, text, segments)
+
+    def start_open(self, text: str, request_id: str) -> StartedSpeech:
+        """Let the engine speak `text`, which goes on with `Speech.append` until `Speech.end_text`. Raises ApiError.
+
+        Nothing is prepared: a growing text is plain (server/text/growing.py).
+        """
+        speak = self._speak([Segment(text=text)], request_id)
+        layout = False if self.resolved.model.sampling else None
+        speak = msgspec.structs.replace(speak, open=True, non_streaming_mode=layout)
+        return self._started(self.starter.engine.speak(speak, self.reference), text, [])
+
+    def _started(self, speech: Speech, text: str, segments: list[PreparedSegment]) -> StartedSpeech:
         return StartedSpeech(
-            speech=engine.speak(speak, self.reference) if speakable else silent_speech(speak, engine),
+            speech=speech,
             text=text,
             timestamps=bool(self.data.timestamps),
             segments=segments,
@@ -104,7 +127,18 @@ class SpeechPlan:
             speed=self.data.speed or 1.0,
         )
 
-    def _speak(self, segments: list[PreparedSegment], request_id: str) -> Speak:
+    async def _prepare(self, text: str) -> list[PreparedSegment]:
+        """The segments of `text`. A long text is prepared in a thread: 4,000 brackets in Markdown take 80 ms."""
+        prepared = functools.partial(
+            prepare,
+            text,
+            self.input_format,
+            pronunciations=self.pronunciations(),
+            max_chars=_LONGER * self.starter.settings.max_input_chars,
+        )
+        return prepared() if len(text) <= _SHORT_INPUT else await asyncio.to_thread(prepared)
+
+    def _speak(self, segments: list[Segment], request_id: str) -> Speak:
         data, resolved = self.data, self.resolved
         return Speak(
             id=new_speak_id(request_id),
@@ -112,7 +146,7 @@ class SpeechPlan:
             limits=self.starter.caller.limits,
             model=resolved.model.id,
             task=resolved.model.task,
-            segments=[segment.to_struct() for segment in segments],
+            segments=segments,
             credit=INITIAL_CREDIT,
             voice=resolved.voice,
             saved_voice=resolved.saved_voice,
@@ -165,20 +199,13 @@ class SpeechStarter:
             reference=reference,
         )
 
-    async def prepare(self, text: str, data: SpeechRequest, resolved: Resolved) -> list[PreparedSegment]:
-        """The segments of `text`. A long text is prepared in a thread: 4,000 brackets in Markdown take 80 ms."""
+    def pronunciations(self, data: SpeechRequest, resolved: Resolved) -> list[Pronunciations]:
+        """The tables of respelled words for a request, an earlier one before a later one."""
         service = load_pronunciations(self.settings.pronunciations)
         tables = [Pronunciations(data.pronunciations)] if data.pronunciations else []
         tables += [table for name, table in service.items() if name != EVERY_LANGUAGE and resolved.speaks(name)]
         tables += [table for name, table in service.items() if name == EVERY_LANGUAGE]
-        prepared = functools.partial(
-            prepare,
-            text,
-            data.input_format or self.settings.input_format,
-            pronunciations=tables,
-            max_chars=_LONGER * self.settings.max_input_chars,
-        )
-        return prepared() if len(text) <= _SHORT_INPUT else await asyncio.to_thread(prepared)
+        return tables
 
     async def _resolve(self, data: SpeechRequest) -> Resolved:
         catalog, snapshot = cached_catalog(self.engine)

@@ -17,7 +17,7 @@ from server.audio import Encoder
 from server.engine import Chunk
 from server.http.errors import ApiError
 from server.http.json_bodies import JsonDecoder
-from server.routes.live_speech import SentenceEnd, SentenceStart, Split, Utterance
+from server.routes.live_speech import PartEnd, PartStart, Split, Utterance
 from server.routes.speech_response import MAX_WHOLE_BYTES
 from server.routes.speech_socket import SpeechSocket
 from server.routes.speech_start import SpeechPlan
@@ -281,7 +281,7 @@ class _StreamSocket(SpeechSocket):
         async with aclosing(utterance.speak()) as spoken:
             async for part in spoken:
                 match part:
-                    case SentenceStart(text, started):
+                    case PartStart(text, started):
                         encoder = started.encoder(streaming=utterance.streams)
                         pcm_bytes = 0
                         start = AudioStart(
@@ -300,7 +300,7 @@ class _StreamSocket(SpeechSocket):
                             message = "stream_audio: too much speech for one frame; stream it."
                             raise ApiError("invalid_value", message, param="stream_audio")
                         await self._send_audio(encoder.feed(part.pcm, part.rate) if encoder else b"")
-                    case SentenceEnd(finished):
+                    case PartEnd(finished):
                         await self._send_audio(encoder.finish() if encoder else b"")
                         await self._send_done(finished)
                         sentences += 1

@@ -3,6 +3,7 @@
 Pure functions: no I/O, no model and no audio. Outsiders import the names below, never a module of the package.
 """
 
+from server.text.growing import GrowingText
 from server.text.preparation import InputFormat, PreparedSegment, prepare
 from server.text.pronunciations import (
     EVERY_LANGUAGE,
@@ -14,18 +15,24 @@ from server.text.pronunciations import (
     reload_pronunciations,
 )
 from server.text.sentences import Granularity, SentenceSplitter
+from server.text.spans import Pause
+from server.text.ssml import is_ssml, may_become_ssml
 
 __all__ = [
     "EVERY_LANGUAGE",
     "Granularity",
+    "GrowingText",
     "InputFormat",
+    "Pause",
     "PreparedSegment",
     "Pronunciations",
     "PronunciationsError",
     "Respelling",
     "SentenceSplitter",
     "Word",
+    "is_ssml",
     "load_pronunciations",
+    "may_become_ssml",
     "prepare",
     "reload_pronunciations",
 ]

@@ -28,6 +28,11 @@ _BOUNDARIES: Final[dict[Granularity, re.Pattern[str]]] = {
 }
 
 
+def end_of_last_sentence(text: str) -> int:
+    """The number of characters of the sentences of `text` that are complete for certain."""
+    return max((match.end() for match in _BOUNDARIES["sentence"].finditer(text)), default=0)
+
+
 class SentenceSplitter:
     """Cuts a growing text into sentences or clauses; a part without a letter or digit joins the next one."""
 

@@ -20,6 +20,7 @@ MIN_RATE: Final = 0.25
 MAX_RATE: Final = 4.0
 
 _BEGINNING: Final = re.compile(r"[\ufeff\s]*(?=<speak[\s/>]|<\?xml\s[^>]{0,200}>\s*<speak[\s/>])")
+_LONGEST_PROLOGUE: Final = 250
 _WORDS_AND_SPACE: Final = re.compile(r"[ \t\r\n]+|[^ \t\r\n]+")
 _REFERENCE: Final = re.compile(r"&(?:\w{1,10}|#\d{1,10}|#x[0-9a-fA-F]{1,10});")
 _DURATION: Final = re.compile(pauses.DURATION, re.IGNORECASE)
@@ -34,6 +35,14 @@ _SPELLED: Final = {"characters", "spell-out"}
 def is_ssml(text: str) -> bool:
     """True if `text` begins as an SSML document does."""
     return _BEGINNING.match(text) is not None
+
+
+def may_become_ssml(text: str) -> bool:
+    """True if more text could make an SSML document of `text`, which is none yet."""
+    begun = text.lstrip("\ufeff \t\r\n")
+    if begun.startswith("<?xml"):
+        return len(begun) <= _LONGEST_PROLOGUE
+    return "<speak".startswith(begun) or "<?xml".startswith(begun)
 
 
 def read_ssml(source: str) -> list[Span | Pause]:

@@ -10,6 +10,9 @@ from typing import Any, Final
 import httpx
 import websockets
 
+from shared.protocol import Append, Speak
+from tests.fakes import FakeWorker, text_of
+
 STREAM: Final = "/v1/audio/speech/stream"
 PATIENCE_S: Final = 20.0
 
@@ -45,6 +48,14 @@ class Talk:
             while True:
                 heard.append(await self.hear())
         return heard, self.socket.close_code or 0, self.socket.close_reason or ""
+
+
+def said(worker: FakeWorker) -> list[str]:
+    """The text of each request, with what was appended to it."""
+    texts = {speak.id: text_of(speak) for speak in worker.of(Speak)}
+    for piece in worker.of(Append):
+        texts[piece.id] += piece.text
+    return list(texts.values())
 
 
 def is_a(message: Any, kind: str) -> bool:

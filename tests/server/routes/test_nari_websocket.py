@@ -10,7 +10,7 @@ from server.routes.nari_websocket import PROTOCOL
 from shared.protocol import Cancel, Failed, Speak
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SHARED_LOOP, Serve, becomes
-from tests.server.sockets import Talk, audio, is_a, talk
+from tests.server.sockets import Talk, audio, is_a, said, talk
 
 pytestmark = SHARED_LOOP
 
@@ -33,7 +33,7 @@ def end(sequence: int) -> dict[str, Any]:
     return {"type": "input_text.end", "sequence": sequence}
 
 
-async def test_a_request(client: httpx.AsyncClient) -> None:
+async def test_a_request(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Greeting, configuration, acknowledgements, pcm and the end, each event as documented; then a normal close."""
     async with nari(client) as socket:
         assert socket.socket.subprotocol == PROTOCOL
@@ -42,12 +42,13 @@ async def test_a_request(client: httpx.AsyncClient) -> None:
         assert created["audio"] == {"encoding": "pcm_s16le", "sample_rate": 24_000, "channels": 1}
         await socket.say(START | {"response_format": "pcm16", "instruct": ""})
         assert is_a(await socket.hear(), "request.configured")
-        await socket.say(append(0, "Hello. "), append(1, "You?"), end(2))
+        await socket.say(append(0, "Hello."), append(1, " "), append(2, "You?"), end(3))
         heard, code, _ = await socket.end()
-    acks = [(message["event"], message["sequence"]) for message in heard if is_a(message, "input_text.ack")]
-    assert acks == [("input_text.append", 0), ("input_text.append", 1), ("input_text.end", 2)]
+    acks = [(message["event"][11:], message["sequence"]) for message in heard if is_a(message, "input_text.ack")]
+    assert acks == [("append", 0), ("append", 1), ("append", 2), ("end", 3)]
     assert [message["type"] for message in heard if isinstance(message, dict)].count("response.started") == 1
-    assert audio(heard) == b"".join(tone("Hello.", 3) + tone("You?", 3))
+    assert said(worker) == ["Hello. You?"]
+    assert audio(heard)[: 3 * 3840] == b"".join(tone("Hello.", 3))
     done = heard[-1]
     assert (done["type"], done["stop_reason"], code) == ("response.done", "stop", 1000)
     assert done["audio_chunks"] == sum(isinstance(message, bytes) for message in heard)

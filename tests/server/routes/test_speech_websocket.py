@@ -11,9 +11,9 @@ from server.http import json_socket
 from server.routes import live_speech, speech_socket
 from shared.protocol import Cancel, Failed, Speak
 from tests.audio import decode
-from tests.fakes import FakeWorker, text_of, tone
+from tests.fakes import FakeWorker, tone
 from tests.server.running import HANDSHAKE, SHARED_LOOP, Serve, becomes
-from tests.server.sockets import STREAM, Talk, audio, is_a, talk
+from tests.server.sockets import STREAM, Talk, audio, is_a, said, talk
 
 pytestmark = SHARED_LOOP
 
@@ -42,18 +42,19 @@ async def test_two_utterances_over_one_socket(client: httpx.AsyncClient, worker:
         assert (await configured(socket, voice="alloy"))["sample_rate"] == 24_000
         await socket.say(text("Hello "), text("there."), COMMIT)
         start, *pcm, done, committed = await socket.until("input.committed")
-        assert start["sentence_text"] == "Hello there."
+        assert start["sentence_text"] == "Hello "
         assert (start["utterance_index"], start["sentence_index"]) == (0, 0)
         assert (start["format"], start["sample_rate"], start["channels"]) == ("pcm", 24_000, 1)
-        assert audio(pcm) == b"".join(tone("Hello there.", 3))
+        assert audio(pcm) == b"".join(tone("Hello ", 3) + tone("there.", 3))
         assert (done["total_bytes"], done["finish_reason"], done["error"]) == (len(audio(pcm)), "stop", False)
-        assert done["usage"]["output_tokens"] == 3
+        assert done["usage"]["output_tokens"] == 6
         assert (committed["segment_index"], committed["segment_sentences"], committed["total_sentences"]) == (0, 1, 1)
         await socket.say(text("Again."), DONE, CLOSE)
         heard, code, _ = await socket.end()
         assert heard[0]["utterance_index"] == 1
         assert (heard[-1]["type"], heard[-1]["total_sentences"], code) == ("session.done", 1, 1000)
-    assert {speak.voice for speak in worker.of(Speak)} == {worker.of(Speak)[0].voice}
+    assert said(worker) == ["Hello there.", "Again."]
+    assert len({(speak.voice, speak.open) for speak in worker.of(Speak)}) == 1
 
 
 async def test_an_utterance_without_text_is_nothing(client: httpx.AsyncClient) -> None:
@@ -82,8 +83,72 @@ async def test_each_sentence_is_spoken_when_it_is_complete(
         heard = [*first, *await socket.until("session.done")]
     spoken = [message["sentence_text"] for message in heard if is_a(message, "audio.start")]
     assert spoken == (parts or ["One,", "two.", "It is 3.14!", "四。", "end"])
-    assert [text_of(speak) for speak in worker.of(Speak)] == spoken
+    assert said(worker) == spoken
     assert audio(heard) == b"".join(piece for part in spoken for piece in tone(part, 3))
+
+
+async def test_speech_begins_with_the_first_word(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Its audio comes before the next word is sent; pieces join where they were cut."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(text("  "), text("Hel"))
+        start = await socket.hear()
+        first = await socket.hear()
+        assert (start["sentence_text"], len(first)) == ("  Hel", 3840)
+        await socket.say(text("lo, w"), text("orld"), text(""), text("!"), DONE)
+        await socket.until("session.done")
+    assert said(worker) == ["  Hello, world!"]
+
+
+async def test_pauses_in_a_growing_text(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """A mark is a pause however it is cut, and what only begins like one is text."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(*(text(piece) for piece in ("One [", "pau", "se:1", "s] two [paus", "e] three [", "x")), DONE)
+        heard = await socket.until("session.done")
+    assert said(worker) == ["One ", " two [pause] three [x"]
+    first = heard[: [is_a(message, "audio.done") for message in heard].index(True)]
+    assert len(audio(first)) == 3 * 3840 + 48_000
+    assert audio(first).endswith(bytes(48_000))
+    assert heard[-1]["total_sentences"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces", "expected"),
+    [
+        (
+            {"pronunciations": {"nginx": "engine X"}},
+            ["I like ng", "inx. Do ", "you, nginx"],
+            ["I like engine X. Do you, engine X"],
+        ),
+        ({"input_format": "markdown"}, ["**Well", "** done"], ["Well done"]),
+        ({}, ["<", "speak>Well <break", " time='1ms'/>done</speak>"], ["Well done"]),
+        ({"input_format": "text"}, ["<", "speak>"], ["<speak>"]),
+        ({}, ["<", "b>"], ["<b>"]),
+        ({}, ["<spea"], ["<spea"]),
+    ],
+    ids=["pronunciations", "markdown", "ssml", "text", "no ssml", "beginning"],
+)
+async def test_texts_that_are_read(
+    client: httpx.AsyncClient, worker: FakeWorker, fields: dict[str, Any], pieces: list[str], expected: list[str]
+) -> None:
+    """Respellings, Markdown and SSML mean what they mean in a whole text."""
+    async with talk(client) as socket:
+        await configured(socket, **fields)
+        await socket.say(*(text(piece) for piece in pieces), DONE)
+        await socket.until("session.done")
+    assert said(worker) == expected
+
+
+async def test_the_layout_of_whole_texts(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """Qwen3-TTS gets a growing text in its streaming layout; non_streaming_mode asks for the whole text first."""
+    async with talk(client) as socket:
+        for layout in (None, True):
+            await configured(socket, model="qwen3-tts-0.6b-customvoice", non_streaming_mode=layout)
+            await socket.say(text("Well "), text("done."), DONE)
+            await socket.until("session.done")
+    assert said(worker) == ["Well done."] * 2
+    assert [(speak.open, speak.non_streaming_mode) for speak in worker.of(Speak)] == [(True, False), (False, True)]
 
 
 async def test_every_part_is_a_file(client: httpx.AsyncClient) -> None:
@@ -128,7 +193,7 @@ async def test_cancel_stops_at_once(client: httpx.AsyncClient, worker: FakeWorke
         await socket.say(text("Four."), DONE)
         assert (await socket.hear())["sentence_text"] == "Four."
         await socket.until("session.done")
-    assert [text_of(speak) for speak in worker.of(Speak)] == ["One.", "Four."]
+    assert said(worker) == ["One.", "Four."]
 
 
 async def test_a_client_that_leaves_ends_its_speech(client: httpx.AsyncClient, worker: FakeWorker) -> None:
@@ -201,8 +266,10 @@ async def test_text_that_cannot_be_taken_ends_the_socket(
         data = json.dumps(message, ensure_ascii=False) if isinstance(message, dict) else message
         await socket.say(text("Before. "), data)
         heard, got, _ = await socket.end()
-        assert (heard[-1]["code"], got) == (code, close)
-    assert not worker.of(Speak)
+        (error,) = [message for message in heard if is_a(message, "error")]
+        assert (error["code"], got) == (code, close)
+        assert heard[-1] == error or heard[-1]["error"]
+    await becomes(lambda: not worker.busy)
 
 
 async def test_too_many_mistakes_and_utterances(client: httpx.AsyncClient, worker: FakeWorker) -> None:
