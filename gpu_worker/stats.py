@@ -177,6 +177,7 @@ class Stats:
         voices: list[SavedVoice],
         requests: Iterable[Request],
         caches: Caches,
+        open_sockets: int = 0,
         preloading: Sequence[str] = (),
     ) -> Snapshot:
         """The state of the worker now.
@@ -201,6 +202,7 @@ class Stats:
             queued=queued,
             slots=slots,
             buffered=sum(request.state in {RequestState.PARKED, RequestState.DRAINING} for request in streams),
+            open_sockets=open_sockets,
             waiting_for_text=sum(request.waits_since is not None for request in streams),
             stalled=sum(request.shown_state(now) == "stalled" for request in streams),
             audio_buffer=BufferMemory(used_bytes=buffer.used_bytes, budget_bytes=buffer.budget_bytes),

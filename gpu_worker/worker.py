@@ -132,6 +132,8 @@ class Worker:
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._outcomes = Outcomes()
         self._caches = Caches(lambda: residency.engines, voices)
+        self._open_sockets: dict[bytes, int] = {}
+        """By peer, as its last Ping has said."""
         self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
         self._newcomers_in_a_row = 0
         self._held_back: set[str] = set()  # the jobs that the last step left out
@@ -220,8 +222,9 @@ class Worker:
         match message:
             case Hello():
                 self._send(peer, self._welcome(), None)
-            case Ping(caches=counts):
+            case Ping(caches=counts, open_sockets=sockets):
                 self._caches.record(peer, counts)
+                self._open_sockets[peer] = sockets
                 snapshot = self._snapshot()
                 self._send(peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot), None)
             case Speak():
@@ -337,6 +340,7 @@ class Worker:
     def _forget_peer(self, peer: bytes) -> None:
         self._control.forget(peer)
         self._caches.forget(peer)
+        self._open_sockets.pop(peer, None)
         gone = SpeechError(code="internal_error", message="the web worker that answered the request is gone")
         for request in [request for request in self._open.values() if request.peer == peer]:
             self._finish(request, Cancelled(gone))
@@ -739,6 +743,7 @@ class Worker:
             requests=self._open.values(),
             preloading=self._residency.preloading,
             caches=self._caches,
+            open_sockets=sum(self._open_sockets.values()),
         )
 
     def _begin_drain(self, deadline_s: float) -> None:

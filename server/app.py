@@ -59,6 +59,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
         raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
     url = settings.worker_url
     load_pronunciations(settings.pronunciations)
+    open_sockets = OpenSockets()
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
@@ -76,6 +77,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
                 settings.worker_token,
                 timeout_s=settings.worker_timeout_s,
                 cache_counts=web_caches.counts,
+                open_sockets=lambda: open_sockets.count,
                 on_emptied=web_caches.on_emptied,
             ) as engine,
         ):
@@ -103,7 +105,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
                 "settings": settings,
                 "keyring": load_keyring(settings),
                 "stopping": asyncio.Event(),
-                "open_sockets": OpenSockets(),
+                "open_sockets": open_sockets,
             }
         ),
         lifespan=[lifespan],

@@ -22,7 +22,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 10
+VERSION: Final = 11
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -249,9 +249,11 @@ class Ping(Message, frozen=True, kw_only=True):
     """Ask for a Pong. The synthesis loop answers, not the socket's thread, so a Pong proves that the loop is alive.
 
     `caches`: how often the web worker has found something in its own caches since it started, and how often not.
+    `open_sockets` is the number of its WebSockets.
     """
 
     caches: dict[CacheName, CacheCounts] = {}
+    open_sockets: int = 0
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -649,6 +651,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     `buffered` ones hold none: their audio is complete or enough for now, and waits for its readers.
     `stalled`, of those with a slot and those without: the reader has taken nothing for 10 s.
     `waiting_for_text`, of both kinds: open ones that can go on only with more text.
+    `open_sockets` are the WebSockets of all web workers.
     It is sent several times a second, so `model_stats` has active models alone and `streams` the oldest few.
     `restarts` is the number of workers that the supervisor started before this one.
     """
@@ -678,6 +681,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     model_stats: dict[str, ModelStats] = {}
     streams: list[StreamState] = []
     waiting_for_text: int = 0
+    open_sockets: int = 0
     performance: dict[str, list[WindowPerformance]] = {}
     """By model, of those that did something in the last hour; a window each for PERFORMANCE_MINUTES."""
 

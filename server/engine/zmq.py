@@ -79,9 +79,12 @@ class ZmqEngineClient:
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
         cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
+        open_sockets: Callable[[], int] = int,
         on_emptied: Callable[[CacheName], None] = lambda _name: None,
     ) -> None:
         """`cache_counts`: the figures of the caches of this web worker, but the catalogue's.
+
+        `open_sockets`: the number of its WebSockets.
 
         `on_emptied` is called with the name of each of them that an admin has emptied, by whichever web worker.
         """
@@ -102,6 +105,7 @@ class ZmqEngineClient:
         self._ping_out = False
         self._ticked_at = 0.0
         self._cache_counts = cache_counts
+        self._open_sockets = open_sockets
         self._on_emptied = on_emptied
         self._catalog_hits = self._catalog_misses = 0
         self._news = asyncio.Event()
@@ -245,7 +249,8 @@ class ZmqEngineClient:
         if not self._ping_out:
             self._pinged_at = self._clock()
             catalog = CacheCounts(self._catalog_hits, self._catalog_misses)
-            self._ping_out = self._connection.send(Ping(caches={**self._cache_counts(), "catalog": catalog}))
+            caches = {**self._cache_counts(), "catalog": catalog}
+            self._ping_out = self._connection.send(Ping(caches=caches, open_sockets=self._open_sockets()))
 
     def _on_lost(self) -> None:
         if self._connected:

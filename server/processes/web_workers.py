@@ -44,6 +44,9 @@ EXIT_FAILED: Final = 1
 _SERVING_AFTER_S: Final = 0.3
 """After the application's start, granian surely listens for signals."""
 
+_STOP_MARGIN_S: Final = 2.0
+"""The part of the drain timeout that is left when WebSockets must close; the main process then kills web workers."""
+
 _PARENT_POLL_S: Final = 0.5
 _ORPHAN_GRACE_S: Final = 5.0
 """The time of an orphaned web worker to end its streams; the GPU worker is gone as well."""
@@ -199,13 +202,13 @@ def _load(
     """The application of this web worker. It keeps `beat` fresh once it serves, and ends with the main process."""
     threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
     application = create()
-    application.app.on_startup.append(partial(_on_startup, beat, application.app.state.stopping))
+    application.app.on_startup.append(partial(_on_startup, beat, application))
     application.app.on_startup.append(reaper(application).start)
     application.app.on_startup.append(HeapTrimmer(application.open_requests).start)
     return application
 
 
-async def _on_startup(beat: ctypes.c_double, stopping: asyncio.Event) -> None:
+async def _on_startup(beat: ctypes.c_double, application: HttpMiddleware) -> None:
     loop = asyncio.get_running_loop()
 
     def keep_fresh() -> None:
@@ -214,26 +217,33 @@ async def _on_startup(beat: ctypes.c_double, stopping: asyncio.Event) -> None:
 
     def serving() -> None:
         keep_fresh()
-        threading.Thread(target=_take_one_sigterm, args=(loop, stopping), name="sigterm", daemon=True).start()
+        threading.Thread(target=_take_one_sigterm, args=(loop, application), name="sigterm", daemon=True).start()
 
     loop.call_later(_SERVING_AFTER_S, serving)
 
 
-def _take_one_sigterm(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
-    """Let the event loop have the first SIGTERM, and no other: at a second one granian 2.8.7 stops for ever.
+def _take_one_sigterm(loop: asyncio.AbstractEventLoop, application: HttpMiddleware) -> None:
+    """Let granian have the first SIGTERM, and no other: at a second one granian 2.8.7 stops for ever.
 
     systemd, for one, sends SIGTERM to every process of a service, and the main process sends another one.
-    `stopping` is set as well, for responses that have no end of their own: granian waits for them.
     """
     signal.sigwait({signal.SIGTERM})
+    asyncio.run_coroutine_threadsafe(_stop(application), loop)
 
-    def deliver() -> None:
-        stopping.set()
+
+async def _stop(application: HttpMiddleware) -> None:
+    """Let WebSockets end, which granian would close at once; then granian may stop.
+
+    `stopping` ends responses that have no end of their own: granian waits for them.
+    """
+    state = application.app.state
+    state.stopping.set()
+    try:
+        await application.open_sockets.drain(max(0.0, state.settings.drain_timeout_s - _STOP_MARGIN_S))
+    finally:
         signal.raise_signal(signal.SIGTERM)
         _unblock_sigterm()
         _block_sigterm()
-
-    loop.call_soon_threadsafe(deliver)
 
 
 def _end_with_parent(parent: int) -> None:

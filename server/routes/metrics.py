@@ -85,6 +85,10 @@ def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
         "tts_requests_buffered", "Requests without a slot whose speech waits for them.", [((), snapshot.buffered)]
     )
     yield _gauge("tts_requests_stalled", "Requests whose client has read nothing for 10 s.", [((), snapshot.stalled)])
+    yield _gauge(
+        "tts_requests_waiting_for_text", "Requests that go on with more text alone.", [((), snapshot.waiting_for_text)]
+    )
+    yield _gauge("tts_websockets", "WebSockets that are open.", [((), snapshot.open_sockets)])
     yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
 
 

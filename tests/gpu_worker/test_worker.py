@@ -2,6 +2,7 @@
 
 import pytest
 
+from gpu_worker.transport import PeerGone
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import (
     VERSION,
@@ -177,6 +178,15 @@ class TestSnapshot:
         assert isinstance(welcome, Welcome)
         assert (welcome.version, welcome.boot_id, welcome.catalog) == (VERSION, "boot-1", bench.specs)
         assert welcome.snapshot.boot_id == "boot-1"
+
+    def test_the_sockets_of_all_web_workers(self, make_bench: MakeBench) -> None:
+        """Each says how many it has; those of one that is gone do not count."""
+        bench = loaded(make_bench({"m": 100}))
+        for peer, count in ((b"web-3", 3), (OTHER, 1), (OTHER, 2)):
+            bench.send(Ping(open_sockets=count), peer=peer)
+        assert bench.snapshot().open_sockets == 5
+        bench.inbox.put(PeerGone(b"web-3"))
+        assert bench.snapshot().open_sockets == 2
 
     def test_ping(self, make_bench: MakeBench) -> None:
         """The loop itself answers a Ping, with everything that dashboards read."""

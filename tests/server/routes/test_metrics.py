@@ -65,7 +65,7 @@ CACHES = [
 def worker(worker: FakeWorker) -> FakeWorker:
     """A worker with figures."""
     models = [*worker.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
-    figures = {"running": 2, "queued": 1, "buffered": 4, "stalled": 3, "restarts": 3}
+    figures = {"running": 2, "queued": 1, "buffered": 4, "stalled": 3, "restarts": 3, "open_sockets": 6}
     worker.snapshot = msgspec.structs.replace(
         worker.snapshot, models=models, model_stats=MODEL_STATS, caches=CACHES, **figures
     )
@@ -113,6 +113,8 @@ async def test_worker(samples: Samples) -> None:
     assert _value(samples, "tts_requests_queued") == 1
     assert _value(samples, "tts_requests_buffered") == 4
     assert _value(samples, "tts_requests_stalled") == 3
+    assert _value(samples, "tts_requests_waiting_for_text") == 0
+    assert _value(samples, "tts_websockets") == 6
     assert _value(samples, "tts_slots") == 8
 
 

@@ -1,5 +1,6 @@
 """WS /v1/audio/speech/stream: the messages of both dialects, in order; what ends a socket, and with which code."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -7,12 +8,14 @@ import httpx
 import pytest
 import websockets
 
+from server.app import create_app
 from server.http import json_socket
 from server.routes import live_speech, speech_socket
 from shared.protocol import Cancel, Failed, Speak
+from shared.settings import Settings
 from tests.audio import decode
 from tests.fakes import FakeWorker, tone
-from tests.server.running import HANDSHAKE, SHARED_LOOP, Serve, becomes
+from tests.server.running import HANDSHAKE, SHARED_LOOP, Serve, becomes, listening, responds, until
 from tests.server.sockets import STREAM, Talk, audio, is_a, said, talk
 
 pytestmark = SHARED_LOOP
@@ -421,3 +424,29 @@ async def test_the_number_of_sockets_of_an_address(serve: Serve) -> None:
             async with talk(client):
                 pass
     assert refused.value.response.status_code == 429
+
+
+async def test_the_end_of_the_service(worker: FakeWorker) -> None:
+    """Quiet sockets close at once, speech ends first, and what is still being written is cut off in the end."""
+    app = create_app(Settings(worker_url=worker.url))
+    async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url) as client:
+        await until(lambda: responds(client, "/ready"))
+        async with talk(client) as quiet, talk(client) as speaking, talk(client) as writing:
+            for socket in (quiet, speaking, writing):
+                await configured(socket)
+            worker.hold = True
+            await speaking.say(text("Hello."), DONE)
+            await writing.say(text("Hello"))
+            await becomes(lambda: worker.busy == 2)
+            draining = asyncio.create_task(app.open_sockets.drain(1.0))
+            assert await quiet.end() == ([], 1001, "the service is shutting down")
+            assert await responds(client, "/health")
+            assert (await client.post("/v1/audio/speech", json={"input": "Hello."})).status_code == 503
+            worker.hold = False
+            heard, code, _ = await speaking.end()
+            assert (heard[-1]["type"], code) == ("session.done", 1001)
+            heard, code, _ = await writing.end()
+            assert (heard[-2]["code"], heard[-1]["error"], code) == ("shutting_down", True, 1001)
+            await draining
+            assert app.open_sockets.count == 0
+    await becomes(lambda: not worker.busy)
