@@ -90,8 +90,12 @@ def test_it_plays_while_it_is_made(tab: OpenTab, open_service: Service) -> None:
     expect(wave).to_have_attribute("aria-valuenow", "2.00")
     page.get_by_role("button", name="Play", exact=True).click()
     reaches(page, 2.1)
+    page.get_by_role("link", name="Voices").click()
+    page.get_by_role("heading", name="Voices", exact=True).wait_for()
+    page.get_by_role("link", name="Speak", exact=True).click()
     page.get_by_role("button", name="Stop").click()
     phase(page, "stopped")
+    expect(page.get_by_role("button", name="Speak", exact=True)).to_be_visible()
     eventually(lambda: open_service.open_requests() == 0, stretched(20), "the slot is free")
     assert open_service.stats()["requests"]["cancelled"] >= 1
 
@@ -197,3 +201,24 @@ def test_waiting_is_shown(tab: OpenTab) -> None:
     expect(page.locator("progress")).to_have_attribute("value", "38")
     page.get_by_role("button", name="Stop").click()
     phase(page, "stopped")
+
+
+def test_live(tab: OpenTab, open_service: Service) -> None:
+    """Clauses are heard while the next ones are typed; what was there before is not; "Finish" says the rest."""
+    page = tab().open()
+    page.locator("[name=input]").fill("This is old. ")
+    page.get_by_role("button", name="Live").click()
+    text = page.locator("[name=input]")
+    expect(text).to_be_focused()
+    page.keyboard.press("End")
+    page.keyboard.type("One two three, four")
+    reaches(page, 0.1)
+    heard = float(page.locator(".wave").get_attribute("aria-valuemax") or 0)
+    assert heard < 2.5, "the old text is spoken, too"
+    page.keyboard.type(" five six.")
+    page.get_by_role("button", name="Finish").click()
+    phase(page, "done")
+    assert float(page.locator(".wave").get_attribute("aria-valuemax") or 0) > heard
+    expect(page.get_by_role("button", name="Speak", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Download", exact=True)).to_be_enabled()
+    eventually(lambda: open_service.open_requests() == 0, stretched(20), "all is said")

@@ -68,7 +68,7 @@ export function PlayerCard({ speech }) {
         <button class="quiet" disabled=${!speech.blob} onClick=${() => save(speech.blob, `speech.${speech.format}`)}>
           <${Icon} name="download" />${strings.player.download}
         </button>
-        <${CopyAs} request=${speech.request} />
+        ${speech.request && html`<${CopyAs} request=${speech.request} />`}
       </div>
     </div>
   </section>`;

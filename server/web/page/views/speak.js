@@ -5,6 +5,7 @@ import { chosenModel, draft, EMPTY, requestOf, write } from "../draft.js";
 import { keepSpeech } from "../history.js";
 import { HistoryList } from "../history_list.js";
 import { Icon } from "../icons.js";
+import { LiveSpeech } from "../live.js";
 import { PlayerCard } from "../player_card.js";
 import { Replay } from "../replay.js";
 import { SettingsForm } from "../settings_form.js";
@@ -32,7 +33,18 @@ async function keep(speech) {
   await keepSpeech({ at: Date.now(), request, model, seconds, reason, firstAudio, realTime, blob, rate });
 }
 
-function Manuscript({ problem, busy, onSpeak, onStop }) {
+/** The buttons below the text: speak or stop; while it is live, finish or stop. */
+function Buttons({ busy, live, onSpeak, onStop, onLive, onFinish }) {
+  const button = (kind, icon, label, action) => html`<button class=${kind} onClick=${action}>
+    <${Icon} name=${icon} size=${18} />${label}
+  </button>`;
+  if (live) return html`${button("danger", "stop", words.stop, onStop)}${button("primary", "check", words.finish, onFinish)}`;
+  if (busy) return button("danger", "stop", words.stop, onStop);
+  return html`<button class="quiet" title=${words.liveHint} onClick=${onLive}><${Icon} name="live" size=${18} />${words.live}</button>
+    ${button("primary", "speak", words.button, onSpeak)}`;
+}
+
+function Manuscript({ problem, live, onSpeak, onType, ...buttons }) {
   const fields = useShared(draft);
   const limit = useShared(service)?.limits.input_chars;
   const used = [...fields.input].length;
@@ -40,14 +52,19 @@ function Manuscript({ problem, busy, onSpeak, onStop }) {
   const keys = (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();
-    onSpeak();
+    if (live) buttons.onFinish();
+    else onSpeak();
   };
-  return html`<section class="card manuscript">
+  const type = ({ target }) => {
+    write({ input: target.value });
+    onType(target.value, target.selectionEnd);
+  };
+  return html`<section class=${`card manuscript ${live ? "live" : ""}`}>
     <label class="hidden-label" for="text">${words.text}</label>
     <textarea
       id="text" name="input" value=${fields.input} placeholder=${words.placeholder} autofocus
       aria-invalid=${problem ? "true" : undefined} aria-describedby="text-about" dir="auto"
-      onInput=${(event) => write({ input: event.target.value })} onKeyDown=${keys}
+      onInput=${type} onKeyDown=${keys}
     ></textarea>
     <div id="text-about">${problem && html`<p class="problem">${problem}</p>`}</div>
     <div class="manuscript-foot">
@@ -57,12 +74,20 @@ function Manuscript({ problem, busy, onSpeak, onStop }) {
       </span>
       <span class="right">
         <span class="hint keys-hint"><kbd>Ctrl</kbd> <kbd>Enter</kbd> ${words.keyHint}</span>
-        ${busy
-          ? html`<button class="danger" onClick=${onStop}><${Icon} name="stop" size=${18} />${words.stop}</button>`
-          : html`<button class="primary" onClick=${onSpeak}><${Icon} name="speak" size=${18} />${words.button}</button>`}
+        <${Buttons} live=${live} onSpeak=${onSpeak} ...${buttons} />
       </span>
     </div>
   </section>`;
+}
+
+/** The phase of `speech`, "" without one; the component renders again only when it changes. */
+function usePhase(speech) {
+  const [phase, setPhase] = useState("");
+  useEffect(() => {
+    setPhase(speech?.state.value.phase ?? "");
+    return speech?.state.subscribe((state) => setPhase(state.phase));
+  }, [speech]);
+  return phase;
 }
 
 export function View() {
@@ -70,9 +95,11 @@ export function View() {
   useShared(models);
   const speech = useShared(current);
   const [problems, setProblems] = useState({});
-  const [busy, setBusy] = useState(Boolean(speech && !speech.over));
+  usePhase(speech);
   const form = useRef(null);
   const model = chosenModel(fields);
+  const live = speech instanceof LiveSpeech && !speech.over ? speech : null;
+  const busy = Boolean(speech && !speech.over);
 
   useEffect(() => {
     const [name] = Object.keys(problems);
@@ -82,15 +109,26 @@ export function View() {
   const speak = async () => {
     if (!model || busy) return;
     setProblems({});
-    setBusy(true);
     const next = new Speech(requestOf(draft.value, model), audio);
     await show(next);
-    if (current.value === next) setBusy(false);
     setProblems(problemsOf(next.state.value.error, Object.keys(EMPTY), strings.errors));
     await keep(next);
   };
+  const begin = () => {
+    if (!model) return;
+    setProblems({});
+    const { input, ...config } = requestOf(draft.value, model);
+    const next = new LiveSpeech(config, input);
+    current.value?.close();
+    current.value = next;
+    const ended = next.state.subscribe(({ phase, error }) => {
+      if (phase === "live") return;
+      ended();
+      if (error) setProblems(problemsOf(error, Object.keys(EMPTY), strings.errors));
+    });
+    form.current.querySelector("textarea").focus();
+  };
   const replay = (kept) => {
-    setBusy(false);
     setProblems({});
     show(new Replay(kept, audio));
   };
@@ -102,7 +140,10 @@ export function View() {
   return html`<h1 class="hidden-label">${words.heading}</h1>
     <div class="speak" ref=${form}>
       <div class="speak-main">
-        <${Manuscript} problem=${problems.input} busy=${busy} onSpeak=${speak} onStop=${() => speech.stop()} />
+        <${Manuscript}
+          problem=${problems.input} busy=${busy} live=${live} onSpeak=${speak} onStop=${() => speech.stop()} onLive=${begin}
+          onType=${(text, caret) => live?.type(text, caret)} onFinish=${() => live.finish(draft.value.input)}
+        />
         ${speech && html`<${PlayerCard} key=${speech} speech=${speech} />`}
         <${HistoryList} onReplay=${replay} onReuse=${reuse} />
       </div>
