@@ -20,6 +20,7 @@ examples:
   python -m server                                  serve on TTS_HOST:TTS_PORT (127.0.0.1:8000)
   python -m server say "Good morning." -o hi.mp3    speak into a file
   python -m server say --format wav < text.txt | aplay
+  llm "Tell me a story." | python -m server say --stdin --live -o story.mp3
   python -m server voices --model espeak-ng
   python -m server top                              watch a running service
 

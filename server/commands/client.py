@@ -38,7 +38,7 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.authorization = f"Bearer {key}" if key else None
         # A proxy of the environment is not used for this machine.
-        proxies = urllib.request.ProxyHandler({}) if _is_local(self.url) else urllib.request.ProxyHandler()
+        proxies = urllib.request.ProxyHandler({}) if is_local(self.url) else urllib.request.ProxyHandler()
         self._opener = urllib.request.build_opener(proxies)
 
     def get(self, path: str, *, listing: str = "") -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Client:
             answer: http.client.HTTPResponse = self._opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:
-                raise ClientError(_message_of(error.code, error.read(_MAX_ERROR_BYTES))) from None
+                raise ClientError(message_of(error.code, error.read(_MAX_ERROR_BYTES))) from None
         except urllib.error.URLError as error:
             raise ClientError(
                 f"{self.url} cannot be reached: {error.reason}. Is it running (python -m server)?"
@@ -95,13 +95,14 @@ def client_of(arguments: argparse.Namespace, *, admin: bool = False) -> Client:
     keys = [*settings.admin_keys, *settings.api_keys] if admin else [*settings.api_keys, *settings.admin_keys]
     if arguments.url is not None:
         # The key of the service on this machine is not sent to others.
-        return Client(arguments.url, arguments.key or (keys[0] if keys and _is_local(arguments.url) else ""))
+        return Client(arguments.url, arguments.key or (keys[0] if keys and is_local(arguments.url) else ""))
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}.get(settings.host, settings.host)  # noqa: S104 -- nothing is bound
     url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
     return Client(url, arguments.key or (keys[0] if keys else ""))
 
 
-def _is_local(url: str) -> bool:
+def is_local(url: str) -> bool:
+    """True if a URL is one of this machine."""
     try:
         host = urllib.parse.urlsplit(url).hostname or ""
     except ValueError as error:
@@ -112,7 +113,7 @@ def _is_local(url: str) -> bool:
         return host == "localhost"
 
 
-def _message_of(status: int, body: bytes) -> str:
+def message_of(status: int, body: bytes) -> str:
     """The message of the error envelope, or the beginning of another body."""
     try:
         message = json.loads(body)["error"]["message"]

@@ -1,6 +1,7 @@
 """`say`: speak a text from the command line or stdin into a file or a pipe; the audio is written as it arrives."""
 
 import argparse
+import contextlib
 import http.client
 import os
 import sys
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from server.audio import CONTENT_TYPES
 from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageError, add_service_arguments, client_of
+from server.commands.live import speak_live
 
 SUMMARY: Final = "let a running service speak into a file or a player"
 
@@ -28,9 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         '  python -m server say "Good morning." -o hello.mp3\n'
         '  python -m server say --voice coral --speed 1.2 "Good morning." -o -  --format wav | aplay\n'
-        "  python -m server say -o book.flac < chapter.txt"
+        "  python -m server say -o book.flac < chapter.txt\n"
+        "  llm 'Tell me a story.' | python -m server say --stdin --live --format wav -o - | aplay"
     )
     parser.add_argument("text", nargs="?", help="the text to speak (default, and with -: read from stdin)")
+    parser.add_argument("--stdin", action="store_true", help="read the text from stdin")
+    parser.add_argument("--live", action="store_true", help="speak what comes on stdin when it comes, word by word")
     parser.add_argument("-o", "--output", metavar="FILE", help="- is stdout (default: stdout if piped, or speech.mp3)")
     parser.add_argument("--format", choices=list(CONTENT_TYPES), help="default: by the ending of FILE, or mp3")
     parser.add_argument("--model", help="a model's id or alias (default: the service's)")
@@ -49,17 +54,21 @@ def run(arguments: argparse.Namespace) -> int:
     if output == "-" and sys.stdout.isatty():
         raise ClientError("audio cannot go to a terminal: pipe it into a player, or name a file with -o")
     response_format = arguments.format or _format_of(output)
-    text = arguments.text
-    if text is None or text == "-":
-        text = _read_stdin()
+    text = None if arguments.text == "-" else arguments.text
+    if text is not None and (arguments.stdin or arguments.live):
+        raise UsageError("--stdin and --live take the text from stdin: leave TEXT out")
     client = client_of(arguments)
-    body = _body(arguments, text, response_format)
-    if output == "-":
-        _copy(client, body, sys.stdout.buffer)
-        return 0
-    with _replacing(Path(output)) as file:
-        _copy(client, body, file)
-    sys.stderr.write(f"{output}\n")
+    with contextlib.nullcontext(sys.stdout.buffer) if output == "-" else _replacing(Path(output)) as target:
+        if arguments.live:
+            fields = _fields(arguments)
+            speak_live(
+                client, fields, sys.stdin.fileno(), target, audio_format=response_format, streaming=output == "-"
+            )
+        else:
+            body = {"input": _read_stdin() if text is None else text, "response_format": response_format}
+            _copy(client, body | _fields(arguments), target)
+    if output != "-":
+        sys.stderr.write(f"{output}\n")
     return 0
 
 
@@ -82,12 +91,10 @@ def _format_of(output: str) -> str:
     return _FORMAT_OF_SUFFIX[suffix]
 
 
-def _body(arguments: argparse.Namespace, text: str, response_format: str) -> dict[str, Any]:
-    body = {"input": text, "response_format": response_format}
-    for name in ("model", "voice", "language", "instructions", "speed", "sample_rate", "seed"):
-        if (value := getattr(arguments, name)) is not None:
-            body[name] = value
-    return body
+def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How to speak, as far as the arguments say it."""
+    names = ("model", "voice", "language", "instructions", "speed", "sample_rate", "seed")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _copy(client: Client, body: dict[str, Any], target: BinaryIO) -> None:

@@ -14,7 +14,7 @@ from server.text.pronunciations import (
     load_pronunciations,
     reload_pronunciations,
 )
-from server.text.sentences import Granularity, SentenceSplitter
+from server.text.sentences import Granularity, SentenceSplitter, end_of_last_sentence
 from server.text.spans import Pause
 from server.text.ssml import is_ssml, may_become_ssml
 
@@ -30,6 +30,7 @@ __all__ = [
     "Respelling",
     "SentenceSplitter",
     "Word",
+    "end_of_last_sentence",
     "is_ssml",
     "load_pronunciations",
     "may_become_ssml",

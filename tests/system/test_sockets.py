@@ -5,6 +5,8 @@ import json
 import os
 import random
 import socket as tcp
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +16,9 @@ import pytest
 import websockets
 from websockets.sync.client import ClientConnection, connect
 
-from tests.system.service import Service, eventually, resident_bytes, running_service, stretched
+from tests.audio import decode
+from tests.recogniser import SENTENCES
+from tests.system.service import Service, environment, eventually, resident_bytes, running_service, stretched
 
 STREAM = "/v1/audio/speech/stream"
 PCM = {"type": "session.config", "response_format": "pcm"}
@@ -89,6 +93,26 @@ def test_a_killed_worker_ends_every_socket(service: Service, stack: ExitStack) -
             1011,
         )
     service.wait_ready()
+
+
+def test_say_live(service: Service, tmp_path: Path) -> None:
+    """What is piped in is spoken before its end has come; into a player or a file, as one stream of its format."""
+    command = [sys.executable, "-m", "server", "say", "--stdin", "--live", "--url", service.url, "--key", "none"]
+    with subprocess.Popen(
+        [*command, "--format", "pcm"], cwd=tmp_path, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as player:
+        assert player.stdin is not None
+        assert player.stdout is not None
+        player.stdin.write(f"{SENTENCES[0]} And".encode())
+        player.stdin.flush()
+        heard = player.stdout.read(4800)
+        player.stdin.close()
+        heard += player.stdout.read()
+    assert player.returncode == 0
+    assert len(heard) > 2 * 48_000
+    said = subprocess.run([*command, "-o", "a.mp3"], cwd=tmp_path, env=environment(), input=b"One. Two.", check=False)
+    assert said.returncode == 0
+    assert len(decode((tmp_path / "a.mp3").read_bytes(), "mp3")) > 24_000
 
 
 def hostile(service: Service, count: int, seed: int) -> None:

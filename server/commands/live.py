@@ -1,0 +1,155 @@
+"""`say --live`: what comes on stdin is sent to the service when it comes, and its audio is written when it comes.
+
+A text of any length is sent as utterances that the service takes, cut at sentences. All audio is one stream of one
+format: the service sends pcm, which is encoded here.
+"""
+
+import codecs
+import contextlib
+import json
+import os
+import select
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, Final
+
+import websockets
+from websockets.sync.client import ClientConnection, connect
+
+from server.audio import Encoder, default_rate
+from server.commands.client import Client, ClientError, is_local, message_of
+from server.text import end_of_last_sentence
+
+QUIET_S: Final = 5.0
+"""What has come is spoken to its end if nothing more comes for so long: nobody waits for the rest of a sentence."""
+
+_UTTERANCE_CHARS: Final = 1000
+"""An utterance of so many characters ends with its sentence."""
+
+_LONGEST_UTTERANCE_CHARS: Final = 3000
+"""A text without sentences is cut here."""
+
+_WAITING: Final = 8
+"""Utterances that the service may have; a faster writer waits."""
+
+_PIECE_BYTES: Final = 16_384
+
+
+def speak_live(
+    client: Client, fields: Mapping[str, Any], source: int, target: BinaryIO, *, audio_format: Any, streaming: bool
+) -> None:
+    """Speak what the file descriptor `source` brings, to its end. Raises ClientError.
+
+    `fields` are those of a request for speech. With `streaming` the audio is written as it comes, else at the end.
+    """
+    rate = fields.get("sample_rate") or default_rate(audio_format)
+    encoder = Encoder(audio_format, sample_rate=rate, streaming=streaming)
+    config = {**fields, "type": "session.config", "response_format": "pcm", "sample_rate": 24_000}
+    with _socket(client) as socket:
+        socket.send(json.dumps(config))
+        writer = _Writer(socket, source)
+        for message in _messages(socket):
+            if isinstance(message, bytes):
+                target.write(encoder.feed(message))
+                target.flush()
+            elif (kind := json.loads(message).get("type")) == "session.configured":
+                writer.start()
+            elif kind == "input.committed":
+                writer.room.release()
+            elif kind == "error":
+                raise ClientError(json.loads(message)["message"])
+    if writer.error is not None:
+        raise writer.error
+    target.write(encoder.finish())
+
+
+@contextlib.contextmanager
+def _socket(client: Client) -> Iterator[ClientConnection]:
+    url = client.url.replace("http", "ws", 1) + "/v1/audio/speech/stream"
+    headers = {"Authorization": client.authorization} if client.authorization else None
+    try:
+        with connect(
+            url, additional_headers=headers, proxy=None if is_local(client.url) else True, max_size=None
+        ) as ws:
+            yield ws
+    except websockets.InvalidStatus as error:
+        raise ClientError(message_of(error.response.status_code, bytes(error.response.body or b""))) from None
+    except (websockets.InvalidURI, websockets.InvalidHandshake, websockets.InvalidMessage) as error:
+        raise ClientError(f"{client.url} does not take a WebSocket: {error}") from None
+    except TimeoutError as error:
+        raise ClientError(f"{client.url} does not answer: {error}") from None
+    except ConnectionError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ClientError(f"{client.url} cannot be reached: {error}. Is it running (python -m server)?") from None
+
+
+def _messages(socket: ClientConnection) -> Iterator[str | bytes]:
+    """What the service says, up to a normal end."""
+    try:
+        while True:
+            yield socket.recv()
+    except websockets.ConnectionClosedOK:
+        return
+    except websockets.ConnectionClosed as closed:
+        reason = closed.rcvd.reason if closed.rcvd else ""
+        raise ClientError(f"the service ended the speech: {reason or 'the connection broke off'}") from None
+
+
+class _Writer:
+    """Sends what comes from `source`, in a thread of its own. `room` are the utterances that may still be sent."""
+
+    def __init__(self, socket: ClientConnection, source: int) -> None:
+        self.room = threading.Semaphore(_WAITING)
+        self.error: ClientError | None = None
+        self._socket = socket
+        self._source = source
+        self._length = 0
+        """Characters of the utterance under way."""
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._run, name="stdin", daemon=True).start()
+
+    def _run(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            while piece := self._read():
+                self._write(decoder.decode(piece))
+            self._write(decoder.decode(b"", final=True))
+            self._commit()
+            self._socket.send(json.dumps({"type": "session.close"}))
+        except websockets.ConnectionClosed:
+            pass  # the reader of the socket sees why
+        except (UnicodeDecodeError, OSError) as error:
+            self.error = ClientError(f"stdin is not text: {error}")
+            self._socket.close()
+
+    def _read(self) -> bytes:
+        """The next bytes; b"" at the end. On a terminal each line is an utterance."""
+        if os.isatty(self._source) or not select.select([self._source], [], [], QUIET_S)[0]:
+            self._commit()
+        return os.read(self._source, _PIECE_BYTES)
+
+    def _write(self, text: str) -> None:
+        for start in range(0, len(text), _UTTERANCE_CHARS):
+            piece = text[start : start + _UTTERANCE_CHARS]
+            length = self._length + len(piece)
+            end = end_of_last_sentence(piece) if length > _UTTERANCE_CHARS else 0
+            if not end and length > _LONGEST_UTTERANCE_CHARS:
+                end = piece.rfind(" ") + 1 or len(piece)
+            if end:
+                self._send(piece[:end])
+                self._commit()
+            self._send(piece[end:])
+
+    def _send(self, text: str) -> None:
+        if text:
+            self._socket.send(json.dumps({"type": "input.text", "text": text}))
+            self._length += len(text)
+
+    def _commit(self) -> None:
+        if self._length:
+            self.room.acquire()
+            self._socket.send(json.dumps({"type": "input.commit"}))
+            self._length = 0
