@@ -105,7 +105,7 @@ class QwenEngine:
         """`pause_s`: silence between the utterances of a job. `clock` returns seconds.
 
         `run_ahead`: launch a frame before the one before it is read, for a device that computes beside Python.
-        `interrupted` returns True if a step must not wait for the device, because there is a command.
+        `interrupted` returns True if a step should end early, because there is a command.
         """
         self._parts = parts
         self._clock = clock
@@ -159,7 +159,8 @@ class QwenEngine:
         return len(self._free_slots)
 
     def admit(self, job: Job) -> None:
-        sequence = RunningJob(job, min(self._free_slots), self._parts.planner.plan(job))
+        plan = self._parts.planner.plan(job)
+        sequence = RunningJob(job, self._slot_for_newcomer(), plan)
         if job.reference is not None:
             sequence.reference = self._parts.reference_cache.request(job.reference)
         else:
@@ -167,6 +168,25 @@ class QwenEngine:
                 self._go_on(sequence)
         self._free_slots.remove(sequence.slot)
         self._sequences[job.id] = sequence
+
+    def _slot_for_newcomer(self) -> int:
+        """The lowest free slot. On a CPU it may be lower, as a job that has spoken moves for a newcomer.
+
+        There a frame takes longer the higher the highest slot of its jobs, and a newcomer's first frame is its own.
+        """
+        slot = min(self._free_slots)
+        lower = [one for one in self._sequences.values() if one.slot < slot and one.underrun_at > -math.inf]
+        if self._cuda or not lower:
+            return slot
+        moved = min(lower, key=lambda one: one.slot)
+        with torch.inference_mode():
+            rows = self._rows(moved) if moved.generating else []
+            self._free_slots.append(moved.slot)
+            self._free_slots.remove(slot)
+            moved.slot = slot
+            for row, target in zip(rows, self._rows(moved) if rows else [], strict=True):
+                target.copy_(row)
+        return min(self._free_slots)
 
     def append(self, job_id: str, text: str, *, flush: bool) -> None:
         open_text = self._open_text(job_id)
@@ -211,16 +231,17 @@ class QwenEngine:
             self._take_references(sequences)
             self._start_utterances(sequences)
             self._prefill(sequences)
-            self._decode_due_chunks()
-            members = [sequence for sequence in sequences if sequence.can_launch]
-            if members and self._launch_due():
-                self._launch_frame(members)
-            ahead = 1 if self._run_ahead and members else 0
-            self._wait_for_device(ahead)
-            while len(self._frames) > ahead and (not self._cuda or self._frames[0].ready()):
-                self._on_frame_ready(self._frames[0])
-                self._frames.popleft()
-            self._decode_due_chunks()
+            ahead = 0
+            if self._decode_due_chunks(sequences):
+                members = [sequence for sequence in sequences if sequence.can_launch]
+                if members and self._launch_due():
+                    self._launch_frame(members)
+                ahead = 1 if self._run_ahead and members else 0
+                self._wait_for_device(ahead)
+                while len(self._frames) > ahead and (not self._cuda or self._frames[0].ready()):
+                    self._on_frame_ready(self._frames[0])
+                    self._frames.popleft()
+                self._decode_due_chunks(sequences)
             self._deliver(max_pending=MAX_PENDING_DELIVERIES if self._cuda or ahead else 0)
         self._emit_pauses(sequences)
         events, self._events = self._events, []
@@ -345,6 +366,9 @@ class QwenEngine:
     def _open_text(self, job_id: str) -> OpenText | None:
         sequence = self._find(job_id)
         return None if sequence is None else sequence.plan.open_text
+
+    def _rows(self, sequence: RunningJob) -> list[Tensor]:
+        return [*self._model_rows(sequence), *self._parts.vocoder.state.rows(sequence.slot)]
 
     def _model_rows(self, sequence: RunningJob) -> list[Tensor]:
         """What the utterance of a job holds in its slot, but the codec stream: views of a length that a copy knows."""
@@ -505,16 +529,24 @@ class QwenEngine:
             if sequence.alive and sequence.utterance == utterance and not sequence.ended:
                 sequence.on_frame_ready(last=next_codes[slot] == self._eos_code)
 
-    def _decode_due_chunks(self) -> None:
-        while due := [sequence for sequence in self._sequences.values() if sequence.chunk_due]:
+    def _decode_due_chunks(self, sequences: Iterable[RunningJob]) -> bool:
+        """Decode due chunks, the most urgent first. Returns False if the rest waits for the next step.
+
+        On a CPU that is so if there is a command: it may be a request for speech, and a decode of all slots takes
+        three times as long as a frame.
+        """
+        while due := [sequence for sequence in sequences if sequence.chunk_due]:
             for group in most_urgent_first(by_chunk_length(due)):
                 self._deliveries.append(self._parts.vocoder.decode(group))
                 for sequence in group:
                     sequence.on_chunk_decoded()
-        for sequence in self._sequences.values():
+                if not self._cuda and self._interrupted():
+                    return False
+        for sequence in sequences:
             if sequence.generating and sequence.ended and not sequence.pending_frames:
                 sequence.finish_utterance()
                 self._deliveries.append(UtteranceEnd(sequence))
+        return True
 
     def _deliver(self, max_pending: int) -> None:
         """Turn decoded chunks into events, in order. At most `max_pending` deliveries may stay unfinished."""

@@ -52,9 +52,9 @@ def parts(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] =
     return build_parts(options.pop("directory", tiny(kind, size)), msgspec.structs.replace(shared(device), **options))
 
 
-def assemble(parts: Parts, *, run_ahead: bool = False) -> QwenEngine:
+def assemble(parts: Parts, *, run_ahead: bool = False, **options: Any) -> QwenEngine:
     """An engine of these parts. On CUDA it always runs ahead."""
-    return QwenEngine(parts, pause_s=shared().pause_s, run_ahead=run_ahead or parts.state.active.is_cuda)
+    return QwenEngine(parts, pause_s=shared().pause_s, run_ahead=run_ahead or parts.state.active.is_cuda, **options)
 
 
 def engine(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> QwenEngine:
