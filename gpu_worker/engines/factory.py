@@ -253,7 +253,7 @@ class EngineFactory:
             self._start_device()
             dtype = codec_dtype(self._device, self._settings.dtype)
             self._options = QwenOptions(
-                codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device)),
+                codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device), kernels=self._settings.kernels),
                 tokenizers=self._tokenizers,
                 device=self._device,
                 dtype=self._settings.dtype,

@@ -17,6 +17,7 @@ from gpu_worker.engines.qwen.codec.codec_config import CodecConfig
 from gpu_worker.engines.qwen.codec.decoder import Decoder
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.encoder import Encoder
+from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
 
 _MAX_CHUNK: Final = 8
 """Default for the most frames that a stream decodes at once."""
@@ -25,7 +26,9 @@ _MAX_CHUNK: Final = 8
 class Codec:
     """One speech tokenizer on one device."""
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, directory: Path, *, dtype: torch.dtype, device: torch.device, kernels: KernelSetting = "auto"
+    ) -> None:
         """Load the decoder of a checkpoint in `dtype`. The first `encode` loads the encoder.
 
         Raises:
@@ -41,7 +44,9 @@ class Codec:
         weights |= load_codec_weights(directory, "decoder.quantizer.", dtype=torch.float32, device=device)
         try:
             self._decoder = Decoder(
-                {name.removeprefix("decoder."): tensor for name, tensor in weights.items()}, self._config.decoder_config
+                {name.removeprefix("decoder."): tensor for name, tensor in weights.items()},
+                self._config.decoder_config,
+                select_kernels(kernels, device, dtype),
             )
         except KeyError as error:
             raise unavailable(path.parent, f"its weights have no decoder.{error.args[0]}") from error

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpu_worker.engines.qwen.kernels.bias_snake import Snake
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear, aligned
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -26,26 +28,28 @@ weights takes half the time of the direct kernel, at 160 both are equal, above 1
 CUDA: derived, not measured. Windows at a rate of 160 would take 440 MB for 64 streams of 8 frames in bfloat16.
 """
 
-SNAKE_WIDTH: Final = 256
-"""Contiguous values that an elementwise kernel should process with one set of parameters. Few channels are too few."""
-
 
 class History:
     """The last inputs of the causal convolutions, read and replaced in order of execution."""
 
-    def __init__(self, values: Tensor) -> None:
-        """values: [batch, history_size of all pieces], replaced in place."""
-        self._values = values
+    def __init__(self, old: Tensor, new: Tensor, kernels: Kernels) -> None:
+        """`old` [batch, history_size of all pieces]: of the previous chunk. `new`, shaped alike: becomes this one's."""
+        self._old, self._new = old, new
+        self._kernels = kernels
         self._offset = 0
 
-    def extend(self, x: Tensor, rows: int) -> Tensor:
-        """[batch, time, channels] -> [batch, rows + time, channels]: the last rows of the previous chunk come first."""
+    def extend(
+        self, x: Tensor, rows: int, *, added: Tensor | None = None, snake: Snake | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[batch, time, channels] -> [batch, rows + time, channels]: the last rows of the previous chunk come first.
+
+        It returns x plus `added`, and what the convolution reads: behind the old rows, `snake` of that sum.
+        `added` may be overwritten.
+        """
         size = rows * x.shape[2]
-        kept = self._values[:, self._offset : self._offset + size].unflatten(1, (rows, x.shape[2]))
+        part = slice(self._offset, self._offset + size)
         self._offset += size
-        x = torch.cat((kept, x), 1)
-        kept.copy_(x[:, -rows:])
-        return x
+        return self._kernels.causal_input(x, added, snake, self._old[:, part], self._new[:, part])
 
 
 def windows(x: Tensor, taps: int, dilation: int) -> Tensor:
@@ -63,30 +67,17 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (scale.float()[:, None] * weight.float()).to(weight.dtype)
 
 
-class Snake(TensorHolder):
-    """SnakeBeta: x + sin(x·e^alpha)² / e^beta, by channel. The constructor computes the exponentials once.
+class CausalConv(TensorHolder):
+    """A convolution over time. An output row depends on its input row and the `past_rows` before it.
 
-    If there are few channels, several rows are processed as one, with repeated parameters.
+    `left_bias`: the bias that is not in the output yet, or None.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
-        alpha, beta = (weights[f"{prefix}.{name}"] for name in ("alpha", "beta"))
-        together = math.gcd(rate, max(1, SNAKE_WIDTH // alpha.shape[0]))
-        self.frequency = alpha.float().exp().to(alpha.dtype).repeat(together)
-        self.magnitude = (1 / (beta.float().exp() + 1e-9)).to(beta.dtype).repeat(together)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[batch, time, channels] -> the same. `time` must be whole frames."""
-        rows = x.reshape(-1, self.frequency.shape[0])
-        wave = (rows * self.frequency).sin_()
-        return torch.addcmul(rows, wave.square_(), self.magnitude, out=wave).view(x.shape)
-
-
-class CausalConv(TensorHolder):
-    """A convolution over time. An output row depends on its input row and the `past_rows` before it."""
-
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int = 1) -> None:
-        weight, self.bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
+    def __init__(
+        self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int = 1, leave_bias: bool = False
+    ) -> None:
+        """`leave_bias`: leave the bias to the caller wherever it would be a kernel of its own."""
+        weight, bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
         self.taps = weight.shape[2]
         self.dilation = dilation
         self.past_rows = (self.taps - 1) * dilation
@@ -94,18 +85,26 @@ class CausalConv(TensorHolder):
         self.history_size = self.past_rows * weight.shape[1]
         by_tap = weight.transpose(1, 2).contiguous()  # [out, taps, in]
         self.kernel: Linear | Tensor
-        if rate <= UNFOLD_UP_TO_RATE[weight.device.type]:
-            self.kernel = Linear(by_tap.flatten(1), self.bias)
+        on_cuda = weight.device.type == "cuda"
+        product = rate <= UNFOLD_UP_TO_RATE[weight.device.type] or (on_cuda and self.taps == 1)
+        self.left_bias = bias if leave_bias and on_cuda and not product else None
+        self.bias = bias if self.left_bias is None else None
+        if product:
+            self.kernel = Linear(by_tap.flatten(1), bias)
         else:  # [out, in, 1, taps] with channels innermost, for a two-dimensional convolution of height 1
             self.kernel = by_tap.transpose(1, 2)[:, :, None]
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time, out]."""
         if self.past_rows:
-            x = history.extend(x, self.past_rows)
-            if isinstance(self.kernel, Linear):
-                x = windows(x, self.taps, self.dilation).flatten(2)
+            _, x = history.extend(x, self.past_rows)
+        return self.of_extended(x)
+
+    def of_extended(self, x: Tensor) -> Tensor:
+        """[batch, past_rows + time, in] -> [batch, time, out]."""
         if isinstance(self.kernel, Linear):
+            if self.past_rows:
+                x = windows(x, self.taps, self.dilation).flatten(2)
             return self.kernel.batch_invariant(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return self._convolve(x.transpose(1, 2)[:, :, None], self.kernel)[:, :, 0].transpose(1, 2)
 
@@ -128,17 +127,25 @@ class Upsample(TensorHolder):
         channels_in, self.channels, kernel = weight.shape
         self.stride = stride
         self.taps = kernel // stride
-        self.lookback_frames = (self.taps - 1) / rate
-        self.history_size = (self.taps - 1) * channels_in
+        self.past_rows = self.taps - 1
+        self.lookback_frames = self.past_rows / rate
+        self.history_size = self.past_rows * channels_in
         # [in, out, tap, phase] -> [phase, out, tap, in]. Tap 0 is the newest row; windows begin with the oldest.
         matrix = weight.unflatten(2, (self.taps, stride)).permute(3, 1, 2, 0).flip(2)
         self.product = Linear(matrix.reshape(stride * self.channels, -1).contiguous(), bias.repeat(stride))
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time * stride, out]."""
-        batch, time, channels_in = x.shape
-        if self.taps > 1:
-            x = windows(history.extend(x, self.taps - 1), self.taps, 1)
+        if self.past_rows:
+            _, x = history.extend(x, self.past_rows)
+        return self.of_extended(x)
+
+    def of_extended(self, x: Tensor) -> Tensor:
+        """[batch, past_rows + time, in] -> [batch, time * stride, out]."""
+        batch, rows, channels_in = x.shape
+        time = rows - self.past_rows
+        if self.past_rows:
+            x = windows(x, self.taps, 1)
         y = self.product.batch_invariant(x.reshape(batch * time, self.taps * channels_in))
         return y.view(batch, time * self.stride, self.channels)
 
@@ -163,9 +170,8 @@ class ConvNeXt(TensorHolder):
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, channels] -> the same."""
-        y = (windows(history.extend(x, self.past_rows), self.past_rows + 1, 1) * self.depthwise).sum(
-            2
-        ) + self.depthwise_bias
+        _, extended = history.extend(x, self.past_rows)
+        y = (windows(extended, self.past_rows + 1, 1) * self.depthwise).sum(2) + self.depthwise_bias
         y = functional.layer_norm(y, y.shape[2:], self.norm_weight, self.norm_bias, 1e-6)
         y = self.project.batch_invariant(functional.gelu(self.expand.batch_invariant(y.flatten(0, 1))))
         return y.view_as(x) + x
@@ -174,39 +180,47 @@ class ConvNeXt(TensorHolder):
 class ResidualUnit(TensorHolder):
     """Snake, dilated convolution of 7 rows, Snake, convolution of 1 row, added to the input."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int, kernels: Kernels
+    ) -> None:
+        self.kernels = kernels
         self.snake1 = Snake(weights, f"{prefix}.act1", rate=rate)
-        self.dilated = CausalConv(weights, f"{prefix}.conv1", rate=rate, dilation=dilation)
+        self.dilated = CausalConv(weights, f"{prefix}.conv1", rate=rate, dilation=dilation, leave_bias=True)
         self.snake2 = Snake(weights, f"{prefix}.act2", rate=rate)
         self.pointwise = CausalConv(weights, f"{prefix}.conv2", rate=rate)
         self.lookback_frames = self.dilated.lookback_frames
         self.history_size = self.dilated.history_size
 
-    def __call__(self, x: Tensor, history: History) -> Tensor:
-        """[batch, time, channels] -> the same."""
-        y = self.snake2(self.dilated(self.snake1(x), history))
-        return self.pointwise(y, history).add_(x)
+    def __call__(self, x: Tensor, added: Tensor | None, history: History) -> tuple[Tensor, Tensor]:
+        """`x` and what is still to be added to it, [batch, time, channels] each -> the same of the output."""
+        x, extended = history.extend(x, self.dilated.past_rows, added=added, snake=self.snake1)
+        y = self.kernels.bias_snake(self.dilated.of_extended(extended), self.dilated.left_bias, self.snake2)
+        return x, self.pointwise(y, history)
 
 
 class UpsamplingBlock(TensorHolder):
     """Snake, a transposed convolution, and three residual units of growing dilation."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int, kernels: Kernels) -> None:
         self.snake = Snake(weights, f"{prefix}.block.0", rate=rate)
         self.upsample = Upsample(weights, f"{prefix}.block.1", rate=rate, stride=stride)
         self.units = [
-            ResidualUnit(weights, f"{prefix}.block.{index}", rate=rate * stride, dilation=dilation)
+            ResidualUnit(weights, f"{prefix}.block.{index}", rate=rate * stride, dilation=dilation, kernels=kernels)
             for index, dilation in ((2, 1), (3, 3), (4, 9))
         ]
         self.lookback_frames = self.upsample.lookback_frames + sum(unit.lookback_frames for unit in self.units)
         self.history_size = self.upsample.history_size + sum(unit.history_size for unit in self.units)
 
-    def __call__(self, x: Tensor, history: History) -> Tensor:
-        """[batch, time, in] -> [batch, time * stride, out]."""
-        x = self.upsample(self.snake(x), history)
+    def __call__(self, x: Tensor, added: Tensor | None, history: History) -> tuple[Tensor, Tensor | None]:
+        """`x` and what is still to be added to it, [batch, time, in] each -> the same of the output.
+
+        The kernel that makes the next convolution's input adds them, so no kernel reads them for the sum alone.
+        """
+        _, extended = history.extend(x, self.upsample.past_rows, added=added, snake=self.snake)
+        x, added = self.upsample.of_extended(extended), None
         for unit in self.units:
-            x = unit(x, history)
-        return x
+            x, added = unit(x, added, history)
+        return x, added
 
 
 class ToMono(TensorHolder):
@@ -222,16 +236,20 @@ class ToMono(TensorHolder):
         self.product = Linear(matrix)
         self._width = matrix.shape[0]
         self.taps = weight.shape[2]
-        self.lookback_frames = (self.taps - 1) / rate
-        self.history_size = (self.taps - 1) * weight.shape[1]
+        self.past_rows = self.taps - 1
+        self.lookback_frames = self.past_rows / rate
+        self.history_size = self.past_rows * weight.shape[1]
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time]."""
-        x = history.extend(x, self.taps - 1)
-        batch, time, _ = x.shape
+        return self.of_extended(history.extend(x, self.past_rows)[1])
+
+    def of_extended(self, x: Tensor) -> Tensor:
+        """[batch, past_rows + time, in] -> [batch, time]."""
+        batch, rows, _ = x.shape
         projected, width = self.product(x.flatten(0, 1)), self._width
-        count = time - self.taps + 1
-        diagonals = projected.as_strided((batch, count, self.taps), (time * width, width, width + 1))
+        count = rows - self.past_rows
+        diagonals = projected.as_strided((batch, count, self.taps), (rows * width, width, width + 1))
         return diagonals.sum(2) + self.bias
 
 

@@ -15,7 +15,6 @@ from gpu_worker.engines.qwen.codec.convolution import (
     CausalConv,
     ConvNeXt,
     History,
-    Snake,
     ToMono,
     Upsample,
     UpsamplingBlock,
@@ -23,6 +22,8 @@ from gpu_worker.engines.qwen.codec.convolution import (
 )
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.transformer import Transformer, Window
+from gpu_worker.engines.qwen.kernels.bias_snake import Snake
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -30,15 +31,16 @@ from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 class Decoder(TensorHolder):
     """Codebooks, transformer and convolutions, from the checkpoint's "decoder." tensors."""
 
-    def __init__(self, weights: Mapping[str, Tensor], shape: DecoderShape) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], shape: DecoderShape, kernels: Kernels) -> None:
         """weights: by name without the prefix "decoder.", on the device.
 
         All are in the compute dtype, except those of "quantizer.": codebooks are divided in float32.
         """
         self.shape = shape
+        self._kernels = kernels
         self.pre_conv = CausalConv(weights, "pre_conv", rate=1)
-        self.codebooks = Codebooks(weights, "quantizer", shape, self.pre_conv.bias.dtype)
-        self.transformer = Transformer(weights, "pre_transformer", shape)
+        self.codebooks = Codebooks(weights, "quantizer", shape, weights["pre_conv.conv.bias"].dtype)
+        self.transformer = Transformer(weights, "pre_transformer", shape, kernels)
         rate = 1
         self.upsamplers: list[Upsample | ConvNeXt] = []
         for index, ratio in enumerate(shape.upsampling_ratios):
@@ -48,7 +50,7 @@ class Decoder(TensorHolder):
         self.conv_in = CausalConv(weights, "decoder.0", rate=rate)
         self.blocks: list[UpsamplingBlock] = []
         for index, stride in enumerate(shape.upsample_rates, 1):
-            self.blocks.append(UpsamplingBlock(weights, f"decoder.{index}", rate=rate, stride=stride))
+            self.blocks.append(UpsamplingBlock(weights, f"decoder.{index}", rate=rate, stride=stride, kernels=kernels))
             rate *= stride
         last = len(shape.upsample_rates) + 1
         self.snake = Snake(weights, f"decoder.{last}", rate=rate)
@@ -62,10 +64,11 @@ class Decoder(TensorHolder):
 
         Continues the streams of the slots, without synchronization with the host.
         """
-        history = state.history.index_select(0, slots)
-        latents = self._latents(codes, slots, state, history)
-        wave = self._waveform(latents, history)
-        state.history.index_copy_(0, slots, history)
+        old = state.history.index_select(0, slots)
+        new = torch.empty_like(old)
+        latents = self._latents(codes, slots, state, old, new)
+        wave = self._waveform(latents, old, new)
+        state.history.index_copy_(0, slots, new)
         return wave
 
     def prime(self, codes: Tensor, slots: Tensor, state: DecoderState) -> None:
@@ -74,31 +77,40 @@ class Decoder(TensorHolder):
         The streams must be new. Only the transformer needs all frames:
         the convolutions behind it read no further back than `receptive_frames`.
         """
-        history = state.history.index_select(0, slots)
-        latents = [self._latents(part, slots, state, history) for part in codes.split(state.max_chunk, 1)]
-        self._waveform(torch.cat(latents, 1)[:, -self.receptive_frames :], history)
-        state.history.index_copy_(0, slots, history)
+        old = state.history.index_select(0, slots)
+        new = torch.empty_like(old)
+        latents = []
+        for part in codes.split(state.max_chunk, 1):
+            latents.append(self._latents(part, slots, state, old, new))
+            old[:, : self.pre_conv.history_size] = new[:, : self.pre_conv.history_size]
+        self._waveform(torch.cat(latents, 1)[:, -self.receptive_frames :], old, new)
+        state.history.index_copy_(0, slots, new)
 
-    def _latents(self, codes: Tensor, slots: Tensor, state: DecoderState, history: Tensor) -> Tensor:
-        """[batch, chunk, latent_dim]. Advances the positions of the slots, and replaces the history of `pre_conv`."""
+    def _latents(self, codes: Tensor, slots: Tensor, state: DecoderState, old: Tensor, new: Tensor) -> Tensor:
+        """[batch, chunk, latent_dim]. Advances the positions of the slots. `old`, `new`: histories, see History.
+
+        It reads and writes that of `pre_conv`, which comes first.
+        """
         batch, chunk, _ = codes.shape
         positions = state.positions.index_select(0, slots)
         rope = (self.transformer.frequencies, self.transformer.signs)
         window = Window(state.kv_rings, slots, positions, chunk, rope)
-        x = self.pre_conv(self.codebooks(codes), History(history[:, : self.pre_conv.history_size]))
+        x = self.pre_conv(self.codebooks(codes), History(old, new, self._kernels))
         x = self.transformer(x.flatten(0, 1), window)
         state.positions.index_copy_(0, slots, positions + chunk)
         return x.view(batch, chunk, -1)
 
-    def _waveform(self, x: Tensor, history: Tensor) -> Tensor:
-        """[batch, chunk, latent_dim] -> float32 [batch, chunk * 1920]. Replaces the rest of the history."""
-        rest = History(history[:, self.pre_conv.history_size :])
+    def _waveform(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """[batch, chunk, latent_dim] -> float32 [batch, chunk * 1920]. Reads and writes the rest of the histories."""
+        start = self.pre_conv.history_size
+        rest = History(old[:, start:], new[:, start:], self._kernels)
         for upsampler in self.upsamplers:
             x = upsampler(x, rest)
-        x = self.conv_in(x, rest)
+        x, added = self.conv_in(x, rest), None
         for block in self.blocks:
-            x = block(x, rest)
-        return self.to_mono(self.snake(x), rest).float().clamp_(-1, 1)
+            x, added = block(x, added, rest)
+        _, extended = rest.extend(x, self.to_mono.past_rows, added=added, snake=self.snake)
+        return self.to_mono.of_extended(extended).float().clamp_(-1, 1)
 
 
 class Codebooks(TensorHolder):

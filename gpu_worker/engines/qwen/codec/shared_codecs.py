@@ -6,15 +6,17 @@ import torch
 
 from gpu_worker.engines.qwen.checkpoint.weights import codec_fingerprint
 from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.kernels.selection import KernelSetting
 from gpu_worker.engines.qwen.offload import release_storage
 
 
 class SharedCodecs:
     """Counts the engines of each codec. One thread at a time may acquire and release; any thread may read `bytes`."""
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, kernels: KernelSetting = "auto") -> None:
         self._dtype = dtype
         self._device = device
+        self._kernels: KernelSetting = kernels
         self._codecs: dict[bytes, Codec] = {}
         self._users: dict[bytes, int] = {}
 
@@ -31,7 +33,7 @@ class SharedCodecs:
         """
         key = codec_fingerprint(directory)
         if key not in self._codecs:
-            self._codecs[key] = Codec(directory, dtype=self._dtype, device=self._device)
+            self._codecs[key] = Codec(directory, dtype=self._dtype, device=self._device, kernels=self._kernels)
         self._users[key] = self._users.get(key, 0) + 1
         return self._codecs[key]
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import scaled
 from gpu_worker.engines.qwen.kernels.norm import Norm
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -53,13 +54,14 @@ class Window:
 class Layer(TensorHolder):
     """Attention and SwiGLU. The weights contain the scale of each channel."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape, kernels: Kernels) -> None:
         def fused(*names: str, behind: Norm) -> Linear:
             return Linear(behind.fold_into([torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])])[0])
 
         def rescaled(name: str, scale: str) -> Linear:
             return Linear(scaled(weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{scale}.scale"]))
 
+        self.kernels = kernels
         self.heads, self.head_dim = shape.num_attention_heads, shape.head_dim
         self.half = shape.head_dim // 2
         self.input_norm = Norm(weights[f"{prefix}.input_layernorm.weight"], shape.rms_norm_eps)
@@ -69,11 +71,14 @@ class Layer(TensorHolder):
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
         self.down = rescaled("mlp.down_proj", "mlp_layer_scale")
 
-    def __call__(self, x: Tensor, index: int, window: Window, mask: Tensor) -> Tensor:
-        """X: [batch * chunk, hidden] -> the same. Writes keys and values into the rings of layer `index`."""
-        qkv = self.qkv.batch_invariant(self.input_norm(x)).view(
-            window.batch, window.chunk, 3, self.heads, self.head_dim
-        )
+    def __call__(
+        self, x: Tensor, normed: Tensor, index: int, window: Window, mask: Tensor, *, following: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """`x` [batch * chunk, hidden] and its `input_norm` -> the output, and the norm `following` of it.
+
+        It writes keys and values into the rings of layer `index`.
+        """
+        qkv = self.qkv.batch_invariant(normed).view(window.batch, window.chunk, 3, self.heads, self.head_dim)
         rotated = qkv[:, :, :2]
         rotated = torch.addcmul(rotated * window.cos, rotated.roll(self.half, -1), window.sin)
         ring = window.kv_rings[index]
@@ -85,21 +90,28 @@ class Layer(TensorHolder):
             # For a single query torch splits the keys among threads, into a number of parts that depends on the batch.
             query, mask = query.expand(-1, -1, 2, -1), mask.expand(-1, -1, 2, -1)
         attended = functional.scaled_dot_product_attention(query, key, value, mask)[:, :, : window.chunk]
-        x = x + self.out.batch_invariant(attended.transpose(1, 2).reshape(x.shape[0], -1))
-        gate, up = self.gate_up.batch_invariant(self.post_norm(x)).chunk(2, -1)
-        return x + self.down.batch_invariant(functional.silu(gate) * up)
+        y = self.out.batch_invariant(attended.transpose(1, 2).reshape(x.shape[0], -1))
+        x, normed = self._add_norm(x, y, self.post_norm)
+        gated = self.kernels.silu_mul(self.gate_up.batch_invariant(normed))
+        return self._add_norm(x, self.down.batch_invariant(gated), following)
+
+    def _add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        if norm.weight is None:  # it is in the matrices behind the norm
+            x = x + y
+            return x, norm(x)
+        return self.kernels.add_norm(x, y, norm)
 
 
 class Transformer(TensorHolder):
     """Input projection, layers, norm, output projection."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape, kernels: Kernels) -> None:
         def projection(name: str) -> Linear:
             return Linear(weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{name}.bias"])
 
         self.sliding_window = shape.sliding_window
         self.input_proj, self.output_proj = projection("input_proj"), projection("output_proj")
-        self.layers = [Layer(weights, f"{prefix}.layers.{i}", shape) for i in range(shape.num_hidden_layers)]
+        self.layers = [Layer(weights, f"{prefix}.layers.{i}", shape, kernels) for i in range(shape.num_hidden_layers)]
         self.norm = Norm(weights[f"{prefix}.norm.weight"], shape.rms_norm_eps)
         device = weights[f"{prefix}.norm.weight"].device
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64, device=device).float() / shape.head_dim
@@ -112,6 +124,8 @@ class Transformer(TensorHolder):
         """X: [batch * chunk, latent] -> the same."""
         x = self.input_proj.batch_invariant(x)
         mask = window.mask(self.sliding_window)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, index, window, mask)
-        return self.output_proj.batch_invariant(self.norm(x))
+        normed = self.layers[0].input_norm(x)
+        norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        for index, (layer, following) in enumerate(zip(self.layers, norms, strict=True)):
+            x, normed = layer(x, normed, index, window, mask, following=following)
+        return self.output_proj.batch_invariant(normed)

@@ -13,6 +13,8 @@ import torch
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.faults import is_out_of_memory
 from gpu_worker.engines.qwen.kernels.add_norm import AddNorm, add_norm
+from gpu_worker.engines.qwen.kernels.bias_snake import BiasSnake, bias_snake
+from gpu_worker.engines.qwen.kernels.causal_input import CausalInput, causal_input
 from gpu_worker.engines.qwen.kernels.embed_frame import EmbedFrame, embed_frame
 from gpu_worker.engines.qwen.kernels.next_codebook0 import NextCodebook0, next_codebook0
 from gpu_worker.engines.qwen.kernels.sample_code import SampleCode, sample_code
@@ -29,6 +31,8 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     """The functions that an engine computes with: plain torch, but for those whose Triton kernel was chosen."""
 
     add_norm: AddNorm = add_norm
+    bias_snake: BiasSnake = bias_snake
+    causal_input: CausalInput = causal_input
     embed_frame: EmbedFrame = embed_frame
     next_codebook0: NextCodebook0 = next_codebook0
     sample_code: SampleCode = sample_code

@@ -47,8 +47,8 @@ namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CU
 """
 FREE = {"device", "empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "_unsafe_view"}
 """Operators that launch nothing. Views launch nothing either."""
-SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2, "conv2d": 2}
-"""Operators of several kernels in torch 2.13: with copies, indices, fills or a bias of their own."""
+SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2}
+"""Operators of several kernels in torch 2.13: with copies, indices or fills of their own."""
 
 
 class Launches(msgspec.Struct):
@@ -90,7 +90,8 @@ class CountedOperators(TorchDispatchMode):
         if name == "_flash_attention_forward":
             self._launches.attention.add(_shapes(args[:3]))
         if name not in FREE and not is_view:
-            self._launches.kernels[name] += SEVERAL.get(full_name, 1)
+            with_bias = name == "conv2d" and any(bias is not None for bias in args[2:3])
+            self._launches.kernels[name] += SEVERAL.get(full_name, 1) + with_bias
         return result
 
 
@@ -173,7 +174,7 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
     shape = msgspec.convert(codec_config(full=True)["decoder_config"], DecoderShape)
     codec = Codec.__new__(Codec)
     codec.device, codec.dtype = device, torch.bfloat16
-    codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape)
+    codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape, fused_kernels())
     CudaGraphModelRunner(model, streams).prepare()
     Vocoder(codec, model.state.ring_buffer, SLOTS, streams).prepare()
     return functions

@@ -9,11 +9,11 @@ from gpu_worker.engines.qwen.codec.convolution import (
     UNFOLD_UP_TO_RATE,
     CausalConv,
     History,
-    Snake,
     ToMono,
     Upsample,
     receptive_frames,
 )
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 
 CHUNKS = (1, 2, 5, 3, 9)
 
@@ -27,7 +27,7 @@ def weights(*shape: int, outputs: int) -> dict[str, Tensor]:
 def in_chunks(piece: CausalConv | Upsample | ToMono, x: Tensor) -> Tensor:
     """Run `piece` over x [batch, time, channels] in uneven chunks."""
     values = torch.zeros(x.shape[0], piece.history_size)
-    return torch.cat([piece(part, History(values)) for part in x.split(CHUNKS, 1)], 1)
+    return torch.cat([piece(part, History(values, values, Kernels())) for part in x.split(CHUNKS, 1)], 1)
 
 
 @pytest.mark.parametrize("rate", [1, UNFOLD_UP_TO_RATE["cpu"] + 1])
@@ -66,16 +66,6 @@ def test_the_convolution_to_one_channel_continues_across_chunks() -> None:
     padded = functional.pad(x.transpose(1, 2), (6, 0))
     expected = functional.conv1d(padded, given["c.conv.weight"], given["c.conv.bias"])
     torch.testing.assert_close(y, expected[:, 0], atol=1e-5, rtol=0)
-
-
-def test_snake_equals_the_official_formula() -> None:
-    """The formula is x + sin²(x·e^alpha) / e^beta, by channel, for any number of rows that are processed as one."""
-    alpha, beta, x = torch.randn(3), torch.randn(3), torch.randn(2, 12, 3)
-
-    for rate in (1, 2, 12):
-        y = Snake({"s.alpha": alpha, "s.beta": beta}, "s", rate=rate)(x)
-
-        torch.testing.assert_close(y, x + (x * alpha.exp()).sin() ** 2 / (beta.exp() + 1e-9), atol=1e-6, rtol=1e-6)
 
 
 def test_the_receptive_field_of_a_chain_is_the_sum_of_its_pieces() -> None:

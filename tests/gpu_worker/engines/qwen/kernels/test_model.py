@@ -1,7 +1,10 @@
+import pytest
 import torch
 
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config, read_generation_config
 from gpu_worker.engines.qwen.checkpoint.weights import load_weights
+from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codec import codec as codec_module
 from gpu_worker.engines.qwen.kernels.selection import Kernels, fused_kernels
 from gpu_worker.engines.qwen.model.attention import Sdpa
 from gpu_worker.engines.qwen.model.prompt import Prompt
@@ -48,3 +51,23 @@ def test_a_model_with_all_kernels_makes_the_same_codes() -> None:
     assert torch.equal(our_codes, codes)
     assert torch.equal(our_following, following)
     assert codes.unique().numel() > FRAMES * len(PARAMS)
+
+
+def decoded(kernels: Kernels, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The waveform of `codes` behind a primed reference, in chunks, and the history behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec_module, "select_kernels", lambda *_: kernels)
+        codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
+    state = codec.new_state(2)
+    codec.prime(codes[:2], 1, state)
+    slots = torch.tensor([1])
+    waves = [codec.decode(part[None], slots, state) for part in codes[2:].split([1, 2])]
+    return torch.cat(waves, 1), state.history[1]
+
+
+@interpreted
+def test_a_codec_with_all_kernels_makes_the_same_waveform() -> None:
+    """In float32, through a reference and chunks that are shorter than the history of a convolution."""
+    codes = torch.randint(1024, (5, 16), generator=torch.Generator().manual_seed(0))
+    for ours, wanted in zip(decoded(fused_kernels(), codes), decoded(Kernels(), codes), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
