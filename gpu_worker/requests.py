@@ -16,7 +16,7 @@ import msgspec
 
 from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, FinishReason, Job, JobError
-from gpu_worker.slot_policy import Holding
+from gpu_worker.slot_policy import MIN_SLICE_S, Holding
 from shared.pcm import SAMPLE_RATE, bytes_for
 from shared.protocol import (
     Append,
@@ -51,6 +51,10 @@ A reader at the speed of speech grants credit every 2.6 s: for 4 pieces of 0.64 
 
 Send = Callable[[Message, bytes | None], None]
 """Takes a message and its payload: audio, 24 kHz mono int16."""
+
+
+BATCH_PATIENCE_S: Final = 60.0
+"""A batch request that has waited for its slot for so long counts as any other, until it has had a slice of it."""
 
 
 class RequestState(enum.Enum):
@@ -203,6 +207,8 @@ class Request:
 
     `state` is written here alone; see RequestState for what it implies.
     `parked_bytes` is the host RAM that its engine keeps for it while it is PARKED; it is counted in the sink's buffer.
+    `is_batch`: nobody waits for it; `deadline_s`: it is of no use if its audio begins later than so long after arrival.
+    `charged_s` is the audio that its client has been charged for, see Scheduler.
     `made_bytes` counts its audio, sent or waiting. `unread_since` is when its credit was used up; None with credit.
     `outcome` and `ended_at` are of its end; a DRAINING request may get a second one.
     Of an open request: `text_open` until its text has ended, `text_chars` so far, `held_text` that came before it had
@@ -219,6 +225,8 @@ class Request:
     keep_alive_s: float | None
     arrived_at: float
     voice: str = ""
+    is_batch: bool = False
+    deadline_s: float | None = None
     limits: KeyLimits = field(default_factory=KeyLimits)
     rate_limit: RateLimit | None = None
     state: RequestState = field(default=RequestState.QUEUED, init=False)
@@ -229,6 +237,7 @@ class Request:
     parked_bytes: int = field(default=0, init=False)
     made_bytes: int = field(default=0, init=False)
     retried: bool = field(default=False, init=False)
+    charged_s: float = field(default=0.0, init=False)
     outcome: Outcome | None = field(default=None, init=False)
     ended_at: float = field(default=0.0, init=False)
     text_open: bool = field(init=False)
@@ -238,11 +247,13 @@ class Request:
     waits_since: float | None = field(default=None, init=False)
     text_cut: JobError | None = field(default=None, init=False)
     playback: Playback = field(default_factory=Playback, init=False)
+    _waiting_since: float = field(default=0.0, init=False)
     _slot_since: float = field(default=0.0, init=False)
     _idle_since: float | None = field(default=None, init=False)
     _idle_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        self._waiting_since = self.arrived_at
         self.text_open = self.job.open
         self.text_chars = len(self.job.text)
         self.first_text_at = self.arrived_at if self.text_chars or not self.text_open else None
@@ -260,6 +271,16 @@ class Request:
         if self.state is RequestState.QUEUED:
             self.held_text.append(message)
 
+    def yields(self, now: float) -> bool:
+        """Whether others come first: a batch request does, unless it has waited for BATCH_PATIENCE_S."""
+        until = self._slot_since if self.state is RequestState.RUNNING else now
+        return self.is_batch and until - self._waiting_since < BATCH_PATIENCE_S
+
+    def is_late(self, now: float) -> bool:
+        """Whether it has a deadline, and the deadline has passed before its first audio."""
+        is_silent = self.first_audio_at is None
+        return self.deadline_s is not None and is_silent and now - self.arrived_at >= self.deadline_s
+
     def start(self, now: float) -> None:
         """QUEUED -> RUNNING: the engine has taken the job."""
         self.state = RequestState.RUNNING
@@ -271,6 +292,8 @@ class Request:
     def park(self, parked_bytes: int, now: float) -> None:
         """RUNNING -> PARKED: the engine keeps the job off its slot, in so many bytes of host RAM."""
         self.state = RequestState.PARKED
+        if now - self._slot_since >= MIN_SLICE_S:
+            self._waiting_since = now
         self._count_parked(parked_bytes)
         self.set_idle(idle=True, now=now)
 
@@ -333,6 +356,11 @@ class Request:
         if self.sink.stalled and self.unread_since is None:
             self.unread_since = now
 
+    @property
+    def audio_s(self) -> float:
+        """The audio that was made, in seconds."""
+        return self.made_bytes / BYTES_PER_S
+
     def unread_s(self, now: float) -> float:
         """How long the reader has taken nothing, though it could have: 0 with credit."""
         return 0.0 if self.unread_since is None else now - self.unread_since
@@ -351,6 +379,7 @@ class Request:
             in_hand_s=self.in_hand_s(now),
             slice_s=now - self._slot_since,
             has_spoken=self.first_audio_at is not None,
+            yields=self.yields(now),
         )
 
     def synthesis_s(self, now: float) -> float:
@@ -376,7 +405,7 @@ class Request:
             client=self.client[:CLIENT_CHARS],
             state=self.shown_state(now),
             age_s=round(now - self.arrived_at, 3),
-            audio_s=round(self.made_bytes / BYTES_PER_S, 3),
+            audio_s=round(self.audio_s, 3),
             buffered_s=round(self.sink.waiting_bytes / BYTES_PER_S, 3),
         )
 

@@ -13,6 +13,8 @@ A listener hears a second a second from the first piece on, and nothing while it
 - Until a newcomer has made its first audio, the requests with MIN_IN_HAND_S leave it the device.
   The others leave it one step, but never two in a row.
 - No request is parked before it has held its slot for MIN_SLICE_S.
+- A request that yields (a batch request) gives its slot and the device to any that does not, at once.
+  Once parked, it waits for a free slot. As a newcomer it takes one from none but another that yields.
 
 It knows neither engines nor messages; see `worker` for these, and `audio_buffer` for the bytes.
 """
@@ -49,6 +51,7 @@ class Holding(msgspec.Struct, frozen=True):
     """A request with a slot or parked. `slice_s`: how long it has held its slot. `has_spoken`: it has made audio.
 
     `waits_for_text`: it is an open one that can make no audio before more of its text comes.
+    `yields`: nobody listens to it, so others come first.
     """
 
     job_id: str
@@ -56,23 +59,35 @@ class Holding(msgspec.Struct, frozen=True):
     slice_s: float = 0.0
     has_spoken: bool = True
     waits_for_text: bool = False
+    yields: bool = False
 
     @property
     def is_hungry(self) -> bool:
-        """Whether its listener will soon have nothing to hear."""
-        return self.in_hand_s < HUNGRY_BELOW_S
+        """Whether its listener, if it has one, will soon have nothing to hear."""
+        return self.in_hand_s < HUNGRY_BELOW_S and not self.yields
 
 
 def next_to_park(
-    running: Iterable[Holding], waiting: Holding | None, *, least_parked_s: float = math.inf, its_turn: bool = False
+    running: Sequence[Holding],
+    waiting: Holding | None,
+    *,
+    yields: bool = False,
+    least_parked_s: float = math.inf,
+    its_turn: bool = False,
 ) -> Holding | None:
     """The running request that gives its slot to the parked `waiting`, or to a newcomer (None); None if none does.
+
+    `yields`: the newcomer is a batch request.
 
     `least_parked_s`: the least audio in hand of a parked request. One that gives its slot to a newcomer has either
     MIN_IN_HAND_S, or more than that: where listeners wait already, no newcomer waits for all of them.
     `its_turn`: `waiting` comes after newcomers, for each of which a request may have been parked with as little.
     """
-    able = (holding for holding in running if holding.slice_s >= MIN_SLICE_S)
+    if not yields and (waiting is None or waiting.is_hungry):
+        batch = [holding for holding in running if holding.yields]
+        if batch:
+            return max(batch, key=lambda holding: holding.in_hand_s)
+    able = (holding for holding in running if holding.slice_s >= MIN_SLICE_S and (holding.yields or not yields))
     most = max(able, key=lambda holding: (holding.waits_for_text, holding.in_hand_s), default=None)
     if most is None or most.waits_for_text:
         return most
@@ -92,15 +107,25 @@ def next_to_wait(running: Sequence[Holding], waited: Collection[str]) -> list[st
     slots, so a listener who has nothing in hand waits for a fraction of a step. A newcomer has FIRST_AUDIO_S for its
     first audio.
     """
-    if all(holding.has_spoken or holding.waits_for_text or holding.slice_s > FIRST_AUDIO_S for holding in running):
+    newcomers = [
+        holding
+        for holding in running
+        if not (holding.has_spoken or holding.waits_for_text or holding.slice_s > FIRST_AUDIO_S)
+    ]
+    if not newcomers:
         return []
+    somebody_listens = not all(newcomer.yields for newcomer in newcomers)
     return [
         holding.job_id
         for holding in running
-        if holding.has_spoken and (holding.in_hand_s >= MIN_IN_HAND_S or holding.job_id not in waited)
+        if (holding.yields and somebody_listens)
+        or (holding.has_spoken and (holding.in_hand_s >= MIN_IN_HAND_S or holding.job_id not in waited))
     ]
 
 
 def next_to_unpark(parked: Iterable[Holding]) -> Holding | None:
-    """The parked request that comes back first: the one with the least in hand, of equal ones the first."""
-    return min(parked, key=lambda holding: holding.in_hand_s, default=None)
+    """The parked request that comes back first: the one with the least in hand, of equal ones the first.
+
+    One that yields comes after all others.
+    """
+    return min(parked, key=lambda holding: (holding.yields, holding.in_hand_s), default=None)

@@ -86,9 +86,9 @@ class Slots:
         set_aside = sum(self.buffer.set_aside(request.sink.waiting_bytes) for request in self.running.values())
         return self.buffer.budget_bytes - self.buffer.used_bytes - set_aside
 
-    def place_for_newcomer(self, model: str) -> Place | None:
-        """Where a request of the queue can start; None if it has to wait."""
-        return self._place(model, None, self.buffer.set_aside(0))
+    def place_for_newcomer(self, model: str, *, yields: bool = False) -> Place | None:
+        """Where a request of the queue can start; None if it has to wait. `yields`: it is a batch request."""
+        return self._place(model, None, self.buffer.set_aside(0), yields=yields)
 
     def place_for_parked(self, request: Request, *, its_turn: bool) -> Place | None:
         """Where a parked request can go on; None if it has to stay parked. `its_turn`: newcomers went before it."""
@@ -138,9 +138,9 @@ class Slots:
         return max(with_slot or stalled, key=lambda request: request.unread_s(now), default=None)
 
     def _in_hand_of_parked(self, model: str, now: float) -> Iterator[float]:
-        """The seconds in hand of the model's parked requests that could go on."""
+        """The seconds in hand of the model's parked requests that could go on, and that somebody listens to."""
         for request in self.parked.values():
-            if request.model == model and not self.waits_for_text(request):
+            if request.model == model and not self.waits_for_text(request) and not request.yields(now):
                 yield request.in_hand_s(now)
 
     def _newcomer_can_speak(self, models: Collection[str]) -> bool:
@@ -154,7 +154,15 @@ class Slots:
                 return True
         return False
 
-    def _place(self, model: str, waiting: Request | None, needed_bytes: int, *, its_turn: bool = False) -> Place | None:
+    def _place(
+        self,
+        model: str,
+        waiting: Request | None,
+        needed_bytes: int,
+        *,
+        yields: bool = False,
+        its_turn: bool = False,
+    ) -> Place | None:
         """A slot of `model` for the parked request `waiting`, or for a newcomer. It takes `needed_bytes` of buffer."""
         free_bytes, capacity = self.free_bytes(), self._engines()[model].capacity()
         if len(self.running) < self._max_concurrency and capacity > 0:
@@ -169,8 +177,9 @@ class Slots:
         parked = self._in_hand_of_parked(model, now) if waiting is None else ()
         least_parked_s = min(parked, default=math.inf)
         while chosen := next_to_park(
-            (self._holding(request, now) for request in able),
+            [self._holding(request, now) for request in able],
             holding,
+            yields=yields,
             least_parked_s=least_parked_s,
             its_turn=its_turn,
         ):

@@ -69,8 +69,8 @@ IDLE_TURN_S: Final = 0.05
 UNKNOWN_SLOTS: Final = 8
 """The slots of a model that has not been resident yet: a model has as many on a CPU, and seldom fewer on a GPU."""
 
-READERS_CHECK_S: Final = 0.1
-"""Seconds between two looks at the readers of all open requests: there may be thousands."""
+OPEN_CHECK_S: Final = 0.1
+"""Seconds between two looks at all open requests: there may be thousands."""
 
 log = structlog.get_logger(__name__)
 
@@ -137,7 +137,7 @@ class Worker:
         self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
         self._newcomers_in_a_row = 0
         self._held_back: set[str] = set()  # the jobs that the last step left out
-        self._readers_checked_at = clock()
+        self._open_checked_at = clock()
         self._out_of_memory: set[str] = set()  # models whose next step is the second try
         self._slots_of: dict[str, int] = {}  # by model, as many as it had when it became resident
         self._drain_until: float | None = None
@@ -180,7 +180,7 @@ class Worker:
         self._handle_commands()
         self._give_slots()
         self._step_engines()
-        self._check_readers()
+        self._check_open()
         for refusal in self._residency.advance():
             self._refuse(refusal)
         self._control.answer_finished()
@@ -253,6 +253,8 @@ class Worker:
                     client=speak.client,
                     model=speak.model,
                     voice=speak.voice,
+                    is_batch=speak.priority == "batch",
+                    deadline_s=speak.deadline_s,
                     limits=speak.limits,
                     sink=sink,
                     keep_alive_s=speak.keep_alive_s,
@@ -416,7 +418,7 @@ class Worker:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
         characters = sum(len(segment.text) for segment in request.job.segments)
         self._limits.check(request.client, request.limits, characters)
-        can_start = self._can_start(request.model)
+        can_start = self._can_start(request.model, request.yields(self._clock()))
         free_slots = self._slots.free(request.model, unknown=self._slots_of.get(request.model, UNKNOWN_SLOTS))
         self._scheduler.submit(request, len(self._slots), free_slots=free_slots, can_start=can_start)
         request.rate_limit = self._limits.count(request.client, request.limits, characters)
@@ -451,7 +453,7 @@ class Worker:
         if request is None:
             return False
         # Asked again, because time has passed: a request that was ahead enough to be parked may not be any more.
-        place = self._slots.place_for_newcomer(request.model)
+        place = self._slots.place_for_newcomer(request.model, yields=request.yields(self._clock()))
         if place is None or not self._vacate(place):
             self._scheduler.put_back(request)
             return False
@@ -518,8 +520,8 @@ class Worker:
         """
         return model in self._residency.engines and model not in self._out_of_memory and not self._residency.evicting
 
-    def _can_start(self, model: str) -> bool:
-        return self._takes_jobs(model) and self._slots.place_for_newcomer(model) is not None
+    def _can_start(self, model: str, yields: bool) -> bool:  # noqa: FBT001 -- as the scheduler asks
+        return self._takes_jobs(model) and self._slots.place_for_newcomer(model, yields=yields) is not None
 
     def _admission_failed(self, request: Request, error: Exception) -> None:
         if isinstance(error, JobError):
@@ -578,6 +580,7 @@ class Worker:
             self._scheduler.remove(request)
             self._residency.abandon(request.model)
             return
+        self._scheduler.settle(request, request.audio_s)
         if not isinstance(outcome, Cancelled):
             self._scheduler.record_slot_time(request.synthesis_s(self._clock()))
         model = request.model
@@ -589,16 +592,19 @@ class Worker:
             self._out_of_memory.discard(model)  # there is no step left to retry
         self._residency.release(model, request.keep_alive_s)
 
-    def _check_readers(self) -> None:
-        """Fail the requests whose reader took nothing for `stall_timeout_s`, and those whose text does not come.
+    def _check_open(self) -> None:
+        """Fail the requests that are late, whose text does not come, or whose reader took nothing.
 
         If a request could start but for the full buffer, the one that has been stalled for the longest time fails.
         """
         now = self._clock()
-        if now - self._readers_checked_at < READERS_CHECK_S:
+        if now - self._open_checked_at < OPEN_CHECK_S:
             return
-        self._readers_checked_at = now
+        self._open_checked_at = now
         self._check_texts(now)
+        for request in [request for request in self._open.values() if request.is_late(now)]:
+            reason = f"no audio could be made within {request.deadline_s:g} s"
+            self._finish(request, JobError("deadline_exceeded", reason))
         for request in [request for request in self._open.values() if request.unread_s(now) > self._stall_timeout_s]:
             self._fail_slow(request, f"nothing was read for {self._stall_timeout_s:.0f} s")
         if self._slots.out_of_room:

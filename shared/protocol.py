@@ -67,6 +67,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_new_tokens: int | None = None
 
 
+Priority = Literal["interactive", "batch"]
+"""`batch`: nobody waits for the speech, so others come first, in the queue and for a slot."""
+
+
 class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The limits of the API key of a request; None: no such limit. The GPU worker counts, over all web workers."""
 
@@ -176,6 +180,7 @@ class Speak(Message, frozen=True, kw_only=True):
     `id` is one of `new_speak_id`.
     `client` is the key of fairness: requests of one client wait for each other, not other clients for them.
     `limits` are those of all requests of the client together.
+    `deadline_s`: the request fails (`deadline_exceeded`) if its audio has not begun so many seconds after its arrival.
     `voice` is a preset voice, "" if the task takes none, or with `saved_voice` the id of a saved voice.
     The payload, if there is one, is the reference recording to clone; `reference_text` is its transcript.
     `keep_alive_s`: the model stays resident for so long after this request; negative: for ever; None: as configured.
@@ -201,6 +206,8 @@ class Speak(Message, frozen=True, kw_only=True):
     timestamps: bool = False
     keep_alive_s: float | None = None
     limits: KeyLimits = KeyLimits()
+    priority: Priority = "interactive"
+    deadline_s: float | None = None
     open: bool = False
 
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="its name in logs and figures")
     parser.add_argument("--file", type=Path, help="the file of keys (default: TTS_KEYS_FILE)")
     parser.add_argument("--admin", action="store_true", help="the key may administer")
+    parser.add_argument("--batch", action="store_true", help="its requests come after all others")
     for option, text in _LIMITS.items():
         parser.add_argument(option, type=int, metavar="N", help=text)
     parser.add_argument("--model", action="append", default=[], help="a model that it may use (default: all)")
@@ -62,6 +63,7 @@ def _table(arguments: argparse.Namespace, key: str) -> str:
             {
                 "hash": digest_of(key),
                 "role": "admin" if arguments.admin else "user",
+                "priority": "batch" if arguments.batch else "interactive",
                 "requests_per_minute": arguments.requests_per_minute,
                 "characters_per_day": arguments.characters_per_day,
                 "concurrent_requests": arguments.concurrent_requests,

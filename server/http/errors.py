@@ -44,6 +44,7 @@ CODES: Final[dict[str, tuple[int, str]]] = {
     "insufficient_vram": (503, SERVER),
     "model_unavailable": (503, SERVER),
     "shutting_down": (503, SERVER),
+    "deadline_exceeded": (504, SERVER),
 }
 """The codes of the contract: HTTP status and OpenAI's type of error. An unknown code counts as our own fault: 500."""
 
@@ -66,6 +67,7 @@ _DOCUMENTED: Final = {
     500: "The server made a mistake; trying again does not help.",
     503: "The GPU worker, memory or the model's weights are missing now, or the server is shutting down; "
     "`Retry-After` says when to try again.",
+    504: "No audio could be made before the deadline of `x-deadline-ms` (`deadline_exceeded`).",
 }
 
 

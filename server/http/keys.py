@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.access import read_file
-from shared.protocol import KeyLimits
+from shared.protocol import KeyLimits, Priority
 from shared.settings import Settings
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,6 +47,7 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     requests_per_minute: Count | None = None
     characters_per_day: Count | None = None
     concurrent_requests: Count | None = None
+    priority: Priority = "interactive"
     models: Names = []
     voices: Names = []
     expires: date | None = None
@@ -61,6 +62,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     client: str
     is_admin: bool = False
     limits: KeyLimits = KeyLimits()
+    priority: Priority = "interactive"
     models: frozenset[str] = frozenset()
     voices: frozenset[str] = frozenset()
     expires: date | None = None
@@ -141,6 +143,7 @@ def _caller_of(name: str, entry: KeyEntry) -> Caller:
             characters_per_day=entry.characters_per_day,
             concurrent_requests=entry.concurrent_requests,
         ),
+        priority=entry.priority,
         models=_in_lower_case(entry.models),
         voices=_in_lower_case(entry.voices),
         expires=entry.expires,

@@ -39,7 +39,7 @@ class CaptionedJson(JsonBodyDto[CaptionedRequest]):
     tags=["Speech"],
     responses={
         200: ResponseSpec(CaptionedAudio, description="A line of JSON for each part.", generate_examples=False),
-        **documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+        **documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
     },
 )
 async def create_captioned_speech(

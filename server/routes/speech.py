@@ -34,9 +34,10 @@ class SpeechJson(JsonBodyDto[SpeechRequest]):
     status_code=200,
     operation_id="createSpeech",
     summary="Speak a text",
-    description="Text in, audio out. Fields that are not known here are ignored.",
+    description="Text in, audio out. Fields that are not known here are ignored. With the header `x-deadline-ms`, the "
+    "request fails (504) if its audio has not begun so many milliseconds after it came.",
     tags=["Speech"],
-    responses=documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503),
+    responses=documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
 )
 async def create_speech(
     request: Request[Any, Any, Any],

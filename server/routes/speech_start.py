@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -34,6 +35,9 @@ from shared.settings import Settings
 
 _SHORT_INPUT: Final = 500
 """Characters of an input that may be prepared on the event loop: 10 ms at worst."""
+
+_MILLISECONDS: Final = re.compile(r"[1-9][0-9]{0,7}")
+"""More than a day at most."""
 
 _LONGER: Final = 2
 """Pronunciations may make a text so many times as long as TTS_MAX_INPUT_CHARS."""
@@ -144,6 +148,8 @@ class SpeechPlan:
             id=new_speak_id(request_id),
             client=self.starter.caller.client,
             limits=self.starter.caller.limits,
+            priority=self.starter.caller.priority,
+            deadline_s=self.starter.deadline_s,
             model=resolved.model.id,
             task=resolved.model.task,
             segments=segments,
@@ -169,6 +175,7 @@ class SpeechStarter:
     settings: Settings
     decoder_pool: DecoderPool
     caller: Caller
+    deadline_s: float | None = None
 
     async def start(self, data: SpeechRequest, request_id: str) -> StartedSpeech:
         """Check `data`, and let the engine speak it. Raises ApiError."""
@@ -242,7 +249,17 @@ def speech_starter(request: Request[Any, Any, Any], state: State) -> Any:
         settings=state.settings,
         decoder_pool=state.decoder_pool,
         caller=caller_of(state.settings, request),
+        deadline_s=_deadline_s(request.headers.get("x-deadline-ms")),
     )
+
+
+def _deadline_s(header: str | None) -> float | None:
+    """The header x-deadline-ms: the request is of no use if its audio begins later."""
+    if header is None:
+        return None
+    if not _MILLISECONDS.fullmatch(header):
+        raise ApiError("invalid_value", "x-deadline-ms: must be milliseconds, 1 to 99999999.", param="x-deadline-ms")
+    return int(header) / 1000
 
 
 SpeechStarterDependency = NamedDependency[SkipValidation[SpeechStarter]]

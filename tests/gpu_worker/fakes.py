@@ -37,7 +37,13 @@ def a_sink(request_id: str = "r", *, credit: int = 1_000, send: Send = lambda _m
 
 
 def a_request(
-    request_id: str = "r", *, client: str = "alice", model: str = "m", sink: Sink | None = None, arrived_at: float = 0.0
+    request_id: str = "r",
+    *,
+    client: str = "alice",
+    model: str = "m",
+    sink: Sink | None = None,
+    arrived_at: float = 0.0,
+    is_batch: bool = False,
 ) -> Request:
     """A queued request."""
     return Request(
@@ -49,6 +55,7 @@ def a_request(
         sink=sink or a_sink(request_id),
         keep_alive_s=None,
         arrived_at=arrived_at,
+        is_batch=is_batch,
     )
 
 

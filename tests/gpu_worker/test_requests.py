@@ -6,6 +6,7 @@ import pytest
 
 from gpu_worker.engines.base import Done, JobError
 from gpu_worker.requests import STALLED_AFTER_S, Cancelled, Outcome, Playback, Request, RequestState, Sink
+from gpu_worker.slot_policy import MIN_SLICE_S
 from shared.pcm import SAMPLE_RATE, bytes_for
 from shared.protocol import Audio, Failed, Finished, Started, Timings, Usage
 from tests.gpu_worker.fakes import a_request, a_sink
@@ -19,6 +20,28 @@ FRAME_S = 0.08
 def _sink(credit: int) -> tuple[Sink, list[tuple[Any, bytes | None]]]:
     sent: list[tuple[Any, bytes | None]] = []
     return a_sink(credit=credit, send=lambda message, payload: sent.append((message, payload))), sent
+
+
+class TestBatch:
+    """When a batch request yields to others."""
+
+    def test_patience(self) -> None:
+        """After a minute of waiting it counts as any other, for one slice of its slot; a slice of nothing is none."""
+        request = a_request(is_batch=True, arrived_at=1_000.0)
+        assert request.yields(1_059.9)
+        assert not request.yields(1_060.0)
+        request.start(1_010.0)
+        assert request.yields(2_000.0)
+        request.park(0, 1_010.0 + MIN_SLICE_S / 2)
+        assert not request.yields(1_060.0)
+        request.unpark(1_060.0)
+        assert not request.yields(2_000.0)
+        request.park(0, 1_060.0 + MIN_SLICE_S)
+        assert request.yields(1_100.0)
+
+    def test_others_never_yield(self) -> None:
+        """However short they wait."""
+        assert not a_request(arrived_at=1_000.0).yields(1_000.0)
 
 
 class TestSink:

@@ -4,14 +4,17 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.requests import Request
+from gpu_worker.requests import BATCH_PATIENCE_S, Request
 from gpu_worker.scheduler import MAX_RETRY_S, PACE_WINDOW_S, Scheduler
+from gpu_worker.shares import MAX_CLIENTS, AudioShares
 from tests.gpu_worker.fakes import FakeClock, a_request
 
 
-def _any(_model: str) -> bool:
+def _any(_model: str, _yields: bool) -> bool:  # noqa: FBT001 -- as the scheduler asks
     return True
 
 
@@ -92,7 +95,7 @@ class TestOrder:
         scheduler = _queue(
             a_request("1", model="full"), a_request("2"), a_request("3", model="full"), a_request("4", client="bob")
         )
-        started = [scheduler.next(lambda model: model != "full") for _ in range(3)]
+        started = [scheduler.next(lambda model, _yields: model != "full") for _ in range(3)]
         assert [request and request.id for request in started] == ["2", "4", None]
         assert _take_all(scheduler) == ["1", "3"]
 
@@ -100,7 +103,7 @@ class TestOrder:
         """`admissible` is called once for each model, however many requests wait for it."""
         checked: list[str] = []
 
-        def refuse(model: str) -> bool:
+        def refuse(model: str, _yields: bool) -> bool:  # noqa: FBT001 -- as the scheduler asks
             checked.append(model)
             return False
 
@@ -111,6 +114,113 @@ class TestOrder:
     def test_empty(self) -> None:
         """An empty queue has no next request."""
         assert _queue().next(_any) is None
+
+
+class TestShares:
+    """Clients share the audio."""
+
+    def serve(self, scheduler: Scheduler, audio_s: dict[str, float], requests: int) -> Counter[str]:
+        """Let so many requests start and end, one after the other; the audio that each client got."""
+        got: Counter[str] = Counter()
+        for number in range(requests):
+            for client in audio_s:
+                if all(request.client != client for request in scheduler):
+                    scheduler.submit(a_request(f"{client}{number}", client=client), slots=1)
+            request = scheduler.next(_any)
+            assert request is not None
+            scheduler.settle(request, audio_s[request.client])
+            got[request.client] += audio_s[request.client]
+        return got
+
+    def test_by_audio_and_not_by_requests(self) -> None:
+        """A client with long texts and one with short ones get the same time."""
+        got = self.serve(_queue(), {"long": 60.0, "short": 2.0, "middle": 10.0}, 600)
+        assert got["long"] == pytest.approx(got["short"], abs=61)
+        assert got["long"] == pytest.approx(got["middle"], abs=61)
+
+    def test_nobody_saves_up(self) -> None:
+        """A client that was away for long is next, and then takes turns with the others."""
+        scheduler = _queue()
+        self.serve(scheduler, {"alice": 10.0, "bob": 10.0}, 4)
+        self.serve(scheduler, {"alice": 10.0}, 100)
+        got = self.serve(scheduler, {"alice": 10.0, "bob": 10.0}, 20)
+        assert got["bob"] == pytest.approx(got["alice"], abs=21)
+
+    def test_what_was_not_spoken_is_not_charged(self) -> None:
+        """Requests that are cancelled at once cost their client nothing."""
+        got = self.serve(_queue(), {"alice": 0.0, "bob": 1.0, "carol": 1.0}, 30)
+        assert got["bob"] == pytest.approx(got["carol"], abs=1)
+
+    def test_the_number_of_clients_is_bounded(self) -> None:
+        """A million addresses leave no million entries."""
+        shares = AudioShares()
+        for number in range(3 * MAX_CLIENTS):
+            shares.join(f"peer:{number}")
+            shares.serve(f"peer:{number}", 1.0)
+        assert len(shares._clocks) <= MAX_CLIENTS + 1
+
+
+class TestBatch:
+    """Batch requests come after all others, and come."""
+
+    def test_after_all_others(self) -> None:
+        """Also after those that arrive later; among each other they take turns as the others do."""
+        scheduler = _queue(
+            a_request("b0", client="robot", is_batch=True, arrived_at=1_000.0),
+            a_request("b1", client="robot", is_batch=True, arrived_at=1_000.0),
+            a_request("c0", client="other robot", is_batch=True, arrived_at=1_000.0),
+        )
+        scheduler.submit(a_request("a0"), slots=1)
+        assert scheduler.position(next(request for request in scheduler if request.id == "b0")) == 2
+        assert _take_all(scheduler) == ["a0", "b0", "c0", "b1"]
+
+    def test_fills_what_others_leave(self) -> None:
+        """If no other request has a slot, a batch request starts."""
+        scheduler = _queue(a_request("a0", model="full"), a_request("b0", client="robot", is_batch=True))
+        request = scheduler.next(lambda model, _yields: model != "full")
+        assert request is not None
+        assert request.id == "b0"
+
+    def test_asks_for_its_own_kind_of_slot(self) -> None:
+        """A slot that another request must give up may not be there for one that yields."""
+        scheduler = _queue(
+            a_request("b0", client="robot", is_batch=True, arrived_at=1_000.0), a_request("a0", arrived_at=1_000.0)
+        )
+        assert scheduler.next(lambda _model, yields: yields).id == "b0"  # type: ignore[union-attr] # it has one
+        assert scheduler.next(lambda _model, yields: yields) is None
+        assert scheduler.next(lambda _model, yields: not yields).id == "a0"  # type: ignore[union-attr] # as above
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.floats(0.1, 20)), min_size=1, max_size=60))
+    def test_nobody_starves(self, arrivals: list[tuple[str, bool, float]]) -> None:
+        """While interactive requests come without a pause, every batch request starts within a bounded time."""
+        clock = FakeClock()
+        scheduler = Scheduler(1_000, clock)
+        waiting: dict[str, float] = {}
+        longest = 0.0
+        for number, (client, is_batch, audio_s) in enumerate(arrivals):
+            names = [f"{number}/greedy", f"{number}/{client}"]
+            scheduler.submit(a_request(names[0], client="greedy", arrived_at=clock.now), slots=1)
+            scheduler.submit(
+                a_request(names[1], client=f"{client}{is_batch}", is_batch=is_batch, arrived_at=clock.now), slots=1
+            )
+            waiting |= dict.fromkeys(names, clock.now)
+            longest = max(longest, self.start(scheduler, clock, waiting, audio_s))
+        while any(request.client != "greedy" for request in scheduler):
+            assert clock.now < 1_000 + 100 * BATCH_PATIENCE_S
+            scheduler.submit(a_request("more", client="greedy", arrived_at=clock.now), slots=1)
+            waiting["more"] = clock.now
+            longest = max(longest, self.start(scheduler, clock, waiting, 1.0))
+        # Its patience; then turns: each other client's requests that were there, 20 s each at most.
+        assert longest <= BATCH_PATIENCE_S + 20.0 * (len(arrivals) + 1)
+
+    def start(self, scheduler: Scheduler, clock: FakeClock, waiting: dict[str, float], audio_s: float) -> float:
+        """Let the next request speak for `audio_s`; how long it had waited, if it was not the greedy client's."""
+        request = scheduler.next(_any)
+        assert request is not None
+        waited_s = clock.now - waiting.pop(request.id)
+        clock.advance(audio_s)
+        scheduler.settle(request, audio_s)
+        return 0.0 if request.client == "greedy" else waited_s
 
 
 class TestBound:
@@ -285,7 +395,7 @@ def test_every_request_leaves_once() -> None:
                 else:
                     submitted.append(request)
             case 2:
-                chosen = scheduler.next(lambda model: model == dice.choice("mn"))
+                chosen = scheduler.next(lambda model, _yields: model == dice.choice("mn"))
                 left += [chosen] if chosen is not None else []
             case _:
                 for request in [request for request in scheduler if dice.random() < 0.01]:

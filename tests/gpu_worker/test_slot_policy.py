@@ -116,6 +116,43 @@ class TestWait:
             waited = left_out
 
 
+class TestBatch:
+    """Requests that yield to others."""
+
+    BATCH = Holding("batch", 0.0, slice_s=0.0, yields=True)
+
+    def test_gives_its_slot_to_a_newcomer_at_once(self) -> None:
+        """With nothing in hand and a slot that is new; before any that has plenty."""
+        chosen = next_to_park([self.BATCH, *_running(a=90.0)], None)
+        assert chosen == self.BATCH
+
+    def test_gives_its_slot_to_a_hungry_one(self) -> None:
+        """That one need not have less in hand."""
+        assert next_to_park([self.BATCH], Holding("h", HUNGRY_BELOW_S - 0.1)) == self.BATCH
+        assert next_to_park([self.BATCH], Holding("h", HUNGRY_BELOW_S)) is None
+
+    def test_takes_no_slot_from_a_listener(self) -> None:
+        """Neither as a newcomer nor when it comes back. As a newcomer it takes one of another that yields."""
+        ahead = Holding("ahead", 90.0, slice_s=1.0, yields=True)
+        assert next_to_park(_running(a=90.0), None, yields=True) is None
+        assert next_to_park([self.BATCH], None, yields=True) is None
+        assert next_to_park([*_running(a=99.0), ahead], None, yields=True) == ahead
+        assert next_to_park([*_running(a=99.0), ahead], self.BATCH) is None
+
+    def test_leaves_the_device_to_a_newcomer(self) -> None:
+        """Until the first audio of one that somebody listens to."""
+        newcomer = Holding("new", 0.0, slice_s=0.01, has_spoken=False)
+        assert next_to_wait([self.BATCH, newcomer], ["batch"]) == ["batch"]
+        assert (
+            next_to_wait([self.BATCH, Holding("b2", 0.0, slice_s=0.01, has_spoken=False, yields=True)], ["batch"]) == []
+        )
+
+    def test_comes_back_last(self) -> None:
+        """After every parked request that somebody listens to."""
+        listener = Holding("a", 20.0)
+        assert next_to_unpark([self.BATCH, listener]) == listener
+
+
 class TestUnpark:
     """The parked request that comes back."""
 

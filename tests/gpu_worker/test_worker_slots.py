@@ -27,19 +27,6 @@ def _bench(make_bench: MakeBench, **options: object) -> WorkerBench:
     return bench
 
 
-def _count_parks(bench: WorkerBench) -> list[str]:
-    """The jobs that are parked from now on."""
-    parks: list[str] = []
-    park = bench.engines["m"].park
-
-    def counted(job_id: str) -> int:
-        parks.append(job_id)
-        return park(job_id)
-
-    bench.engines["m"].park = counted  # type: ignore[method-assign] # counts, and does the same
-    return parks
-
-
 def _turn(bench: WorkerBench, times: int = 1) -> None:
     for _ in range(times):
         bench.clock.advance(TURN_S)
@@ -152,7 +139,7 @@ class TestParking:
     def test_swaps_are_rare(self, make_bench: MakeBench) -> None:
         """Two requests that share a slot on a device that is fast enough swap once in several seconds of audio."""
         bench = _bench(make_bench)
-        parks = _count_parks(bench)
+        parks = bench.jobs_of("park")
         bench.speak("first", LONG)
         bench.speak("second", LONG)
         _turn(bench, 2 * 200 + 10)

@@ -447,6 +447,18 @@ class WorkerBench:
         """Send a Cancel."""
         self.send(Cancel(id=request_id, error=error), peer=peer)
 
+    def jobs_of(self, call: str, model: str = "m") -> list[str]:
+        """The jobs for which the engine's method `call` is called from now on."""
+        jobs: list[str] = []
+        method = getattr(self.engines[model], call)
+
+        def noted(job_id: str) -> Any:
+            jobs.append(job_id)
+            return method(job_id)
+
+        setattr(self.engines[model], call, noted)
+        return jobs
+
     def save_voice(self, name: str, text: str | None = None) -> SavedVoice:
         """Save a voice and wait for it."""
         voice = self.result_of(CloneVoice(name=name, text=text), VOICE, call_id=f"save-{name}").voice

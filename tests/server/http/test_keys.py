@@ -30,6 +30,10 @@ hash = "{digest_of("sk-tts-narrow")}"
 models = ["ESPEAK-NG"]
 voices = ["Alloy", "my voice"]
 
+[robot]
+hash = "{digest_of("sk-tts-robot")}"
+priority = "batch"
+
 [old]
 hash = "{digest_of("sk-tts-old")}"
 expires = 2026-01-01
@@ -152,6 +156,13 @@ class TestService:
             }
         limits = KeyLimits(requests_per_minute=60, characters_per_day=1000, concurrent_requests=2)
         assert {(speak.client, speak.limits) for speak in worker.of(Speak)} == {("key:alice", limits)}
+
+    async def test_batch(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
+        """The GPU worker learns whose speech nobody waits for."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        for key in ("sk-tts-robot", ALICE):
+            await client.post(SPEECH, json={"input": "x"}, headers=bearer(key))
+        assert [speak.priority for speak in worker.of(Speak)] == ["batch", "interactive"]
 
     async def test_no_headers_without_a_limit(self, serve: Serve, keys_file: Path) -> None:
         """A key without a limit has nothing left or used up."""

@@ -8,7 +8,7 @@ import httpx
 import msgspec
 import pytest
 
-from shared.protocol import SavedVoice, Segment, Speak
+from shared.protocol import Failed, SavedVoice, Segment, Speak
 from tests.audio import tone, wav
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, Serve
@@ -158,3 +158,24 @@ async def test_wrong_formats_and_pronunciations(serve: Serve, worker: FakeWorker
         await client.post(SPEECH, json={"input": "hi", "pronunciations": {}, "input_format": ""})
     ).status_code == 200
     assert worker.of(Speak)[-1].segments == [Segment(text="hi")]
+
+
+async def test_a_deadline(serve: Serve, worker: FakeWorker) -> None:
+    """The GPU worker learns it in seconds; if it fails the request for it, the client reads a 504."""
+    client = await serve()
+    answer = await client.post(SPEECH, json={"input": "x"}, headers={"x-deadline-ms": "800"})
+    assert answer.status_code == 200
+    assert [speak.deadline_s for speak in worker.of(Speak)] == [0.8]
+    worker.fail_with = Failed(id="", code="deadline_exceeded", message="no audio could be made within 0.8 s")
+    answer = await client.post(SPEECH, json={"input": "x"}, headers={"x-deadline-ms": "800"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "soon", "100000000", "٣"])
+async def test_wrong_deadlines(serve: Serve, worker: FakeWorker, value: str) -> None:
+    """A header that is no number of milliseconds is refused, and named."""
+    client = await serve()
+    answer = await client.post(SPEECH, json={"input": "x"}, headers={"x-deadline-ms": value.encode()})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-deadline-ms")
+    assert not worker.of(Speak)
