@@ -46,7 +46,7 @@ PREFILL_LENGTHS: Final = (16, 32, 64, 128, 256)
 GRAPH_NODE_BYTES: Final = 10 << 10
 """What the driver takes for a kernel in a graph: about 10 KB, reported for CUDA 12 (NVIDIA/cccl 3768)."""
 
-GRAPH_NODES: Final = {"frame": 1660, "decode": 240, "prefill": 500}
+GRAPH_NODES: Final = {"frame": 900, "decode": 240, "prefill": 300}
 """Kernels of a decode step, of a vocoder's call and of a prefill of published models: see test_fake_cuda.py."""
 
 TRACE_NODES: Final = 55

@@ -16,7 +16,9 @@ from gpu_worker.engines.qwen.kernels.add_norm import AddNorm, add_norm
 from gpu_worker.engines.qwen.kernels.bias_snake import BiasSnake, bias_snake
 from gpu_worker.engines.qwen.kernels.causal_input import CausalInput, causal_input
 from gpu_worker.engines.qwen.kernels.embed_frame import EmbedFrame, embed_frame
+from gpu_worker.engines.qwen.kernels.frame_attention import FrameAttention
 from gpu_worker.engines.qwen.kernels.next_codebook0 import NextCodebook0, next_codebook0
+from gpu_worker.engines.qwen.kernels.rotate_and_cache import RotateAndCache, rotate_and_cache
 from gpu_worker.engines.qwen.kernels.sample_code import SampleCode, sample_code
 from gpu_worker.engines.qwen.kernels.silu_mul import SiluMul, silu_mul
 
@@ -34,7 +36,10 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     bias_snake: BiasSnake = bias_snake
     causal_input: CausalInput = causal_input
     embed_frame: EmbedFrame = embed_frame
+    frame_attention: FrameAttention | None = None
+    """None: FrameCache and the attention backend do it."""
     next_codebook0: NextCodebook0 = next_codebook0
+    rotate_and_cache: RotateAndCache = rotate_and_cache
     sample_code: SampleCode = sample_code
     silu_mul: SiluMul = silu_mul
 

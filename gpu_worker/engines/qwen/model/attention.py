@@ -30,9 +30,13 @@ class Attention(Protocol):
     `reads_lengths`: a row costs what its own length costs, however many tokens are passed. Then one graph serves all.
     `heads_by_group`: results have the first query head of every KV head in front, then the second, as fused kernels
     leave them: a copy less in each layer. Otherwise all heads of the first KV head are in front. Queries always are so.
+    `queries_by_group`: `decode` copies less if queries have that order in memory.
+    `fused`: scores are not rounded to the dtype, so another kernel that keeps them in float32 may do the same.
     """
 
+    fused: bool
     reads_lengths: bool
+    queries_by_group: bool
     heads_by_group: bool
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -45,17 +49,20 @@ class Attention(Protocol):
         """
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        """Attend with one query a row over the cached tokens that a `length_mask` leaves, or over all of them if None.
+        """Attend with one token a row over the cached tokens that a `length_mask` leaves, or over all of them if None.
 
-        [rows, heads, dim] over [rows, kv_heads, tokens, dim] of any strides -> [rows, heads * dim].
+        [rows, kv_heads, heads of one KV head, dim] over [rows, kv_heads, tokens, dim], all of any strides
+        -> [rows, heads * dim].
         """
 
 
 class Eager:
     """The official eager path: scores, float32 softmax, sum, each as a kernel of its own."""
 
+    fused = False
     reads_lengths = False
     heads_by_group = False
+    queries_by_group = False
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens, groups = query.shape[1], query.shape[2] // key.shape[2]
@@ -71,18 +78,19 @@ class Eager:
         return (torch.arange(tokens, device=lengths.device) >= lengths[:, None])[:, None, None]
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        rows, kv_heads, _, dim = key.shape
-        scores = torch.matmul(query.reshape(rows, kv_heads, -1, dim), key.transpose(2, 3)) * dim**-0.5
+        scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(mask, float("-inf"))
         weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        return torch.matmul(weights, value).reshape(rows, -1)
+        return torch.matmul(weights, value).reshape(query.shape[0], -1)
 
 
 class Sdpa:
     """torch's fused kernels. The query heads of a KV head go in as tokens, so no KV head is repeated."""
 
+    fused = True
     reads_lengths = False
+    queries_by_group = False
 
     def __init__(self, dtype: torch.dtype, *, heads_by_group: bool = False) -> None:
         """`dtype`: that of queries, keys and values."""
@@ -106,10 +114,8 @@ class Sdpa:
         return zeros.masked_fill_(beyond, float("-inf"))[:, None, None]
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        rows, kv_heads, _, dim = key.shape
-        query = query.reshape(rows, kv_heads, -1, dim)
         out = functional.scaled_dot_product_attention(query, key, value, mask)
-        return (out.transpose(1, 2) if self.heads_by_group else out).reshape(rows, -1)
+        return (out.transpose(1, 2) if self.heads_by_group else out).reshape(query.shape[0], -1)
 
 
 class Flash(Sdpa):
@@ -121,6 +127,7 @@ class Flash(Sdpa):
     """
 
     reads_lengths = True
+    queries_by_group = True
 
     def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Any:
         """The lengths, int32 [rows], and where each row's queries and keys begin: int32 [rows + 1]."""
@@ -130,10 +137,10 @@ class Flash(Sdpa):
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         if mask is None:
             return super().decode(query, key, value, None)
-        rows, kv_heads, tokens, dim = key.shape
-        groups = query.shape[1] // kv_heads
+        rows, kv_heads, groups, dim = query.shape
+        tokens = key.shape[2]
         # The query heads of a KV head are tokens of one row, as in Sdpa: with one token, the kernel would copy thrice.
-        query = query.view(rows, kv_heads, groups, dim).transpose(1, 2).reshape(-1, kv_heads, dim)
+        query = query.transpose(1, 2).reshape(-1, kv_heads, dim)
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
         out = flash_kernel((query, key, value), mask, groups, tokens)
         out = out.view(rows, groups, kv_heads, dim)
@@ -208,7 +215,7 @@ def difference_from_sdpa(flash: Flash, device: torch.device, dtype: torch.dtype)
     rows, heads, kv_heads, tokens, dim = 4, 16, 8, 300, 128
     generator = torch.Generator().manual_seed(0)
     cache = torch.randn(2, rows, tokens, kv_heads, dim, generator=generator).to(device, dtype)
-    query = torch.randn(rows, heads, dim, generator=generator).to(device, dtype)
+    query = torch.randn(rows, kv_heads, heads // kv_heads, dim, generator=generator).to(device, dtype)
     key, value = cache.transpose(2, 3).unbind()
     lengths = torch.tensor([1, 64, 129, tokens], device=device)
     ours, wanted = (

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Shape, TalkerShape
+from gpu_worker.engines.qwen.kernels.rotation import Rope
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import QKV, Linear, Rope, Stack, pad_rows
+from gpu_worker.engines.qwen.model.layers import Layer, Linear, RopeTables, Stack, pad_rows
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
@@ -35,12 +36,16 @@ class FrameCache:
     Every view that a forward writes to or reads from is made once: making them took a third of a forward's time.
     """
 
-    def __init__(self, attention: Attention, shape: Shape, rope: Rope, rows: int, like: Tensor) -> None:
+    def __init__(
+        self, attention: Attention, shape: Shape, ropes: RopeTables, rows: int, like: Tensor, *, kernels: Kernels
+    ) -> None:
         """`rows`: the padded batch size. `like`: a tensor with the cache's device and dtype."""
         size = (2, rows, shape.num_code_groups, shape.num_key_value_heads, shape.head_dim)
         caches = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
         self._attention = attention
+        self._fused = kernels.frame_attention if attention.fused else None
         self._rows = rows
+        self._caches = [(cache[0], cache[1]) for cache in caches]
         self._first_two = [cache[:, :, :2].unbind() for cache in caches]
         self._written = [[cache[:, :, i].unbind() for i in range(size[2])] for cache in caches]
         self._read = [[cache[:, :, : i + 1].transpose(2, 3).unbind() for i in range(size[2])] for cache in caches]
@@ -49,31 +54,45 @@ class FrameCache:
         self.inputs = [inputs[:batch] for batch in range(rows + 1)]
         """By batch size: where a forward after the first finds its first layer's input. The rows behind are padding."""
         self.hidden = inputs[:, :hidden]
-        qkv = inputs[:, hidden:].view(rows, heads + 2 * kv_heads, shape.head_dim)
-        query, key, value = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
-        self.qkv: QKV = query, key, value
-        self.first_rope = rope.span(0, 2, rows)
-        self.bytes = sum(tensor.nbytes for tensor in (*caches, inputs, *self.first_rope))
+        self._qkv = inputs[:, hidden:].view(rows, heads + 2 * kv_heads, shape.head_dim)
+        self._query_key_value = self._qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
+        self._first_rope = ropes.span(0, 2, rows)
+        self._ropes = [self._first_rope, *(ropes.span(i, i + 1) for i in range(1, size[2]))]
+        self.bytes = sum(tensor.nbytes for tensor in (*caches, inputs, *self._first_rope))
         self.position = 0
 
     def tensors(self) -> Iterator[Tensor]:
         """All scratch memory, as the views that forwards use."""
-        yield from (*self.inputs, self.hidden, *self.qkv, *self.first_rope)
-        for views in itertools.chain(self._first_two, *self._written, *self._read):
+        yield from (*self.inputs, self.hidden, self._qkv, *self._query_key_value, *self._first_rope)
+        for views in itertools.chain(self._caches, self._first_two, *self._written, *self._read):
             yield from views
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
         """As Attend. Position 0 brings 2 tokens a row, every other position 1."""
+        rope = self._ropes[self.position]
+        if self._fused is None:
+            return self._attend(index, *layer.rotation(qkv, rope))
+        rotation = layer.rotation, rope
+        return self._fused(qkv, rotation, self._caches[index], self.position, by_group=self._attention.heads_by_group)
+
+    def attend_known(self) -> Tensor:
+        """As Attend, for the first layer, whose queries, keys and values stand in `inputs`."""
+        if self._fused is None:
+            return self._attend(0, *self._query_key_value)
+        return self._fused(self._qkv, None, self._caches[0], self.position, by_group=self._attention.heads_by_group)
+
+    def _attend(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.position == 0:
             query, key, value = (x.unflatten(0, (self._rows, 2)) for x in (query, key, value))
-            keys, values = self._first_two[layer]
+            keys, values = self._first_two[index]
             keys.copy_(key)
             values.copy_(value)
             return self._attention.prefill(query, key, value).reshape(2 * self._rows, -1)
-        keys, values = self._written[layer][self.position]
+        keys, values = self._written[index][self.position]
         keys.copy_(key)
         values.copy_(value)
-        keys, values = self._read[layer][self.position]
+        keys, values = self._read[index][self.position]
+        query = query.view(self._rows, keys.shape[1], -1, keys.shape[3])
         return self._attention.decode(query, keys, values, None)
 
 
@@ -99,7 +118,7 @@ class CodePredictor(TensorHolder):
         self.groups = shape.num_code_groups
         self._shape = shape
         self._attention = attention
-        self._sample = kernels.sample_code
+        self._kernels = kernels
         self._top_k = generation.subtalker_top_k
         codebook0, *others = codec_table.split([talker.vocab_size, *[shape.vocab_size] * (self.groups - 1)])
         heads_by_group = attention.heads_by_group
@@ -115,13 +134,12 @@ class CodePredictor(TensorHolder):
             self.projection = Linear(
                 weights[f"{prefix}small_to_mtp_projection.weight"], weights[f"{prefix}small_to_mtp_projection.bias"]
             )
-        self._rope = Rope(shape, self.groups, codec_table.dtype, codec_table.device)
-        self._rope_steps = [self._rope.span(i, i + 1) for i in range(self.groups)]
+        self._ropes = RopeTables(shape, self.groups, codec_table.dtype, codec_table.device)
         self.codebook0_embeddings = self._embed(codebook0)
         """The input for each code of codebook 0, [vocabulary, hidden]."""
         self.first_layer_inputs = [
-            self._first_layer_inputs(codebook, rope_step)
-            for codebook, rope_step in zip(others[:-1], self._rope_steps[2:], strict=True)
+            self._first_layer_inputs(codebook, self._ropes.span(position, position + 1))
+            for position, codebook in enumerate(others[:-1], 2)
         ]
         """For each code of codebooks 1 to 14: its input, and the first layer's queries, keys and values of that input.
 
@@ -146,13 +164,13 @@ class CodePredictor(TensorHolder):
         embedded = pad_rows(self.codebook0_embeddings.index_select(0, code))
         x = torch.stack((hidden, embedded), 1).flatten(0, 1)
         cache.position = 0
-        x = self.stack.norm(self.stack(x, cache.first_rope, cache).unflatten(0, (rows, 2))[:, 1])
+        x = self.stack.norm(self.stack(x, cache).unflatten(0, (rows, 2))[:, 1])
         inputs = cache.inputs[batch]
         for group in range(1, self.groups):
             logits = self.heads[group - 1](x)
             logits = logits if batch == rows else logits[:batch]
             last = group == self.groups - 1
-            code = self._sample(
+            code = self._kernels.sample_code(
                 logits,
                 levels[group - 1],
                 None if last else self.first_layer_inputs[group - 1],
@@ -163,13 +181,15 @@ class CodePredictor(TensorHolder):
             codes.append(code)
             if not last:
                 cache.position = group + 1
-                x = self.stack.normed_from_qkv(cache.hidden, cache.qkv, self._rope_steps[group + 1], cache)
+                x = self.stack.normed_from(cache.hidden, cache.attend_known(), cache)
         return torch.stack(codes, 1)
 
     def allocate_scratch(self, rows: int) -> FrameCache:
         """Allocate the scratch memory of a padded batch size. It stays until `release_scratch`."""
         like = self.codebook0_embeddings
-        cache = self._caches[rows] = FrameCache(self._attention, self._shape, self._rope, rows, like)
+        cache = self._caches[rows] = FrameCache(
+            self._attention, self._shape, self._ropes, rows, like, kernels=self._kernels
+        )
         return cache
 
     def scratch(self) -> Iterator[Tensor]:
@@ -190,8 +210,9 @@ class CodePredictor(TensorHolder):
         """Rows of the codec table -> inputs [rows, hidden]."""
         return rows if self.projection is None else self.projection(rows)
 
-    def _first_layer_inputs(self, rows: Tensor, rope_step: tuple[Tensor, Tensor]) -> Tensor:
+    def _first_layer_inputs(self, rows: Tensor, rope: Rope) -> Tensor:
         """Rows of the codec table, read at one position -> [rows, values of a first-layer input]."""
         x = self._embed(rows)
         first = self.stack.layers[0]
-        return torch.cat((x, *(part.flatten(1) for part in first.project(first.input_norm(x), rope_step))), 1)
+        qkv = first.rotation(first.project(first.input_norm(x)), rope)
+        return torch.cat((x, *(part.flatten(1) for part in qkv)), 1)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
+from gpu_worker.engines.qwen.kernels.rotation import Rope
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import Attend, pad_rows
+from gpu_worker.engines.qwen.model.layers import Attend, Layer, pad_rows
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 SlotLengths = Sequence[tuple[int, int]]
@@ -21,13 +23,23 @@ SlotLengths = Sequence[tuple[int, int]]
 class KVCache(TensorHolder):
     """Keys and values of all slots: per layer [slots, max_model_len, kv_heads, head_dim]."""
 
-    def __init__(self, shape: TalkerShape, attention: Attention, slots: int, max_model_len: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        shape: TalkerShape,
+        attention: Attention,
+        slots: int,
+        max_model_len: int,
+        like: Tensor,
+        *,
+        kernels: Kernels,
+    ) -> None:
         """`like`: a tensor with the cache's device and dtype."""
         size = (slots, max_model_len, shape.num_key_value_heads, shape.head_dim)
         self.max_model_len = max_model_len
         self.reads_lengths = attention.reads_lengths
         self.heads_by_group = attention.heads_by_group
         self._attention = attention
+        self._rotate_and_cache = kernels.rotate_and_cache
         self._groups = shape.num_attention_heads // shape.num_key_value_heads
         self.keys = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
         self.values = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
@@ -41,21 +53,25 @@ class KVCache(TensorHolder):
         """Bytes of one position of a slot."""
         return 2 * len(self.keys) * self.keys[0][0, 0].nbytes
 
-    def prefill_attend(self, slots: Tensor, tokens: int) -> Attend:
+    def prefill_attend(self, slots: Tensor, tokens: int, rope: Rope) -> Attend:
         """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
 
         `slots`: int64 [prompts]. `tokens`: the length that the prompts are padded to. Its rows are [prompts * tokens].
         """
+        positions = torch.arange(tokens, device=slots.device).repeat(len(slots))
+        places = slots[:, None].repeat(1, tokens).flatten(), positions
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (x.unflatten(0, (-1, tokens)) for x in (query, key, value))
-            self.keys[layer][:, :tokens].index_copy_(0, slots, key)
-            self.values[layer][:, :tokens].index_copy_(0, slots, value)
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            cache = self.keys[index], self.values[index]
+            query, key, value = self._rotate_and_cache(qkv, layer.rotation, rope, cache, places, by_group=False)
+            query, key, value = (x.unflatten(0, (-1, tokens)) for x in (query.flatten(1, 2), key, value))
             return self._attention.prefill(query, key, value).flatten(2).flatten(0, 1)
 
         return attend
 
-    def decode_attend(self, positions: Tensor, lengths: Tensor, slot_lengths: SlotLengths, kv_len: int) -> Attend:
+    def decode_attend(
+        self, positions: Tensor, lengths: Tensor, slot_lengths: SlotLengths, kv_len: int, rope: Rope
+    ) -> Attend:
         """The Attend of one token a slot, for slots 0 to batch - 1.
 
         It writes the token at its position, and reads the slot's cache.
@@ -65,17 +81,17 @@ class KVCache(TensorHolder):
         """
         batch = len(positions)
         mask = None if slot_lengths else self._attention.length_mask(lengths, kv_len, self._groups)
-        index = (torch.arange(batch, device=positions.device), positions)
+        places = torch.arange(batch, device=positions.device), positions
+        by_group = self._attention.queries_by_group
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys.index_put_(index, key[:batch])
-            values.index_put_(index, value[:batch])
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            keys, values = cache = self.keys[index], self.values[index]
+            query, _, _ = self._rotate_and_cache(qkv[:batch], layer.rotation, rope, cache, places, by_group=by_group)
             if not slot_lengths:
-                keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in (keys, values))
-                return pad_rows(self._attention.decode(query[:batch], keys, values, mask))
+                keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in cache)
+                return pad_rows(self._attention.decode(query, keys, values, mask))
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-            out = torch.zeros_like(query).flatten(1)
+            out = qkv.new_zeros(qkv.shape[0], layer.heads * layer.head_dim)
             for slot, length in slot_lengths:
                 one = slice(slot, slot + 1)
                 out[one] = self._attention.decode(query[one], keys[one, :, :length], values[one, :, :length], None)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.kernels.norm import Norm
+from gpu_worker.engines.qwen.kernels.rotation import Rotation
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
@@ -120,7 +121,7 @@ def aligned(matrix: Tensor) -> Tensor:
     return functional.pad(matrix, (0, 0, 0, extra)) if matrix.is_cuda and extra else matrix
 
 
-class Rope(TensorHolder):
+class RopeTables(TensorHolder):
     """Tables of rotary position embeddings. The three axes of the official mRoPE are equal for speech: plain RoPE."""
 
     def __init__(self, shape: Shape, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -141,17 +142,13 @@ class Rope(TensorHolder):
         return (cos, sin) if batch == 1 else (cos.repeat(batch, 1, 1), sin.repeat(batch, 1, 1))
 
 
-QKV = tuple[Tensor, Tensor, Tensor]
-"""Queries [rows, heads, head_dim], keys and values [rows, kv_heads, head_dim] of one layer."""
-
-
 class Attend(Protocol):
     """Attention over a cache, layer by layer."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Write the new keys and values to the cache, and attend.
+    def __call__(self, index: int, layer: "Layer", qkv: Tensor) -> Tensor:
+        """Norm and rotate queries and keys, write the new keys and values to the cache of layer `index`, and attend.
 
-        query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim] -> [rows, heads * head_dim].
+        `qkv`: what `layer.project` returns -> [rows, heads * head_dim].
         """
 
 
@@ -170,14 +167,11 @@ class Layer(TensorHolder):
         self.heads = shape.num_attention_heads
         self.kv_heads = shape.num_key_value_heads
         self.head_dim = shape.head_dim
-        self.half = shape.head_dim // 2
         self.kernels = kernels
         self.input_norm = Norm(weights[f"{prefix}input_layernorm.weight"], shape.rms_norm_eps)
         self.post_norm = Norm(weights[f"{prefix}post_attention_layernorm.weight"], shape.rms_norm_eps)
         query, key = (weights[f"{prefix}self_attn.{name}_norm.weight"] for name in "qk")
-        self.qk_norm = Norm(
-            torch.cat((query.expand(self.heads, -1), key.expand(self.kv_heads, -1))), shape.rms_norm_eps
-        )
+        self.rotation = Rotation(query, key, self.heads, self.kv_heads, shape.rms_norm_eps)
         self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", behind=self.input_norm)
         out = weights[f"{prefix}self_attn.o_proj.weight"]
         if heads_by_group:
@@ -186,18 +180,9 @@ class Layer(TensorHolder):
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
         self.down = fused("mlp.down_proj")
 
-    def project(self, normed: Tensor, rope: tuple[Tensor, Tensor]) -> QKV:
-        """The layer's input behind `input_norm`, [rows, hidden] -> its queries, keys and values."""
-        cos, sin = rope
-        qkv = self.qkv(normed).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        sizes = (self.heads + self.kv_heads, self.kv_heads)
-        qk, value = qkv.split_with_sizes(sizes, 1)  # half the time of split
-        qk = self.qk_norm.of_part(qk, qkv, sizes)
-        rotated = qk.roll(self.half, -1)
-        # In one kernel where that rounds no coarser than the official two.
-        qk = torch.addcmul(qk * cos, rotated, sin) if qk.dtype == torch.float32 else qk * cos + rotated * sin
-        query, key = qk.split_with_sizes((self.heads, self.kv_heads), 1)
-        return query, key, value
+    def project(self, normed: Tensor) -> Tensor:
+        """The layer's input behind `input_norm`, [rows, hidden] -> [rows, heads + 2 * kv_heads, head_dim]."""
+        return self.qkv(normed).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """`x` [rows, hidden] and attention's output [rows, heads * head_dim] -> the block's output [rows, hidden]."""
@@ -232,28 +217,27 @@ class Stack(TensorHolder):
         self.layers = [Layer(weights, layer, shape, kernels=kernels, heads_by_group=heads_by_group) for layer in layers]
         self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
 
-    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
         """`x`: [rows, hidden] -> the last layer's output [rows, hidden]. Apply `norm` to the rows that are needed."""
-        x, attended = self._up_to_last(x, self._first_qkv(x, rope), rope, attend)
+        x, attended = self._up_to_last(x, self._first_attended(x, attend), attend)
         return self.layers[-1].finish(x, attended)
 
-    def normed(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def normed(self, x: Tensor, attend: Attend) -> Tensor:
         """`x`: [rows, hidden] -> the norm of the last layer's output, for callers that need every row."""
-        return self.normed_from_qkv(x, self._first_qkv(x, rope), rope, attend)
+        return self.normed_from(x, self._first_attended(x, attend), attend)
 
-    def normed_from_qkv(self, x: Tensor, qkv: QKV, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """As `normed`, where the first layer's queries, keys and values of x are known."""
-        x, attended = self._up_to_last(x, qkv, rope, attend)
+    def normed_from(self, x: Tensor, attended: Tensor, attend: Attend) -> Tensor:
+        """As `normed`, where the output of the first layer's attention is known."""
+        x, attended = self._up_to_last(x, attended, attend)
         return self.layers[-1].finish_normed(x, attended, self.norm)[1]
 
-    def _first_qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> QKV:
+    def _first_attended(self, x: Tensor, attend: Attend) -> Tensor:
         first = self.layers[0]
-        return first.project(first.input_norm(x), rope)
+        return attend(0, first, first.project(first.input_norm(x)))
 
-    def _up_to_last(self, x: Tensor, qkv: QKV, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:
-        """The last layer's input, and the output of its attention."""
-        attended = attend(0, *qkv)
+    def _up_to_last(self, x: Tensor, attended: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """From the output of the first layer's attention to the last layer's input and its attention's output."""
         for index, (layer, following) in enumerate(itertools.pairwise(self.layers), 1):
             x, normed = layer.finish_normed(x, attended, following.input_norm)
-            attended = attend(index, *following.project(normed, rope))
+            attended = attend(index, following, following.project(normed))
         return x, attended

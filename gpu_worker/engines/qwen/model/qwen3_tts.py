@@ -50,7 +50,7 @@ class Qwen3TTSModel(TensorHolder):
         self.codec_table = torch.cat([weights[name] for name in tables])
         offsets = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
         self.table_offsets = torch.tensor(offsets, device=self.codec_table.device)
-        cache = KVCache(shape, attention, slots, max_model_len, self.codec_table)
+        cache = KVCache(shape, attention, slots, max_model_len, self.codec_table, kernels=kernels)
         self.talker = Talker(weights, shape, cache, kernels=kernels)
         self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table, kernels=kernels)
         self._kernels = kernels

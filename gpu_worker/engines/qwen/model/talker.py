@@ -8,12 +8,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
-from gpu_worker.engines.qwen.model.layers import Linear, Rope, Stack, aligned, pad_rows
+from gpu_worker.engines.qwen.model.layers import Linear, RopeTables, Stack, aligned, pad_rows
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
@@ -27,7 +26,7 @@ class Talker(TensorHolder):
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
         self._outputs = shape.codes + 1
         self.head = Linear(aligned(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None]))))
-        self.rope = Rope(shape, cache.max_model_len, head.dtype, head.device)
+        self.ropes = RopeTables(shape, cache.max_model_len, head.dtype, head.device)
         self.cache = cache
 
     def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,8 +36,8 @@ class Talker(TensorHolder):
         Padding writes to the cache behind `lengths`; decode steps overwrite those positions before they read them.
         """
         prompts, tokens, _ = embeds.shape
-        attend = self.cache.prefill_attend(slots, tokens)
-        x = self.stack(embeds.flatten(0, 1), self.rope.span(0, tokens, prompts), attend)
+        attend = self.cache.prefill_attend(slots, tokens, self.ropes.span(0, tokens, prompts))
+        x = self.stack(embeds.flatten(0, 1), attend)
         last = torch.arange(prompts, device=slots.device) * tokens + lengths - 1
         hidden = self.stack.norm(x.index_select(0, last))
         return hidden, self._logits(hidden)
@@ -51,10 +50,8 @@ class Talker(TensorHolder):
         Returns hidden states and logits as `prefill` does. See KVCache.decode_attend for the other arguments.
         """
         batch = x.shape[0]
-        attend = self.cache.decode_attend(positions, lengths, slot_lengths, kv_len)
-        padded = pad_rows(x)
-        rope = self.rope.at(functional.pad(positions, (0, padded.shape[0] - batch)))
-        hidden = self.stack.normed(padded, rope, attend)
+        attend = self.cache.decode_attend(positions, lengths, slot_lengths, kv_len, self.ropes.at(positions))
+        hidden = self.stack.normed(pad_rows(x), attend)
         return hidden[:batch], self._logits(hidden)[:batch]
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ import torch
 from gpu_worker.engines.qwen.runner import GRAPH_NODE_BYTES, graph_bytes
 
 KERNELS = {
-    "code_predictor_step/1/0": 1148,
-    "code_predictor_step/16/0": 1150,
-    "talker_step/1/2048": 491,
-    "talker_step/16/2048": 491,
-    "prefill/1/16": 487,
-    "prefill/4/32": 489,
+    "code_predictor_step/1/0": 627,
+    "code_predictor_step/16/0": 629,
+    "talker_step/1/2048": 266,
+    "talker_step/16/2048": 266,
+    "prefill/1/16": 294,
+    "prefill/4/32": 296,
     "decode/1/1": 240,
     "decode/16/8": 240,
 }
@@ -31,10 +31,10 @@ KERNELS = {
 GRAPHS = 56
 """Graphs of an engine with 64 slots."""
 
-NODES = 26_367
+NODES = 17_723
 """Kernels of all those graphs: each takes about 10 KB of the driver's memory, and its share of a restore."""
 
-ATTENTION_SHAPES = 64
+ATTENTION_SHAPES = 6
 """Different shapes and strides of attention in the functions of KERNELS: a kernel may be chosen or planned for each."""
 
 

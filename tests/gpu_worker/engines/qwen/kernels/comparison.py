@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.kernels.agreement import places_between
+from gpu_worker.engines.qwen.kernels.agreement import difference, places_between
 
 FLOAT32_ERROR = 2.0**-20
 """The largest relative error of a value that was computed in float32, by anybody."""
@@ -24,3 +24,9 @@ def assert_equal(ours: Tensor, reference: Tensor, exact: Tensor) -> None:
     assert decided.double().mean() > 0.8
     assert int(places[decided].max()) == 0, f"{int((places[decided] > 0).sum())} of {places.numel()} values differ"
     assert int(places.max()) <= 2, f"{int(places.max())} units in the last place"
+
+
+def assert_close(ours: Tensor, reference: Tensor, *, scale: float, share: float = 1.0) -> None:
+    """Within one unit in the last place of the value or of `scale`; no more than `share` of the values differ."""
+    problem = difference(ours, reference, scale=scale, share=share)
+    assert problem is None, problem

@@ -27,7 +27,7 @@ def test_backends_agree_on_prompts() -> None:
 
 def test_a_row_reads_its_own_length_and_no_further() -> None:
     """Under a mask, each row gives what it gives alone, without one, at its own length."""
-    query, key, value = torch.randn(3, 4, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)
+    query, key, value = torch.randn(3, 2, 2, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)
     lengths = torch.tensor([1, 7, 10])
     for kernel in kernels():
         masked = kernel.decode(query, key, value, kernel.length_mask(lengths, 10, 2))
@@ -84,7 +84,7 @@ def test_heads_may_come_by_group() -> None:
     query, key, value = torch.randn(2, 9, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     wanted = usual.prefill(query, key, value)[:, :, [0, 2, 1, 3]]
     assert torch.equal(grouped.prefill(query, key, value), wanted)
-    arguments = query[:, 0], key.transpose(1, 2), value.transpose(1, 2), None
+    arguments = query[:, 0].view(2, 2, 2, 16), key.transpose(1, 2), value.transpose(1, 2), None
     wanted = usual.decode(*arguments).view(2, 4, 16)[:, [0, 2, 1, 3]]
     assert torch.equal(grouped.decode(*arguments).view(2, 4, 16), wanted)
     assert torch.equal(by_group(usual.decode(*arguments).view(2, 4, 16), 2), wanted)

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
-from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, Rope, pad_rows
+from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, RopeTables, pad_rows
 from tests.gpu_worker.engines.qwen.parity import official
 
 
@@ -27,7 +27,7 @@ def test_rope_is_the_official_rotation(dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 32).to(dtype)
     cos, sin = (table.transpose(0, 1) for table in module(x, positions[None]))
     rotated = torch.cat((-x[..., 16:], x[..., :16]), -1)
-    our_cos, our_sin = Rope(shape, 2048, dtype, torch.device("cpu")).at(positions)
+    our_cos, our_sin = RopeTables(shape, 2048, dtype, torch.device("cpu")).at(positions)
     assert torch.equal(x * our_cos + x.roll(16, -1) * our_sin, x * cos + rotated * sin)
 
 
