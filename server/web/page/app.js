@@ -13,6 +13,7 @@ import { html, render, useEffect, useRef, useShared, useState } from "./ui.js";
 const VIEWS = {
   speak: () => import("./views/speak.js"),
   voices: () => import("./views/voices.js"),
+  watch: () => import("./views/watch.js"),
 };
 
 function Tabs({ current }) {
@@ -75,7 +76,7 @@ function App() {
         <span>${about?.service ?? strings.service}</span></a>
       <${Tabs} current=${current} />
       <div class="bar-tools">
-        <a class="quiet button" href=${urlOf("docs")}><${Icon} name="docs" /><span class="wide">${strings.docs}</span></a>
+        <a class="quiet button" href=${urlOf("docs")} aria-label=${strings.docs}><${Icon} name="docs" /><span class="wide">${strings.docs}</span></a>
         <${KeyButton} />
         <${ThemeButton} />
       </div>

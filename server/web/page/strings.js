@@ -4,6 +4,13 @@ const seconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} 
 
 const clock = (value) => `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")}`;
 
+const bytes = (value) => {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, value)) / 10));
+  const number = value / 2 ** (10 * power);
+  return `${number.toFixed(power > 1 && number < 100 ? 1 : 0)} ${units[power]}`;
+};
+
 export const strings = {
   service: "Speech server",
   title: (view, service) => (service ? `${view} – ${service}` : view),
@@ -210,6 +217,167 @@ export const strings = {
     listen: "Listen",
     another: "Listen to another one",
     save: "Save this voice",
+  },
+  watch: {
+    heading: "Watch",
+    how: {
+      connecting: "Connecting",
+      live: "Live",
+      polling: "Asking every 2 s",
+      reconnecting: "Connecting again",
+      lost: "Not reachable",
+      refused: "No access",
+    },
+    stale: "The figures are those of the last report",
+    worker: (pid, uptime, restarts) =>
+      `GPU worker ${pid}, up ${uptime}${restarts ? `, started again ${restarts === 1 ? "once" : `${restarts} times`}` : ""}`,
+    clock: (unixSeconds) => new Date(unixSeconds * 1000).toLocaleTimeString(undefined, { hour12: false }),
+    units: {
+      count: (value) => (value === null ? "–" : value.toLocaleString(undefined, { maximumFractionDigits: 1 })),
+      times: (value) => (value === null ? "–" : `${value.toFixed(value < 10 ? 1 : 0)}×`),
+      factor: (value) => (value === null ? "–" : value.toPrecision(2)),
+      seconds: (value) => (value === null ? "–" : value < 1 ? `${Math.round(value * 1000)} ms` : seconds(value)),
+      bytes: (value) => (value === null ? "–" : bytes(value)),
+      mebibytes: (value) => bytes(value * 1024 * 1024),
+      duration: (value) => {
+        const s = Math.floor(value);
+        if (s < 60) return `${s} s`;
+        if (s < 3600) return clock(s);
+        if (s < 86_400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+        return `${Math.floor(s / 86_400)} d ${Math.floor((s % 86_400) / 3600)} h`;
+      },
+    },
+    axes: {
+      count: (value) => (Number.isInteger(value) ? value.toLocaleString() : ""),
+      times: (value) => `${value}×`,
+      factor: (value) => String(value),
+      seconds: (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value} s`),
+      bytes: (value) => (value ? bytes(value) : "0"),
+    },
+    tiles: {
+      running: "Running",
+      queued: "Queued",
+      throughput: "Throughput",
+      firstAudio: "First audio",
+      realTime: "Real-time factor",
+      gapless: "Without a gap",
+      of: (value, whole) => `${value} / ${whole}`,
+      about: {
+        running: "requests, of all slots",
+        queued: "requests without a slot",
+        throughput: "speech made, of real time",
+        firstAudio: "median of the last minute",
+        realTime: "median of the last minute",
+        gapless: "with 300 ms of player buffer",
+      },
+    },
+    memory: {
+      heading: "Memory",
+      ours: "ours",
+      others: "others",
+      free: "free",
+      budget: "budget",
+      shared: "codec, shared",
+      process: "this process",
+      host: "Host memory",
+      offloaded: "offloaded models",
+      used: (used, whole) => `${used} of ${whole} used`,
+      buffer: (used, whole) => `audio buffer: ${used} of ${whole}`,
+      clean: "Clean up now",
+      every: (interval, timeout) => `Every ${interval} s, models that were idle for ${timeout} s leave.`,
+      never: "Idle models stay: cleaning up is switched off.",
+      noPass: "No pass has run yet.",
+      lastPass: (at, before, after, models) =>
+        `Last pass at ${at}: ${before} before, ${after} after${models.length ? `; ${models.join(", ")} left` : ""}.`,
+    },
+    models: {
+      heading: "Models",
+      default: "default",
+      pinned: "pinned",
+      states: { absent: "absent", loading: "loading", resident: "resident", offloaded: "in host memory", unavailable: "unavailable" },
+      references: (n) => (n === 1 ? "1 request" : `${n} requests`),
+      purposes: {
+        weights: "weights", kv: "keys and values", state: "slots", codec_state: "codec streams", references: "references",
+        graphs: "graphs", workspace: "workspace", parked: "parked", host: "in host memory",
+      },
+      idle: (time) => `Idle for ${time}; stays.`,
+      idleOf: (time, limit) => `idle ${time} of ${limit}`,
+      idleOne: (model) => `Idle time of ${model}`,
+      load: "Load",
+      loadOne: (model) => `Load ${model}`,
+      unload: "Unload",
+      unloadOne: (model) => `Unload ${model}`,
+      pin: "Pin",
+      pinOne: (model) => `Pin ${model}`,
+      unpin: "Unpin",
+      unpinOne: (model) => `Unpin ${model}`,
+      keep: "Keep",
+      keepOne: (model) => `How long ${model} stays unused`,
+      keeps: { "": "as configured", "5m": "5 min", "30m": "30 min", "2h": "2 h", "-1": "for ever" },
+    },
+    requests: {
+      heading: "Requests",
+      none: "No request is open.",
+      more: (n) => `and ${n} more`,
+      counts: {
+        running: "running", queued: "queued", buffered: "buffered", stalled: "stalled",
+        finished: "finished", failed: "failed", cancelled: "cancelled", rejected: "rejected",
+      },
+      columns: { state: "State", model: "Model", age: "Age", audio: "Audio", buffered: "Buffered", client: "Client", id: "Request" },
+      states: { waiting: "queued", generating: "speaking", buffered: "buffered", stalled: "stalled" },
+      happenings: {
+        heading: "What happened",
+        none: "Nothing since this page was opened.",
+        lost: () => "The GPU worker is gone.",
+        back: () => "The GPU worker answers again.",
+        restarted: ({ pid, restarts }) => `A new GPU worker runs: process ${pid}, restart ${restarts}.`,
+        model: ({ model, state }) =>
+          ({
+            loading: `${model} is being loaded.`,
+            resident: `${model} is resident.`,
+            offloaded: `${model} left for host memory.`,
+            absent: `${model} left memory.`,
+            unavailable: `${model} is unavailable.`,
+          })[state],
+        cleanup: ({ models, freed }) => `A pass freed ${bytes(freed * 1024 * 1024)}: ${models.join(", ")}.`,
+      },
+    },
+    charts: {
+      heading: "The last minutes",
+      throughput: "Throughput",
+      requests: "Requests",
+      memory: "Device memory",
+      firstAudio: "Time to first audio",
+      realTime: "Real-time factor",
+      batch: "Batch size",
+      series: {
+        throughput: "speech per second", running: "running", queued: "queued", ours: "ours", others: "others",
+        firstAudio50: "p50", firstAudio95: "p95", realTime50: "p50", realTime95: "p95", batch50: "p50", batch95: "p95",
+      },
+    },
+    figures: {
+      heading: "How it felt",
+      window: "Window",
+      minutes: (n) => (n === 60 ? "1 h" : `${n} min`),
+      none: "Nothing was spoken within the last hour.",
+      streams: (n) => (n === 1 ? "1 complete stream" : `${n.toLocaleString()} complete streams`),
+      measures: {
+        first_audio_s: "time to first audio", queue_wait_s: "wait for a slot", real_time_factor: "real-time factor", batch_size: "batch size",
+      },
+      continuous: (buffer) => (buffer === "0" ? "gapless without a buffer" : `with ${Number(buffer).toLocaleString()} ms`),
+      share: (good, all) => `${Math.round((100 * good) / all)} %`,
+      settings: "Settings in force",
+      caches: {
+        heading: "Caches",
+        columns: { name: "Cache", model: "Model", entries: "Entries", bytes: "Size", hits: "Hits", misses: "Misses" },
+        names: {
+          references: "encoded references", prompts: "prompts", tokens: "tokens", recordings: "recordings",
+          catalog: "catalogue", pronunciations: "pronunciations", stored_audio: "stored audio",
+        },
+        empty: "Empty",
+        emptyOne: (name, model) => `Empty: ${name}${model ? ` of ${model}` : ""}`,
+      },
+    },
   },
   hertz: (rate) => `${(rate / 1000).toLocaleString()} kHz`,
   languageName: (name) => name.charAt(0).toUpperCase() + name.slice(1),

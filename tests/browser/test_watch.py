@@ -1,0 +1,215 @@
+"""Watch: a service that loads, offloads, dies and comes back, as an admin sees it; and what it costs a browser."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import ADMIN_KEY, OpenTab
+from tests.browser.test_page import STORED, faults
+from tests.system.residency_service import SMALL, checkpoints, model_paths
+from tests.system.service import START_TIMEOUT_S, Service, eventually, running_service
+
+MODEL = f"[data-model='{SMALL}']"
+
+FED = """
+const real = window.fetch;
+window.fetch = (url, options) => {
+    if (!String(url).endsWith("admin/events")) return real(url, options);
+    const stream = new ReadableStream({start: controller => { window.feed = controller; }});
+    return Promise.resolve(new Response(stream, {headers: {"Content-Type": "text/event-stream"}}));
+};
+"""
+"""In the place of the stream of events: one that the test fills."""
+
+BURST = """async ([text, count]) => {
+    const encoder = new TextEncoder();
+    for (let i = 0; i < count; i += 1) {
+        const event = JSON.parse(text);
+        event.stats.running = i % 48;
+        event.stats.audio_s += i;
+        const stream = {model: "espeak-ng", client: "c", state: "generating", age_s: 1, audio_s: i, buffered_s: 0};
+        event.stats.streams = Array.from({length: i % 10}, (_, n) => ({...stream, id: `${i}-${n}.x`}));
+        for (const model of event.vram.models) model.state = ["resident", "loading"][i % 2];
+        feed.enqueue(encoder.encode(`data: ${JSON.stringify(event)}\\n\\n`));
+        await new Promise(resolve => { const {port1, port2} = new MessageChannel();
+            port1.onmessage = resolve; port2.postMessage(0); });
+    }
+}"""
+"""Events one after the other, each with other requests and other states, as fast as the page takes them."""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with an admin key and a small model, whose GPU worker may be killed."""
+    paths = model_paths({SMALL: checkpoints()[SMALL]})
+    settings = {"MODEL_PATHS": paths, "ADMIN_KEYS": ADMIN_KEY, "CLEANUP_INTERVAL": 0.2, "IDLE_TIMEOUT": 600}
+    with running_service(tmp_path_factory.mktemp("watched"), **settings) as service:
+        service.http.headers["authorization"] = f"Bearer {ADMIN_KEY}"
+        yield service
+
+
+def watch(page: Page, url: str) -> None:
+    """Open the view, and wait until the first event is there."""
+    page.goto(f"{url}#/watch")
+    page.locator(".tiles").wait_for()
+
+
+def happened(page: Page, kind: str, state: str = "") -> None:
+    """Wait until this is in the list of what happened."""
+    expect(page.locator(f"[data-happening={kind}]" + (f"[data-state={state}]" if state else "")).first).to_be_visible()
+
+
+def test_a_load_an_offload_and_a_death(tab: OpenTab, watched: Service) -> None:
+    """The key is asked for and kept nowhere; buttons act; each change shows by itself, and so does a new GPU worker."""
+    page = tab(watched.url + "/").page
+    page.goto(f"{watched.url}/#/watch")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Admin key").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_role("alert")).to_be_visible()
+    dialog.get_by_label("Admin key").fill(ADMIN_KEY)
+    page.keyboard.press("Enter")
+    page.locator(".tiles").wait_for()
+    assert ADMIN_KEY not in page.evaluate(STORED)
+
+    expect(page.locator(MODEL)).to_have_attribute("data-state", "absent")
+    page.get_by_role("button", name=f"Load {SMALL}").click()
+    expect(page.locator(MODEL)).to_have_attribute("data-state", "resident")
+    happened(page, "model", "resident")
+    expect(page.locator(f"{MODEL} [data-purpose=weights]")).to_contain_text("MiB")
+    expect(page.locator(".watch-memory .legend")).to_contain_text(SMALL)
+    page.get_by_role("button", name=f"Pin {SMALL}", exact=True).click()
+    expect(page.locator(f"{MODEL} .model-head")).to_contain_text("pinned")
+    page.get_by_role("button", name=f"Unpin {SMALL}").click()
+    page.get_by_label(f"How long {SMALL} stays unused").select_option("5m")
+    expect(page.locator(f"{MODEL} .idle")).to_contain_text("of 5:00")
+
+    answer = watched.speech("Hello.", model=SMALL, max_new_tokens=2, keep_alive=0, response_format="pcm")
+    assert answer.status_code == 200
+    expect(page.locator(MODEL)).to_have_attribute("data-state", "offloaded")
+    happened(page, "model", "offloaded")
+    expect(page.locator("[data-requests=finished] dd")).to_have_text("1")
+    expect(page.locator(f"[data-performance='{SMALL}'] caption")).to_contain_text("1 complete stream")
+
+    pid = watched.worker_pid()
+    expect(page.locator(".connection")).to_have_attribute("data-worker", str(pid))
+    os.kill(pid, signal.SIGKILL)
+    happened(page, "restarted")
+    eventually(watched.is_ready, START_TIMEOUT_S, "ready again")
+    expect(page.locator(".connection")).to_have_attribute("data-worker", str(watched.worker_pid()))
+    expect(page.locator("[data-problem]")).to_have_count(0)
+    expect(page.locator(".connection")).to_contain_text("started again once")
+    page.get_by_role("button", name=f"Unload {SMALL}").wait_for(state="detached")
+
+    page.get_by_role("button", name="Clean up now").click()
+    expect(page.locator("[data-cleanup]")).not_to_have_attribute("data-cleanup", "")
+    page.locator(".watch-settings summary").click()
+    expect(page.locator(".settings-list")).to_contain_text("idle_timeout")
+    page.locator(".watch-caches summary").click()
+    page.locator("[data-cache=catalog]").get_by_role("button").click()
+    expect(page.locator(".watch-caches [role=alert]")).to_have_count(0)
+
+
+def test_requests_are_listed(tab: OpenTab, open_service: Service) -> None:
+    """A running request shows with its audio, which grows, and without its text; charts have their values in words."""
+    page = tab().page
+    watch(page, open_service.url + "/")
+    with open_service.stream("Nobody may read this here. " * 400, response_format="pcm") as answer:
+        pieces = answer.iter_raw()
+        next(pieces)
+        row = page.locator("tr[data-stream]")
+        expect(row).to_have_count(1)
+        expect(row).to_contain_text("espeak-ng")
+        expect(page.locator("[data-tile=running] dd").first).to_contain_text("1 /")
+        assert "Nobody may" not in page.content()
+    expect(page.locator("tr[data-stream]")).to_have_count(0)
+    expect(page.get_by_role("img", name=re.compile("^Throughput: speech per second"))).to_be_visible()
+
+
+def test_without_a_stream(tab: OpenTab, open_service: Service) -> None:
+    """Where nothing but short answers comes through, the view asks again and again."""
+    page = tab().page
+    page.route("**/admin/events", lambda route: route.abort())
+    watch(page, open_service.url + "/")
+    expect(page.locator(".connection")).to_have_attribute("data-how", "polling")
+
+
+def test_many_events_grow_no_memory(tab: OpenTab, open_service: Service) -> None:
+    """Events that each change everything, and minutes of samples: nodes and memory stay what they were.
+
+    Of a thousand events that come at once, because the reader was slow, the last one counts.
+    """
+    opened = tab()
+    page = opened.page
+    page.add_init_script(FED)
+    page.clock.install()
+    text = open_service.http.get("/admin/events", params={"once": "true"}).text.removeprefix("data: ")
+    page.goto(f"{open_service.url}/#/watch")
+    page.locator("main h1").wait_for()
+    client = opened.context.new_cdp_session(page)
+
+    def used_after_events() -> tuple[int, int]:
+        page.evaluate(BURST, [text, 40])
+        page.clock.run_for(15_000)
+        client.send("HeapProfiler.collectGarbage")
+        heap = client.send("Runtime.getHeapUsage")["usedSize"]
+        return int(heap), int(page.evaluate("document.querySelectorAll('*').length"))
+
+    used_after_events()
+    heap, nodes = used_after_events()
+    used_after_events()
+    later, nodes_later = used_after_events()
+    assert nodes_later == nodes
+    assert later - heap < 1_000_000
+    assert page.locator(".watch-happenings li").count() == 60
+    last = json.loads(text)
+    last["stats"]["queued"] = 4321
+    page.evaluate(
+        "([text, last]) => feed.enqueue(new TextEncoder().encode(`data: ${text}\\n\\n`.repeat(1000) + last))",
+        [json.dumps(json.loads(text)), f"data: {json.dumps(last)}\n\n"],
+    )
+    expect(page.locator("[data-tile=queued] dd").first).to_have_text("4,321")
+
+
+def test_the_history_is_bounded(tab: OpenTab, open_service: Service) -> None:
+    """A day of samples keeps ten minutes; counters of a new GPU worker begin anew, and no figure is negative."""
+    page = tab().page
+    watch(page, open_service.url + "/")
+    event: Any = json.loads(open_service.http.get("/admin/events", params={"once": "true"}).text.removeprefix("data: "))
+    result = page.evaluate(
+        """async event => {
+            const app = document.querySelector("script[type=module]").src;
+            const {History, SAMPLES} = await import(new URL("views/watch_history.js", app));
+            const history = new History();
+            for (let i = 0; i < 86_400; i += 1) {
+                const worker = {...event.stats.worker, boot_id: `boot ${Math.floor(i / 1_000)}`};
+                const stats = {...event.stats, worker, audio_s: (i % 1_000) * 3};
+                history.add({...event, stats, problem: i % 100 === 99 ? "gone" : null}, i);
+            }
+            const lengths = [history.time, ...Object.values(history.series)].map(values => values.length);
+            const throughput = history.series.throughput.filter(value => value !== null);
+            return {SAMPLES, lengths, least: Math.min(...throughput), most: Math.max(...throughput)};
+        }""",
+        event,
+    )
+    assert set(result["lengths"]) == {result["SAMPLES"]}
+    assert (result["least"], result["most"]) == (3, 3)
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 360)])
+def test_everybody_can_read_it(tab: OpenTab, open_service: Service, theme: str, width: int) -> None:
+    """Axe finds no serious fault, with everything open; nothing is wider than the screen."""
+    page = tab(color_scheme=theme, viewport={"width": width, "height": 800}, reduced_motion="reduce").page
+    watch(page, open_service.url + "/")
+    for name in ("caches", "settings"):
+        page.locator(f".watch-{name} summary").click()
+    expect(page.locator(".watch-caches tbody tr").first).to_be_visible()
+    expect(page.locator(".settings-list div").first).to_be_visible()
+    assert faults(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
