@@ -30,14 +30,14 @@ document.addEventListener("securitypolicyviolation",
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def open_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service without keys."""
     with running_service(tmp_path_factory.mktemp("open")) as service:
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def keyed_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with keys of both kinds, which wants a consent with every clone."""
     keys = {"API_KEYS": KEY, "ADMIN_KEYS": ADMIN_KEY, "REQUIRE_CONSENT": "true"}
@@ -45,9 +45,12 @@ def keyed_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests."""
+    """One browser for all tests of this folder.
+
+    Playwright's event loop runs all the while, and no other may run beside it: tests elsewhere have loops of their own.
+    """
     if CHROMIUM is None:
         pytest.skip("chromium is not installed (Debian: chromium)")
     expect.set_options(timeout=TIMEOUT_MS)
@@ -140,7 +143,7 @@ class _Forwarding(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def below_a_path(keyed_service: Service) -> Iterator[str]:
     """The URL of the service with keys behind a small proxy that shows it below /tts/."""
     handler = type("Forwarding", (_Forwarding,), {"port": keyed_service.port})
@@ -152,7 +155,7 @@ def below_a_path(keyed_service: Service) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def recording(open_service: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording of a few seconds, as a WAV file."""
     file = tmp_path_factory.mktemp("recording") / "grandma.wav"
