@@ -67,7 +67,7 @@ class Qwen3TTSModel(TensorHolder):
         On CUDA the full vocabulary is sorted in any case.
         """
         hidden, logits = self.talker.prefill(embeds, slots, lengths)
-        self._kernels.next_codebook0(self.state, logits, hidden, slots, min_frames=MIN_FRAMES, full_vocab=full_vocab)
+        self._sample(logits, hidden, slots, full_vocab=full_vocab)
 
     def code_predictor_step(self, batch: int) -> None:
         """First half of a decode step, for slots 0 to batch - 1: all codes of the frame, into `state.ring_buffer`.
@@ -90,4 +90,9 @@ class Qwen3TTSModel(TensorHolder):
         positions = state.prompt_len[part] + state.frame[part]
         lengths = positions * state.active[part] + 1  # of a row whose result is not kept, one token is enough
         hidden, logits = self.talker.decode(state.talker_input[part], positions, lengths, slot_lengths, kv_len)
-        self._kernels.next_codebook0(state, logits, hidden, None, min_frames=MIN_FRAMES, full_vocab=full_vocab)
+        self._sample(logits, hidden, None, full_vocab=full_vocab)
+
+    def _sample(self, logits: Tensor, hidden: Tensor, prompts: Tensor | None, *, full_vocab: bool) -> None:
+        """See NextCodebook0."""
+        sampler = self._kernels.next_codebook0
+        sampler(self.state, logits, hidden, prompts, min_frames=MIN_FRAMES, full_vocab=full_vocab)
