@@ -80,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    codec_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cpu_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     models_dir: Path = Path("models")
     model_paths: dict[str, Path] = {}

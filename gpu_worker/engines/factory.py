@@ -251,7 +251,7 @@ class EngineFactory:
             from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs  # noqa: PLC0415 -- imports torch
 
             self._start_device()
-            dtype = codec_dtype(self._device, self._settings.dtype)
+            dtype = codec_dtype(self._device, self._settings.dtype, self._settings.codec_dtype)
             self._options = QwenOptions(
                 codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device), kernels=self._settings.kernels),
                 tokenizers=self._tokenizers,

@@ -91,10 +91,8 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
 
 
 def _codec_dtype(arguments: argparse.Namespace) -> torch.dtype:
-    """The argument, or what the service chooses."""
-    if arguments.codec_dtype:
-        return compute_dtype(arguments.device, arguments.codec_dtype)
-    return codec_dtype(arguments.device, arguments.dtype)
+    """What the service chooses."""
+    return codec_dtype(arguments.device, arguments.dtype, arguments.codec_dtype)
 
 
 def main() -> None:
@@ -103,7 +101,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a CustomVoice or VoiceDesign directory; default: a small one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--codec-dtype", choices=("float32", "bfloat16"), help="default: as in the service")
+    parser.add_argument("--codec-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--attention", choices=("auto", "eager", "sdpa", "flash_attention_2"), default="auto")
     parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--frames", type=int, default=72, help="frames a stream; 72 fill chunks of 1, 1, 2, 4 and 8")

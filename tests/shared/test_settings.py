@@ -47,6 +47,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_ATTENTION_BACKEND", "Flash_Attention_2", "flash_attention_2"),
     ("TTS_KERNELS", "Torch", "torch"),
     ("TTS_DTYPE", "bfloat16", "bfloat16"),
+    ("TTS_CODEC_DTYPE", "float32", "float32"),
     ("TTS_MODELS_DIR", "/data/models", Path("/data/models")),
     ("TTS_MODEL_PATHS", "a=/x/a, b=/x/b", {"a": Path("/x/a"), "b": Path("/x/b")}),
     ("TTS_MODEL_ALIASES", "a=tts-1, b/c=x", {"a": "tts-1", "b/c": "x"}),

@@ -127,6 +127,13 @@ class TestQwen:
             factory.open(spec)
         assert caught.value.code == "model_unavailable"
 
+    def test_unsupported_dtype_of_the_codec(self, catalog: list[ModelSpec]) -> None:
+        """The setting of the codec is its own, and is named."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        factory = _factory(catalog, MODEL_PATHS=f"{spec.id}={tiny('custom_voice', '0b6')}", CODEC_DTYPE="float16")
+        with pytest.raises(JobError, match="TTS_CODEC_DTYPE=float16 is for CUDA"):
+            factory.open(spec)
+
     def test_shared_parts(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         """The device is started once, before the first engine; the codec lives as long as any engine.
 

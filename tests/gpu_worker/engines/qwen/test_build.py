@@ -51,11 +51,15 @@ def test_float16_is_refused_on_a_cpu() -> None:
 def test_the_codec_stays_float32_where_a_cpu_has_no_bfloat16(
     monkeypatch: pytest.MonkeyPatch, *, fast: bool, wanted: torch.dtype
 ) -> None:
-    """Whatever the dtype of the model. On CUDA the codec has the model's dtype."""
+    """Whatever the dtype of the model. On CUDA the codec has the model's dtype. A setting of its own comes first."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     assert codec_dtype("cpu", "bfloat16") == wanted
     assert codec_dtype("cpu", "auto") == torch.float32
     assert codec_dtype("cuda", "auto") == torch.bfloat16
+    assert codec_dtype("cuda", "auto", "float32") == torch.float32
+    assert codec_dtype("cpu", "auto", "bfloat16") == torch.bfloat16
+    with pytest.raises(JobError, match="TTS_CODEC_DTYPE=float16 is for CUDA"):
+        codec_dtype("cpu", "auto", "float16")
 
 
 def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
