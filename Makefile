@@ -19,13 +19,13 @@ CLIENTS := .cache/clients
 PYTHON_OF_agents = $(PYTHON)
 PYTHON_OF_wyoming ?= python3.12
 
-.PHONY: serve help quick test soak clients bench gpu install lint format clean
+.PHONY: serve help quick test soak clients bench gpu gpu-full install lint format clean
 
 serve: $(VENV)/.serve$(if $(filter 1,$(WITH_QWEN)),-gpu) ## set up, then serve on 127.0.0.1:8000
 	$(BIN)/python -m server
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' $(firstword $(MAKEFILE_LIST))
 
 quick: $(VENV)/.quick ## the tests that need neither torch nor a running service, within a minute
 	$(PYTEST) $(PARALLEL) --quick -r fE
@@ -57,13 +57,11 @@ bench: install ## time the front end, the engine beside the official package, an
 	$(BIN)/python -m tests.benchmarks.load
 
 # Where a machine brings its own packages: make gpu BIN=/the/folder/of/its/python
-gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## the tests that need a GPU, then every table at full size
-	$(PYTEST) tests/gpu -s -rs
-	for size in 1.7B 0.6B; do \
-		checkpoint=$$($(BIN)/python -m tests.benchmarks.endless --size $$size) \
-		&& $(BIN)/python -m tests.benchmarks.engine --device cuda --checkpoint "$$checkpoint" \
-		&& $(BIN)/python -m tests.benchmarks.load --device cuda --size $$size || exit 1; \
-	done
+gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## what needs a GPU, in stages, within eight minutes on one
+	$(BIN)/python -m tests.benchmarks.gpu
+
+gpu-full: $(if $(filter $(VENV)/bin,$(BIN)),install) ## all tests that need a GPU, and every table at full size
+	$(BIN)/python -m tests.benchmarks.gpu --full
 
 clean: ## remove the environment and all caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

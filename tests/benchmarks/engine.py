@@ -7,6 +7,8 @@ The figures say nothing about quality, natural lengths or audible latency.
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,7 +28,8 @@ from gpu_worker.engines.qwen.model import qwen3_tts
 from gpu_worker.engines.qwen.planner import TASKS
 from shared.protocol import Sampling, Segment
 from tests.benchmarks import machine, stages
-from tests.benchmarks.official import TEXT, frame_ms
+from tests.benchmarks.endless import SIZES, endless
+from tests.benchmarks.official import TEXT
 from tests.benchmarks.stages import Clock
 from tests.checkpoints import tiny
 
@@ -82,6 +85,7 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
         device=arguments.device,
         dtype=arguments.dtype,
         attention_backend=arguments.attention,
+        kernels=arguments.kernels,
         slots=max(arguments.streams),
         max_model_len=512,
     )
@@ -103,6 +107,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--codec-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--attention", choices=("auto", "eager", "sdpa", "flash_attention_2"), default="auto")
+    parser.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto")
+    parser.add_argument("--size", choices=SIZES, help="in place of --checkpoint: a random one of this size, made once")
     parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--frames", type=int, default=72, help="frames a stream; 72 fill chunks of 1, 1, 2, 4 and 8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -114,8 +120,13 @@ def main() -> None:
         help="cpu: CPU time of this process, for busy machines; only with --threads 1",
     )
     parser.add_argument("--no-official", action="store_true")
+    parser.add_argument(
+        "--brief", action="store_true", help="one run of each, and neither the official package nor stages"
+    )
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
+    if arguments.brief:
+        arguments.repeat, arguments.no_official = 1, True
     if arguments.clock == "cpu" and (cuda or arguments.threads != 1):
         parser.error("--clock cpu measures one thread of a CPU")
     if arguments.frames <= stages.WARM_UP_STEPS + PROFILED_STEPS:
@@ -125,7 +136,7 @@ def main() -> None:
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     arguments.streams = arguments.streams or ([1, 8, 16, 32, 64, 128] if cuda else [1, 4, 8, 16])
     torch.set_num_threads(arguments.threads)
-    directory = arguments.checkpoint or tiny("custom_voice")
+    directory = endless(arguments.size) if arguments.size else arguments.checkpoint or tiny("custom_voice")
     config = read_config(directory)
     task = TASKS[config.tts_model_type]
 
@@ -147,7 +158,7 @@ def main() -> None:
     print(f"- {arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
     base = None
     if not arguments.no_official:
-        base = frame_ms(directory, arguments.frames, arguments.device, dtype, clock)
+        base = _official_ms(arguments, directory)
         print(f"official package, one stream: {base:.2f} ms a frame\n")
     engine = _open(arguments, directory)
     measure(engine, job, 1, arguments.frames, clock=clock)
@@ -161,7 +172,22 @@ def main() -> None:
             f"{streams:7d} {p50:12.2f} {p95:6.2f} {p99:6.2f} {best.frame_ms:16.3f} {80 / best.frame_ms:10.1f}"
             f" {best.first_audio_ms:15.1f}  {times}"
         )
-    _print_stages(engine, job, arguments, clock)
+    if not arguments.brief:
+        _print_stages(engine, job, arguments, clock)
+
+
+def _official_ms(arguments: argparse.Namespace, directory: Path) -> float:
+    """The official package's milliseconds a frame, from a process of its own: its memory is free afterwards."""
+    options = {
+        "frames": arguments.frames,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "threads": arguments.threads,
+        "clock": arguments.clock,
+    }
+    command = [sys.executable, "-m", "tests.benchmarks.official", str(directory)]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def _print_stages(engine: QwenEngine, job: Callable[[int], Job], arguments: argparse.Namespace, clock: Clock) -> None:

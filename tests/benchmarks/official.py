@@ -59,12 +59,16 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=75, help="forced frames, 80 ms each")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(device, arguments.dtype)
-    print(f"{frame_ms(arguments.directory, arguments.frames, device, dtype, time.perf_counter):.2f}")
+    print(f"{frame_ms(arguments.directory, arguments.frames, device, dtype, clock):.2f}")
 
 
 if __name__ == "__main__":

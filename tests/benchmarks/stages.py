@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -48,14 +49,17 @@ def _calls(engine: QwenEngine, stages: dict[str, float], clock: Clock) -> Iterat
         (model, "prefill", "prefill"),
         (runner._traces, "run", "code predictor"),
         (model, "talker_step", "talker"),
-        (model, "_sample", "of which sampling"),
         (parts.vocoder, "decode", "codec"),
     )
     for owner, name, stage in spots:
         setattr(owner, name, _timed(getattr(owner, name), stages, stage, clock))
+    kernels = model._kernels
+    sample = _timed(kernels.next_codebook0, stages, "of which sampling", clock)
+    model._kernels = msgspec.structs.replace(kernels, next_codebook0=sample)
     try:
         yield
     finally:
+        model._kernels = kernels
         for owner, name, _ in spots:
             delattr(owner, name)
 
