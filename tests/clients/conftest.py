@@ -19,7 +19,7 @@ from tests.system.service import ROOT, START_PAUSE_S, Service, eventually, runni
 HERE: Final = Path(__file__).parent
 ENVIRONMENTS: Final = ROOT / ".cache" / "clients"
 MODEL: Final = "qwen3-tts-0.6b-customvoice"
-AGENTS: Final = ("livekit", "pipecat")
+AGENTS: Final = ("livekit", "pipecat", "livekit_elevenlabs", "pipecat_elevenlabs")
 
 Speak = Callable[..., "Speaking"]
 """The type of the fixture `speak`."""

@@ -17,9 +17,18 @@ LONG = "The old clock struck midnight. " * 130
 """The GPU worker of a small model needs seconds for it."""
 
 
+AGENTS_OF_ELEVENLABS = [("livekit_elevenlabs", "eleven_turbo_v2_5"), ("pipecat_elevenlabs", "eleven_turbo_v2_5")]
+"""Agents whose words go through ElevenLabs' WebSocket."""
+
 CLIENTS = pytest.mark.parametrize(
     ("client", "model"),
-    [("livekit", "tts-1"), ("livekit", "gpt-4o-mini-tts"), ("pipecat", "gpt-4o-mini-tts"), ("wyoming", "tts-1")],
+    [
+        ("livekit", "tts-1"),
+        ("livekit", "gpt-4o-mini-tts"),
+        ("pipecat", "gpt-4o-mini-tts"),
+        ("wyoming", "tts-1"),
+        *AGENTS_OF_ELEVENLABS,
+    ],
 )
 """LiveKit asks for events unless the model is tts-1 or tts-1-hd."""
 

@@ -1,17 +1,23 @@
 """ElevenLabs' WebSockets: stream-input, and multi-stream-input with its contexts."""
 
+import asyncio
 import base64
+import shutil
+from pathlib import Path
 from typing import Any
 
+import elevenlabs
 import httpx
 import pytest
+from elevenlabs.core import ApiError
 
 from server.routes import elevenlabs_websocket
-from shared.protocol import Failed, Speak
+from shared.protocol import Append, Failed, Speak
 from tests.audio import decode
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SHARED_LOOP, Serve, becomes
 from tests.server.sockets import said, talk
+from tests.server.tls_relay import certificate, tls_relay
 
 pytestmark = SHARED_LOOP
 
@@ -185,3 +191,29 @@ async def test_a_key(serve: Serve, options: dict[str, Any], first: dict[str, str
         await socket.say(BEGIN)
         (error,), code, _ = await socket.end()
     assert (error["error"], code) == ("invalid_api_key", 1008)
+
+
+@pytest.mark.filterwarnings("ignore:ConnectionClosed.:DeprecationWarning")  # in the SDK
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate: the SDK speaks TLS alone")
+async def test_the_sdk_converts_in_real_time(
+    client: httpx.AsyncClient, worker: FakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unmodified, through a TLS proxy: the audio of the whole text, and its own error for an unknown voice."""
+    cert, key = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    async with tls_relay(client.base_url.port or 0, cert, key) as port:
+        sdk = elevenlabs.ElevenLabs(base_url=f"https://127.0.0.1:{port}", api_key="none")
+
+        def convert(voice: str) -> bytes:
+            words = iter(["Hello there,", " my", " friend", ". How", " are you?"])
+            pieces = sdk.text_to_speech.convert_realtime(
+                voice, text=words, model_id="eleven_turbo_v2", output_format="pcm_24000"
+            )
+            return b"".join(pieces)
+
+        heard = await asyncio.to_thread(convert, "alloy")
+        with pytest.raises(ApiError) as refused:
+            await asyncio.to_thread(convert, "nobody")
+    assert " ".join(said(worker)[0].split()) == "Hello there, my friend. How are you?"
+    assert len(heard) == 3840 * worker.chunks * (1 + len(worker.of(Append)))
+    assert "nobody" in str(refused.value.body)
