@@ -266,3 +266,29 @@ def test_stats_are_fresh(shared_service: Service) -> None:
         later = shared_service.stats()["worker"]["uptime_s"]
         # At most 250 ms old at the request, and as much again for its way through a busy machine.
         assert asked - answered - 0.5 <= later - first <= time.monotonic() - began + 0.5
+
+
+def test_an_admin_sees_what_was_spoken(shared_service: Service) -> None:
+    """Percentiles, caches of both web workers, and a stream of events that tells of a request by itself."""
+    http = shared_service.http
+    with http.stream("GET", "/admin/events") as answer:
+        events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+        before = next(events)["stats"]["requests"]["finished"]
+        shared_service.speech("Good morning.", response_format="pcm")
+        event = next(event for event in events if event["stats"]["requests"]["finished"] > before)
+    assert event["problem"] is None
+
+    def spoken() -> dict[str, Any] | None:
+        models = http.get("/admin/performance").json()["models"]
+        return next((model["windows"][-1] for model in models if model["id"] == "espeak-ng"), None)
+
+    eventually(lambda: (spoken() or {}).get("streams"), 20, "figures of the speech")
+    window = spoken()
+    assert window is not None
+    for figures in ("first_audio_s", "queue_wait_s", "real_time_factor", "batch_size"):
+        assert window[figures]["count"] >= 1
+        assert 0 < window[figures]["p50"] <= window[figures]["p99"] < 60
+    caches = {cache["name"]: cache for cache in http.get("/admin/cache").json()["caches"]}
+    assert caches.keys() >= {"recordings", "catalog", "pronunciations", "stored_audio"}
+    assert caches["catalog"]["hits"] >= 1
+    assert http.delete("/admin/cache/recordings").status_code == 200
