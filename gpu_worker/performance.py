@@ -6,7 +6,7 @@ a quarter of a megabyte for each model that spoke within the hour. Owned by the 
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -35,6 +35,8 @@ _UNDERRUNS: Final = _STREAMS + 1
 _COLUMNS: Final = _UNDERRUNS + len(PLAYER_BUFFERS_S)
 """The columns of a ring: three histograms, the batch sizes from 0 on, complete streams, underruns by player buffer."""
 
+_SHARES: Final = (0.5, 0.95, 0.99)
+
 _SHORT_SLOT_S: Final = 10.0
 _LONG_SLOT_S: Final = 60.0
 _MAX_AGE_S: Final = 1.0
@@ -58,8 +60,9 @@ class _Ring:
     def sum(self, slots: int, now: float) -> Counts:
         """The sums of the latest `slots` slots; the last one is not over yet."""
         self._advance(now)
-        rows = [(self._latest - age) % len(self._counts) for age in range(slots)]
-        sums: Counts = self._counts[rows].sum(axis=0, dtype=np.uint32)
+        first, end = (self._latest - slots + 1) % len(self._counts), self._latest % len(self._counts) + 1
+        parts = [self._counts[first:end]] if first < end else [self._counts[first:], self._counts[:end]]
+        sums: Counts = sum(part.sum(axis=0, dtype=np.uint32) for part in parts)
         return sums
 
     def _advance(self, now: float) -> None:
@@ -163,21 +166,19 @@ def _window(minutes: int, counts: Counts) -> WindowPerformance:
 
 def _distribution(counts: Counts, value: Callable[[int, float], float]) -> Distribution:
     """Percentiles of a histogram. `value(bucket, share)`: the value at that share of the bucket's width."""
-    total = int(counts.sum())
+    cumulative = counts.cumsum()
+    total = int(cumulative[-1])
     if not total:
         return Distribution()
-    return Distribution(count=total, **dict(zip(("p50", "p95", "p99"), _percentiles(counts, value), strict=True)))
-
-
-def _percentiles(counts: Counts, value: Callable[[int, float], float]) -> Sequence[float]:
-    cumulative = np.cumsum(counts)
+    ranks = [share * total for share in _SHARES]
+    buckets = cumulative.searchsorted(ranks)
     found = []
-    for share in (0.5, 0.95, 0.99):
-        rank = share * int(cumulative[-1])
-        bucket = int(np.searchsorted(cumulative, rank))
-        below = int(cumulative[bucket]) - int(counts[bucket])
-        found.append(float(f"{value(bucket, (rank - below) / int(counts[bucket])):.3g}"))
-    return found
+    for rank, bucket, upto, count in zip(
+        ranks, buckets.tolist(), cumulative[buckets].tolist(), counts[buckets].tolist(), strict=True
+    ):
+        found.append(float(f"{value(bucket, (rank - upto + count) / count):.3g}"))
+    p50, p95, p99 = found
+    return Distribution(count=total, p50=p50, p95=p95, p99=p99)
 
 
 def _value(bucket: int, share: float) -> float:
