@@ -6,7 +6,6 @@ guard, which a CPU build of torch lacks. The guard stays in its process, so this
 A value that decides what is launched, a tensor of another device in a function: torch raises.
 """
 
-import contextlib
 import ctypes
 import json
 import subprocess
@@ -19,7 +18,6 @@ from typing import Any
 
 import msgspec
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -38,6 +36,7 @@ from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from tests.checkpoints import CACHE, codec_config, model_config
+from tests.gpu_worker.engines.qwen.triton_launches import Launch, recorded
 
 SLOTS = 64
 MAX_MODEL_LEN = 2048
@@ -58,6 +57,8 @@ class Launches(msgspec.Struct):
     attention: set[str] = msgspec.field(default_factory=set)
     crossings: list[str] = []
     """Operators with a tensor that is not on the device."""
+    triton: dict[str, Launch] = {}
+    """One launch of each Triton kernel."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -121,29 +122,16 @@ class WholeKernels(TorchFunctionMode):
 def count(function: Callable[[], None]) -> Launches:
     """Call the function, under a FakeTensorMode."""
     launches = Launches()
-    with CountedOperators(launches), WholeKernels(launches), _counted_triton(launches):
+
+    def launched(launch: Launch) -> None:
+        launches.kernels[launch.name] += 1
+        launches.triton.setdefault(launch.name, launch)
+        if any(isinstance(item, Tensor) and item.device.type != "cuda" for item in launch.arguments):
+            launches.crossings.append(launch.name)
+
+    with CountedOperators(launches), WholeKernels(launches), recorded(launched):
         function()
     return launches
-
-
-@contextlib.contextmanager
-def _counted_triton(launches: Launches) -> Iterator[None]:
-    """Counts the launches of Triton kernels, and launches none. The operators of a launcher are counted as well."""
-
-    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **_: Any) -> None:
-        del warmup
-        name = kernel.fn.__module__.rpartition(".")[2]
-        assert all(1 <= size < 1 << 16 for size in grid[1:]), f"{name}: a grid that CUDA refuses, {grid}"
-        launches.kernels[name] += 1
-        if any(isinstance(item, Tensor) and item.device.type != "cuda" for item in arguments):
-            launches.crossings.append(name)
-
-    launched = triton.JITFunction.run
-    triton.JITFunction.run = run
-    try:
-        yield
-    finally:
-        triton.JITFunction.run = launched
 
 
 def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
@@ -326,8 +314,14 @@ def main() -> None:
     ]
     with FakeTensorMode(), torch.no_grad():
         functions = captured_functions()
-        launched = {"/".join(map(str, key)): count(functions[key]).as_dict() for key in wanted if key in functions}
-    json.dump({"functions": ["/".join(map(str, key)) for key in functions], "launched": launched}, sys.stdout)
+        launches = {"/".join(map(str, key)): count(functions[key]) for key in wanted if key in functions}
+    kernels = {name: launch for one in launches.values() for name, launch in one.triton.items()}
+    printed = {
+        "functions": ["/".join(map(str, key)) for key in functions],
+        "launched": {key: one.as_dict() for key, one in launches.items()},
+        "compiled": {name: launch.compile() for name, launch in kernels.items()},
+    }
+    json.dump(printed, sys.stdout)
 
 
 if __name__ == "__main__":

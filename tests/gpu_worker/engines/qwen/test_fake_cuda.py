@@ -5,6 +5,7 @@ A change may only lower a budget. A CUDA kernel in a graph takes about 2 µs, ho
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_worker.engines.qwen.kernels.selection import OPERATIONS
 from gpu_worker.engines.qwen.runner import GRAPH_NODE_BYTES, graph_bytes
+from tests.checkpoints import CACHE
 
 KERNELS = {
     "code_predictor_step/1/0": 627,
@@ -47,7 +50,9 @@ def counted() -> dict[str, Any]:
         pytest.skip("needs g++ and the package triton")
     root = Path(__file__).parents[4]
     command = [sys.executable, "-m", "tests.gpu_worker.engines.qwen.fake_cuda"]
-    printed: dict[str, Any] = json.loads(subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE).stdout)
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(CACHE.parent / "triton"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=root, env=environ, check=True, stdout=subprocess.PIPE)
+    printed: dict[str, Any] = json.loads(done.stdout)
     return printed
 
 
@@ -61,6 +66,12 @@ def test_captured_functions_stay_on_the_device(counted: dict[str, Any]) -> None:
 def test_kernels_of_a_function(counted: dict[str, Any], key: str) -> None:
     """If they are fewer than the budget, lower it."""
     assert counted["launched"][key]["kernels"] == KERNELS[key], counted["launched"][key]["by_name"]
+
+
+def test_every_triton_kernel_compiles(counted: dict[str, Any]) -> None:
+    """As it is launched, for an H100: the interpreter accepts more than the compiler does."""
+    assert counted["compiled"].keys() == set(OPERATIONS)
+    assert all(counted["compiled"].values())
 
 
 def test_graphs_and_nodes_of_an_engine(counted: dict[str, Any]) -> None:

@@ -28,5 +28,7 @@ def add_norm(x: Tensor, y: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     rows, width = y.shape
     total, normed = y.new_empty(rows, width), y.new_empty(rows, width)
     block = triton.next_power_of_2(width)
-    _kernel[(rows,)](x, y, norm.plain_weight, total, normed, x.stride(0), width, block, norm.eps)
+    _kernel[(rows,)](
+        x, y, norm.plain_weight, total, normed, x.stride(0), width, block, norm.eps, enable_fp_fusion=False
+    )
     return total, normed

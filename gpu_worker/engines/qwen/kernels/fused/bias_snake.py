@@ -31,5 +31,14 @@ def bias_snake(x: Tensor, bias: Tensor | None, snake: Snake) -> Tensor:
     """See the parent's `bias_snake`."""
     x = x.contiguous()
     grid = (triton.cdiv(x.numel(), BLOCK),)
-    _kernel[grid](x, bias, snake.frequency, snake.magnitude, x.shape[0] * x.shape[1], snake.channels, BLOCK)
+    _kernel[grid](
+        x,
+        bias,
+        snake.frequency,
+        snake.magnitude,
+        x.shape[0] * x.shape[1],
+        snake.channels,
+        BLOCK,
+        enable_fp_fusion=False,
+    )
     return x

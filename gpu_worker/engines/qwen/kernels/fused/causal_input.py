@@ -71,5 +71,6 @@ def causal_input(
         time,
         channels,
         BLOCK,
+        enable_fp_fusion=False,
     )
     return x if added is None else added, extended

@@ -66,5 +66,6 @@ def embed_frame(slots: SlotTensors, codes: Tensor, table: Tensor, offsets: Tenso
         slots.ring_buffer.shape[1],
         width,
         BLOCK,
+        enable_fp_fusion=False,
     )
     return slots.talker_input[:batch]

@@ -131,5 +131,6 @@ def frame_attention(
         triton.next_power_of_2(dim),
         eps,
         dim**-0.5,
+        enable_fp_fusion=False,
     )
     return out

@@ -115,5 +115,6 @@ def next_codebook0(
         triton.next_power_of_2(outputs),
         COPIED,
         num_warps=WARPS,
+        enable_fp_fusion=False,
     )
     return sampled

@@ -94,5 +94,6 @@ def rotate_and_cache(
         triton.next_power_of_2(groups),
         triton.next_power_of_2(dim),
         rotation.norm.eps,
+        enable_fp_fusion=False,
     )
     return query, key, qkv[:, rotation.heads + kv_heads :]

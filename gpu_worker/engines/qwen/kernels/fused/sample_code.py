@@ -67,5 +67,6 @@ def sample_code(
         SAME_BITS[logits.dtype],
         triton.next_power_of_2(vocabulary),
         COPIED,
+        enable_fp_fusion=False,
     )
     return codes

@@ -29,5 +29,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape
     inner = width // 2
     out = gate_up.new_empty(rows, inner)
-    _kernel[rows, triton.cdiv(inner, BLOCK)](gate_up, out, inner, BLOCK)
+    _kernel[rows, triton.cdiv(inner, BLOCK)](gate_up, out, inner, BLOCK, enable_fp_fusion=False)
     return out
