@@ -73,7 +73,7 @@ export function CopyAs({ request }) {
   return html`<span class="copy-as" role="group" aria-label=${strings.player.copyAs}>
     <span class="soft small"><${Icon} name="copy" size=${16} /> ${strings.player.copyAs}</span>
     ${["curl", "python", "javascript"].map(
-      (language) => html`<button class="quiet" onClick=${() => put(language)}>
+      (language) => html`<button type="button" class="quiet" onClick=${() => put(language)}>
         ${copied === language ? strings.copied : strings.player.languages[language]}
       </button>`,
     )}

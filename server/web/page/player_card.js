@@ -27,7 +27,7 @@ function Facts({ state }) {
   const { seconds } = strings.player;
   const facts = [
     [strings.player.firstAudio, state.firstAudio && seconds(state.firstAudio), "first-audio"],
-    [strings.player.realTime, state.realTime !== null && state.realTime?.toFixed(2), "real-time"],
+    [strings.player.realTime, state.realTime && strings.player.factor(state.realTime), "real-time"],
     [strings.player.length, state.seconds && seconds(state.seconds), "length"],
     [strings.player.model, state.model, "model"],
     [strings.player.ignored, state.ignored, "ignored"],
@@ -56,7 +56,7 @@ export function PlayerCard({ speech }) {
     ${state.phase === "loading" && done !== null && html`<progress max="100" value=${done} aria-label=${phaseText(state)}></progress>`}
     <div class="player-row">
       <button
-        class="primary round" aria-label=${label} disabled=${!player}
+        type="button" class="primary round" aria-label=${label} disabled=${!player}
         onClick=${() => (playing ? player.pause() : player.play())}
       ><${Icon} name=${playing ? "pause" : "play"} /></button>
       <${Waveform} player=${player} peaks=${peaks} redraw=${() => redraw((count) => count + 1)} />
@@ -65,7 +65,7 @@ export function PlayerCard({ speech }) {
     <${Facts} state=${state} />
     <div class="player-foot">
       <div class="tools">
-        <button class="quiet" disabled=${!speech.blob} onClick=${() => save(speech.blob, `speech.${speech.format}`)}>
+        <button type="button" class="quiet" disabled=${!speech.blob} onClick=${() => save(speech.blob, `speech.${speech.format}`)}>
           <${Icon} name="download" />${strings.player.download}
         </button>
         ${speech.request && html`<${CopyAs} request=${speech.request} />`}

@@ -25,7 +25,8 @@ function set(name) {
 }
 
 function ModelField({ model, problem }) {
-  const list = useShared(models) ?? [];
+  const known = useShared(models) ?? [];
+  const list = [...known].sort((a, b) => (a.state === "unavailable") - (b.state === "unavailable"));
   // A voice of one model means nothing to another one.
   const choose = (event) => write({ model: event.target.value, voice: "" });
   return html`<${Field} label=${words.model} problem=${problem}>

@@ -53,6 +53,12 @@ export const strings = {
     heading: "Speak a text",
     text: "Text",
     placeholder: "Write or paste what you want to hear.",
+    tryOne: "Or begin with",
+    examples: {
+      "a story": "The harbour was quiet before the ferries came. Somebody had left a radio on, and it played to the gulls.",
+      "a recipe": "Halve three lemons. Press them, but not to the bitter end. [pause:600ms] Stir in the sugar, and wait until it has gone.",
+      "the news": "Good evening. The river has fallen by forty centimetres since Monday, and the bridge at Aldbrook is open again.",
+    },
     count: (used, limit) => (limit ? `${used.toLocaleString()} / ${limit.toLocaleString()}` : used.toLocaleString()),
     countLabel: "Characters",
     over: (by) => `${by.toLocaleString()} characters too many`,
@@ -87,7 +93,7 @@ export const strings = {
     top_k: "Top k",
     top_p: "Top p",
     repetition_penalty: "Repetition penalty",
-    max_new_tokens: "Longest speech, in frames of 80 ms",
+    max_new_tokens: "Most frames (80 ms)",
     byModel: "the model's",
     states: {
       absent: "not loaded",
@@ -107,9 +113,9 @@ export const strings = {
     stopped: "Stopped",
     failed: "Failed",
     reasons: {
-      stop: "said in full",
-      length: "cut at a limit",
-      empty: "nothing to say: a moment of silence",
+      stop: "Said in full",
+      length: "Cut off at a limit",
+      empty: "Nothing to say: a moment of silence",
     },
   },
   player: {
@@ -124,6 +130,7 @@ export const strings = {
     copyAs: "Copy as",
     firstAudio: "first audio",
     realTime: "real-time factor",
+    factor: (value) => (value < 0.01 ? "< 0.01" : value.toFixed(2)),
     length: "length",
     ended: "ended",
     model: "model",

@@ -35,13 +35,19 @@ export function fits(voice, search) {
   return search.toLowerCase().split(/\s+/).every((word) => said.includes(word));
 }
 
+const TONES = 6;
+
+/** The first letter of a name, in a colour that the name always has. */
 export function Monogram({ name }) {
-  return html`<span class="monogram" aria-hidden="true">${[...name][0]?.toUpperCase()}</span>`;
+  const letters = [...name];
+  const tone = letters.reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 9973, 7) % TONES;
+  return html`<span class=${`monogram tone-${tone}`} aria-hidden="true">${letters[0]?.toUpperCase()}</span>`;
 }
 
 function VoiceDialog({ model, voices, onClose }) {
   const [search, setSearch] = useState("");
-  const { voice: chosen } = useShared(draft);
+  const fields = useShared(draft);
+  const { id: chosen } = voices.find((voice) => voice.id === fields.voice) ?? voices[0];
   const found = voices.filter((voice) => fits(voice, search));
   const use = (voice) => {
     write({ voice: voice.id });

@@ -44,17 +44,11 @@ function Buttons({ busy, live, onSpeak, onStop, onLive, onFinish }) {
     ${button("primary", "speak", words.button, onSpeak)}`;
 }
 
-function Manuscript({ problem, live, onSpeak, onType, ...buttons }) {
+function Manuscript({ problem, live, onType, ...buttons }) {
   const fields = useShared(draft);
   const limit = useShared(service)?.limits.input_chars;
   const used = [...fields.input].length;
   const over = limit ? used - limit : 0;
-  const keys = (event) => {
-    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-    event.preventDefault();
-    if (live) buttons.onFinish();
-    else onSpeak();
-  };
   const type = ({ target }) => {
     write({ input: target.value });
     onType(target.value, target.selectionEnd);
@@ -64,8 +58,10 @@ function Manuscript({ problem, live, onSpeak, onType, ...buttons }) {
     <textarea
       id="text" name="input" value=${fields.input} placeholder=${words.placeholder} autofocus
       aria-invalid=${problem ? "true" : undefined} aria-describedby="text-about" dir="auto"
-      onInput=${type} onKeyDown=${keys}
+      onInput=${type}
     ></textarea>
+    ${!fields.input && html`<p class="examples"><span class="hint">${words.tryOne}</span>
+      ${Object.entries(words.examples).map(([name, text]) => html`<button class="quiet" onClick=${() => write({ input: text })}>${name}</button>`)}</p>`}
     <div id="text-about">${problem && html`<p class="problem">${problem}</p>`}</div>
     <div class="manuscript-foot">
       <span class=${over > 0 ? "count over" : "count"}>
@@ -74,7 +70,7 @@ function Manuscript({ problem, live, onSpeak, onType, ...buttons }) {
       </span>
       <span class="right">
         <span class="hint keys-hint"><kbd>Ctrl</kbd> <kbd>Enter</kbd> ${words.keyHint}</span>
-        <${Buttons} live=${live} onSpeak=${onSpeak} ...${buttons} />
+        <${Buttons} live=${live} ...${buttons} />
       </span>
     </div>
   </section>`;
@@ -132,17 +128,24 @@ export function View() {
     setProblems({});
     show(new Replay(kept, audio));
   };
+  const finish = () => live.finish(draft.value.input);
+  const keys = (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.target.closest("dialog")) return;
+    event.preventDefault();
+    if (live) finish();
+    else speak();
+  };
   const reuse = ({ request }) => {
     write({ ...EMPTY, ...Object.fromEntries(Object.entries(request).map(([name, value]) => [name, name === "speed" ? value : String(value)])) });
     form.current.querySelector("textarea").focus();
   };
 
   return html`<h1 class="hidden-label">${words.heading}</h1>
-    <div class="speak" ref=${form}>
+    <div class="speak" ref=${form} onKeyDown=${keys}>
       <div class="speak-main">
         <${Manuscript}
           problem=${problems.input} busy=${busy} live=${live} onSpeak=${speak} onStop=${() => speech.stop()} onLive=${begin}
-          onType=${(text, caret) => live?.type(text, caret)} onFinish=${() => live.finish(draft.value.input)}
+          onType=${(text, caret) => live?.type(text, caret)} onFinish=${finish}
         />
         ${speech && html`<${PlayerCard} key=${speech} speech=${speech} />`}
         <${HistoryList} onReplay=${replay} onReuse=${reuse} />
