@@ -17,6 +17,7 @@ from typing import Final
 
 import httpx
 import pytest
+from websockets.sync.client import connect
 
 from shared.pcm import seconds_of
 from tests.audio import decode
@@ -151,6 +152,23 @@ def test_speech_is_streamed(proxy: Proxy) -> None:
                 assert answer.status_code == 200
                 assert "content-length" not in answer.headers
                 assert len(next(answer.iter_bytes(1000))) == 1000
+
+
+@pytest.mark.parametrize("name", ["nginx", "caddy"])
+def test_websockets(request: pytest.FixtureRequest, name: str) -> None:
+    """They speak, also below a path, and the code of the close arrives."""
+    proxy: Proxy = request.getfixturevalue(name)
+    for base in (proxy.url, proxy.below):
+        with connect(f"{base.replace('http', 'ws', 1)}{SPEECH}/stream", proxy=None) as socket:
+            socket.send('{"type": "session.config", "response_format": "pcm"}')
+            for message in (
+                {"type": "input.text", "text": "Hello."},
+                {"type": "input.done"},
+                {"type": "session.close"},
+            ):
+                socket.send(json.dumps(message))
+            pcm = b"".join(message for message in socket if isinstance(message, bytes))
+        assert (len(pcm) > 10_000, socket.close_code) == (True, 1000)
 
 
 @pytest.mark.parametrize("victim", ["GPU worker", "web worker"])
