@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,12 +40,17 @@ from tests.gpu_worker.engines.qwen.triton_launches import Launch, recorded
 
 SLOTS = 64
 MAX_MODEL_LEN = 2048
+TEXT_VOCAB = 151_936
 GUARD = """
 #include <c10/core/impl/FakeGuardImpl.h>
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>) }
 """
 FREE = {"device", "empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "_unsafe_view"}
 """Operators that launch nothing. Views launch nothing either."""
+GATHERS = {"index", "index_select", "embedding", "gather"}
+"""Operators that read no more of a tensor than they return."""
+SCATTERS = {"index_put", "index_copy"}
+"""Operators that write no more of a tensor than they are given."""
 SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2}
 """Operators of several kernels in torch 2.13: with copies, indices or fills of their own."""
 
@@ -59,6 +64,10 @@ class Launches(msgspec.Struct):
     """Operators with a tensor that is not on the device."""
     triton: dict[str, Launch] = {}
     """One launch of each Triton kernel."""
+    bytes: int = 0
+    """What operators read and write, but Triton kernels, and but the keys and values of attention over lengths."""
+    attention_reads_all: int = 0
+    """Calls of attention that read all keys that they are given, whatever the lengths of the rows."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -67,6 +76,8 @@ class Launches(msgspec.Struct):
             "attention": sorted(self.attention),
             "crossings": self.crossings,
             "by_name": dict(self.kernels.most_common()),
+            "bytes": self.bytes,
+            "attention_reads_all": self.attention_reads_all,
         }
 
 
@@ -90,7 +101,9 @@ class CountedOperators(TorchDispatchMode):
         is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
         if name == "_flash_attention_forward":
             self._launches.attention.add(_shapes(args[:3]))
+            self._launches.attention_reads_all += (kwargs or {}).get("seqused_k") is None
         if name not in FREE and not is_view:
+            self._launches.bytes += _bytes(name, args, result)
             with_bias = name == "conv2d" and any(bias is not None for bias in args[2:3])
             self._launches.kernels[name] += SEVERAL.get(full_name, 1) + with_bias
         return result
@@ -134,8 +147,23 @@ def count(function: Callable[[], None]) -> Launches:
     return launches
 
 
-def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
-    """The functions that an engine with SLOTS slots captures. Call it and them under a FakeTensorMode."""
+def _bytes(name: str, args: tuple[Any, ...], result: Any) -> int:
+    if name == "_flash_attention_forward":
+        touched = [args[0], result[0]]
+    elif name in GATHERS:
+        touched = [result, result]
+    elif name in SCATTERS:
+        touched = [args[-1], args[-1]]
+    else:
+        touched = [args, result]
+    return sum(item.nbytes for item in _flat(touched) if isinstance(item, Tensor))
+
+
+def captured_functions(max_model_len: int = MAX_MODEL_LEN) -> tuple[dict[Key, Callable[[], None]], int]:
+    """The functions that an engine with SLOTS slots captures, and the bytes of its weights.
+
+    Call it and them under a FakeTensorMode.
+    """
     functions: dict[Key, Callable[[], None]] = {}
 
     def capture(new: Mapping[Key, Callable[[], None]], **_: Any) -> tuple[dict[Key, Any], int]:
@@ -148,7 +176,7 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
         frame_capture=None, codec_capture=None, transfer=None, codec=None, frame_pool=None, codec_pool=None
     )
     device = torch.device("cuda")
-    config = msgspec.convert(model_config("custom_voice", size, full=True), ModelConfig)  # type: ignore[arg-type]
+    config = msgspec.convert(model_config("custom_voice", "1b7", full=True), ModelConfig)
     rows = rows_needed(SLOTS, device)
     model = Qwen3TTSModel(
         FakeWeights(_model_shapes(config)),
@@ -157,7 +185,7 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
         Flash(torch.bfloat16, heads_by_group=True),
         kernels=fused_kernels(),
         slots=rows,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
     )
     shape = msgspec.convert(codec_config(full=True)["decoder_config"], DecoderShape)
     codec = Codec.__new__(Codec)
@@ -165,7 +193,16 @@ def captured_functions(size: str = "1b7") -> dict[Key, Callable[[], None]]:
     codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape, fused_kernels())
     CudaGraphModelRunner(model, streams).prepare()
     Vocoder(codec, model.state.ring_buffer, SLOTS, streams).prepare()
-    return functions
+    scratch = _storages((*model.state.tensors(), *model.talker.cache.tensors(), *model.code_predictor.scratch()))
+    weights = _storages(model.tensors())
+    text_embedding = 2 * TEXT_VOCAB * config.talker_config.text_hidden_size
+    return functions, text_embedding + sum(size for key, size in weights.items() if key not in scratch)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of each storage; tensors without memory all have the address 0."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 class FakeWeights(Mapping[str, Tensor]):
@@ -313,12 +350,16 @@ def main() -> None:
         ("decode", 16, 8),
     ]
     with FakeTensorMode(), torch.no_grad():
-        functions = captured_functions()
+        functions, weight_bytes = captured_functions()
         launches = {"/".join(map(str, key)): count(functions[key]) for key in wanted if key in functions}
+        longer, _ = captured_functions(2 * MAX_MODEL_LEN)
+        twice_as_long = count(longer["talker_step", 16, 2 * MAX_MODEL_LEN]).as_dict()
     kernels = {name: launch for one in launches.values() for name, launch in one.triton.items()}
     printed = {
         "functions": ["/".join(map(str, key)) for key in functions],
         "launched": {key: one.as_dict() for key, one in launches.items()},
+        "twice_as_long": twice_as_long,
+        "weight_bytes": weight_bytes,
         "compiled": {name: launch.compile() for name, launch in kernels.items()},
     }
     json.dump(printed, sys.stdout)
