@@ -19,8 +19,8 @@ export class History {
   /** Add the state of this moment; `now` in seconds. */
   add(event, now) {
     const { stats, vram } = event;
-    const window = busiest(event.performance);
     const down = event.problem !== null || stats === null;
+    const window = down ? null : busiest(event.performance);
     this.time.push(now);
     this.#audio.push(down ? null : { boot: stats.worker.boot_id, seconds: stats.audio_s });
     const values = {
