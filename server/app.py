@@ -21,6 +21,7 @@ from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
 from server.routes import (
     admin,
+    asyncapi,
     caches,
     captioned_speech,
     docs,
@@ -92,7 +93,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
         route_handlers=[
             *(health.root, health.health, health.ready),
             stored_audio.get_stored_audio,
-            *(docs.openapi_json, docs.redoc, docs.static_file),
+            *(docs.openapi_json, asyncapi.asyncapi_json, docs.redoc, docs.static_file),
             *([web_page.page_file] if settings.web_page else []),
             # Their keys may come in a first message, so they look at keys and origins themselves.
             *(speech_websocket.stream_speech, nari_websocket.speak_nari),
