@@ -11,7 +11,7 @@ from typing import Final
 from shared.access import current_user, folder_problem
 from shared.catalog import OPENAI_MODELS, load_catalog
 from shared.dotenv_file import read_dotenv
-from shared.settings import Settings, SettingsError, variable_of
+from shared.settings import EVERY_MODEL, Settings, SettingsError, variable_of
 
 NO_CUDA: Final = "there is no CUDA device that this process may use"
 """The problem of TTS_DEFAULT_DEVICE=cuda on a machine without such a device; the GPU worker looks for it."""
@@ -30,6 +30,7 @@ def unknown_models(settings: Settings) -> list[str]:
     """Problems of settings that name an unknown model; CatalogError if models/ cannot be read."""
     catalog = load_catalog()
     named = [("preload", name) for name in settings.preload] + [("model_paths", name) for name in settings.model_paths]
+    named += [("quantization", name) for name in settings.quantization if name != EVERY_MODEL]
     targets = [name for name in settings.model_aliases.values() if name.casefold() not in OPENAI_MODELS]
     named += [("model_aliases", name) for name in targets]
     if settings.default_model != "auto":

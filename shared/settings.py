@@ -19,6 +19,9 @@ from shared.validation_messages import choices_in, one_of, reword
 
 PREFIX: Final = "TTS_"
 
+EVERY_MODEL: Final = "*"
+"""The key of the value that is for all models, in settings that may have a value for each."""
+
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 Megabytes = Annotated[int, Meta(ge=1, le=100_000_000)]
 
@@ -81,6 +84,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kernels: Literal["auto", "torch", "triton"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     codec_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: dict[str, Literal["auto", "none", "fp16", "int8"]] = msgspec.field(
+        default_factory=lambda: {EVERY_MODEL: "auto"}
+    )
     cpu_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     models_dir: Path = Path("models")
     model_paths: dict[str, Path] = {}
@@ -153,7 +159,7 @@ _ORIGIN: Final = re.compile(
 _HOST: Final = re.compile(r"\*|([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 _ROOT_PATH: Final = re.compile(r"((/[A-Za-z0-9_.~-]+)+)?")
 
-_FORMS: Final = {"model_paths": "model=path", "model_aliases": "name=model"}
+_FORMS: Final = {"model_paths": "model=path", "model_aliases": "name=model", "quantization": "value or model=value"}
 """The form of the pairs in settings that hold several."""
 
 _TRUE: Final = {"1", "true", "yes", "on"}
@@ -233,6 +239,8 @@ def _parse(name: str, kind: Any, text: str) -> Any:
 def _pairs(text: str, form: str) -> dict[str, str]:
     pairs = {}
     for part in text.split(","):
+        if "=" not in part and "value or" in form:
+            part = f"{EVERY_MODEL}={part}"  # noqa: PLW2901 -- the same pair, spelled out
         name, separator, value = part.partition("=")
         if not separator or not name.strip() or not value.strip():
             raise ValueError(f"must be {form}, separated by commas, not {part.strip()!r}")

@@ -95,6 +95,12 @@ GENERATIONS: Mapping[Generation, Mapping[str, bool | float]] = {
 All numbers of the others differ from the published ones, except subtalker_top_p: only 1 is supported.
 """
 
+_WIDTH = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "rope_theta",
+)
+"""Fields of config.json that make the width of a transformer."""
+
 _SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -144,6 +150,26 @@ def tiny(kind: Kind, size: Size | None = None, seed: int = 0, generation: Genera
     return target
 
 
+def wide() -> Path:
+    """The directory of a small CustomVoice checkpoint whose matrices have the width of the published 0.6B (200 MB).
+
+    So they are packed, traced and quantised as published ones are. Each of the two transformers has one layer.
+    """
+    key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    target = CACHE / key / "wide" / checkpoint_name("custom_voice", "0b6")
+    if not target.is_dir():
+        scratch = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        write(scratch, "custom_voice", "0b6", full=False, wide=True)
+        try:
+            scratch.rename(target)
+        except OSError:  # another test process has made it
+            shutil.rmtree(scratch)
+            if not target.is_dir():
+                raise
+    return target
+
+
 def checkpoint_name(kind: Kind, size: Size) -> str:
     """The basename of the published repository, for instance `Qwen3-TTS-12Hz-0.6B-Base`."""
     return f"Qwen3-TTS-12Hz-{SIZES[size]}-{NAMES[kind]}"
@@ -154,13 +180,23 @@ def hard_linked_copy(source: Path, target: Path) -> Path:
     return shutil.copytree(source, target, copy_function=os.link)
 
 
-def write(directory: Path, kind: Kind, size: Size, *, full: bool, seed: int = 0) -> None:
+def write(directory: Path, kind: Kind, size: Size, *, full: bool, wide: bool = False, seed: int = 0) -> None:
     """Write a whole checkpoint into a new directory, in the published shapes if `full`, else in small ones.
 
+    `wide`: small, but for the width of the matrices of talker and code predictor.
     The model is bfloat16 and the speech tokenizer float32, as published.
     """
     official = official_package()
     config = model_config(kind, size, full=full)
+    if wide:
+        talker, published = config["talker_config"], model_config(kind, size, full=True)["talker_config"]
+        for part, whole in (
+            (talker, published),
+            (talker["code_predictor_config"], published["code_predictor_config"]),
+        ):
+            part.update({name: whole[name] for name in _WIDTH}, num_hidden_layers=1)
+        talker["rope_scaling"] = published["rope_scaling"]
+        config["speaker_encoder_config"]["enc_dim"] = talker["hidden_size"]
     directory.mkdir(parents=True)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", _PUBLISHED)

@@ -8,8 +8,9 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,16 +19,25 @@ import msgspec
 from gpu_worker.engines.base import Engine, JobError
 from shared.access import folder_problem, unreadable
 from shared.catalog import ModelSpec
-from shared.settings import Settings, SettingsError
+from shared.settings import EVERY_MODEL, Settings, SettingsError
 
 if TYPE_CHECKING:
     from gpu_worker.engines.qwen.build import QwenOptions
     from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
+    from gpu_worker.engines.qwen.runtime.products_trial import Quantization
 
 DEMO_EXTRA: Final = 'espeak-ng is not installed; install the "demo" extra: pip install "qwen3-tts-server[demo]"'
 GPU_EXTRA: Final = 'install the "gpu" extra: pip install "qwen3-tts-server[gpu]", or `make serve WITH_QWEN=1`'
 
 _MODEL_TYPE_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
+
+
+def trial_file(environ: Mapping[str, str]) -> Path | None:
+    """Where the outcomes of trials on this machine are kept; None if the user has no home folder."""
+    try:
+        return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3-tts-server" / "products.json"
+    except RuntimeError:
+        return None
 
 
 class EngineFactory:
@@ -94,10 +104,12 @@ class EngineFactory:
         An import holds the GIL for up to 1.2 s at a time (2 cores, busy): running streams would fall silent.
         Afterwards, opening a model holds it for 30 ms at most.
         The objects they create are frozen: a full garbage collection would scan them for 250 to 800 ms.
+        SettingsError names the settings that this device cannot compute with, and what to do about them.
         """
         specs = [spec for spec in self._specs if spec.engine == "qwen" and self.problem_of(spec) is None]
         if not specs:
             return
+        self._refuse_unsupported(specs)
         from gpu_worker.engines.qwen import build, codec  # noqa: F401, PLC0415 -- imports torch
         from gpu_worker.engines.qwen.checkpoint import official  # noqa: PLC0415 -- imports torch
 
@@ -108,6 +120,24 @@ class EngineFactory:
                 self._tokenizers.load(self._directory_of(spec, allow_download=False))
         gc.collect()
         gc.freeze()
+
+    def _refuse_unsupported(self, specs: Sequence[ModelSpec]) -> None:
+        from gpu_worker.engines.qwen import build  # noqa: PLC0415 -- imports torch
+
+        settings, problems = self._settings, []
+        for quantization in dict.fromkeys(map(self._quantization_of, specs)):
+            try:
+                build.check_options(self._device, settings.dtype, settings.attention_backend, quantization)
+            except JobError as error:
+                problems.append(error.message)
+        if problems:
+            raise SettingsError(list(dict.fromkeys(problems)))
+
+    def _quantization_of(self, spec: ModelSpec) -> "Quantization":
+        """How the weights of this model are kept: its own value of TTS_QUANTIZATION, or that of all models."""
+        values = self._settings.quantization
+        own = next((value for name, value in values.items() if spec.answers_to(name)), None)
+        return own or values.get(EVERY_MODEL, "auto")
 
     def estimated(self, spec: ModelSpec) -> ModelSpec:
         """`spec` with the bytes that its local checkpoint will take. Call after `prepare`.
@@ -122,7 +152,9 @@ class EngineFactory:
         settings = self._settings
         try:
             directory = self._directory_of(spec, allow_download=False)
-            needed = estimated_bytes(directory, self._device, settings.dtype, settings.max_concurrency)
+            needed = estimated_bytes(
+                directory, self._device, settings.dtype, settings.max_concurrency, self._quantization_of(spec)
+            )
         except JobError:
             return spec
         return msgspec.structs.replace(spec, estimated_bytes=needed)
@@ -167,7 +199,8 @@ class EngineFactory:
         directory = self._directory_of(spec, allow_download=False)
         from gpu_worker.engines.qwen.build import open_engine  # noqa: PLC0415 -- imports torch
 
-        return open_engine(directory, self._qwen_options())
+        quantization = self._quantization_of(spec)
+        return open_engine(directory, msgspec.structs.replace(self._qwen_options(), quantization=quantization))
 
     def shared_bytes(self) -> dict[str, int]:
         """Device bytes that several models share, by purpose."""
@@ -259,6 +292,7 @@ class EngineFactory:
                 dtype=self._settings.dtype,
                 attention_backend=self._settings.attention_backend,
                 kernels=self._settings.kernels,
+                trial_file=trial_file(os.environ),
                 slots=self._settings.max_concurrency,
                 pause_s=self._settings.sentence_pause_ms / 1000,
                 reference_cache_bytes=self._settings.reference_cache_mb * 2**20,

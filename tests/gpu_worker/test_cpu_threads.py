@@ -58,5 +58,5 @@ def test_the_setting_goes_before_the_environment() -> None:
     assert environ["OMP_NUM_THREADS"] == "3"
     fresh: dict[str, str] = {}
     set_compute_threads(fresh, None)
-    assert fresh["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert (fresh["OMP_WAIT_POLICY"], fresh["GOMP_SPINCOUNT"]) == ("PASSIVE", "1000")
     assert int(fresh["OMP_NUM_THREADS"]) >= 1

@@ -5,7 +5,7 @@ Owns the choice of the dtype and of the number of slots. Importing it imports to
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,7 +20,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import (
     read_config,
     read_generation_config,
 )
-from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, read_headers
+from gpu_worker.engines.qwen.checkpoint.tensor_files import TensorInfo, find_tensor_files, read_headers
 from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
 from gpu_worker.engines.qwen.checkpoint.weights import open_weights
 from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
@@ -30,8 +30,8 @@ from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
 from gpu_worker.engines.qwen.model.attention import Backend, attention
 from gpu_worker.engines.qwen.model.code_predictor import first_layer_inputs_bytes
-from gpu_worker.engines.qwen.model.prompt import PromptBuilder
-from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
+from gpu_worker.engines.qwen.model.prompt import TEXT_EMBEDDING, PromptBuilder
+from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel, product_shapes
 from gpu_worker.engines.qwen.model.slot_state import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
 from gpu_worker.engines.qwen.offload import WeightOffloader
@@ -47,6 +47,8 @@ from gpu_worker.engines.qwen.runner import (
 )
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
+from gpu_worker.engines.qwen.runtime.products_trial import WIDTHS, Quantization, are_large, unsupported
+from gpu_worker.engines.qwen.runtime.products_trial import choose as choose_products
 from gpu_worker.engines.qwen.vocoder import Vocoder
 
 CPU_SLOTS: Final = 8
@@ -70,6 +72,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `codecs` (speech tokenizers on the same device), `tokenizers` and `streams` are shared by all engines.
     `dtype` "auto": bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.
+    `trial_file` keeps which kernels are the fastest on this machine; None: each load tries them.
     `max_model_len`: tokens that a slot holds, prompt and frames.
     `pause_s`: silence between the utterances of a long text.
     `encoder_lock`: held while a reference recording is encoded. `reference_cache_bytes`: of encoded ones, an engine.
@@ -83,6 +86,8 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: DtypeName = "auto"
     attention_backend: Backend = "auto"
     kernels: KernelSetting = "auto"
+    quantization: Quantization = "none"
+    trial_file: Path | None = None
     slots: int | None = None
     max_model_len: int = MAX_MODEL_LEN
     pause_s: float = 0.15
@@ -93,6 +98,19 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     room: Callable[[], int] | None = None
     wake: Callable[[], None] = lambda: None
     interrupted: Callable[[], bool] = lambda: False
+
+
+def check_options(device: Device, dtype: DtypeName, backend: Backend, quantization: Quantization) -> None:
+    """Check that this device can compute so.
+
+    Raises:
+        JobError: `model_unavailable`, with what to do.
+    """
+    computed = compute_dtype(device, dtype)
+    if device == "cpu":  # on CUDA the first use of the device is the mover's
+        attention(backend, torch.device(device), computed)
+    if problem := unsupported(quantization, device, computed):
+        raise JobError("model_unavailable", problem)
 
 
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
@@ -132,6 +150,8 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     config, generation = read_config(directory), read_generation_config(directory)
     attend = attention(options.attention_backend, device, dtype)
     kernels = select_kernels(options.kernels, device, dtype)
+    shapes = product_shapes(config.talker_config)
+    products = choose_products(options.quantization, shapes, options.device, dtype, options.trial_file)
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
         size = weights.nbytes + first_layer_inputs_bytes(config.talker_config.code_predictor_config, dtype)
         slots = options.slots or slots_that_fit(size, config, codec, options)
@@ -143,8 +163,12 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
             kernels=kernels,
             slots=rows_needed(slots, device),
             max_model_len=options.max_model_len,
+            products=products,
         )
-        prompts = PromptBuilder(weights, config, options.tokenizers.load(directory), model.embed_codes)
+        text_embedding = weights.as_stored(TEXT_EMBEDDING)
+        prompts = PromptBuilder(
+            weights, config, options.tokenizers.load(directory), model.embed_codes, text_embedding=text_embedding
+        )
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
     speaker = None
     if config.tts_model_type == "base":
@@ -170,6 +194,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
                 "codec_state": list(vocoder.tensors()),
             },
             device,
+            hidden_bytes=model.all_hidden_bytes(),
             stream=options.streams.transfer if device.type == "cuda" else None,
             extra_memory=(runner.memory, vocoder.memory),
             on_close=lambda: options.codecs.release(codec),
@@ -243,24 +268,39 @@ def slot_bytes(shape: TalkerShape, dtype: torch.dtype, max_model_len: int) -> in
     return kv + MAX_TRAILING_TOKENS * shape.hidden_size * width + max_model_len * shape.num_code_groups * 4
 
 
-def estimated_bytes(directory: Path, device: Device, dtype: DtypeName, slots: int | None) -> int:
+def estimated_bytes(
+    directory: Path, device: Device, dtype: DtypeName, slots: int | None, quantization: Quantization = "none"
+) -> int:
     """Bytes that the checkpoint in `directory` will take on the device; its weights are not read.
 
-    These are its weights in the compute dtype and its slots. If CUDA's free memory decides their number, one counts.
+    These are its weights and its slots. If CUDA's free memory decides their number, one counts.
+    "auto" counts as "none": what is the fastest is known once the model is loaded.
 
     Raises:
         JobError: `model_unavailable`, naming the file at fault.
     """
     computed = compute_dtype(device, dtype)
     headers = read_headers(find_tensor_files(directory))
-    weights = sum(math.prod(info.shape) for info in headers.values()) * computed.itemsize
+    shape = read_config(directory).talker_config
+    large = device == "cpu" and are_large(product_shapes(shape))
+    widths = WIDTHS.get(quantization, {}) if large else {}
+    weights = sum(_stored_bytes(name, info, computed, widths) for name, info in headers.items())
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
-    shape = read_config(directory).talker_config
-    computed_at_load = first_layer_inputs_bytes(shape.code_predictor_config, computed)
+    computed_at_load = 0 if large else first_layer_inputs_bytes(shape.code_predictor_config, computed)
     if device == "cpu":
         computed_at_load += trace_bytes(shape.code_predictor_config, slots)
     return weights + computed_at_load + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
+
+
+def _stored_bytes(name: str, info: TensorInfo, computed: torch.dtype, widths: Mapping[str, int]) -> int:
+    """Bytes of a tensor in memory. `widths`: bytes of a value of a matrix by the ends of names, "" being the rest."""
+    if name == TEXT_EMBEDDING:
+        return min(info.nbytes(), info.nbytes(computed))
+    if len(info.shape) == 2 and (".layers." in name or "head" in name):  # noqa: PLR2004 -- a matrix
+        ends = (end for end in widths if end in name)
+        return math.prod(info.shape) * widths[max(ends, key=len)] if widths else info.nbytes(computed)
+    return info.nbytes(computed)
 
 
 def _reference_encoder(

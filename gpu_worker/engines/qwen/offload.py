@@ -33,12 +33,14 @@ class WeightOffloader:
         scratch: Mapping[str, Iterable[Tensor]],
         device: torch.device,
         *,
+        hidden_bytes: int = 0,
         stream: torch.cuda.Stream | None = None,
         extra_memory: Sequence[Callable[[], Mapping[str, int]]] = (),
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """`scratch`: tensors by purpose, whose values are not needed while the engine has no job.
 
+        `hidden_bytes`: what of the weights on a CPU is in memory that no tensor counts.
         `stream`: where copies run on CUDA, beside the running jobs of other engines.
         `extra_memory` return what else the engine holds on the device, bytes by purpose.
         `on_close` is called once everything is freed.
@@ -52,7 +54,7 @@ class WeightOffloader:
         scratch_pointers = {storage.data_ptr() for items in self._scratch.values() for storage, _ in items}
         self._weights = [item for item in _storages(weights) if item[0].data_ptr() not in scratch_pointers]
         packed = {id(tensor): tensor.numel() * tensor.element_size() for tensor in weights if tensor.is_mkldnn}
-        self._weight_bytes = sum(packed.values()) + sum(size for _, size in self._weights)
+        self._weight_bytes = hidden_bytes + sum(packed.values()) + sum(size for _, size in self._weights)
         self._host: list[Tensor] = []
         self._resident = True
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS
 from gpu_worker.engines.qwen.model.kv_cache import SlotLengths
-from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runtime.captured_buckets import (
@@ -29,6 +28,7 @@ from gpu_worker.engines.qwen.runtime.captured_buckets import (
 from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 
 KV_LENGTHS: Final = (256, 512, 1024, 2048, 4096, 8192)
@@ -117,7 +117,7 @@ def graph_bytes(slots: int) -> int:
 class CpuModelRunner:
     """Calls the model's functions as they are, but traces the code predictor's, whose shapes the batch size fixes.
 
-    Products are batch invariant (layers.BATCH_MULTIPLE), so idle rows may fill a batch up to one of a few sizes.
+    Products are batch invariant (products.BATCH_MULTIPLE), so idle rows may fill a batch up to one of a few sizes.
     """
 
     def __init__(self, model: Qwen3TTSModel) -> None:
@@ -126,7 +126,8 @@ class CpuModelRunner:
         self._batch_sizes = cpu_batch_sizes(len(state.frame))
         # Where every product is small, threads that share one cost more than they save:
         # with two, a frame of one stream took 4.3 ms instead of 3.3, and one of 16 streams 7.5 instead of 7.1.
-        self._single_thread = not any(tensor.is_mkldnn for tensor in predictor.tensors())
+        large = predictor.stack.products.weights or any(tensor.is_mkldnn for tensor in predictor.tensors())
+        self._single_thread = not large
         self._traces = CpuTraces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:

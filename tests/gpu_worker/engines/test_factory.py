@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ import pytest
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.espeak import EspeakEngine
-from gpu_worker.engines.factory import EngineFactory
+from gpu_worker.engines.factory import EngineFactory, trial_file
+from gpu_worker.engines.qwen import build
 from gpu_worker.engines.qwen.checkpoint import text_tokenizer
 from shared.catalog import ModelSpec, load_catalog
 from shared.settings import SettingsError, load_settings
@@ -119,9 +121,11 @@ class TestQwen:
         assert factory.estimated(elsewhere) == elsewhere
 
     def test_unsupported_dtype(self, catalog: list[ModelSpec]) -> None:
-        """It is an error of opening that model, with the setting to change; it does not stop the start."""
+        """It stops the start, with the setting to change, and is an error of opening the model."""
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
         factory = _factory(catalog, MODEL_PATHS=f"{spec.id}={tiny('custom_voice', '0b6')}", DTYPE="float16")
+        with pytest.raises(SettingsError, match="TTS_DTYPE=float16 is for CUDA"):
+            factory.prepare()
         assert factory.estimated(spec) == spec
         with pytest.raises(JobError, match="TTS_DTYPE=float16 is for CUDA") as caught:
             factory.open(spec)
@@ -133,6 +137,28 @@ class TestQwen:
         factory = _factory(catalog, MODEL_PATHS=f"{spec.id}={tiny('custom_voice', '0b6')}", CODEC_DTYPE="float16")
         with pytest.raises(JobError, match="TTS_CODEC_DTYPE=float16 is for CUDA"):
             factory.open(spec)
+
+    def test_each_unsupported_setting_is_named(self, catalog: list[ModelSpec]) -> None:
+        """Only values of models that could be opened count; each problem comes once."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        common = {"MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}", "DTYPE": "bfloat16"}
+        _factory(catalog, **common, QUANTIZATION="none,qwen3-tts-1.7b-base=int8").prepare()
+        with pytest.raises(SettingsError, match="TTS_QUANTIZATION=int8 computes in float32") as caught:
+            _factory(catalog, **common, QUANTIZATION=f"none,{spec.hf_id}=int8").prepare()
+        assert len(caught.value.problems) == 1
+        with pytest.raises(SettingsError, match="flash_attention_2 needs CUDA"):
+            _factory(catalog, **common, ATTENTION_BACKEND="flash_attention_2").prepare()
+
+    def test_a_model_has_its_own_quantization(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is found by any name of the model; trials are kept in the user's cache."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        asked: list[Any] = []
+        monkeypatch.setattr(build, "open_engine", lambda _, options: asked.append(options))
+        for value in ("int8", f"int8,{spec.hf_id}=fp16"):
+            _factory(catalog, MODEL_PATHS=f"{spec.id}={tiny('custom_voice', '0b6')}", QUANTIZATION=value).open(spec)
+        assert [options.quantization for options in asked] == ["int8", "fp16"]
+        assert trial_file({"XDG_CACHE_HOME": "/var/cache"}) == Path("/var/cache/qwen3-tts-server/products.json")
+        assert asked[0].trial_file == trial_file(os.environ)
 
     def test_shared_parts(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         """The device is started once, before the first engine; the codec lives as long as any engine.
@@ -179,7 +205,7 @@ class TestQwen:
         """A process that speaks with preset voices imports torch, but not the official package: it starts sooner."""
         program = f"""
 import sys
-from gpu_worker.engines.factory import EngineFactory
+from gpu_worker.engines.factory import EngineFactory, trial_file
 from shared.catalog import load_catalog
 from shared.settings import load_settings
 settings = load_settings({{"TTS_MODEL_PATHS": "qwen3-tts-0.6b-customvoice={tiny("custom_voice", "0b6")}"}})

@@ -153,15 +153,24 @@ class LazyTensors(Mapping[str, "Tensor"]):
         return sum(place.info.nbytes(self._dtype) for place in self._places.values())
 
     def __getitem__(self, name: str) -> "Tensor":
+        tensor = self._read(name)
+        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
+
+    def as_stored(self, name: str) -> "Tensor":
+        """The tensor in the dtype of its file, or in that of a lookup if that one is smaller."""
+        tensor = self._read(name)
+        smaller = self._dtype is not None and self._dtype.itemsize < tensor.dtype.itemsize
+        return tensor.to(device=self._device, dtype=self._dtype if smaller else None)
+
+    def _read(self, name: str) -> "Tensor":
         place = self._places[name]
         try:
             place.file.seek(place.data_start + place.info.data_offsets[0])
-            tensor = _read_tensor(place.file, place.info)
+            return _read_tensor(place.file, place.info)
         except OSError as error:
             raise unavailable(place.path, f"cannot be read: {error.strerror}") from error
         except EOFError as error:
             raise unavailable(place.path, "was cut short while it was read") from error
-        return tensor.to(device=self._device, dtype=self._dtype if tensor.is_floating_point() else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -13,7 +13,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.kernels.rotation import Rope
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import Attend, Layer, pad_rows
+from gpu_worker.engines.qwen.model.layers import Attend, Layer, pad_to
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 SlotLengths = Sequence[tuple[int, int]]
@@ -89,7 +89,7 @@ class KVCache(TensorHolder):
             query, _, _ = self._rotate_and_cache(qkv[:batch], layer.rotation, rope, cache, places, by_group=by_group)
             if not slot_lengths:
                 keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in cache)
-                return pad_rows(self._attention.decode(query, keys, values, mask))
+                return pad_to(self._attention.decode(query, keys, values, mask), len(qkv))
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             out = qkv.new_zeros(qkv.shape[0], layer.heads * layer.head_dim)
             for slot, length in slot_lengths:

@@ -4,7 +4,6 @@ Owns the weights and the arithmetic of a block, with the rounding points of the 
 It holds no caches: keys and values go to the Attend that the caller passes.
 """
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Final, Protocol
@@ -18,67 +17,30 @@ from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.rotation import Rotation
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, by_size
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
-
-PACK_ELEMENTS: Final = 1 << 18
-"""On CPU, weights of at least this many elements are kept in oneDNN's blocked layout ("packed").
-
-Measured on 2 cores of an AMD EPYC (Zen 4), float32: from here up it is 2 to 3 times faster than MKL at 1 to 16 rows.
-Below, its overhead costs more: 13 µs a call in a loop of nothing else, 40 µs between the other operators of a frame.
-"""
-
-BATCH_MULTIPLE: Final = 4
-"""On CPU, batches are padded to a multiple of this.
-
-MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
-With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
-Which layout of W this takes depends on the processor; see `_views_are_batch_invariant`.
-"""
 
 ALIGNED_OUTPUTS: Final = 8
 """cuBLAS has its fast kernels only for rows of 16 bytes: for 8 outputs in bfloat16."""
 
-_TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
-"""Inputs and outputs of products whose sums, on an Intel Xeon with AVX-512, depend on the batch from 5 or 9 rows up."""
-
-
-@functools.cache
-def _views_are_batch_invariant() -> bool:
-    """Whether MKL's float32 products x Wᵀ of full groups are batch invariant on this processor if Wᵀ is a view of W.
-
-    They are on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512 they are if Wᵀ is contiguous, which is as fast.
-    One trial for the process; it takes a millisecond.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for inner, outer in _TRIAL_SHAPES:
-        weight, x = (torch.randn(rows, inner, generator=generator) for rows in (outer, 8 * BATCH_MULTIPLE))
-        alone = torch.cat([torch.mm(group, weight.t()) for group in x.split(BATCH_MULTIPLE)])
-        for rows in range(2 * BATCH_MULTIPLE, len(x) + 1, BATCH_MULTIPLE):
-            if not torch.equal(torch.mm(x[:rows], weight.t()), alone[:rows]):
-                return False
-    return True
-
 
 class Linear(TensorHolder):
-    """y = x Wᵀ + b, with W in the layout that the device computes fastest with."""
+    """y = x Wᵀ + b, by the kernel that `products` name."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS and _packs(weight.dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self.packed else weight  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
-        self._outputs = weight.shape[0]
-        self.bias = bias
-        self._transposed = None if self.packed else weight.t()
-        if self._transposed is not None and _needs_contiguous(weight):
-            self._transposed = self._transposed.contiguous()
-            self.weight = self._transposed.t()
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, products: Products = PLAIN, *, sensitive: bool = False
+    ) -> None:
+        """`sensitive`: the matrix is one of those that are quantised less."""
+        name = (products.sensitive if sensitive else products.weights) or by_size(weight)
+        self._kernel = KERNELS[name](weight, bias)
+        self.packed = name != "plain"
+        self._tensors: list[Tensor] = self._kernel.tensors
+        self.hidden_bytes: int = self._kernel.hidden_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x`: [rows, in] -> [rows, out]."""
-        if self._transposed is None:
-            return self._add_packed(x.new_zeros(x.shape[0], self._outputs), x)
-        if self.bias is None:
-            return torch.mm(x, self._transposed)  # what functional.linear calls in the end, in a third of the calls
-        return torch.addmm(self.bias, x, self._transposed)
+        return self._kernel(x)
 
     def batch_invariant(self, x: Tensor) -> Tensor:
         """The same for any number of rows: on CPU they are padded, so that a row's bits do not depend on the others."""
@@ -86,33 +48,19 @@ class Linear(TensorHolder):
         return self(x) if padded is x else self(padded)[: x.shape[0]]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y` + x Wᵀ, without bias. Only float32 adds within the product, which rounds once less than a sum."""
-        if x.dtype != torch.float32:
-            return y + self(x)
-        if self._transposed is None:
-            return self._add_packed(y, x)
-        return torch.addmm(y, x, self._transposed)
-
-    def _add_packed(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y` + x Wᵀ + b: the form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.weight, self.bias, "add")  # noqa: SLF001 -- as above
+        """`y` + x Wᵀ, for a product without bias."""
+        return self._kernel.add_to(y, x)
 
 
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of this dtype on this processor: of bfloat16 not without AVX-512."""
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 -- no public way
+def pad_rows(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
+    """On CPU, x with rows of zeros behind it up to a multiple of `multiple`; elsewhere x."""
+    return x if x.is_cuda else pad_to(x, x.shape[0] + -x.shape[0] % multiple)
 
 
-def _needs_contiguous(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not _views_are_batch_invariant()
-
-
-def pad_rows(x: Tensor) -> Tensor:
-    """On CPU, x with rows of zeros behind it up to a multiple of BATCH_MULTIPLE; elsewhere x."""
-    extra = -x.shape[0] % BATCH_MULTIPLE
-    if x.is_cuda or not extra:
-        return x
-    return functional.pad(x, (0, 0) * (x.ndim - 1) + (0, extra))
+def pad_to(x: Tensor, rows: int) -> Tensor:
+    """X with rows of zeros behind it up to so many rows."""
+    extra = rows - x.shape[0]
+    return functional.pad(x, (0, 0) * (x.ndim - 1) + (0, extra)) if extra else x
 
 
 def aligned(matrix: Tensor) -> Tensor:
@@ -156,13 +104,20 @@ class Layer(TensorHolder):
     """One pre-norm block: attention with a norm of each head's query and key, then SwiGLU."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, kernels: Kernels, heads_by_group: bool
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        shape: Shape,
+        *,
+        kernels: Kernels,
+        products: Products,
+        heads_by_group: bool,
     ) -> None:
         """`heads_by_group`: the order of the heads that attention returns, see Attention."""
 
-        def fused(*names: str, behind: Norm | None = None) -> Linear:
+        def fused(*names: str, behind: Norm) -> Linear:
             matrix = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
-            return Linear(behind.fold_into([matrix])[0] if behind is not None else matrix)
+            return Linear(behind.fold_into([matrix])[0] if products.folds else matrix, products=products)
 
         self.heads = shape.num_attention_heads
         self.kv_heads = shape.num_key_value_heads
@@ -176,9 +131,9 @@ class Layer(TensorHolder):
         out = weights[f"{prefix}self_attn.o_proj.weight"]
         if heads_by_group:
             out = by_group(out.unflatten(1, (self.heads, self.head_dim)), self.kv_heads).flatten(1)
-        self.out = Linear(out)
+        self.out = Linear(out, products=products)
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
-        self.down = fused("mlp.down_proj")
+        self.down = Linear(weights[f"{prefix}mlp.down_proj.weight"], products=products, sensitive=True)
 
     def project(self, normed: Tensor) -> Tensor:
         """The layer's input behind `input_norm`, [rows, hidden] -> [rows, heads + 2 * kv_heads, head_dim]."""
@@ -211,10 +166,21 @@ class Stack(TensorHolder):
     """The blocks and the final norm."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], prefix: str, shape: Shape, *, kernels: Kernels, heads_by_group: bool
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        shape: Shape,
+        *,
+        kernels: Kernels,
+        products: Products,
+        heads_by_group: bool,
     ) -> None:
         layers = [f"{prefix}layers.{i}." for i in range(shape.num_hidden_layers)]
-        self.layers = [Layer(weights, layer, shape, kernels=kernels, heads_by_group=heads_by_group) for layer in layers]
+        self.products = products
+        self.layers = [
+            Layer(weights, layer, shape, kernels=kernels, products=products, heads_by_group=heads_by_group)
+            for layer in layers
+        ]
         self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:

@@ -20,6 +20,8 @@ from gpu_worker.engines.qwen.runtime.transfers import to_device
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 from shared.protocol import CacheStats
 
+TEXT_EMBEDDING: Final = "talker.model.text_embedding.weight"
+
 MAX_CACHED_PREFIXES: Final = 256
 """Constant prefixes kept: the speakers times the languages of every published model fit."""
 
@@ -62,8 +64,12 @@ class PromptBuilder(TensorHolder):
         config: ModelConfig,
         tokenize: Callable[[str], Sequence[int]],
         embed_codes: Callable[[Tensor], Tensor],
+        *,
+        text_embedding: Tensor | None = None,
     ) -> None:
         """`weights`: the checkpoint's, on the device. `tokenize`: the checkpoint's processor.
+
+        `text_embedding`: that of `weights` in the dtype of the file, which is half as large as float32: 620 MB less.
 
         `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of each frame's code embeddings.
         """
@@ -71,7 +77,7 @@ class PromptBuilder(TensorHolder):
         self._config = config
         self._tokenize = functools.lru_cache(maxsize=LAST_TEXTS)(tokenize)
         self._embed_codes = embed_codes
-        self.text_embedding = weights["talker.model.text_embedding.weight"]
+        self.text_embedding = weights[TEXT_EMBEDDING] if text_embedding is None else text_embedding
         self.codec_embedding = weights["talker.model.codec_embedding.weight"]
         self.fc1 = [weights[f"{projection}1.weight"], weights[f"{projection}1.bias"]]
         self.fc2 = [weights[f"{projection}2.weight"], weights[f"{projection}2.bias"]]
@@ -212,5 +218,5 @@ class PromptBuilder(TensorHolder):
         It is called for the same runs of tokens as in the official package:
         a matrix product with another number of rows may round differently.
         """
-        rows = self.text_embedding[to_device(ids, self.text_embedding.device)][None]
+        rows = self.text_embedding[to_device(ids, self.text_embedding.device)][None].to(self.codec_embedding.dtype)
         return functional.linear(functional.silu(functional.linear(rows, *self.fc1)), *self.fc2)[0]

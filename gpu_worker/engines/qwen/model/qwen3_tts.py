@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
+from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig, TalkerShape
 from gpu_worker.engines.qwen.kernels.embed_frame import embed_codes
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
@@ -19,10 +19,22 @@ from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.model.talker import Talker
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 MIN_FRAMES: Final = 2
 """The official package forbids the end before this many frames (`min_new_tokens`)."""
+
+
+def product_shapes(shape: TalkerShape) -> list[tuple[int, int]]:
+    """Outputs and inputs of the matrices of both transformers and of their heads."""
+    predictor = shape.code_predictor_config
+    shapes = [(shape.codes + 1, shape.hidden_size), (predictor.vocab_size, predictor.hidden_size)]
+    for stack in (shape, predictor):
+        hidden, inner, heads = stack.hidden_size, stack.intermediate_size, stack.num_attention_heads
+        qkv = (heads + 2 * stack.num_key_value_heads) * stack.head_dim
+        shapes += [(qkv, hidden), (hidden, heads * stack.head_dim), (2 * inner, hidden), (hidden, inner)]
+    return shapes
 
 
 class Qwen3TTSModel(TensorHolder):
@@ -38,6 +50,7 @@ class Qwen3TTSModel(TensorHolder):
         kernels: Kernels,
         slots: int,
         max_model_len: int,
+        products: Products = PLAIN,
     ) -> None:
         """`weights`: the checkpoint's, on the device, in the compute dtype.
 
@@ -51,8 +64,10 @@ class Qwen3TTSModel(TensorHolder):
         offsets = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
         self.table_offsets = torch.tensor(offsets, device=self.codec_table.device)
         cache = KVCache(shape, attention, slots, max_model_len, self.codec_table, kernels=kernels)
-        self.talker = Talker(weights, shape, cache, kernels=kernels)
-        self.code_predictor = CodePredictor(weights, shape, generation, attention, self.codec_table, kernels=kernels)
+        self.talker = Talker(weights, shape, cache, kernels=kernels, products=products)
+        self.code_predictor = CodePredictor(
+            weights, shape, generation, attention, self.codec_table, kernels=kernels, products=products
+        )
         self._kernels = kernels
         self.state = SlotState(shape, slots, max_model_len, self.codec_table)
 

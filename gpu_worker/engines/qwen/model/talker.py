@@ -13,19 +13,31 @@ from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.layers import Linear, RopeTables, Stack, aligned, pad_rows
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
 class Talker(TensorHolder):
     """Weights of the talker and the KV cache of all slots."""
 
-    def __init__(self, weights: Mapping[str, Tensor], shape: TalkerShape, cache: KVCache, *, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        shape: TalkerShape,
+        cache: KVCache,
+        *,
+        kernels: Kernels,
+        products: Products = PLAIN,
+    ) -> None:
         """`weights`: as for CodePredictor. `cache` has their device and dtype."""
-        self.stack = Stack(weights, "talker.model.", shape, kernels=kernels, heads_by_group=cache.heads_by_group)
+        self.stack = Stack(
+            weights, "talker.model.", shape, kernels=kernels, products=products, heads_by_group=cache.heads_by_group
+        )
         head = weights["talker.codec_head.weight"]
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
         self._outputs = shape.codes + 1
-        self.head = Linear(aligned(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None]))))
+        head = aligned(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None])))
+        self.head = Linear(head, products=products, sensitive=True)
         self.ropes = RopeTables(shape, cache.max_model_len, head.dtype, head.device)
         self.cache = cache
 
@@ -51,7 +63,7 @@ class Talker(TensorHolder):
         """
         batch = x.shape[0]
         attend = self.cache.decode_attend(positions, lengths, slot_lengths, kv_len, self.ropes.at(positions))
-        hidden = self.stack.normed(pad_rows(x), attend)
+        hidden = self.stack.normed(pad_rows(x, self.stack.products.row_multiple), attend)
         return hidden[:batch], self._logits(hidden)[:batch]
 
     def _logits(self, hidden: Tensor) -> Tensor:

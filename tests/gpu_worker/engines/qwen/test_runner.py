@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engines.qwen.model import layers
 from gpu_worker.engines.qwen.runner import (
     PREFILL_LENGTHS,
     CpuModelRunner,
@@ -13,6 +12,7 @@ from gpu_worker.engines.qwen.runner import (
     PrefillInput,
     rows_needed,
 )
+from gpu_worker.engines.qwen.runtime import products
 from gpu_worker.engines.qwen.runtime.captured_buckets import smallest_bucket
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture, FakePool
@@ -90,7 +90,7 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
 ) -> None:
     """A large one is computed by all threads. Afterwards torch has all threads again, even if the step failed."""
     if not small:
-        monkeypatch.setattr(layers, "PACK_ELEMENTS", 1)
+        monkeypatch.setattr(products, "PACK_ELEMENTS", 1)
     ours = Ours("custom_voice", None)
     runner = CpuModelRunner(ours.model)
     seen = []

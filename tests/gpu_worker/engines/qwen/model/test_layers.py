@@ -3,7 +3,8 @@ import torch
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
-from gpu_worker.engines.qwen.model.layers import BATCH_MULTIPLE, PACK_ELEMENTS, Linear, RopeTables, pad_rows
+from gpu_worker.engines.qwen.model.layers import Linear, RopeTables, pad_rows
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, PACK_ELEMENTS
 from tests.gpu_worker.engines.qwen.parity import official
 
 
@@ -35,16 +36,15 @@ def test_rope_is_the_official_rotation(dtype: torch.dtype) -> None:
 def test_products_are_batch_invariant(inner: int, outer: int) -> None:
     """Padded to full groups, a row's product is the same to the last bit at any batch size and place."""
     generator = torch.Generator().manual_seed(0)
-    linear = Linear(torch.randn(outer, inner, generator=generator))
+    weight = torch.randn(outer, inner, generator=generator)
+    linear = Linear(weight)
     assert linear.packed == (inner * outer >= PACK_ELEMENTS)
     x = torch.randn(24, inner, generator=generator)
     alone = torch.cat([linear(pad_rows(row[None]))[:1] for row in x])
     for batch in (2, 3, 4, 7, 12, 24):
         together = linear(pad_rows(x[:batch]))[:batch]
         assert torch.equal(together, alone[:batch])
-    assert torch.allclose(
-        alone, functional.linear(x, linear.weight if not linear.packed else _unpacked(linear)), rtol=1e-3, atol=1e-3
-    )
+    assert torch.allclose(alone, functional.linear(x, weight), rtol=1e-3, atol=1e-3)
 
 
 def test_bfloat16_is_not_packed_where_onednn_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +59,6 @@ def test_bfloat16_is_not_packed_where_onednn_cannot(monkeypatch: pytest.MonkeyPa
     linear = Linear(weight)
     assert not linear.packed
     torch.testing.assert_close(linear(x), functional.linear(x, weight), rtol=0.02, atol=0.02)
-
-
-def _unpacked(linear: Linear) -> torch.Tensor:
-    return linear.weight.to_dense()
 
 
 def test_padding_fills_the_last_group() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gpu_worker.engines.faults import is_out_of_memory
 from gpu_worker.engines.qwen.model.attention import Backend
-from gpu_worker.engines.qwen.model.layers import PACK_ELEMENTS, Linear
+from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces
+from gpu_worker.engines.qwen.runtime.products import PACK_ELEMENTS
 from gpu_worker.residency.host_ram import read_ram, trim_host
 from tests.checkpoints import Size
 from tests.gpu_worker.engines.qwen.parity import Ours

@@ -1,0 +1,290 @@
+"""Products x Wᵀ: the kernels, each with its layout of W. `Linear` of the model stands in front of them.
+
+Owns the layouts and what is known of each kernel's bits. products_trial.py chooses among them by time.
+On CUDA there is one kernel, Plain.
+"""
+
+import functools
+import itertools
+import warnings
+import weakref
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+PACK_ELEMENTS: Final = 1 << 18
+"""On CPU, weights of at least this many elements are kept in a layout of their own ("packed").
+
+Measured on 2 cores of an AMD EPYC (Zen 4), float32: from here up oneDNN's is 2 to 3 times faster than MKL at 1 to 16
+rows. Below, its overhead costs more: 13 µs a call in a loop of nothing else, 40 µs between the operators of a frame.
+"""
+
+BATCH_MULTIPLE: Final = 4
+"""On CPU, batches are padded to a multiple of this, unless every kernel of the model was seen to need no padding.
+
+MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
+With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
+Which layout of W this takes depends on the processor; see `_views_are_batch_invariant`.
+"""
+
+_TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
+"""Inputs and outputs of products whose sums, on an Intel Xeon with AVX-512, depend on the batch from 5 or 9 rows up."""
+
+_GUARD_COLUMNS: Final = 8
+"""Two would do; 8 keep the rows of W aligned."""
+
+_UNSATURATED: Final = 3.0
+_SMALLEST: Final = 1e-30
+_TOLERANCE: Final = 0.02
+
+
+class Kernel(Protocol):
+    """One W, and the product with it.
+
+    `tensors`: all that it computes with. `hidden_bytes`: what of them is in memory that torch does not count.
+    """
+
+    tensors: list[Tensor]
+    hidden_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` [rows, out] + x Wᵀ, in a new tensor. For a kernel without bias."""
+
+
+class Plain:
+    """What torch's own product takes: on CUDA cuBLAS, on CPU MKL."""
+
+    hidden_bytes = 0
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._transposed = weight.t()
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and not _views_are_batch_invariant():
+            self._transposed = self._transposed.contiguous()
+        self._bias = bias
+        self.tensors = [self._transposed, *_given(bias)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._bias is not None:
+            return torch.addmm(self._bias, x, self._transposed)
+        return torch.mm(x, self._transposed)  # what functional.linear calls in the end, in a third of the calls
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Only float32 adds within the product, which rounds once less than a sum."""
+        return torch.addmm(y, x, self._transposed) if x.dtype == torch.float32 else y + self(x)
+
+
+class Packed:
+    """oneDNN's blocked layout, float32 or bfloat16."""
+
+    hidden_bytes = 0  # packed tensors know their size
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._outputs = weight.shape[0]
+        self._bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # noqa: SLF001 -- no public way to keep a packed weight with plain tensors around it
+        self.tensors = [self._weight, *_given(bias)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.add_to(x.new_zeros(x.shape[0], self._outputs), x)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The form of oneDNN's product that can be traced (see cpu_traces.py). Adding costs nothing in float32."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, y, self._weight, self._bias, "add")  # noqa: SLF001 -- as above
+
+
+class Half:
+    """fbgemm: float16 weights, everything else in float32. On one thread.
+
+    Weights that came from bfloat16 keep every bit down to 2e-5; smaller ones are off by 3e-8 at most.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._bias = bias
+        self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight.float())
+        self.hidden_bytes = 2 * weight.numel()
+        self.tensors = [self._packed, *_given(bias)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._packed, self._bias)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(y)
+
+
+class HalfThreaded:
+    """The same bits on all threads. Each call costs 20 µs more, so small products are slower."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._key = next(_keys)
+        _objects[self._key] = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        weakref.finalize(self, _objects.pop, self._key)
+        self.hidden_bytes = 2 * weight.numel()
+        self.tensors: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _linear_of_object(x, self._key)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(y)
+
+
+_objects: dict[int, Any] = {}
+"""What `quantized.linear_prepack_fp16` made, by number: a trace takes numbers and tensors, but no such objects."""
+
+_keys = itertools.count()
+_library = torch.library.Library("qwen3_tts_server", "DEF")
+_library.define("linear_of_object(Tensor x, int key) -> Tensor")
+_library.impl(
+    "linear_of_object", lambda x, key: torch.ops.quantized.linear_dynamic_fp16.default(x, _objects[key]), "CPU"
+)
+_linear_of_object = torch.ops.qwen3_tts_server.linear_of_object.default
+
+
+class _Rowwise:
+    """int8 weights with a scale for each output, and int8 activations with a scale for each row.
+
+    Sums of integers are exact, and a row's scale is its own maximum: its bits cannot depend on the batch.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        weight = weight.float()
+        self._added = bias
+        self._scale = _largest(weight)[:, 0] / 127
+        self._quantized = (weight / self._scale[:, None]).round_().to(torch.int8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._added is not None:
+            return self.add_to(self._added, x)
+        largest = _largest(x)
+        return self._multiply(x / largest).mul_(largest).mul_(self._scale)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        largest = _largest(x)
+        return torch.addcmul(y, self._multiply(x / largest).mul_(largest), self._scale)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """`x`: within -1 to 1 -> its product with the integers, float32."""
+        raise NotImplementedError
+
+
+class Int8(_Rowwise):
+    """fbgemm. It chooses one scale for all rows from their least and greatest value.
+
+    So each row gets guard columns, whose weights are 0: with them these values are always the same.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        quantized = torch.nn.functional.pad(self._quantized, (0, _GUARD_COLUMNS))
+        del self._quantized
+        self._packed = torch.fbgemm_pack_quantized_matrix(quantized)
+        self._sums = quantized.sum(1, dtype=torch.int32)
+        # fbgemm reads only the shape of this one.
+        self._shape = torch.zeros(1, 1, dtype=torch.int8).expand(quantized.shape)
+        self._zeros = torch.zeros(len(quantized))
+        self._guard = torch.zeros(1, _GUARD_COLUMNS)
+        self._guard[0, 0], self._guard[0, 1] = -1.0, _greatest()
+        self.hidden_bytes = quantized.numel()
+        self.tensors = [self._scale, self._packed, self._sums, self._shape, self._zeros, self._guard]
+        self.tensors += _given(bias)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        guarded = torch.cat((x, self._guard.expand(x.shape[0], -1)), 1)
+        return torch.fbgemm_linear_int8_weight_fp32_activation(
+            guarded, self._shape, self._packed, self._sums, 1.0, 0, self._zeros
+        )
+
+
+class Int8Portable(_Rowwise):
+    """torch's product of integers: for a torch or a processor without fbgemm."""
+
+    hidden_bytes = 0
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        self._quantized = self._quantized.t().contiguous()
+        self.tensors = [self._scale, self._quantized, *_given(bias)]
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        integers = torch.round(x * 127).to(torch.int8)
+        return torch._int_mm(integers, self._quantized).float().mul_(1 / 127)  # noqa: SLF001 -- the only product of integers
+
+
+KERNELS: Final[dict[str, type[Any]]] = {
+    "plain": Plain,
+    "packed": Packed,
+    "fp16": Half,
+    "fp16_threaded": HalfThreaded,
+    "int8": Int8,
+    "int8_portable": Int8Portable,
+}
+"""The kernels by name."""
+
+
+def by_size(weight: Tensor) -> str:
+    """The kernel for `weight` if no trial was made."""
+    large = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
+    return "packed" if large and packs(weight.dtype) else "plain"
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype on this processor: of bfloat16 not without AVX-512."""
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 -- no public way
+
+
+@functools.cache
+def available(name: str) -> bool:
+    """Whether a quantised kernel works here. Some are deprecated, and some need fbgemm, which is for x86."""
+    weight, x = (torch.sin(torch.arange(rows * 64).float()).view(rows, 64) for rows in (32, 3))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says once that they will be removed; then this says that they are
+            product = KERNELS[name](weight)(x)
+    except (AttributeError, RuntimeError):
+        return False
+    wanted = x @ weight.t()
+    return bool((product - wanted).norm() <= _TOLERANCE * wanted.norm())
+
+
+@functools.cache
+def _greatest() -> float:
+    """The greatest value of the guard columns: 1 if activations may use all 8 bits, else 3, which leaves them 7.
+
+    Without VNNI, fbgemm adds pairs of products in 16 bits, and two large ones do not fit.
+    """
+    integers = torch.full((16, 64), 127, dtype=torch.int8)
+    packed, sums = torch.fbgemm_pack_quantized_matrix(integers), integers.sum(1, dtype=torch.int32)
+    x = torch.ones(1, 64)
+    x[0, 0] = -1.0
+    product = torch.fbgemm_linear_int8_weight_fp32_activation(x, integers, packed, sums, 1.0, 0, torch.zeros(16))
+    return 1.0 if float((product - 62 * 127).abs().max()) < 127 else _UNSATURATED  # noqa: PLR2004 -- one step
+
+
+def _given(bias: Tensor | None) -> list[Tensor]:
+    return [] if bias is None else [bias]
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, [rows, 1]; never 0."""
+    return torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).clamp_(min=_SMALLEST)
+
+
+@functools.cache
+def _views_are_batch_invariant() -> bool:
+    """Whether MKL's float32 products x Wᵀ of full groups are batch invariant on this processor if Wᵀ is a view of W.
+
+    They are on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512 they are if Wᵀ is contiguous, which is as fast.
+    One trial for the process; it takes a millisecond.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for inner, outer in _TRIAL_SHAPES:
+        weight, x = (torch.randn(rows, inner, generator=generator) for rows in (outer, 8 * BATCH_MULTIPLE))
+        alone = torch.cat([torch.mm(group, weight.t()) for group in x.split(BATCH_MULTIPLE)])
+        for rows in range(2 * BATCH_MULTIPLE, len(x) + 1, BATCH_MULTIPLE):
+            if not torch.equal(torch.mm(x[:rows], weight.t()), alone[:rows]):
+                return False
+    return True

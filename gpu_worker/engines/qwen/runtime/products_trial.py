@@ -1,0 +1,216 @@
+"""The choice of the kernels of a model's products: by a trial on this machine, whose outcome a file keeps.
+
+The fastest kernel differs from processor to processor. So does whether a row's bits depend on its batch.
+Owns the trial, the file, and what TTS_QUANTIZATION means for a device.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import structlog
+import torch
+from torch import Tensor
+
+from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.runtime import products
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, PACK_ELEMENTS
+
+Quantization = Literal["auto", "none", "fp16", "int8"]
+Shapes = Sequence[tuple[int, int]]
+"""Outputs and inputs of a model's products."""
+
+MAX_KEPT: Final = 64
+"""Outcomes that the file keeps: one for each processor, torch, number of threads, dtype and size of model."""
+
+WIDTHS: Final[dict[Quantization, dict[str, int]]] = {
+    "fp16": {"": 2},
+    "int8": {"": 1, "down_proj": 2, "head": 2},
+}
+"""Bytes of a value of a quantised matrix, by a part of its name."""
+
+_MAX_FILE_BYTES: Final = 1 << 16
+_COPIES: Final = 3
+_ROUNDS: Final = 5
+_ROWS: Final = 8
+_CANDIDATES: Final = ("plain", "packed", "fp16", "fp16_threaded")
+
+log = structlog.get_logger(__name__)
+
+
+class Products(msgspec.Struct, frozen=True):
+    """The kernels of one model. `weights` names that of most matrices, `sensitive` that of heads and `down`.
+
+    "" chooses by the size of a matrix. Batches are padded to a multiple of `row_multiple`.
+    `folds`: the weights of norms may be multiplied into matrices. float16 would round the products.
+    """
+
+    weights: str = ""
+    sensitive: str = ""
+    row_multiple: int = BATCH_MULTIPLE
+
+    @property
+    def quantization(self) -> Quantization:
+        """What these kernels are in terms of the setting."""
+        return "int8" if self.weights.startswith("int8") else "fp16" if self.weights.startswith("fp16") else "none"
+
+    @property
+    def folds(self) -> bool:
+        """Whether the matrices behind a block's norms may take its weight."""
+        return self.quantization != "fp16"
+
+
+PLAIN: Final = Products()
+"""Nothing is quantised, and no trial is made."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a trial found: the kernels, the fastest first, and how many rows each needs to be batch invariant."""
+
+    fastest: list[str]
+    row_multiples: dict[str, int]
+
+
+def choose(
+    quantization: Quantization, shapes: Shapes, device: str, dtype: torch.dtype, kept_in: Path | None = None
+) -> Products:
+    """The kernels for a model with products of these `shapes`. A trial is made if the file `kept_in` has no outcome.
+
+    Raises:
+        JobError: `model_unavailable` if this machine cannot compute so, with what to do.
+    """
+    if problem := unsupported(quantization, device, dtype):
+        raise JobError("model_unavailable", problem)
+    if device != "cpu" or not are_large(shapes):
+        if quantization in ("fp16", "int8"):
+            log.warning("quantization_left_out", reason="the matrices of this model are too small to gain from it")
+        return PLAIN
+    outcome = _kept(shapes, dtype, kept_in)
+    exact = next(name for name in outcome.fastest if name in ("plain", "packed"))
+    half = next((name for name in outcome.fastest if name.startswith("fp16")), exact)
+    if quantization == "int8":
+        weights = "int8" if products.available("int8") else "int8_portable"
+        return Products(weights, half, outcome.row_multiples[half])
+    chosen = {"auto": outcome.fastest[0], "fp16": half}.get(quantization, exact)
+    return Products(chosen, chosen, outcome.row_multiples[chosen])
+
+
+def are_large(shapes: Shapes) -> bool:
+    """Whether all products are large enough for layouts of their own, as those of published models are."""
+    return min(outputs * inputs for outputs, inputs in shapes) >= PACK_ELEMENTS
+
+
+def unsupported(quantization: Quantization, device: str, dtype: torch.dtype) -> str | None:
+    """Why this device cannot compute so, and what to do about it; None if it can."""
+    if quantization in ("auto", "none"):
+        return None
+    setting = f"TTS_QUANTIZATION={quantization}"
+    if device != "cpu":
+        return f"{setting} is for a CPU; on a GPU set TTS_QUANTIZATION=none"
+    if dtype != torch.float32:
+        return f"{setting} computes in float32; leave TTS_DTYPE at auto, or set TTS_QUANTIZATION=none"
+    names = [name for name in KERNELS if name.startswith(quantization)]
+    if not any(products.available(name) for name in names):
+        return (
+            f"{setting}: torch {torch.__version__} has no such products for this processor; set TTS_QUANTIZATION=none"
+        )
+    return None
+
+
+def _kept(shapes: Shapes, dtype: torch.dtype, path: Path | None) -> Outcome:
+    """The outcome of the trial of these shapes, from the file or made now."""
+    names = [_CANDIDATES[0], *(name for name in _CANDIDATES[1:] if _possible(name, dtype))]
+    key = repr((_machine(), torch.__version__, torch.get_num_threads(), str(dtype), sorted(set(shapes)), names))
+    outcomes = _read(path)
+    if key not in outcomes:
+        start = time.perf_counter()
+        outcomes[key] = trial(shapes, dtype, names, time.perf_counter)
+        took = f"{1000 * (time.perf_counter() - start):.0f}"
+        log.info("products_tried", fastest=outcomes[key].fastest, took_ms=took)
+        _write(path, dict(list(outcomes.items())[-MAX_KEPT:]))
+    return outcomes[key]
+
+
+def _possible(name: str, dtype: torch.dtype) -> bool:
+    if name == "packed":
+        return products.packs(dtype)
+    return dtype == torch.float32 and products.available(name)
+
+
+@torch.inference_mode()
+def trial(shapes: Shapes, dtype: torch.dtype, names: Sequence[str], clock: Callable[[], float]) -> Outcome:
+    """Try the kernels on weights of these shapes: their bits on each shape, their time on one of them."""
+    tried = {name: _row_multiple(name, shapes, dtype) for name in names if name in ("packed", "fp16")}
+    multiples = {name: tried.get(name.removesuffix("_threaded"), BATCH_MULTIPLE) for name in names}
+    middle = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
+    times = {name: _seconds(name, multiples[name], middle, dtype, clock) for name in names}
+    return Outcome(sorted(names, key=lambda name: times[name]), multiples)
+
+
+def _row_multiple(name: str, shapes: Shapes, dtype: torch.dtype) -> int:
+    """1 if a row alone has the bits that it has in company, for every shape; else BATCH_MULTIPLE."""
+    for outputs, inputs in sorted(set(shapes)):
+        kernel = KERNELS[name](_values(outputs, inputs, dtype))
+        x = _values(_ROWS, inputs, dtype)
+        alone = torch.cat([kernel(row[None]) for row in x[:4]])
+        if not all(torch.equal(kernel(x[:rows])[:4], alone[:rows]) for rows in (2, 3, 4, _ROWS)):
+            return BATCH_MULTIPLE
+    return 1
+
+
+def _seconds(name: str, rows: int, shape: tuple[int, int], dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """Of `_COPIES` products with different weights, so that few of them are in the cache; the least of some rounds."""
+    weight = torch.ones(shape, dtype=dtype)
+    kernels = [KERNELS[name](weight.clone()) for _ in range(_COPIES)]
+    x = _values(rows, shape[1], dtype)
+    times = []
+    for _ in range(_ROUNDS):
+        start = clock()
+        for kernel in kernels:
+            kernel(x)
+        times.append(clock() - start)
+    return min(times)
+
+
+def _values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Values within -1 to 1 without a pattern. Random ones would take as long as the trial."""
+    return torch.sin(torch.arange(rows * columns).float().square_().remainder_(9973)).view(rows, columns).to(dtype)
+
+
+@functools.cache
+def _machine() -> str:
+    """What identifies the processor: two with the same name may have other instructions in a virtual machine."""
+    wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features")
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        lines = [line for line in text.splitlines() if line.partition("\t")[0].strip() in wanted]
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", ""), os.environ.get("ATEN_CPU_CAPABILITY", "")
+    return hashlib.sha256("\n".join((*lines, *isa, *os.uname()[-1:])).encode()).hexdigest()[:16]
+
+
+def _read(path: Path | None) -> dict[str, Outcome]:
+    """The outcomes in the file; empty if it is missing, too large or damaged."""
+    if path is not None:
+        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError), path.open("rb") as file:
+            return msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=dict[str, Outcome])
+    return {}
+
+
+def _write(path: Path | None, outcomes: dict[str, Outcome]) -> None:
+    """Replace the file. Where it cannot be written, the next process makes the trial again."""
+    if path is None:
+        return
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(msgspec.json.encode(outcomes))
+        scratch.replace(path)
+    except OSError as error:
+        log.info("products_trial_not_kept", reason=str(error))

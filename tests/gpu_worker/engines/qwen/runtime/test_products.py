@@ -1,0 +1,135 @@
+"""The kernels of products: their errors, and that a row's bits depend on the row alone."""
+
+import gc
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+from torch import Tensor
+
+from gpu_worker.engines.qwen.runtime import products
+from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces
+from gpu_worker.engines.qwen.runtime.products import KERNELS, available
+
+OUT, IN = 256, 1024
+QUANTISED = [name for name in KERNELS if name.startswith(("fp16", "int8"))]
+ERRORS = {"plain": 1e-6, "packed": 1e-6, "fp16": 1e-6, "fp16_threaded": 1e-6, "int8": 0.025, "int8_portable": 0.02}
+"""Relative errors of a product with random weights. With 7-bit activations int8 has 0.019."""
+
+
+def weights(outputs: int = OUT, inputs: int = IN) -> Tensor:
+    """Random weights that came from bfloat16, with rows of different sizes."""
+    sizes = torch.logspace(-1, 1, outputs)[:, None]
+    return (torch.randn(outputs, inputs, generator=generator()) * sizes / 32).bfloat16().float()
+
+
+def rows(count: int = 8) -> Tensor:
+    """Rows whose sizes differ a thousandfold, and one of zeros."""
+    x = torch.randn(count, IN, generator=generator(1)) * torch.logspace(-2, 1, count)[:, None]
+    x[-1] = 0
+    return x
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A new source of the same numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=list(KERNELS))
+def name(request: pytest.FixtureRequest) -> str:
+    """Each kernel that this machine has."""
+    found: str = request.param
+    if found in QUANTISED and not available(found):
+        pytest.skip(f"no {found} products here")
+    return found
+
+
+def test_a_product_is_right(name: str) -> None:
+    """With and without a bias, and added to something. Each row has its own error: small rows lose nothing."""
+    weight, x, bias = weights(), rows(), torch.randn(OUT, generator=generator(2))
+    wanted = x.double() @ weight.double().t()
+    kernel = KERNELS[name](weight)
+    for product, rest in (
+        (kernel(x), 0.0),
+        (kernel.add_to(torch.ones(len(x), OUT), x), 1.0),
+        (KERNELS[name](weight, bias)(x), bias.double()),
+    ):
+        error = (product - rest - wanted).norm(dim=1)
+        assert (error <= ERRORS[name] * wanted.norm(dim=1) + 1e-4).all()
+    assert not kernel(x)[-1].any()
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_portable"])
+def test_a_row_of_int8_is_the_same_in_any_company(name: str) -> None:
+    """Bit for bit, alone and among rows a thousand times as large."""
+    if not available(name):
+        pytest.skip(f"no {name} products here")
+    kernel, x = KERNELS[name](weights()), rows()
+    alone = torch.cat([kernel(row[None]) for row in x])
+    for count in (2, 3, 5, 8):
+        assert torch.equal(kernel(x[:count]), alone[:count])
+
+
+@pytest.mark.skipif(not available("int8"), reason="no int8 products here")
+def test_sums_of_int8_do_not_overflow() -> None:
+    """The largest weights times the largest activations: without VNNI, pairs of them would not fit into 16 bits."""
+    kernel = KERNELS["int8"](torch.ones(32, IN))
+    product = kernel(torch.ones(2, IN))
+    torch.testing.assert_close(product, torch.full((2, 32), float(IN)), rtol=0.01, atol=0)
+
+
+def test_int8_without_vnni_uses_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the guard columns leave the largest activations half of the range."""
+    if not available("int8"):
+        pytest.skip("no int8 products here")
+    monkeypatch.setattr(products, "_greatest", lambda: 3.0)
+    weight, x = weights(), rows()
+    wanted = x.double() @ weight.double().t()
+    kernel = KERNELS["int8"](weight)
+    assert ((kernel(x) - wanted).norm(dim=1) <= 0.025 * wanted.norm(dim=1) + 1e-4).all()
+    assert torch.equal(kernel(x)[:1], kernel(x[:1]))
+
+
+def test_products_are_traced(name: str) -> None:
+    """A trace calls them with other values, and no warning says that it was not made."""
+    kernel, x, y = KERNELS[name](weights()), rows(4), torch.zeros(4, OUT)
+    traced = CpuTraces(lambda: [*kernel.tensors, x, y])
+    with torch.inference_mode(), capture_logs() as events:
+        traced.run(1, lambda: y.copy_(kernel(x)))  # type: ignore[arg-type, return-value]
+        x.copy_(rows(4).flip(0))
+        traced.run(1, lambda: pytest.fail("not traced"))
+    assert not events
+    assert torch.equal(y, kernel(rows(4).flip(0)))
+
+
+def test_quantised_weights_take_what_they_say() -> None:
+    """2 bytes a weight, or 1. torch's figures do not have them: they are in memory of the kernel."""
+    for found in filter(available, QUANTISED):
+        kernel = KERNELS[found](weights())
+        visible = sum(tensor.untyped_storage().nbytes() for tensor in kernel.tensors)
+        width = 1 if found.startswith("int8") else 2
+        assert width * OUT * IN <= kernel.hidden_bytes + visible <= width * OUT * IN + 16 * (OUT + IN)
+
+
+def test_weights_of_a_kernel_that_is_gone_are_freed() -> None:
+    """Those that traces know by number, too."""
+    if not available("fp16_threaded"):
+        pytest.skip("no fp16 products here")
+    before = len(products._objects)
+    kernel = KERNELS["fp16_threaded"](weights())
+    assert len(products._objects) == before + 1
+    del kernel
+    gc.collect()
+    assert len(products._objects) == before
+
+
+def test_a_kernel_that_torch_has_no_more_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of fbgemm are deprecated."""
+    monkeypatch.delattr(torch, "fbgemm_pack_quantized_matrix", raising=False)
+    assert not available.__wrapped__("int8")
+
+
+def test_a_kernel_with_wrong_results_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that changed its meaning counts as missing."""
+    monkeypatch.setattr(products.Half, "__call__", lambda _, x: x.new_zeros(len(x), 32))
+    assert not available.__wrapped__("fp16")
