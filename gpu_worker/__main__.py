@@ -1,5 +1,7 @@
 """`python -m gpu_worker`: the worker process. `python -m gpu_worker download NAME …`: download weights.
 
+`python -m gpu_worker compare MODEL`: what quantised weights change.
+
 The process claims its address, builds its parts, drains on a signal, and ends with its parent.
 Exit codes: 0 drained, 1 the device is broken, 2 wrong settings, 3 another worker serves this address.
 """
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -20,6 +23,7 @@ import structlog
 
 from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.cpu_threads import set_compute_threads
+from gpu_worker.engines.base import JobError
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
@@ -86,6 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     download = commands.add_parser("download", help="download the weights of models into TTS_MODELS_DIR")
     download.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, or any id of the model")
+    compare = commands.add_parser("compare", help="print what quantised weights change, on this machine's CPU")
+    compare.add_argument("name", metavar="MODEL", help="0.6B-CustomVoice, or any id of a model whose weights are here")
+    compare.add_argument("--quantization", choices=("fp16", "int8"), default="int8")
+    compare.add_argument(
+        "--texts", type=Path, metavar="FILE", help="texts to speak, one a line; default: six sentences"
+    )
+    compare.add_argument("--frames", type=int, default=40, metavar="N", help="frames of each text (80 ms)")
     commands.add_parser("cuda", help="exit code 0 if there is a CUDA device to use, else 1")
     commands.add_parser("health", help="exit code 0 if the worker at TTS_WORKER_URL is alive, else 1")
     chosen = parser.parse_args(arguments)
@@ -94,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.command == "download":
             return _download(chosen.names, load_settings(environment()))
+        if chosen.command == "compare":
+            return _compare(chosen, load_settings(environment(), unknown_models))
         if chosen.command == "health":
             settings = load_settings(environment(), _no_address)
             return _health(str(settings.worker_url), settings.worker_token)
@@ -130,6 +143,34 @@ def _download(names: list[str], settings: Settings) -> int:
     except LookupError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
+
+
+def _compare(chosen: argparse.Namespace, settings: Settings) -> int:
+    from gpu_worker.engines.qwen.checkpoint.download import published_model  # noqa: PLC0415 -- needs the gpu extra
+
+    set_compute_threads(os.environ, settings.cpu_threads)
+    catalog = load_catalog()
+    try:
+        spec = published_model(chosen.name, catalog)
+    except LookupError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_WRONG_SETTINGS
+    factory = EngineFactory(settings, catalog, "cpu")
+    if problem := factory.problem_of(spec):
+        sys.stderr.write(f"{spec.id}: {problem}\n")
+        return EXIT_WRONG_SETTINGS
+    from gpu_worker.engines.qwen import comparison  # noqa: PLC0415 -- imports torch
+
+    try:
+        texts = comparison.TEXTS
+        if chosen.texts is not None:
+            texts = tuple(filter(str.strip, chosen.texts.read_text(encoding="utf-8").splitlines()))
+        found = comparison.compare(factory.checkpoint(spec), chosen.quantization, texts, chosen.frames)
+    except (JobError, OSError, UnicodeDecodeError) as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_WRONG_SETTINGS
+    print(f"{spec.id}, {chosen.quantization} beside float32, {len(texts)} texts", *found.lines(), sep="\n")  # noqa: T201 -- its output
+    return 0
 
 
 def _health(url: str, token: str) -> int:

@@ -202,6 +202,10 @@ class EngineFactory:
         quantization = self._quantization_of(spec)
         return open_engine(directory, msgspec.structs.replace(self._qwen_options(), quantization=quantization))
 
+    def checkpoint(self, spec: ModelSpec) -> Path:
+        """The directory of the model's verified local checkpoint; JobError if there is none."""
+        return self._directory_of(spec, allow_download=False)
+
     def shared_bytes(self) -> dict[str, int]:
         """Device bytes that several models share, by purpose."""
         return {} if self._options is None else {"codec": self._options.codecs.bytes}

@@ -34,7 +34,7 @@ def download_models(
         LookupError: a name is no model with published weights. Nothing has been downloaded then.
     """
     failures = 0
-    for spec in [_published_model(name, specs) for name in names]:
+    for spec in [published_model(name, specs) for name in names]:
         target = models_dir / spec.hf_id.rpartition("/")[2]
         try:
             download_checkpoint(spec.hf_id, target, endpoint=endpoint)
@@ -74,14 +74,15 @@ def download_checkpoint(
             raise JobError("model_unavailable", f"{target / name} has {found} bytes where the hub says {size}")
 
 
-def _published_model(name: str, specs: Sequence[ModelSpec]) -> ModelSpec:
+def published_model(name: str, specs: Sequence[ModelSpec]) -> ModelSpec:
+    """The model with weights of this name: 0.6B-CustomVoice, or any id. Raises LookupError if there is none."""
     published = [spec for spec in specs if spec.hf_id]
     ending = f"-{name}".casefold()
     for spec in published:
         if spec.answers_to(name) or spec.hf_id.casefold().endswith(ending):
             return spec
     known = ", ".join(spec.id for spec in published)
-    raise LookupError(f"there are no weights to download for {name!r}; there are {known}")
+    raise LookupError(f"there are no weights for {name!r}; there are {known}")
 
 
 def _file_sizes(hf_id: str, endpoint: str | None) -> dict[str, int]:

@@ -199,6 +199,27 @@ class CodePredictor(TensorHolder):
                     x = self.stack.normed(self._embed(embedded), cache)
         return torch.stack(codes, 1)
 
+    def forced_logits(self, hidden: Tensor, codes: Tensor) -> list[Tensor]:
+        """The logits of codebooks 1 to 15, divided by the temperature, of a frame whose codes are given: [vocabulary].
+
+        `hidden` [1, talker hidden], `codes` int64 [1, groups]. For comparisons: all are computed in one pass.
+        """
+        if self.projection is not None:
+            hidden = self.projection(hidden)
+        codebooks = [self.codebook0_embeddings, *(self._embed(codebook) for codebook in self.codebooks)]
+        read = [codebook.index_select(0, code) for codebook, code in zip(codebooks, codes[0, :-1, None], strict=True)]
+        x = torch.cat((hidden, *read))
+
+        rope = self._ropes.span(0, self.groups)
+
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            del index
+            query, key, value = (part[None] for part in layer.rotation(qkv, rope))
+            return self._attention.prefill(query, key, value)[0].flatten(1)
+
+        x = self.stack.normed(x, attend)
+        return [head(x[i : i + 1])[0] / self._temperature for i, head in enumerate(self.heads, 1)]
+
     def allocate_scratch(self, rows: int) -> FrameCache:
         """Allocate the scratch memory of a padded batch size. It stays until `release_scratch`."""
         like = self.codebook0_embeddings
