@@ -9,7 +9,7 @@ ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The worker refuses a socket directory that other users can open. A new volume takes its owner and mode from here.
 RUN useradd --create-home --uid 10001 tts \
     && install --directory --owner=tts --mode=0700 /run/tts \
-    && install --directory --owner=tts /data/models /data/voices \
+    && install --directory --owner=tts /data/models /data/voices /data/usage \
     && install --directory --owner=tts --mode=0700 /data/audio
 
 # Triton compiles a launcher for its kernels at the first load. Without a C compiler, torch's kernels are taken.
@@ -26,7 +26,8 @@ RUN pip install --editable ".[${EXTRAS}]"
 
 USER tts
 # In a container 0.0.0.0 is reachable through the published ports only.
-ENV TTS_HOST=0.0.0.0 TTS_MODELS_DIR=/data/models TTS_VOICES_DIR=/data/voices TTS_AUDIO_STORE_DIR=/data/audio
+ENV TTS_HOST=0.0.0.0 TTS_MODELS_DIR=/data/models TTS_VOICES_DIR=/data/voices TTS_AUDIO_STORE_DIR=/data/audio \
+    TTS_USAGE_FILE=/data/usage/usage.sqlite
 EXPOSE 8000
 # By default the whole service runs in one container; compose.yaml runs its two processes in containers of their own.
 CMD ["python", "-m", "server"]

@@ -16,7 +16,7 @@ import time
 import uuid
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -28,6 +28,7 @@ from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.heartbeat import Heartbeat
+from gpu_worker.limits import LimitCounter
 from gpu_worker.residency import (
     Checkpoints,
     Mover,
@@ -42,13 +43,14 @@ from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
+from gpu_worker.usage import AddUsage, UsageFile, UsageFound, UsageLog
 from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, impossible_kernels, unknown_models, unusable_folders
 from shared.log import set_up_logging
-from shared.protocol import DeviceMemory
+from shared.protocol import DeviceMemory, FindUsage
 from shared.settings import Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, AlreadyRunningError, claim
 from shared.stacks import write_stacks_on_signals
@@ -63,8 +65,8 @@ DEFAULT_CONCURRENCY: Final = 64
 _MOVER_GRACE_S: Final = 10.0
 """How long the end of the process waits for a transition in flight."""
 
-_VOICE_WRITER_GRACE_S: Final = 3.0
-"""How long the end of the process waits for a voice that is still being written after the drain."""
+_WRITER_GRACE_S: Final = 3.0
+"""How long the end of the process waits for a voice or the usage that is still being written after the drain."""
 
 _PARENT_POLL_S: Final = 0.5
 _PARENT_GRACE_S: Final = 2.0
@@ -194,7 +196,7 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
         _drain_on_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
         heartbeat = Heartbeat(heartbeat_pipe, settings.worker_timeout_s)
-        worker, mover, voice_writer = build_worker(settings, transport, inbox, heartbeat, restarts=restarts)
+        worker, mover, writers = build_worker(settings, transport, inbox, heartbeat, restarts=restarts)
         transport.start()
         log.info("worker_ready", pid=os.getpid())
         try:
@@ -205,7 +207,8 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
         finally:
             heartbeat.stop()
             transport.stop()
-            voice_writer.close(timeout_s=_VOICE_WRITER_GRACE_S)
+            for writer in writers:
+                writer.close(timeout_s=_WRITER_GRACE_S)
         mover.close(timeout_s=_MOVER_GRACE_S)
         log.info("drained")
     return 0
@@ -218,7 +221,7 @@ def build_worker(
     heartbeat: Heartbeat,
     *,
     restarts: int,
-) -> tuple[Worker, Mover, SerialThread[VoiceWrite]]:
+) -> tuple[Worker, Mover, list[SerialThread[Any]]]:
     """Build and connect all parts of the worker, here alone. The caller closes the parts with a thread."""
     catalog = load_catalog()
     device = settings.default_device
@@ -246,6 +249,8 @@ def build_worker(
     checkpoints = Checkpoints(catalog, factory, inbox.put)
     voice_files = VoiceFiles(settings.voices_dir)
     voice_writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
+    usage_file = UsageFile(settings.usage_file, days=settings.usage_days)
+    usage_writer = SerialThread[AddUsage | FindUsage]("usage", lambda work: _report(usage_file.handle(work), inbox))
     default_model = factory.default_model()
     if problem := folder_problem(settings.models_dir):
         log.warning("models_dir_unreadable", reason=f"{variable_of('models_dir')}: {problem}")
@@ -285,11 +290,18 @@ def build_worker(
         stall_timeout_s=settings.stall_timeout_s,
         open_text_timeout_s=settings.open_text_timeout_s,
         max_input_chars=settings.max_input_chars,
+        limits=LimitCounter(time.monotonic, time.time, usage_file.characters_today()),
+        usage=UsageLog(usage_writer.submit, clock=time.monotonic, wall_clock=time.time),
         clock=time.monotonic,
         preload=factory.models_to_preload(default_model),
         on_turn=lambda: heartbeat.beat(ready=not residency.preloading),
     )
-    return worker, mover, voice_writer
+    return worker, mover, [voice_writer, usage_writer]
+
+
+def _report(found: UsageFound | None, inbox: "queue.SimpleQueue[Command]") -> None:
+    if found is not None:
+        inbox.put(found)
 
 
 def _free_bytes(device: DeviceMemory) -> int:

@@ -14,6 +14,7 @@ from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, JobError
 from gpu_worker.requests import Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
+from gpu_worker.usage import UsageFound
 from gpu_worker.voices import (
     ConsentRecord,
     ConsentStore,
@@ -40,6 +41,7 @@ from shared.protocol import (
     Failed,
     FindConsent,
     FindSpeech,
+    FindUsage,
     FindVoice,
     Finished,
     ImportVoice,
@@ -113,7 +115,14 @@ class _PendingWrite(msgspec.Struct, frozen=True):
     write: VoiceWrite
 
 
-_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite
+class _PendingUsage(msgspec.Struct, frozen=True):
+    """Done when the rows of `find` are there."""
+
+    caller: _Caller
+    find: FindUsage
+
+
+_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite | _PendingUsage
 
 
 class ControlHandler:
@@ -130,6 +139,7 @@ class ControlHandler:
         submit: Callable[[Request], None],
         check_model: Callable[[str], None],
         find_speech: Callable[[FindSpeech], SpeechOutcome],
+        find_usage: Callable[[FindUsage], None],
         empty_cache: Callable[[CacheName], None],
         clock: Callable[[], float],
     ) -> None:
@@ -145,6 +155,7 @@ class ControlHandler:
         self._submit = submit
         self._check_model = check_model
         self._find_speech = find_speech
+        self._find_usage = find_usage
         self._empty_cache = empty_cache
         self._clock = clock
         self._pending: list[_Pending] = []
@@ -213,6 +224,17 @@ class ControlHandler:
                     case PortableVoice():
                         pending.caller.answer(Reply(id=call_id, exported=result))
 
+    def on_usage_found(self, report: UsageFound) -> None:
+        """Answer the call that asked for these rows, if it is still pending."""
+        for pending in list(self._pending):
+            if isinstance(pending, _PendingUsage) and pending.find is report.find:
+                self._pending.remove(pending)
+                if report.problem:
+                    pending.caller.fail(JobError("internal_error", f"the usage cannot be read: {report.problem}"))
+                else:
+                    reply = Reply(id=pending.caller.call_id, usage=report.rows, has_more=report.has_more)
+                    pending.caller.answer(reply)
+
     def on_model_refused(self, model: str, error: JobError) -> None:
         """Fail the pending loads of a model that cannot be brought to the device."""
         self._fail(_PendingLoad, model, error)
@@ -233,6 +255,9 @@ class ControlHandler:
                 self._pending.append(_PendingCleanup(caller))
             case FindSpeech():
                 return Reply(id=call.id, speech=self._find_speech(call.action))
+            case FindUsage():
+                self._pending.append(_PendingUsage(caller, call.action))
+                self._find_usage(call.action)
             case EmptyCache(name=name):
                 self._empty_cache(name)
                 return Reply(id=call.id)
@@ -338,8 +363,8 @@ class ControlHandler:
                 return Reply(id=call_id, model=status) if loaded else None
             case _PendingUnload(model=model):
                 return self._result_of_unload(call_id, model)
-            case _PendingWrite():
-                return None  # see on_voice_written
+            case _PendingWrite() | _PendingUsage():
+                return None  # see on_voice_written, on_usage_found
             case _:
                 assert_never(pending)
 

@@ -1,12 +1,14 @@
 """The limits of each API key: requests a minute, characters a day, requests at once.
 
-The GPU worker counts, so that a limit holds over all web workers. Counts live in memory; a new process begins anew.
+The GPU worker counts, so that a limit holds over all web workers. Counts live in memory: a new process learns the
+characters of the day from `usage`, and begins the others anew.
 Requests a minute follow the generic cell rate algorithm (GCRA): a key that has been quiet may use its minute at once,
 and then gets a request every 60 / limit seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -30,11 +32,18 @@ class _Use(msgspec.Struct):
 class LimitCounter:
     """What every limited client has used. Clients without limits are not counted."""
 
-    def __init__(self, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
-        """`clock` is monotonic, `wall_clock` gives Unix seconds; both in seconds."""
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        characters_today: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """`clock` is monotonic, `wall_clock` gives Unix seconds; `characters_today` are those of each client so far."""
         self._clock = clock
         self._wall_clock = wall_clock
-        self._uses: dict[str, _Use] = {}  # the file of keys bounds it: only its keys have limits
+        day = self._day()
+        # The file of keys bounds it: only its keys have limits.
+        self._uses = {client: _Use(day=day, characters=count) for client, count in characters_today.items()}
 
     def check(self, client: str, limits: KeyLimits, characters: int) -> None:
         """Raise JobError (`rate_limit_exceeded`) if a request of so many characters is over a limit."""
@@ -87,8 +96,11 @@ class LimitCounter:
         if limits != _NO_LIMITS:
             self._uses[client].running -= 1
 
+    def _day(self) -> int:
+        return datetime.fromtimestamp(self._wall_clock(), UTC).toordinal()
+
     def _begin_day(self, use: _Use) -> None:
-        day = datetime.fromtimestamp(self._wall_clock(), UTC).toordinal()
+        day = self._day()
         if use.day != day:
             use.day, use.characters = day, 0
 

@@ -8,7 +8,6 @@ It owns no socket (see `transport`), writes no voice (see `voices`), and decides
 """
 
 import queue
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, assert_never
 
@@ -39,6 +38,7 @@ from gpu_worker.slot_policy import NEWCOMERS_IN_A_ROW
 from gpu_worker.slots import Place, Slots
 from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
+from gpu_worker.usage import Sums, UsageFound, UsageLog
 from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -87,7 +87,7 @@ class Wake(msgspec.Struct, frozen=True):
     """End the wait for a command: an engine may have become runnable."""
 
 
-Command = TransportEvent | Report | MoverFailed | VoiceWritten | Drain | Wake
+Command = TransportEvent | Report | MoverFailed | VoiceWritten | UsageFound | Drain | Wake
 """Everything that reaches the loop through its inbox."""
 
 
@@ -110,8 +110,9 @@ class Worker:
         stall_timeout_s: float,
         open_text_timeout_s: float,
         max_input_chars: int,
+        limits: LimitCounter,
+        usage: UsageLog,
         clock: Callable[[], float],
-        wall_clock: Callable[[], float] = time.time,
         preload: Sequence[str] = (),
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
@@ -127,7 +128,8 @@ class Worker:
         self._open_text_timeout_s = open_text_timeout_s
         self._max_input_chars = max_input_chars
         self._clock = clock
-        self._limits = LimitCounter(clock, wall_clock)
+        self._limits = limits
+        self._usage = usage
         self._on_turn = on_turn
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._outcomes = Outcomes()
@@ -151,6 +153,7 @@ class Worker:
             submit=self._submit,
             check_model=self._check_model,
             find_speech=self._find_speech,
+            find_usage=usage.find,
             empty_cache=self._caches.empty,
             clock=clock,
         )
@@ -166,6 +169,7 @@ class Worker:
                 self.turn()
             for request in list(self._open.values()):
                 self._finish(request, _shutting_down())
+            self._usage.flush()
             self._control.fail_pending(_shutting_down())
         except Exception as error:
             self._fail_everything(error)
@@ -184,6 +188,7 @@ class Worker:
         for refusal in self._residency.advance():
             self._refuse(refusal)
         self._control.answer_finished()
+        self._usage.flush_if_due()
 
     # --- commands --------------------------------------------------------------------------------------------------
 
@@ -209,6 +214,8 @@ class Worker:
                 raise BrokenDeviceError(reason)
             case VoiceWritten():
                 self._control.on_voice_written(command)
+            case UsageFound():
+                self._control.on_usage_found(command)
             case Drain(deadline_s):
                 self._begin_drain(deadline_s)
             case TransportFailed(reason):
@@ -276,6 +283,7 @@ class Worker:
             )
         except JobError as error:
             self._stats.request_rejected()
+            self._usage.add(speak.client, speak.model, Sums(refused=1))
             sink.failed(error)
             self._outcomes.record(
                 SpeechOutcome(
@@ -568,6 +576,7 @@ class Worker:
         if request.state is RequestState.DONE:
             del self._open[request.peer, request.id]
             self._limits.end(request.client, request.limits)
+            self._usage.add(request.client, request.model, _use_of(request, ending))
             self._outcomes.record(request.to_outcome())
             self._stats.request_ended(ending)
 
@@ -774,6 +783,16 @@ class Worker:
 
 def _of_model(model: str, requests: Iterable[Request]) -> list[Request]:
     return [request for request in requests if request.model == model]
+
+
+def _use_of(request: Request, ending: Ending) -> Sums:
+    return Sums(
+        requests=1,
+        characters=request.text_chars,
+        audio_s=request.audio_s,
+        failed=ending == "failed",
+        cancelled=ending == "cancelled",
+    )
 
 
 def _raise_if_broken(error: Exception) -> None:

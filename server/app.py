@@ -39,6 +39,7 @@ from server.routes import (
     speech_outcome,
     speech_websocket,
     stored_audio,
+    usage,
     voice_consents,
     voice_files,
     voices,
@@ -158,7 +159,7 @@ def _guarded(settings: Settings) -> list[Router]:
         route_handlers=[
             *(admin.config, admin.stats, admin.vram, admin.cleanup),
             *(admin.move_model, admin.move_model_of_hub),
-            *(performance.performance, events.events),
+            *(performance.performance, events.events, usage.get_usage),
             *(caches.get_caches, caches.empty_cache),
         ],
     )

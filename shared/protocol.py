@@ -13,6 +13,7 @@ The text of an open Speak goes on with Append, until EndText.
 """
 
 import uuid
+from datetime import date
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -416,7 +417,16 @@ class EmptyCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 ModelAction = LoadModel | UnloadModel | PinModel | Cleanup
 VoiceAction = FindVoice | CloneVoice | DesignVoice | RenameVoice | DeleteVoice | ExportVoice | ImportVoice
 ConsentAction = CreateConsent | FindConsent | ListConsents | RenameConsent | DeleteConsent
-Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache
+
+
+class FindUsage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """List what was used from the day `since` to the day `until`, both included, UTC."""
+
+    since: date
+    until: date
+
+
+Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache | FindUsage
 
 
 class Call(Message, frozen=True, kw_only=True):
@@ -445,6 +455,24 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     seconds: float
     in_context: bool
+
+
+class UsageRow(msgspec.Struct, frozen=True):
+    """What one key used of one model on one day, UTC. `key` is its name or digest, "" for all clients without one.
+
+    `requests` counts those that were taken, `refused` those that were not.
+    `failed` and `cancelled` of the requests did not end well.
+    """
+
+    date: date
+    key: str
+    model: str
+    requests: int
+    characters: int
+    audio_s: float
+    refused: int
+    failed: int
+    cancelled: int
 
 
 class VoiceConsent(msgspec.Struct, frozen=True, kw_only=True):
@@ -772,6 +800,7 @@ class Reply(Message, frozen=True, kw_only=True):
     consents: list[VoiceConsent] = []
     has_more: bool = False
     exported: PortableVoice | None = None
+    usage: list[UsageRow] = []
 
 
 class Pong(Message, frozen=True, kw_only=True):

@@ -48,6 +48,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: list[str] = []
     admin_keys: list[str] = []
     keys_file: Path | None = None
+    usage_file: Path = Path("models/usage.sqlite")
+    usage_days: Annotated[int, Meta(ge=0, le=36_500)] = 400
     cors_origins: list[str] = []
     allowed_hosts: list[str] = []
     trusted_proxies: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])

@@ -83,12 +83,13 @@ def test_every_volume_can_be_written(service: str) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_weights_and_voices_lie_in_volumes(pair: tuple[str, str]) -> None:
-    """Weights and voices outlive the container that owns them."""
+def test_what_must_last_lies_in_volumes(pair: tuple[str, str]) -> None:
+    """Weights, voices and usage outlive the container that owns them."""
     worker = pair[1]
     where = environment(worker)
     assert mounts(worker)[where["TTS_MODELS_DIR"]] == "models"
     assert mounts(worker)[where["TTS_VOICES_DIR"]] == "voices"
+    assert mounts(worker)[str(Path(where["TTS_USAGE_FILE"]).parent)] == "usage"
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -129,7 +129,14 @@ def _first_problem(request: Request[Any, Any, Any], error: ValidationException) 
     if field == "data":
         # The handler's parameter that takes the body.
         return ApiError("invalid_json", "The body is missing.")
+    field = _name_of(request, field)
     return ApiError("invalid_value", f"{field}: {problem}." if field else f"{problem}.", param=field)
+
+
+def _name_of(request: Request[Any, Any, Any], field: str | None) -> str | None:
+    """What clients call `field`: the name in the query, if the handler's parameter has another one."""
+    found = request.route_handler.parsed_fn_signature.parameters.get(field or "")
+    return getattr(found.kwarg_definition, "name", None) or field if found else field
 
 
 def _choices_of(request: Request[Any, Any, Any], field: str | None) -> list[str]:

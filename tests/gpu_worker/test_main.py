@@ -33,6 +33,7 @@ class _Process:
             "TTS_WORKER_URL": self.url,
             "TTS_DEFAULT_DEVICE": "cpu",
             "TTS_VOICES_DIR": str(directory / "voices"),
+            "TTS_USAGE_FILE": str(directory / "usage.sqlite"),
         }
 
     def start(self, **variables: str) -> subprocess.Popen[str]:

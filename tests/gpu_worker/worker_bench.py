@@ -11,6 +11,7 @@ import msgspec
 
 from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, EngineStats, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
+from gpu_worker.limits import LimitCounter
 from gpu_worker.requests import Request
 from gpu_worker.residency import (
     Checkpoints,
@@ -27,6 +28,7 @@ from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
+from gpu_worker.usage import AddUsage, UsageLog
 from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
@@ -42,6 +44,7 @@ from shared.protocol import (
     CloneVoice,
     Credit,
     EndText,
+    FindUsage,
     Message,
     Ping,
     Pong,
@@ -377,6 +380,7 @@ class WorkerBench:
         self.consents = ConsentStore(self.voice_files, self.voice_writer.submit, max_voices, wall=lambda: WALL)
         self.buffer = AudioBuffer(buffer_bytes)
         self.scheduler = _RecordingScheduler(max_queue, self.clock)
+        self.usage_work: list[AddUsage | FindUsage] = []
         self.worker = Worker(
             catalog=self.specs,
             send=lambda peer, message, payload: self.sent.append((peer, message, payload)),
@@ -400,6 +404,8 @@ class WorkerBench:
             stall_timeout_s=stall_timeout_s,
             open_text_timeout_s=open_text_timeout_s,
             max_input_chars=max_input_chars,
+            limits=LimitCounter(self.clock, lambda: WALL + self.clock.now),
+            usage=UsageLog(self.usage_work.append, clock=self.clock, wall_clock=lambda: WALL + self.clock.now),
             clock=self.clock,
         )
 

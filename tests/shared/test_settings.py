@@ -18,6 +18,8 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_API_TITLE", "My speech", "My speech"),
     ("TTS_API_KEYS", "sk-1, sk-2,,", ["sk-1", "sk-2"]),
     ("TTS_ADMIN_KEYS", "sk-admin", ["sk-admin"]),
+    ("TTS_USAGE_FILE", "/var/lib/tts/usage.sqlite", Path("/var/lib/tts/usage.sqlite")),
+    ("TTS_USAGE_DAYS", "30", 30),
     ("TTS_KEYS_FILE", "/etc/tts/keys.toml", Path("/etc/tts/keys.toml")),
     ("TTS_WEB_PAGE", "false", False),
     ("TTS_CORS_ORIGINS", "https://a.example,http://b.example:8080", ["https://a.example", "http://b.example:8080"]),

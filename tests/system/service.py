@@ -96,6 +96,7 @@ class Service:
         defaults: Mapping[str, object] = {
             "PORT": self.port,
             "VOICES_DIR": directory / "voices",
+            "USAGE_FILE": directory / "usage.sqlite",
             "MAX_INPUT_CHARS": 100_000,
         }
         with self.log.open("wb") as log:
