@@ -7,8 +7,12 @@ Building one of the published size (151,643 entries) holds the GIL for 0.3 to 0.
 SharedTokenizers therefore builds one for all checkpoints with equal files, before anybody speaks.
 """
 
+import bisect
 import hashlib
+import itertools
+import json
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -37,19 +41,86 @@ _MISTRAL_WORDS: Final = (
 _MISTRAL_VOCABULARY: Final = 100_000
 """transformers applies `fix_mistral_regex` only to a larger vocabulary; the published ones have 151,643 entries."""
 
+_KINDS: Final = {"L": "letter", "M": "letter", "N": "digit"}
+
 
 Tokenize = Callable[[str], Sequence[int]]
 """Text -> token ids."""
+
+
+class TextTokenizer:
+    """The tokenizer of a checkpoint: called with a text, it gives the ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        state = json.loads(tokenizer.pre_tokenizer.__getstate__())
+        patterns = [part.get("pattern", {}).get("Regex") for part in state.get("pretokenizers", [state])]
+        self._knows_words = bool({_QWEN2_WORDS, _MISTRAL_WORDS} & set(patterns))
+        self._vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=False))
+        self._longest = max(map(len, self._vocabulary))
+        self._added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+
+    def __call__(self, text: str) -> Sequence[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def settled(self, text: str) -> Sequence[int]:
+        """The first ids of every text that begins with `text`: as many as are sure whatever follows.
+
+        A word of the pre-tokenizer is sure if the next character is of another kind. A pattern looks no further than
+        that character, and no normal form joins the two. Letters and marks count as one kind, since patterns differ in
+        where they put marks. A digit is always a word of its own.
+        Of an unfinished word of letters, those tokens are sure that no token across its end could replace.
+        Nothing is sure behind an added token, nor with a pattern that this module does not know.
+        """
+        if not self._knows_words:
+            return ()
+        text = self._tokenizer.normalizer.normalize_str(text[: self._start_of_added_token(text)])
+        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        sure = max((start for _, (start, _) in words if _kinds_differ(text, start)), default=0)
+        ids = [*self(text[:sure])]
+        stem = text[sure : _last_letter(text)]
+        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text[sure:])
+        if stem and len(words) == 1 and all(_is_lower(character) for character in text[sure + 1 :]):
+            ids += self._settled_in_word(words[0][0][: len(stem.encode())])
+        return ids
+
+    def _settled_in_word(self, stem: str) -> list[int]:
+        """Ids at the beginning of each word with this `stem`, which is in the byte alphabet of the vocabulary.
+
+        If a token of the word begins at `start`, the tokens before it are those of stem[:start]: merges on one side of
+        a place that no merge crosses do not depend on the other side.
+        """
+        sure: list[int] | None = None
+        for start in range(max(0, len(stem) - self._longest), len(stem) + 1):
+            if start == len(stem) or self._begins_longer_token(stem[start:]):
+                ids = [token.id for token in self._tokenizer.model.tokenize(stem[:start])] if start else []
+                sure = ids if sure is None else _common_prefix(sure, ids)
+        return sure or []
+
+    def _begins_longer_token(self, text: str) -> bool:
+        place = bisect.bisect_right(self._vocabulary, text)
+        return place < len(self._vocabulary) and self._vocabulary[place].startswith(text)
+
+    def _start_of_added_token(self, text: str) -> int:
+        """Where the first added token begins, or its first part at the text's end."""
+        start = len(text)
+        for content in self._added:
+            found = text.find(content, 0, start)
+            start = found if found >= 0 else start
+            part = next((size for size in range(len(content) - 1, 0, -1) if text.endswith(content[:size])), 0)
+            start = min(start, len(text) - part)
+        return start
 
 
 class SharedTokenizers:
     """The tokenizers of this process by the contents of their files. They stay for good. Any thread may call `load`."""
 
     def __init__(self) -> None:
-        self._tokenizers: dict[bytes, Tokenize] = {}
+        self._tokenizers: dict[bytes, TextTokenizer] = {}
         self._lock = threading.Lock()
 
-    def load(self, directory: Path) -> Tokenize:
+    def load(self, directory: Path) -> TextTokenizer:
         """The tokenizer of the checkpoint in `directory`. Raises as load_text_tokenizer does."""
         key = _fingerprint(directory)
         with self._lock:
@@ -79,7 +150,7 @@ class _Origin(msgspec.Struct, frozen=True):
     transformers_version: str | None = None
 
 
-def load_text_tokenizer(directory: Path) -> Tokenize:
+def load_text_tokenizer(directory: Path) -> TextTokenizer:
     """The tokenizer of the checkpoint in `directory`.
 
     Raises:
@@ -99,12 +170,39 @@ def load_text_tokenizer(directory: Path) -> Tokenize:
         tokenizer.add_tokens([AddedToken(**msgspec.structs.asdict(token))])
         if tokenizer.token_to_id(token.content) != number:
             raise unavailable(directory / "tokenizer_config.json", f"gives {token.content!r} another id than its place")
+    return TextTokenizer(tokenizer)
 
-    def tokenize(text: str) -> Sequence[int]:
-        ids: list[int] = tokenizer.encode(text).ids
-        return ids
 
-    return tokenize
+def _kinds_differ(text: str, place: int) -> bool:
+    """True if the characters before and at `place` are never of one word, whatever follows."""
+    if not place:
+        return False
+    before, at = _kind(text[place - 1]), _kind(text[place])
+    return unicodedata.category(text[place])[0] != "M" and (before != at or at == "digit")
+
+
+def _kind(character: str) -> str:
+    if character.isspace():
+        return "space"
+    return _KINDS.get(unicodedata.category(character)[0], "other")
+
+
+def _is_lower(character: str) -> bool:
+    """True for letters and marks that no pattern separates from those before them."""
+    return unicodedata.category(character) in {"Ll", "Lm", "Lo", "Mn", "Mc", "Me"}
+
+
+def _last_letter(text: str) -> int:
+    """Where the last character begins that a following one may be composed with. Marks belong to the one before."""
+    place = len(text) - 1
+    while place > 0 and unicodedata.category(text[place])[0] == "M":
+        place -= 1
+    return max(0, place)
+
+
+def _common_prefix(one: list[int], other: list[int]) -> list[int]:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [number for number, _ in pairs]
 
 
 def _fingerprint(directory: Path) -> bytes:

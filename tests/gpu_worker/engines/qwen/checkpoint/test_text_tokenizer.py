@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.trainers import BpeTrainer
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers, Tokenize, load_text_tokenizer
+from gpu_worker.engines.qwen.checkpoint.text_tokenizer import (
+    _MISTRAL_WORDS,
+    SharedTokenizers,
+    TextTokenizer,
+    Tokenize,
+    load_text_tokenizer,
+)
 from tests.checkpoints import tiny
 from tests.official_package import official_package
 
@@ -127,3 +137,83 @@ def test_equal_files_share_a_tokenizer(directory: Path, tmp_path: Path) -> None:
 def copied(directory: Path, tmp_path: Path) -> Path:
     """A copy of a checkpoint's small files, which a test may change."""
     return shutil.copytree(directory, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+SCRIPTS = (
+    "Hello world, don't say it's THE End. naïve café Å e\u0301e\u0301\u0323 ﬁn 3.50€ a\u0338=\u0338 ",
+    "今天天气很好，我们去公园吧。",  # noqa: RUF001 -- Chinese
+    "おはようございます。カタカナー",
+    "안녕하세요 \u1112\u1161\u11ab ",
+    "Größe Straße, ǅungla ʼn ",
+    "Привет, как дела? ",
+    "मैं हूँ क्या ",
+    "อรุณสวัสดิ์ครับ",
+    "שלום עולם \u05e9\u05c1 ",
+    "\U0001f469\u200d\U0001f52c\U0001f1e9\U0001f1ea \ufe0f\u20e3 --- ...",
+    "\n\n \t\r\n/ 12,345 <tts_pad> <|im_end|> < |",
+    "hello'today HELLOvoice and/or worldmorning",
+)
+WRITTEN = st.lists(
+    st.sampled_from(sorted(set("".join(SCRIPTS))))
+    | st.sampled_from([word for text in SCRIPTS for word in text.split()]),
+    max_size=12,
+).map("".join)
+"""Text of many scripts, in characters and words."""
+
+
+@pytest.fixture(scope="module")
+def tokenizers(directory: Path) -> list[TextTokenizer]:
+    """A small vocabulary split in the two ways, and one with merges within and across letters of many scripts."""
+    plain = load_text_tokenizer(directory)
+    made = Tokenizer(BPE())
+    made.normalizer, made.pre_tokenizer = plain._tokenizer.normalizer, plain._tokenizer.pre_tokenizer
+    made.train_from_iterator(
+        [text * 2 for text in SCRIPTS],
+        BpeTrainer(vocab_size=700, show_progress=False, initial_alphabet=ByteLevel.alphabet()),
+    )
+    mistral = Tokenizer.from_str(made.to_str())
+    mistral.pre_tokenizer = plain._tokenizer.pre_tokenizer
+    mistral.pre_tokenizer[0] = Split(Regex(_MISTRAL_WORDS), behavior="isolated")
+    for tokenizer in (made, mistral):
+        tokenizer.add_tokens(["<tts_pad>", "<|im_end|>"])
+    return [plain, TextTokenizer(made), TextTokenizer(mistral)]
+
+
+@given(text=WRITTEN, more=WRITTEN)
+def test_settled_ids_do_not_depend_on_what_follows(tokenizers: list[TextTokenizer], text: str, more: str) -> None:
+    """They are the first ids of the text alone, and of the text with anything behind it."""
+    for tokenizer in tokenizers:
+        settled = list(tokenizer.settled(text))
+        assert list(tokenizer(text + more))[: len(settled)] == settled
+
+
+@pytest.mark.parametrize(
+    ("text", "held_back"),
+    [
+        ("Hello", "Hello"),
+        ("Hello ", " "),
+        ("Hello wor", " wor"),
+        ("Hello world,", ","),
+        ("It costs 3", "3"),
+        ("It costs 35", "5"),
+        ("a\u0301", "a\u0301"),
+        ("x=", "="),
+        ("今天天气很好，", "，"),  # noqa: RUF001 -- Chinese
+        ("hi \U0001f469", " \U0001f469"),
+    ],
+)
+def test_only_an_unfinished_word_is_held_back(text: str, held_back: str) -> None:
+    """In a vocabulary of bytes, of such a word its last letter alone."""
+    tokenizer = load_text_tokenizer(tiny("custom_voice"))
+    sure = text.removesuffix(held_back)
+    assert list(tokenizer.settled(text))[: len(tokenizer(sure))] == list(tokenizer(sure))
+    assert len(tokenizer.settled(text)) < len(tokenizer(text))
+
+
+def test_words_without_spaces_are_settled_letter_by_letter() -> None:
+    """Chinese needs no punctuation: only the last character, and what may be in a token with it, is held back."""
+    tokenizer = load_text_tokenizer(tiny("custom_voice"))
+    text = "今天天气很好"
+    assert tokenizer.settled(text) == tokenizer(text[:-1])
+    assert tokenizer.settled("おはよう") == tokenizer("おはよ")
+    assert tokenizer.settled("hellox") == tokenizer("hello")
