@@ -165,9 +165,14 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
             max_model_len=options.max_model_len,
             products=products,
         )
-        text_embedding = weights.as_stored(TEXT_EMBEDDING)
+        tokenizer = options.tokenizers.load(directory)
         prompts = PromptBuilder(
-            weights, config, options.tokenizers.load(directory), model.embed_codes, text_embedding=text_embedding
+            weights,
+            config,
+            tokenizer,
+            model.embed_codes,
+            text_embedding=weights.as_stored(TEXT_EMBEDDING),
+            settled=tokenizer.settled,
         )
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
     speaker = None

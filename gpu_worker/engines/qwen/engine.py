@@ -27,7 +27,7 @@ from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.parking import ParkedJob, nbytes, rows_to_device, rows_to_host
-from gpu_worker.engines.qwen.passages import OpenText, WholeText
+from gpu_worker.engines.qwen.passages import OpenText, Passage, WholeText
 from gpu_worker.engines.qwen.planner import Plan, Planner, Utterance
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
@@ -219,6 +219,7 @@ class QwenEngine:
             or sequence.can_launch
             or sequence.chunk_due
             or (sequence.between and not sequence.waits_for_text)
+            or (sequence.needs_text and sequence.has_new_text)
             or (sequence.ended and (sequence.generating or _reference_done(sequence)))
             for sequence in self._sequences.values()
             if sequence.job.id not in held_back
@@ -230,6 +231,7 @@ class QwenEngine:
         with torch.inference_mode():
             self._take_references(sequences)
             self._start_utterances(sequences)
+            self._write_text(sequences)
             self._prefill(sequences)
             ahead = 0
             if self._decode_due_chunks(sequences):
@@ -400,6 +402,8 @@ class QwenEngine:
                     raise error if isinstance(error, JobError) else _encoding_error(error)
                 sequence.encoded = sequence.reference.result()
                 sequence.between = True
+                if sequence.plan.open_text is not None:
+                    sequence.plan.open_text.min_ids = self._parts.planner.least_ids(self._voice_of(sequence))
             except JobError as failure:
                 self._fail(sequence, failure)
         if out_of_memory is not None:
@@ -414,6 +418,20 @@ class QwenEngine:
                 except JobError as error:
                     self._fail(sequence, error)
 
+    def _write_text(self, sequences: Iterable[RunningJob]) -> None:
+        """Write the text that came into the slots whose next frame needs it."""
+        for sequence in sequences:
+            open_text = sequence.plan.open_text
+            if open_text is None or not sequence.alive or not sequence.needs_text:
+                continue
+            text = self._parts.planner.more_text(open_text, sequence.tokens)
+            if open_text.error is not None:
+                self._fail(sequence, open_text.error)
+            elif text is not None:
+                padding = self._parts.prompts.padding()
+                self._parts.state.append_text(sequence.slot, sequence.trailing_tokens, text.rows, padding)
+                sequence.on_text(text)
+
     def _go_on(self, sequence: RunningJob) -> None:
         """Start the job's next utterance or end the job. An open job waits if its text has not come yet.
 
@@ -422,10 +440,12 @@ class QwenEngine:
         sequence.between = True
         passage = sequence.look_ahead()
         if passage is None:
+            if sequence.plan.open_text is not None and sequence.plan.open_text.error is not None:
+                raise sequence.plan.open_text.error
             return
         if passage.text:
             is_first, rate = sequence.utterance < 0, sequence.rate
-            self._start_utterance(sequence, passage.text)
+            self._start_utterance(sequence, passage)
             if self._gap and not is_first:
                 self._emit(sequence, self._gap, rate)
             return
@@ -437,13 +457,18 @@ class QwenEngine:
         if not sequence.pause_left:
             self._finish(sequence)
 
-    def _start_utterance(self, sequence: RunningJob, text: str) -> None:
+    def _voice_of(self, sequence: RunningJob) -> Voice:
+        encoded = sequence.encoded
+        if encoded is None:
+            return Voice(name=sequence.job.voice)
+        return Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=sequence.plan.transcript)
+
+    def _start_utterance(self, sequence: RunningJob, passage: Passage) -> None:
         """Build the prompt of the job's next utterance."""
-        encoded, plan = sequence.encoded, sequence.plan
-        voice = Voice(name=sequence.job.voice)
-        if encoded is not None:
-            voice = Voice(embedding=encoded.embedding, codes=encoded.codes, transcript=plan.transcript)
-        utterance = self._parts.planner.utterance(sequence.job, plan, text, voice, frames_left=sequence.frames_left)
+        voice = self._voice_of(sequence)
+        utterance = self._parts.planner.utterance(
+            sequence.job, sequence.plan, passage, voice, frames_left=sequence.frames_left
+        )
         sequence.start_utterance(utterance)
 
     def _prefill(self, sequences: Iterable[RunningJob]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import msgspec
+from torch import Tensor
 
 from gpu_worker.engines.base import Job, JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig
@@ -57,6 +58,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     `longest_tokens` is the most text tokens that an utterance can have.
     `max_new_tokens` limits the frames of the whole job; None if the request sets no limit.
     `whole_text` is the text layout, see PromptBuilder.build.
+    `live`: the speech is the same, to the last bit, as that of an open job with this text. The request asks for that by
+    `non_streaming_mode: false`. Without it, a clone reads its text frame by frame as well, but in larger chunks.
     `instructions` and `transcript` are the job's, without control characters and control tokens.
     """
 
@@ -66,17 +69,30 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     max_new_tokens: int | None
     whole_text: bool
+    live: bool = False
     instructions: str = ""
     transcript: str = ""
     open_text: OpenText | None = None
 
 
 class Utterance(msgspec.Struct, frozen=True):
-    """The next prompt of a slot, with `tokens` of text to speak in at most `max_frames` frames."""
+    """The next prompt of a slot, with `tokens` of text to speak in at most `max_frames` frames.
+
+    With `incomplete`, more of its text comes, see Planner.more_text; until then `max_frames` is the most there can be.
+    """
 
     prompt: Prompt
     tokens: int
     max_frames: int
+    incomplete: bool = False
+
+
+class MoreText(msgspec.Struct, frozen=True):
+    """More of an utterance's text: its `rows` of text embeddings, and how many tokens the utterance has now."""
+
+    rows: Tensor
+    tokens: int
+    complete: bool
 
 
 class Planner:
@@ -120,7 +136,16 @@ class Planner:
         def split(text: str) -> Iterator[str]:
             return split_into_utterances(text, job.language, limit, self._prompts.count)
 
-        open_text = OpenText(job.segments, split) if job.open else None
+        open_text = None
+        if job.open:
+            open_text = OpenText(
+                job.segments,
+                self._prompts,
+                language=job.language,
+                limit=limit,
+                too_long=(lambda text: self._too_long(text, limit)) if job.task == "VoiceDesign" else None,
+                in_parts=_in_parts(),
+            )
         return Plan(
             passages=open_text or WholeText(job.segments, split),
             open_text=open_text,
@@ -132,31 +157,61 @@ class Planner:
             whole_text=job.task != "Base" and not job.open
             if job.non_streaming_mode is None
             else job.non_streaming_mode,
+            live=job.open or job.non_streaming_mode is False,
             instructions=instructions,
             transcript=transcript,
         )
 
-    def utterance(self, job: Job, plan: Plan, text: str, voice: Voice, *, frames_left: int | None) -> Utterance:
-        """The prompt of one of the plan's texts. `frames_left`: frames that the job may still make.
+    def utterance(self, job: Job, plan: Plan, passage: Passage, voice: Voice, *, frames_left: int | None) -> Utterance:
+        """The prompt of one of the plan's passages. `frames_left`: frames that the job may still make.
 
         Rejects the whole plan if its longest utterance does not fit into the slot, so no speech is cut off half-way.
 
         Raises:
             JobError: `invalid_value`: instructions or reference are too long and leave no room for speech.
         """
-        prompt = self._prompts.build(
-            text, voice, language=job.language, instructions=plan.instructions, whole_text=plan.whole_text
-        )
-        tokens = self._prompts.count(text)
+        ids = self._prompts.ids(passage.text) if plan.open_text is None else plan.open_text.ids
+        tokens = len(ids)
+        if plan.live:
+            prompt = self._prompts.begin(
+                ids,
+                voice,
+                language=job.language,
+                instructions=plan.instructions,
+                complete=not passage.incomplete,
+            )
+        else:
+            prompt = self._prompts.build(
+                passage.text,
+                voice,
+                language=job.language,
+                instructions=plan.instructions,
+                whole_text=plan.whole_text,
+            )
         longer = plan.longest_tokens - tokens
         # The last position stays free: a finished row is computed with the others until its slot is taken again.
         room = self._max_model_len - len(prompt.embeds) - 1
         wanted = self._generation.max_new_tokens if frames_left is None else frames_left
-        least_room, trailing = (room - longer, 0) if plan.whole_text else (room, longer)
+        least_room, trailing = (room - longer, 0) if plan.whole_text else (room, longer + passage.incomplete)
         if least_room < min(MIN_FRAME_CAP, wanted) or len(prompt.trailing) + trailing > MAX_TRAILING_TOKENS:
             field = "ref_text" if voice.codes is not None else "instructions"
             raise JobError("invalid_value", f"{field}: no room is left for speech; make it shorter", param=field)
+        if passage.incomplete:
+            return Utterance(prompt, tokens, frame_cap(plan.longest_tokens, wanted, room), incomplete=True)
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
+
+    def more_text(self, open_text: OpenText, tokens: int) -> MoreText | None:
+        """What is sure of the utterance's text behind its first `tokens`; None if that is nothing."""
+        open_text.read_on()
+        ids = open_text.ids[tokens:]
+        if not ids and not open_text.complete:
+            return None
+        rows = self._prompts.text_rows(ids, complete=open_text.complete)
+        return MoreText(rows, len(open_text.ids), open_text.complete)
+
+    def least_ids(self, voice: Voice) -> int:
+        """How many tokens of its text an utterance needs to begin."""
+        return self._prompts.least_ids(voice)
 
     def _max_tokens(self, job: Job, instructions: str) -> int:
         """The most text tokens of an utterance. With a described voice, the whole text must be one utterance."""

@@ -15,7 +15,7 @@ from gpu_worker.engines.fades import Samples, fade_in, fade_out
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.passages import Passage
-from gpu_worker.engines.qwen.planner import Plan, Utterance
+from gpu_worker.engines.qwen.planner import MoreText, Plan, Utterance, frame_cap
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Usage
@@ -30,12 +30,14 @@ SILENCE_PEAK: Final = 33
 class RunningJob:
     """A job in its slot.
 
-    `next` is the next passage; without a text, the job ends behind its pause. It is None while an open text has none.
+    `next` is the next passage; without a text, the job ends behind its pause. It is None if none is known yet.
     `between` is true while no utterance is under way, and the job can go on. `rate` is that of the utterance.
     `pause_left` are the bytes of a pause that no step has emitted yet. An utterance waits for its prefill until then.
     `reference` is the recording while it is being encoded, `oom_reference` the first attempt if that ran out of memory.
     `prompt` is set while an utterance waits for its prefill; `generating` is true from the prefill to its last chunk.
     `ended` is true if no further frame of the utterance will be launched.
+    `text_complete` is false while more of the utterance's text may come.
+    `tokens` and `trailing_tokens` count what came.
     `frames_launched` counts the utterance's frames that were started on the device, `frames_ready` those that the host
     knows to be speech, and `pending_frames` those that are ready but not yet decoded.
     `underrun_at` is the time, on the engine's clock, at which a player that started at once has played everything.
@@ -60,6 +62,7 @@ class RunningJob:
         self.reason: FinishReason = "stop"
         self.generating = False
         self.ended = True
+        self.text_complete = True
         self.pending_frames = 0
         self.chunks = 0
         self.chunks_delivered = 0
@@ -77,6 +80,8 @@ class RunningJob:
         self.prompt_tokens = len(utterance.prompt.embeds)
         self.trailing_tokens = len(utterance.prompt.trailing)
         self.max_frames = utterance.max_frames
+        self.tokens = utterance.tokens
+        self.text_complete = not utterance.incomplete
         self.input_tokens += utterance.tokens
         self.frames_launched = 0
         self.frames_ready = 0
@@ -88,35 +93,93 @@ class RunningJob:
     def look_ahead(self) -> Passage | None:
         """The next passage; None if more text has to come first. Behind the last frame that may be made comes none."""
         if self.next is None:
+            self._count_unread_text()
             self.next = next(self.plan.passages)
         if self.next is not None and self.next.text and self.frames_left == 0:
             self.next, self.reason = Passage(""), "length"
         return self.next
+
+    def _count_unread_text(self) -> None:
+        """Count the text of an utterance that ended before it had read it all."""
+        open_text = self.plan.open_text
+        if open_text is not None and not self.text_complete:
+            open_text.read_on()
+            self.input_tokens += len(open_text.ids) - self.tokens
+            self.tokens, self.text_complete = len(open_text.ids), open_text.complete
 
     def on_prefilled(self) -> None:
         """The prompt is in the slot."""
         self.prompt = None
         self.generating = True
 
+    def on_text(self, text: MoreText) -> None:
+        """More text of the utterance is in the slot."""
+        self.trailing_tokens += len(text.rows)
+        self.input_tokens += text.tokens - self.tokens
+        self.tokens = text.tokens
+        self.text_complete = text.complete
+        if text.complete:
+            self.max_frames = frame_cap(self.tokens, self.max_frames, self.max_frames)
+
     @property
     def waits_for_text(self) -> bool:
         """True if an open job can make no audio before more of its text comes."""
-        return self.between and self.look_ahead() is None
+        open_text = self.plan.open_text
+        if open_text is None or open_text.error is not None:
+            return False
+        if self.between:
+            return self.look_ahead() is None and open_text.error is None
+        return self.needs_text and not self.has_new_text and not self.frames_on_device and not self.pending_frames
+
+    @property
+    def needs_text(self) -> bool:
+        """True if the next frame needs text that has not come: an utterance reads a token a frame."""
+        return (
+            self.generating
+            and not self.ended
+            and not self.text_complete
+            and self.frames_launched >= self.trailing_tokens
+        )
+
+    @property
+    def has_new_text(self) -> bool:
+        """True if there is more of the utterance's text than its slot has."""
+        open_text = self.plan.open_text
+        if open_text is None:
+            return False
+        open_text.read_on()
+        return open_text.complete or len(open_text.ids) > self.tokens or open_text.error is not None
+
+    @property
+    def frames_on_device(self) -> int:
+        """Frames that were launched and are not ready yet."""
+        return self.frames_launched - self.frames_ready
 
     @property
     def can_launch(self) -> bool:
         """True if the utterance may start another frame."""
-        return self.generating and not self.ended and self.frames_launched < self.max_frames
+        unlimited = self.generating and not self.ended and self.frames_launched < self.max_frames
+        return unlimited and not self.needs_text
 
     @property
     def chunk_due(self) -> bool:
         """True if the pending frames make a whole chunk, or are the last ones of the utterance."""
-        return self.pending_frames >= chunk_frames(self.chunks) or (self.ended and self.pending_frames > 0)
+        enough = self.pending_frames >= chunk_frames(self.chunks)
+        return self.pending_frames > 0 and (enough or self.ended or self.reads_text)
+
+    @property
+    def reads_text(self) -> bool:
+        """True if each frame is decoded by itself: the next one, of a job that is read frame by frame, reads text.
+
+        So an open job gives all audio that there is while it waits for text. The split into chunks decides about the
+        last bit, so that of the whole text is the same, if the request asks for that layout.
+        """
+        return self.plan.live and self.frames_ready - self.pending_frames < self.trailing_tokens
 
     @property
     def next_chunk(self) -> int:
         """Frames of the chunk that is due: as many of the pending ones as a chunk may have."""
-        return max(length for length in CHUNK_LENGTHS if length <= self.pending_frames)
+        return 1 if self.reads_text else max(length for length in CHUNK_LENGTHS if length <= self.pending_frames)
 
     @property
     def frames_left(self) -> int | None:

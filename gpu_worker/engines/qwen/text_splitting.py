@@ -28,7 +28,7 @@ _LANGUAGE_CODES: Final = {
 """sentencex's codes for the languages of the published models. All other text is split by its rules for English."""
 
 # The escapes are the full-width comma, semicolon and colon, and the ideographic comma.
-_CLAUSE_END = re.compile(r"(?<=[,;:\uff0c\uff1b\uff1a\u3001])\s*|\s+")
+CLAUSE_END = re.compile(r"(?<=[,;:\uff0c\uff1b\uff1a\u3001])\s*|\s+")
 
 
 MAX_CHARS_PER_TOKEN: Final = 8
@@ -71,37 +71,63 @@ def split_into_utterances(text: str, language: str, limit: int, count: Callable[
     if fits_tokens(text, limit, count):
         yield text
         return
-    current = ""
-    most = 0  # upper bound of the tokens of `current`
+    packer = UtterancePacker(limit, count)
     for piece in _pieces(text, language, limit, count):
-        joined = current + piece
-        most += len(piece.encode())
-        if most > limit and current:
+        utterance = packer.add(piece)
+        if utterance is not None:
+            yield utterance
+    if is_speakable(packer.current):
+        yield packer.current.strip()
+
+
+class UtterancePacker:
+    """Packs the pieces of a text into utterances of at most `limit` tokens. `current` is the one that is not full."""
+
+    def __init__(self, limit: int, count: Callable[[str], int]) -> None:
+        self._limit = limit
+        self._count = count
+        self._most = 0  # upper bound of the tokens of `current`
+        self.current = ""
+
+    def add(self, piece: str) -> str | None:
+        """Add a piece; returns the utterance that ends before it, unless there is none, or nothing to say in it."""
+        joined = self.current + piece
+        self._most += len(piece.encode())
+        full = None
+        if self._most > self._limit and self.current:
             utterance = joined.strip()
-            tokens = count(utterance or ".")
-            most = tokens + len(joined.encode()) - len(utterance.encode())
-            if tokens > limit:
-                if is_speakable(current):
-                    yield current.strip()
+            tokens = self._count(utterance or ".")
+            self._most = tokens + len(joined.encode()) - len(utterance.encode())
+            if tokens > self._limit:
+                full = self.current.strip() if is_speakable(self.current) else None
                 joined = piece
-                most = len(piece.encode())
-        current = joined
-    if is_speakable(current):
-        yield current.strip()
+                self._most = len(piece.encode())
+        self.current = joined
+        return full
+
+
+def split_sentences(text: str, language: str) -> list[str]:
+    """The sentences of a text, with the white space behind them."""
+    sentences: list[str] = sentencex.segment(_LANGUAGE_CODES.get(language, "en"), text)
+    return sentences
+
+
+def part_chars(limit: int) -> int:
+    """Characters of the parts of a word that is too long: a token has at least a byte, a character at most 4."""
+    return max(1, limit // 4)
 
 
 def _pieces(text: str, language: str, limit: int, count: Callable[[str], int]) -> Iterator[str]:
     """The sentences of a text. A sentence beyond the limit comes in parts."""
-    for sentence in sentencex.segment(_LANGUAGE_CODES.get(language, "en"), text):
+    for sentence in split_sentences(text, language):
         if fits_tokens(sentence.strip(), limit, count):
             yield sentence
             continue
         start = 0
-        for end in itertools.chain((match.end() for match in _CLAUSE_END.finditer(sentence)), [len(sentence)]):
+        for end in itertools.chain((match.end() for match in CLAUSE_END.finditer(sentence)), [len(sentence)]):
             part = sentence[start:end]
             start = end
-            # A token has at least one byte, and a character at most 4: so many characters are within the limit.
-            step = len(part) if fits_tokens(part.strip(), limit, count) else max(1, limit // 4)
+            step = len(part) if fits_tokens(part.strip(), limit, count) else part_chars(limit)
             yield from (part[i : i + step] for i in range(0, len(part), max(step, 1)))
 
 

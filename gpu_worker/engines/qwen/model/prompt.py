@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import ModelConfig
+from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 from shared.protocol import CacheStats
@@ -66,28 +67,31 @@ class PromptBuilder(TensorHolder):
         embed_codes: Callable[[Tensor], Tensor],
         *,
         text_embedding: Tensor | None = None,
+        settled: Callable[[str], Sequence[int]] = lambda _text: (),
     ) -> None:
         """`weights`: the checkpoint's, on the device. `tokenize`: the checkpoint's processor.
 
         `text_embedding`: that of `weights` in the dtype of the file, which is half as large as float32: 620 MB less.
-
+        `settled`: the first tokens of every text that begins with a text.
         `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of each frame's code embeddings.
         """
         projection = "talker.text_projection.linear_fc"
         self._config = config
         self._tokenize = functools.lru_cache(maxsize=LAST_TEXTS)(tokenize)
+        self.settled = settled
         self._embed_codes = embed_codes
         self.text_embedding = weights[TEXT_EMBEDDING] if text_embedding is None else text_embedding
         self.codec_embedding = weights["talker.model.codec_embedding.weight"]
         self.fc1 = [weights[f"{projection}1.weight"], weights[f"{projection}1.bias"]]
         self.fc2 = [weights[f"{projection}2.weight"], weights[f"{projection}2.bias"]]
+        self._invariant = [Linear(weight, bias) for weight, bias in (self.fc1, self.fc2)]
         self._prefixes: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._prefix_hits = self._prefix_misses = 0
         self._control_embeddings: tuple[Tensor, Tensor, Tensor] | None = None
 
     def count(self, text: str) -> int:
         """Tokens of `text`, without those of the chat template."""
-        return len(self._text_ids(text))
+        return len(self.ids(text))
 
     def build(self, text: str, voice: Voice, *, language: str, instructions: str, whole_text: bool) -> Prompt:
         """The prompt of one utterance.
@@ -98,26 +102,82 @@ class PromptBuilder(TensorHolder):
         Raises:
             JobError: `invalid_value` where `text` has no tokens.
         """
+        if not whole_text:
+            return self.begin(
+                self.ids(text),
+                voice,
+                language=language,
+                instructions=instructions,
+                complete=True,
+                row_by_row=False,
+            )
+        parts = self._before_text(voice, language, instructions)
         _, eos, pad = self._controls()
-        ids = self._text_ids(text)
+        if voice.codes is not None:
+            texts = torch.cat((self._project([*self._transcript_ids(voice), *self.ids(text)]), eos))
+            frames = self._reference_frames(voice.codes)
+            parts += [texts + self._codec(self._config.talker_config.codec_pad_id), frames + pad]
+        else:
+            shape = self._config.talker_config
+            texts = torch.cat((self._project(self.ids(text)), eos))
+            parts += [texts + self._codec(shape.codec_pad_id), pad + self._codec(shape.codec_bos_id)]
+        return Prompt(torch.cat(parts), pad)
+
+    def begin(
+        self,
+        ids: Sequence[int],
+        voice: Voice,
+        *,
+        language: str,
+        instructions: str,
+        complete: bool,
+        row_by_row: bool = True,
+    ) -> Prompt:
+        """The prompt of one utterance that reads its text frame by frame.
+
+        `ids`: the tokens of its text, or the first of them if it is not `complete`: at least `least_ids(voice)`.
+        `row_by_row`: see `text_rows`.
+        """
+        parts = self._before_text(voice, language, instructions)
+        if voice.codes is not None:
+            _, _, pad = self._controls()
+            texts = self.text_rows([*self._transcript_ids(voice), *ids], complete=complete, row_by_row=row_by_row)
+            frames = self._reference_frames(voice.codes)
+            padding = pad.expand(max(0, len(frames) - len(texts)), -1)
+            parts.append(torch.cat((texts[: len(frames)], padding)) + frames)
+            trailing = texts[len(frames) :] if len(texts) > len(frames) or not complete else pad
+        else:
+            parts.append(self._project(ids[:1]) + self._codec(self._config.talker_config.codec_bos_id))
+            trailing = self.text_rows(ids[1:], complete=complete, row_by_row=row_by_row)
+        return Prompt(torch.cat(parts), trailing)
+
+    def least_ids(self, voice: Voice) -> int:
+        """How many tokens of its text the prompt of an utterance has if it reads its text frame by frame."""
+        if voice.codes is None:
+            return 1
+        return max(1, len(voice.codes) + 1 - len(self._transcript_ids(voice)))
+
+    def text_rows(self, ids: Sequence[int], *, complete: bool, row_by_row: bool = True) -> Tensor:
+        """The embeddings of text tokens [tokens, hidden]; if the text is `complete`, with its end.
+
+        `row_by_row`: a row does not depend on the others, so a text in pieces has the same rows as the whole one.
+        Otherwise they are projected at once as in the official package, which may round the last bit differently.
+        """
+        first, second = self._invariant
+        rows = self.codec_embedding[:0]
+        if ids and row_by_row:
+            rows = self.text_embedding[to_device(ids, self.text_embedding.device)].to(rows.dtype)
+            rows = second.batch_invariant(functional.silu(first.batch_invariant(rows)))
+        elif ids:
+            rows = self._project(ids)
+        return torch.cat((rows, self._controls()[1])) if complete else rows
+
+    def _before_text(self, voice: Voice, language: str, instructions: str) -> list[Tensor]:
         parts = []
         if instructions:
             parts.append(self._project(self._tokenize(f"<|im_start|>user\n{instructions}<|im_end|>\n")))
         parts.append(self._prefix(voice, language))
-        if voice.codes is not None:
-            reference = self._tokenize(f"<|im_start|>assistant\n{voice.transcript}<|im_end|>\n")
-            texts = torch.cat((self._project([*reference[_ROLE_TOKENS:-_REFERENCE_TAIL_TOKENS], *ids]), eos))
-            context, trailing = self._in_context(texts, voice.codes, pad, whole_text=whole_text)
-            parts.append(context)
-        elif whole_text:
-            shape = self._config.talker_config
-            texts = torch.cat((self._project(ids), eos))
-            parts += [texts + self._codec(shape.codec_pad_id), pad + self._codec(shape.codec_bos_id)]
-            trailing = pad
-        else:
-            parts.append(self._project(ids[:1]) + self._codec(self._config.talker_config.codec_bos_id))
-            trailing = torch.cat((self._project(ids[1:]), eos)) if len(ids) > 1 else eos
-        return Prompt(torch.cat(parts), trailing)
+        return parts
 
     def padding(self) -> Tensor:
         """The text embedding of frames behind the text's end, [1, hidden]."""
@@ -146,15 +206,13 @@ class PromptBuilder(TensorHolder):
         self._prefixes.clear()
         self._control_embeddings = None
 
-    def _in_context(self, texts: Tensor, codes: Tensor, pad: Tensor, *, whole_text: bool) -> tuple[Tensor, Tensor]:
-        """The reference's text and codes, and the text to speak, as one track (`generate_icl_prompt`)."""
-        shape = self._config.talker_config
-        frames = torch.cat((self._codec(shape.codec_bos_id), self._embed_codes(codes)))
-        if whole_text:
-            return torch.cat((texts + self._codec(shape.codec_pad_id), frames + pad)), pad
-        if len(texts) > len(frames):
-            return texts[: len(frames)] + frames, texts[len(frames) :]
-        return torch.cat((texts, pad.expand(len(frames) - len(texts), -1))) + frames, pad
+    def _transcript_ids(self, voice: Voice) -> Sequence[int]:
+        ids = self._tokenize(f"<|im_start|>assistant\n{voice.transcript}<|im_end|>\n")
+        return ids[_ROLE_TOKENS:-_REFERENCE_TAIL_TOKENS]
+
+    def _reference_frames(self, codes: Tensor) -> Tensor:
+        """The codec track of a recording to continue (`generate_icl_prompt`)."""
+        return torch.cat((self._codec(self._config.talker_config.codec_bos_id), self._embed_codes(codes)))
 
     def _prefix(self, voice: Voice, language: str) -> Tensor:
         """Embeddings of role, language, speaker and text begin: constant for a preset voice and a language."""
@@ -200,7 +258,8 @@ class PromptBuilder(TensorHolder):
             self._control_embeddings = (bos, eos, pad)
         return self._control_embeddings
 
-    def _text_ids(self, text: str) -> Sequence[int]:
+    def ids(self, text: str) -> Sequence[int]:
+        """Tokens of `text`; JobError (`invalid_value`) if it has none."""
         ids = self._tokenize(f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n")[
             _ROLE_TOKENS:-_TAIL_TOKENS
         ]

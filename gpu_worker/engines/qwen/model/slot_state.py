@@ -89,6 +89,13 @@ class SlotState(TensorHolder):
         if params.greedy_codes:
             self.uniform[slot, :, :-1] = 0
 
+    def append_text(self, slot: int, start: int, rows: Tensor, pad: Tensor) -> None:
+        """Write further text embeddings [tokens, hidden] into the row of `slot`, behind `start` ones."""
+        end = start + len(rows)
+        self.trailing[slot, start:end] = rows
+        self.trailing[slot, end] = pad
+        self.trailing_len[slot] = end
+
     def rows(self, slot: int, *, frames: int, trailing: int) -> list[Tensor]:
         """Views of all that the row of `slot` holds of an utterance, but `active`, which each decode step sets.
 

@@ -1,14 +1,43 @@
 """Jobs whose text is still being written: they speak what the whole text would, and wait where it is missing."""
 
+import random
+from collections.abc import Iterator
+from typing import Any
+
 import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpu_worker.engines.base import Done, Job
 from gpu_worker.engines.qwen.engine import QwenEngine
 from shared.pcm import EMPTY_S, bytes_for
-from shared.protocol import Sampling, Segment
-from tests.gpu_worker.engines.qwen.driving import Outcome, job, run, take
+from shared.protocol import Sampling, Segment, Task
+from shared.text import is_speakable
+from tests.checkpoints import Kind
+from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, job, parts, run, take
+from tests.gpu_worker.engines.qwen.test_growing_text import WORDS
 
 TEXT = "Hello world, good morning."
+
+
+END = "\0"
+"""Stands for the end of a text among its pieces."""
+
+MORE_WORDS = [*WORDS, "<", "<|im_end|>", "<tts_", "pad>"]
+
+Speakers = dict[Task, QwenEngine]
+
+
+@pytest.fixture(scope="module")
+def speakers() -> Iterator[Speakers]:
+    """An engine of each task with four slots, idle again after each test. The first one runs ahead, as on CUDA."""
+    kinds: dict[Task, Kind] = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
+    made = {task: assemble(parts(kind), run_ahead=task == "CustomVoice") for task, kind in kinds.items()}
+    yield made
+    for speaker in made.values():
+        assert speaker.capacity() == 4
+        speaker.close()
 
 
 def opened(whole: Job) -> Job:
@@ -73,3 +102,90 @@ def test_a_limit_on_frames_ends_the_job_when_more_text_comes(speaker: QwenEngine
     drain(speaker, outcomes)
     assert outcomes[whole.id].end == wanted.end
     assert outcomes[whole.id].pcm == wanted.pcm
+
+
+def whole_jobs(draw: st.DrawFn) -> list[Job]:
+    """One to four jobs of one model, in all its layouts, with texts of many scripts, and flushes as segments."""
+    kind: Kind = draw(st.sampled_from(("custom_voice", "voice_design", "base")))
+    most, words = (3, st.sampled_from(WORDS[:30])) if kind == "voice_design" else (7, st.sampled_from(MORE_WORDS))
+    made = []
+    for number in range(draw(st.integers(1, 3))):
+        texts = draw(st.lists(st.lists(words, max_size=most), min_size=1, max_size=2))
+        joint = draw(st.sampled_from((" ", " ", "")))
+        segments = [Segment(text=joint.join(words)) for words in (texts[:1] if kind == "voice_design" else texts)]
+        if not any(is_speakable(segment.text) for segment in segments):
+            segments[0] = Segment(text="Hello.")
+        fields: dict[str, Any] = {
+            "sampling": Sampling(seed=number, max_new_tokens=draw(st.sampled_from((6, 25, 50)))),
+            "language": draw(st.sampled_from(("auto", "chinese", "german"))),
+            "non_streaming_mode": False,
+            "segments": segments,
+        }
+        if kind == "base":
+            made.append(clone(number, text=draw(st.sampled_from((None, "the speech of today"))), **fields))
+        elif kind == "voice_design":
+            made.append(job(number, task="VoiceDesign", voice="", instructions="a deep voice", **fields))
+        else:
+            made.append(job(number, **fields))
+    return made
+
+
+@settings(max_examples=settings().max_examples * 2 // 5)
+@given(jobs=st.composite(whole_jobs)(), seed=st.integers(0, 2**32))
+def test_pieces_are_spoken_as_the_whole_text(speakers: Speakers, jobs: list[Job], seed: int) -> None:
+    """Codes and sound are equal, for all pieces and delays, while jobs join, leave, wait, are parked and come back."""
+    speaker = speakers[jobs[0].task]
+    try:
+        check_pieces(speaker, jobs, seed)
+    finally:
+        for one in jobs:
+            speaker.cancel(one.id)
+    assert speaker.capacity() == 4
+
+
+def check_pieces(speaker: QwenEngine, jobs: list[Job], seed: int) -> None:
+    """Let the jobs speak whole, then in pieces."""
+    wanted = run(speaker, jobs)
+    dice = random.Random(seed)  # noqa: S311 -- Hypothesis chooses the seed
+    outcomes = {one.id: Outcome() for one in jobs}
+    coming = list(jobs)
+    texts = {one.id: written(one, dice) for one in jobs}
+    hurry = 0.05 + dice.random()
+    for _ in range(10_000):
+        if coming and dice.random() < 0.5 and speaker.capacity():
+            speaker.admit(opened(coming.pop(0)))
+        for name in [one.id for one in jobs if one not in coming and not outcomes[one.id].end]:
+            if dice.random() < hurry and texts[name]:
+                write(speaker, name, texts[name].pop(0))
+            if dice.random() < 0.02:
+                speaker.park(name)
+            elif speaker.capacity():
+                speaker.unpark(name)
+        if speaker.runnable(()):
+            take(speaker, outcomes, 0)
+        if all(outcome.end for outcome in outcomes.values()):
+            break
+    for name, outcome in outcomes.items():
+        assert outcome.end == wanted[name].end
+        assert outcome.pcm == wanted[name].pcm
+
+
+def written(whole: Job, dice: random.Random) -> list[str | None]:
+    """The job's text in pieces, with None for a flush between its segments, and for its end."""
+    pieces: list[str | None] = []
+    for segment in whole.segments:
+        text = segment.text
+        while text:
+            size = min(dice.choice((1, 1, 2, 5, 30)), len(text))
+            pieces.append(text[:size])
+            text = text[size:]
+        pieces.append(None)
+    return [*pieces[:-1], END]
+
+
+def write(speaker: QwenEngine, name: str, piece: str | None) -> None:
+    """Send a piece, a flush or the end."""
+    if piece == END:
+        speaker.end_text(name)
+    else:
+        speaker.append(name, piece or "", flush=piece is None)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- texts of many scripts
 """The text tokenizer: the ids of the official package, without its imports."""
 
 import json
@@ -141,7 +142,7 @@ def copied(directory: Path, tmp_path: Path) -> Path:
 
 SCRIPTS = (
     "Hello world, don't say it's THE End. naïve café Å e\u0301e\u0301\u0323 ﬁn 3.50€ a\u0338=\u0338 ",
-    "今天天气很好，我们去公园吧。",  # noqa: RUF001 -- Chinese
+    "今天天气很好，我们去公园吧。",
     "おはようございます。カタカナー",
     "안녕하세요 \u1112\u1161\u11ab ",
     "Größe Straße, ǅungla ʼn ",
@@ -198,7 +199,7 @@ def test_settled_ids_do_not_depend_on_what_follows(tokenizers: list[TextTokenize
         ("It costs 35", "5"),
         ("a\u0301", "a\u0301"),
         ("x=", "="),
-        ("今天天气很好，", "，"),  # noqa: RUF001 -- Chinese
+        ("今天天气很好，", "，"),
         ("hi \U0001f469", " \U0001f469"),
     ],
 )
