@@ -48,7 +48,12 @@ class BrokenDeviceError(Exception):
 
 
 def is_broken_device(error: BaseException) -> bool:
-    """Whether a CUDA error has ended the context for good: after one, every further call fails with it."""
+    """Whether a CUDA error has ended the context for good: after one, every further call fails with it.
+
+    A BrokenDeviceError that was raised before says so, too.
+    """
+    if isinstance(error, BrokenDeviceError):
+        return True
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return any(words in str(error) for words in _BROKEN)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
+from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
 from tests.gpu_worker.residency.fake_drivers import FakeTorch
 
 SUFFIX = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
@@ -41,6 +41,7 @@ def test_sticky(words: str) -> None:
     """After these every further call on the device fails."""
     assert is_broken_device(AcceleratorError(words + SUFFIX))
     assert is_broken_device(RuntimeError(words))
+    assert is_broken_device(BrokenDeviceError(words))
 
 
 @pytest.mark.parametrize(

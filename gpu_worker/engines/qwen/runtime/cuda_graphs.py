@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from gpu_worker.engines.faults import BrokenDeviceError
+
 Key = tuple[str, int, int]
 """What a function does, and two sizes."""
 
@@ -24,6 +26,8 @@ class GraphPool:
     def __init__(self) -> None:
         self._users = 0
         self._handle: Any = None
+        self.captures_given_up = 0
+        """Captures that CUDA has invalidated. What each leaves behind in torch's host allocator stays for good."""
 
     def acquire(self) -> Any:
         """The handle to capture with, for one more user."""
@@ -70,7 +74,7 @@ def capture_graphs(
     try:
         with torch.cuda.stream(stream):
             for key, function in functions.items():
-                graphs[key] = _capture(function, handle)
+                graphs[key] = _capture(function, pool, handle)
     except BaseException:
         graphs.clear()  # their memory would stay in use for as long as the error's traceback
         pool.release()
@@ -84,34 +88,45 @@ def _taken_by_driver() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def _capture(function: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """The graph of `function`, captured on the current stream."""
+def _capture(function: Callable[[], None], pool: GraphPool, handle: Any) -> torch.cuda.CUDAGraph:
+    """The graph of `function`, captured on the current stream.
+
+    Raises:
+        BrokenDeviceError: CUDA has invalidated a capture for the second time. After the first, all is as before, but
+            for an entry in torch's host allocator that refers to the capture: so a process may have one.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         # Meanwhile other models run in another thread. That is safe: the allocator knows the requests of a capture
         # by their stream, and in this mode CUDA forbids disturbing calls to this thread alone.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=handle, capture_error_mode="thread_local")
         function()
         graph.capture_end()
-    except BaseException:
-        _abandon(graph, pool)
+    except BaseException as error:
+        if not _abandon(graph, handle):
+            pool.captures_given_up += 1
+            if pool.captures_given_up > 1:
+                raise BrokenDeviceError(f"CUDA gave up the capture of a graph twice: {error}") from error
         raise
     return graph
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a capture that failed.
+def _abandon(graph: torch.cuda.CUDAGraph, handle: Any) -> bool:
+    """End a capture that failed. Returns False if CUDA has invalidated the capture.
 
-    If CUDA has invalidated the capture, torch's `capture_end` stops half-way. Then the allocator would assume for ever
+    Then torch's `capture_end` stops half-way, and the allocator would assume for ever
     that a capture is running: it would neither return memory when memory runs out, nor ever free this pool.
     """
+    ended = True
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     try:
         graph.pool()  # succeeds if the capture has ended: then the graph releases its share of the pool by itself
     except RuntimeError:
+        ended = False
         device = torch.cuda.current_device()
         for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):  # noqa: SLF001 -- no public way
             with contextlib.suppress(RuntimeError):
-                end(device, pool)
+                end(device, handle)
     graph.reset()
+    return ended

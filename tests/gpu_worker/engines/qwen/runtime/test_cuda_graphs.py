@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.engines.qwen.runtime.cuda_graphs import GraphPool, Key, capture_graphs, warm_up
 
 
@@ -191,3 +192,23 @@ def test_a_failed_capture_leaves_nothing(cuda: FakeCuda, *, invalidated: bool) -
     ended = ["_cuda_endAllocateToPool", "_cuda_releasePool"] if invalidated else ["end on capturing"]
     assert cuda.calls[-len(ended) :] == ended
     assert cuda.alive == 0
+
+
+def test_a_second_invalidated_capture_needs_a_new_process(cuda: FakeCuda) -> None:
+    """The first one is the failure of its model alone; captures that fail without CUDA count for nothing."""
+    pool = GraphPool()
+
+    def invalidated() -> None:
+        cuda.invalidated = True
+        raise torch.OutOfMemoryError("made up")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="made up"):
+            capture(cuda, pool, a=cuda.function("a", ValueError("made up")))
+    with pytest.raises(torch.OutOfMemoryError, match="made up"):
+        capture(cuda, pool, a=invalidated)
+    cuda.invalidated = False
+    capture(cuda, pool, a=cuda.function("a"))
+    with pytest.raises(BrokenDeviceError, match="twice: made up"):
+        capture(cuda, pool, a=invalidated)
+    assert cuda.calls[-2:] == ["_cuda_endAllocateToPool", "_cuda_releasePool"]
