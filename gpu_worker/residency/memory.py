@@ -4,9 +4,11 @@ Figures are the driver's and the kernel's, never sums of what should be there.
 Reading never starts CUDA: where NVML answers, torch is not even imported.
 """
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -46,6 +48,7 @@ class MemoryProbe:
         # In CPU mode the interpreter and its libraries, all that is there at the start, are not held by models.
         self._base_bytes = driver.read().ours_bytes if driver.kind == "cpu" else 0
         self._ram = ram
+        self._moving_thread: int | None = None
         self._host_budget_bytes = default_budget(ram(), 0) if host_budget_bytes is None else host_budget_bytes
 
     def start(self) -> None:
@@ -54,6 +57,15 @@ class MemoryProbe:
         Call it before the first engine is opened: NVML does not list every process's memory everywhere.
         """
         self._driver.start()
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """While this thread moves a model, no other one may reclaim memory."""
+        self._moving_thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._moving_thread = None
 
     def device(self) -> DeviceMemory:
         """The device's memory now."""
@@ -85,8 +97,12 @@ class MemoryProbe:
 
         A collection stops every thread of the process: 250 ms were measured with torch and transformers imported
         (2 cores), 0 after gc.freeze.
-        Do not call it while a model is moved: waiting for the device would break a capture of graphs in another thread.
+
+        Raises:
+            RuntimeError: another thread moves a model. Waiting for the device would break its capture of graphs.
         """
+        if self._moving_thread not in (None, threading.get_ident()):
+            raise RuntimeError("memory is reclaimed while a model is moved")
         trim_host(collect=collect)
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():

@@ -44,7 +44,7 @@ class Mover(SerialThread[Transition]):
     ) -> None:
         super().__init__(
             "mover",
-            lambda transition: report(self._carry_out(transition)),
+            lambda transition: report(self._undisturbed(transition)),
             # A broken device, with which no other transition would succeed, or a probe that cannot measure.
             on_error=lambda error: report(MoverFailed(_described(error))),
             on_close=self._close_all,
@@ -53,6 +53,10 @@ class Mover(SerialThread[Transition]):
         self._open_engine = open_engine
         self._probe = probe
         self._engines: dict[str, Engine] = {}
+
+    def _undisturbed(self, transition: Transition) -> TransitionDone | TransitionFailed:
+        with self._probe.moving():
+            return self._carry_out(transition)
 
     def _carry_out(self, transition: Transition) -> TransitionDone | TransitionFailed:
         began = time.monotonic()

@@ -1,6 +1,8 @@
 """Stand-ins for the parts of the worker: a clock, a device that counts bytes, files of models and of voices."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -100,6 +102,7 @@ class FakeDevice:
         self.readings = 0
         self.collected = 0
         self.reclaimed = 0
+        self.is_moving = False
 
     def device(self) -> DeviceMemory:
         """The device's memory."""
@@ -127,6 +130,13 @@ class FakeDevice:
             offloaded_bytes=0,
             budget_bytes=self.host_budget_bytes,
         )
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """The mover moves a model; `is_moving` says so."""
+        self.is_moving = True
+        yield
+        self.is_moving = False
 
     def reclaim(self, *, collect: bool) -> None:
         """Count the calls."""

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,28 @@ class TestCuda:
         monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type] -- stands in for the module
         MemoryProbe(FakeDriver(Usage(total_bytes=1, used_bytes=0, free_bytes=1, ours_bytes=0))).reclaim(collect=False)
         assert torch.calls == ["synchronize", "empty_cache"]
+
+    def test_nothing_is_reclaimed_beside_a_move(self) -> None:
+        """Only the thread that moves a model may reclaim memory meanwhile."""
+        probe = MemoryProbe(FakeDriver(Usage(total_bytes=1, used_bytes=0, free_bytes=1, ours_bytes=0)))
+        refused: list[BaseException] = []
+
+        def reclaim() -> None:
+            try:
+                probe.reclaim(collect=False)
+            except RuntimeError as error:
+                refused.append(error)
+
+        def in_another_thread() -> int:
+            thread = threading.Thread(target=reclaim)
+            thread.start()
+            thread.join()
+            return len(refused)
+
+        with probe.moving():
+            probe.reclaim(collect=False)
+            assert in_another_thread() == 1
+        assert in_another_thread() == 1
 
     def test_reading_does_not_import_torch(self) -> None:
         """Reading a CPU, or a GPU through NVML, imports no torch."""

@@ -84,6 +84,15 @@ def test_every_kind(bench: Bench) -> None:
     assert bench.engines[0].threads == {"mover"}
 
 
+def test_moves_are_announced(bench: Bench) -> None:
+    """The probe knows that a model is moved while its engine is touched, and no longer when the move is reported."""
+    seen: list[bool] = []
+    bench.before_open = lambda: seen.append(bench.device.is_moving)
+    bench.move("load")
+    assert seen == [True]
+    assert not bench.device.is_moving
+
+
 def test_reclaims_after_every_transition(bench: Bench) -> None:
     """Freed memory is reclaimed before the second measurement; garbage is collected only after a drop."""
     bench.move("load")
