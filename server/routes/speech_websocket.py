@@ -4,7 +4,6 @@ The client sends session.config, then input.text any number of times; input.comm
 the next one may follow. Each part of an utterance is answered by audio.start, binary frames and audio.done.
 """
 
-import uuid
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -156,7 +155,6 @@ class _StreamSocket(SpeechSocket):
 
     def __init__(self, socket: WebSocket[Any, Any, Any], state: State) -> None:
         super().__init__(socket, state)
-        self._session_id = f"speech_ws_{uuid.uuid4().hex}"
         self._plan: SpeechPlan | None = None
         self._config = SessionConfig()
         self._queue = self.new_queue(self._speak)
@@ -236,7 +234,7 @@ class _StreamSocket(SpeechSocket):
         self.configured = True
         await self.send(
             SessionConfigured(
-                session_id=self._session_id,
+                session_id=self.request_id,
                 model=plan.resolved.model.id,
                 voice=plan.resolved.voice,
                 response_format=plan.audio_format,
@@ -266,7 +264,7 @@ class _StreamSocket(SpeechSocket):
         if self._part is not None:
             await self.send(msgspec.structs.replace(self._part, finish_reason="cancelled"))
             self._part = None
-        await self.send(InputCancelled(session_id=self._session_id, utterance_index=self._next_index - 1))
+        await self.send(InputCancelled(session_id=self.request_id, utterance_index=self._next_index - 1))
 
     def on_quiet(self) -> None:
         """Close if the client has said that nothing more comes."""
@@ -320,11 +318,11 @@ class _StreamSocket(SpeechSocket):
 
     async def _send_end(self, utterance: _Numbered, sentences: int) -> None:
         if utterance.ended_by == "input.done":
-            done = SessionDone(session_id=self._session_id, utterance_index=utterance.index, total_sentences=sentences)
+            done = SessionDone(session_id=self.request_id, utterance_index=utterance.index, total_sentences=sentences)
             await self.send(done)
         elif utterance.ended_by == "input.commit":
             committed = InputCommitted(
-                session_id=self._session_id,
+                session_id=self.request_id,
                 utterance_index=utterance.index,
                 segment_index=self._segments,
                 segment_sentences=sentences,

@@ -275,6 +275,30 @@ async def test_text_that_cannot_be_taken_ends_the_socket(
     await becomes(lambda: not worker.busy)
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [b"\x81\x82\0\0\0\0\xff\xfe", b"\x81\x02no", b"\xff" * 64, b"\x82\xff\0\0\0\0\xff\0\0\0\0\0\0\0"],
+    ids=["no UTF-8", "not masked", "no frame", "huge"],
+)
+async def test_a_frame_that_cannot_be_read(client: httpx.AsyncClient, worker: FakeWorker, frame: bytes) -> None:
+    """The close says so, and what was being spoken is cancelled."""
+    worker.hold = True
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(text("Hello."), DONE)
+        await becomes(lambda: worker.busy)
+        socket.socket.transport.write(frame)
+        _, code, reason = await socket.end()
+        assert (code, reason) == (1002, "a frame could not be read")
+    await becomes(lambda: not worker.busy)
+
+
+async def test_the_session_has_the_id_of_the_request(client: httpx.AsyncClient) -> None:
+    """By it, the log's lines about the socket are found."""
+    async with talk(client, additional_headers={"x-request-id": "talk-1"}) as socket:
+        assert (await configured(socket))["session_id"] == "talk-1"
+
+
 async def test_too_many_mistakes_and_utterances(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Both have a limit, after which the socket is closed."""
     async with talk(client) as socket:
