@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.kernels.bias_snake import Snake
+from gpu_worker.engines.qwen.kernels.causal_input import causal_input
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear, aligned
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
@@ -33,7 +34,10 @@ class History:
     """The last inputs of the causal convolutions, read and replaced in order of execution."""
 
     def __init__(self, old: Tensor, new: Tensor, kernels: Kernels) -> None:
-        """`old` [batch, history_size of all pieces]: of the previous chunk. `new`, shaped alike: becomes this one's."""
+        """`old` [batch, history_size of all pieces]: of the previous chunk. `new`, shaped alike: becomes this one's.
+
+        They may be one tensor for kernels that work in place, see CausalInput.
+        """
         self._old, self._new = old, new
         self._kernels = kernels
         self._offset = 0
@@ -49,7 +53,9 @@ class History:
         size = rows * x.shape[2]
         part = slice(self._offset, self._offset + size)
         self._offset += size
-        return self._kernels.causal_input(x, added, snake, self._old[:, part], self._new[:, part])
+        old = self._old[:, part].unflatten(1, (rows, x.shape[2]))
+        new = old if self._new is self._old else self._new[:, part].unflatten(1, (rows, x.shape[2]))
+        return self._kernels.causal_input(x, added, snake, old, new)
 
 
 def windows(x: Tensor, taps: int, dilation: int) -> Tensor:
@@ -191,11 +197,14 @@ class ResidualUnit(TensorHolder):
         self.lookback_frames = self.dilated.lookback_frames
         self.history_size = self.dilated.history_size
 
-    def __call__(self, x: Tensor, added: Tensor | None, history: History) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, added: Tensor | None, history: History) -> tuple[Tensor, Tensor | None]:
         """`x` and what is still to be added to it, [batch, time, channels] each -> the same of the output."""
-        x, extended = history.extend(x, self.dilated.past_rows, added=added, snake=self.snake1)
-        y = self.kernels.bias_snake(self.dilated.of_extended(extended), self.dilated.left_bias, self.snake2)
-        return x, self.pointwise(y, history)
+        x, y = history.extend(x, self.dilated.past_rows, added=added, snake=self.snake1)
+        y = self.dilated.of_extended(y)
+        y = self.kernels.bias_snake(y, self.dilated.left_bias, self.snake2)
+        y = self.pointwise(y, history)
+        # torch adds best while the caches hold both; the kernel of the next input adds on its way.
+        return (y.add_(x), None) if self.kernels.causal_input is causal_input else (x, y)
 
 
 class UpsamplingBlock(TensorHolder):

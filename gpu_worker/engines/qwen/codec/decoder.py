@@ -23,6 +23,7 @@ from gpu_worker.engines.qwen.codec.convolution import (
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.transformer import Transformer, Window
 from gpu_worker.engines.qwen.kernels.bias_snake import Snake
+from gpu_worker.engines.qwen.kernels.causal_input import causal_input
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
@@ -64,8 +65,7 @@ class Decoder(TensorHolder):
 
         Continues the streams of the slots, without synchronization with the host.
         """
-        old = state.history.index_select(0, slots)
-        new = torch.empty_like(old)
+        old, new = self._histories(slots, state)
         latents = self._latents(codes, slots, state, old, new)
         wave = self._waveform(latents, old, new)
         state.history.index_copy_(0, slots, new)
@@ -77,14 +77,19 @@ class Decoder(TensorHolder):
         The streams must be new. Only the transformer needs all frames:
         the convolutions behind it read no further back than `receptive_frames`.
         """
-        old = state.history.index_select(0, slots)
-        new = torch.empty_like(old)
+        old, new = self._histories(slots, state)
         latents = []
         for part in codes.split(state.max_chunk, 1):
             latents.append(self._latents(part, slots, state, old, new))
-            old[:, : self.pre_conv.history_size] = new[:, : self.pre_conv.history_size]
+            if new is not old:
+                old[:, : self.pre_conv.history_size] = new[:, : self.pre_conv.history_size]
         self._waveform(torch.cat(latents, 1)[:, -self.receptive_frames :], old, new)
         state.history.index_copy_(0, slots, new)
+
+    def _histories(self, slots: Tensor, state: DecoderState) -> tuple[Tensor, Tensor]:
+        """Those of the slots, and the tensor for the new ones: the same for torch, which reads all before it writes."""
+        old = state.history.index_select(0, slots)
+        return old, old if self._kernels.causal_input is causal_input else torch.empty_like(old)
 
     def _latents(self, codes: Tensor, slots: Tensor, state: DecoderState, old: Tensor, new: Tensor) -> Tensor:
         """[batch, chunk, latent_dim]. Advances the positions of the slots. `old`, `new`: histories, see History.

@@ -53,9 +53,9 @@ def _kernel(
 def causal_input(
     x: Tensor, added: Tensor | None, snake: Snake | None, old: Tensor, new: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See the parent's `causal_input`. `x` and `added` are contiguous. `old` and `new` must not overlap."""
+    """See the parent's `causal_input`. `x` and `added` are contiguous."""
     batch, time, channels = x.shape
-    past = old.shape[1] // channels
+    past = old.shape[1]
     extended = x.new_empty(batch, past + time, channels)
     _kernel[batch, triton.cdiv((past + time) * channels, BLOCK)](
         x,
