@@ -80,7 +80,7 @@ function optionsOf(chart, element, setIndex) {
   return {
     width: element.clientWidth,
     height: HEIGHT,
-    padding: [8, 4, 0, 0],
+    padding: [8, 24, 0, 0],
     legend: { show: false },
     cursor: { sync: { key: "watch" }, drag: { x: false, y: false }, points: { size: 7 } },
     scales: {

@@ -47,7 +47,7 @@ function Model({ model, since, timeout, isDefault }) {
     ${error && html`<p class="problem" role="alert">${error}</p>`}</div>
     <div class="model-actions">
       ${busy === "load" || (model.state === "loading" && !busy) ? html`<span class="spinner" role="status" aria-label=${words.states.loading}></span>` : null}
-      ${model.state !== "resident" && html`<button disabled=${busy || model.state === "unavailable"} aria-label=${words.loadOne(model.id)} onClick=${() => act("load")}>${words.load}</button>`}
+      ${model.state !== "resident" && model.state !== "loading" && html`<button disabled=${busy || model.state === "unavailable"} aria-label=${words.loadOne(model.id)} onClick=${() => act("load")}>${words.load}</button>`}
       ${here && html`<button disabled=${busy} aria-label=${words.unloadOne(model.id)} onClick=${() => act("unload")}>${words.unload}</button>`}
       <button class="quiet" disabled=${busy} aria-pressed=${model.pinned} aria-label=${model.pinned ? words.unpinOne(model.id) : words.pinOne(model.id)}
         onClick=${() => act(model.pinned ? "unpin" : "pin")}>${model.pinned ? words.unpin : words.pin}</button>
