@@ -21,6 +21,9 @@ from shared.settings import Settings
 
 _WEB: Final = Path(__file__).resolve().parent.parent / "web"
 _LIBRARIES: Final = ("preact.js", "preact-hooks.js", "htm.js", "uplot.js", "uplot.css")
+_LATER: Final = ("theme-early", "views/voices", "views/watch", "vendor/uplot")
+"""Scripts that are no modules of the first view."""
+
 _MEDIA_TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -40,10 +43,15 @@ class WebFile(msgspec.Struct, frozen=True):
 
 
 class WebFiles(msgspec.Struct, frozen=True):
-    """All files by their path below the page's own; `digest` of all of them is part of their URLs."""
+    """All files by their path below the page's own; `digest` of all of them is part of their URLs.
+
+    `preloads` are the links that let a browser fetch all modules of the first view at once, instead of one import
+    after the other.
+    """
 
     files: dict[str, WebFile]
     digest: str
+    preloads: str
 
 
 def wants_page(request: Request[Any, Any, Any]) -> bool:
@@ -56,7 +64,8 @@ def page_response(request: Request[Any, Any, Any], settings: Settings) -> Respon
     web = _read_all()
     prefix = client_view(settings, request.scope).prefix
     base = f"{prefix}/" if prefix else ""
-    html = web.files["index.html"].content.replace(b"{files}", f"{base}page/{web.digest}".encode())
+    html = web.files["index.html"].content.replace(b"{preloads}", web.preloads.encode())
+    html = html.replace(b"{files}", f"{base}page/{web.digest}".encode())
     html = html.replace(b"{base}", base.encode())
     page = _file(html, "text/html")
     headers = {
@@ -100,7 +109,9 @@ def _read_all() -> WebFiles:
     paths |= {f"vendor/{name}": _WEB / "vendor" / name for name in _LIBRARIES}
     files = {name: _file(path.read_bytes(), _MEDIA_TYPES[path.suffix]) for name, path in paths.items()}
     digest = hashlib.sha256("".join(name + file.etag for name, file in files.items()).encode()).hexdigest()
-    return WebFiles(files, digest[:16])
+    first = [name for name in files if name.endswith(".js") and not name.startswith(_LATER)]
+    preloads = "\n    ".join(f'<link rel="modulepreload" href="{{files}}/{name}">' for name in first)
+    return WebFiles(files, digest[:16], preloads)
 
 
 def _file(content: bytes, media_type: str) -> WebFile:

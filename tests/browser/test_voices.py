@@ -15,10 +15,10 @@ def saved(service: Service) -> dict[str, dict[str, object]]:
     return {voice["name"]: voice for voice in service.http.get("/v1/audio/voices").json()["uploaded_voices"]}
 
 
-def clone(page: Page, name: str, *, file: Path | None = None) -> float:
+def clone(page: Page, name: str, *, file: Path | None = None) -> tuple[str, float]:
     """Fill in the dialog, with a file or two seconds of the microphone; the voice is in the list then.
 
-    The length of the recording as the dialog has shown it.
+    The name and the length of the recording as the dialog has shown them.
     """
     page.get_by_role("button", name="Clone a voice").click()
     dialog = page.get_by_role("dialog")
@@ -30,14 +30,14 @@ def clone(page: Page, name: str, *, file: Path | None = None) -> float:
     else:
         dialog.locator("input[type=file]").set_input_files(file)
     expect(dialog.get_by_label("The recording")).to_be_visible()
-    (shown,) = re.findall(r" · (\d+\.\d) s", dialog.locator(".recording").inner_text())
+    ((shown, seconds),) = re.findall(r"(\S+) · (\d+\.\d) s", dialog.locator(".recording").inner_text())
     dialog.get_by_label("What is said in it").fill("A story." if file else "")
     dialog.get_by_label("Name", exact=True).fill(name)
     dialog.get_by_label("This is my voice").check()
     dialog.get_by_role("button", name="Save the voice").click()
     expect(dialog).to_have_count(0)
     expect(page.locator("[data-voice]", has_text=name)).to_be_visible()
-    return float(shown)
+    return shown, float(seconds)
 
 
 def test_previews_and_use(tab: OpenTab) -> None:
@@ -61,7 +61,9 @@ def test_previews_and_use(tab: OpenTab) -> None:
 def test_from_a_file_to_another_name(tab: OpenTab, open_service: Service, recording: Path, tmp_path: Path) -> None:
     """Clone, refuse a taken name at its field, rename, export, delete with a question, import."""
     page = tab().open("voices")
-    clone(page, "Grandma", file=recording)
+    unknown = tmp_path / "grandma.voicemail"  # the page makes a WAV of what it does not know
+    unknown.write_bytes(recording.read_bytes())
+    assert clone(page, "Grandma", file=unknown)[0] == "grandma.voicemail.wav"
     assert saved(open_service)["Grandma"]["in_context"] is True
     page.get_by_role("button", name="Rename Grandma").click()
     name = page.get_by_role("dialog").get_by_label("Name")
@@ -92,8 +94,8 @@ def test_from_a_file_to_another_name(tab: OpenTab, open_service: Service, record
 def test_from_the_microphone(tab: OpenTab, open_service: Service) -> None:
     """A recording of the browser is one that the service takes, and as long as it was shown."""
     page = tab().open("voices")
-    shown = clone(page, "Beep")
-    assert saved(open_service)["Beep"]["seconds"] == pytest.approx(shown, abs=1.5)
+    _, seconds = clone(page, "Beep")
+    assert saved(open_service)["Beep"]["seconds"] == pytest.approx(seconds, abs=1.5)
     open_service.http.delete("/v1/audio/voices/Beep").raise_for_status()
 
 
