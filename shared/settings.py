@@ -41,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(min_length=1, max_length=255)] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65_535)] = 8000
     web_workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     worker_url: str | None = None
     worker_token: Annotated[str, Meta(max_length=256)] = ""
     worker_timeout_s: Annotated[float, Meta(ge=2, le=31_536_000)] = 30.0
@@ -123,6 +125,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values["kernels"] = self.kernels == "triton" and self.default_device != "cpu"
         return [variable_of(name) for name, needs in values.items() if needs]
 
+    def url(self, host: str) -> str:
+        """The URL of the web side at `host`, a name or an IP address."""
+        scheme = "https" if self.tls_cert else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+
     def worker_public(self) -> dict[str, Any]:
         """The public settings that the GPU worker alone uses; its environment may differ from the web side's."""
         return {name: value for name, value in self.public().items() if name not in _USED_BY_WEB_SIDE}
@@ -132,7 +139,7 @@ SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 """The published names of the two sizes, for reports."""
 
 _USED_BY_WEB_SIDE: Final = {
-    *("host", "port", "web_workers", "worker_url", "api_title", "cors_origins"),
+    *("host", "port", "tls_cert", "tls_key", "web_workers", "worker_url", "api_title", "cors_origins"),
     *("worker_timeout", "allowed_hosts", "trusted_proxies", "root_path", "web_page"),
     *("max_connections", "max_connections_per_address", "body_buffer_mb"),
     *(

@@ -7,10 +7,12 @@ import argparse
 import http.client
 import ipaddress
 import json
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from shared.environment import environment
@@ -34,12 +36,17 @@ class UsageError(Exception):
 class Client:
     """A service at `url`, with or without OpenAI's /v1, and the API key for it."""
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, key: str = "", certificate: Path | None = None) -> None:
+        """`certificate` is that of a service on this machine: it is taken whatever names it has, and no other is."""
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.authorization = f"Bearer {key}" if key else None
         # A proxy of the environment is not used for this machine.
         proxies = urllib.request.ProxyHandler({}) if is_local(self.url) else urllib.request.ProxyHandler()
-        self._opener = urllib.request.build_opener(proxies)
+        self.tls = ssl.create_default_context(cafile=certificate)
+        if certificate is not None:
+            self.tls.check_hostname = False
+            self.tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be signed by an authority of its own
+        self._opener = urllib.request.build_opener(proxies, urllib.request.HTTPSHandler(context=self.tls))
 
     def get(self, path: str, *, listing: str = "") -> dict[str, Any]:
         """The JSON object that `path` answers, with a list of objects under the name `listing`; else ClientError."""
@@ -97,8 +104,7 @@ def client_of(arguments: argparse.Namespace, *, admin: bool = False) -> Client:
         # The key of the service on this machine is not sent to others.
         return Client(arguments.url, arguments.key or (keys[0] if keys and is_local(arguments.url) else ""))
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}.get(settings.host, settings.host)  # noqa: S104 -- nothing is bound
-    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
-    return Client(url, arguments.key or (keys[0] if keys else ""))
+    return Client(settings.url(host), arguments.key or (keys[0] if keys else ""), settings.tls_cert)
 
 
 def is_local(url: str) -> bool:

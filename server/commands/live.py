@@ -69,7 +69,11 @@ def _socket(client: Client) -> Iterator[ClientConnection]:
     headers = {"Authorization": client.authorization} if client.authorization else None
     try:
         with connect(
-            url, additional_headers=headers, proxy=None if is_local(client.url) else True, max_size=None
+            url,
+            additional_headers=headers,
+            proxy=None if is_local(client.url) else True,
+            ssl=client.tls if url.startswith("wss:") else None,
+            max_size=None,
         ) as ws:
             yield ws
     except websockets.InvalidStatus as error:

@@ -31,6 +31,7 @@ from server.processes import (
     WebServer,
     addresses_of,
     hold_port,
+    tls_problems,
 )
 from server.text import PronunciationsError, load_pronunciations
 from shared.access import current_user
@@ -107,8 +108,7 @@ def _serve_with_worker(settings: Settings, addresses: list[str], url: str) -> in
 
 def _web_server(settings: Settings, addresses: list[str]) -> WebServer:
     server = WebServer(settings, addresses, from_environment)
-    host = "localhost" if settings.host == "*" else settings.host
-    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    url = settings.url("localhost" if settings.host == "*" else settings.host)
     server.on_startup(
         lambda: log.info("serving", url=url, docs=f"{url}/docs", addresses=addresses, web_workers=settings.web_workers)
     )
@@ -152,7 +152,14 @@ def _keys_problems(settings: Settings) -> list[str]:
     return []
 
 
-_CHECKS: Final = (_host_problems, _keys_problems, _pronunciations_problems, unknown_models, _worker_problems)
+_CHECKS: Final = (
+    _host_problems,
+    tls_problems,
+    _keys_problems,
+    _pronunciations_problems,
+    unknown_models,
+    _worker_problems,
+)
 """What is wrong with settings beyond their form."""
 
 

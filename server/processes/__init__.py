@@ -4,7 +4,17 @@ Outsiders import the names below, never a module of the package.
 """
 
 from server.processes.listening import HostError, PortError, PortTakenError, addresses_of, hold_port
+from server.processes.tls import tls_problems
 from server.processes.web_workers import WebServer
 from server.processes.worker_supervisor import Supervisor
 
-__all__ = ["HostError", "PortError", "PortTakenError", "Supervisor", "WebServer", "addresses_of", "hold_port"]
+__all__ = [
+    "HostError",
+    "PortError",
+    "PortTakenError",
+    "Supervisor",
+    "WebServer",
+    "addresses_of",
+    "hold_port",
+    "tls_problems",
+]

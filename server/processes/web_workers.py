@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Final
 
 import structlog
-from granian.constants import Interfaces
+from granian.constants import Interfaces, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
 from granian.server.common import SocketSpec
@@ -32,6 +32,7 @@ from server.processes.connection_reaper import ConnectionReaper
 from server.processes.descriptors import places_for_connections
 from server.processes.heap_trimmer import HeapTrimmer
 from server.processes.restarts import RestartPauses, death_cause
+from server.processes.systemd import Systemd
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
 from shared.settings import Settings
 from shared.stacks import write_stacks_on_signals
@@ -105,6 +106,9 @@ class WebServer(MPServer):
             backpressure=places,
             http1_settings=HTTP1,
             http2_settings=HTTP2,
+            ssl_cert=settings.tls_cert,
+            ssl_key=settings.tls_key,
+            ssl_protocol_min=SSLProtocols.tls12,
             workers_kill_timeout=math.ceil(settings.drain_timeout_s),
             log_level=LogLevels(settings.log_level),
             log_dictconfig=_GRANIAN_LOGS,
@@ -114,6 +118,7 @@ class WebServer(MPServer):
         self._timeout_s = settings.worker_timeout_s
         self._reaper = partial(_reaper, settings, places)
         self._states: dict[int, _WorkerState] = {}
+        self._systemd = Systemd()
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does that; granian sets its handler regardless
             self.on_startup(partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
         # The default of Python 3.14 is another one, for which granian would start fresh interpreters.
@@ -147,7 +152,10 @@ class WebServer(MPServer):
             self.main_loop_interrupt.wait(self._seconds_to_next_turn())
             self.main_loop_interrupt.clear()
             if self.interrupt_signal:
+                self._systemd.stopping()
                 return
+            if any(state.watchdog.has_served for state in self._states.values()):
+                self._systemd.ready()
             while self.interrupt_children:
                 self._on_death(self.interrupt_children.pop(0))
             for idx, state in self._states.items():

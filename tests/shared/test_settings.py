@@ -20,6 +20,8 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_ADMIN_KEYS", "sk-admin", ["sk-admin"]),
     ("TTS_USAGE_FILE", "/var/lib/tts/usage.sqlite", Path("/var/lib/tts/usage.sqlite")),
     ("TTS_USAGE_DAYS", "30", 30),
+    ("TTS_TLS_CERT", "/etc/tts/cert.pem", Path("/etc/tts/cert.pem")),
+    ("TTS_TLS_KEY", "/etc/tts/key.pem", Path("/etc/tts/key.pem")),
     ("TTS_KEYS_FILE", "/etc/tts/keys.toml", Path("/etc/tts/keys.toml")),
     ("TTS_WEB_PAGE", "false", False),
     ("TTS_CORS_ORIGINS", "https://a.example,http://b.example:8080", ["https://a.example", "http://b.example:8080"]),
