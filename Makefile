@@ -51,10 +51,11 @@ format: install ## apply what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## time the front end, the engine beside the official package, and open-loop load
+bench: install ## time the front end, the engine beside the official package, open-loop load and growing texts
 	$(BIN)/python -m tests.benchmarks.frontend
 	$(BIN)/python -m tests.benchmarks.engine
 	$(BIN)/python -m tests.benchmarks.load
+	$(BIN)/python -m tests.benchmarks.live_text
 
 # Where a machine brings its own packages: make gpu BIN=/the/folder/of/its/python
 gpu: $(if $(filter $(VENV)/bin,$(BIN)),install) ## what needs a GPU, in stages, within eight minutes on one
