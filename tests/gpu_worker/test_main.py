@@ -1,6 +1,7 @@
 """The worker as a process: its settings, its address, its exit codes, its end."""
 
 import functools
+import importlib.util
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import gpu_worker.__main__
 from gpu_worker.__main__ import EXIT_ALREADY_RUNNING, EXIT_WRONG_SETTINGS, main
 from gpu_worker.engines.factory import GPU_EXTRA
 from gpu_worker.health import check
+from shared.environment import NO_CUDA
 from shared.protocol import VERSION, Action, Call, CloneVoice, DeleteVoice, Hello, Reply, decode_from_worker, encode
 from shared.sockets import AlreadyRunningError, claim, connect_dealer
 
@@ -95,7 +97,7 @@ class TestSettings:
 
     def test_mistakes_of_every_kind(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         """Mistakes that only the catalogue, the disk or the driver can show are in the same message."""
-        wrong = {"PORT": "http", "DEFAULT_MODEL": "void", "MODEL_PATHS": "espeak=/nowhere", "KERNELS": "triton"}
+        wrong = {"PORT": "http", "DEFAULT_MODEL": "void", "MODEL_PATHS": "espeak=/nowhere", "DEFAULT_DEVICE": "cuda"}
         for name, value in wrong.items():
             monkeypatch.setenv(f"TTS_{name}", value)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -103,6 +105,17 @@ class TestSettings:
         stderr = capsys.readouterr().err
         named = sorted(line.split(":")[0].strip() for line in stderr.splitlines()[1:])
         assert named == sorted(f"TTS_{name}" for name in [*wrong, "WORKER_URL"])
+
+    def test_no_gpu_for_triton(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """TTS_KERNELS=triton is refused at the start, with what is missing, in one sentence."""
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+        monkeypatch.setenv("TTS_KERNELS", "triton")
+        monkeypatch.setenv("TTS_DEFAULT_DEVICE", "auto")
+        monkeypatch.setenv("TTS_WORKER_URL", "ipc:///nowhere/worker.ipc")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert main([]) == EXIT_WRONG_SETTINGS
+        (sentence,) = capsys.readouterr().err.splitlines()[1:]
+        assert sentence.strip() == f"TTS_KERNELS: {NO_CUDA}"
 
     def test_downloading_without_the_gpu_extra(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -47,7 +47,10 @@ GRAPH_NODE_BYTES: Final = 10 << 10
 """What the driver takes for a kernel in a graph: about 10 KB, reported for CUDA 12 (NVIDIA/cccl 3768)."""
 
 GRAPH_NODES: Final = {"frame": 900, "decode": 240, "prefill": 300}
-"""Kernels of a decode step, of a vocoder's call and of a prefill of published models: see test_fake_cuda.py."""
+"""Kernels of a decode step, of a vocoder's call and of a prefill of published models: see test_fake_cuda.py.
+
+With TTS_KERNELS=torch they are twice as many. SLOTS_SHARE leaves room for those, too.
+"""
 
 TRACE_NODES: Final = 55
 """Nodes of a trace for each layer and forward of the code predictor: 47 to 49 in float32, 65 to 70 in bfloat16."""

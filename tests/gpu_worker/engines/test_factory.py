@@ -120,6 +120,14 @@ class TestQwen:
         assert factory.estimated(here).estimated_bytes == pytest.approx(held, rel=0.1)
         assert factory.estimated(elsewhere) == elsewhere
 
+    def test_unsupported_kernels(self, catalog: list[ModelSpec]) -> None:
+        """The setting reaches the engine, which refuses what the device cannot do."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        factory = _factory(catalog, MODEL_PATHS=f"{spec.id}={tiny('custom_voice', '0b6')}", KERNELS="triton")
+        with pytest.raises(JobError, match="TTS_KERNELS=triton needs a CUDA device") as caught:
+            factory.open(spec)
+        assert caught.value.code == "model_unavailable"
+
     def test_unsupported_dtype(self, catalog: list[ModelSpec]) -> None:
         """It stops the start, with the setting to change, and is an error of opening the model."""
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")

@@ -73,6 +73,7 @@ def select_kernels(setting: KernelSetting, device: torch.device, dtype: torch.dt
     if problems and setting == "triton":
         reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise JobError("model_unavailable", f"TTS_KERNELS=triton is impossible here, use auto or torch: {reasons}")
+    log.info("kernels_chosen", triton=[name for name in OPERATIONS if name not in problems], torch=[*problems])
     return fused_kernels(*problems)
 
 
