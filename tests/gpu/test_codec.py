@@ -30,10 +30,10 @@ def _exact_products() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(scope="module")
-def codec() -> Iterator[Codec]:
-    """The small codec on the device."""
-    yield Codec(tiny("base"), dtype=torch.float32, device=CUDA)
+@pytest.fixture(scope="module", params=["torch", "triton"])
+def codec(request: pytest.FixtureRequest) -> Iterator[Codec]:
+    """The small codec on the device, computed by either kernels."""
+    yield Codec(tiny("base"), dtype=torch.float32, device=CUDA, kernels=request.param)
     torch.cuda.empty_cache()
 
 
