@@ -11,7 +11,7 @@ The frame that was launched behind the end of a job is dropped.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -64,9 +64,13 @@ log = structlog.get_logger(__name__)
 
 
 class LaunchedFrame(msgspec.Struct, frozen=True):
-    """A frame on the device: its jobs, each with the number of its utterance and the slot that it had then."""
+    """A frame on the device: its jobs, each with the number of its utterance and the slot that it had then.
+
+    Of the `early` ones only the codes are made: their text has not come. The same frame is made again when it has.
+    """
 
     members: list[tuple[RunningJob, int, int]]
+    early: list[tuple[RunningJob, int]]
 
 
 class UtteranceEnd(msgspec.Struct, frozen=True):
@@ -219,7 +223,7 @@ class QwenEngine:
             or sequence.can_launch
             or sequence.chunk_due
             or (sequence.between and not sequence.waits_for_text)
-            or (sequence.needs_text and sequence.has_new_text)
+            or (sequence.needs_text and (sequence.can_launch_early or sequence.has_new_text))
             or (sequence.ended and (sequence.generating or _reference_done(sequence)))
             for sequence in self._sequences.values()
             if sequence.job.id not in held_back
@@ -236,8 +240,9 @@ class QwenEngine:
             ahead = 0
             if self._decode_due_chunks(sequences):
                 members = [sequence for sequence in sequences if sequence.can_launch]
-                if members and self._launch_due():
-                    self._launch_frame(members)
+                early = [sequence for sequence in sequences if sequence.can_launch_early]
+                if (members or early) and self._launch_due():
+                    self._launch_frame(members, early)
                 ahead = 1 if self._run_ahead and members else 0
                 self._wait_for_device(ahead)
                 while len(self._frames) > ahead and (not self._cuda or self._frames[0].ready()):
@@ -517,14 +522,18 @@ class QwenEngine:
                 return
             self._sleep(POLL_S)
 
-    def _launch_frame(self, members: list[RunningJob]) -> None:
-        """Start a frame of `members` on the device."""
+    def _launch_frame(self, members: list[RunningJob], early: Sequence[RunningJob] = ()) -> None:
+        """Start a frame of `members` on the device. Of the `early` ones it makes the codes, but keeps no state."""
         self._set_active_slots({sequence.slot for sequence in members})
-        rows = [(sequence.slot, sequence.prompt_tokens + sequence.frames_launched + 1) for sequence in members]
-        frame = LaunchedFrame([(sequence, sequence.utterance, sequence.slot) for sequence in members])
+        batch = (*members, *early)
+        rows = [(sequence.slot, sequence.prompt_tokens + sequence.frames_launched + 1) for sequence in batch]
+        frame = LaunchedFrame(
+            [(sequence, sequence.utterance, sequence.slot) for sequence in members],
+            [(sequence, sequence.utterance) for sequence in early],
+        )
         host_copy = HostCopy(self._parts.state.next_codebook0, frame)
         self._parts.vocoder.wait_for_older_decodes()
-        full_vocab = any(member.plan.sampling.full_vocab for member in members)
+        full_vocab = any(member.plan.sampling.full_vocab for member in batch)
         captured = self._parts.runner.decode_step(rows, full_vocab=full_vocab)
         host_copy.start()
         self._steps[captured] += 1
@@ -534,6 +543,8 @@ class QwenEngine:
         self._frames.append(host_copy)
         for sequence in members:
             sequence.frames_launched += 1
+        for sequence in early:
+            sequence.early_launched = True
 
     def _set_active_slots(self, slots: set[int]) -> None:
         if slots == self._active_slots:
@@ -553,6 +564,9 @@ class QwenEngine:
         for sequence, utterance, slot in host_copy.record.members:
             if sequence.alive and sequence.utterance == utterance and not sequence.ended:
                 sequence.on_frame_ready(last=next_codes[slot] == self._eos_code)
+        for sequence, utterance in host_copy.record.early:
+            if sequence.alive and sequence.utterance == utterance and not sequence.ended:
+                sequence.on_early_frame_ready()
 
     def _decode_due_chunks(self, sequences: Iterable[RunningJob]) -> bool:
         """Decode due chunks, the most urgent first. Returns False if the rest waits for the next step.
@@ -578,6 +592,9 @@ class QwenEngine:
         while self._deliveries:
             head = self._deliveries[0]
             if isinstance(head, UtteranceEnd):
+                held = head.sequence.take_held()
+                if held is not None and head.sequence.alive:
+                    self._emit(head.sequence, held.tobytes(), head.sequence.rate)
                 head.sequence.between = True
                 self._deliveries.popleft()
                 self._start_utterances([head.sequence])

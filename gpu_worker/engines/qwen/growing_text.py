@@ -71,7 +71,7 @@ class GrowingText:
         unsure = [end for end in {*ends[:-1], *while_open}.difference(sure) if end < len(text)]
         marks = (
             place + 1
-            for place in range(len(text))
+            for place in range(self._place, len(text))
             if unicodedata.category(text[place]) == "Po" and not self._next_word_is_sure(place + 1)
         )
         item = _LIST_ITEM.search(text, text.rfind("\n\n") + 1)

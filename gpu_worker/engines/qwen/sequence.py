@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from gpu_worker.engines.base import FinishReason, Job
-from gpu_worker.engines.fades import Samples, fade_in, fade_out
+from gpu_worker.engines.fades import FADE_OUT_S, Samples, fade_in, fade_out
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.passages import Passage
@@ -38,6 +38,8 @@ class RunningJob:
     `ended` is true if no further frame of the utterance will be launched.
     `text_complete` is false while more of the utterance's text may come.
     `tokens` and `trailing_tokens` count what came.
+    `early_frame` is true while the frame that needs text is speech already: its codes are known without that text,
+    but not what follows them. `early_launched` is true while those codes are on their way.
     `frames_launched` counts the utterance's frames that were started on the device, `frames_ready` those that the host
     knows to be speech, and `pending_frames` those that are ready but not yet decoded.
     `underrun_at` is the time, on the engine's clock, at which a player that started at once has played everything.
@@ -84,6 +86,8 @@ class RunningJob:
         self.text_complete = not utterance.incomplete
         self.input_tokens += utterance.tokens
         self.frames_launched = 0
+        self.early_frame = self.early_launched = False
+        self.held_samples: Samples | None = None
         self.frames_ready = 0
         self.silent_frames = 0
         self.ended = False
@@ -129,7 +133,8 @@ class RunningJob:
             return False
         if self.between:
             return self.look_ahead() is None and open_text.error is None
-        return self.needs_text and not self.has_new_text and not self.frames_on_device and not self.pending_frames
+        idle = self.early_frame and not self.frames_on_device and not self.pending_frames
+        return self.needs_text and idle and not self.has_new_text
 
     @property
     def needs_text(self) -> bool:
@@ -153,7 +158,13 @@ class RunningJob:
     @property
     def frames_on_device(self) -> int:
         """Frames that were launched and are not ready yet."""
-        return self.frames_launched - self.frames_ready
+        return self.frames_launched + self.early_frame + self.early_launched - self.frames_ready
+
+    @property
+    def can_launch_early(self) -> bool:
+        """True if the codes of the frame that needs text can be made before that text comes."""
+        wanted = self.needs_text and not self.early_frame and self.frames_launched < self.max_frames
+        return wanted and not self.frames_on_device
 
     @property
     def can_launch(self) -> bool:
@@ -174,7 +185,8 @@ class RunningJob:
         So an open job gives all audio that there is while it waits for text. The split into chunks decides about the
         last bit, so that of the whole text is the same, if the request asks for that layout.
         """
-        return self.plan.live and self.frames_ready - self.pending_frames < self.trailing_tokens
+        reads = not self.text_complete or self.frames_ready - self.pending_frames < self.trailing_tokens
+        return self.plan.live and reads
 
     @property
     def next_chunk(self) -> int:
@@ -193,13 +205,22 @@ class RunningJob:
 
     def on_frame_ready(self, *, last: bool) -> None:
         """Count a frame whose codes are speech. `last`: the model has ended the utterance behind this frame."""
-        self.frames_ready += 1
-        self.pending_frames += 1
-        self.output_frames += 1
+        if self.early_frame:  # counted before
+            self.early_frame = False
+        else:
+            self.frames_ready += 1
+            self.pending_frames += 1
+            self.output_frames += 1
         if last:
             self.ended = True
         elif self.frames_ready >= self.max_frames:
             self._end_at_length()
+
+    def on_early_frame_ready(self) -> None:
+        """Count the frame that needs text: its codes are known."""
+        self.early_launched = False
+        self.on_frame_ready(last=False)
+        self.early_frame = True
 
     def on_chunk_decoded(self) -> None:
         """The next chunk went to the vocoder."""
@@ -213,14 +234,24 @@ class RunningJob:
     def faded(self, pcm: Samples) -> Samples:
         """The next decoded chunk, in order: faded in if the utterance begins with it, out if it ends with it.
 
-        An utterance has ended by the time that its last frames are decoded.
+        An utterance has ended by the time that its last frames are decoded, but for an early frame: the samples that
+        would be faded are held back, for the next chunk or for `take_held`.
         """
         self.chunks_delivered += 1
         if self.chunks_delivered == 1:
             pcm = fade_in(pcm, SAMPLE_RATE)
+        if self.held_samples is not None:
+            pcm, self.held_samples = np.concatenate((self.held_samples, pcm)), None
         if self.ended and not self.pending_frames and self.chunks_delivered == self.chunks:
-            pcm = fade_out(pcm, SAMPLE_RATE)
+            return fade_out(pcm, SAMPLE_RATE)
+        if self.early_frame and self.chunks_delivered == self.chunks:
+            pcm, self.held_samples = np.split(pcm, [-round(FADE_OUT_S * SAMPLE_RATE)])
         return pcm
+
+    def take_held(self) -> Samples | None:
+        """The last samples of an utterance that ended with an early frame, faded out."""
+        held, self.held_samples = self.held_samples, None
+        return None if held is None else fade_out(held, SAMPLE_RATE)
 
     def check_silence(self, pcm: Samples, frame_samples: int) -> None:
         """End the utterance if the model has gone silent. pcm: a decoded chunk, int16 [samples]."""

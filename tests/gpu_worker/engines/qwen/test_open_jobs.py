@@ -10,19 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.engines.base import Done, Job
+from gpu_worker.engines.fades import FADE_OUT_S
 from gpu_worker.engines.qwen.engine import QwenEngine
-from shared.pcm import EMPTY_S, bytes_for
+from shared.pcm import EMPTY_S, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Sampling, Segment, Task
 from shared.text import is_speakable
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, job, parts, run, take
 from tests.gpu_worker.engines.qwen.test_growing_text import WORDS
+from tests.gpu_worker.fakes import FakeClock
 
 TEXT = "Hello world, good morning."
 
 
 END = "\0"
 """Stands for the end of a text among its pieces."""
+
+HELD_SAMPLES = round(FADE_OUT_S * SAMPLE_RATE)
 
 MORE_WORDS = [*WORDS, "<", "<|im_end|>", "<tts_", "pad>"]
 
@@ -70,6 +74,31 @@ def test_pieces_and_flushes(speaker: QwenEngine) -> None:
     drain(speaker, outcomes)
     assert outcomes[whole.id].pcm == wanted.pcm
     assert outcomes[whole.id].end == wanted.end
+
+
+def test_the_first_word_is_spoken_before_the_second_comes() -> None:
+    """There is a frame for each token that is sure, the last one without its end, which a fade might change.
+
+    The clock stands still: no audio waits for anything but text.
+    """
+    made = parts("custom_voice")
+    speaker = QwenEngine(made, pause_s=0.15, run_ahead=False, clock=FakeClock())
+    whole = streamed(2, "hello good morning", sampling=Sampling(seed=2))
+    wanted = run(speaker, [whole])[whole.id].pcm
+    outcomes = {whole.id: Outcome()}
+    speaker.admit(opened(whole))
+    text, heard = "", []
+    for piece in ("hel", "lo", " ", "go", "od ", "morn"):
+        text += piece
+        speaker.append(whole.id, piece, flush=False)
+        drain(speaker, outcomes)
+        tokens = len(made.prompts.settled(text))
+        assert len(outcomes[whole.id].pcm) == (tokens and 2 * (tokens * FRAME_SAMPLES - HELD_SAMPLES))
+        assert wanted.startswith(outcomes[whole.id].pcm)
+        heard.append(tokens)
+    assert heard[:3] == [0, 0, 1]
+    assert heard[-1] > 2
+    speaker.close()
 
 
 def test_a_text_without_a_word(speaker: QwenEngine) -> None:
