@@ -69,6 +69,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     `running` requests hold one of `slots`; `queued` ones wait for one.
     `buffered` ones hold none: their speech waits for the client in the audio buffer, or the client has enough of it.
     `stalled`, of either kind: the client has read nothing for 10 s.
+    `waiting_for_text`, of either kind: more of its text has to come.
     `audio_s`: seconds of audio made since the GPU worker started.
     `streams`: requests with a slot, buffered ones, then those that wait; the oldest first, at most fifty.
     """
@@ -82,6 +83,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     buffered: int
     stalled: int
+    waiting_for_text: int
     audio_buffer: BufferMemory
     requests: Counters
     audio_s: float
@@ -154,6 +156,7 @@ def stats_of(snapshot: Snapshot) -> Stats:
         slots=snapshot.slots,
         buffered=snapshot.buffered,
         stalled=snapshot.stalled,
+        waiting_for_text=snapshot.waiting_for_text,
         audio_buffer=snapshot.audio_buffer,
         requests=snapshot.requests,
         audio_s=round(sum(model.audio_s for model in snapshot.model_stats.values()), 3),

@@ -71,13 +71,14 @@ async def test_stats(serve: Serve, worker: FakeWorker) -> None:
         id="r", model="espeak-ng", client="peer:::1", state="generating", age_s=1.5, audio_s=2.5, buffered_s=0.5
     )
     changes = {"running": 2, "queued": 1, "buffered": 4, "stalled": 3, "restarts": 4, "streams": [stream]}
+    changes["waiting_for_text"] = 5
     worker.snapshot = msgspec.structs.replace(worker.snapshot, **changes)
     client = await serve()
     stats = (await client.get("/admin/stats")).json()
     assert stats["worker"] == {"pid": 4711, "boot_id": "boot-1", "uptime_s": 12.5, "restarts": 4}
     assert stats["streams"] == [msgspec.structs.asdict(stream)]
     assert (stats["running"], stats["queued"], stats["slots"]) == (2, 1, 8)
-    assert (stats["buffered"], stats["stalled"]) == (4, 3)
+    assert (stats["buffered"], stats["stalled"], stats["waiting_for_text"]) == (4, 3, 5)
     assert stats["audio_buffer"] == {"used_bytes": 96_000, "budget_bytes": 480_000}
     assert stats["requests"] == {"started": 5, "finished": 3, "failed": 1, "cancelled": 1, "rejected": 0}
 
