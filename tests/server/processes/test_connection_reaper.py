@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import websockets
 
 from server.app import create_app
 from server.http.open_requests import OpenRequest, OpenRequests
@@ -340,3 +341,18 @@ async def test_a_crowd_shuts_nobody_out(crowded: httpx.AsyncClient, first: bytes
             one.setblocking(True)
             one.sendall(first)
         await until(lambda: responds(crowded, "/health"))
+
+
+async def test_an_idle_websocket_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own limits end it: for the reaper it is a request in progress, also where places are short."""
+    monkeypatch.setattr("server.processes.connection_reaper.seconds_since", lambda _ms: 1_000.0)
+    app, port, clock = create_app(Settings(worker_url=f"ipc://{tmp_path}/none")), free_port(), Clock()
+    app.open_requests.clock = clock
+    url = f"ws://127.0.0.1:{port}/v1/audio/speech/stream"
+    async with listening(app, port), websockets.connect(url, proxy=None) as one:
+        options: dict[str, Any] = {"is_exempt": lambda _address: False, "read_timeout_s": 300.0}
+        reaper = ConnectionReaper(app.open_requests, port=port, limit=1, address_limit=1, **options)
+        for _ in range(20):
+            await reaper.sweep()
+            clock.now += 1_000
+        await (await one.ping())

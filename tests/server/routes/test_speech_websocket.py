@@ -237,6 +237,18 @@ async def test_a_mistake_costs_no_speech(client: httpx.AsyncClient, message: Any
         assert audio(await socket.until("session.done")) == b"".join(tone("Hello.", 3))
 
 
+async def test_a_configuration_within_an_utterance(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """It is refused, and the utterance goes on as it began."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say(text("Hel"), PCM | {"response_format": "mp3"}, text("lo."), DONE)
+        heard = await socket.until("session.done")
+    (error,) = [message for message in heard if is_a(message, "error")]
+    assert (error["code"], error["action"]) == ("invalid_value", "session.config")
+    assert said(worker) == ["Hello."]
+    assert {message["format"] for message in heard if is_a(message, "audio.start")} == {"pcm"}
+
+
 @pytest.mark.parametrize(("message", "code", "action"), MISTAKES)
 async def test_a_mistake_before_the_configuration_ends_the_socket(
     client: httpx.AsyncClient, message: Any, code: str, action: str
