@@ -87,11 +87,19 @@ def run(_arguments: argparse.Namespace) -> int:
             return EXIT_WRONG_SETTINGS
 
 
+HUGE_PAGES: Final = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Makes glibc ask the kernel for pages of 2 MiB. It reads this when a process starts, so the GPU worker cannot set it.
+
+A CPU reads all weights for every frame. CPU time of a frame (random 0.6B, int8, one thread of a Xeon, busy machine, two
+processes each in turns): 308 to 329 ms without, 268 to 309 ms with. Resident memory grew by 1 %.
+"""
+
+
 def _serve_with_worker(settings: Settings, addresses: list[str], url: str) -> int:
     server = _web_server(settings, addresses)
     supervisor = Supervisor(
         [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
-        os.environ,
+        HUGE_PAGES | os.environ,
         timeout_s=settings.worker_timeout_s,
         stop_timeout_s=settings.drain_timeout_s + _STOP_MARGIN_S,
         on_final=server.signal_handler_interrupt,

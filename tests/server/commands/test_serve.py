@@ -8,10 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from server.__main__ import main
+from server.commands import serve
+from shared.settings import load_settings
 from tests.ports import free_port
 from tests.server.commands.conftest import CannedService
 
@@ -191,3 +194,22 @@ def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Si
         assert service.wait(timeout=15) == 0  # half of what granian waits before it kills
         service.stderr.read()  # ends when the last process that holds it has
     assert list(tmp_path.glob("tts-*")) == []
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.check=1"])
+def test_the_gpu_worker_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch, own: str | None) -> None:
+    """Unless the environment says something else to glibc."""
+
+    class Started(Exception):  # noqa: N818 -- not an error
+        pass
+
+    def start(_command: list[str], environ: dict[str, str], **_: object) -> None:
+        raise Started(environ["GLIBC_TUNABLES"])
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    monkeypatch.setattr(serve, "Supervisor", start)
+    monkeypatch.setattr(serve, "_web_server", lambda *_: SimpleNamespace(signal_handler_interrupt=None))
+    with pytest.raises(Started, match=own or "glibc.malloc.hugetlb=1"):
+        serve._serve_with_worker(load_settings({}), [], "ipc:///tmp/none/worker.ipc")
