@@ -160,7 +160,7 @@ class LazyTensors(Mapping[str, "Tensor"]):
         """The tensor in the dtype of its file, or in that of a lookup if that one is smaller."""
         tensor = self._read(name)
         smaller = self._dtype is not None and self._dtype.itemsize < tensor.dtype.itemsize
-        return tensor.to(device=self._device, dtype=self._dtype if smaller else None)
+        return tensor.to(device=self._device, dtype=self._dtype if smaller and tensor.is_floating_point() else None)
 
     def _read(self, name: str) -> "Tensor":
         place = self._places[name]

@@ -54,6 +54,25 @@ def test_open_tensors_are_read_at_each_lookup(file: Path) -> None:
         assert tensors.nbytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("stored", "requested", "found"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, None, torch.float32),
+        (torch.int64, torch.bfloat16, torch.int64),
+    ],
+)
+def test_a_tensor_may_stay_as_it_is_stored(
+    tmp_path: Path, stored: torch.dtype, requested: torch.dtype | None, found: torch.dtype
+) -> None:
+    """Unless that would be larger than what is requested."""
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.arange(4).to(stored)}, path)
+    with open_tensors([path], "", dtype=requested) as tensors:
+        assert tensors.as_stored("x").dtype == found
+
+
 def test_shards_are_found_through_their_index(file: Path, tmp_path: Path) -> None:
     """All shards that the index names are read, and the error names a missing one."""
     file.rename(tmp_path / "model-00001-of-00002.safetensors")
