@@ -134,13 +134,19 @@ class _Context:
             return  # a sign of life
         if self._last is not None:
             raise ApiError("invalid_value", "text: the context is closed.", param="text")
-        self._held += pauses_of(text)
+        self._held += text
+        if len(self._held) > self._socket.settings.max_input_chars:
+            self._socket.append(self._open or self._add(), self._held)  # too long: the socket ends
+            return
+        self._held = pauses_of(self._held)
         now = message.try_trigger_generation or message.flush or self._open is not None
         if self._held.strip() and (now or len(self._held) >= self._threshold):
             if self._open is None:
                 self._open = self._add()
             self._socket.append(self._open, self._held)
             self._held = ""
+        elif not self._held.strip():
+            self._held = self._held[:1]  # a client may send a space every few seconds, to keep the socket open
         if message.flush and self._open is not None:
             self._open.end()
             self._open = None

@@ -101,7 +101,8 @@ class Utterance:
         self._kind: Literal["undecided", "whole", "split", "growing"] = "undecided"
         self._beginning = ""
         """The text while it is undecided how it is spoken; all of it if it is spoken as a whole."""
-        self._length = 0
+        self.length = 0
+        """Characters of its text so far."""
         self._parts: deque[_Part] = deque()
         self._last: _Part | None = None
         """The open part, if its text goes on."""
@@ -110,8 +111,8 @@ class Utterance:
     def append(self, text: str) -> None:
         """Take more text. Raises ApiError: it has become too long, or no text can have such a character or pause."""
         limit = self.plan.starter.settings.max_input_chars
-        self._length += len(text)
-        if self._length > limit:
+        self.length += len(text)
+        if self.length > limit:
             raise ApiError("invalid_value", f"text: an utterance has at most {limit} characters.", param="text")
         if "\0" in text:
             raise ApiError("invalid_value", "text: contains a null character.", param="text")
@@ -217,6 +218,12 @@ class UtteranceQueue:
         self._waiting: deque[Utterance] = deque()
         self._current: Utterance | None = None
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def characters(self) -> int:
+        """The length of the texts that it holds."""
+        current = [] if self._current is None else [self._current]
+        return sum(utterance.length for utterance in (*current, *self._waiting))
 
     @property
     def running(self) -> bool:

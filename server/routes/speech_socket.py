@@ -33,6 +33,9 @@ CONFIGURE_S: Final = 10.0
 IDLE_S: Final = 30.0
 """How long a socket that has nothing to say may be silent; a ping is a sign of life."""
 
+MAX_TEXTS: Final = 16
+"""How many times TTS_MAX_INPUT_CHARS the texts of one socket may have that are not spoken yet."""
+
 MAX_MISTAKES: Final = 32
 """Messages that cannot be understood until the socket is closed."""
 
@@ -123,6 +126,11 @@ class SpeechSocket(ABC):
 
     def append(self, utterance: Utterance, text: str) -> None:
         """Add text to an utterance. If it cannot be added the socket ends: the speech would lack a part."""
+        limit = MAX_TEXTS * self.settings.max_input_chars
+        if sum(queue.characters for queue in self._queues) + len(text) > limit:
+            message = f"{limit} characters wait to be spoken, as many as one socket may have."
+            self.fail(ApiError("queue_full", message))
+            return
         try:
             utterance.append(text)
         except ApiError as error:

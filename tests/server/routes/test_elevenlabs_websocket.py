@@ -25,6 +25,8 @@ PATH = "/v1/text-to-speech/alloy/stream-input?output_format=pcm_24000&model_id=e
 MULTI = "/v1/text-to-speech/alloy/multi-stream-input?output_format=pcm_24000&auto_mode=true"
 BEGIN = {"text": " ", "voice_settings": {"stability": 0.5, "speed": 1.0}, "generation_config": None}
 END = {"text": ""}
+WAITING = BEGIN | {"generation_config": {"chunk_length_schedule": [1e9]}}
+"""A text that is held until a flush."""
 
 
 def sound(messages: list[Any], context: str | None = None) -> bytes:
@@ -149,8 +151,9 @@ async def test_too_many_contexts(client: httpx.AsyncClient) -> None:
         (PATH, [{"text": 7}], "text"),
         (PATH, ["{"], "JSON"),
         (PATH, [BEGIN, {"text": "x" * 5000}], "text"),
+        (PATH, [WAITING, *[{"text": "x" * 2000}] * 3], "text"),
     ],
-    ids=["voice", "format", "timeout", "type", "json", "length"],
+    ids=["voice", "format", "timeout", "type", "json", "length", "held"],
 )
 async def test_mistakes(client: httpx.AsyncClient, path: str, messages: list[Any], param: str) -> None:
     """The message names what is wrong in ElevenLabs' words, and the close is 1008."""

@@ -327,6 +327,13 @@ async def test_too_many_mistakes_and_utterances(client: httpx.AsyncClient, worke
             await socket.say(text("Hello."), DONE)
         heard, code, _ = await socket.end()
         assert (heard[-2]["code"], heard[-1]["error"], code) == ("queue_full", True, 1013)
+    await becomes(lambda: not worker.busy)
+    async with talk(client) as socket:
+        await configured(socket)
+        for _ in range(speech_socket.MAX_TEXTS + 1):
+            await socket.say(text("x" * 4096), DONE)
+        heard, code, _ = await socket.end()
+        assert (heard[-2]["code"], heard[-1]["error"], code) == ("queue_full", True, 1013)
     await becomes(lambda: worker.of(Cancel))
 
 
