@@ -1,6 +1,7 @@
 """WS /v1/audio/speech/stream: the messages of both dialects, in order; what ends a socket, and with which code."""
 
 import asyncio
+import gc
 import json
 import socket
 from contextlib import AsyncExitStack
@@ -477,6 +478,31 @@ async def test_the_number_of_sockets_of_an_address(serve: Serve) -> None:
                 refused.append(refusal.response.status_code)
     assert opened > 0
     assert set(refused) == {429}
+
+
+async def test_no_task_and_no_socket_is_left(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """However sockets end: in the middle of speech, by a mistake, or because their client is gone."""
+    ends = ["abort", b"binary", "{", json.dumps(CLOSE), json.dumps({"type": "input.cancel"}), "close"]
+
+    async def a_round() -> None:
+        for end in ends * 3:
+            async with talk(client) as one:
+                await one.say(PCM, text("Hello."), DONE, text("And"))
+                await one.hear()
+                if end == "abort":
+                    one.socket.transport.abort()
+                elif end != "close":
+                    await one.say(end)
+
+    def sockets() -> int:
+        gc.collect()
+        return sum(isinstance(one, speech_socket.SpeechSocket) for one in gc.get_objects())
+
+    await a_round()
+    await becomes(lambda: not worker.busy and not sockets())
+    tasks = len(asyncio.all_tasks())
+    await a_round()
+    await becomes(lambda: not worker.busy and not sockets() and len(asyncio.all_tasks()) <= tasks)
 
 
 async def test_the_end_of_the_service(worker: FakeWorker) -> None:
