@@ -117,6 +117,8 @@ class EventFeed:
                 async with asyncio.timeout(KEEPALIVE_S):
                     await self._news.wait()
             except TimeoutError:
+                if self._looking is not None and self._looking.done():
+                    self._looking.result()  # it has failed, and a stream that goes on would look alive
                 yield b": keepalive\n\n"
 
     async def _look_forever(self) -> None:

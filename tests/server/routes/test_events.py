@@ -126,6 +126,29 @@ class TestFeed:
             assert [await anext(lines) for _ in range(3)] == [b": keepalive\n\n"] * 3
         feed.unsubscribe()
 
+    async def test_a_mistake_of_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A feed that has failed breaks its streams off, and the next dashboard gets a new one."""
+        monkeypatch.setattr(events, "KEEPALIVE_S", 0.01)
+        service, failing = FakeService(), True
+
+        def look() -> DashboardEvent:
+            if failing and service.looks:
+                raise ZeroDivisionError
+            return service()
+
+        feed = EventFeed(look, asyncio.Event(), interval_s=0.0)
+        feed.subscribe()
+        async with aclosing(feed.events()) as lines:
+            await _next(lines)
+            with pytest.raises(ZeroDivisionError):
+                await _next(lines)
+        feed.unsubscribe()
+        failing = False
+        feed.subscribe()
+        async with aclosing(feed.events()) as lines:
+            assert await _next(lines)
+        feed.unsubscribe()
+
     async def test_stop(self, service: FakeService) -> None:
         """When the process stops, subscriptions end and none begins."""
         stopping = asyncio.Event()
