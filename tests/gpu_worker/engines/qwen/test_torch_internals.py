@@ -24,8 +24,11 @@ RELIED_ON = {
     "_C._cuda_endAllocateToPool": "runtime/cuda_graphs.py",
     "_C._cuda_releasePool": "runtime/cuda_graphs.py",
     "_C._host_emptyCache": "offload.py",
-    "ops.mkldnn._reorder_linear_weight": "model/layers.py",
-    "ops.mkldnn._linear_pointwise.binary": "model/layers.py",
+    "ops.mkldnn._reorder_linear_weight": "runtime/products.py",
+    "ops.mkldnn._linear_pointwise.binary": "runtime/products.py",
+    "ops.mkldnn._is_mkldnn_bf16_supported": "runtime/products.py",
+    "_int_mm": "runtime/products.py",
+    "cpu._is_avx512_bf16_supported": "build.py",
     "ops.aten._flash_attention_forward": "model/attention.py",
     "mkldnn_convolution": "codec/convolution.py",
 }
