@@ -6,11 +6,11 @@ from gpu_worker.engines.qwen.checkpoint.weights import load_weights
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec import codec as codec_module
 from gpu_worker.engines.qwen.kernels.selection import Kernels, fused_kernels
-from gpu_worker.engines.qwen.model import layers
 from gpu_worker.engines.qwen.model.attention import Sdpa
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
+from gpu_worker.engines.qwen.runtime.products_trial import Products
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
 
@@ -29,10 +29,16 @@ def test_a_model_with_all_kernels_makes_the_same_codes() -> None:
     weights = load_weights(directory, "talker.", dtype=torch.float32, device="cpu")
     config, generation = read_config(directory), read_generation_config(directory)
     made = []
-    layers.BATCH_MULTIPLE = 1  # in the child alone: the interpreter takes its time for every row of padding
     for kernels in (Kernels(), fused_kernels()):
         model = Qwen3TTSModel(
-            weights, config, generation, Sdpa(torch.float32), kernels=kernels, slots=len(PARAMS), max_model_len=32
+            weights,
+            config,
+            generation,
+            Sdpa(torch.float32),
+            kernels=kernels,
+            slots=len(PARAMS),
+            max_model_len=32,
+            products=Products(row_multiple=1),  # the interpreter takes its time for every row of padding
         )
         hidden = model.codec_table.shape[1]
         generator = torch.Generator().manual_seed(0)
