@@ -54,12 +54,13 @@ def engine(*arguments: str, size: str = "1.7B") -> list[str]:
 
 
 SHORT: Final = [
-    Stage("the same codes and samples as on a CPU", pytest("tests/gpu/test_engine.py", "tests/gpu/test_codec.py"), 130),
-    Stage("a random checkpoint of 1.7B", module("tests.benchmarks.endless", "--size", "1.7B"), 60),
-    Stage("a frame at 1, 4 and 16 streams", engine("--streams", "1", "4", "16", "--repeat", "1", "--no-official"), 100),
-    Stage("load, first requests, offload, restore", module("tests.benchmarks.moves", "--size", "1.7B"), 70),
-    Stage("the same frame with torch's kernels", engine("--brief", "--streams", "1", "16", "--kernels", "torch"), 60),
-    Stage("the same frame with SDPA", engine("--brief", "--streams", "1", "16", "--attention", "sdpa"), 60),
+    Stage("the same codes and samples as on a CPU", pytest("tests/gpu/test_engine.py", "tests/gpu/test_codec.py"), 120),
+    Stage("Triton's kernels beside torch's", pytest("tests/gpu/test_kernels.py"), 50),
+    Stage("a random checkpoint of 1.7B", module("tests.benchmarks.endless", "--size", "1.7B"), 50),
+    Stage("a frame at 1, 4 and 16 streams", engine("--streams", "1", "4", "16", "--repeat", "1", "--no-official"), 90),
+    Stage("load, first requests, offload, restore", module("tests.benchmarks.moves", "--size", "1.7B"), 60),
+    Stage("the same frame with torch's kernels", engine("--brief", "--streams", "1", "16", "--kernels", "torch"), 55),
+    Stage("the same frame with SDPA", engine("--brief", "--streams", "1", "16", "--attention", "sdpa"), 55),
 ]
 """Their limits together are at most eight minutes."""
 
