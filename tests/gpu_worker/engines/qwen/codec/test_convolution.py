@@ -9,6 +9,7 @@ from gpu_worker.engines.qwen.codec.convolution import (
     UNFOLD_UP_TO_RATE,
     CausalConv,
     History,
+    ResidualUnit,
     ToMono,
     Upsample,
     receptive_frames,
@@ -66,6 +67,24 @@ def test_the_convolution_to_one_channel_continues_across_chunks() -> None:
     padded = functional.pad(x.transpose(1, 2), (6, 0))
     expected = functional.conv1d(padded, given["c.conv.weight"], given["c.conv.bias"])
     torch.testing.assert_close(y, expected[:, 0], atol=1e-5, rtol=0)
+
+
+def test_a_bias_that_is_left_to_snake_is_added_there() -> None:
+    """As on CUDA, where the direct convolution would add it in a kernel of its own: the output is the same."""
+    torch.manual_seed(0)
+    given = {f"u.act{act}.{name}": torch.randn(4) for act in (1, 2) for name in ("alpha", "beta")}
+    for number, taps in ((1, 7), (2, 1)):
+        given |= {f"u.conv{number}.conv.weight": torch.randn(4, 4, taps), f"u.conv{number}.conv.bias": torch.randn(4)}
+    rate = UNFOLD_UP_TO_RATE["cpu"] + 1
+    unit = ResidualUnit(given, "u", rate=rate, dilation=3, kernels=Kernels())
+    x, values = torch.randn(2, rate, 4), torch.zeros(2, unit.history_size)
+
+    wanted, _ = unit(x, None, History(values.clone(), values.clone(), Kernels()))
+    unit.dilated.left_bias, unit.dilated.bias = unit.dilated.bias, None
+    y, added = unit(x, None, History(values.clone(), values.clone(), Kernels()))
+
+    assert added is None
+    torch.testing.assert_close(y, wanted, atol=1e-5, rtol=0)
 
 
 def test_the_receptive_field_of_a_chain_is_the_sum_of_its_pieces() -> None:
