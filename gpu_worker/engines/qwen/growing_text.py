@@ -100,12 +100,15 @@ class GrowingText:
     def _sure_beginning(self) -> int:
         """How much of the text's first sentence is sure."""
         known = self._text[: self._unsure_end]
-        for match in CLAUSE_END.finditer(known):
-            if match.end() <= self._beginning:
+        ends = [match.end() for match in CLAUSE_END.finditer(known)]
+        if self._text[len(known) :][:1].isspace():
+            ends.append(len(known))
+        for end in ends:
+            if end <= self._beginning:
                 continue
-            if not fits_tokens(known[: match.end()].strip(), self._limit, self._count):
+            if not fits_tokens(known[:end].strip(), self._limit, self._count):
                 break
-            self._beginning = match.end()
+            self._beginning = end
         return self._beginning or min(len(known), part_chars(self._limit))
 
     def _next_piece(self) -> str | None:

@@ -1,9 +1,10 @@
 """The branch that the engine takes on CUDA, on a virtual device. tests/gpu has what only a GPU can show."""
 
+import msgspec
 import pytest
 
 from shared.protocol import Sampling
-from tests.gpu_worker.engines.qwen.driving import engine, job, run
+from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, take
 from tests.gpu_worker.engines.qwen.virtual_cuda import install
 
 
@@ -50,5 +51,39 @@ def test_nothing_is_eager_while_somebody_speaks(monkeypatch: pytest.MonkeyPatch)
     ordinary = [job(frames, sampling=Sampling(seed=1, max_new_tokens=frames)) for frames in range(1, 41)]
     unlimited = [job(frames, sampling=Sampling(seed=1, max_new_tokens=5, top_k=0)) for frames in range(41, 45)]
     run(speaker, [*ordinary, *unlimited])
+    assert not cuda.misses
+    speaker.close()
+
+
+def test_text_in_pieces_is_spoken_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are launched ahead of those that are read, and never ahead of their text, which comes at odd moments."""
+    texts = ["Hello world, good morning.", "Good morning today", "the voice", "hello, the speech of today is good."]
+    fields = [{"sampling": Sampling(seed=number, max_new_tokens=40)} for number in range(4)]
+    jobs = [job(number, text, non_streaming_mode=False, **fields[number]) for number, text in enumerate(texts)]
+    on_cpu = engine("custom_voice")
+    wanted = run(on_cpu, jobs)
+    on_cpu.close()
+    cuda = install(monkeypatch, lambda _: 0.004)
+    speaker = cuda.engine(slots=4)
+    outcomes = {one.id: Outcome() for one in jobs}
+    for one in jobs:
+        speaker.admit(msgspec.structs.replace(one, segments=[], open=True))
+    pieces = {one.id: one.text for one in jobs}
+    for step in range(2_000):
+        for number, (name, text) in enumerate(pieces.items(), 1):
+            if step % number == 0:
+                speaker.append(name, text[:number], flush=False)
+                pieces[name] = text[number:]
+            if not text:
+                speaker.end_text(name)
+            if step % 7 == 2:
+                speaker.unpark(name)
+        if step % 7 == 6:
+            speaker.park(jobs[step % 4].id)
+        if speaker.runnable(()):
+            take(speaker, outcomes, step)
+    for name, outcome in wanted.items():
+        assert outcomes[name].pcm == outcome.pcm
+        assert outcomes[name].end == outcome.end
     assert not cuda.misses
     speaker.close()

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,38 @@ def test_pieces_make_the_utterances_of_the_whole_text(pieces: list[str], languag
 def of_bytes(text: str) -> int:
     """A tokenizer with one token a byte."""
     return len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "language", "limit"),
+    [
+        (["(One two. Three four. ", "Five.) Six seven."], "english", 24),
+        (['He said "One. Two three. ', 'Four." Five.'], "english", 20),
+        (["Wir am 3. Ma", "i da."], "german", 14),
+        (["Sie um 3. ", "und danach."], "german", 12),
+        (["One 1) Two three ", "2) Four five"], "english", 14),
+        (["One two:\n- Three four ", "five\n- six"], "english", 16),
+        (["One two. Three", " four. Five six"], "english", 16),
+        (["Hello", " ", "there"], "english", 16),
+        (["abcdefghij", "klmnopqrst"], "auto", 8),
+    ],
+)
+def test_what_later_text_decides_is_held_back(pieces: list[str], language: str, limit: int) -> None:
+    """A bracket or a quotation that is closed later, a month behind a number, a second item of a list, a long word."""
+    wanted = list(split_into_utterances("".join(pieces), language, limit, of_bytes))
+    assert split_in_pieces(pieces, language, limit, of_bytes, str.encode)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("pieces", "beginnings"),
+    [
+        (["Hel", "lo", " wor", "ld, I", " am"], ["Hel", "Hello", "Hello", "Hello world,", "Hello world, I"]),
+        (["你好", "，世", "界", "。再", "见"], ["你好", "你好，", "你好，", "你好，世界。", "你好，世界。"]),
+        (["Dr. Smith", " is. He", " was"], ["Dr.", "Dr. Smith is.", "Dr. Smith is."]),
+        (["... ", "so", " it is"], ["", "", "... so it"]),
+    ],
+)
+def test_what_is_sure_comes_at_once(pieces: list[str], beginnings: list[str]) -> None:
+    """Word by word in the first sentence; the next one when it is complete."""
+    sure = split_in_pieces(pieces, "english", 96, of_bytes, str.encode)[1]
+    assert [begun.rstrip() for begun in sure[:-1]] == beginnings
