@@ -57,7 +57,7 @@ _DOCUMENTED: Final = {
     403: "The key may not do this (`insufficient_permissions`), or the page of another site sent the request "
     "(`foreign_origin`).",
     404: "There is no such model, voice or consent (`model_not_found`, `voice_not_found`, `consent_not_found`).",
-    408: "The rest of the body did not arrive in time (`request_timeout`).",
+    408: "The rest of the body, or of a text in pieces, did not arrive in time (`request_timeout`).",
     409: "The model is in use (`model_busy`).",
     413: "The body or the upload is too large (`request_too_large`).",
     415: "The operation expects another media type (`unsupported_media_type`).",

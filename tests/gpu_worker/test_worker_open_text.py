@@ -1,11 +1,14 @@
 """Requests whose text is still being written: their text, their slots, and how they end."""
 
+import pytest
+
 from gpu_worker.requests import RequestState
 from gpu_worker.slot_policy import MIN_SLICE_S
+from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import Failed
 from tests.gpu_worker.test_worker_slots import _state
-from tests.gpu_worker.worker_bench import MakeBench, loaded
+from tests.gpu_worker.worker_bench import WEB, MakeBench, loaded
 
 
 def test_text_in_pieces_is_spoken_as_it_comes(make_bench: MakeBench) -> None:
@@ -164,3 +167,33 @@ def test_waiting_for_text_is_no_underrun(make_bench: MakeBench) -> None:
     assert after.underrun_s.sum == before.underrun_s.sum
     assert after.first_audio_s.sum < before.first_audio_s.sum + 1
     assert after.real_time_factor.sum < before.real_time_factor.sum + 1
+
+
+@pytest.mark.parametrize("end", ["cancelled", "gone", "broken"])
+@pytest.mark.parametrize("parked", [False, True])
+def test_a_request_that_waits_for_text_ends_as_any_other(make_bench: MakeBench, end: str, *, parked: bool) -> None:
+    """Its client leaves, its web worker dies, or its engine fails: no slot stays, and late text finds nobody."""
+    bench = loaded(make_bench(slots=1))
+    bench.speak("r", "one tw", open=True)
+    bench.settle()
+    if parked:
+        bench.clock.advance(MIN_SLICE_S)
+        bench.speak("other", "x")
+        bench.settle()
+        assert _state(bench, "r") is RequestState.PARKED
+    if end == "cancelled":
+        bench.cancel("r")
+    elif end == "gone":
+        bench.inbox.put(PeerGone(WEB))
+    else:
+        bench.engines["m"].step_errors.append(RuntimeError("broken"))
+        bench.append("r", "o three")
+    bench.settle()
+    bench.append("r", " four")
+    bench.end_text("r")
+    bench.settle()
+    assert bench.kinds("r")[-1] == ("Failed" if end == "broken" else "Audio")
+    assert bench.worker._open == {}
+    assert bench.references() == {"m": 0}
+    assert bench.engines["m"].job_ids == bench.engines["m"].parked == set()
+    assert bench.buffer.used_bytes == 0
