@@ -215,3 +215,16 @@ def test_the_kernel_keeps_the_best_of_any_top_p() -> None:
         state, logits, state.hidden.clone(), torch.arange(3), min_frames=2, full_vocab=True
     )
     assert sampled.tolist() == [0, 7, 0]
+
+
+@interpreted
+def test_top_p_divides_equal_scores_by_their_ids() -> None:
+    """Of ten equal ones, top_p 0.55 keeps the first six, as the reference does after a stable sort."""
+    state = slots(65, torch.float32, *[(1.0, 0, 0.55, 1.0)] * 3)
+    state.first_uniform[:] = torch.tensor([[0.0], [0.55], [1 - 2**-22]])
+    logits = torch.full((3, 65), -100.0)
+    logits[:, 20:30] = 0
+    sampled = fused_kernels().next_codebook0(
+        state, logits, state.hidden.clone(), torch.arange(3), min_frames=2, full_vocab=True
+    )
+    assert sampled.tolist() == [20, 23, 25]
