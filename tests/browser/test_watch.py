@@ -89,6 +89,7 @@ def test_a_load_an_offload_and_a_death(tab: OpenTab, watched: Service) -> None:
     happened(page, "model", "resident")
     expect(page.locator(f"{MODEL} [data-purpose=weights]")).to_contain_text("MiB")
     expect(page.locator(".watch-memory .legend")).to_contain_text(SMALL)
+    expect(page.locator(".watch-memory .device").get_by_text("budget", exact=False)).to_have_count(1)  # no figure twice
     page.get_by_role("button", name=f"Pin {SMALL}", exact=True).click()
     expect(page.locator(f"{MODEL} .model-head")).to_contain_text("pinned")
     page.get_by_role("button", name=f"Unpin {SMALL}").click()

@@ -280,7 +280,6 @@ export const strings = {
     },
     memory: {
       heading: "Memory",
-      ours: "ours",
       others: "others",
       free: "free",
       budget: "budget",
@@ -288,7 +287,7 @@ export const strings = {
       process: "this process",
       host: "Host memory",
       offloaded: "offloaded models",
-      used: (used, whole) => `${used} of ${whole} used`,
+      used: (used, whole, ours) => `${used} of ${whole} used, ${ours} of it ours`,
       buffer: (used, whole) => `audio buffer: ${used} of ${whole}`,
       clean: "Clean up now",
       every: (interval, timeout) => `Every ${interval} s, models that were idle for ${timeout} s leave.`,

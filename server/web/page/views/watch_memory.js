@@ -43,10 +43,7 @@ function Device({ vram }) {
   ];
   return html`<div class="device" data-device=${device.kind}>
     <p class="device-head"><b>${device.name}</b>
-      <span class="figures">${words.used(bytes(device.used_bytes), bytes(device.total_bytes))}</span></p>
-    <dl class="facts">
-      ${["ours", "others", "free", "budget"].map((kind) => html`<div key=${kind} data-memory=${kind}><dt>${words[kind]}</dt><dd>${bytes(device[`${kind}_bytes`])}</dd></div>`)}
-    </dl>
+      <span class="figures">${words.used(bytes(device.used_bytes), bytes(device.total_bytes), bytes(device.ours_bytes))}</span></p>
     <${Bar} label=${device.name} whole=${device.total_bytes} parts=${parts} budget=${device.budget_bytes} />
   </div>`;
 }
