@@ -405,6 +405,8 @@ class ControlHandler:
                 id=caller.call_id,
                 client=client,
                 model=spec.id,
+                is_batch=action.priority == "batch",
+                limits=action.limits,
                 sink=Sink(caller.call_id, collect, credit=_UNLIMITED, buffer=self._buffer),
                 keep_alive_s=None,
                 arrived_at=self._clock(),

@@ -307,13 +307,16 @@ class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Let the voice-design model speak as `prompt` describes, and save its speech as a voice.
 
     `script` is what it says; "" for the worker's own text. The payload, if there is one, is such speech that was made
-    before: it is saved as it is, and `script` is its transcript, "" if that is unknown.
+    before: it is saved as it is, and `script` is its transcript, "" if that is unknown. `limits` and `priority` are as
+    in Speak.
     """
 
     name: str
     prompt: str
     script: str = ""
     description: str = ""
+    limits: KeyLimits = KeyLimits()
+    priority: Priority = "interactive"
 
 
 class RenameVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):

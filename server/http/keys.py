@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from server.http.errors import ApiError
 from shared.access import read_file
 from shared.protocol import KeyLimits, Priority
 from shared.settings import Settings
@@ -70,6 +71,16 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     def is_expired(self, today: date) -> bool:
         """True from the day on at which the key is no longer taken."""
         return self.expires is not None and today >= self.expires
+
+    def require_model(self, model_id: str) -> None:
+        """Raise ApiError (`insufficient_permissions`) if the key may not use that model."""
+        if self.models and model_id.casefold() not in self.models:
+            raise _not_allowed("model", self.models)
+
+    def require_voice(self, *names: str, param: str = "voice") -> None:
+        """Raise ApiError (`insufficient_permissions`) if the key may not use a voice that has these names and ids."""
+        if self.voices and not self.voices & _in_lower_case(names):
+            raise _not_allowed(param, self.voices)
 
 
 class Keyring:
@@ -148,6 +159,11 @@ def _caller_of(name: str, entry: KeyEntry) -> Caller:
         voices=_in_lower_case(entry.voices),
         expires=entry.expires,
     )
+
+
+def _not_allowed(param: str, allowed: frozenset[str]) -> ApiError:
+    message = f"{param}: this API key may use only {', '.join(sorted(allowed))}."
+    return ApiError("insufficient_permissions", message, param=param)
 
 
 def _in_lower_case(names: Iterable[str]) -> frozenset[str]:

@@ -14,11 +14,12 @@ from msgspec import Meta
 
 from server.audio import MAX_REFERENCE_BYTES, AudioStore
 from server.dependencies import AudioStoreDependency, DecoderPoolDependency, EngineDependency, SettingsDependency
-from server.engine import require_consent
-from server.http.auth import client_of
+from server.engine import EngineClient, cached_catalog, require_consent
+from server.http.auth import caller_of
 from server.http.errors import ApiError, documented
 from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonDecoder
+from server.http.keys import Caller
 from server.http.streaming import cancel_on_disconnect
 from server.routes.voices import saved_voice_object
 from server.schemas import MAX_INSTRUCTIONS, MAX_NAME, MAX_REF_TEXT, Name, SavedVoiceObject
@@ -94,17 +95,20 @@ async def create_voice(
     """Save a voice, cloned from a recording (1 to 60 s, at most 10 MiB) or designed from a description."""
     if not is_printable(data.name):
         raise ApiError("invalid_value", "name: must have printable characters only.", param="name")
-    client = client_of(settings, request)
+    caller = caller_of(settings, request)
+    caller.require_voice(data.name, param="name")
     action: Action
     pcm = None
     if data.type == "prompt":
-        action = _design(data)
-        if data.audio_id:
+        action = _design(data, caller)
+        if not data.audio_id:
+            _require_designer(caller, engine)
+        else:
             heard = await _heard_design(data.audio_id.strip(), audio_store)
             pcm = await cancel_on_disconnect(request, decoder_pool.decode(heard, "audio_id"))
     else:
         if settings.require_consent:
-            await require_consent(data.consent, engine, client)
+            await require_consent(data.consent, engine, caller.client)
         sample = await read_upload(data.audio_sample, "audio_sample", MAX_REFERENCE_BYTES)
         pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
         transcript = (data.ref_text or "").strip()
@@ -114,14 +118,22 @@ async def create_voice(
             description=data.description or "",
             consent=data.consent or "",
         )
-    making = engine.call(action, client=client, payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
+    making = engine.call(action, client=caller.client, payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, making)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
     return saved_voice_object(reply.voice, engine)
 
 
-def _design(data: VoiceForm) -> DesignVoice:
+def _require_designer(caller: Caller, engine: EngineClient) -> None:
+    """Raise ApiError if the key may not use the model that designs voices."""
+    catalog, _ = cached_catalog(engine)
+    for spec in catalog:
+        if spec.task == "VoiceDesign":
+            caller.require_model(spec.id)
+
+
+def _design(data: VoiceForm, caller: Caller) -> DesignVoice:
     if not (data.prompt or "").strip():
         raise ApiError("invalid_value", "prompt: must describe the voice.", param="prompt")
     script = (data.script_hint or "").strip()
@@ -129,7 +141,14 @@ def _design(data: VoiceForm) -> DesignVoice:
         raise ApiError(
             "invalid_value", f"script_hint: must have at least {MIN_SCRIPT} characters.", param="script_hint"
         )
-    return DesignVoice(name=data.name, prompt=data.prompt or "", script=script, description=data.description or "")
+    return DesignVoice(
+        name=data.name,
+        prompt=data.prompt or "",
+        script=script,
+        description=data.description or "",
+        limits=caller.limits,
+        priority=caller.priority,
+    )
 
 
 async def _heard_design(audio_id: str, audio_store: AudioStore) -> bytes:

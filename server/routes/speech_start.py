@@ -226,20 +226,12 @@ class SpeechStarter:
 
     def _require_allowed(self, resolved: Resolved, saved: SavedVoice | None) -> None:
         """Raise ApiError if the key may not use this model or this voice."""
-        models, voices = self.caller.models, self.caller.voices
-        if models and resolved.model.id.casefold() not in models:
-            message = f"model: this API key may use only {', '.join(sorted(models))}."
-            raise ApiError("insufficient_permissions", message, param="model")
-
-        def is_chosen(name: str) -> bool:
-            if saved is not None:
-                return name in (saved.id.casefold(), saved.name.casefold())
-            preset = resolved.model.voice(name)
-            return preset is not None and preset.id == resolved.voice
-
-        if voices and not any(is_chosen(name) for name in voices):
-            message = f"voice: this API key may use only {', '.join(sorted(voices))}."
-            raise ApiError("insufficient_permissions", message, param="voice")
+        self.caller.require_model(resolved.model.id)
+        if saved is not None:
+            self.caller.require_voice(saved.id, saved.name)
+        else:
+            presets = ((name, resolved.model.voice(name)) for name in self.caller.voices)
+            self.caller.require_voice(*(name for name, preset in presets if preset and preset.id == resolved.voice))
 
 
 def speech_starter(request: Request[Any, Any, Any], state: State) -> Any:

@@ -13,12 +13,12 @@ from litestar.enums import RequestEncodingType
 from litestar.params import Body
 
 from server.dependencies import EngineDependency, SettingsDependency
-from server.http.auth import client_of
+from server.http.auth import caller_of
 from server.http.errors import ApiError, documented
 from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
-from server.routes.voices import VoiceName, change_voice, existing_voice, saved_voice_object
+from server.routes.voices import VoiceName, change_voice, saved_voice_object, usable_voice
 from server.schemas import Name, SavedVoiceObject
 from shared.protocol import MAX_PORTABLE_PCM, ExportVoice, ImportVoice, PortableVoice
 
@@ -63,9 +63,9 @@ async def export_voice(
     request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> Response[bytes]:
     """The saved voice with that id or name: recording, transcript and description, and the consent if it is kept."""
-    client = client_of(settings, request)
-    voice = await existing_voice(voice_id, engine, client)
-    reply = await change_voice(ExportVoice(id=voice.id), engine, client)
+    caller = caller_of(settings, request)
+    voice = await usable_voice(voice_id, engine, caller)
+    reply = await change_voice(ExportVoice(id=voice.id), engine, caller.client)
     if reply.exported is None:
         raise ApiError("internal_error", "The GPU worker did not send the voice.")
     name = quote(f"{voice.name}.voice", safe="")
@@ -101,7 +101,9 @@ async def import_voice(
         raise ApiError("invalid_value", "file: the voice has no consent, and this server requires one.", param="file")
     if data.name:
         voice = msgspec.structs.replace(voice, name=data.name)
-    saving = engine.call(ImportVoice(voice=voice), client=client_of(settings, request), timeout_s=_TIMEOUT_S)
+    caller = caller_of(settings, request)
+    caller.require_voice(voice.name, param="name")
+    saving = engine.call(ImportVoice(voice=voice), client=caller.client, timeout_s=_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, saving)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")

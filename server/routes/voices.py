@@ -11,9 +11,10 @@ from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient, cached_catalog, find_saved_voice, fresh_catalog, status_of
-from server.http.auth import client_of
+from server.http.auth import caller_of, client_of
 from server.http.errors import ApiError, documented
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
+from server.http.keys import Caller
 from server.resolution import models_with_voices, unaliased
 from server.schemas import (
     MAX_NAME,
@@ -130,9 +131,10 @@ async def update_voice(
     settings: SettingsDependency,
 ) -> SavedVoiceObject:
     """Give the saved voice with that id or name another name. Its id stays."""
-    client = client_of(settings, request)
-    voice = await existing_voice(voice_id, engine, client)
-    reply = await change_voice(RenameVoice(id=voice.id, name=data.name), engine, client)
+    caller = caller_of(settings, request)
+    voice = await usable_voice(voice_id, engine, caller)
+    caller.require_voice(voice.id, data.name, param="name")
+    reply = await change_voice(RenameVoice(id=voice.id, name=data.name), engine, caller.client)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker did not send the renamed voice.")
     return saved_voice_object(reply.voice, engine)
@@ -150,9 +152,9 @@ async def delete_voice(
     request: Request[Any, Any, Any], voice_id: VoiceName, engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceDeleted:
     """Delete the saved voice with that id or name."""
-    client = client_of(settings, request)
-    voice = await existing_voice(voice_id, engine, client)
-    await change_voice(DeleteVoice(id=voice.id), engine, client)
+    caller = caller_of(settings, request)
+    voice = await usable_voice(voice_id, engine, caller)
+    await change_voice(DeleteVoice(id=voice.id), engine, caller.client)
     return VoiceDeleted(id=voice.id)
 
 
@@ -162,6 +164,13 @@ async def existing_voice(name: str, engine: EngineClient, client: str) -> SavedV
     voice = await find_saved_voice(name.removeprefix("/").strip(), engine, client)
     if voice is None:
         raise _no_such_voice()
+    return voice
+
+
+async def usable_voice(name: str, engine: EngineClient, caller: Caller) -> SavedVoice:
+    """As `existing_voice`; ApiError (`insufficient_permissions`) if the key may not speak with the voice either."""
+    voice = await existing_voice(name, engine, caller.client)
+    caller.require_voice(voice.id, voice.name, param="voice_id")
     return voice
 
 

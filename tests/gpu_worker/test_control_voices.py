@@ -18,6 +18,7 @@ from shared.protocol import (
     FindConsent,
     FindVoice,
     ImportVoice,
+    KeyLimits,
     ListConsents,
     LoadModel,
     PortableConsent,
@@ -273,6 +274,16 @@ class TestDesign:
             id="c", code="model_unavailable", message="a shard is damaged", param="model", retry_after_s=5.0
         )
         assert len(bench.voices.list()) == 0
+
+    def test_limits_of_the_key(self, bench: WorkerBench) -> None:
+        """A design counts as a request of its key, and waits as long as one."""
+        action = DesignVoice(name="Ada", prompt="p", limits=KeyLimits(requests_per_minute=1), priority="batch")
+        bench.call("a", action)
+        bench.call("b", msgspec.structs.replace(action, name="Bob"))
+        bench.settle()
+        assert bench.messages("a")[0].voice.name == "Ada"
+        (failed,) = bench.messages("b")
+        assert (failed.code, failed.retry_after_s > 0) == ("rate_limit_exceeded", True)
 
     def test_cut_off(self, bench: WorkerBench) -> None:
         """Speech that DESIGN_MAX_FRAMES cut off is not saved, and the call fails."""

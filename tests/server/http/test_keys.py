@@ -3,15 +3,18 @@
 import re
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from server.http.keys import Caller, Keyring, KeysError, digest_of, load_keyring
-from shared.protocol import KeyLimits, RateLimit, Speak
+from server.routes.voice_files import VoiceFile
+from shared.protocol import Call, DesignVoice, KeyLimits, PortableVoice, RateLimit, Reply, SavedVoice, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker
-from tests.server.running import SPEECH, Serve
+from tests.server.running import SPEECH, VOICES, Serve
 
 ALICE = "sk-tts-alice"
 FILE = f"""
@@ -191,3 +194,51 @@ class TestService:
         assert answer.status_code == httpx.codes.FORBIDDEN
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("insufficient_permissions", param)
+
+    async def test_saved_voices(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
+        """A key with a list of voices exports, renames, deletes and saves no others: any could get a listed name."""
+        own, other = (
+            SavedVoice(id=f"voice_{number}", name=name, kind="clone", created_at=7, seconds=3.0, in_context=True)
+            for number, name in enumerate(("My Voice", "Boss"))
+        )
+        file = PortableVoice(name="Boss 2", kind="clone", pcm=b"ab" * 100)
+        worker.snapshot = msgspec.structs.replace(worker.snapshot, voices=[own, other])
+        worker.on_call = lambda call, _: Reply(id=call.id, voice=own, exported=file)
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        upload: Any = {"files": {"file": msgspec.msgpack.encode(VoiceFile(voice=file))}}
+        for method, path, body in (
+            ("GET", "/v1/audio/voice_files/boss", {}),
+            ("DELETE", f"{VOICES}/voice_1", {}),
+            ("POST", f"{VOICES}/Boss", {"json": {"name": "my voice"}}),
+            ("POST", f"{VOICES}/voice_0", {"json": {"name": "Boss 2"}}),
+            ("POST", VOICES, {"json": {"name": "Boss 2", "type": "prompt", "prompt": "calm"}}),
+            ("POST", "/v1/audio/voice_files", upload),
+        ):
+            answer = await client.request(method, path, headers=bearer("sk-tts-narrow"), **body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "insufficient_permissions"), path
+        assert worker.of(Call) == []
+        for method, path, body in (
+            ("GET", "/v1/audio/voice_files/voice_0", {}),
+            ("POST", f"{VOICES}/voice_0", {"json": {"name": "MY VOICE"}}),
+            ("POST", "/v1/audio/voice_files", upload | {"data": {"name": "my voice"}}),
+            ("DELETE", f"{VOICES}/my%20voice", {}),
+        ):
+            answer = await client.request(method, path, headers=bearer("sk-tts-narrow"), **body)
+            assert answer.status_code == httpx.codes.OK, answer.text
+
+    async def test_designs(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
+        """To design a voice is to speak with that model: its list, its limits and its priority count."""
+        voice = SavedVoice(id="voice_1", name="my voice", kind="design", created_at=7, seconds=3.0, in_context=True)
+        worker.on_call = lambda call, _: Reply(id=call.id, voice=voice)
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        body = {"name": "my voice", "type": "prompt", "prompt": "calm"}
+        refused = await client.post(VOICES, json=body, headers=bearer("sk-tts-narrow"))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, "model")
+        for key in (ALICE, "sk-tts-robot"):
+            assert (await client.post(VOICES, json=body, headers=bearer(key))).status_code == httpx.codes.OK
+        designs = [call.action for call in worker.of(Call)]
+        limits = KeyLimits(requests_per_minute=60, characters_per_day=1000, concurrent_requests=2)
+        assert designs == [
+            DesignVoice(name="my voice", prompt="calm", limits=limits),
+            DesignVoice(name="my voice", prompt="calm", priority="batch"),
+        ]
