@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import msgspec
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.qwen.growing_text import GrowingText, GrowingWhole
+from gpu_worker.engines.qwen.incremental_splitting import IncrementalSplitter, SingleUtteranceSplitter
 from gpu_worker.engines.qwen.text_splitting import clean_text, remove_controls
 from shared.pcm import bytes_for
 from shared.protocol import Segment
@@ -185,16 +185,16 @@ class OpenText(Iterator[Passage | None]):
         segment.update()
         return segment.splitter.next_utterance() if segment.clean_text else None
 
-    def _new_splitter(self) -> GrowingText | GrowingWhole:
+    def _new_splitter(self) -> IncrementalSplitter | SingleUtteranceSplitter:
         if self._too_long is not None:
-            return GrowingWhole()
-        return GrowingText(self._language, self._limit, self._tokens.count, self._tokens.settled)
+            return SingleUtteranceSplitter()
+        return IncrementalSplitter(self._language, self._limit, self._tokens.count, self._tokens.settled)
 
 
 class _OpenSegment:
     """A segment whose text may still grow. `clean_text` is what is sure of it, as of the last `update`."""
 
-    def __init__(self, segment: Segment, splitter: GrowingText | GrowingWhole) -> None:
+    def __init__(self, segment: Segment, splitter: IncrementalSplitter | SingleUtteranceSplitter) -> None:
         self.splitter = splitter
         self.rate = segment.rate
         self.pause_bytes = bytes_for(segment.pause_ms / 1000)

@@ -17,7 +17,7 @@ from shared.protocol import Sampling, Segment, Task
 from shared.text import is_speakable
 from tests.checkpoints import Kind
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, job, parts, run, take
-from tests.gpu_worker.engines.qwen.test_growing_text import WORDS
+from tests.gpu_worker.engines.qwen.test_incremental_splitting import WORDS
 from tests.gpu_worker.fakes import FakeClock
 
 TEXT = "Hello world, good morning."

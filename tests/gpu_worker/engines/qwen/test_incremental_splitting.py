@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.engines.qwen.checkpoint.text_tokenizer import load_text_tokenizer
-from gpu_worker.engines.qwen.growing_text import GrowingText
+from gpu_worker.engines.qwen.incremental_splitting import IncrementalSplitter
 from gpu_worker.engines.qwen.text_splitting import clean_text, split_into_utterances
 from tests.checkpoints import tiny
 
@@ -50,17 +50,17 @@ def split_in_pieces(
     pieces: Sequence[str], language: str, limit: int, count: object, settled: object
 ) -> tuple[list[str], list[str]]:
     """The utterances, and for each piece the beginning that was sure; each beginning is checked."""
-    growing = GrowingText(language, limit, count, settled)  # type: ignore[arg-type]
+    splitter = IncrementalSplitter(language, limit, count, settled)  # type: ignore[arg-type]
     utterances: list[str] = []
     sure: list[tuple[int, str]] = []
     text = ""
     for piece in [*pieces, ""]:
         text = (text + piece).lstrip()
         closed = piece == ""
-        growing.update(text.strip() if closed else text, closed=closed)
-        while (utterance := growing.next_utterance()) is not None:
+        splitter.update(text.strip() if closed else text, closed=closed)
+        while (utterance := splitter.next_utterance()) is not None:
             utterances.append(utterance)
-        sure.append((len(utterances), growing.beginning()))
+        sure.append((len(utterances), splitter.beginning()))
     for number, begun in sure:
         assert not begun or utterances[number].startswith(begun.rstrip()), (utterances, number, begun)
     return utterances, [begun for _, begun in sure]
