@@ -69,21 +69,21 @@ class EventFeed:
     """The latest event, for any number of subscribers; it works only while there are some.
 
     A subscriber gets the latest event when it asks for the next one: those that it was too slow for are left out.
-    `look` gives the state of this moment. `stopping` is set when the process ends, and ends every subscription.
+    `read_state` returns the state of this moment. `stopping` is set when the process ends, and ends every subscription.
     """
 
     def __init__(
-        self, look: Callable[[], DashboardEvent], stopping: asyncio.Event, *, interval_s: float = INTERVAL_S
+        self, read_state: Callable[[], DashboardEvent], stopping: asyncio.Event, *, interval_s: float = INTERVAL_S
     ) -> None:
-        self._look = look
+        self._read_state = read_state
         self._stopping = stopping
         self._interval_s = interval_s
         self._news = asyncio.Event()
         """Set, and replaced, by the next event and by the end."""
         self._number = 0
         self._latest = b""
-        self._seen: Any = None
-        self._looking: asyncio.Task[None] | None = None
+        self._last_state: Any = None
+        self._polling: asyncio.Task[None] | None = None
         self.subscribers = 0
 
     def subscribe(self) -> None:
@@ -94,15 +94,15 @@ class EventFeed:
             message = f"{MAX_SUBSCRIBERS} dashboards watch this web worker, as many as it serves."
             raise ApiError("rate_limit_exceeded", message, retry_after_s=_RETRY_AFTER_S)
         self.subscribers += 1
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._look_forever(), name="events")
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll_forever(), name="events")
 
     def unsubscribe(self) -> None:
         """End a subscription."""
         self.subscribers -= 1
-        if not self.subscribers and self._looking is not None:
-            self._looking.cancel()
-            self._looking, self._seen, self._latest = None, None, b""
+        if not self.subscribers and self._polling is not None:
+            self._polling.cancel()
+            self._polling, self._last_state, self._latest = None, None, b""
 
     async def events(self) -> AsyncIterator[bytes]:
         """The lines for one subscriber, until the process ends: events, and comments while nothing changes."""
@@ -117,28 +117,28 @@ class EventFeed:
                 async with asyncio.timeout(KEEPALIVE_S):
                     await self._news.wait()
             except TimeoutError:
-                if self._looking is not None and self._looking.done():
-                    self._looking.result()  # it has failed, and a stream that goes on would look alive
+                if self._polling is not None and self._polling.done():
+                    self._polling.result()  # it has failed, and a stream that goes on would look alive
                 yield b": keepalive\n\n"
 
-    async def _look_forever(self) -> None:
+    async def _poll_forever(self) -> None:
         stopped = asyncio.create_task(self._stopping.wait())
         try:
             while not self._stopping.is_set():
-                self._look_once()
+                self._poll()
                 await asyncio.wait({stopped}, timeout=self._interval_s)
-            self._tell_subscribers()
+            self._notify_subscribers()
         finally:
             stopped.cancel()
 
-    def _look_once(self) -> None:
-        event = self._look()
-        seen = _without_clocks(event)
-        if seen != self._seen:
-            self._seen, self._number, self._latest = seen, self._number + 1, line_of(event)
-            self._tell_subscribers()
+    def _poll(self) -> None:
+        event = self._read_state()
+        state = _without_clocks(event)
+        if state != self._last_state:
+            self._last_state, self._number, self._latest = state, self._number + 1, line_of(event)
+            self._notify_subscribers()
 
-    def _tell_subscribers(self) -> None:
+    def _notify_subscribers(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
 
