@@ -87,11 +87,6 @@ class SpeechPlan:
     reference: bytes | None
 
     @property
-    def media_type(self) -> str:
-        """The content type of the audio."""
-        return CONTENT_TYPES[self.audio_format]
-
-    @property
     def input_format(self) -> InputFormat:
         """How its texts are read."""
         return self.data.input_format or self.starter.settings.input_format

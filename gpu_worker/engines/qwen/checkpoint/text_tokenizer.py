@@ -14,7 +14,7 @@ import itertools
 import json
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -43,10 +43,6 @@ _MISTRAL_VOCABULARY: Final = 100_000
 """transformers applies `fix_mistral_regex` only to a larger vocabulary; the published ones have 151,643 entries."""
 
 _KINDS: Final = {"L": "letter", "M": "letter", "N": "digit"}
-
-
-Tokenize = Callable[[str], Sequence[int]]
-"""Text -> token ids."""
 
 
 class TextTokenizer:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
@@ -214,7 +215,7 @@ class Int8Portable(_Rowwise):
         return torch._int_mm(integers, self._quantized).float().mul_(1 / 127)  # noqa: SLF001 -- the only product of integers
 
 
-KERNELS: Final[dict[str, type[Any]]] = {
+KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
     "plain": Plain,
     "packed": Packed,
     "fp16": Half,
@@ -222,7 +223,7 @@ KERNELS: Final[dict[str, type[Any]]] = {
     "int8": Int8,
     "int8_portable": Int8Portable,
 }
-"""The kernels by name."""
+"""The kernels by name; each is made of a weight [out, in] and a bias [out] or None."""
 
 
 def by_size(weight: Tensor) -> str:

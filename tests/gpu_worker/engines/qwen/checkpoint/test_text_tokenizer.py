@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from gpu_worker.engines.qwen.checkpoint.text_tokenizer import (
     _MISTRAL_WORDS,
     SharedTokenizers,
     TextTokenizer,
-    Tokenize,
     load_text_tokenizer,
 )
 from tests.checkpoints import tiny
 from tests.official_package import official_package
+
+Tokenize = Callable[[str], Sequence[int]]
+"""Text -> token ids."""
 
 TEXTS = (
     "",
