@@ -1,7 +1,8 @@
 """How much audio each client has had: the base of turns between clients. Plain arithmetic in seconds of audio.
 
-It is start-time fair queueing. The clock of a client goes on by the audio that it gets. The client that is furthest
-behind is next. A client that comes back after a while begins where the others are: nobody saves up idle time.
+The algorithm is start-time fair queueing. The clock of a client advances by the audio that the client gets.
+The client whose clock is furthest behind is next.
+A client that comes back begins where the others are, so idle time earns nothing.
 """
 
 from typing import Final

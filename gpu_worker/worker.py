@@ -1,10 +1,11 @@
-"""The synthesis loop: commands, admission, steps, stalled readers, out of memory, drain.
+"""The synthesis loop: commands, admission, open text, steps, stalled readers, out of memory, drain.
 
 Every turn handles commands, gives slots to requests, steps every runnable engine, delivers the events,
 and starts transitions.
 Worker owns all requests, on one thread; queues are all it shares with the other threads.
 It owns no socket (see `transport`), writes no voice (see `voices`), and decides neither which request is next
 (see `scheduler`), nor which one gives its slot to another (see `slots`), nor which model is where (see `residency`).
+It reports each request to the limits and the usage of its key (see `limits`, `usage`), and counts neither itself.
 """
 
 import queue
@@ -135,7 +136,7 @@ class Worker:
         self._outcomes = Outcomes()
         self._caches = Caches(lambda: residency.engines, voices)
         self._open_sockets: dict[bytes, int] = {}
-        """By peer, as its last Ping has said."""
+        """WebSockets of each web worker, by its last Ping."""
         self._slots = Slots(lambda: residency.engines, buffer, max_concurrency=max_concurrency, clock=clock)
         self._newcomers_in_a_row = 0
         self._held_back: set[str] = set()  # the jobs that the last step left out

@@ -69,7 +69,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 Priority = Literal["interactive", "batch"]
-"""`batch`: nobody waits for the speech, so others come first, in the queue and for a slot."""
+"""`batch`: no listener waits for the speech, so other requests come first, in the queue and for a slot."""
 
 
 class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

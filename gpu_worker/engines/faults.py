@@ -50,7 +50,7 @@ class BrokenDeviceError(Exception):
 def is_broken_device(error: BaseException) -> bool:
     """Whether a CUDA error has ended the context for good: after one, every further call fails with it.
 
-    A BrokenDeviceError that was raised before says so, too.
+    True for a BrokenDeviceError, too: a method further down has recognised such an error already.
     """
     if isinstance(error, BrokenDeviceError):
         return True

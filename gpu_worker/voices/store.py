@@ -233,7 +233,7 @@ class VoiceStore:
         return reference
 
     def _kept(self, voice_id: str) -> VoiceRecord:
-        """As `_record`, of a voice that nobody is deleting."""
+        """As `_record`; a voice with a pending delete counts as deleted."""
         if voice_id in self._deleting:
             raise _not_found(voice_id)
         return self._record(voice_id)

@@ -1,7 +1,7 @@
-"""`say --live`: what comes on stdin is sent to the service when it comes, and its audio is written when it comes.
+"""`say --live`: sends the text on stdin to the service as it arrives, and writes the audio as it arrives.
 
-A text of any length is sent as utterances that the service takes, cut at sentences. All audio is one stream of one
-format: the service sends pcm, which is encoded here.
+A long text is sent as several utterances, cut at sentences, because the service limits the length of one.
+The service sends pcm. This module encodes all of it as one stream.
 """
 
 import codecs

@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 
 SmallMessage = Credit | Cancel | Append | EndText
-"""What belongs to a request that the worker has, and may be sent a moment later. The order is kept."""
+"""Messages about a request that the GPU worker has. They may be sent a moment later, in their order."""
 
 
 class Connection:

@@ -82,11 +82,10 @@ class ZmqEngineClient:
         open_sockets: Callable[[], int] = int,
         on_emptied: Callable[[CacheName], None] = lambda _name: None,
     ) -> None:
-        """`cache_counts`: the figures of the caches of this web worker, but the catalogue's.
+        """`cache_counts` returns the counts of this web worker's caches, without the catalogue's.
 
-        `open_sockets`: the number of its WebSockets.
-
-        `on_emptied` is called with the name of each of them that an admin has emptied, by whichever web worker.
+        `on_emptied` gets the name of each cache that an admin has emptied, through this web worker or another one.
+        `open_sockets` returns the number of this web worker's WebSockets.
         """
         self._url = url
         self._timeout_s = timeout_s

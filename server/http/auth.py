@@ -93,7 +93,7 @@ def owner_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any])
 
 
 def keyring_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Keyring:
-    """The keys that the application knows now."""
+    """The keys that the application knows."""
     keyring: Keyring = connection.app.state.keyring
     return keyring
 

@@ -84,7 +84,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keyring:
-    """All known keys. Immutable: a reload makes a new one."""
+    """All known keys, as of the start of the process. Immutable."""
 
     def __init__(self, keys: dict[str, Caller], *, guards_speech: bool) -> None:
         """`keys` by digest. `guards_speech`: everything needs a key; else only the admin routes do, if there is one."""

@@ -7,8 +7,8 @@ and each socket gets its close (1001). The middleware refuses new requests meanw
 import asyncio
 from typing import Final, Protocol
 
-_LAST_WORDS_S: Final = 1.0
-"""How long the sockets have for their closes when the time of the drain is over."""
+_CLOSE_GRACE_S: Final = 1.0
+"""How long the sockets have to send their closes when the time of the drain is over."""
 
 
 class Drainable(Protocol):
@@ -55,7 +55,7 @@ class OpenSockets:
         if not await self._all_closed(timeout_s):
             for one in list(self._open):
                 one.cut_off()
-            await self._all_closed(_LAST_WORDS_S)
+            await self._all_closed(_CLOSE_GRACE_S)
 
     async def _all_closed(self, timeout_s: float) -> bool:
         if self._open:

@@ -1,4 +1,4 @@
-"""What the service tells systemd, if that started it as Type=notify: that it serves, that it ends, that it is well."""
+"""Messages to systemd (Type=notify, WatchdogSec): the service serves, the service is well, the service stops."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class Systemd:
-    """The socket of NOTIFY_SOCKET; without one, nothing is sent. Errors are ignored: systemd is told, not asked."""
+    """The socket of NOTIFY_SOCKET; without one, nothing is sent. A message that cannot be sent stops nothing."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._address = environ.get("NOTIFY_SOCKET", "")

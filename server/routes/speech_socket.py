@@ -1,7 +1,7 @@
 """One WebSocket that speaks, whatever its dialect: its life from the handshake to the close.
 
-It waits for its configuration, takes messages while it speaks, and ends for one reason, which the close names: its
-client has had enough, its client made a mistake, speech failed, the GPU worker is lost, or the service stops.
+SpeechSocket waits for the configuration, takes messages while it speaks, and ends for one reason. The close names it:
+the client is done, the client made a mistake, speech failed, the GPU worker is lost, or the service stops.
 A dialect (speech_websocket.py, nari_websocket.py, elevenlabs_websocket.py) reads and writes the messages.
 """
 

@@ -1,4 +1,6 @@
-"""WS /v1/audio/speech/stream: text in as it is written, audio out as it is made; the dialect of two speech servers.
+"""WS /v1/audio/speech/stream: text in as it is written, audio out as it is made.
+
+The dialect is that of vLLM-Omni and SGLang-Omni.
 
 The client sends session.config, then input.text any number of times; input.commit or input.done ends an utterance, and
 the next one may follow. Each part of an utterance is answered by audio.start, binary frames and audio.done.

@@ -1,8 +1,9 @@
 """The utterances of a text while it grows: those of the whole text, as early as they are sure.
 
-It gives what split_into_utterances gives, for a text whose end is not known. It knows neither jobs nor tensors.
+IncrementalSplitter gives the utterances that split_into_utterances gives, for a text whose end is not known.
+This module knows neither jobs nor tensors.
 
-These are sure, and all else is held back:
+These are sure; everything else is held back:
 
 - A sentence end, once the next word is complete, because sentencex reads that word. Of a word of letters without case
   one letter is enough: sentencex has no lists of such words. While a quotation or a bracket is open, the sentence ends
@@ -38,7 +39,7 @@ _LETTER: Final = re.compile(r"\w")
 _SPACE: Final = re.compile(r"\s")
 
 
-class GrowingText:
+class IncrementalSplitter:
     """Splits a clean text that grows by `update`. Call `next_utterance` until it gives None, then `beginning`."""
 
     def __init__(
@@ -179,15 +180,15 @@ class GrowingText:
         return unicodedata.category(letter[0]) == "Lo" or _SPACE.search(self._text, letter.end()) is not None
 
 
-class GrowingWhole:
-    """As GrowingText, for a text that is one utterance, however long it is."""
+class SingleUtteranceSplitter:
+    """Does not split: the text is one utterance, however long. The methods are those of IncrementalSplitter."""
 
     def __init__(self) -> None:
         self._text = ""
         self._closed = False
 
     def update(self, text: str, *, closed: bool) -> None:
-        """As GrowingText.update."""
+        """As IncrementalSplitter.update."""
         self._text, self._closed = text, closed
 
     def next_utterance(self) -> str | None:

@@ -12,5 +12,6 @@ Every kernel keeps the rounding points of its reference. Values are widened to f
 rounded with `fused.rounding.rounded`. Arguments that vary from call to call must not make Triton compile again:
 sizes that the model fixes are constexpr, the rows are the grid, and other numbers stand in `do_not_specialize`.
 
-Owns these operations and their choice. It holds no weights and no state.
+Owns these operations and their choice. Three parts of the model that several operations read hold their weights:
+Norm, Rotation and Snake. Nothing here holds state.
 """

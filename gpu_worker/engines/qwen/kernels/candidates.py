@@ -50,7 +50,7 @@ def invert_cdf(cumulative: Tensor, ids: Tensor, level: Tensor) -> Tensor:
 
 
 def different_choice(scores: Tensor, ids: Tensor, wanted: Tensor) -> str | None:
-    """None if each row chose the id that is wanted, or one with the same score: torch may order equal ones anyhow."""
+    """None if each row of `ids` is the one of `wanted`, or scores the same: torch sorts equal scores in any order."""
     inside = ids.clamp(0, scores.shape[1] - 1)
     same = (inside == ids) & (scores.gather(1, inside[:, None]) == scores.gather(1, wanted[:, None])).squeeze(1)
     return None if bool(same.all()) else f"differs from torch in the ids of {int((~same).sum())} of {len(ids)} rows"

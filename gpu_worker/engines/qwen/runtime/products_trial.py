@@ -48,7 +48,6 @@ class Products(msgspec.Struct, frozen=True):
     """The kernels of one model. `weights` names that of most matrices, `sensitive` that of heads and `down`.
 
     "" chooses by the size of a matrix. Batches are padded to a multiple of `row_multiple`.
-    `folds`: the weights of norms may be multiplied into matrices. float16 would round the products.
     """
 
     weights: str = ""
@@ -62,7 +61,7 @@ class Products(msgspec.Struct, frozen=True):
 
     @property
     def folds(self) -> bool:
-        """Whether the matrices behind a block's norms may take its weight."""
+        """Whether a norm's weight may be multiplied into the matrices behind that norm; float16 would round them."""
         return self.quantization != "fp16"
 
 
@@ -83,7 +82,7 @@ def choose(
     """The kernels for a model with products of these `shapes`. A trial is made if the file `kept_in` has no outcome.
 
     Raises:
-        JobError: `model_unavailable` if this machine cannot compute so, with what to do.
+        JobError: `model_unavailable` if this machine has no kernels for `quantization`; the message says what to do.
     """
     if problem := unsupported(quantization, device, dtype):
         raise JobError("model_unavailable", problem)
@@ -107,7 +106,7 @@ def are_large(shapes: Shapes) -> bool:
 
 
 def unsupported(quantization: Quantization, device: str, dtype: torch.dtype) -> str | None:
-    """Why this device cannot compute so, and what to do about it; None if it can."""
+    """Why this device cannot use `quantization`, and what to do about it; None if it can."""
     if quantization in ("auto", "none"):
         return None
     setting = f"TTS_QUANTIZATION={quantization}"

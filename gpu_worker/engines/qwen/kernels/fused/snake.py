@@ -8,6 +8,9 @@ from gpu_worker.engines.qwen.kernels.fused.rounding import rounded
 
 @triton.jit
 def snake(x, frequency, magnitude, dtype: tl.constexpr):
-    """X + sin(x * frequency)² * magnitude in float32, rounded after the product, the sine, the square and the sum."""
+    """Snake of `x`: x + sin(x * frequency)² * magnitude in float32.
+
+    It rounds after the product, the sine, the square and the sum.
+    """
     wave = rounded(tl.sin(rounded(x * frequency, dtype)), dtype)
     return rounded(x + rounded(wave * wave, dtype) * magnitude, dtype)
