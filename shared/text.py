@@ -40,6 +40,12 @@ def is_speakable(text: str) -> bool:
     return any(unicodedata.category(character)[0] in "LN" for character in characters)
 
 
+def transcript_of(text: str | None) -> str | None:
+    """`text` as the transcript of a recording; None if there is nothing to say in it."""
+    text = (text or "").strip()
+    return text if is_speakable(text) else None
+
+
 def is_printable(name: str) -> bool:
     """True if `name` has a visible character, and none that steers a terminal or the direction of writing."""
     visible = name.translate(JOINERS)

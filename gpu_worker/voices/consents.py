@@ -68,6 +68,8 @@ class ConsentStore:
     def create(self, name: str, language: str, pcm: bytes, created_at: int | None = None) -> VoiceWrite:
         """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a consent, given now or at `created_at`.
 
+        A file of another server may claim any time: none is later than now.
+
         Raises JobError: `invalid_value`, `invalid_audio`, or `queue_full` if too many consents wait for the disk.
         """
         name = checked_name(name, "consent")
@@ -76,11 +78,12 @@ class ConsentStore:
         if count >= self._max_consents:
             message = f"there are {count} consents already and no more may be kept; delete one first"
             raise JobError("invalid_value", message, param="name")
+        now = int(self._wall())
         record = ConsentRecord(
             id=f"{CONSENT_PREFIX}{secrets.token_hex(12)}",
             name=name,
             language=language,
-            created_at=int(self._wall()) if created_at is None else created_at,
+            created_at=now if created_at is None else min(created_at, now),
             samples=samples_of(pcm),
         )
         return self._write(VoiceWrite(kind="save", record=record, pcm=pcm))

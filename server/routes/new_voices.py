@@ -24,7 +24,7 @@ from server.http.streaming import cancel_on_disconnect
 from server.routes.voices import saved_voice_object
 from server.schemas import MAX_INSTRUCTIONS, MAX_NAME, MAX_REF_TEXT, Name, SavedVoiceObject
 from shared.protocol import Action, CloneVoice, DesignVoice
-from shared.text import is_printable, is_speakable
+from shared.text import is_printable, is_speakable, transcript_of
 
 MIN_SCRIPT: Final = 20
 MAX_SCRIPT: Final = 400
@@ -111,10 +111,9 @@ async def create_voice(
             await require_consent(data.consent, engine, caller.client)
         sample = await read_upload(data.audio_sample, "audio_sample", MAX_REFERENCE_BYTES)
         pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
-        transcript = (data.ref_text or "").strip()
         action = CloneVoice(
             name=data.name,
-            text=transcript if is_speakable(transcript) else None,
+            text=transcript_of(data.ref_text),
             description=data.description or "",
             consent=data.consent or "",
         )

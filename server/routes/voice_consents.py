@@ -37,7 +37,7 @@ from shared.protocol import (
 _TIMEOUT_S: Final = 30.0
 """A slow disk takes seconds."""
 
-_LANGUAGE_TAG: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8}){0,8}")
+LANGUAGE_TAG: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8}){0,8}")
 """The form of a BCP 47 tag."""
 
 
@@ -87,7 +87,7 @@ async def create_consent(
     decoder_pool: DecoderPoolDependency,
 ) -> VoiceConsentObject:
     """Save a recording in which a speaker consents to be cloned."""
-    if not _LANGUAGE_TAG.fullmatch(data.language):
+    if not LANGUAGE_TAG.fullmatch(data.language):
         raise ApiError("invalid_value", "language: must be a BCP 47 tag, such as en-US.", param="language")
     recording = await read_upload(data.recording, "recording", MAX_REFERENCE_BYTES)
     pcm = await cancel_on_disconnect(request, decoder_pool.decode(recording, "recording"))

@@ -3,6 +3,7 @@
 The file is msgpack of a `VoiceFile`. It holds plain values alone, each with a bound, and no name of a file.
 """
 
+from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
@@ -18,9 +19,11 @@ from server.http.errors import ApiError, documented
 from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
+from server.routes.voice_consents import LANGUAGE_TAG
 from server.routes.voices import VoiceName, change_voice, saved_voice_object, usable_voice
 from server.schemas import Name, SavedVoiceObject
 from shared.protocol import MAX_PORTABLE_PCM, ExportVoice, ImportVoice, PortableVoice
+from shared.text import transcript_of
 
 MAX_FILE_BYTES: Final = 2 * MAX_PORTABLE_PCM + 64 * 1024
 """Two recordings, and their words."""
@@ -99,8 +102,7 @@ async def import_voice(
     voice = _voice_in(await read_upload(data.file, "file", MAX_FILE_BYTES))
     if settings.require_consent and voice.consent is None:
         raise ApiError("invalid_value", "file: the voice has no consent, and this server requires one.", param="file")
-    if data.name:
-        voice = msgspec.structs.replace(voice, name=data.name)
+    voice = msgspec.structs.replace(voice, name=data.name or voice.name, text=transcript_of(voice.text))
     caller = caller_of(settings, request)
     caller.require_voice(voice.name, param="name")
     saving = engine.call(ImportVoice(voice=voice), client=caller.client, timeout_s=_TIMEOUT_S)
@@ -111,8 +113,9 @@ async def import_voice(
 
 
 def _voice_in(content: bytes) -> PortableVoice:
-    try:
-        return msgspec.msgpack.decode(content, type=VoiceFile).voice
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        message = "file: is no voice that a server of this kind has exported, or it is damaged."
-        raise ApiError("invalid_value", message, param="file") from None
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        voice = msgspec.msgpack.decode(content, type=VoiceFile).voice
+        if voice.consent is None or LANGUAGE_TAG.fullmatch(voice.consent.language):
+            return voice
+    message = "file: is no voice that a server of this kind has exported, or it is damaged."
+    raise ApiError("invalid_value", message, param="file")

@@ -58,6 +58,12 @@ def test_a_consent_is_kept_beside_the_voices(shelf: Shelf, tmp_path: Path, clock
     assert not logged
 
 
+def test_the_time_of_another_server(shelf: Shelf) -> None:
+    """An imported consent keeps its time, unless that is yet to come."""
+    found = [shelf.store.create("Ada", "de", SECOND, created_at) for created_at in (0, 999, 2**64 - 1)]
+    assert [write.record.created_at for write in found] == [0, 999, 1000]
+
+
 def test_pages(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
     """Pages follow each other without a gap, the newest first, of one second too, and after a restart."""
     consents = []

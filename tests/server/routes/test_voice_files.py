@@ -55,6 +55,12 @@ def upload(content: bytes) -> dict[str, Any]:
     return {"file": ("a.voice", content)}
 
 
+def with_consent(**fields: Any) -> bytes:
+    """A file with a consent that differs."""
+    consent = msgspec.structs.replace(CONSENT, **fields)
+    return msgspec.msgpack.encode(VoiceFile(voice=msgspec.structs.replace(PORTABLE, consent=consent)))
+
+
 async def test_there_and_back(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """A file holds all of the voice, has its name, and is taken again, under another name if one is given."""
     answer = await client.get(f"{FILES}/voice_1")
@@ -82,6 +88,9 @@ async def test_there_and_back(client: httpx.AsyncClient, worker: FakeWorker) -> 
         msgspec.msgpack.encode({"format": "qwen3-tts-voice", "version": 2, "voice": msgspec.to_builtins(PORTABLE)}),
         msgspec.msgpack.encode(VoiceFile(voice=msgspec.structs.replace(PORTABLE, pcm=bytes(2_880_002)))),
         msgspec.msgpack.encode(VoiceFile(voice=msgspec.structs.replace(PORTABLE, text="x" * 5000))),
+        with_consent(language="../../de"),
+        with_consent(language="de\n"),
+        with_consent(created_at=-1),
     ],
 )
 async def test_files_that_are_no_voices(client: httpx.AsyncClient, worker: FakeWorker, content: bytes) -> None:
@@ -89,6 +98,14 @@ async def test_files_that_are_no_voices(client: httpx.AsyncClient, worker: FakeW
     answer = await client.post(FILES, files=upload(content))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
     assert worker.of(Call) == []
+
+
+@pytest.mark.parametrize(("text", "transcript"), [(" Hallo.\n", "Hallo."), ("  ", None), ("…", None), (None, None)])
+async def test_transcript(client: httpx.AsyncClient, worker: FakeWorker, text: str, transcript: str | None) -> None:
+    """A text with nothing to say is no transcript, as where a recording is saved."""
+    voice = msgspec.structs.replace(PORTABLE, text=text)
+    assert (await client.post(FILES, files=upload(msgspec.msgpack.encode(VoiceFile(voice=voice))))).status_code == 200
+    assert worker.of(Call)[-1].action == ImportVoice(voice=msgspec.structs.replace(PORTABLE, text=transcript))
 
 
 async def test_bounds(client: httpx.AsyncClient, worker: FakeWorker) -> None:
