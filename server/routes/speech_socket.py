@@ -18,7 +18,7 @@ from litestar import WebSocket
 from litestar.datastructures import State
 
 from server.engine import EngineClient
-from server.http.auth import admit_socket, caller_of, subprotocol_for
+from server.http.auth import admit_socket, caller_of, keyring_of, subprotocol_for
 from server.http.errors import ApiError, internal_error
 from server.http.json_socket import CLOSE_S, GOING_AWAY, NORMAL, POLICY, JsonSocket, SocketClosedError, close_code
 from server.http.open_sockets import OpenSockets
@@ -88,10 +88,10 @@ class SpeechSocket(ABC):
     # --- what a dialect uses -----------------------------------------------------------------------------------------
 
     def admit(self, key: str | None = None) -> None:
-        """Check the key that the first message may have. Raises ApiError (`invalid_api_key`)."""
-        if not self._admitted:
-            self._key = key or ""
-            self._admitted = admit_socket(self.settings, self._websocket, self._key)
+        """Check the client's key, which the first message may have. Raises ApiError (`invalid_api_key`)."""
+        self._key = self._key or key or ""
+        self._admitted = False
+        self._admitted = admit_socket(self.settings, self._websocket, self._key)
         if not self._admitted:
             message = "This server needs an API key: in a header, a subprotocol, or the first message."
             raise ApiError("invalid_api_key", message)
@@ -212,7 +212,10 @@ class SpeechSocket(ABC):
 
     async def _handle(self, message: "asyncio.Task[str]") -> None:
         try:
-            await self.on_message(message.result())
+            text = message.result()
+            if self._admitted and keyring_of(self._websocket).guards_speech:
+                self.admit()  # a socket may outlive its key
+            await self.on_message(text)
         except ApiError as error:
             self._mistakes += 1
             fatal = close_code(error) != POLICY or not self._admitted or self._mistakes > MAX_MISTAKES

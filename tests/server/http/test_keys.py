@@ -9,12 +9,14 @@ import httpx
 import msgspec
 import pytest
 
+from server.http import auth
 from server.http.keys import Caller, Keyring, KeysError, digest_of, load_keyring
 from server.routes.voice_files import VoiceFile
 from shared.protocol import Call, DesignVoice, KeyLimits, PortableVoice, RateLimit, Reply, SavedVoice, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.running import SPEECH, VOICES, Serve
+from tests.server.sockets import talk
 
 ALICE = "sk-tts-alice"
 FILE = f"""
@@ -194,6 +196,24 @@ class TestService:
         assert answer.status_code == httpx.codes.FORBIDDEN
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("insufficient_permissions", param)
+
+    @pytest.mark.parametrize("by_header", [True, False])
+    async def test_a_socket_outlives_its_key(
+        self, serve: Serve, keys_file: Path, monkeypatch: pytest.MonkeyPatch, *, by_header: bool
+    ) -> None:
+        """A WebSocket that is open when its key expires takes no more text."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        monkeypatch.setattr(auth, "today", lambda: date(2025, 12, 31))
+        key: Any = {"additional_headers": bearer("sk-tts-old")} if by_header else {}
+        async with talk(client, **key) as socket:
+            await socket.say({"type": "session.config", "api_key": None if by_header else "sk-tts-old"})
+            assert (await socket.hear())["type"] == "session.configured"
+            await socket.say({"type": "input.text", "text": "Hello."}, {"type": "input.done"})
+            await socket.until("session.done")
+            monkeypatch.setattr(auth, "today", lambda: date(2026, 1, 1))
+            await socket.say({"type": "input.text", "text": "Hello."})
+            (error,), code, _ = await socket.end()
+            assert (error["code"], code) == ("invalid_api_key", 1008)
 
     async def test_saved_voices(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
         """A key with a list of voices exports, renames, deletes and saves no others: any could get a listed name."""
