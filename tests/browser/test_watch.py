@@ -67,7 +67,7 @@ def watch(page: Page, url: str) -> None:
 
 def happened(page: Page, kind: str, state: str = "") -> None:
     """Wait until this is in the list of what happened."""
-    expect(page.locator(f"[data-happening={kind}]" + (f"[data-state={state}]" if state else "")).first).to_be_visible()
+    expect(page.locator(f"[data-activity={kind}]" + (f"[data-state={state}]" if state else "")).first).to_be_visible()
 
 
 def test_a_load_an_offload_and_a_death(tab: OpenTab, watched: Service) -> None:
@@ -186,7 +186,7 @@ def test_many_events_grow_no_memory(tab: OpenTab, open_service: Service) -> None
     later, nodes_later = used_after_events()
     assert nodes_later == nodes
     assert later - heap < 1_000_000
-    assert page.locator(".watch-happenings li").count() == 60
+    assert page.locator(".watch-activity li").count() == 60
     last = json.loads(text)
     last["stats"]["queued"] = 4321
     page.evaluate(

@@ -1,6 +1,6 @@
 // Starts the page: the frame around the views, the dialog for keys, the theme.
 
-import { loadCatalog, loadService, service, trouble } from "./catalog.js";
+import { loadCatalog, loadService, service, pageError } from "./catalog.js";
 import { KeyButton, KeyDialog } from "./key_dialog.js";
 import { Icon } from "./icons.js";
 import { route } from "./router.js";
@@ -35,8 +35,8 @@ function ThemeButton() {
   </button>`;
 }
 
-function Trouble() {
-  const error = useShared(trouble);
+function ErrorNotice() {
+  const error = useShared(pageError);
   if (!error) return null;
   return html`<div class="notice" role="alert">
     <p>${error.message}</p>
@@ -82,7 +82,7 @@ function App() {
       </div>
     </header>
     <main id="main" ref=${main} tabindex="-1">
-      <${Trouble} />
+      <${ErrorNotice} />
       ${view && html`<${view.View} key=${view.name} parameters=${parameters} />`}
     </main>
     <${KeyDialog} />
@@ -90,5 +90,5 @@ function App() {
 }
 
 render(html`<${App} />`, document.getElementById("app"));
-loadService().catch((error) => (trouble.value = error));
+loadService().catch((error) => (pageError.value = error));
 loadCatalog();

@@ -12,8 +12,8 @@ export const models = new Shared(null);
 /** The saved voices, or null. */
 export const savedVoices = new Shared(null);
 
-/** Why the lists could not be read, or null. */
-export const trouble = new Shared(null);
+/** The error that the page shows above its view, or null: the lists could not be read, or a voice failed. */
+export const pageError = new Shared(null);
 
 const voicesByModel = new Map();
 
@@ -21,16 +21,16 @@ export async function loadService() {
   service.value = await getJson("./");
 }
 
-/** Read models and saved voices; `trouble` says if that failed. */
+/** Read models and saved voices; `pageError` says if that failed. */
 export async function loadCatalog() {
   try {
     const [listed, voices] = await Promise.all([getJson("v1/models"), getJson("v1/audio/voices")]);
     voicesByModel.clear();
     models.value = listed.data;
     savedVoices.value = voices.uploaded_voices;
-    trouble.value = null;
+    pageError.value = null;
   } catch (error) {
-    trouble.value = error;
+    pageError.value = error;
   }
 }
 

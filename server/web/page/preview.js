@@ -1,7 +1,7 @@
 // A short preview of a voice: made once, kept in this browser, played in one place at a time.
 
 import { send } from "./api.js";
-import { trouble } from "./catalog.js";
+import { pageError } from "./catalog.js";
 import { Icon } from "./icons.js";
 import { cachedPreview, keepPreview } from "./history.js";
 import { strings } from "./strings.js";
@@ -44,7 +44,7 @@ export function PreviewButton({ model, voice }) {
       await audio.play();
       playing.value = key;
     } catch (error) {
-      if (error.name !== "AbortError") trouble.value = error;
+      if (error.name !== "AbortError") pageError.value = error;
     } finally {
       setBusy(false);
     }

@@ -40,7 +40,7 @@ function Heard({ blob }) {
 export function RecordingField({ label, value, onChange, problem }) {
   const limits = useShared(service)?.limits;
   const [recording, setRecording] = useState(null);
-  const [trouble, setTrouble] = useState("");
+  const [fieldError, setFieldError] = useState("");
   const [over, setOver] = useState(false);
   const input = useRef(null);
   const running = useRef(null);
@@ -49,22 +49,22 @@ export function RecordingField({ label, value, onChange, problem }) {
   useEffect(() => () => running.current?.cancel(), []);
 
   const take = async ({ blob, name }, length = null) => {
-    setTrouble("");
+    setFieldError("");
     const fit = await fitting(blob, name, limits.recording_bytes);
     const seconds = length ?? (await secondsOf(blob));
     if (seconds !== null && (seconds < limits.recording_min_s || seconds > limits.recording_max_s)) {
-      setTrouble(words.wrongLength(seconds, limits.recording_min_s, limits.recording_max_s));
+      setFieldError(words.wrongLength(seconds, limits.recording_min_s, limits.recording_max_s));
       onChange(null);
     } else onChange({ ...fit, seconds });
   };
   const choose = (files) => files.length && take({ blob: files[0], name: files[0].name });
   const begin = async () => {
-    setTrouble("");
+    setFieldError("");
     onChange(null);
     try {
       setRecording(await Recording.begin());
     } catch (error) {
-      setTrouble(error.name === "NotAllowedError" ? words.refused : words.noMicrophone);
+      setFieldError(error.name === "NotAllowedError" ? words.refused : words.noMicrophone);
     }
   };
   const end = async () => {
@@ -77,7 +77,7 @@ export function RecordingField({ label, value, onChange, problem }) {
     setOver(false);
     choose(event.dataTransfer.files);
   };
-  const said = trouble || problem;
+  const shown = fieldError || problem;
   return html`<div class="field" role="group" aria-labelledby=${`${id}-label`} aria-describedby=${`${id}-about`}>
     <span class="label" id=${`${id}-label`}>${label}</span>
     <div
@@ -99,14 +99,14 @@ export function RecordingField({ label, value, onChange, problem }) {
             : html`<p class="hint">${words.drop}</p>`}`}
       <input
         ref=${input} class="hidden-label" type="file" accept="audio/*,video/webm,.w64,.caf,.amr" tabindex="-1"
-        aria-label=${label} aria-invalid=${said ? "true" : undefined} onChange=${(event) => {
+        aria-label=${label} aria-invalid=${shown ? "true" : undefined} onChange=${(event) => {
           choose(event.target.files);
           event.target.value = "";
         }}
       />
     </div>
     <div id=${`${id}-about`}>
-      ${said && html`<p class="problem" role="alert">${said}</p>`}
+      ${shown && html`<p class="problem" role="alert">${shown}</p>`}
       <p class="hint">${limits && words.limits(limits.recording_min_s, limits.recording_max_s)} ${!canRecord() && words.needsHttps}</p>
     </div>
   </div>`;

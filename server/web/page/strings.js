@@ -285,7 +285,7 @@ export const strings = {
       budget: "budget",
       shared: "codec, shared",
       process: "this process",
-      host: "Host memory",
+      host: "Host RAM",
       offloaded: "offloaded models",
       used: (used, whole, ours) => `${used} of ${whole} used, ${ours} of it ours`,
       buffer: (used, whole) => `audio buffer: ${used} of ${whole}`,
@@ -300,11 +300,11 @@ export const strings = {
       heading: "Models",
       default: "default",
       pinned: "pinned",
-      states: { absent: "absent", loading: "loading", resident: "resident", offloaded: "in host memory", unavailable: "unavailable" },
+      states: { absent: "absent", loading: "loading", resident: "resident", offloaded: "in host RAM", unavailable: "unavailable" },
       references: (n) => (n === 1 ? "1 request" : `${n} requests`),
       purposes: {
         weights: "weights", kv: "keys and values", state: "slots", codec_state: "codec streams", references: "references",
-        graphs: "graphs", workspace: "workspace", parked: "parked", host: "in host memory",
+        graphs: "graphs", workspace: "workspace", parked: "parked", host: "in host RAM",
       },
       idle: (time) => `Idle for ${time}; stays.`,
       idleOf: (time, limit) => `idle ${time} of ${limit}`,
@@ -331,8 +331,8 @@ export const strings = {
       },
       columns: { state: "State", model: "Model", age: "Age", audio: "Audio", buffered: "Buffered", client: "Client", id: "Request" },
       states: { waiting: "queued", generating: "speaking", buffered: "buffered", stalled: "stalled" },
-      happenings: {
-        heading: "What happened",
+      activity: {
+        heading: "Activity",
         none: "Nothing since this page was opened.",
         lost: () => "The GPU worker is gone.",
         back: () => "The GPU worker answers again.",
@@ -341,7 +341,7 @@ export const strings = {
           ({
             loading: `${model} is being loaded.`,
             resident: `${model} is resident.`,
-            offloaded: `${model} left for host memory.`,
+            offloaded: `${model} moved to host RAM.`,
             absent: `${model} left memory.`,
             unavailable: `${model} is unavailable.`,
           })[state],
@@ -362,7 +362,7 @@ export const strings = {
       },
     },
     figures: {
-      heading: "How it felt",
+      heading: "Performance",
       window: "Window",
       minutes: (n) => (n === 60 ? "1 h" : `${n} min`),
       none: "Nothing was spoken within the last hour.",

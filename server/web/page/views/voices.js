@@ -1,6 +1,6 @@
 // Voices: the saved ones, which can be made, renamed, moved and deleted, and the presets of every model.
 
-import { models, savedVoices, trouble } from "../catalog.js";
+import { models, savedVoices, pageError } from "../catalog.js";
 import { CloneDialog } from "../clone_dialog.js";
 import { designers, DesignDialog } from "../design_dialog.js";
 import { write } from "../draft.js";
@@ -38,7 +38,7 @@ function SavedVoice({ voice, onAsk }) {
   const tool = (icon, label, action) => html`<button class="quiet" aria-label=${label} title=${label} onClick=${action}>
     <${Icon} name=${icon} size=${18} />
   </button>`;
-  const move = () => exportVoice(voice).catch((error) => (trouble.value = error));
+  const move = () => exportVoice(voice).catch((error) => (pageError.value = error));
   return html`<li data-voice=${voice.id}>
     <${Line} voice=${voice} said=${savedAbout(voice)} />
     <span class="tools">

@@ -6,10 +6,10 @@ import { html, useEffect, useRef, useShared, useState } from "../ui.js";
 import { Charts } from "./watch_charts.js";
 import { Feed } from "./watch_feed.js";
 import { CachesCard, PerformanceCard, SettingsCard } from "./watch_figures.js";
-import { busiest, happenings, History, MAX_HAPPENINGS } from "./watch_history.js";
+import { activityBetween, busiest, History, MAX_ACTIVITY } from "./watch_history.js";
 import { MemoryCard } from "./watch_memory.js";
 import { ModelsCard } from "./watch_models.js";
-import { HappeningsCard, RequestsCard } from "./watch_requests.js";
+import { ActivityCard, RequestsCard } from "./watch_requests.js";
 
 const words = strings.watch;
 const { count, duration, factor, seconds, times } = words.units;
@@ -24,25 +24,25 @@ function useService(attempt) {
   const [log, setLog] = useState([]);
 
   useEffect(() => {
-    const made = new Feed();
-    const note = ({ event }) => {
+    const newFeed = new Feed();
+    const record = ({ event }) => {
       if (event === null || event === before.current) return;
-      const found = happenings(before.current, event);
+      const found = activityBetween(before.current, event);
       before.current = event;
-      if (found.length) setLog((old) => [...found.reverse().map((each) => ({ ...each, at: event.time, id: nextId() })), ...old].slice(0, MAX_HAPPENINGS));
+      if (found.length) setLog((old) => [...found.reverse().map((each) => ({ ...each, at: event.time, id: nextId() })), ...old].slice(0, MAX_ACTIVITY));
     };
-    const forget = made.state.subscribe(note);
+    const unsubscribe = newFeed.state.subscribe(record);
     // A sample a second, whether events come or not: an idle service sends none.
     const timer = setInterval(() => {
-      if (made.state.value.event === null) return;
-      history.current.add(made.state.value.event, Date.now() / 1000);
+      if (newFeed.state.value.event === null) return;
+      history.current.add(newFeed.state.value.event, Date.now() / 1000);
       setSamples((number) => number + 1);
     }, TICK_MS);
-    setFeed(made);
-    made.run();
+    setFeed(newFeed);
+    newFeed.run();
     return () => {
-      made.stop();
-      forget();
+      newFeed.stop();
+      unsubscribe();
       clearInterval(timer);
     };
   }, [attempt]);
@@ -77,7 +77,7 @@ function Dashboard({ feed, history, samples, log, again }) {
       <${MemoryCard} event=${event} />
       <${ModelsCard} event=${event} since=${since} />
       <${Charts} history=${history} samples=${samples} />
-      <div class="watch-pair"><${RequestsCard} event=${event} since=${since} /><${HappeningsCard} happenings=${log} /></div>
+      <div class="watch-pair"><${RequestsCard} event=${event} since=${since} /><${ActivityCard} entries=${log} /></div>
       <${PerformanceCard} event=${event} />
       <${CachesCard} />
       <${SettingsCard} boot=${event.stats.worker.boot_id} />`}

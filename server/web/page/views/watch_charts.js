@@ -56,14 +56,14 @@ function Chart({ chart, history, samples }) {
 
   const at = index ?? history.time.length - 1;
   const values = names.map((name) => history.series[name][at] ?? null);
-  const told = names.map((name, i) => `${words.series[name]} ${write(values[i])}`);
+  const spoken = names.map((name, i) => `${words.series[name]} ${write(values[i])}`);
   return html`<figure class="card chart">
     <figcaption><h3>${words[chart.name]}</h3>
       <dl>${names.map((name, i) => html`<div key=${name} data-series=${name}>
         <dt><span class=${`dot ${chart.series[name].slice(2)}`}></span>${words.series[name]}</dt><dd>${write(values[i])}</dd>
       </div>`)}</dl>
     </figcaption>
-    <div class="plot" ref=${place} role="img" aria-label=${`${words[chart.name]}: ${told.join(", ")}`}></div>
+    <div class="plot" ref=${place} role="img" aria-label=${`${words[chart.name]}: ${spoken.join(", ")}`}></div>
   </figure>`;
 }
 

@@ -2,7 +2,7 @@
 
 /** Ten minutes. */
 export const SAMPLES = 600;
-export const MAX_HAPPENINGS = 60;
+export const MAX_ACTIVITY = 60;
 /** Throughput is that of so many seconds. */
 const THROUGHPUT_S = 5;
 
@@ -62,8 +62,8 @@ export function busiest(performance) {
   return minutes.reduce((most, each) => (each.batch_size.count > (most?.batch_size.count ?? 0) ? each : most), null);
 }
 
-/** What happened between two events: [{kind, …}], for the words of strings.js. */
-export function happenings(before, after) {
+/** The changes from one event to the next: [{kind, …}], for the words of strings.js. */
+export function activityBetween(before, after) {
   if (before === null) return [];
   const found = [];
   const [was, is] = [before.problem, after.problem];

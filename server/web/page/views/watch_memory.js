@@ -25,8 +25,8 @@ function partsOf({ device, shared, models }) {
 
 function Bar({ label, whole, parts, budget }) {
   const percent = (size) => `${Math.min(100, (100 * size) / whole)}%`;
-  const told = parts.map((part) => `${part.label} ${bytes(part.size)}`).join(", ");
-  return html`<div class="memory-bar" role="img" aria-label=${`${label}: ${told}, ${words.budget} ${bytes(budget)}`}>
+  const values = parts.map((part) => `${part.label} ${bytes(part.size)}`).join(", ");
+  return html`<div class="memory-bar" role="img" aria-label=${`${label}: ${values}, ${words.budget} ${bytes(budget)}`}>
       ${parts.map((part) => html`<span key=${part.label} class=${part.colour} style=${{ width: percent(part.size) }} title=${`${part.label}: ${bytes(part.size)}`}></span>`)}
       ${budget < whole && html`<i style=${{ left: percent(budget) }} title=${`${words.budget}: ${bytes(budget)}`}></i>`}
     </div>

@@ -37,11 +37,11 @@ function Stream({ stream, since }) {
   </tr>`;
 }
 
-export function HappeningsCard({ happenings }) {
-  return html`<section class="card watch-happenings">
-    <h2>${words.happenings.heading}</h2>
-    ${happenings.length === 0 && html`<p class="soft empty">${words.happenings.none}</p>`}
-    <ol>${happenings.map((each) => html`<li key=${each.id} data-happening=${each.kind} data-state=${each.state}>
-      <time>${strings.watch.clock(each.at)}</time><span>${words.happenings[each.kind](each)}</span></li>`)}</ol>
+export function ActivityCard({ entries }) {
+  return html`<section class="card watch-activity">
+    <h2>${words.activity.heading}</h2>
+    ${entries.length === 0 && html`<p class="soft empty">${words.activity.none}</p>`}
+    <ol>${entries.map((each) => html`<li key=${each.id} data-activity=${each.kind} data-state=${each.state}>
+      <time>${strings.watch.clock(each.at)}</time><span>${words.activity[each.kind](each)}</span></li>`)}</ol>
   </section>`;
 }
