@@ -206,15 +206,19 @@ class Utterance:
 class UtteranceQueue:
     """Speaks utterances one after the other, in a task of its own while there are any.
 
-    `speak` speaks one of them to its end; `fail` gets the error if it raises one, and the queue is empty then.
+    `speak` speaks one of them to its end. If it raises an error, `fail` gets that error and the queue is empty.
+    `on_empty` is called when no utterance is left.
     """
 
     def __init__(
-        self, speak: Callable[[Utterance], Awaitable[None]], fail: Callable[[Exception], None], idle: Callable[[], None]
+        self,
+        speak: Callable[[Utterance], Awaitable[None]],
+        fail: Callable[[Exception], None],
+        on_empty: Callable[[], None],
     ) -> None:
         self._speak = speak
         self._fail = fail
-        self._idle = idle
+        self._on_empty = on_empty
         self._waiting: deque[Utterance] = deque()
         self._current: Utterance | None = None
         self._task: asyncio.Task[None] | None = None
@@ -264,7 +268,7 @@ class UtteranceQueue:
         finally:
             self._current = None
         self._task = None
-        self._idle()
+        self._on_empty()
 
 
 def _silence(pause_ms: int) -> list[Chunk]:

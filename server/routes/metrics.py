@@ -86,7 +86,9 @@ def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield _gauge("tts_requests_stalled", "Requests whose client has read nothing for 10 s.", [((), snapshot.stalled)])
     yield _gauge(
-        "tts_requests_waiting_for_text", "Requests that go on with more text alone.", [((), snapshot.waiting_for_text)]
+        "tts_requests_waiting_for_text",
+        "Open requests that wait for more of their text.",
+        [((), snapshot.waiting_for_text)],
     )
     yield _gauge("tts_websockets", "WebSockets that are open.", [((), snapshot.open_sockets)])
     yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
@@ -157,7 +159,7 @@ def _speech_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:
 
 
 def _continuous(underrun_s: Histogram, buffer_s: float) -> int:
-    """The streams in which a player with that buffer runs dry never: it starts that much later, and waits less."""
+    """The streams in which a player with that buffer never runs dry: it starts later, so it has to wait less."""
     return sum(underrun_s.counts[: UNDERRUN_BOUNDS_S.index(buffer_s) + 1])
 
 
@@ -188,11 +190,13 @@ def _cache_families(snapshot: Snapshot) -> Iterator[Metric]:
     caches = [((cache.name, cache.model), cache) for cache in snapshot.caches]
     lookups: list[tuple[Labels, CacheStats | CacheCounts]] = [*caches]
     lookups += [((name, ""), counts) for name, counts in snapshot.web_caches.items()]
-    yield _counter("tts_cache_hits", "How often a cache had it.", [(key, n.hits) for key, n in lookups], labels)
-    yield _counter("tts_cache_misses", "How often it had not.", [(key, n.misses) for key, n in lookups], labels)
-    yield _gauge("tts_cache_entries", "What a cache holds.", [(key, cache.entries) for key, cache in caches], labels)
+    yield _counter("tts_cache_hits", "Look-ups that a cache answered.", [(key, n.hits) for key, n in lookups], labels)
+    yield _counter(
+        "tts_cache_misses", "Look-ups that a cache did not answer.", [(key, n.misses) for key, n in lookups], labels
+    )
+    yield _gauge("tts_cache_entries", "Entries of a cache.", [(key, cache.entries) for key, cache in caches], labels)
     sizes = [(key, cache.bytes) for key, cache in caches if cache.bytes is not None]
-    yield _gauge("tts_cache_bytes", "How large that is.", sizes, labels)
+    yield _gauge("tts_cache_bytes", "Bytes of a cache.", sizes, labels)
 
 
 def _transition_families(model_stats: dict[str, ModelStats]) -> Iterator[Metric]:

@@ -82,7 +82,7 @@ class SpeechSocket(ABC):
     async def on_open(self) -> None:  # noqa: B027 - most dialects let the client begin
         """Greet the client."""
 
-    def on_quiet(self) -> None:  # noqa: B027 - most dialects wait for more
+    def on_queue_empty(self) -> None:  # noqa: B027 - most dialects wait for more
         """A queue has said everything."""
 
     # --- what a dialect uses -----------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class SpeechSocket(ABC):
 
     def new_queue(self, speak: Callable[[Utterance], Awaitable[None]]) -> UtteranceQueue:
         """A queue of utterances; the socket ends if one of them fails."""
-        queue = UtteranceQueue(speak, self.fail, self._on_quiet)
+        queue = UtteranceQueue(speak, self.fail, self._on_queue_empty)
         self._queues.append(queue)
         return queue
 
@@ -186,7 +186,7 @@ class SpeechSocket(ABC):
             self._finish(GOING_AWAY, "the service is shutting down")
             for queue in list(self._queues):
                 await queue.cancel()
-            await self._say_goodbye()
+            await self._send_close()
             self._open_sockets.discard(self)
 
     async def _serve(self) -> None:
@@ -197,13 +197,13 @@ class SpeechSocket(ABC):
                 # The task outlives a timeout: to cancel it could lose a message.
                 receiving = receiving or asyncio.create_task(self._socket.receive())
                 waited: set[asyncio.Future[Any]] = {receiving, self._end}
-                await asyncio.wait(waited, timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waited, timeout=self._receive_timeout_s(), return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     message, receiving = receiving, None
                     self._active_at = time.monotonic()
                     await self._handle(message)
-                elif self._patience_s() == 0 and not self._end.done():
-                    await self._on_silence()
+                elif self._receive_timeout_s() == 0 and not self._end.done():
+                    await self._on_receive_timeout()
         finally:
             if receiving is not None:
                 receiving.cancel()
@@ -224,14 +224,14 @@ class SpeechSocket(ABC):
             else:
                 await self.send(self.error_message(error))
 
-    def _patience_s(self) -> float:
+    def _receive_timeout_s(self) -> float:
         """How long the next message may take from now on; while something is being said, when to ask again."""
         if self.busy:
             return self.idle_s
         limit_s = self.idle_s if self.configured else CONFIGURE_S
         return max(0.0, self._active_at + limit_s - time.monotonic())
 
-    async def _on_silence(self) -> None:
+    async def _on_receive_timeout(self) -> None:
         if not self.configured:
             self.fail(ApiError("request_timeout", f"No configuration came within {CONFIGURE_S:.0f} s."))
             return
@@ -241,9 +241,9 @@ class SpeechSocket(ABC):
         else:
             self.fail(ApiError("request_timeout", f"No message came within {self.idle_s:.0f} s."))
 
-    def _on_quiet(self) -> None:
+    def _on_queue_empty(self) -> None:
         self._active_at = time.monotonic()
-        self.on_quiet()
+        self.on_queue_empty()
         if self._draining:
             self.drain()
 
@@ -255,7 +255,7 @@ class SpeechSocket(ABC):
         if not self._end.done():
             self._end.set_result((code, reason, error))
 
-    async def _say_goodbye(self) -> None:
+    async def _send_close(self) -> None:
         code, reason, error = self._end.result()
         if error is not None:
             with contextlib.suppress(TimeoutError, SocketClosedError, ApiError):

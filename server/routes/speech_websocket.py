@@ -268,7 +268,7 @@ class _StreamSocket(SpeechSocket):
             self._part = None
         await self.send(InputCancelled(session_id=self.request_id, utterance_index=self._next_index - 1))
 
-    def on_quiet(self) -> None:
+    def on_queue_empty(self) -> None:
         """Close if the client has said that nothing more comes."""
         if self._leaving:
             self.close()
