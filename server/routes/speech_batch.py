@@ -153,7 +153,8 @@ class _Batch:
     def __init__(self, starter: SpeechStarter, request_id: str) -> None:
         self._starter = starter
         self._request_id = request_id
-        self._places = asyncio.Semaphore(PER_BATCH_AT_ONCE)
+        allowed = starter.caller.limits.concurrent_requests or PER_BATCH_AT_ONCE
+        self._places = asyncio.Semaphore(min(PER_BATCH_AT_ONCE, allowed))
         self._held_bytes = 0
 
     async def speak(self, items: list[dict[str, Any]]) -> list[BatchResult]:

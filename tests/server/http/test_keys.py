@@ -1,5 +1,6 @@
 """The file of keys: what it may say, and what its keys may do."""
 
+import asyncio
 import re
 from datetime import date
 from pathlib import Path
@@ -168,6 +169,18 @@ class TestService:
         for key in ("sk-tts-robot", ALICE):
             await client.post(SPEECH, json={"input": "x"}, headers=bearer(key))
         assert [speak.priority for speak in worker.of(Speak)] == ["batch", "interactive"]
+
+    async def test_a_batch_within_the_limit(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
+        """No more items of it are with the GPU worker than the key may have requests at once."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        worker.hold = True
+        items = [{"input": f"text {number}"} for number in range(5)]
+        asking = asyncio.create_task(client.post(f"{SPEECH}/batch", json={"items": items}, headers=bearer(ALICE)))
+        await asyncio.to_thread(worker.wait_for, Speak, 2)
+        await client.get("/v1/models", headers=bearer(ALICE))  # a round trip to the GPU worker
+        assert len(worker.of(Speak)) == worker.busy == 2
+        worker.hold = False
+        assert (await asking).json()["succeeded"] == 5
 
     async def test_no_headers_without_a_limit(self, serve: Serve, keys_file: Path) -> None:
         """A key without a limit has nothing left or used up."""
