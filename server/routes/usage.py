@@ -10,6 +10,7 @@ from litestar import MediaType, Request, Response, get
 from litestar.params import QueryParameter
 
 from server.dependencies import EngineDependency, SettingsDependency
+from server.http.accept import preferred_type
 from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from shared.protocol import FindUsage, UsageRow
@@ -69,7 +70,7 @@ async def get_usage(
     find = FindUsage(since=since, until=until)
     reply = await engine.call(find, client=client_of(settings, request), timeout_s=_TIMEOUT_S)
     entries = [_entry(row) for row in reply.usage]
-    if request.headers.get("accept", "").partition(";")[0].strip() == "text/csv":
+    if preferred_type(request.headers, ["application/json", "text/csv"]) == "text/csv":
         headers = {"content-disposition": f'attachment; filename="usage-{since}-{until}.csv"'}
         return Response(_table(entries), media_type="text/csv", headers=headers)
     found = UsageList(since=since, until=until, data=entries, has_more=reply.has_more)

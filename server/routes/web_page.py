@@ -15,6 +15,7 @@ from litestar import Request, Response, get
 from litestar.exceptions import NotFoundException
 from litestar.params import FromPath
 
+from server.http.accept import preferred_type, takes_gzip
 from server.http.forwarded import client_view
 from server.http.ranges import is_unchanged
 from shared.settings import Settings
@@ -56,7 +57,7 @@ class WebFiles(msgspec.Struct, frozen=True):
 
 def wants_page(request: Request[Any, Any, Any]) -> bool:
     """True if the client is a browser that shows a page, by its Accept header."""
-    return request.accept.best_match(["application/json", "text/html"], default="") == "text/html"
+    return preferred_type(request.headers, ["application/json", "text/html"]) == "text/html"
 
 
 def page_response(request: Request[Any, Any, Any], settings: Settings) -> Response[bytes]:
@@ -96,7 +97,7 @@ def _response(request: Request[Any, Any, Any], file: WebFile, headers: dict[str,
     if is_unchanged(request.headers, file.etag.removeprefix("W/")):
         return Response(b"", status_code=304, headers=headers)
     content = file.content
-    if "gzip" in request.headers.get("accept-encoding", ""):
+    if takes_gzip(request.headers):
         content, headers = file.compressed, headers | {"Content-Encoding": "gzip"}
     return Response(content, media_type=file.media_type, headers=headers)
 

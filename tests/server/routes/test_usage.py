@@ -48,7 +48,7 @@ async def test_json(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     assert _asked(worker) == [FindUsage(since=date(2026, 11, 1), until=date(2026, 11, 30))]
 
 
-@pytest.mark.parametrize("accept", ["text/csv", "text/csv; charset=utf-8"])
+@pytest.mark.parametrize("accept", ["text/csv", "text/csv; charset=utf-8", "application/json;q=0.5, text/csv"])
 async def test_csv(client: httpx.AsyncClient, worker: FakeWorker, accept: str) -> None:
     """The same as a table."""
     _answer_with(worker, ROW)
