@@ -4,7 +4,7 @@ import { ask, keys } from "./keys.js";
 import { strings } from "./strings.js";
 
 /** The service's own address, whatever path a proxy has put it below. */
-export const BASE = new URL("../../", import.meta.url);
+const BASE = new URL("../../", import.meta.url);
 
 /** The whole address of a path such as `v1/models`. */
 export function urlOf(path) {
@@ -23,7 +23,7 @@ export class Failure extends Error {
 }
 
 /** The failure that an answer tells. */
-export async function failureOf(answer) {
+async function failureOf(answer) {
   let error = {};
   try {
     error = (await answer.json()).error ?? {};

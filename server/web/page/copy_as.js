@@ -18,7 +18,7 @@ function python(value) {
 }
 
 /** The request as `language`: "curl", "python" or "javascript". */
-export function programOf(request, language) {
+function programOf(request, language) {
   const key = service.value?.requires.key;
   const file = `speech.${request.response_format}`;
   if (language === "curl") {

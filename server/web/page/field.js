@@ -1,4 +1,4 @@
-// A labelled field whose problem is shown below it and told to screen readers.
+// A labelled field. Its problem stands below it, and screen readers read it.
 
 import { cloneElement } from "./vendor/preact.js";
 import { html, useId } from "./ui.js";

@@ -1,6 +1,6 @@
 // The API key and the admin key. They are kept in the memory of this tab and nowhere else.
 //
-// `ask` opens the dialog of app.js and waits for its answer.
+// `ask` opens the dialog of key_dialog.js and waits for its answer.
 
 import { Shared } from "./ui.js";
 

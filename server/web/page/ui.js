@@ -1,10 +1,10 @@
 // The view library of all modules, and values that several components watch.
 
-import { h, render, Fragment, createContext } from "./vendor/preact.js";
+import { h, render } from "./vendor/preact.js";
 import { useEffect, useState } from "./vendor/preact-hooks.js";
 import htm from "./vendor/htm.js";
 
-export { render, Fragment, createContext };
+export { render };
 export * from "./vendor/preact-hooks.js";
 
 export const html = htm.bind(h);

@@ -29,10 +29,10 @@ export function about(voice) {
   return [...language, ...kind, voice.description].filter(Boolean).join(" · ");
 }
 
-/** Whether all words of the search are somewhere in what is said about the voice. */
+/** Whether all words of the search are in the names or the description of the voice. */
 export function fits(voice, search) {
-  const said = `${voice.id} ${voice.name} ${about(voice)}`.toLowerCase();
-  return search.toLowerCase().split(/\s+/).every((word) => said.includes(word));
+  const shown = `${voice.id} ${voice.name} ${about(voice)}`.toLowerCase();
+  return search.toLowerCase().split(/\s+/).every((word) => shown.includes(word));
 }
 
 const TONES = 6;

@@ -19,9 +19,9 @@ function use(model, voice) {
   go("speak");
 }
 
-function Line({ voice, said }) {
+function Line({ voice, description }) {
   return html`<span class="voice-line"><${Monogram} name=${voice.name} />
-    <span class="text"><span class="name">${voice.name}</span><span class="about">${said}</span></span></span>`;
+    <span class="text"><span class="name">${voice.name}</span><span class="about">${description}</span></span></span>`;
 }
 
 function UseButton({ model, voice }) {
@@ -40,7 +40,7 @@ function SavedVoice({ voice, onAsk }) {
   </button>`;
   const move = () => exportVoice(voice).catch((error) => (pageError.value = error));
   return html`<li data-voice=${voice.id}>
-    <${Line} voice=${voice} said=${savedAbout(voice)} />
+    <${Line} voice=${voice} description=${savedAbout(voice)} />
     <span class="tools">
       ${voice.model && html`<${PreviewButton} model=${voice.model} voice=${voice} />`}
       ${tool("edit", words.renameOne(voice.name), () => onAsk({ Dialog: RenameDialog, voice }))}
@@ -54,8 +54,8 @@ function SavedVoice({ voice, onAsk }) {
 function SavedVoices({ search, onAsk }) {
   const saved = useShared(savedVoices);
   if (!saved) return null;
-  const said = (voice) => ({ ...voice, kind: voice.type === "prompt" ? "design" : "clone", language: "auto" });
-  const found = saved.filter((voice) => fits(said(voice), search));
+  const asPreset = (voice) => ({ ...voice, kind: voice.type === "prompt" ? "design" : "clone", language: "auto" });
+  const found = saved.filter((voice) => fits(asPreset(voice), search));
   return html`<section class="card" aria-labelledby="saved-heading">
     <h2 id="saved-heading">${words.saved}</h2>
     ${saved.length === 0 && html`<p class="empty">${words.noneSaved}</p>`}
@@ -72,7 +72,7 @@ function Presets({ model, search }) {
     <ul class="voice-list columns">
       ${voices.map(
         (voice) => html`<li key=${voice.id}>
-          <${Line} voice=${voice} said=${about(voice)} />
+          <${Line} voice=${voice} description=${about(voice)} />
           <span class="tools"><${PreviewButton} model=${model.id} voice=${voice} /><${UseButton} model=${model.id} voice=${voice} /></span>
         </li>`,
       )}
