@@ -18,7 +18,7 @@ from shared.pcm import bytes_for
 from shared.protocol import Finished
 from shared.text import is_speakable
 
-Split = Literal["none", "sentence", "clause"]
+SplitGranularity = Literal["none", "sentence", "clause"]
 
 MAX_WAITING: Final = 256
 """Utterances of one queue that wait while another one is spoken."""
@@ -42,7 +42,7 @@ class PartEnd:
     finished: Finished
 
 
-Spoken = PartStart | Chunk | PartEnd
+SpeechEvent = PartStart | Chunk | PartEnd
 
 
 class _Part:
@@ -91,7 +91,7 @@ class Utterance:
     Markdown, SSML and Qwen3-TTS's layout of whole texts need all of the text first.
     """
 
-    def __init__(self, plan: SpeechPlan, request_id: str, split: Split = "none") -> None:
+    def __init__(self, plan: SpeechPlan, request_id: str, split: SplitGranularity = "none") -> None:
         self.plan = plan
         self.ended = False
         """True if its text is complete."""
@@ -138,7 +138,7 @@ class Utterance:
         self.ended = True
         self._news.set()
 
-    async def speak(self) -> AsyncGenerator[Spoken]:
+    async def speak(self) -> AsyncGenerator[SpeechEvent]:
         """What is spoken, while it is made. Raises ApiError. Close the iterator to stop the speech at once."""
         number = 0
         while (part := await self._next_part()) is not None:

@@ -18,7 +18,7 @@ from server.audio import Encoder
 from server.engine import Chunk
 from server.http.errors import ApiError
 from server.http.json_bodies import JsonDecoder
-from server.routes.live_speech import PartEnd, PartStart, Split, Utterance
+from server.routes.live_speech import PartEnd, PartStart, SplitGranularity, Utterance
 from server.routes.speech_response import MAX_WHOLE_BYTES
 from server.routes.speech_socket import SpeechSocket
 from server.routes.speech_start import SpeechPlan
@@ -42,7 +42,7 @@ class SessionConfig(SpeechRequest, frozen=True, kw_only=True):
         bool | None, Meta(description="false: one frame with the whole audio of each part. By default, as it is made.")
     ] = None
     split_granularity: Annotated[
-        Split | None, Meta(description="sentence or clause: a request, and a file of audio, for each of them.")
+        SplitGranularity | None, Meta(description="sentence or clause: a request and a file of audio for each of them.")
     ] = None
     api_key: Annotated[str, Meta(max_length=1000)] | None = None
 
@@ -56,7 +56,7 @@ class SessionConfigured(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
     response_format: str
     sample_rate: int
     stream_audio: bool
-    split_granularity: Split
+    split_granularity: SplitGranularity
     ignored: list[str]
 
 

@@ -350,11 +350,11 @@ class QwenEngine:
     def empty_cache(self, name: CacheName) -> None:
         match name:
             case "references":
-                self._parts.reference_cache.drop_kept()
+                self._parts.reference_cache.empty()
             case "prompts":
                 self._parts.prompts.clear_cache()
             case "tokens":
-                self._parts.prompts.forget_tokens()
+                self._parts.prompts.clear_tokens()
 
     def _drop_launched_work(self) -> None:
         """Drop the frames and chunks of jobs that are gone, and wait until the device has finished them."""

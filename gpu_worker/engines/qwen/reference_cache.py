@@ -133,7 +133,7 @@ class ReferenceCache:
                 name="references", entries=len(self._kept), bytes=self.bytes, hits=self._hits, misses=self._misses
             )
 
-    def drop_kept(self) -> None:
+    def empty(self) -> None:
         """Drop all kept references; jobs keep theirs."""
         with self._lock:
             self._kept.clear()
@@ -148,7 +148,7 @@ class ReferenceCache:
             self._encodings = {key: each for key, each in self._encodings.items() if not each.future.cancel()}
             running = [each.future for each in self._encodings.values()]
         wait(running)
-        self.drop_kept()
+        self.empty()
 
     def close(self) -> None:
         """Clear, and end the thread."""

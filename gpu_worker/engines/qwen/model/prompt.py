@@ -197,7 +197,7 @@ class PromptBuilder(TensorHolder):
             CacheStats(name="tokens", entries=tokens.currsize, bytes=None, hits=tokens.hits, misses=tokens.misses),
         ]
 
-    def forget_tokens(self) -> None:
+    def clear_tokens(self) -> None:
         """Drop the tokens of the last texts."""
         self._tokenize.cache_clear()
 

@@ -48,7 +48,7 @@ def test_a_reference_is_encoded_once_and_kept() -> None:
     assert encoder.calls == 1
     assert references.bytes == 100
     assert references.stats() == CacheStats(name="references", entries=1, bytes=100, hits=3, misses=1)
-    references.drop_kept()
+    references.empty()
     assert references.bytes == 0
     assert references.request(reference(1)).result().bytes == 100
     assert (encoder.calls, references.stats().misses) == (2, 2)
