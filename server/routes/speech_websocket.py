@@ -119,7 +119,8 @@ class SocketError(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 
 
 class _Typed(msgspec.Struct):
-    type: str
+    type: Annotated[str, Meta(max_length=64)]
+    """An error repeats it."""
 
 
 class _InputText(msgspec.Struct, kw_only=True):

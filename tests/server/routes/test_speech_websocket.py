@@ -407,6 +407,14 @@ async def test_a_key_by_header_subprotocol_or_first_message(serve: Serve, option
         await socket.until("session.done")
 
 
+async def test_an_error_does_not_repeat_megabytes(client: httpx.AsyncClient) -> None:
+    """It names the type of the message at fault, if that can be one."""
+    async with talk(client) as socket:
+        await configured(socket)
+        await socket.say({"type": "x" * 1_000_000}, {"type": "input.wrong"})
+        assert [(await socket.hear())["action"] for _ in range(2)] == ["", "input.wrong"]
+
+
 async def test_a_wrong_or_missing_key(serve: Serve) -> None:
     """A wrong one in the handshake is a 401; a wrong one or none in the first message is an error and 1008."""
     client = await serve(**KEYS)
