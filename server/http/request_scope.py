@@ -1,5 +1,6 @@
 """Facts about one request that are kept in its ASGI scope or derived from it: its id and its path for log lines."""
 
+import re
 import uuid
 from typing import Final
 
@@ -17,6 +18,9 @@ ERROR_CODE: Final = "error_code"
 
 SOCKET_ERROR: Final = "socket_error"
 """The key in `scope["state"]` of the ApiError with which a handler refuses a WebSocket's handshake."""
+
+_API_KEY: Final = re.compile(r"(sk-tts-)[\w-]+")
+"""A key of `key new`, which a client may send in the wrong place."""
 
 _MAX_REQUEST_ID: Final = 128
 """Characters of a client's request id; a longer one is replaced."""
@@ -40,16 +44,16 @@ def is_head(scope: Scope) -> bool:
 
 
 def _is_sane(request_id: str) -> bool:
-    """True if a client's request id can forge neither a log line nor a header."""
+    """True if a client's request id can forge neither a log line nor a header, and is no API key."""
     allowed = all(char.isalnum() or char in "-_.:" for char in request_id)
-    return len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and allowed
+    return len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and allowed and not _API_KEY.search(request_id)
 
 
 def printable_path(scope: Scope) -> str:
     """The request's path for log lines and messages: shortened, with unprintable characters in hexadecimal.
 
-    A client may send a path of any length, with escape sequences that would steer a terminal.
+    A client may send a path of any length, with escape sequences that would steer a terminal, or with its API key.
     """
-    path = str(scope["path"])
+    path = _API_KEY.sub(r"\1…", str(scope["path"]))
     shown = path if len(path) <= _LONGEST_PATH else path[:_LONGEST_PATH] + "…"
     return "".join(char if char.isprintable() else f"%{ord(char):02X}" for char in shown)
