@@ -50,8 +50,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: list[str] = []
     admin_keys: list[str] = []
     keys_file: Path | None = None
-    usage_file: Path = Path("models/usage.sqlite")
-    usage_days: Annotated[int, Meta(ge=0, le=36_500)] = 400
     cors_origins: list[str] = []
     allowed_hosts: list[str] = []
     trusted_proxies: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])
@@ -72,13 +70,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     audio_store_mb: Annotated[int, Meta(ge=0, le=100_000_000)] = 256
     audio_store_ttl_s: Seconds = 3600.0
 
-    # the worker's queue
+    # requests in the GPU worker
     max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
     max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64
     audio_buffer_mb: Annotated[int, Meta(ge=16, le=100_000_000)] = 512
     stall_timeout_s: Seconds = 300.0
     open_text_timeout_s: Seconds = 30.0
     drain_timeout_s: Seconds = 30.0
+    usage_file: Path = Path("models/usage.sqlite")
+    usage_days: Annotated[int, Meta(ge=0, le=36_500)] = 400
 
     # models
     default_device: Literal["auto", "cuda", "cpu"] = "auto"
