@@ -58,7 +58,7 @@ def pad_rows(x: Tensor, multiple: int = BATCH_MULTIPLE) -> Tensor:
 
 
 def pad_to(x: Tensor, rows: int) -> Tensor:
-    """X with rows of zeros behind it up to so many rows."""
+    """`x` with rows of zeros behind it, `rows` in all."""
     extra = rows - x.shape[0]
     return functional.pad(x, (0, 0) * (x.ndim - 1) + (0, extra)) if extra else x
 
