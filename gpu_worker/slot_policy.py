@@ -51,7 +51,7 @@ class Holding(msgspec.Struct, frozen=True):
     """A request with a slot or parked. `slice_s`: how long it has held its slot. `has_spoken`: it has made audio.
 
     `waits_for_text`: it is an open one that can make no audio before more of its text comes.
-    `yields`: nobody listens to it, so others come first.
+    `yields`: no listener waits for the speech, so other requests come first.
     """
 
     job_id: str
@@ -114,11 +114,11 @@ def next_to_wait(running: Sequence[Holding], waited: Collection[str]) -> list[st
     ]
     if not newcomers:
         return []
-    somebody_listens = not all(newcomer.yields for newcomer in newcomers)
+    has_listener = not all(newcomer.yields for newcomer in newcomers)
     return [
         holding.job_id
         for holding in running
-        if (holding.yields and somebody_listens)
+        if (holding.yields and has_listener)
         or (holding.has_spoken and (holding.in_hand_s >= MIN_IN_HAND_S or holding.job_id not in waited))
     ]
 

@@ -138,7 +138,7 @@ class Slots:
         return max(with_slot or stalled, key=lambda request: request.unread_s(now), default=None)
 
     def _in_hand_of_parked(self, model: str, now: float) -> Iterator[float]:
-        """The seconds in hand of the model's parked requests that could go on, and that somebody listens to."""
+        """The seconds in hand of the model's parked requests that could go on and have a listener."""
         for request in self.parked.values():
             if request.model == model and not self.waits_for_text(request) and not request.yields(now):
                 yield request.in_hand_s(now)

@@ -21,7 +21,7 @@ from server.commands.client import Client, ClientError, is_local, message_of
 from server.text import end_of_last_sentence
 
 QUIET_S: Final = 5.0
-"""What has come is spoken to its end if nothing more comes for so long: nobody waits for the rest of a sentence."""
+"""After so many seconds without new text the service speaks what it has, also an unfinished sentence."""
 
 _UTTERANCE_CHARS: Final = 1000
 """An utterance of so many characters ends with its sentence."""

@@ -140,7 +140,7 @@ export class LiveSpeech {
     this.error = null;
     this.#socket = null;
     this.#ready = false;
-    if (silent) return; // nobody has typed for a while: the next word opens another socket
+    if (silent) return; // no key was pressed for a while: the next word opens another socket
     if (error?.code === "invalid_api_key" && (await ask("api", keys.value.api ? error.message : ""))) {
       this.#connect();
       return;

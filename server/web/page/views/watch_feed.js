@@ -116,7 +116,7 @@ function unlessRefused(error) {
   return false;
 }
 
-/** The last event of a part of the stream, or null. Whoever reads slowly gets several at once. */
+/** The last event of a part of the stream, or null. A slow reader gets several at once. */
 function latestEvent(text) {
   const line = text.split("\n").findLast((each) => each.startsWith("data: "));
   return line ? JSON.parse(line.slice(6)) : null;
