@@ -65,6 +65,8 @@ class RunningJob:
         self.generating = False
         self.ended = True
         self.text_complete = True
+        self.frames_launched = self.frames_ready = 0
+        self.early_frame = self.early_launched = False
         self.pending_frames = 0
         self.chunks = 0
         self.chunks_delivered = 0

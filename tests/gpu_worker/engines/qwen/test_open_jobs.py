@@ -106,6 +106,14 @@ def test_the_first_word_is_spoken_before_the_second_comes(speaker: QwenEngine, m
     speaker.cancel(whole.id)
 
 
+def test_a_clone_waits_for_its_recording_first(speakers: Speakers) -> None:
+    """Until its recording is encoded, an open clone has no utterance, and does not wait for text."""
+    cloning = speakers["Base"]
+    cloning.admit(opened(clone(1, non_streaming_mode=False)))
+    assert not cloning.waits_for_text("job 1")
+    cloning.cancel("job 1")
+
+
 def test_a_text_without_a_word(speaker: QwenEngine) -> None:
     """It ends with a moment of silence."""
     for piece in ("", " \n", "--- …"):
