@@ -54,6 +54,7 @@ from shared.protocol import DeviceMemory, FindUsage
 from shared.settings import Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, AlreadyRunningError, claim
 from shared.stacks import write_stacks_on_signals
+from shared.text import MAX_RESPELLED
 
 EXIT_BROKEN_DEVICE: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
@@ -289,7 +290,7 @@ def build_worker(
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
         open_text_timeout_s=settings.open_text_timeout_s,
-        max_input_chars=settings.max_input_chars,
+        max_input_chars=MAX_RESPELLED * settings.max_input_chars,
         limits=LimitCounter(time.monotonic, time.time, usage_file.characters_today()),
         usage=UsageLog(usage_writer.submit, clock=time.monotonic, wall_clock=time.time),
         clock=time.monotonic,

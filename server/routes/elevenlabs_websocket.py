@@ -148,7 +148,7 @@ class _Context:
         elif not self._held.strip():
             self._held = self._held[:1]  # a client may send a space every few seconds, to keep the socket open
         if message.flush and self._open is not None:
-            self._open.end()
+            self._socket.end_text(self._open)
             self._open = None
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ class _Context:
         if self._last is None:
             self.take("", InputMessage(flush=True))
             self._last = self._add()
-            self._last.end()
+            self._socket.end_text(self._last)
 
     def _add(self) -> Utterance:
         utterance = Utterance(self._plan, self._socket.next_request_id())

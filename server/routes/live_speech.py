@@ -16,7 +16,7 @@ from server.routes.speech_start import SpeechPlan, StartedSpeech
 from server.text import GrowingText, Pause, SentenceSplitter, is_ssml, may_become_ssml
 from shared.pcm import bytes_for
 from shared.protocol import Finished
-from shared.text import is_speakable
+from shared.text import MAX_RESPELLED, is_speakable
 
 SplitGranularity = Literal["none", "sentence", "clause"]
 
@@ -103,6 +103,7 @@ class Utterance:
         """The text while it is undecided how it is spoken; all of it if it is spoken as a whole."""
         self.length = 0
         """Characters of its text so far."""
+        self._respelled_length = 0
         self._parts: deque[_Part] = deque()
         self._last: _Part | None = None
         """The open part, if its text goes on."""
@@ -124,7 +125,7 @@ class Utterance:
         self._take(text)
 
     def end(self) -> None:
-        """Its text is complete."""
+        """Its text is complete. Raises ApiError: what was held back of it is too long."""
         if self._kind == "undecided" and self._beginning.strip():
             self._kind = "split" if self._splitter else "growing"
             self._take(self._beginning)
@@ -173,6 +174,11 @@ class Utterance:
         self._news.set()
 
     def _grow(self, items: list[str | Pause]) -> None:
+        self._respelled_length += sum(len(item) for item in items if isinstance(item, str))
+        limit = MAX_RESPELLED * self.plan.starter.settings.max_input_chars
+        if self._respelled_length > limit:
+            message = f"text: with its pronunciations it has more than {limit} characters."
+            raise ApiError("invalid_value", message, param="text")
         for item in items:
             if isinstance(item, Pause):
                 self._end_part(item.ms)

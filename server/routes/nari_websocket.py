@@ -169,7 +169,7 @@ class _NariSocket(SpeechSocket):
             self._queue.add(utterance)
         self._next_sequence += 1
         if event.type == "input_text.end":
-            utterance.end()
+            self.end_text(utterance)
         elif event.text is None:
             raise ApiError("invalid_value", "text is missing.", param="text")
         else:

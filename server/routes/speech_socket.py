@@ -136,6 +136,13 @@ class SpeechSocket(ABC):
         except ApiError as error:
             self.fail(error)
 
+    def end_text(self, utterance: Utterance) -> None:
+        """End the text of an utterance. If its rest cannot be spoken the socket ends."""
+        try:
+            utterance.end()
+        except ApiError as error:
+            self.fail(error)
+
     def fail(self, error: Exception) -> None:
         """End the socket with an error."""
         if isinstance(error, SocketClosedError):

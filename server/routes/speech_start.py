@@ -32,15 +32,13 @@ from server.text import EVERY_LANGUAGE, InputFormat, PreparedSegment, Pronunciat
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import SavedVoice, Segment, Speak, new_speak_id
 from shared.settings import Settings
+from shared.text import MAX_RESPELLED
 
 _SHORT_INPUT: Final = 500
 """Characters of an input that may be prepared on the event loop: 10 ms at worst."""
 
 _MILLISECONDS: Final = re.compile(r"[1-9][0-9]{0,7}")
 """More than a day at most."""
-
-_LONGER: Final = 2
-"""Pronunciations may make a text so many times as long as TTS_MAX_INPUT_CHARS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,7 @@ class SpeechPlan:
             text,
             self.input_format,
             pronunciations=self.pronunciations(),
-            max_chars=_LONGER * self.starter.settings.max_input_chars,
+            max_chars=MAX_RESPELLED * self.starter.settings.max_input_chars,
         )
         return prepared() if len(text) <= _SHORT_INPUT else await asyncio.to_thread(prepared)
 

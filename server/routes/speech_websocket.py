@@ -258,7 +258,7 @@ class _StreamSocket(SpeechSocket):
     def _commit(self, plan: SpeechPlan, kind: str) -> None:
         utterance = self._open or self._begin(plan)
         utterance.ended_by = kind
-        utterance.end()
+        self.end_text(utterance)
         self._open = None
 
     async def _cancel(self) -> None:

@@ -314,6 +314,27 @@ async def test_the_session_has_the_id_of_the_request(client: httpx.AsyncClient) 
         assert (await configured(socket))["session_id"] == "talk-1"
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"pronunciations": {"a": "bcd " * 40}}, "a " * 100 + "end. "),
+        ({"pronunciations": {"a": "bcd " * 40}}, "a " * 100),
+        ({"pronunciations": {"a": "b"}}, "[pause:30s]" * 21),
+    ],
+    ids=["sentence", "rest", "pauses"],
+)
+async def test_text_whose_rest_cannot_be_spoken_ends_the_socket(
+    client: httpx.AsyncClient, worker: FakeWorker, fields: dict[str, Any], words: str
+) -> None:
+    """Pronunciations make it longer, as they make a whole one; and no utterance stays open that has ended."""
+    async with talk(client) as socket:
+        await configured(socket, **fields)
+        await socket.say(text(words), DONE)
+        heard, code, _ = await socket.end()
+        assert (heard[-1]["code"], code) == ("invalid_value", 1008)
+        assert worker.of(Speak) == []
+
+
 async def test_too_many_mistakes_and_utterances(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Both have a limit, after which the socket is closed."""
     async with talk(client) as socket:
