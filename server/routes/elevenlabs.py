@@ -41,6 +41,10 @@ _BREAK: Final = re.compile(
 )
 """Their mark of a pause, in a text that is no SSML otherwise."""
 
+_LONGEST_BREAK: Final = 60
+_BREAK_BEGUN: Final = re.compile(r"<(?:b(?:r(?:e(?:a(?:k(?:\s[^<>]{0,50})?)?)?)?)?)?\Z")
+"""What may become such a mark."""
+
 _THEIR_NAMES: Final = {"input": "text", "voice": "voice_id", "model": "model_id", "sample_rate": "output_format"}
 
 _CATEGORIES: Final[dict[str, Literal["premade", "cloned", "generated"]]] = {
@@ -285,6 +289,12 @@ def speech_fields(
 def pauses_of(text: str) -> str:
     """`text` with our marks of pauses in the place of theirs."""
     return _BREAK.sub(r"[pause:\1]", text)
+
+
+def without_begun_pause(text: str) -> str:
+    """`text` up to the mark of a pause that has begun at its end."""
+    begun = _BREAK_BEGUN.search(text, max(0, len(text) - _LONGEST_BREAK))
+    return text if begun is None else text[: begun.start()]
 
 
 async def best_effort(fields: SpeechRequest, attempt: Callable[[SpeechRequest], Awaitable[T]]) -> tuple[T, list[str]]:

@@ -20,7 +20,7 @@ from server.http.errors import ApiError
 from server.http.json_bodies import JsonDecoder
 from server.http.json_socket import close_code
 from server.http.leniency import VERBATIM
-from server.routes.elevenlabs import VoiceId, VoiceSettings, best_effort, pauses_of, speech_fields
+from server.routes.elevenlabs import VoiceId, VoiceSettings, best_effort, pauses_of, speech_fields, without_begun_pause
 from server.routes.live_speech import PartStart, Utterance
 from server.routes.speech_socket import IDLE_S, SpeechSocket
 from server.routes.speech_start import SpeechPlan
@@ -140,11 +140,12 @@ class _Context:
             return
         self._held = pauses_of(self._held)
         now = message.try_trigger_generation or message.flush or self._open is not None
-        if self._held.strip() and (now or len(self._held) >= self._threshold):
+        text = self._held if message.flush else without_begun_pause(self._held)
+        if text.strip() and (now or len(text) >= self._threshold):
             if self._open is None:
                 self._open = self._add()
-            self._socket.append(self._open, self._held)
-            self._held = ""
+            self._socket.append(self._open, text)
+            self._held = self._held[len(text) :]
         elif not self._held.strip():
             self._held = self._held[:1]  # a client may send a space every few seconds, to keep the socket open
         if message.flush and self._open is not None:

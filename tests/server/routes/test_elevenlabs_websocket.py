@@ -102,6 +102,15 @@ async def test_a_flush_ends_a_sentence(client: httpx.AsyncClient, worker: FakeWo
     assert len(sound(heard)) == 6 * 3840 + 48_000
 
 
+async def test_a_pause_in_pieces(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """The mark is a pause however a language model cuts it, and what only begins like one is text."""
+    async with talk(client, PATH) as socket:
+        await socket.say(BEGIN, {"text": "Well then "}, *({"text": piece} for piece in ("<br", "eak time=", "'1s'/>")))
+        await socket.say({"text": "is 1 <"}, {"text": " 2 or 3 <b"}, END)
+        await socket.end()
+    assert said(worker) == [" Well then ", "is 1 < 2 or 3 <b"], "a pause parts them"
+
+
 async def test_contexts_speak_side_by_side(client: httpx.AsyncClient) -> None:
     """Each has its audio and its final message; a name can be used again; close_socket ends all."""
     async with talk(client, MULTI) as socket:
