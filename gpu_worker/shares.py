@@ -5,6 +5,7 @@ The client whose clock is furthest behind is next.
 A client that comes back begins where the others are, so idle time earns nothing.
 """
 
+from operator import itemgetter
 from typing import Final
 
 MAX_CLIENTS: Final = 10_000
@@ -26,8 +27,7 @@ class AudioShares:
         """A client that had no request in the queue has one."""
         self._clocks[client] = max(self[client], self._served)
         if len(self._clocks) > MAX_CLIENTS:
-            least = sorted(self._clocks, key=self._clocks.__getitem__)[: len(self._clocks) // 2]
-            self._clocks = {client: clock for client, clock in self._clocks.items() if client not in set(least)}
+            self._clocks = dict(sorted(self._clocks.items(), key=itemgetter(1))[MAX_CLIENTS // 2 :])
 
     def serve(self, client: str, audio_s: float) -> None:
         """A request of `client` is next; its speech will last for about `audio_s`."""
