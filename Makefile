@@ -87,7 +87,7 @@ $(VENV)/.quick: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.serve
 
 $(VENV)/.all: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[demo,gpu,dev]'
+	$(PIP) -e '.[demo,gpu,cluster,otel,dev]'
 	@touch $@ $(VENV)/.quick $(VENV)/.serve $(VENV)/.serve-gpu
 
 $(CLIENTS)/.agents $(CLIENTS)/.wyoming: $(CLIENTS)/.%: pyproject.toml
