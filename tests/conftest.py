@@ -88,13 +88,20 @@ def group_of(path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest groups come first: at the end of a run no process waits for the other."""
+    """Let the longest groups come first: at the end of a run no process waits for the other.
+
+    A test of real processes runs once more if it fails, since it shares the machine with whatever else runs there.
+    The summary counts these runs: one that is seen twice is a fault.
+    """
 
     def rank(item: pytest.Item) -> int:
         group = group_of(item.path)
         return next((place for place, name in enumerate(LONGEST) if group.startswith(name)), len(LONGEST))
 
     items.sort(key=rank)
+    for item in items:
+        if item.path.is_relative_to(SYSTEM) or item.path.is_relative_to(BROWSER):
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import ADMIN_KEY, KEY, OpenTab
 from tests.browser.test_speak import phase, speak
@@ -79,10 +79,23 @@ def test_first_load(tab: OpenTab) -> None:
 
 
 def test_by_keyboard(tab: OpenTab) -> None:
-    """The first Tab leads past the bar; a view takes the focus; a dialog gives it back."""
-    page = tab().open("voices")
+    """The first Tab leads past the bar, and a late answer moves no focus; a dialog gives the focus back."""
+    opened = tab()
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if route.request.resource_type == "fetch":
+            held.append(route)
+        else:
+            route.continue_()
+
+    opened.page.route(opened.url, hold)
+    page = opened.open("voices")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    held.pop().continue_()
+    expect(page).to_have_title(re.compile("^Voices ."))
     expect(page.get_by_text("Skip to the content")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("main")).to_be_focused()

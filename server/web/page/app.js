@@ -53,8 +53,11 @@ function App() {
   const first = useRef(true);
 
   useEffect(() => {
-    let left = false;
     document.title = strings.title(strings.nav[current], about?.service);
+  }, [current, about]);
+
+  useEffect(() => {
+    let left = false;
     VIEWS[current]().then(({ View }) => {
       if (left) return;
       setView({ name: current, View });
@@ -64,7 +67,7 @@ function App() {
     return () => {
       left = true;
     };
-  }, [current, about]);
+  }, [current]);
 
   return html`
     <a class="skip" href="#main" onClick=${(event) => {
