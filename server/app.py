@@ -30,19 +30,9 @@ from server.routes import (
     events,
     health,
     metrics,
-    models,
-    nari_websocket,
-    new_voices,
     performance,
-    speech,
-    speech_batch,
-    speech_outcome,
-    speech_websocket,
-    stored_audio,
     usage,
-    voice_consents,
-    voice_files,
-    voices,
+    v1,
     web_page,
 )
 from server.routes.speech_start import speech_starter
@@ -93,12 +83,11 @@ def create_app(settings: Settings) -> HttpMiddleware:
     app = Litestar(
         route_handlers=[
             *(health.root, health.health, health.ready),
-            stored_audio.get_stored_audio,
             *(docs.openapi_json, asyncapi.asyncapi_json, docs.redoc, docs.static_file),
             *([web_page.page_file] if settings.web_page else []),
             # Their keys may come in a first message, so they look at keys and origins themselves.
-            *(speech_websocket.stream_speech, nari_websocket.speak_nari),
             *(elevenlabs_websocket.stream_input, elevenlabs_websocket.multi_stream_input),
+            *v1.handlers(settings),
             *_guarded(settings),
         ],
         dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},
@@ -123,27 +112,6 @@ def create_app(settings: Settings) -> HttpMiddleware:
 
 def _guarded(settings: Settings) -> list[Router]:
     """The routes that need a key if keys are configured."""
-    v1 = Router(
-        "/v1",
-        guards=[require_key(settings)],
-        route_handlers=[
-            *(health.test, health.readyz),
-            *(models.list_models, models.list_audio_models, models.get_model, models.get_audio_model),
-            Router(
-                "/audio",
-                route_handlers=[
-                    speech.create_speech,
-                    speech_batch.create_speech_batch,
-                    speech_outcome.get_speech,
-                    *(voices.list_voices, new_voices.create_voice),
-                    *(voices.get_voice, voices.update_voice, voices.delete_voice),
-                    *(voice_files.export_voice, voice_files.import_voice),
-                    *(voice_consents.create_consent, voice_consents.list_consents, voice_consents.get_consent),
-                    *(voice_consents.update_consent, voice_consents.delete_consent),
-                ],
-            ),
-        ],
-    )
     others = Router(
         "/",
         guards=[require_key(settings)],
@@ -164,7 +132,7 @@ def _guarded(settings: Settings) -> list[Router]:
         ],
     )
     figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])
-    return [v1, others, administration, figures]
+    return [others, administration, figures]
 
 
 def from_environment() -> HttpMiddleware:

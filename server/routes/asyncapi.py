@@ -11,7 +11,7 @@ import msgspec
 from litestar import Response, get
 
 from server.routes.elevenlabs_websocket import ContextInput, StreamError, StreamInput, StreamOutput
-from server.routes.nari_websocket import (
+from server.routes.v1.nari_websocket import (
     InputTextAck,
     RequestConfigured,
     RequestStart,
@@ -20,7 +20,7 @@ from server.routes.nari_websocket import (
     ResponseStarted,
     SessionCreated,
 )
-from server.routes.speech_websocket import (
+from server.routes.v1.speech_websocket import (
     AudioDone,
     AudioStart,
     InputCancelled,

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from server.audio import MAX_SPEED, MIN_SPEED, SAMPLE_RATES, Format
 from server.dependencies import EngineDependency, SettingsDependency
-from server.engine import EngineClient, fresh_catalog, status_of
+from server.engine import EngineClient
 from server.http.elevenlabs_errors import elevenlabs_documented
 from server.http.errors import ApiError
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
@@ -25,7 +25,7 @@ from server.http.streaming import can_break
 from server.resolution import unaliased
 from server.routes.speech_response import SpeechResponse, failure_of
 from server.routes.speech_start import SpeechStarter, SpeechStarterDependency, StartedSpeech
-from server.routes.voices import voices_for
+from server.routes.v1.voices import voices_for
 from server.schemas import MAX_NAME, Name, SpeechRequest, VoiceObject
 from shared.settings import Settings
 
@@ -93,31 +93,6 @@ class ElevenLabsVoices(msgspec.Struct, frozen=True, kw_only=True):
     total_count: int
     has_more: bool = False
     next_page_token: str | None = None
-
-
-class ElevenLabsLanguage(msgspec.Struct, frozen=True, kw_only=True):
-    """A language of a model."""
-
-    language_id: str
-    name: str
-
-
-class ElevenLabsModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as ElevenLabs lists it."""
-
-    model_id: str
-    name: str
-    description: str
-    languages: list[ElevenLabsLanguage]
-    maximum_text_length_per_request: int
-    can_do_text_to_speech: bool = True
-    can_do_voice_conversion: bool = False
-    can_be_finetuned: bool = False
-    can_use_style: bool = False
-    can_use_speaker_boost: bool = False
-    serves_pro_voices: bool = False
-    requires_alpha_access: bool = False
-    token_cost_factor: float = 1.0
 
 
 class TextToSpeechJson(JsonBodyDto[TextToSpeech]):
@@ -222,24 +197,6 @@ async def get_voice(voice_id: VoiceId, engine: EngineDependency, settings: Setti
 async def _list(engine: EngineClient, settings: Settings) -> ElevenLabsVoices:
     voices = [_voice(voice) for voice in (await voices_for(None, engine, settings)).voices]
     return ElevenLabsVoices(voices=voices, total_count=len(voices))
-
-
-async def elevenlabs_models(engine: EngineClient, settings: Settings) -> list[ElevenLabsModel]:
-    """The models that can speak, the default one first."""
-    catalog, snapshot = await fresh_catalog(engine)
-    served = [spec for spec in catalog if status_of(spec, snapshot).state != "unavailable"]
-    return [
-        ElevenLabsModel(
-            model_id=spec.id,
-            name=spec.name,
-            description=f"{spec.name} ({spec.task})",
-            languages=[
-                ElevenLabsLanguage(language_id=min(known.codes, key=len), name=known.name) for known in spec.languages
-            ],
-            maximum_text_length_per_request=settings.max_input_chars,
-        )
-        for spec in sorted(served, key=lambda spec: spec.id != snapshot.default_model)
-    ]
 
 
 async def _start(

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 from litestar import Request, Response, get
-from litestar.exceptions import NotFoundException
 
 from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import EngineDependency, SettingsDependency
@@ -12,7 +11,7 @@ from server.http.auth import keyring_of
 from server.http.errors import ApiError, documented
 from server.http.forwarded import client_view
 from server.routes.web_page import page_response, wants_page
-from server.schemas import Health, Limits, Ready, Requires, Root, Status
+from server.schemas import Health, Limits, Ready, Requires, Root
 from server.version import VERSION
 from shared.recordings import MAX_RECORDING_S, MIN_RECORDING_S
 
@@ -77,21 +76,3 @@ async def ready(engine: EngineDependency) -> Ready:
         detail = default.detail.rstrip(".")
         raise ApiError("model_unavailable", f"The default model {default.id} cannot be served now: {detail}.")
     return Ready(status="ready", model=snapshot.default_model, worker=snapshot.boot_id)
-
-
-@get(
-    "/test",
-    operation_id="getTest",
-    summary="Answer the probe of wyoming-openai",
-    tags=["Service"],
-    responses=documented(401, 403, 500),
-)
-async def test() -> Status:
-    """Always ok."""
-    return Status()
-
-
-@get("/readyz", include_in_schema=False)
-async def readyz() -> Any:
-    """Always 404: some clients take a server that answers here for another product."""
-    raise NotFoundException

@@ -12,7 +12,7 @@ import pytest
 
 from server.http import auth
 from server.http.keys import Caller, Keyring, KeysError, digest_of, load_keyring
-from server.routes.voice_files import VoiceFile
+from server.routes.v1.voice_files import VoiceFile
 from shared.protocol import Call, DesignVoice, KeyLimits, PortableVoice, RateLimit, Reply, SavedVoice, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker

@@ -6,7 +6,7 @@ import httpx
 import msgspec
 import pytest
 
-from server.routes.voice_files import MAX_FILE_BYTES, VoiceFile
+from server.routes.v1.voice_files import MAX_FILE_BYTES, VoiceFile
 from shared.protocol import (
     Call,
     DesignVoice,

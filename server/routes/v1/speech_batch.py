@@ -20,9 +20,9 @@ from server.http.errors import ApiError, ErrorBody, documented, envelope, intern
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
 from server.http.streaming import ClosingStream
-from server.routes.speech import SpeechJson
 from server.routes.speech_response import KEEPALIVE_S, failure_of, whole_body
 from server.routes.speech_start import SpeechStarter, SpeechStarterDependency
+from server.routes.v1.speech import SpeechJson
 from server.schemas import SpeechRequest, SpeechUsage, TimedWord, usage_of
 from shared.protocol import FinishReason, speech_id_of
 

@@ -19,8 +19,8 @@ from server.http.errors import ApiError, documented
 from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
-from server.routes.voice_consents import LANGUAGE_TAG
-from server.routes.voices import VoiceName, change_voice, saved_voice_object, usable_voice
+from server.routes.v1.voice_consents import LANGUAGE_TAG
+from server.routes.v1.voices import VoiceName, change_voice, saved_voice_object, usable_voice
 from server.schemas import Name, SavedVoiceObject
 from shared.protocol import MAX_PORTABLE_PCM, ExportVoice, ImportVoice, PortableVoice
 from shared.text import transcript_of

@@ -155,8 +155,8 @@ async def test_memory_is_bounded(
 ) -> None:
     """The item that is too much fails alone; compressed audio counts as what it is."""
     worker.chunks = 100
-    monkeypatch.setattr("server.routes.speech_batch.MAX_BATCH_BYTES", 1_000_000)
-    monkeypatch.setattr("server.routes.speech_batch.PER_BATCH_AT_ONCE", 1)
+    monkeypatch.setattr("server.routes.v1.speech_batch.MAX_BATCH_BYTES", 1_000_000)
+    monkeypatch.setattr("server.routes.v1.speech_batch.PER_BATCH_AT_ONCE", 1)
     items = [{"input": f"text {number}"} for number in range(4)]
     body = await spoken(client, items, response_format="pcm")
     assert [result["status"] for result in body["results"]] == ["success", "success", "error", "error"]
@@ -181,7 +181,7 @@ async def test_a_long_batch_is_kept_alive(
     client: httpx.AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """White space comes while the items are spoken, and the JSON behind it is whole."""
-    monkeypatch.setattr("server.routes.speech_batch.KEEPALIVE_S", 0.01)
+    monkeypatch.setattr("server.routes.v1.speech_batch.KEEPALIVE_S", 0.01)
     worker.hold = True
     async with client.stream("POST", BATCH, json={"items": [{"input": "a"}]}) as answer:
         pieces = answer.aiter_text()

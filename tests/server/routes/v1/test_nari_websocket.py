@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.routes.nari_websocket import PROTOCOL
+from server.routes.v1.nari_websocket import PROTOCOL
 from shared.protocol import Cancel, Failed, Speak
 from tests.fakes import FakeWorker, tone
 from tests.server.running import SHARED_LOOP, Serve, becomes

@@ -21,7 +21,7 @@ from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep
 from server.http.json_bodies import JsonDecoder
 from server.http.keys import Caller
 from server.http.streaming import cancel_on_disconnect
-from server.routes.voices import saved_voice_object
+from server.routes.v1.voices import saved_voice_object
 from server.schemas import MAX_INSTRUCTIONS, MAX_NAME, MAX_REF_TEXT, Name, SavedVoiceObject
 from shared.protocol import Action, CloneVoice, DesignVoice
 from shared.text import is_printable, is_speakable, transcript_of

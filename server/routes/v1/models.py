@@ -10,7 +10,7 @@ from server.engine import EngineClient, fresh_catalog, status_of
 from server.http.elevenlabs_errors import is_elevenlabs
 from server.http.errors import documented
 from server.resolution import resolve_model, unaliased
-from server.routes.elevenlabs import ElevenLabsModel, elevenlabs_models
+from server.routes.elevenlabs_models import ElevenLabsModel, elevenlabs_models
 from server.schemas import ModelId, ModelList, ModelObject
 from shared.catalog import OPENAI_MODELS, ModelSpec
 from shared.protocol import Snapshot
