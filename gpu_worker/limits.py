@@ -87,8 +87,15 @@ class LimitCounter:
         now = self._clock()
         interval_s = MINUTE_S / limits.requests_per_minute
         use.full_at = max(use.full_at, now) + interval_s
-        used_s = use.full_at - now
-        remaining = int((MINUTE_S - used_s + _ROUNDING_S) / interval_s)
+        return self.left(client, limits)
+
+    def left(self, client: str, limits: KeyLimits) -> RateLimit | None:
+        """What a client has left of its minute; None without such a limit."""
+        if limits.requests_per_minute is None:
+            return None
+        used_s = max(0.0, self._uses.get(client, _Use()).full_at - self._clock())
+        interval_s = MINUTE_S / limits.requests_per_minute
+        remaining = max(0, int((MINUTE_S - used_s + _ROUNDING_S) / interval_s))
         return RateLimit(limit=limits.requests_per_minute, remaining=remaining, reset_s=used_s)
 
     def end(self, client: str, limits: KeyLimits) -> None:

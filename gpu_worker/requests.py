@@ -450,4 +450,5 @@ def failed_message(message_id: str, error: JobError) -> Failed:
         message=error.message,
         param=error.param,
         retry_after_s=error.retry_after_s,
+        rate_limit=error.rate_limit,
     )

@@ -426,10 +426,14 @@ class Worker:
         if (request.peer, request.id) in self._open:
             raise JobError("invalid_value", f"there is a request {request.id!r} already")
         characters = sum(len(segment.text) for segment in request.job.segments)
-        self._limits.check(request.client, request.limits, characters)
         can_start = self._can_start(request.model, request.yields(self._clock()))
         free_slots = self._slots.free(request.model, unknown=self._slots_of.get(request.model, UNKNOWN_SLOTS))
-        self._scheduler.submit(request, len(self._slots), free_slots=free_slots, can_start=can_start)
+        try:
+            self._limits.check(request.client, request.limits, characters)
+            self._scheduler.submit(request, len(self._slots), free_slots=free_slots, can_start=can_start)
+        except JobError as error:
+            error.rate_limit = self._limits.left(request.client, request.limits)
+            raise
         request.rate_limit = self._limits.count(request.client, request.limits, characters)
         self._open[request.peer, request.id] = request
         self._residency.acquire(request.model)

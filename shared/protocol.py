@@ -781,7 +781,7 @@ class Finished(Message, frozen=True, kw_only=True):
 class Failed(Message, frozen=True, kw_only=True):
     """A Speak or a Call failed. `code` is an error code of the HTTP contract, `param` the wrong request field.
 
-    With an empty `id` it refuses a Hello.
+    With an empty `id` it refuses a Hello. `rate_limit` is that of the key of a refused Speak, if that has one.
     """
 
     id: str
@@ -789,6 +789,7 @@ class Failed(Message, frozen=True, kw_only=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    rate_limit: RateLimit | None = None
 
 
 class Reply(Message, frozen=True, kw_only=True):

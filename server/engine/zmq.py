@@ -307,7 +307,13 @@ class ZmqEngineClient:
             del self._speeches[message.id]
 
     def _handle_failure(self, failed: Failed) -> None:
-        error = ApiError(failed.code, failed.message, param=failed.param, retry_after_s=failed.retry_after_s)
+        error = ApiError(
+            failed.code,
+            failed.message,
+            param=failed.param,
+            retry_after_s=failed.retry_after_s,
+            rate_limit=failed.rate_limit,
+        )
         if failed.code == "hello_expected":
             # This process was stopped for longer than its lease, and the worker has cancelled its requests.
             self._on_lost()

@@ -12,6 +12,8 @@ import msgspec
 from litestar import MediaType, Response
 from litestar.openapi.datastructures import ResponseSpec
 
+from shared.protocol import RateLimit
+
 INVALID: Final = "invalid_request_error"
 SERVER: Final = "server_error"
 RATE: Final = "rate_limit_error"
@@ -75,6 +77,7 @@ class ApiError(Exception):
     """A failure that the client is told about: `code` is a key of CODES, `param` the request field at fault.
 
     `retry_after_s` is the pause after which a retry may succeed; `status` replaces the status of the code.
+    `rate_limit` is what the key has left of its requests a minute.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
         status: int | None = None,
+        rate_limit: RateLimit | None = None,
     ) -> None:
         super().__init__(message)
         usual, self.type = CODES.get(code, CODES["internal_error"])
@@ -93,6 +97,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.rate_limit = rate_limit
 
 
 def internal_error() -> ApiError:
@@ -133,8 +138,8 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Re
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """When the client may retry, or that a retry does not help."""
-    headers = {}
+    """When the client may retry, or that a retry does not help; and what its key has left."""
+    headers = rate_limit_headers(error.rate_limit)
     if error.status in {429, 503}:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
     elif error.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -146,6 +151,17 @@ def headers_of(error: ApiError) -> dict[str, str]:
         # Weights do not appear by themselves: the SDK would sleep through Retry-After twice, two minutes in all.
         headers["x-should-retry"] = "false"
     return headers
+
+
+def rate_limit_headers(state: RateLimit | None) -> dict[str, str]:
+    """What a key has left of its requests a minute, in OpenAI's headers; none without such a limit."""
+    if state is None:
+        return {}
+    return {
+        "x-ratelimit-limit-requests": str(state.limit),
+        "x-ratelimit-remaining-requests": str(state.remaining),
+        "x-ratelimit-reset-requests": f"{state.reset_s:.3f}s",
+    }
 
 
 def documented(*statuses: int) -> dict[int, ResponseSpec]:

@@ -17,7 +17,7 @@ from msgspec import UNSET
 
 from server.audio import Encoder
 from server.engine import Chunk, Speech
-from server.http.errors import CLIENT_GONE, ApiError, envelope, internal_error
+from server.http.errors import CLIENT_GONE, ApiError, envelope, internal_error, rate_limit_headers
 from server.http.request_scope import request_id_of
 from server.http.streaming import BrokenTransferError, ClosingStream, cancel_on_disconnect, wait_while_connected
 from server.routes.audio_keeper import Keeper
@@ -92,7 +92,7 @@ class SpeechResponse:
             del self._headers["x-audio-url"]
         self._log("speech_finished", finished)
         timing = {"x-finish-reason": finished.reason, "Server-Timing": _server_timing(finished.timings)}
-        headers = self._headers | timing | self._rate_limit()
+        headers = self._headers | timing | rate_limit_headers(self._speech.rate_limit)
         return Response(body, media_type=self._media_type, headers=headers, status_code=200)
 
     async def whole_captioned(self) -> Response[bytes]:
@@ -101,7 +101,7 @@ class SpeechResponse:
         self._log("speech_finished", finished)
         words = self._captions.rest() if self._captions else None
         line = _encode(CaptionedAudio(audio=body, audio_format=self._media_type, timestamps=words))
-        headers = self._headers | self._rate_limit()
+        headers = self._headers | rate_limit_headers(self._speech.rate_limit)
         return Response(line, media_type="application/json", headers=headers, status_code=200)
 
     async def captioned(self) -> ClosingStream:
@@ -143,21 +143,10 @@ class SpeechResponse:
             del self._encoder, self._keeper
             self._log("speech_finished" if self._speech.finished else "speech_broken_off", self._speech.finished)
 
-        headers = self._headers | self._rate_limit()
+        headers = self._headers | rate_limit_headers(self._speech.rate_limit)
         return ClosingStream(
             content, on_close=close, of_lines=of_lines, media_type=media_type, headers=headers, status_code=200
         )
-
-    def _rate_limit(self) -> dict[str, str]:
-        """What the key has left of its requests a minute, in OpenAI's headers; the engine tells it when it starts."""
-        state = self._speech.rate_limit
-        if state is None:
-            return {}
-        return {
-            "x-ratelimit-limit-requests": str(state.limit),
-            "x-ratelimit-remaining-requests": str(state.remaining),
-            "x-ratelimit-reset-requests": f"{state.reset_s:.3f}s",
-        }
 
     async def _as_audio(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         try:

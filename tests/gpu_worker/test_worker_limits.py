@@ -20,6 +20,7 @@ def test_a_key_has_one_limit_over_all_web_workers(bench: WorkerBench) -> None:
         (failed,) = bench.messages(f"r{number}", peer=(WEB, OTHER_WEB)[number % 2])
         assert failed.code == "rate_limit_exceeded"
         assert 0 < failed.retry_after_s <= 20
+        assert (failed.rate_limit.limit, failed.rate_limit.remaining) == (3, 0)
     assert bench.snapshot().requests.rejected == 2
 
 
@@ -32,6 +33,7 @@ def test_a_refused_request_is_not_counted(make_bench: MakeBench) -> None:
     bench.speak("d", "one", client="key:a", limits=limits, model="nonesuch")
     bench.settle()
     assert [bench.messages(name)[-1].code for name in "cd"] == ["queue_full", "model_not_found"]
+    assert bench.messages("c")[-1].rate_limit.remaining == 1
     bench.speak("e", "one", client="key:a", limits=limits)
     bench.settle()
     assert bench.messages("e")[0].rate_limit.remaining == 0

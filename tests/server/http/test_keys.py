@@ -13,7 +13,7 @@ import pytest
 from server.http import auth
 from server.http.keys import Caller, Keyring, KeysError, digest_of, load_keyring
 from server.routes.v1.voice_files import VoiceFile
-from shared.protocol import Call, DesignVoice, KeyLimits, PortableVoice, RateLimit, Reply, SavedVoice, Speak
+from shared.protocol import Call, DesignVoice, Failed, KeyLimits, PortableVoice, RateLimit, Reply, SavedVoice, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.running import SPEECH, VOICES, Serve
@@ -162,6 +162,24 @@ class TestService:
             }
         limits = KeyLimits(requests_per_minute=60, characters_per_day=1000, concurrent_requests=2)
         assert {(speak.client, speak.limits) for speak in worker.of(Speak)} == {("key:alice", limits)}
+
+    @pytest.mark.parametrize("code", ["rate_limit_exceeded", "queue_full"])
+    @pytest.mark.parametrize("path", [SPEECH, "/v1/text-to-speech/alloy"])
+    async def test_what_is_left_stands_in_a_refusal(
+        self, serve: Serve, worker: FakeWorker, keys_file: Path, code: str, path: str
+    ) -> None:
+        """A 429 has the headers too: a client that is refused learns how long the minute still is."""
+        client = await serve(keys_file=keys_file, admin_keys=["root"])
+        left = RateLimit(limit=60, remaining=0, reset_s=60.0)
+        worker.fail_with = Failed(id="", code=code, message="later", retry_after_s=1.0, rate_limit=left)
+        answer = await client.post(path, json={"input": "x", "text": "x"}, headers=bearer(ALICE))
+        assert answer.status_code == httpx.codes.TOO_MANY_REQUESTS
+        found = {name: text for name, text in answer.headers.items() if name.startswith("x-ratelimit")}
+        assert found == {
+            "x-ratelimit-limit-requests": "60",
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-requests": "60.000s",
+        }
 
     async def test_batch(self, serve: Serve, worker: FakeWorker, keys_file: Path) -> None:
         """The GPU worker learns whose speech nobody waits for."""
