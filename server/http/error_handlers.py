@@ -15,6 +15,7 @@ from litestar.types import ExceptionHandlersMap
 from server.http.elevenlabs_errors import elevenlabs_error, is_elevenlabs
 from server.http.errors import ApiError, error_response, internal_error
 from server.http.request_scope import BODY_ERROR, ERROR_CODE, printable_path, request_id_of
+from server.http.versions import version_hint
 from shared.validation_messages import choices_in, missing_field, reword
 
 log = structlog.get_logger(__name__)
@@ -104,7 +105,7 @@ def _refusal(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:
         elif path.startswith("/v1/v1"):
             hint = "/v1 stands there twice: this client adds it by itself, so leave it out of its base URL"
         else:
-            hint = "/docs lists what there is"
+            hint = version_hint(path) or "/docs lists what there is"
         message = f"There is nothing at {asked}; {hint}."
     elif status == http.HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{asked} is not possible; the Allow header lists the possible methods."

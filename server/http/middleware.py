@@ -1,7 +1,8 @@
 """The ASGI middleware around the Litestar application: rules that hold for every HTTP request, whatever its path.
 
-It gives each response a request id, answers HEAD like GET, refuses compressed bodies and foreign preflights,
-bounds the time and the memory of bodies, lets a client that is still sending read its refusal, and logs each refusal.
+It gives each response a request id and the API's version, answers HEAD like GET, refuses compressed bodies and foreign
+preflights, bounds the time and the memory of bodies, lets a client that is still sending read its refusal, and logs
+each refusal.
 It knows no path and no field.
 """
 
@@ -32,6 +33,7 @@ from server.http.request_scope import (
     printable_path,
     request_id_of,
 )
+from server.http.versions import API_VERSION, VERSION_HEADER, refuse_other_version, version_hint
 
 log = structlog.get_logger(__name__)
 
@@ -147,7 +149,7 @@ class HttpMiddleware:
         # Litestar would refuse a preflight in plain text.
         if scope["method"] == "OPTIONS" and origin and cors and not cors.is_origin_allowed(origin):
             return foreign_origin(origin)
-        return None
+        return refuse_other_version(headers)
 
 
 async def _taken(app: Litestar, scope: Any, receive: Receive, send: Send) -> ApiError | None:
@@ -170,9 +172,10 @@ async def _taken(app: Litestar, scope: Any, receive: Receive, send: Send) -> Api
     await app(scope, pass_in, pass_on)
     if accepted:
         return None
-    hint = f"{printable_path(scope)} takes no WebSocket; /docs lists what there is."
+    path = printable_path(scope)
+    hint = version_hint(path) or "/docs lists what there is"
     error: ApiError | None = scope["state"].get(SOCKET_ERROR)
-    return error or ApiError("not_found", hint)
+    return error or ApiError("not_found", f"{path} takes no WebSocket; {hint}.")
 
 
 class _RequestBody:
@@ -253,7 +256,9 @@ class _ResponseSender:
     async def send(self, message: Message) -> None:
         """Pass a message on."""
         if message["type"] == "http.response.start":
-            MutableScopeHeaders(message)["x-request-id"] = request_id_of(self._scope)
+            headers = MutableScopeHeaders(message)
+            headers["x-request-id"] = request_id_of(self._scope)
+            headers[VERSION_HEADER] = API_VERSION
             if message["status"] >= http.HTTPStatus.BAD_REQUEST:
                 self._refused = message["status"]
                 await self._body.drain()

@@ -42,7 +42,7 @@ from shared.settings import Settings
 _EXPOSED: Final = [
     *("x-request-id", "x-speech-id", "x-audio-url", "x-model", "x-sample-rate", "x-finish-reason", "x-ignored"),
     *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset")),
-    *("Server-Timing", "Retry-After", "Content-Range", "ETag"),
+    *("x-api-version", "Server-Timing", "Retry-After", "Content-Range", "ETag"),
 ]
 """Response headers that a script of another site may read."""
 

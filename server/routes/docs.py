@@ -63,6 +63,9 @@ Every error has OpenAI's shape: `{"error": {"message", "type", "param", "code"}}
 What the HTTP layer itself refuses has only a status: 400 for a malformed request line, header or body length,
 414 for a URI above 64 KiB, 431 for more than 100 headers or 128 KiB of them, and 400 with a line of plain text
 for a WebSocket handshake without its key or version.
+
+This is version 1 of the API: every answer says so in `x-api-version`, and a request that asks for another version, by
+its path or in that header, is a 404.
 """
 
 
