@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from gpu_worker.engines.base import JobError
-from shared.protocol import KeyLimits, RateLimit
+from shared.protocol import KeyLimits, LimitName, RateLimit
 
 MINUTE_S: Final = 60.0
 DAY_S: Final = 86_400.0
@@ -51,12 +51,12 @@ class LimitCounter:
             return
         use = self._uses.setdefault(client, _Use())
         if limits.concurrent_requests is not None and use.running >= limits.concurrent_requests:
-            raise _exceeded(f"{limits.concurrent_requests} requests at once", 1.0)
+            raise _exceeded("concurrent_requests", f"{limits.concurrent_requests} requests at once", 1.0)
         if limits.requests_per_minute is not None:
             interval_s = MINUTE_S / limits.requests_per_minute
             wait_s = max(use.full_at, self._clock()) + interval_s - MINUTE_S - self._clock()
             if wait_s > _ROUNDING_S:
-                raise _exceeded(f"{limits.requests_per_minute} requests a minute", wait_s)
+                raise _exceeded("requests_per_minute", f"{limits.requests_per_minute} requests a minute", wait_s)
         self._check_characters(use, limits, characters)
 
     def add_characters(self, client: str, limits: KeyLimits, characters: int) -> None:
@@ -72,7 +72,8 @@ class LimitCounter:
             if use.characters + characters > limits.characters_per_day:
                 left = max(0, limits.characters_per_day - use.characters)
                 until_midnight_s = DAY_S - self._wall_clock() % DAY_S
-                raise _exceeded(f"{limits.characters_per_day} characters a day ({left} are left)", until_midnight_s)
+                text = f"{limits.characters_per_day} characters a day ({left} are left)"
+                raise _exceeded("characters_per_day", text, until_midnight_s)
 
     def count(self, client: str, limits: KeyLimits, characters: int) -> RateLimit | None:
         """Count a request that `check` let pass; what is left of the minute, or None without such a limit."""
@@ -118,6 +119,7 @@ _ROUNDING_S: Final = 1e-6
 """A sum of sixty intervals differs from a minute by less."""
 
 
-def _exceeded(limit: str, retry_after_s: float) -> JobError:
-    message = f"this API key is limited to {limit}"
-    return JobError("rate_limit_exceeded", message, retry_after_s=retry_after_s)
+def _exceeded(limit: LimitName, text: str, retry_after_s: float) -> JobError:
+    error = JobError("rate_limit_exceeded", f"this API key is limited to {text}", retry_after_s=retry_after_s)
+    error.limit = limit
+    return error

@@ -63,7 +63,9 @@ class Scheduler:
             wait_s = self.estimated_wait_s(self._turned_away, slots)
             before = "1 request is" if waiting == 1 else f"{waiting} requests are"
             message = f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s"
-            raise JobError("queue_full", f"the queue is full: {message}", retry_after_s=wait_s)
+            error = JobError("queue_full", f"the queue is full: {message}", retry_after_s=wait_s)
+            error.limit = "queue"
+            raise error
         if not self._queues:
             self._waiting_since = self._clock()
             self._left_at.clear()

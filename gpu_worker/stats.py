@@ -1,6 +1,7 @@
 """Counters and histograms of the process, and the snapshot that dashboards read. Owned by the synthesis thread."""
 
 import os
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,12 +26,15 @@ from shared.protocol import (
     CleanupPass,
     Counters,
     DeviceMemory,
+    Exemplar,
     Histogram,
     HostMemory,
+    LimitName,
     ModelStats,
     ModelStatus,
     SavedVoice,
     Snapshot,
+    speech_id_of,
 )
 
 Ending = Literal["finished", "failed", "cancelled"]
@@ -63,6 +67,7 @@ class Stats:
         probe: MemoryProbe,
         shared_bytes: Callable[[], dict[str, int]],
         clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.boot_id = boot_id
         self.settings = {**settings, "default_model": default_model}
@@ -71,8 +76,10 @@ class Stats:
         self._probe = probe
         self._shared_bytes = shared_bytes
         self._clock = clock
+        self._wall_clock = wall_clock
         self._started_at = clock()
         self._counts: Counter[str] = Counter()
+        self._limit_hits: Counter[LimitName] = Counter()
         self._model_stats: dict[str, ModelStats] = {}
         self._audio_bytes: Counter[str] = Counter()
         self._engine_stats: dict[str, EngineStats] = {}
@@ -92,12 +99,19 @@ class Stats:
         """Count a request that was not even queued."""
         self._counts["rejected"] += 1
 
+    def limit_hit(self, limit: LimitName | None) -> None:
+        """Count a request that is over `limit`; None: it was refused for another reason."""
+        if limit is not None:
+            self._limit_hits[limit] += 1
+
     def first_audio(self, request: Request) -> None:
         """Record the time to first audio: the request's first piece is there now. It counts from the first text."""
         asked_at = request.arrived_at if request.first_text_at is None else request.first_text_at
         seconds = self._clock() - asked_at
-        histogram = self._stats_of(request.model).first_audio_s
-        self._replace(request.model, first_audio_s=_with_value(histogram, FIRST_AUDIO_BOUNDS_S, seconds))
+        histogram = _with_value(self._stats_of(request.model).first_audio_s, FIRST_AUDIO_BOUNDS_S, seconds)
+        exemplar = Exemplar(value=seconds, at=self._wall_clock(), speech_id=speech_id_of(request.id))
+        exemplars = {**histogram.exemplars, bisect_left(FIRST_AUDIO_BOUNDS_S, seconds): exemplar}
+        self._replace(request.model, first_audio_s=msgspec.structs.replace(histogram, exemplars=exemplars))
         self._performance.first_audio(request.model, seconds)
 
     def audio_made(self, model: str, n_bytes: int) -> None:
@@ -220,6 +234,7 @@ class Stats:
             performance=self._performance.report(),
             caches=caches.list(),
             web_caches=caches.web_counts(),
+            limit_hits=dict(self._limit_hits),
             emptied=caches.emptied,
         )
 
@@ -236,4 +251,4 @@ def _with_value(histogram: Histogram, bounds: Sequence[float], value: float, tim
     counts = histogram.counts or [0] * (len(bounds) + 1)
     bucket = bisect_left(bounds, value)
     counts = [*counts[:bucket], counts[bucket] + times, *counts[bucket + 1 :]]
-    return Histogram(counts=counts, sum=histogram.sum + value * times)
+    return Histogram(counts=counts, sum=histogram.sum + value * times, exemplars=histogram.exemplars)

@@ -315,6 +315,7 @@ class Worker:
             if isinstance(message, Append):
                 self._count_text(request, len(message.text))
         except JobError as error:
+            self._stats.limit_hit(error.limit)
             self._finish(request, error)
             return
         request.take_text(message, self._clock())
@@ -433,6 +434,7 @@ class Worker:
             self._scheduler.submit(request, len(self._slots), free_slots=free_slots, can_start=can_start)
         except JobError as error:
             error.rate_limit = self._limits.left(request.client, request.limits)
+            self._stats.limit_hit(error.limit)
             raise
         request.rate_limit = self._limits.count(request.client, request.limits, characters)
         self._open[request.peer, request.id] = request

@@ -23,7 +23,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 11
+VERSION: Final = 12
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -78,6 +78,10 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     requests_per_minute: int | None = None
     characters_per_day: int | None = None
     concurrent_requests: int | None = None
+
+
+LimitName = Literal["requests_per_minute", "characters_per_day", "concurrent_requests", "queue"]
+"""A limit that a request can be refused by: the three of its key, and the places of the queue."""
 
 
 class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
@@ -601,14 +605,27 @@ PERFORMANCE_MINUTES: Final = (1, 15, 60)
 TRANSITION_BOUNDS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
+class Exemplar(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The latest request in a bucket of a histogram; its log lines and its outcome have the same speech id.
+
+    `at` is in Unix seconds.
+    """
+
+    value: float
+    at: float
+    speech_id: str
+
+
 class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The number of values in each bucket and their sum; empty without values.
 
     The upper bounds of the buckets are the constants above; the last bucket has the values above all bounds.
+    `exemplars` are by bucket.
     """
 
     counts: list[int] = []
     sum: float = 0.0
+    exemplars: dict[int, Exemplar] = {}
 
 
 class ModelStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -728,6 +745,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     web_caches: dict[CacheName, CacheCounts] = {}
     """The sums of what the web workers have counted."""
+
+    limit_hits: dict[LimitName, int] = {}
+    """How often a request was over a limit."""
 
     emptied: dict[CacheName, int] = {}
     """How often a cache of the web workers was to be emptied."""

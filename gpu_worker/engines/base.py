@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from shared.pcm import bytes_for
-from shared.protocol import CacheName, CacheStats, RateLimit, Sampling, Segment, Task, Usage, Word
+from shared.protocol import CacheName, CacheStats, LimitName, RateLimit, Sampling, Segment, Task, Usage, Word
 
 FinishReason = Literal["stop", "length", "empty"]
 """`stop`: the model ended the speech. `length`: a limit on the number of frames ended it.
@@ -108,7 +108,7 @@ class JobError(Exception):
     Engines raise these codes: for errors of the client `invalid_value`, `voice_not_found`, `task_mismatch` and
     `invalid_audio`, for errors of the service `insufficient_vram`, `model_unavailable`, `queue_full` and
     `synthesis_failed`. `param` names the request field at fault, if there is one.
-    `rate_limit`: what the key of a refused request has left of its requests a minute.
+    `rate_limit`: what the key of a refused request has left of its requests a minute. `limit` is what it was over.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class JobError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         self.rate_limit: RateLimit | None = None
+        self.limit: LimitName | None = None
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):

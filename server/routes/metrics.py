@@ -1,20 +1,24 @@
-"""GET /metrics: the GPU worker's figures in Prometheus' text format, all from the snapshot.
+"""GET /metrics: the GPU worker's figures in Prometheus' text format or in OpenMetrics, all from the snapshot.
 
 The one GPU worker counts everything, so each web worker gives the same answer, and the web workers share no memory:
-of prometheus-client only the text format is used, not its multiprocess mode.
+of prometheus-client only the formats are used, not its multiprocess mode, which knows no exemplars.
 Labels have few values: the catalogue's models, and words from this file or the protocol.
+OpenMetrics alone has exemplars: the speech id of a request leads to its log lines and to its outcome.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
-from litestar import Response, get
+from litestar import Request, Response, get
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as OpenMetricsExemplar
 
 from server.dependencies import EngineDependency
+from server.http.accept import preferred_type
 from server.http.errors import documented
 from shared.protocol import (
     BATCH_SIZE_BOUNDS,
@@ -25,14 +29,18 @@ from shared.protocol import (
     UNDERRUN_BOUNDS_S,
     CacheCounts,
     CacheStats,
+    Exemplar,
     Histogram,
+    LimitName,
     ModelStats,
     PublicState,
     Snapshot,
 )
 
-_CONTENT_TYPE: Final = "text/plain; version=0.0.4"
-"""Litestar adds the charset."""
+_TEXT: Final = "text/plain"
+_OPEN_METRICS: Final = "application/openmetrics-text"
+_CONTENT_TYPES: Final = {_TEXT: "text/plain; version=0.0.4", _OPEN_METRICS: openmetrics.CONTENT_TYPE_LATEST}
+"""Litestar adds the charset to text."""
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -47,10 +55,15 @@ Samples = Iterable[tuple[Labels, float]]
     media_type="text/plain",
     responses=documented(401, 403, 500),
 )
-async def metrics(engine: EngineDependency) -> Response[bytes]:
-    """Requests, speech, models and memory; only `tts_worker_up` while the GPU worker is down."""
-    snapshot = engine.snapshot if engine.unavailable() is None else None
-    return Response(generate_latest(_SnapshotCollector(snapshot)), media_type=_CONTENT_TYPE)
+async def metrics(request: Request[Any, Any, Any], engine: EngineDependency) -> Response[bytes]:
+    """Requests, speech, models and memory; only `tts_worker_up` while the GPU worker is down.
+
+    OpenMetrics, if `Accept` prefers that, adds the id of a recent request to each bucket of the time to first audio.
+    """
+    collector = _SnapshotCollector(engine.snapshot if engine.unavailable() is None else None)
+    kind = preferred_type(request.headers, [_TEXT, _OPEN_METRICS])
+    write = generate_latest if kind == _TEXT else openmetrics.generate_latest
+    return Response(write(collector), media_type=_CONTENT_TYPES[kind])
 
 
 class _SnapshotCollector(Collector):
@@ -91,6 +104,8 @@ def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
         [((), snapshot.waiting_for_text)],
     )
     yield _gauge("tts_websockets", "WebSockets that are open.", [((), snapshot.open_sockets)])
+    hits = [((limit,), snapshot.limit_hits.get(limit, 0)) for limit in get_args(LimitName)]
+    yield _counter("tts_limit_hits", "Requests over a limit: of their key, or of the queue.", hits, ["limit"])
     yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
 
 
@@ -239,5 +254,13 @@ def _histogram(
     le = [*map(str, bounds), "+Inf"]
     for values, histogram in samples:
         if histogram.counts:
-            family.add_metric(values, list(zip(le, accumulate(histogram.counts), strict=True)), histogram.sum)
+            numbers = enumerate(zip(le, accumulate(histogram.counts), strict=True))
+            buckets = [(*bucket, *_exemplar(histogram.exemplars.get(number))) for number, bucket in numbers]
+            family.add_metric(values, buckets, histogram.sum)
     return family
+
+
+def _exemplar(found: Exemplar | None) -> tuple[()] | tuple[OpenMetricsExemplar]:
+    if found is None:
+        return ()
+    return (OpenMetricsExemplar({"speech_id": found.speech_id}, found.value, round(found.at, 3)),)

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 
 from gpu_worker.engines.base import JobError
@@ -30,6 +31,7 @@ class Counted:
         with pytest.raises(JobError) as raised:
             self.request(limits, **request)  # type: ignore[arg-type] # characters
         assert raised.value.code == "rate_limit_exceeded"
+        assert raised.value.limit in msgspec.structs.asdict(limits)
         return raised.value
 
 

@@ -30,6 +30,7 @@ from shared.protocol import (
 )
 from tests.gpu_worker.fakes import FakeClock, FakeDevice, a_request, a_sink
 
+WALL_S = 1_700_000_000.5
 DONE = Done("r", "stop", Usage(input_tokens=1, output_tokens=1))
 
 
@@ -42,6 +43,7 @@ def _stats(device: FakeDevice, clock: FakeClock) -> Stats:
         probe=device,
         shared_bytes=lambda: {"codec": 3},
         clock=clock,
+        wall_clock=lambda: WALL_S,
     )
 
 
@@ -133,6 +135,23 @@ class TestRequests:
         stats.audio_made("n", bytes_for(1.0))
         model_stats = _snapshot(stats).model_stats
         assert {model: figures.audio_s for model, figures in model_stats.items()} == {"m": 0.75, "n": 1.0}
+
+    def test_limit_hits(self, stats: Stats) -> None:
+        """Refusals are counted by the limit that they are for; others are not."""
+        for limit in ("queue", "characters_per_day", "queue", None):
+            stats.limit_hit(limit)  # type: ignore[arg-type] # mypy takes the names for any strings
+        assert _snapshot(stats).limit_hits == {"queue": 2, "characters_per_day": 1}
+
+    def test_exemplars(self, stats: Stats, clock: FakeClock) -> None:
+        """Each bucket of the time to first audio knows its latest request by its speech id."""
+        for wait_s, speech_id in ((0.25, "aa"), (0.01, "bb"), (0.25, "cc")):
+            request = a_request(f"my.request.{speech_id}", arrived_at=clock())
+            clock.advance(wait_s)
+            stats.first_audio(request)
+        exemplars = _model_stats(stats).first_audio_s.exemplars
+        found = {bucket: (round(one.value, 6), one.speech_id) for bucket, one in exemplars.items()}
+        assert found == {0: (0.01, "bb"), FIRST_AUDIO_BOUNDS_S.index(0.3): (0.25, "cc")}
+        assert {one.at for one in exemplars.values()} == {WALL_S}
 
     def test_first_audio(self, stats: Stats, clock: FakeClock) -> None:
         """The time to first audio starts at the arrival and includes the wait for a slot."""

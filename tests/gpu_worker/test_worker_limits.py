@@ -22,6 +22,7 @@ def test_a_key_has_one_limit_over_all_web_workers(bench: WorkerBench) -> None:
         assert 0 < failed.retry_after_s <= 20
         assert (failed.rate_limit.limit, failed.rate_limit.remaining) == (3, 0)
     assert bench.snapshot().requests.rejected == 2
+    assert bench.snapshot().limit_hits == {"requests_per_minute": 2}
 
 
 def test_a_refused_request_is_not_counted(make_bench: MakeBench) -> None:
@@ -33,6 +34,7 @@ def test_a_refused_request_is_not_counted(make_bench: MakeBench) -> None:
     bench.speak("d", "one", client="key:a", limits=limits, model="nonesuch")
     bench.settle()
     assert [bench.messages(name)[-1].code for name in "cd"] == ["queue_full", "model_not_found"]
+    assert bench.snapshot().limit_hits == {"queue": 1}
     assert bench.messages("c")[-1].rate_limit.remaining == 1
     bench.speak("e", "one", client="key:a", limits=limits)
     bench.settle()

@@ -6,6 +6,8 @@ import httpx
 import msgspec
 import pytest
 import pytest_asyncio
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared.protocol import (
@@ -14,6 +16,7 @@ from shared.protocol import (
     TRANSITION_BOUNDS_S,
     UNDERRUN_BOUNDS_S,
     CacheStats,
+    Exemplar,
     Histogram,
     ModelStats,
     ModelStatus,
@@ -37,7 +40,10 @@ def _histogram(bounds: tuple[float, ...], counts: dict[int, int], total: float) 
 
 MODEL_STATS = {
     MODEL: ModelStats(
-        first_audio_s=_histogram(FIRST_AUDIO_BOUNDS_S, {0: 2, 4: 3, len(FIRST_AUDIO_BOUNDS_S): 1}, 101.5),
+        first_audio_s=msgspec.structs.replace(
+            _histogram(FIRST_AUDIO_BOUNDS_S, {0: 2, 4: 3, len(FIRST_AUDIO_BOUNDS_S): 1}, 101.5),
+            exemplars={4: Exemplar(value=0.25, at=1_700_000_000.5, speech_id="5" * 32)},
+        ),
         queue_wait_s=_histogram(FIRST_AUDIO_BOUNDS_S, {2: 5}, 0.4),
         underrun_s=_histogram(UNDERRUN_BOUNDS_S, {0: 4, 3: 1, 5: 1}, 0.6),
         audio_s=12.5,
@@ -67,7 +73,7 @@ def worker(worker: FakeWorker) -> FakeWorker:
     models = [*worker.snapshot.models, ModelStatus(id="m", state="resident", bytes={"weights": 5, "kv": 2})]
     figures = {"running": 2, "queued": 1, "buffered": 4, "stalled": 3, "restarts": 3, "open_sockets": 6}
     worker.snapshot = msgspec.structs.replace(
-        worker.snapshot, models=models, model_stats=MODEL_STATS, caches=CACHES, **figures
+        worker.snapshot, models=models, model_stats=MODEL_STATS, caches=CACHES, limit_hits={"queue": 4}, **figures
     )
     return worker
 
@@ -95,11 +101,29 @@ def _value(samples: Samples, name: str, **labels: str) -> float:
 
 
 async def test_format(client: httpx.AsyncClient) -> None:
-    """Prometheus' text format, whatever the Accept header asks for."""
-    for accept in ("*/*", "application/openmetrics-text; version=1.0.0", "application/json"):
+    """Prometheus' text format, unless the Accept header prefers OpenMetrics."""
+    prometheus = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2"
+    text, open_metrics = "text/plain; version=0.0.4; charset=utf-8", openmetrics.CONTENT_TYPE_LATEST
+    asked = {"*/*": text, "application/json": text, prometheus: open_metrics, "text/plain;q=1,*/*;q=0.5": text}
+    for accept, kind in asked.items():
         answer = await client.get("/metrics", headers={"accept": accept})
-        assert answer.status_code == 200
-        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert (answer.status_code, answer.headers["content-type"]) == (200, kind), accept
+
+
+async def test_open_metrics(client: httpx.AsyncClient, samples: Samples) -> None:
+    """The strict parser of OpenMetrics finds the same values, and the request that a bucket had last."""
+    answer = await client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+    read = [sample for family in openmetrics_families(answer.text) for sample in family.samples]
+    found = {(sample.name, frozenset(sample.labels.items())): sample for sample in read}
+    assert found.keys() == samples.keys()
+    assert all(sample.value == samples[key] for key, sample in found.items() if not key[0].startswith("tts_cache_"))
+    exemplars = {key: sample.exemplar for key, sample in found.items() if sample.exemplar}
+    bucket = "tts_time_to_first_audio_seconds_bucket", frozenset({("model", MODEL), ("le", "0.3")})
+    assert exemplars.keys() == {bucket}
+    exemplar = exemplars[bucket]
+    assert exemplar is not None
+    assert (exemplar.labels, exemplar.value) == ({"speech_id": "5" * 32}, 0.25)
+    assert float(exemplar.timestamp or 0) == 1_700_000_000.5
 
 
 async def test_worker(samples: Samples) -> None:
@@ -116,6 +140,8 @@ async def test_worker(samples: Samples) -> None:
     assert _value(samples, "tts_requests_waiting_for_text") == 0
     assert _value(samples, "tts_websockets") == 6
     assert _value(samples, "tts_slots") == 8
+    assert _value(samples, "tts_limit_hits_total", limit="queue") == 4
+    assert _value(samples, "tts_limit_hits_total", limit="requests_per_minute") == 0
 
 
 async def test_memory(samples: Samples) -> None:
