@@ -51,13 +51,14 @@ from shared.protocol import (
     PinModel,
     PortableVoice,
     RenameConsent,
-    RenameVoice,
     Reply,
     Sampling,
     SavedVoice,
     Segment,
     SpeechOutcome,
     UnloadModel,
+    UpdateVoice,
+    VoiceAccess,
     VoiceAction,
     VoiceConsent,
 )
@@ -265,7 +266,7 @@ class ControlHandler:
                 FindVoice()
                 | CloneVoice()
                 | DesignVoice()
-                | RenameVoice()
+                | UpdateVoice()
                 | DeleteVoice()
                 | ExportVoice()
                 | ImportVoice()
@@ -279,29 +280,38 @@ class ControlHandler:
 
     def _dispatch_voice(self, caller: _Caller, call: Call, action: VoiceAction, payload: bytes | None) -> Reply | None:
         """As `_dispatch`, for voices."""
+        access = call.access
         match action:
             case FindVoice(name=name):
-                return Reply(id=call.id, voice=self._voices.find(name))
-            case CloneVoice(name=name, text=text, description=description, consent=consent):
+                return Reply(id=call.id, voice=self._voices.find(name, access))
+            case CloneVoice():
                 write = self._voices.create(
-                    name=name, kind="clone", pcm=payload or b"", text=text, description=description, consent=consent
+                    action.name,
+                    payload or b"",
+                    kind="clone",
+                    text=action.text,
+                    description=action.description,
+                    consent=action.consent,
+                    access=access,
+                    shared=action.shared,
                 )
-                self._pending.append(_PendingWrite(caller, write))
             case DesignVoice():
                 if payload is None:
-                    self._design(caller, call.client, action)
+                    self._design(caller, call, action)
                 else:
-                    self._save_design(caller, action, payload, action.script or None)
-            case RenameVoice(id=voice_id, name=name):
-                self._pending.append(_PendingWrite(caller, self._voices.rename(voice_id, name)))
+                    self._save_design(caller, action, payload, action.script or None, access)
+                return None
+            case UpdateVoice(id=voice_id, name=name, shared=shared):
+                write = self._voices.update(voice_id, name=name, shared=shared, access=access)
             case DeleteVoice(id=voice_id):
-                self._pending.append(_PendingWrite(caller, self._voices.delete(voice_id)))
+                write = self._voices.delete(voice_id, access)
             case ExportVoice(id=voice_id):
-                self._pending.append(_PendingWrite(caller, self._voices.export(voice_id, self._consents)))
-            case ImportVoice(voice=voice):
-                self._pending.append(_PendingWrite(caller, self._import(voice)))
+                write = self._voices.export(voice_id, self._consents, access)
+            case ImportVoice():
+                write = self._import(action, access)
             case _:
                 assert_never(action)
+        self._pending.append(_PendingWrite(caller, write))
         return None
 
     def _dispatch_consent(self, caller: _Caller, action: ConsentAction, payload: bytes | None) -> Reply | None:
@@ -379,12 +389,12 @@ class ControlHandler:
             return failed_message(call_id, JobError("model_busy", message, param="model"))
         return None
 
-    def _design(self, caller: _Caller, client: str, action: DesignVoice) -> None:
+    def _design(self, caller: _Caller, call: Call, action: DesignVoice) -> None:
         """Let the voice-design model speak a text, and save the recording as a voice."""
         spec = next((spec for spec in self._specs.values() if spec.task == "VoiceDesign"), None)
         if spec is None:
             raise JobError("model_unavailable", "no model of the catalogue designs voices", retry_after_s=60)
-        self._voices.check_new(action.name)
+        self._voices.check_new(action.name, call.access)
         pcm = bytearray()
 
         def collect(message: Message, payload: bytes | None) -> None:
@@ -392,7 +402,7 @@ class ControlHandler:
                 case Audio():
                     pcm.extend(payload or b"")
                 case Finished(reason="stop"):
-                    self._save_design(caller, action, bytes(pcm), action.script or DESIGN_TEXT)
+                    self._save_design(caller, action, bytes(pcm), action.script or DESIGN_TEXT, call.access)
                 case Finished():
                     reason = "the model did not come to an end of what it said; try again"
                     caller.fail(JobError("synthesis_failed", reason))
@@ -403,7 +413,7 @@ class ControlHandler:
             Request(
                 peer=caller.peer,
                 id=caller.call_id,
-                client=client,
+                client=call.client,
                 model=spec.id,
                 is_batch=action.priority == "batch",
                 limits=action.limits,
@@ -421,9 +431,10 @@ class ControlHandler:
             ),
         )
 
-    def _import(self, voice: PortableVoice) -> VoiceWrite:
+    def _import(self, action: ImportVoice, access: VoiceAccess) -> VoiceWrite:
         """Save a voice of another server with its consent; nothing is saved if the voice is refused."""
-        self._voices.check_new(voice.name)
+        voice = action.voice
+        self._voices.check_new(voice.name, access)
         check_recording(voice.pcm, "file")
         check_transcript(voice.text or "", voice.pcm)
         consent_id = ""
@@ -438,9 +449,13 @@ class ControlHandler:
             prompt=voice.prompt,
             description=voice.description,
             consent=consent_id,
+            access=access,
+            shared=action.shared,
         )
 
-    def _save_design(self, caller: _Caller, action: DesignVoice, pcm: bytes, text: str | None) -> None:
+    def _save_design(
+        self, caller: _Caller, action: DesignVoice, pcm: bytes, text: str | None, access: VoiceAccess
+    ) -> None:
         try:
             write = self._voices.create(
                 name=action.name,
@@ -449,6 +464,8 @@ class ControlHandler:
                 text=text,
                 prompt=action.prompt,
                 description=action.description or action.prompt,
+                access=access,
+                shared=action.shared,
             )
         except JobError as error:
             caller.fail(error)

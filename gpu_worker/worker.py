@@ -299,7 +299,7 @@ class Worker:
 
     def _reference_of(self, speak: Speak, payload: bytes | None) -> Reference | None:
         if speak.saved_voice:
-            saved = self._voices.load(speak.voice)
+            saved = self._voices.load(speak.voice, speak.access)
             if not speak.x_vector_only or saved.x_vector_only:
                 return saved
             return msgspec.structs.replace(saved, key=f"{saved.key}/x-vector", x_vector_only=True)

@@ -275,6 +275,8 @@ class SavedVoiceObject(msgspec.Struct, frozen=True, kw_only=True):
     """A saved voice. `type` is how it was made, `created_at` in Unix seconds, `seconds` the recording's length.
 
     `prompt` is there if the voice was designed from one.
+    `shared`: every key may list the voice and speak with it. Else the key that made it alone may, and admins.
+    `owner` is the name of that key in the file of keys; it is there if a key owns the voice, for that key and admins.
     `in_context`: the recording's transcript is known, so the voice is cloned from more than a speaker embedding.
     `model` speaks with the voice; "" if no model can now. `voice_id` equals `id`.
     """
@@ -289,6 +291,8 @@ class SavedVoiceObject(msgspec.Struct, frozen=True, kw_only=True):
     description: str
     seconds: float
     in_context: bool
+    shared: bool = True
+    owner: str | msgspec.UnsetType = msgspec.UNSET
     object: Literal["audio.voice"] = "audio.voice"
 
 

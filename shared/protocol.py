@@ -84,6 +84,20 @@ LimitName = Literal["requests_per_minute", "characters_per_day", "concurrent_req
 """A limit that a request can be refused by: the three of its key, and the places of the queue."""
 
 
+class VoiceAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which saved voices a client may use beside the shared ones: those of the key `owner`, or `all`.
+
+    `owner` is the key's name in the file of keys; "" for a client that can own no voice: all that it makes is shared.
+    """
+
+    owner: str = ""
+    all: bool = False
+
+
+SHARED_VOICES: Final = VoiceAccess()
+"""The access of a client that can own no voice."""
+
+
 class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
     """What a key has left of its requests a minute: `remaining` now, all `limit` of them after `reset_s` seconds."""
 
@@ -214,6 +228,7 @@ class Speak(Message, frozen=True, kw_only=True):
     priority: Priority = "interactive"
     deadline_s: float | None = None
     open: bool = False
+    access: VoiceAccess = VoiceAccess()
 
 
 class Append(Message, frozen=True, kw_only=True):
@@ -305,6 +320,7 @@ class CloneVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     text: str | None = None
     description: str = ""
     consent: str = ""
+    shared: bool = False
 
 
 class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -321,13 +337,15 @@ class DesignVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     description: str = ""
     limits: KeyLimits = KeyLimits()
     priority: Priority = "interactive"
+    shared: bool = False
 
 
-class RenameVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Give the saved voice with this id another name."""
+class UpdateVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Give the saved voice with this id another name, share it with all keys, or end that; None leaves it as it is."""
 
     id: str
-    name: str
+    name: str | None = None
+    shared: bool | None = None
 
 
 class DeleteVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -370,6 +388,7 @@ class ImportVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Save a voice of another server, and its consent."""
 
     voice: PortableVoice
+    shared: bool = False
 
 
 class FindSpeech(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -422,7 +441,7 @@ class EmptyCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 ModelAction = LoadModel | UnloadModel | PinModel | Cleanup
-VoiceAction = FindVoice | CloneVoice | DesignVoice | RenameVoice | DeleteVoice | ExportVoice | ImportVoice
+VoiceAction = FindVoice | CloneVoice | DesignVoice | UpdateVoice | DeleteVoice | ExportVoice | ImportVoice
 ConsentAction = CreateConsent | FindConsent | ListConsents | RenameConsent | DeleteConsent
 
 
@@ -437,11 +456,12 @@ Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache | F
 
 
 class Call(Message, frozen=True, kw_only=True):
-    """Do an action that is not speech; the answer is Reply or Failed."""
+    """Do an action that is not speech; the answer is Reply or Failed. A new voice belongs to `access.owner`."""
 
     id: str
     client: str
     action: Action
+    access: VoiceAccess = VoiceAccess()
 
 
 # --- from the GPU worker ---------------------------------------------------------------------------------------------
@@ -452,6 +472,7 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
 
     `in_context`: its transcript is known, so it is cloned in context and not from a speaker embedding alone.
     `prompt` is the description that it was designed from, "" if it was not.
+    `owner` is the name of the key that made it, "" for none. A voice that is not `shared` is for its owner alone.
     """
 
     id: str
@@ -462,6 +483,8 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     seconds: float
     in_context: bool
+    owner: str = ""
+    shared: bool = True
 
 
 class UsageRow(msgspec.Struct, frozen=True):

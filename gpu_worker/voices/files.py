@@ -44,6 +44,8 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str = ""
     description: str = ""
     consent: str = ""
+    owner: str = ""
+    shared: bool = True
 
     def to_public(self) -> SavedVoice:
         """The part of the record that clients may see."""
@@ -56,6 +58,8 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
             in_context=self.text is not None,
             prompt=self.prompt,
             description=self.description,
+            owner=self.owner,
+            shared=self.shared,
         )
 
 

@@ -6,9 +6,8 @@ and a voice appears or disappears when `on_written` gets the report. Only `load`
 
 import secrets
 import time
-import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Final, Literal
 
 import msgspec
@@ -20,8 +19,8 @@ from gpu_worker.voices.checks import check_recording, check_transcript, checked_
 from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.pcm import samples_of
-from shared.protocol import CacheStats, SavedVoice
-from shared.text import JOINERS
+from shared.protocol import CacheStats, SavedVoice, VoiceAccess
+from shared.voice_access import find_voice, folded, is_changeable, is_visible
 
 CACHED_RECORDINGS: Final = 4
 """Recordings kept in memory, of 3 MB at most: reading one holds up the synthesis thread for 2.5 ms."""
@@ -31,6 +30,8 @@ MAX_SAVING: Final = 8
 
 _RETRY_AFTER_S: Final = 5.0
 
+_ALL: Final = VoiceAccess(all=True)
+
 log = structlog.get_logger(__name__)
 
 
@@ -38,6 +39,7 @@ class VoiceStore:
     """The voices of `files`, at most `max_voices` of them. `submit` hands a write to the thread that writes.
 
     `reserved` are names with another meaning (preset voices, OpenAI's names). `wall` gives Unix seconds.
+    Each method takes the `access` of its caller: a voice that the caller does not see is as if it did not exist.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class VoiceStore:
         self._files = files
         self._submit = submit
         self._max_voices = max_voices
-        self._reserved = {_folded(name) for name in reserved}
+        self._reserved = {folded(name) for name in reserved}
         self._wall = wall
         self._records: dict[str, VoiceRecord] = {}
         self._saving: dict[str, VoiceRecord] = {}
@@ -61,7 +63,7 @@ class VoiceStore:
         self._recordings: OrderedDict[str, Reference] = OrderedDict()
         self._hits = self._misses = 0
         for record in files.records():
-            if self.find(record.name) is not None:
+            if any(_is_twice(record, other) for other in self._records.values()):
                 log.warning("saved_voice_name_taken", voice=record.id, name=record.name)
                 continue
             self._records[record.id] = record
@@ -75,9 +77,9 @@ class VoiceStore:
         """Every voice, the oldest first."""
         return [record.to_public() for record in self._records.values()]
 
-    def find(self, name: str) -> SavedVoice | None:
-        """The voice with that id or name, ignoring case."""
-        record = _find(name, self._records.values())
+    def find(self, name: str, access: VoiceAccess = _ALL) -> SavedVoice | None:
+        """The voice that the caller means by that id or name, ignoring case."""
+        record = find_voice(name, self._records.values(), access)
         return None if record is None else record.to_public()
 
     def create(
@@ -90,8 +92,12 @@ class VoiceStore:
         prompt: str = "",
         description: str = "",
         consent: str = "",
+        access: VoiceAccess = _ALL,
+        shared: bool = False,
     ) -> VoiceWrite:
         """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a voice. Its name is taken from now on.
+
+        It belongs to `access.owner`; without an owner it is shared.
 
         With `text`, its transcript, the voice will be cloned in context, else from its speaker embedding alone.
         `prompt` is what it was designed from.
@@ -100,7 +106,7 @@ class VoiceStore:
             JobError: as `check_new`. `invalid_audio` or `invalid_value` if no voice can be cloned from the recording
                 or `text` is too long to be its transcript; `synthesis_failed` instead if the recording was designed.
         """
-        name = self.check_new(name)
+        name = self.check_new(name, access)
         try:
             check_recording(pcm, "audio_sample")
             check_transcript(text or "", pcm)
@@ -119,20 +125,22 @@ class VoiceStore:
             prompt=prompt,
             description=description,
             consent=consent,
+            owner=access.owner,
+            shared=shared or not access.owner,
         )
         self._saving[record.id] = record
         write = VoiceWrite(kind="save", record=record, pcm=pcm)
         self._submit(write)
         return write
 
-    def check_new(self, name: str) -> str:
-        """`name` in the form in which a new voice would get it.
+    def check_new(self, name: str, access: VoiceAccess = _ALL) -> str:
+        """`name` in the form in which a new voice of `access.owner` would get it.
 
         Raises:
             JobError: `invalid_value` if the name is not allowed or there are too many voices,
                 `queue_full` if too many voices wait for the disk.
         """
-        name = self._free_name(name)
+        name = self._free_name(name, access.owner)
         count = len(self._records) + len(self._saving)
         if count >= self._max_voices:
             problem = f"there are {count} saved voices already and no more may be kept; delete one first"
@@ -140,42 +148,62 @@ class VoiceStore:
         _check_waiting(self._saving)
         return name
 
-    def rename(self, voice_id: str, name: str) -> VoiceWrite:
-        """Submit a write that gives the voice with that id another name, which is taken from now on.
+    def update(
+        self, voice_id: str, *, name: str | None = None, shared: bool | None = None, access: VoiceAccess = _ALL
+    ) -> VoiceWrite:
+        """Submit a write that gives the voice with that id another name, which is taken from now on, or shares it.
 
-        Raises JobError: `voice_not_found`, `invalid_value` if the name is not allowed, `queue_full`.
+        Raises JobError: `voice_not_found`, `insufficient_permissions`, `invalid_value` if the name is not allowed or
+        the voice has no owner to be private to, `queue_full`.
         """
-        record = msgspec.structs.replace(self._kept(voice_id), name=self._free_name(name, but=voice_id))
+        kept = self._changeable(voice_id, access)
+        kept = next((record for record in reversed(self._renaming) if record.id == voice_id), kept)
+        if shared is False and not kept.owner:
+            raise JobError("invalid_value", "no key owns this voice, so it stays shared", param="shared")
+        shared = kept.shared if shared is None else shared
+        # A voice that is to be shared needs a name that no shared voice has.
+        name = self._free_name(kept.name if name is None else name, kept.owner, but=voice_id)
+        record = msgspec.structs.replace(kept, name=name, shared=shared)
         _check_waiting(self._renaming)
         self._renaming.append(record)
         write = VoiceWrite(kind="update", record=record)
         self._submit(write)
         return write
 
-    def export(self, voice_id: str, consents: ConsentStore) -> VoiceWrite:
-        """Submit the reading of the voice with that id. Raises JobError: `voice_not_found`, `queue_full`."""
-        record = self._kept(voice_id)
+    def export(self, voice_id: str, consents: ConsentStore, access: VoiceAccess = _ALL) -> VoiceWrite:
+        """Submit the reading of the voice with that id.
+
+        Raises JobError: `voice_not_found`, `insufficient_permissions`, `queue_full`.
+        """
+        record = self._changeable(voice_id, access)
         _check_waiting(self._exporting)
         write = VoiceWrite(kind="export", record=record, consent=consents.record_of(record.consent))
         self._exporting.append(write)
         self._submit(write)
         return write
 
-    def _free_name(self, name: str, but: str = "") -> str:
-        """`name` in the form in which a voice gets it; JobError if another voice than the one with id `but` has it."""
+    def _free_name(self, name: str, owner: str, but: str = "") -> str:
+        """`name` in the form in which a voice of `owner` gets it.
+
+        Raises JobError if another voice that `owner` sees, than the one with id `but`, has it.
+        """
         name = checked_name(name, "voice")
         others = [*self._records.values(), *self._saving.values(), *self._renaming]
-        if _folded(name) in self._reserved:
+        seen = [record for record in others if record.id != but and is_visible(record, VoiceAccess(owner=owner))]
+        if folded(name) in self._reserved:
             problem = f"{name!r} is the name of a preset voice"
-        elif _find(name, [record for record in others if record.id != but]) is not None:
+        elif folded(name) in {folded(taken) for record in seen for taken in (record.id, record.name)}:
             problem = f"there is a saved voice {name!r} already"
         else:
             return name
         raise JobError("invalid_value", problem, param="name")
 
-    def delete(self, voice_id: str) -> VoiceWrite:
-        """Submit a write that deletes the voice with that id; JobError `voice_not_found`."""
-        write = VoiceWrite(kind="delete", record=self._record(voice_id))
+    def delete(self, voice_id: str, access: VoiceAccess = _ALL) -> VoiceWrite:
+        """Submit a write that deletes the voice with that id.
+
+        Raises JobError: `voice_not_found`, `insufficient_permissions`.
+        """
+        write = VoiceWrite(kind="delete", record=_require_changeable(self._record(voice_id, access), access))
         self._deleting.append(voice_id)
         self._submit(write)
         return write
@@ -207,12 +235,12 @@ class VoiceStore:
             self._records[record.id] = record
         return record.to_public()
 
-    def load(self, voice_id: str) -> Reference:
+    def load(self, voice_id: str, access: VoiceAccess = _ALL) -> Reference:
         """The recording of the voice with that id. Ids are never reused, so the id is the `key` of the Reference.
 
         Raises JobError `voice_not_found`, also if the recording was damaged since the start; the log has the cause.
         """
-        record = self._record(voice_id)
+        record = self._record(voice_id, access)
         if voice_id in self._recordings:
             self._hits += 1
             self._recordings.move_to_end(voice_id)
@@ -232,11 +260,11 @@ class VoiceStore:
             self._recordings.popitem(last=False)
         return reference
 
-    def _kept(self, voice_id: str) -> VoiceRecord:
-        """As `_record`; a voice with a pending delete counts as deleted."""
+    def _changeable(self, voice_id: str, access: VoiceAccess) -> VoiceRecord:
+        """The record of a voice that the caller may change; one with a pending delete counts as deleted."""
         if voice_id in self._deleting:
             raise _not_found(voice_id)
-        return self._record(voice_id)
+        return _require_changeable(self._record(voice_id, access), access)
 
     def cache_stats(self) -> CacheStats:
         """The recordings that are kept in host RAM."""
@@ -252,9 +280,9 @@ class VoiceStore:
         """Forget the recordings that are kept in host RAM; the next requests read them again."""
         self._recordings.clear()
 
-    def _record(self, voice_id: str) -> VoiceRecord:
+    def _record(self, voice_id: str, access: VoiceAccess = _ALL) -> VoiceRecord:
         record = self._records.get(voice_id)
-        if record is None:
+        if record is None or not is_visible(record, access):
             raise _not_found(voice_id)
         return record
 
@@ -269,11 +297,14 @@ def _not_found(voice_id: str) -> JobError:
     return JobError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
 
 
-def _find(name: str, records: Iterable[VoiceRecord]) -> VoiceRecord | None:
-    """The record with that id or name, ignoring case."""
-    wanted = _folded(name)
-    return next((record for record in records if wanted in (_folded(record.id), _folded(record.name))), None)
+def _require_changeable(record: VoiceRecord, access: VoiceAccess) -> VoiceRecord:
+    if not is_changeable(record, access):
+        message = "another key shares this voice; only that key and an admin may change, delete or export it"
+        raise JobError("insufficient_permissions", message, param="voice_id")
+    return record
 
 
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).translate(JOINERS).strip().casefold()
+def _is_twice(record: VoiceRecord, other: VoiceRecord) -> bool:
+    """True if no key could tell the two voices apart by their names."""
+    met = record.owner == other.owner or (record.shared and other.shared)
+    return met and folded(record.name) == folded(other.name)

@@ -15,6 +15,7 @@ from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.pcm import EMPTY_S, bytes_for
 from shared.protocol import (
+    SHARED_VOICES,
     Action,
     Append,
     Audio,
@@ -28,6 +29,7 @@ from shared.protocol import (
     Started,
     Timings,
     Usage,
+    VoiceAccess,
     Word,
 )
 
@@ -254,8 +256,16 @@ class EngineClient(Protocol):
     def record(self, outcome: SpeechOutcome) -> None:
         """Let the worker keep the outcome of a request that was answered without it."""
 
-    async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
-        """Send an admin or voice action and wait for its reply.
+    async def call(
+        self,
+        action: Action,
+        *,
+        client: str,
+        access: VoiceAccess = SHARED_VOICES,
+        payload: bytes | None = None,
+        timeout_s: float,
+    ) -> Reply:
+        """Send an admin or voice action and wait for its reply. Actions on voices need the `access` of their client.
 
         Raises ApiError with the worker's code if the action failed, `worker_unavailable` if no reply came in time.
         """

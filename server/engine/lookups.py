@@ -6,7 +6,17 @@ from typing import Final
 from server.engine.client import EngineClient
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
-from shared.protocol import FindConsent, FindSpeech, FindVoice, ModelStatus, SavedVoice, Snapshot, SpeechOutcome
+from shared.protocol import (
+    FindConsent,
+    FindSpeech,
+    FindVoice,
+    ModelStatus,
+    SavedVoice,
+    Snapshot,
+    SpeechOutcome,
+    VoiceAccess,
+)
+from shared.voice_access import find_voice
 
 _FIND_TIMEOUT_S: Final = 15.0
 """A pause of the GPU worker of 10 s costs no request."""
@@ -37,18 +47,18 @@ def status_of(spec: ModelSpec, snapshot: Snapshot) -> ModelStatus:
     return next(named, ModelStatus(id=spec.id, state="absent"))
 
 
-async def find_saved_voice(name: str, engine: EngineClient, client: str) -> SavedVoice | None:
-    """The saved voice with that id or name (in any case), or None; ApiError without a worker.
+async def find_saved_voice(name: str, engine: EngineClient, client: str, access: VoiceAccess) -> SavedVoice | None:
+    """The saved voice that a client means by that id or name (in any case), or None; ApiError without a worker.
 
     The snapshot answers without a message. If it lacks the voice, the worker is asked: another web worker may have
-    saved the voice a moment ago.
+    saved the voice a moment ago. So it is for a voice of another key: neither the answer nor its time tells of it.
     """
-    wanted = name.casefold()
-    for voice in engine.snapshot.voices if engine.snapshot else ():
-        if wanted in (voice.id.casefold(), voice.name.casefold()):
-            return voice
+    voice = find_voice(name, engine.snapshot.voices if engine.snapshot else (), access)
+    if voice is not None:
+        return voice
+    find = FindVoice(name=name)
     try:
-        return (await engine.call(FindVoice(name=name), client=client, timeout_s=_FIND_TIMEOUT_S)).voice
+        return (await engine.call(find, client=client, access=access, timeout_s=_FIND_TIMEOUT_S)).voice
     except ApiError as error:
         if error.code == "voice_not_found":
             return None

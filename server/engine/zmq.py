@@ -18,6 +18,7 @@ from server.engine.outage import OutageFile
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
+    SHARED_VOICES,
     VERSION,
     Action,
     Audio,
@@ -40,6 +41,7 @@ from shared.protocol import (
     SpeechOutcome,
     Spoken,
     Started,
+    VoiceAccess,
     Welcome,
 )
 
@@ -183,10 +185,18 @@ class ZmqEngineClient:
         if self._connected:
             self._connection.send(Spoken(outcome=outcome))
 
-    async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
+    async def call(
+        self,
+        action: Action,
+        *,
+        client: str,
+        access: VoiceAccess = SHARED_VOICES,
+        payload: bytes | None = None,
+        timeout_s: float,
+    ) -> Reply:
         """After a timeout, or where the caller is cancelled, the call is cancelled at the worker too."""
         self._require_worker()
-        call = Call(id=uuid.uuid4().hex, client=client, action=action)
+        call = Call(id=uuid.uuid4().hex, client=client, access=access, action=action)
         if not self._connection.send(call, payload):
             raise _unavailable("The GPU worker cannot be reached.")
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()

@@ -15,6 +15,7 @@ from server.http.errors import ApiError
 from server.http.forwarded import client_view
 from server.http.keys import Caller, Keyring, today
 from server.http.origins import refuse_foreign
+from shared.protocol import VoiceAccess
 from shared.settings import Settings
 
 _KEY_SUBPROTOCOL: Final = "openai-insecure-api-key."
@@ -79,7 +80,8 @@ def caller_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]
     Behind a trusted proxy it is the address that the proxy has forwarded. `key` is one that no header has.
     """
     address = client_view(settings, connection.scope).address or "local"
-    return _known(connection, key) or Caller(client=f"peer:{address}")
+    access = VoiceAccess(all=not keyring_of(connection).guards_admin)
+    return _known(connection, key) or Caller(client=f"peer:{address}", access=access)
 
 
 def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> str:

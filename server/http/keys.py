@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from server.http.errors import ApiError
 from shared.access import read_file
-from shared.protocol import KeyLimits, Priority
+from shared.protocol import KeyLimits, Priority, VoiceAccess
 from shared.settings import Settings
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -57,6 +57,7 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Who sends a request, and what they may do. `client` is the fairness key of their requests.
 
+    `access`: which saved voices there are for them. Only a key of the file has a name, and can own voices.
     `models` and `voices` are in lower case; an empty set allows all.
     """
 
@@ -67,6 +68,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     models: frozenset[str] = frozenset()
     voices: frozenset[str] = frozenset()
     expires: date | None = None
+    access: VoiceAccess = VoiceAccess()
 
     def is_expired(self, today: date) -> bool:
         """True from the day on at which the key is no longer taken."""
@@ -103,7 +105,8 @@ def load_keyring(settings: Settings) -> Keyring:
     for given, is_admin in ((settings.api_keys, False), (settings.admin_keys, True)):
         for key in given:
             digest = digest_of(key)
-            keys[digest] = Caller(client=f"key:{digest.removeprefix(_DIGEST)[:16]}", is_admin=is_admin)
+            client = f"key:{digest.removeprefix(_DIGEST)[:16]}"
+            keys[digest] = Caller(client=client, is_admin=is_admin, access=VoiceAccess(all=is_admin))
     entries = read_entries(settings.keys_file) if settings.keys_file is not None else {}
     if settings.keys_file is not None and not entries:
         raise KeysError(f"{settings.keys_file} has no key: python -m server key new NAME makes one")
@@ -158,6 +161,7 @@ def _caller_of(name: str, entry: KeyEntry) -> Caller:
         models=_in_lower_case(entry.models),
         voices=_in_lower_case(entry.voices),
         expires=entry.expires,
+        access=VoiceAccess(owner=name, all=entry.role == "admin"),
     )
 
 

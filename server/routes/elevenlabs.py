@@ -16,6 +16,7 @@ from msgspec import Meta
 from server.audio import MAX_SPEED, MIN_SPEED, SAMPLE_RATES, Format
 from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient
+from server.http.auth import caller_of
 from server.http.elevenlabs_errors import elevenlabs_documented
 from server.http.errors import ApiError
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
@@ -161,9 +162,11 @@ async def stream(
     tags=_TAGS,
     responses=elevenlabs_documented(),
 )
-async def list_voices(engine: EngineDependency, settings: SettingsDependency) -> ElevenLabsVoices:
+async def list_voices(
+    request: Request[Any, Any, Any], engine: EngineDependency, settings: SettingsDependency
+) -> ElevenLabsVoices:
     """What `voice_id` can be with the default model."""
-    return await _list(engine, settings)
+    return await _list(request, engine, settings)
 
 
 @get(
@@ -173,9 +176,11 @@ async def list_voices(engine: EngineDependency, settings: SettingsDependency) ->
     tags=_TAGS,
     responses=elevenlabs_documented(),
 )
-async def list_voices_2(engine: EngineDependency, settings: SettingsDependency) -> ElevenLabsVoices:
+async def list_voices_2(
+    request: Request[Any, Any, Any], engine: EngineDependency, settings: SettingsDependency
+) -> ElevenLabsVoices:
     """The same as /v1/voices, whatever is searched for: all voices are on one page."""
-    return await _list(engine, settings)
+    return await _list(request, engine, settings)
 
 
 @get(
@@ -185,17 +190,23 @@ async def list_voices_2(engine: EngineDependency, settings: SettingsDependency) 
     tags=_TAGS,
     responses=elevenlabs_documented(),
 )
-async def get_voice(voice_id: VoiceId, engine: EngineDependency, settings: SettingsDependency) -> ElevenLabsVoice:
+async def get_voice(
+    request: Request[Any, Any, Any], voice_id: VoiceId, engine: EngineDependency, settings: SettingsDependency
+) -> ElevenLabsVoice:
     """The voice with that id or name."""
     wanted = voice_id.casefold()
-    for voice in (await voices_for(None, engine, settings)).voices:
+    for voice in await _voices(request, engine, settings):
         if wanted in (voice.id.casefold(), voice.name.casefold()):
             return _voice(voice)
     raise ApiError("voice_not_found", "There is no voice with this id or name.", param="voice_id")
 
 
-async def _list(engine: EngineClient, settings: Settings) -> ElevenLabsVoices:
-    voices = [_voice(voice) for voice in (await voices_for(None, engine, settings)).voices]
+async def _voices(request: Request[Any, Any, Any], engine: EngineClient, settings: Settings) -> list[VoiceObject]:
+    return (await voices_for(None, engine, settings, caller_of(settings, request).access)).voices
+
+
+async def _list(request: Request[Any, Any, Any], engine: EngineClient, settings: Settings) -> ElevenLabsVoices:
+    voices = [_voice(voice) for voice in await _voices(request, engine, settings)]
     return ElevenLabsVoices(voices=voices, total_count=len(voices))
 
 

@@ -141,6 +141,7 @@ class SpeechPlan:
             id=new_speak_id(request_id),
             client=self.starter.caller.client,
             limits=self.starter.caller.limits,
+            access=self.starter.caller.access,
             priority=self.starter.caller.priority,
             deadline_s=self.starter.deadline_s,
             model=resolved.model.id,
@@ -212,7 +213,8 @@ class SpeechStarter:
         if data.model is not None and self.settings.model_aliases:
             data = msgspec.structs.replace(data, model=unaliased(data.model, self.settings.model_aliases))
         name = saved_voice_name(data, catalog, snapshot.default_model)
-        saved = await find_saved_voice(name, self.engine, self.caller.client) if name is not None else None
+        caller = self.caller
+        saved = await find_saved_voice(name, self.engine, caller.client, caller.access) if name is not None else None
         resolved = resolve(data, catalog, snapshot.default_model, saved, unknown_voice=self.settings.unknown_voice)
         self._require_allowed(resolved, saved)
         return resolved

@@ -24,8 +24,8 @@ from shared.protocol import (
     PortableConsent,
     PortableVoice,
     RenameConsent,
-    RenameVoice,
     Reply,
+    UpdateVoice,
 )
 from tests.gpu_worker.fakes import a_spec
 from tests.gpu_worker.worker_bench import OTHER, VOICE, WEB, MakeBench, WorkerBench, pcm_of
@@ -386,15 +386,15 @@ class TestDesign:
 
 
 class TestMovedVoices:
-    """RenameVoice, ExportVoice and ImportVoice."""
+    """UpdateVoice, ExportVoice and ImportVoice."""
 
     def test_renamed(self, bench: WorkerBench) -> None:
         """The new name is there with the answer."""
         voice = bench.save_voice("Ada")
-        renamed = bench.result_of(RenameVoice(id=voice.id, name="Eva"), call_id="r").voice
+        renamed = bench.result_of(UpdateVoice(id=voice.id, name="Eva"), call_id="r").voice
         assert renamed == msgspec.structs.replace(voice, name="Eva")
         assert bench.snapshot().voices == [renamed]
-        assert bench.result_of(RenameVoice(id="voice_none", name="Bob"), call_id="n").code == "voice_not_found"
+        assert bench.result_of(UpdateVoice(id="voice_none", name="Bob"), call_id="n").code == "voice_not_found"
 
     def test_from_one_server_to_another(self, bench: WorkerBench) -> None:
         """A voice with its consent comes back as it was, under another name and with ids of its own."""

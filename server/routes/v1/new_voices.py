@@ -21,7 +21,7 @@ from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep
 from server.http.json_bodies import JsonDecoder
 from server.http.keys import Caller
 from server.http.streaming import cancel_on_disconnect
-from server.routes.v1.voices import saved_voice_object
+from server.routes.v1.voices import may_share, saved_voice_object
 from server.schemas import MAX_INSTRUCTIONS, MAX_NAME, MAX_REF_TEXT, Name, SavedVoiceObject
 from shared.protocol import Action, CloneVoice, DesignVoice
 from shared.text import is_printable, is_speakable, transcript_of
@@ -62,6 +62,10 @@ class VoiceForm(msgspec.Struct, kw_only=True):
     ) = None
     consent: Name | None = None
     description: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
+    shared: (
+        Annotated[bool, Meta(description="true: every key may speak with the voice. By default its own key alone may.")]
+        | None
+    ) = None
 
 
 class VoiceBody(FormOrJsonDto[VoiceForm]):
@@ -97,10 +101,11 @@ async def create_voice(
         raise ApiError("invalid_value", "name: must have printable characters only.", param="name")
     caller = caller_of(settings, request)
     caller.require_voice(data.name, param="name")
+    shared = may_share(caller.access, shared=data.shared)
     action: Action
     pcm = None
     if data.type == "prompt":
-        action = _design(data, caller)
+        action = _design(data, caller, shared=shared)
         if not data.audio_id:
             _require_designer(caller, engine)
         else:
@@ -116,12 +121,13 @@ async def create_voice(
             text=transcript_of(data.ref_text),
             description=data.description or "",
             consent=data.consent or "",
+            shared=shared,
         )
-    making = engine.call(action, client=caller.client, payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
+    making = engine.call(action, client=caller.client, access=caller.access, payload=pcm, timeout_s=_MAKE_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, making)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
-    return saved_voice_object(reply.voice, engine)
+    return saved_voice_object(reply.voice, engine, caller)
 
 
 def _require_designer(caller: Caller, engine: EngineClient) -> None:
@@ -132,7 +138,7 @@ def _require_designer(caller: Caller, engine: EngineClient) -> None:
             caller.require_model(spec.id)
 
 
-def _design(data: VoiceForm, caller: Caller) -> DesignVoice:
+def _design(data: VoiceForm, caller: Caller, *, shared: bool) -> DesignVoice:
     if not (data.prompt or "").strip():
         raise ApiError("invalid_value", "prompt: must describe the voice.", param="prompt")
     script = (data.script_hint or "").strip()
@@ -147,6 +153,7 @@ def _design(data: VoiceForm, caller: Caller) -> DesignVoice:
         description=data.description or "",
         limits=caller.limits,
         priority=caller.priority,
+        shared=shared,
     )
 
 

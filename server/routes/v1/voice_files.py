@@ -20,7 +20,7 @@ from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep
 from server.http.json_bodies import JsonDecoder
 from server.http.streaming import cancel_on_disconnect
 from server.routes.v1.voice_consents import LANGUAGE_TAG
-from server.routes.v1.voices import VoiceName, change_voice, saved_voice_object, usable_voice
+from server.routes.v1.voices import VoiceName, change_voice, may_share, saved_voice_object, usable_voice
 from server.schemas import Name, SavedVoiceObject
 from shared.protocol import MAX_PORTABLE_PCM, ExportVoice, ImportVoice, PortableVoice
 from shared.text import transcript_of
@@ -42,10 +42,11 @@ class VoiceFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VoiceFileForm(msgspec.Struct, kw_only=True):
-    """The file of a voice, and the name that it gets here; without one, its own."""
+    """The file of a voice, the name that it gets here (without one, its own), and whether every key may use it."""
 
     file: UploadFile
     name: Name | None = None
+    shared: bool | None = None
 
 
 class VoiceFileBody(FormOrJsonDto[VoiceFileForm]):
@@ -68,7 +69,7 @@ async def export_voice(
     """The saved voice with that id or name: recording, transcript and description, and the consent if it is kept."""
     caller = caller_of(settings, request)
     voice = await usable_voice(voice_id, engine, caller)
-    reply = await change_voice(ExportVoice(id=voice.id), engine, caller.client)
+    reply = await change_voice(ExportVoice(id=voice.id), engine, caller)
     if reply.exported is None:
         raise ApiError("internal_error", "The GPU worker did not send the voice.")
     name = quote(f"{voice.name}.voice", safe="")
@@ -105,11 +106,12 @@ async def import_voice(
     voice = msgspec.structs.replace(voice, name=data.name or voice.name, text=transcript_of(voice.text))
     caller = caller_of(settings, request)
     caller.require_voice(voice.name, param="name")
-    saving = engine.call(ImportVoice(voice=voice), client=caller.client, timeout_s=_TIMEOUT_S)
+    action = ImportVoice(voice=voice, shared=may_share(caller.access, shared=data.shared))
+    saving = engine.call(action, client=caller.client, access=caller.access, timeout_s=_TIMEOUT_S)
     reply = await cancel_on_disconnect(request, saving)
     if reply.voice is None:
         raise ApiError("internal_error", "The GPU worker saved the voice but did not send its id.")
-    return saved_voice_object(reply.voice, engine)
+    return saved_voice_object(reply.voice, engine, caller)
 
 
 def _voice_in(content: bytes) -> PortableVoice:

@@ -12,7 +12,7 @@ from gpu_worker.engines.base import JobError, Reference
 from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite, VoiceWritten
 from gpu_worker.voices.checks import MAX_NAME_CHARS
 from gpu_worker.voices.store import CACHED_RECORDINGS, MAX_SAVING
-from shared.protocol import PortableConsent, PortableVoice, SavedVoice
+from shared.protocol import PortableConsent, PortableVoice, SavedVoice, VoiceAccess
 from tests.gpu_worker.fakes import FakeClock
 
 SECOND = bytes(range(240)) * 200
@@ -417,13 +417,13 @@ class TestPendingWrites:
 def test_renamed(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
     """A voice keeps its id and everything else; the old name is free, and a restart finds the new one."""
     voice = shelf.save("Ada", SECOND, kind="clone", text="Hello.", description="my aunt")
-    shelf.store.rename(voice.id, " ada ")
+    shelf.store.update(voice.id, name=" ada ")
     with pytest.raises(JobError, match="already"):
         shelf.store.create("ADA", SECOND, kind="clone")
     assert shelf.store.find("Ada") == voice, "before the disk has taken it"
     renamed = shelf.write()
     assert renamed == msgspec.structs.replace(voice, name="ada")
-    shelf.store.rename(voice.id, "Eva")
+    shelf.store.update(voice.id, name="Eva")
     assert (shelf.write().name, shelf.store.find("ada")) == ("Eva", None)
     assert Shelf(tmp_path, clock).store.list() == shelf.store.list() == [msgspec.structs.replace(voice, name="Eva")]
     assert not shelf.store.writing
@@ -435,16 +435,16 @@ def test_names_that_a_voice_cannot_get(shelf: Shelf, name: str) -> None:
     voice = shelf.save("Ada", SECOND, kind="clone")
     shelf.save("Bob", SECOND, kind="clone")
     with pytest.raises(JobError) as caught:
-        shelf.store.rename(voice.id, name)
+        shelf.store.update(voice.id, name=name)
     assert (caught.value.code, caught.value.param) == ("invalid_value", "name")
 
 
 def test_two_voices_never_get_one_name(shelf: Shelf) -> None:
     """Of two renames that wait for the disk the first gets the name."""
     first, second = (shelf.save(name, SECOND, kind="clone") for name in ("Ada", "Bob"))
-    shelf.store.rename(first.id, "Eva")
+    shelf.store.update(first.id, name="Eva")
     with pytest.raises(JobError, match="already"):
-        shelf.store.rename(second.id, "eva")
+        shelf.store.update(second.id, name="eva")
     shelf.write()
     assert [voice.name for voice in shelf.store.list()] == ["Eva", "Bob"]
 
@@ -452,10 +452,10 @@ def test_two_voices_never_get_one_name(shelf: Shelf) -> None:
 def test_a_voice_that_is_being_deleted(shelf: Shelf) -> None:
     """Nobody can rename or export it; a rename before the delete does not bring it back."""
     voice = shelf.save("Ada", SECOND, kind="clone")
-    shelf.store.rename(voice.id, "Eva")
+    shelf.store.update(voice.id, name="Eva")
     shelf.store.delete(voice.id)
     consents = ConsentStore(shelf.files, shelf.submitted.append, 5)
-    for change in (lambda: shelf.store.rename(voice.id, "Bob"), lambda: shelf.store.export(voice.id, consents)):
+    for change in (lambda: shelf.store.update(voice.id, name="Bob"), lambda: shelf.store.export(voice.id, consents)):
         with pytest.raises(JobError) as caught:
             change()
         assert caught.value.code == "voice_not_found"
@@ -493,3 +493,106 @@ def test_an_export_of_a_damaged_voice(shelf: Shelf, tmp_path: Path) -> None:
     with capture_logs(), pytest.raises(JobError, match="could not be exported"):
         shelf.store.on_written(shelf.files.write(shelf.store.export(voice.id, consents)))
     assert (shelf.store.list(), shelf.store.writing) == ([voice], False)
+
+
+ALICE, BOB, ADMIN, NOBODY = (
+    VoiceAccess(owner="alice"),
+    VoiceAccess(owner="bob"),
+    VoiceAccess(owner="boss", all=True),
+    VoiceAccess(),
+)
+
+
+class TestOwners:
+    """A voice belongs to the key that made it, unless that key shares it."""
+
+    def test_a_voice_of_another_key_does_not_exist(self, shelf: Shelf) -> None:
+        """Every method treats it as one that is not there, with the same words."""
+        voice = shelf.save("Ada", SECOND, kind="clone", access=ALICE)
+        assert (voice.owner, voice.shared) == ("alice", False)
+        consents = ConsentStore(shelf.files, shelf.submitted.append, 5)
+        for stranger in (BOB, NOBODY):
+            assert shelf.store.find("Ada", stranger) is shelf.store.find(voice.id, stranger) is None
+
+            def uses(name: str, access: VoiceAccess = stranger) -> list[Any]:
+                return [
+                    lambda: shelf.store.load(name, access),
+                    lambda: shelf.store.update(name, name="x", access=access),
+                    lambda: shelf.store.delete(name, access),
+                    lambda: shelf.store.export(name, consents, access),
+                ]
+
+            for hidden, missing in zip(uses(voice.id), uses("voice_none"), strict=True):
+                with pytest.raises(JobError) as refused:
+                    hidden()
+                with pytest.raises(JobError) as absent:
+                    missing()
+                assert str(refused.value).replace(voice.id, "voice_none") == str(absent.value)
+                assert (refused.value.code, refused.value.param) == (absent.value.code, absent.value.param)
+        assert not shelf.submitted
+        for friend in (ALICE, ADMIN):
+            assert shelf.store.find("ada", friend) == voice
+            assert shelf.store.load(voice.id, friend).pcm == SECOND
+
+    def test_two_keys_may_use_one_name(self, shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
+        """Each means its own voice, also after a restart; an admin tells them apart by their ids."""
+        of_alice = shelf.save("Ada", SECOND, kind="clone", access=ALICE)
+        of_bob = shelf.save("ada", SECOND, kind="clone", access=BOB)
+        for store in (shelf.store, Shelf(tmp_path, clock).store):
+            assert (store.find("Ada", ALICE), store.find("Ada", BOB)) == (of_alice, of_bob)
+            assert store.find("Ada", ADMIN) is None
+            assert store.find(of_bob.id, ADMIN) == of_bob
+        with pytest.raises(JobError, match="already"):
+            shelf.store.create("ADA", SECOND, kind="clone", access=ALICE)
+
+    def test_own_before_shared(self, shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
+        """A shared voice takes no name from a voice that its key does not see. Two shared voices have two names."""
+        of_bob = shelf.save("Ada", SECOND, kind="clone", access=BOB)
+        clock.advance(1)
+        shared = shelf.save("Ada", SECOND, kind="clone", access=ALICE, shared=True)
+        for store in (shelf.store, Shelf(tmp_path, clock).store):
+            assert store.find("Ada", BOB) == of_bob
+            assert store.find("Ada", NOBODY) == store.find("Ada", ADMIN) == shared
+        with pytest.raises(JobError, match="already"):
+            shelf.store.update(of_bob.id, shared=True, access=BOB)
+        with pytest.raises(JobError, match="already"):
+            shelf.store.create("ada", SECOND, kind="clone", access=NOBODY)
+
+    def test_shared_and_private_again(self, shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
+        """Others speak with a shared voice, and change nothing of it; its owner and an admin may."""
+        voice = shelf.save("Ada", SECOND, kind="clone", access=ALICE)
+        shelf.store.update(voice.id, name="Eva", access=ALICE)
+        shelf.store.update(voice.id, shared=True, access=ALICE)
+        shelf.write()
+        shared = shelf.write()
+        assert (shared.name, shared.shared, shared.owner) == ("Eva", True, "alice")
+        assert shelf.store.load(voice.id, BOB).pcm == SECOND
+        for change in (
+            lambda: shelf.store.update(voice.id, name="Mine", access=BOB),
+            lambda: shelf.store.delete(voice.id, NOBODY),
+            lambda: shelf.store.export(voice.id, ConsentStore(shelf.files, shelf.submitted.append, 5), BOB),
+        ):
+            with pytest.raises(JobError) as caught:
+                change()
+            assert caught.value.code == "insufficient_permissions"
+        assert Shelf(tmp_path, clock).store.list() == [shared]
+        shelf.store.update(voice.id, shared=False, access=ADMIN)
+        shelf.write()
+        assert shelf.store.find(voice.id, BOB) is None
+        shelf.store.delete(voice.id, ADMIN)
+        shelf.write()
+        assert shelf.store.list() == []
+
+    def test_without_an_owner(self, shelf: Shelf, tmp_path: Path) -> None:
+        """A voice that no key owns is shared and may be changed by all; so is one that an older server saved."""
+        voice = shelf.save("Ada", SECOND, kind="clone", access=NOBODY)
+        assert (voice.owner, voice.shared) == ("", True)
+        path = tmp_path / "voices" / f"{voice.id}.json"
+        record = msgspec.json.decode(path.read_bytes())
+        del record["owner"], record["shared"]
+        path.write_bytes(msgspec.json.encode(record))
+        assert Shelf(tmp_path, FakeClock()).store.list() == [voice]
+        with pytest.raises(JobError, match="stays shared"):
+            shelf.store.update(voice.id, shared=False, access=BOB)
+        shelf.store.update(voice.id, name="Eva", access=BOB)
+        assert shelf.write().name == "Eva"

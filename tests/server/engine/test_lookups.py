@@ -7,7 +7,7 @@ import pytest
 from server.engine import cached_catalog, find_saved_voice, fresh_catalog, status_of
 from server.http.errors import ApiError
 from shared.catalog import load_catalog
-from shared.protocol import FindVoice, Reply, SavedVoice, Snapshot
+from shared.protocol import SHARED_VOICES, FindVoice, Reply, SavedVoice, Snapshot
 from tests.fakes import a_snapshot
 
 CATALOG = load_catalog()
@@ -68,17 +68,17 @@ def test_a_model_that_the_snapshot_lacks_is_absent() -> None:
 async def test_a_saved_voice_in_the_snapshot_needs_no_call(name: str) -> None:
     """The id and the name find it, in any case."""
     engine = FakeEngine(a_snapshot(CATALOG, voices=[GRANDMA]))
-    assert await find_saved_voice(name, engine, "client") == GRANDMA  # type: ignore[arg-type]
+    assert await find_saved_voice(name, engine, "client", SHARED_VOICES) == GRANDMA  # type: ignore[arg-type]
     assert not engine.calls
 
 
 async def test_other_saved_voices_are_looked_up() -> None:
     """The worker is asked once; None if it knows no such voice, and its other errors are raised."""
     engine = FakeEngine(a_snapshot(CATALOG))
-    assert await find_saved_voice("Grandma", engine, "client") == GRANDMA  # type: ignore[arg-type]
+    assert await find_saved_voice("Grandma", engine, "client", SHARED_VOICES) == GRANDMA  # type: ignore[arg-type]
     assert engine.calls == [FindVoice(name="Grandma")]
     engine.error = ApiError("voice_not_found", "no")
-    assert await find_saved_voice("Grandma", engine, "client") is None  # type: ignore[arg-type]
+    assert await find_saved_voice("Grandma", engine, "client", SHARED_VOICES) is None  # type: ignore[arg-type]
     engine.error = ApiError("worker_unavailable", "gone")
     with pytest.raises(ApiError, match="gone"):
-        await find_saved_voice("Grandma", engine, "client")  # type: ignore[arg-type]
+        await find_saved_voice("Grandma", engine, "client", SHARED_VOICES)  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ from shared.protocol import (
     ImportVoice,
     PortableConsent,
     PortableVoice,
-    RenameVoice,
     Reply,
     SavedVoice,
+    UpdateVoice,
 )
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve
@@ -38,9 +38,9 @@ def worker(worker: FakeWorker) -> FakeWorker:
         match call.action:
             case ExportVoice():
                 return Reply(id=call.id, exported=PORTABLE)
-            case RenameVoice(name="gone"):
+            case UpdateVoice(name="gone"):
                 return Failed(id=call.id, code="voice_not_found", message="there is no saved voice")
-            case RenameVoice(name=name):
+            case UpdateVoice(name=name):
                 return Reply(id=call.id, voice=msgspec.structs.replace(SAVED, name=name))
             case _:
                 return Reply(id=call.id, voice=SAVED)
@@ -143,7 +143,7 @@ async def test_renamed(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     for path in ("voice_1", SAVED.name):
         answer = await client.post(f"{VOICES}/{path}", json={"name": " Eva "})
         assert (answer.status_code, answer.json()["name"]) == (200, "Eva")
-        assert worker.of(Call)[-1].action == RenameVoice(id="voice_1", name="Eva")
+        assert worker.of(Call)[-1].action == UpdateVoice(id="voice_1", name="Eva")
     assert (await client.post(f"{VOICES}/voice_1", json={"name": "gone"})).status_code == 404
     assert (await client.post(f"{VOICES}/voice_1", json={})).json()["error"]["param"] == "name"
 

@@ -76,6 +76,7 @@ async def test_lists(client: httpx.AsyncClient, worker: FakeWorker) -> None:
         "description": "warm",
         "seconds": 3.0,
         "in_context": True,
+        "shared": True,
         "object": "audio.voice",
     }
 
