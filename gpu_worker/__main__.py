@@ -44,7 +44,7 @@ from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
 from gpu_worker.usage import AddUsage, UsageFile, UsageFound, UsageLog
-from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, FolderWatch, LookAtFolder, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
@@ -249,7 +249,7 @@ def build_worker(
     mover = Mover(catalog, factory.open, probe, inbox.put)
     checkpoints = Checkpoints(catalog, factory, inbox.put)
     voice_files = VoiceFiles(settings.voices_dir)
-    voice_writer = SerialThread[VoiceWrite]("voices", lambda write: inbox.put(voice_files.write(write)))
+    voice_writer = SerialThread[VoiceWrite | LookAtFolder]("voices", lambda work: inbox.put(voice_files.handle(work)))
     usage_file = UsageFile(settings.usage_file, days=settings.usage_days)
     usage_writer = SerialThread[AddUsage | FindUsage]("usage", lambda work: _report(usage_file.handle(work), inbox))
     default_model = factory.default_model()
@@ -277,6 +277,7 @@ def build_worker(
         residency=residency,
         voices=VoiceStore(voice_files, voice_writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
         consents=ConsentStore(voice_files, voice_writer.submit, settings.max_voices),
+        voices_folder=FolderWatch(voice_writer.submit),
         stats=Stats(
             boot_id=uuid.uuid4().hex,
             default_model=default_model,

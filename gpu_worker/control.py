@@ -18,6 +18,9 @@ from gpu_worker.usage import UsageFound
 from gpu_worker.voices import (
     ConsentRecord,
     ConsentStore,
+    FolderSeen,
+    FolderWatch,
+    OutdatedError,
     VoiceStore,
     VoiceWrite,
     VoiceWritten,
@@ -123,7 +126,16 @@ class _PendingUsage(msgspec.Struct, frozen=True):
     find: FindUsage
 
 
-_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite | _PendingUsage
+class _PendingLook(msgspec.Struct, frozen=True):
+    """Carried out again after the look `number` at the voices' folder: another process may have changed it."""
+
+    caller: _Caller
+    number: int
+    call: Call
+    payload: bytes | None
+
+
+_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite | _PendingUsage | _PendingLook
 
 
 class ControlHandler:
@@ -136,6 +148,7 @@ class ControlHandler:
         residency: Residency,
         voices: VoiceStore,
         consents: ConsentStore,
+        voices_folder: FolderWatch,
         buffer: AudioBuffer,
         submit: Callable[[Request], None],
         check_model: Callable[[str], None],
@@ -152,6 +165,7 @@ class ControlHandler:
         self._residency = residency
         self._voices = voices
         self._consents = consents
+        self._voices_folder = voices_folder
         self._buffer = buffer
         self._submit = submit
         self._check_model = check_model
@@ -163,14 +177,19 @@ class ControlHandler:
 
     def handle(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> None:
         """Carry out `call` of the web worker `peer`. `answer` is called once, now or when the call has ended."""
-        caller = _Caller(peer, call.id, answer)
+        self._carry_out(_Caller(peer, call.id, answer), call, payload, may_look=True)
+
+    def _carry_out(self, caller: _Caller, call: Call, payload: bytes | None, *, may_look: bool) -> None:
         try:
             reply = self._dispatch(caller, call, payload)
         except JobError as error:
-            caller.fail(error)
+            if may_look and isinstance(error, OutdatedError):
+                self._pending.append(_PendingLook(caller, self._voices_folder.look(), call, payload))
+            else:
+                caller.fail(error)
             return
         if reply is not None:
-            answer(reply)
+            caller.answer(reply)
 
     def forget(self, peer: bytes, call_id: str | None = None) -> None:
         """Never answer that call, or any call of `peer` if there is no `call_id`. What the call started goes on.
@@ -202,8 +221,14 @@ class ControlHandler:
             pending.caller.answer(failed)
         self._pending.clear()
 
-    def on_voice_written(self, report: VoiceWritten) -> None:
-        """Record the end of the write of a voice or a consent, and answer its call if that is still pending."""
+    def on_voices_report(self, report: VoiceWritten | FolderSeen) -> None:
+        """Record the end of a write or of a look, and answer the calls that have waited for it."""
+        if isinstance(report, FolderSeen):
+            self._on_folder_seen(report)
+        else:
+            self._on_voice_written(report)
+
+    def _on_voice_written(self, report: VoiceWritten) -> None:
         result: JobError | SavedVoice | VoiceConsent | PortableVoice
         store = self._consents if isinstance(report.write.record, ConsentRecord) else self._voices
         try:
@@ -224,6 +249,17 @@ class ControlHandler:
                         pending.caller.answer(Reply(id=call_id, consent=result))
                     case PortableVoice():
                         pending.caller.answer(Reply(id=call_id, exported=result))
+
+    def _on_folder_seen(self, seen: FolderSeen) -> None:
+        self._voices_folder.on_seen()
+        if seen.voices is not None:
+            self._voices.on_seen(seen.voices)
+        if seen.consents is not None:
+            self._consents.on_seen(seen.consents)
+        for pending in list(self._pending):
+            if isinstance(pending, _PendingLook) and pending.number <= self._voices_folder.seen:
+                self._pending.remove(pending)
+                self._carry_out(pending.caller, pending.call, pending.payload, may_look=False)
 
     def on_usage_found(self, report: UsageFound) -> None:
         """Answer the call that asked for these rows, if it is still pending."""
@@ -283,7 +319,9 @@ class ControlHandler:
         access = call.access
         match action:
             case FindVoice(name=name):
-                return Reply(id=call.id, voice=self._voices.find(name, access))
+                if (voice := self._voices.find(name, access)) is None:
+                    raise OutdatedError("voice_not_found", f"there is no saved voice {name!r}", param="voice")
+                return Reply(id=call.id, voice=voice)
             case CloneVoice():
                 write = self._voices.create(
                     action.name,
@@ -373,8 +411,8 @@ class ControlHandler:
                 return Reply(id=call_id, model=status) if loaded else None
             case _PendingUnload(model=model):
                 return self._result_of_unload(call_id, model)
-            case _PendingWrite() | _PendingUsage():
-                return None  # see on_voice_written, on_usage_found
+            case _PendingWrite() | _PendingUsage() | _PendingLook():
+                return None  # see on_voices_report, on_usage_found
             case _:
                 assert_never(pending)
 

@@ -40,7 +40,7 @@ from gpu_worker.slots import Place, Slots
 from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
 from gpu_worker.usage import Sums, UsageFound, UsageLog
-from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWritten
+from gpu_worker.voices import ConsentStore, FolderSeen, FolderWatch, VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     VERSION,
@@ -88,7 +88,7 @@ class Wake(msgspec.Struct, frozen=True):
     """End the wait for a command: an engine may have become runnable."""
 
 
-Command = TransportEvent | Report | MoverFailed | VoiceWritten | UsageFound | Drain | Wake
+Command = TransportEvent | Report | MoverFailed | VoiceWritten | FolderSeen | UsageFound | Drain | Wake
 """Everything that reaches the loop through its inbox."""
 
 
@@ -105,6 +105,7 @@ class Worker:
         residency: Residency,
         voices: VoiceStore,
         consents: ConsentStore,
+        voices_folder: FolderWatch,
         stats: Stats,
         buffer: AudioBuffer,
         max_concurrency: int,
@@ -124,6 +125,7 @@ class Worker:
         self._residency = residency
         self._voices = voices
         self._consents = consents
+        self._voices_folder = voices_folder
         self._stats = stats
         self._stall_timeout_s = stall_timeout_s
         self._open_text_timeout_s = open_text_timeout_s
@@ -150,6 +152,7 @@ class Worker:
             residency=residency,
             voices=voices,
             consents=consents,
+            voices_folder=voices_folder,
             buffer=buffer,
             submit=self._submit,
             check_model=self._check_model,
@@ -189,6 +192,7 @@ class Worker:
         for refusal in self._residency.advance():
             self._refuse(refusal)
         self._control.answer_finished()
+        self._voices_folder.look_if_due()
         self._usage.flush_if_due()
 
     # --- commands --------------------------------------------------------------------------------------------------
@@ -213,8 +217,8 @@ class Worker:
                 self._handle_report(command)
             case MoverFailed(reason):
                 raise BrokenDeviceError(reason)
-            case VoiceWritten():
-                self._control.on_voice_written(command)
+            case VoiceWritten() | FolderSeen():
+                self._control.on_voices_report(command)
             case UsageFound():
                 self._control.on_usage_found(command)
             case Drain(deadline_s):

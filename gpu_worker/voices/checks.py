@@ -4,14 +4,17 @@ No files, no encoders, no torch. The limits of length are in `shared.recordings`
 """
 
 import unicodedata
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
 
 from gpu_worker.engines.base import JobError
 from shared.pcm import seconds_of
+from shared.protocol import VoiceAccess
 from shared.recordings import length_problem, silence_problem, transcript_problem
 from shared.text import is_printable
+from shared.voice_access import OwnedVoice, folded, is_visible
 
 SILENCE_RMS: Final = 1e-3
 """-60 dB of full scale: a quieter recording holds no voice."""
@@ -28,6 +31,21 @@ def checked_name(name: str, owner: str) -> str:
         problem = f"a {owner}'s name has 1 to {MAX_NAME_CHARS} printable characters"
         raise JobError("invalid_value", problem, param="name")
     return name
+
+
+class OutdatedError(JobError):
+    """A JobError by the list alone: another process may have changed the folder since the last look at it."""
+
+
+def name_taken(name: str, kind: type[JobError] = JobError) -> JobError:
+    """The error of a voice whose name another saved voice has."""
+    return kind("invalid_value", f"there is a saved voice {name!r} already", param="name")
+
+
+def is_name_taken(name: str, owner: str, voices: Iterable[OwnedVoice], but: str) -> bool:
+    """True if `owner` sees another voice than the one with the id `but` that answers to `name`."""
+    seen = [voice for voice in voices if voice.id != but and is_visible(voice, VoiceAccess(owner=owner))]
+    return folded(name) in {folded(taken) for voice in seen for taken in (voice.id, voice.name)}
 
 
 def check_recording(pcm: bytes, param: str) -> None:

@@ -1,6 +1,7 @@
 """The list of recorded consents: which exist, and which are being written.
 
-Owned by the synthesis thread. As with VoiceStore, a change happens when `on_written` gets the report of its write.
+Owned by the synthesis thread. As with VoiceStore, a change happens when `on_written` gets the report of its write,
+and `on_seen` brings what other processes have changed.
 """
 
 import secrets
@@ -11,7 +12,7 @@ from typing import Final
 import msgspec
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.voices.checks import check_recording, checked_name
+from gpu_worker.voices.checks import OutdatedError, check_recording, checked_name
 from gpu_worker.voices.files import CONSENT_PREFIX, ConsentRecord, VoiceFiles, VoiceWrite, VoiceWritten
 from shared.pcm import samples_of
 from shared.protocol import VoiceConsent
@@ -38,13 +39,21 @@ class ConsentStore:
         self._submit = submit
         self._max_consents = max_consents
         self._wall = wall
-        self._records = {record.id: record for record in files.consents()}
+        self._records: dict[str, ConsentRecord] = {}
+        self._seen: list[ConsentRecord] = []
+        self.on_seen(files.consents())
         self._writing: list[VoiceWrite] = []
 
     @property
     def writing(self) -> bool:
         """True while a write is pending."""
         return bool(self._writing)
+
+    def on_seen(self, records: "list[ConsentRecord]") -> None:
+        """Take `records` as the list: all consents that are in the folder now."""
+        if records is not self._seen:
+            self._seen = records
+            self._records = {record.id: record for record in records}
 
     def find(self, consent_id: str) -> VoiceConsent:
         """The consent with that id; JobError `consent_not_found`."""
@@ -77,7 +86,7 @@ class ConsentStore:
         count = len(self._records) + sum(write.kind == "save" for write in self._writing)
         if count >= self._max_consents:
             message = f"there are {count} consents already and no more may be kept; delete one first"
-            raise JobError("invalid_value", message, param="name")
+            raise OutdatedError("invalid_value", message, param="name")
         now = int(self._wall())
         record = ConsentRecord(
             id=f"{CONSENT_PREFIX}{secrets.token_hex(12)}",
@@ -100,18 +109,18 @@ class ConsentStore:
     def on_written(self, report: VoiceWritten) -> VoiceConsent:
         """Carry out a finished write in the list, and return its consent.
 
-        Raises JobError: the report's own, or `consent_not_found` if an earlier write has deleted the consent.
+        Raises the report's JobError, which is `consent_not_found` if an earlier write has deleted the consent.
         """
         self._writing.remove(report.write)
         record = report.write.record
-        if report.write.kind != "save":
-            self._record(record.id)
         if report.error is not None:
             raise report.error
-        if isinstance(record, ConsentRecord) and report.write.kind != "delete":
-            self._records[record.id] = record
-            return record.to_public()
-        return self._records.pop(record.id).to_public()
+        if not isinstance(record, ConsentRecord):
+            raise TypeError("the write of a voice")
+        if report.write.kind == "delete":
+            return self._records.pop(record.id, record).to_public()
+        self._records[record.id] = record
+        return record.to_public()
 
     def _write(self, write: VoiceWrite) -> VoiceWrite:
         if len(self._writing) >= MAX_WRITING:
@@ -124,7 +133,7 @@ class ConsentStore:
     def _record(self, consent_id: str) -> ConsentRecord:
         record = self._records.get(consent_id)
         if record is None:
-            raise JobError("consent_not_found", f"there is no consent {consent_id!r}", param="consent")
+            raise OutdatedError("consent_not_found", f"there is no consent {consent_id!r}", param="consent")
         return record
 
 

@@ -1,13 +1,16 @@
-"""The files of saved voices and of consents. Only this process writes them.
+"""The files of saved voices and of consents. The GPU workers of a cluster share the folder.
 
 A voice is two files named by its id: `<id>.safetensors` (the recording) and `<id>.json` (its VoiceRecord).
 A consent is the same with a ConsentRecord, in the folder `consents` beside the voices.
 The JSON file is written last and deleted first, so a voice is either whole or not there.
+One process at a time writes, under the lock of the folder; it looks for the name among the voices of all.
 No part of a path ever comes from a client.
 """
 
 import contextlib
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -18,6 +21,8 @@ import safetensors.numpy
 import structlog
 
 from gpu_worker.engines.base import JobError
+from gpu_worker.voices.checks import is_name_taken, name_taken
+from gpu_worker.voices.shared_folder import RecordList, folder_lock
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import PortableConsent, PortableVoice, SavedVoice, VoiceConsent
 
@@ -28,6 +33,7 @@ CONSENT_PREFIX: Final = "cons_"
 _CONSENTS: Final = "consents"
 _TENSOR: Final = "pcm"
 _PART: Final = ".part"
+_ID: Final = re.compile(rf"({ID_PREFIX}|{CONSENT_PREFIX})\w{{1,64}}", re.ASCII)
 
 log = structlog.get_logger(__name__)
 
@@ -111,25 +117,73 @@ class VoiceWritten(msgspec.Struct, frozen=True, kw_only=True):
     exported: PortableVoice | None = None
 
 
+class LookAtFolder(msgspec.Struct, frozen=True):
+    """Work for the disk: find out what other processes have changed. FolderSeen is its report."""
+
+
+class FolderSeen(msgspec.Struct, frozen=True):
+    """All voices and all consents, the oldest first; None if the folder could not be read."""
+
+    voices: list[VoiceRecord] | None
+    consents: list[ConsentRecord] | None
+
+
 class VoiceFiles:
-    """Reads and writes the files in `directory`. It keeps nothing in memory: one thread may write while another reads.
+    """Reads and writes the files in `directory`. One thread calls `handle`; any thread may read a record or recording.
 
     A write syncs the disk, which takes 100 ms and more on a network volume: it never runs on the synthesis thread.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._voices = _list_of(directory, VoiceRecord)
+        self._consents = _list_of(directory / _CONSENTS, ConsentRecord)
+        self._problem = ""
 
     def records(self) -> list[VoiceRecord]:
         """The records of all whole voices, the oldest first. A voice that cannot be read stays on the disk, unlisted.
 
-        Files that a dying process left half-written or half-deleted are removed.
+        Files that a dying process left half-written or half-deleted are removed. Call it before the thread starts.
         """
-        return _read_all(self._directory, VoiceRecord, ID_PREFIX)
+        self._remove_leftovers(self._directory, ID_PREFIX)
+        return self._look().voices or []
 
     def consents(self) -> list[ConsentRecord]:
         """The records of all whole consents, as `records` does it."""
-        return _read_all(self._directory / _CONSENTS, ConsentRecord, CONSENT_PREFIX)
+        self._remove_leftovers(self._directory / _CONSENTS, CONSENT_PREFIX)
+        return self._look().consents or []
+
+    def record(self, voice_id: str) -> VoiceRecord | None:
+        """The record of the voice with that id, which another process may just have saved; None without one."""
+        if not _ID.fullmatch(voice_id):
+            return None
+        try:
+            return _read(self._record_path(voice_id), VoiceRecord)
+        except _UNREADABLE:
+            return None
+
+    def handle(self, work: "VoiceWrite | LookAtFolder") -> "VoiceWritten | FolderSeen":
+        """Carry out a write, or look at the folder."""
+        return self._look() if isinstance(work, LookAtFolder) else self.write(work)
+
+    def _look(self) -> FolderSeen:
+        try:
+            seen = FolderSeen(self._voices.look(), self._consents.look())
+            self._problem = ""
+        except OSError as error:
+            if str(error) != self._problem:  # each look meets it again
+                log.warning("voices_folder_unreadable", folder=str(self._directory), reason=str(error))
+            self._problem = str(error)
+            return FolderSeen(None, None)
+        return seen
+
+    def _remove_leftovers(self, folder: Path, prefix: str) -> None:
+        """Remove what no record names. Where another process holds the lock, it may be writing that."""
+        with contextlib.suppress(OSError), folder_lock(self._directory, wait=False):
+            orphans = [path for path in folder.glob(f"{prefix}*.safetensors") if not path.with_suffix(".json").exists()]
+            for path in [*folder.glob(f"*{_PART}"), *orphans]:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def recording(self, voice_id: str) -> bytes:
         """The voice's recording; OSError, KeyError or SafetensorError if it is damaged or gone."""
@@ -148,6 +202,8 @@ class VoiceFiles:
                 self.update(write.record)
             else:
                 self.delete(write.record)
+        except JobError as error:
+            return VoiceWritten(write=write, error=error)
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
             defect = None if isinstance(error, OSError) else error  # a full disk needs no traceback
@@ -181,29 +237,52 @@ class VoiceFiles:
     def save(self, record: Record, pcm: bytes) -> None:
         """Write `pcm` (24 kHz mono int16 little-endian) and its record; both are synced when this returns.
 
-        Raises OSError if the disk did not take them, and then leaves no file of the voice.
+        Raises OSError if the disk did not take them, JobError if another voice has the name; no file is left then.
         """
         recording = safetensors.numpy.save({_TENSOR: np.frombuffer(pcm, dtype="<i2")})
-        try:
-            self._record_path(record.id).parent.mkdir(parents=True, exist_ok=True)
-            _write_file(self._recording_path(record.id), recording)
-            _write_file(self._record_path(record.id), msgspec.json.format(msgspec.json.encode(record)))
-        except Exception:
-            self._remove(record.id)
-            raise
+        self._record_path(record.id).parent.mkdir(parents=True, exist_ok=True)
+        with folder_lock(self._directory):
+            try:
+                _write_file(self._recording_path(record.id), recording)
+                self._write_record(record)
+            except Exception:
+                self._remove(record.id)
+                raise
 
     def update(self, record: Record) -> None:
-        """Replace the record beside a recording, synced when this returns; OSError if the disk kept the old one."""
-        path = self._record_path(record.id)
-        path.stat()  # a record without its recording would be unreadable
-        _write_file(path, msgspec.json.format(msgspec.json.encode(record)))
+        """Replace the record beside a recording, synced when this returns; OSError if the disk kept the old one.
+
+        Raises JobError if another process has deleted the voice, or has given its new name to another one.
+        """
+        with folder_lock(self._directory):
+            if not self._record_path(record.id).exists():
+                raise not_found(record)
+            self._write_record(record)
 
     def delete(self, record: Record) -> None:
-        """Delete the voice's files, synced when this returns; OSError if the disk kept the record."""
+        """Delete the voice's files, synced when this returns; OSError if the disk kept the record.
+
+        Raises JobError if another process has deleted them.
+        """
         path = self._record_path(record.id)
-        path.unlink(missing_ok=True)
-        _sync(path.parent)
-        self._remove(record.id)
+        with folder_lock(self._directory):
+            if not path.exists():
+                raise not_found(record)
+            path.unlink()
+            _sync(path.parent)
+            self._remove(record.id)
+
+    def _write_record(self, record: Record) -> None:
+        """Write the record unless another voice has its name. Holds the lock."""
+        data = msgspec.json.format(msgspec.json.encode(record))
+        # A network volume shows the changes of others as soon as this client has changed the folder: so not before.
+        _write_file(self._record_path(record.id), data, check=lambda: self._check_name(record))
+
+    def _check_name(self, record: Record) -> None:
+        if isinstance(record, ConsentRecord):
+            return
+        if is_name_taken(record.name, record.owner, self._voices.look(), but=record.id):
+            raise name_taken(record.name)
 
     def _remove(self, voice_id: str) -> None:
         """Remove all files of a voice, as far as the disk allows; `records` handles the rest at the next start."""
@@ -220,19 +299,23 @@ class VoiceFiles:
         return folder / f"{voice_id}.json"
 
 
-def _read_all(directory: Path, kind: type[_R], prefix: str) -> list[_R]:
-    """The whole records in `directory`, the oldest first."""
-    records = []
-    for path in sorted(directory.glob("*.json")):
-        try:
-            records.append(_read(path, kind))
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            log.warning("saved_voice_unreadable", voice=path.stem, reason=str(error))
-    orphans = [path for path in directory.glob(f"{prefix}*.safetensors") if not path.with_suffix(".json").exists()]
-    for path in [*directory.glob(f"*{_PART}"), *orphans]:
-        with contextlib.suppress(OSError):
-            path.unlink()
-    return sorted(records, key=lambda record: record.created_at)
+def not_found(record: Record) -> JobError:
+    """The error of a change of a voice or consent that is gone."""
+    if isinstance(record, ConsentRecord):
+        return JobError("consent_not_found", f"there is no consent {record.id!r}", param="consent")
+    return JobError("voice_not_found", f"there is no saved voice {record.id!r}", param="voice")
+
+
+_UNREADABLE: Final = (OSError, ValueError, safetensors.SafetensorError)
+
+
+def _list_of(folder: Path, kind: type[_R]) -> RecordList[_R]:
+    return RecordList(
+        folder,
+        lambda path: _read(path, kind),
+        order=lambda record: (record.created_at, record.id),
+        unreadable=_UNREADABLE,
+    )
 
 
 def _read(path: Path, kind: type[_R]) -> _R:
@@ -253,14 +336,20 @@ def _part_of(path: Path) -> Path:
     return path.with_name(path.name + _PART)
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    """Write all of `data` to `path`, synced, or leave `path` as it was."""
+def _write_file(path: Path, data: bytes, check: Callable[[], None] = lambda: None) -> None:
+    """Write all of `data` to `path`, synced, or leave `path` as it was. `check` runs last, and may refuse it."""
     part = _part_of(path)
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        check()
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
     _sync(path.parent)
 
 

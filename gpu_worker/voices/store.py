@@ -1,7 +1,8 @@
 """The list of saved voices: which exist, which are being written, and which names are free.
 
 Owned by the synthesis thread. VoiceStore writes no file: it submits VoiceWrites to a thread of the caller,
-and a voice appears or disappears when `on_written` gets the report. Only `load` reads the disk.
+and a voice appears or disappears when `on_written` gets the report. `on_seen` brings what other processes have changed.
+The synthesis thread reads the disk only for the recording of a voice, and for the record of an id that is not listed.
 """
 
 import secrets
@@ -15,7 +16,14 @@ import safetensors
 import structlog
 
 from gpu_worker.engines.base import JobError, Reference
-from gpu_worker.voices.checks import check_recording, check_transcript, checked_name
+from gpu_worker.voices.checks import (
+    OutdatedError,
+    check_recording,
+    check_transcript,
+    checked_name,
+    is_name_taken,
+    name_taken,
+)
 from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.pcm import samples_of
@@ -62,16 +70,32 @@ class VoiceStore:
         self._exporting: list[VoiceWrite] = []
         self._recordings: OrderedDict[str, Reference] = OrderedDict()
         self._hits = self._misses = 0
-        for record in files.records():
-            if any(_is_twice(record, other) for other in self._records.values()):
-                log.warning("saved_voice_name_taken", voice=record.id, name=record.name)
-                continue
-            self._records[record.id] = record
+        self._seen: list[VoiceRecord] = []
+        self.on_seen(files.records())
 
     @property
     def writing(self) -> bool:
         """True while a write is pending."""
         return bool(self._saving or self._renaming or self._deleting or self._exporting)
+
+    def on_seen(self, records: list[VoiceRecord]) -> None:
+        """Take `records`, the oldest first, as the list: all voices that are in the folder now.
+
+        A volume without locks allows two voices of one name: the name means neither of them, and their ids do.
+        """
+        if records is self._seen:
+            return
+        before, self._seen, self._records = self._records, records, {}
+        places = {voice_id: place for place, voice_id in enumerate(before)}  # of voices of one second
+        named: dict[str, list[VoiceRecord]] = {}
+        for record in sorted(records, key=lambda record: (record.created_at, places.get(record.id, len(places)))):
+            others = named.setdefault(folded(record.name), [])
+            if record.id not in before and any(_is_twice(record, other) for other in others):
+                log.warning("saved_voice_name_taken", voice=record.id, name=record.name)
+            others.append(record)
+            self._records[record.id] = record
+        for voice_id in self._recordings.keys() - self._records.keys():
+            del self._recordings[voice_id]
 
     def list(self) -> list[SavedVoice]:
         """Every voice, the oldest first."""
@@ -144,7 +168,7 @@ class VoiceStore:
         count = len(self._records) + len(self._saving)
         if count >= self._max_voices:
             problem = f"there are {count} saved voices already and no more may be kept; delete one first"
-            raise JobError("invalid_value", problem, param="name")
+            raise OutdatedError("invalid_value", problem, param="name")
         _check_waiting(self._saving)
         return name
 
@@ -188,15 +212,13 @@ class VoiceStore:
         Raises JobError if another voice that `owner` sees, than the one with id `but`, has it.
         """
         name = checked_name(name, "voice")
-        others = [*self._records.values(), *self._saving.values(), *self._renaming]
-        seen = [record for record in others if record.id != but and is_visible(record, VoiceAccess(owner=owner))]
         if folded(name) in self._reserved:
-            problem = f"{name!r} is the name of a preset voice"
-        elif folded(name) in {folded(taken) for record in seen for taken in (record.id, record.name)}:
-            problem = f"there is a saved voice {name!r} already"
-        else:
-            return name
-        raise JobError("invalid_value", problem, param="name")
+            raise JobError("invalid_value", f"{name!r} is the name of a preset voice", param="name")
+        if is_name_taken(name, owner, [*self._saving.values(), *self._renaming], but):
+            raise name_taken(name)
+        if is_name_taken(name, owner, self._records.values(), but):
+            raise name_taken(name, OutdatedError)
+        return name
 
     def delete(self, voice_id: str, access: VoiceAccess = _ALL) -> VoiceWrite:
         """Submit a write that deletes the voice with that id.
@@ -211,7 +233,7 @@ class VoiceStore:
     def on_written(self, report: VoiceWritten) -> SavedVoice:
         """Carry out a finished write in the list, and return its voice.
 
-        Raises JobError: the report's own, or `voice_not_found` if an earlier write has already deleted the voice.
+        Raises the report's JobError, which is `voice_not_found` if an earlier write has deleted the voice.
         """
         write, record = report.write, report.write.record
         if not isinstance(record, VoiceRecord):
@@ -226,10 +248,8 @@ class VoiceStore:
             self._deleting.remove(record.id)
         if report.error is not None:
             raise report.error
-        if write.kind != "save":
-            self._record(record.id)
         if write.kind == "delete":
-            record = self._records.pop(record.id)
+            record = self._records.pop(record.id, record)
             self._recordings.pop(record.id, None)
         elif write.kind != "export":
             self._records[record.id] = record
@@ -281,7 +301,7 @@ class VoiceStore:
         self._recordings.clear()
 
     def _record(self, voice_id: str, access: VoiceAccess = _ALL) -> VoiceRecord:
-        record = self._records.get(voice_id)
+        record = self._records.get(voice_id) or self._files.record(voice_id)
         if record is None or not is_visible(record, access):
             raise _not_found(voice_id)
         return record
@@ -294,7 +314,7 @@ def _check_waiting(waiting: Collection[object]) -> None:
 
 
 def _not_found(voice_id: str) -> JobError:
-    return JobError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
+    return OutdatedError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
 
 
 def _require_changeable(record: VoiceRecord, access: VoiceAccess) -> VoiceRecord:
@@ -305,6 +325,5 @@ def _require_changeable(record: VoiceRecord, access: VoiceAccess) -> VoiceRecord
 
 
 def _is_twice(record: VoiceRecord, other: VoiceRecord) -> bool:
-    """True if no key could tell the two voices apart by their names."""
-    met = record.owner == other.owner or (record.shared and other.shared)
-    return met and folded(record.name) == folded(other.name)
+    """True if no key could tell the two voices, which have one name, apart by it."""
+    return record.owner == other.owner or (record.shared and other.shared)

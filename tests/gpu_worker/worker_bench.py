@@ -29,7 +29,7 @@ from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
 from gpu_worker.usage import AddUsage, UsageLog
-from gpu_worker.voices import ConsentStore, VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, FolderWatch, LookAtFolder, VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
@@ -371,9 +371,10 @@ class WorkerBench:
             wall=lambda: WALL + self.clock.now,
         )
         self.voice_files = SlowVoiceFiles(voices_dir)
-        self.voice_writer = SerialThread[VoiceWrite](
-            "voices", lambda write: self.inbox.put(self.voice_files.write(write))
+        self.voice_writer = SerialThread[VoiceWrite | LookAtFolder](
+            "voices", lambda work: self.inbox.put(self.voice_files.handle(work))
         )
+        self.voices_folder = FolderWatch(self.voice_writer.submit, clock=self.clock)
         self.voices = VoiceStore(
             self.voice_files, self.voice_writer.submit, max_voices, reserved={"preset"}, wall=lambda: WALL
         )
@@ -389,6 +390,7 @@ class WorkerBench:
             residency=self.residency,
             voices=self.voices,
             consents=self.consents,
+            voices_folder=self.voices_folder,
             stats=Stats(
                 boot_id="boot-1",
                 default_model=self.specs[0].id,
@@ -501,6 +503,8 @@ class WorkerBench:
         if self.is_moving and self.load_gate.is_set() and not self.loses_transitions:
             return True
         if (self.voices.writing or self.consents.writing) and self.voice_files.gate.is_set():
+            return True
+        if self.voices_folder.looking and self.voice_files.gate.is_set():
             return True
         pending = self.checkpoints.pending
         return pending[CheckFiles] > 0 or (pending[Download] > 0 and self.files.gate.is_set())

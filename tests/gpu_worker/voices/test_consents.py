@@ -1,5 +1,6 @@
 """ConsentStore over real files: a consent is on the disk whole or not at all, and a restart finds it again."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -148,12 +149,15 @@ def test_limits(tmp_path: Path, clock: FakeClock) -> None:
         shelf.save("too many")
 
 
-def test_a_disk_that_refuses(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_disk_that_refuses(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the disk does not take does not happen; the message is about a consent."""
     consent = shelf.save("Ada")
     shelf.store.rename(consent.id, "Eva")
-    folder = tmp_path / "voices" / "consents"
-    folder.rename(tmp_path / "away")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(JobError, match="the consent could not be changed"):
         shelf.write()
     assert shelf.store.find(consent.id).name == "Ada"

@@ -55,8 +55,8 @@ def shelf(tmp_path: Path, clock: FakeClock) -> Shelf:
 
 
 def files(tmp_path: Path) -> set[str]:
-    """The suffixes of the files in the store's folder."""
-    return {"".join(path.suffixes) for path in (tmp_path / "voices").glob("*")}
+    """The suffixes of the files of voices in the store's folder."""
+    return {"".join(path.suffixes) for path in (tmp_path / "voices").glob("[!.]*")}
 
 
 def test_saved_voice_has_the_given_fields(shelf: Shelf) -> None:
@@ -136,7 +136,7 @@ def test_names_are_not_paths(shelf: Shelf, tmp_path: Path) -> None:
     """A name that looks like a path stays a name; an id that looks like a path is not found."""
     voice = shelf.save("../../evil", SECOND, kind="clone")
     assert {path.name for path in tmp_path.iterdir()} == {"voices"}
-    assert all(path.stem == voice.id for path in (tmp_path / "voices").iterdir())
+    assert {path.stem for path in (tmp_path / "voices").iterdir()} == {voice.id, ".lock"}
     with pytest.raises(JobError) as caught:
         shelf.store.load("../../evil")
     assert caught.value.code == "voice_not_found"
@@ -273,13 +273,15 @@ def test_damaged_while_running(shelf: Shelf, tmp_path: Path, damage: Any) -> Non
 
 
 def test_two_voices_with_one_name_on_the_disk(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
-    """Of two voices that were renamed by hand to one name, the older is listed."""
+    """Two voices that were renamed by hand to one name are both listed; only their ids mean one of them."""
     first = shelf.save("Ada", SECOND, kind="clone")
     clock.advance(1)
     second = shelf.save("Bob", SECOND, kind="clone")
     path = tmp_path / "voices" / f"{second.id}.json"
     path.write_text(path.read_text().replace("Bob", "ADA"))
-    assert Shelf(tmp_path, clock).store.list() == [first]
+    store = Shelf(tmp_path, clock).store
+    assert [voice.id for voice in store.list()] == [first.id, second.id]
+    assert (store.find("ada"), store.find(first.id)) == (None, first)
 
 
 def test_death_while_writing(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
