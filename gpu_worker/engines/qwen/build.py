@@ -171,7 +171,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
             config,
             tokenizer,
             model.embed_codes,
-            text_embedding=weights.as_stored(TEXT_EMBEDDING),
+            text_embedding=weights.as_stored(TEXT_EMBEDDING) if device.type == "cuda" else weights.rows(TEXT_EMBEDDING),
             settled=tokenizer.settled,
         )
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
@@ -289,7 +289,7 @@ def estimated_bytes(
     shape = read_config(directory).talker_config
     large = device == "cpu" and are_large(product_shapes(shape))
     widths = WIDTHS.get(quantization, {}) if large else {}
-    weights = sum(_stored_bytes(name, info, computed, widths) for name, info in headers.items())
+    weights = sum(_stored_bytes(name, info, device, computed, widths) for name, info in headers.items())
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
     computed_at_load = 0 if large else first_layer_inputs_bytes(shape.code_predictor_config, computed)
@@ -298,10 +298,10 @@ def estimated_bytes(
     return weights + computed_at_load + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
 
 
-def _stored_bytes(name: str, info: TensorInfo, computed: torch.dtype, widths: Mapping[str, int]) -> int:
+def _stored_bytes(name: str, info: TensorInfo, device: Device, computed: torch.dtype, widths: Mapping[str, int]) -> int:
     """Bytes of a tensor in memory. `widths`: bytes of a value of a matrix by the ends of names, "" being the rest."""
     if name == TEXT_EMBEDDING:
-        return min(info.nbytes(), info.nbytes(computed))
+        return 0 if device == "cpu" else min(info.nbytes(), info.nbytes(computed))
     if len(info.shape) == 2 and (".layers." in name or "head" in name):  # noqa: PLR2004 -- a matrix
         ends = (end for end in widths if end in name)
         return math.prod(info.shape) * widths[max(ends, key=len)] if widths else info.nbytes(computed)

@@ -7,7 +7,7 @@ It knows nothing of slots, sampling or audio: references come as codes and a spe
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import torch
@@ -56,6 +56,13 @@ class Voice(msgspec.Struct, frozen=True, kw_only=True):
     transcript: str = ""
 
 
+class TextRows(Protocol):
+    """The rows of the text embedding, wherever they are."""
+
+    def __getitem__(self, numbers: Sequence[int]) -> Tensor:
+        """The rows of these tokens, [tokens, hidden]."""
+
+
 class PromptBuilder(TensorHolder):
     """Builds prompts from text; holds the text embedding and its projection."""
 
@@ -66,12 +73,13 @@ class PromptBuilder(TensorHolder):
         tokenize: Callable[[str], Sequence[int]],
         embed_codes: Callable[[Tensor], Tensor],
         *,
-        text_embedding: Tensor | None = None,
+        text_embedding: Tensor | TextRows | None = None,
         settled: Callable[[str], Sequence[int]] = lambda _text: (),
     ) -> None:
         """`weights`: the checkpoint's, on the device. `tokenize`: the checkpoint's processor.
 
-        `text_embedding`: that of `weights` in the dtype of the file, which is half as large as float32: 620 MB less.
+        `text_embedding`: that of `weights` in the dtype of the file, or what reads its rows there. It is the largest
+        tensor of a checkpoint, 620 MB in bfloat16, and a prompt needs one row of 4 KiB for each token.
         `settled`: the first tokens of every text that begins with a text.
         `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of each frame's code embeddings.
         """
@@ -166,7 +174,7 @@ class PromptBuilder(TensorHolder):
         first, second = self._invariant
         rows = self.codec_embedding[:0]
         if ids and row_by_row:
-            rows = self.text_embedding[to_device(ids, self.text_embedding.device)].to(rows.dtype)
+            rows = self._embed(ids)
             rows = second.batch_invariant(functional.silu(first.batch_invariant(rows)))
         elif ids:
             rows = self._project(ids)
@@ -277,5 +285,11 @@ class PromptBuilder(TensorHolder):
         It is called for the same runs of tokens as in the official package:
         a matrix product with another number of rows may round differently.
         """
-        rows = self.text_embedding[to_device(ids, self.text_embedding.device)][None].to(self.codec_embedding.dtype)
+        rows = self._embed(ids)[None]
         return functional.linear(functional.silu(functional.linear(rows, *self.fc1)), *self.fc2)[0]
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        """Rows of the text embedding, [ids, text hidden]."""
+        table = self.text_embedding
+        rows = table[to_device(ids, table.device)] if isinstance(table, Tensor) else table[ids]
+        return rows.to(self.codec_embedding.dtype)

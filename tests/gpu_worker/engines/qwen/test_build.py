@@ -4,9 +4,11 @@ import torch
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.build import MAX_SLOTS, QwenOptions, codec_dtype, slots_that_fit
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config
+from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, read_headers
+from gpu_worker.engines.qwen.model.prompt import TEXT_EMBEDDING
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import engine, shared
+from tests.gpu_worker.engines.qwen.driving import engine, parts, shared
 
 WEIGHTS = 1 << 30
 
@@ -74,3 +76,11 @@ def test_attention_is_not_left_to_cudnn() -> None:
     torch.backends.cuda.enable_cudnn_sdp(enabled=True)
     engine("custom_voice").close()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_text_embedding_stays_in_its_file_on_a_cpu() -> None:
+    """620 MB of a published checkpoint, of which a prompt needs a row for each token."""
+    table = read_headers(find_tensor_files(tiny("custom_voice")))[TEXT_EMBEDDING]
+    built = parts("custom_voice")
+    assert table.shape not in [tuple(tensor.shape) for tensor in built.prompts.tensors()]
+    built.offloader.close()

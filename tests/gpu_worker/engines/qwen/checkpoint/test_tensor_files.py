@@ -1,7 +1,9 @@
 """safetensors files: the header shows damage, and tensors come in the requested dtype."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +73,36 @@ def test_a_tensor_may_stay_as_it_is_stored(
     save_file({"x": torch.arange(4).to(stored)}, path)
     with open_tensors([path], "", dtype=requested) as tensors:
         assert tensors.as_stored("x").dtype == found
+
+
+def test_rows_are_read_from_the_file_when_they_are_looked_up(tmp_path: Path) -> None:
+    """In any order and as often as wanted, even when the file was deleted."""
+    path = tmp_path / "model.safetensors"
+    matrix = torch.arange(12.0).view(4, 3).bfloat16()
+    save_file({"before": torch.ones(5), "x": matrix}, path)
+    with open_tensors([path], "", dtype=torch.float32) as tensors:
+        rows = tensors.rows("x")
+    path.unlink()
+    assert torch.equal(rows[[3, 0, 3]], matrix[[3, 0, 3]])
+    assert rows[[]].shape == (0, 3)
+    for wrong in (-1, 4):
+        with pytest.raises(IndexError, match="has 4 of these rows"):
+            rows[[0, wrong]]
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw[:-4], lambda raw: raw[:-4] + b"\xff" * 4])
+def test_rows_of_a_file_that_was_written_to_are_refused(file: Path, change: Any) -> None:
+    """A model must not speak with the weights of another one."""
+    with open_tensors([file], "", dtype=None) as tensors:
+        rows = tensors.rows("a.x")
+    os.utime(file, ns=(0, 0))
+    with open_tensors([file], "", dtype=None) as tensors:
+        unchanged = tensors.rows("a.x")
+    assert torch.equal(unchanged[[1]], torch.tensor([[3.0, 4.0, 5.0]]))
+    file.write_bytes(change(file.read_bytes()))
+    for found in (rows, unchanged):
+        with pytest.raises(RuntimeError, match=r"model\.safetensors was changed while its model is in use"):
+            found[[1]]
 
 
 def test_shards_are_found_through_their_index(file: Path, tmp_path: Path) -> None:
