@@ -5,11 +5,19 @@ import os
 import sys
 from typing import Final
 
-from server.commands import key, models, say, serve, top, voices
+from server.commands import cluster, key, models, say, serve, top, voices
 from server.commands.client import ClientError, UsageError
 from shared.settings import SettingsError
 
-_COMMANDS: Final = {"serve": serve, "key": key, "say": say, "models": models, "voices": voices, "top": top}
+_COMMANDS: Final = {
+    "serve": serve,
+    "cluster": cluster,
+    "key": key,
+    "say": say,
+    "models": models,
+    "voices": voices,
+    "top": top,
+}
 
 _EXIT_FAILED: Final = 1
 _EXIT_WRONG_USE: Final = 2
@@ -18,6 +26,7 @@ _EXIT_INTERRUPTED: Final = 130
 _EPILOG: Final = """\
 examples:
   python -m server                                  serve on TTS_HOST:TTS_PORT (127.0.0.1:8000)
+  python -m server cluster                          serve with all GPUs of this machine
   python -m server say "Good morning." -o hi.mp3    speak into a file
   python -m server say --format wav < text.txt | aplay
   llm "Tell me a story." | python -m server say --stdin --live -o story.mp3

@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from litestar import Litestar, Router
 from litestar.datastructures import State
@@ -12,7 +13,7 @@ from litestar.di import Provide
 from server.audio import AudioStore, DecoderPool
 from server.caches import WebCaches
 from server.dependencies import providers
-from server.engine import ZmqEngineClient
+from server.engine import EngineClient, ZmqEngineClient
 from server.http.auth import require_admin, require_key
 from server.http.error_handlers import exception_handlers
 from server.http.keys import load_keyring
@@ -40,16 +41,18 @@ from server.text import load_pronunciations
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
 
+OpenEngine = Callable[..., AbstractAsyncContextManager[EngineClient]]
+"""Opens the client of the GPU workers. The keyword arguments are those of ZmqEngineClient about the web side."""
 
-def create_app(settings: Settings) -> HttpMiddleware:
+
+def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> HttpMiddleware:
     """The web application: the middleware with the Litestar application in it (`app`).
 
-    Without a GPU worker the application starts and is not ready. Raises ValueError without a `worker_url`,
+    Without `open_engine` the engine is the GPU worker at `worker_url`; ValueError without that.
+    Without a GPU worker the application starts and is not ready. Raises
     KeysError if the file of keys cannot be used, PronunciationsError if that of pronunciations cannot.
     """
-    if settings.worker_url is None:
-        raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
-    url = settings.worker_url
+    open_engine = open_engine or _engine_of(settings)
     load_pronunciations(settings.pronunciations)
     open_sockets = OpenSockets()
 
@@ -64,10 +67,7 @@ def create_app(settings: Settings) -> HttpMiddleware:
         web_caches = WebCaches(settings.pronunciations, audio_store)
         async with (
             audio_store,
-            ZmqEngineClient(
-                url,
-                settings.worker_token,
-                timeout_s=settings.worker_timeout_s,
+            open_engine(
                 cache_counts=web_caches.counts,
                 open_sockets=lambda: open_sockets.count,
                 on_emptied=web_caches.on_emptied,
@@ -108,6 +108,12 @@ def create_app(settings: Settings) -> HttpMiddleware:
     )
     # Around the whole application: Litestar's own middleware sees neither its routing errors nor its CORS answers.
     return HttpMiddleware(app)
+
+
+def _engine_of(settings: Settings) -> OpenEngine:
+    if settings.worker_url is None:
+        raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
+    return partial(ZmqEngineClient, settings.worker_url, settings.worker_token, timeout_s=settings.worker_timeout_s)
 
 
 def _guarded(settings: Settings) -> list[Router]:

@@ -70,6 +70,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     audio_store_mb: Annotated[int, Meta(ge=0, le=100_000_000)] = 256
     audio_store_ttl_s: Seconds = 3600.0
 
+    # a cluster
+    replicas: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+
     # requests in the GPU worker
     max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
     max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64
@@ -116,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def public(self) -> dict[str, Any]:
         """The settings as plain JSON values, without keys and tokens."""
         values = msgspec.to_builtins(self, str_keys=True, enc_hook=str)
-        shown = {name.removesuffix("_s"): value for name, value in values.items() if name not in _SECRET}
+        shown = {name.removesuffix("_s"): value for name, value in values.items() if name not in SECRET}
         return shown | {"default_model_size": SIZE_NAMES[self.default_model_size]}
 
     def needing_cuda(self) -> list[str]:
@@ -135,6 +138,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return {name: value for name, value in self.public().items() if name not in _USED_BY_WEB_SIDE}
 
 
+_DEFAULTS: Final = Settings()
+
 SIZE_NAMES: Final = {"large": "1.7B", "small": "0.6B"}
 """The published names of the two sizes, for reports."""
 
@@ -151,13 +156,15 @@ _USED_BY_WEB_SIDE: Final = {
         "require_consent",
         "keys_file",
     ),
-    *("input_format", "pronunciations"),
+    *("input_format", "pronunciations", "replicas"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format"),
 }
 """The public names of settings that the web side uses, alone or with the worker."""
 
-_SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
+SECRET: Final = {"worker_token", "api_keys", "admin_keys"}
+"""The settings that no report, log or argument may have."""
+
 _SIZE_SPELLINGS: Final = {"1.7b": "large", "0.6b": "small"}
 _ORIGIN: Final = re.compile(
     r"http://[^\s/?#@A-Z]+(?<!:80)|https://[^\s/?#@A-Z]+(?<!:443)"
@@ -197,6 +204,26 @@ def load_settings(environ: Mapping[str, str], *checks: Callable[[Settings], list
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def variables_of(settings: Settings) -> dict[str, str]:
+    """The TTS_* variables that `load_settings` makes these settings of; those with their defaults are left out."""
+    variables = {}
+    for field in msgspec.structs.fields(Settings):
+        value = getattr(settings, field.name)
+        if value != getattr(_DEFAULTS, field.name):
+            variables[variable_of(field.name)] = _text_of(value)
+    return variables
+
+
+def _text_of(value: Any) -> str:
+    match value:
+        case list():
+            return ",".join(value)
+        case dict():
+            return ",".join(f"{name}={part}" for name, part in value.items())
+        case _:
+            return str(value)
 
 
 def variable_of(field: str) -> str:
@@ -242,7 +269,7 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
         problem = one_of(choices) if choices else reword(str(error), from_text=True)
-        raise ValueError(problem if name in _SECRET else f"{problem}, not {text!r}") from None
+        raise ValueError(problem if name in SECRET else f"{problem}, not {text!r}") from None
 
 
 def _pairs(text: str, form: str) -> dict[str, str]:

@@ -160,15 +160,10 @@ def _keys_problems(settings: Settings) -> list[str]:
     return []
 
 
-_CHECKS: Final = (
-    _host_problems,
-    tls_problems,
-    _keys_problems,
-    _pronunciations_problems,
-    unknown_models,
-    _worker_problems,
-)
-"""What is wrong with settings beyond their form."""
+WEB_CHECKS: Final = (_host_problems, tls_problems, _keys_problems, _pronunciations_problems, unknown_models)
+"""What is wrong with settings beyond their form, wherever the GPU worker runs."""
+
+_CHECKS: Final = (*WEB_CHECKS, _worker_problems)
 
 
 @contextmanager

@@ -93,6 +93,11 @@ class Speech:
         self._aborted = False
         self._news = asyncio.Event()
 
+    @property
+    def ready(self) -> int:
+        """The number of chunks that `chunk` returns without waiting."""
+        return len(self._chunks)
+
     async def chunk(self) -> Chunk | None:
         """The next PCM, or None after the last.
 

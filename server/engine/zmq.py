@@ -131,6 +131,11 @@ class ZmqEngineClient:
         return self._snapshot
 
     @property
+    def snapshot_age_s(self) -> float:
+        """Seconds since the latest snapshot was asked for."""
+        return self._clock() - self._snapshot_asked_at
+
+    @property
     def worker_settings(self) -> dict[str, Any]:
         return self._welcome.settings if self._welcome else {}
 
@@ -172,12 +177,16 @@ class ZmqEngineClient:
         except TimeoutError:
             raise _unavailable("The GPU worker does not answer.") from None
 
-    def speak(self, request: Speak, reference: bytes | None = None) -> Speech:
+    def speak(self, request: Speak, reference: bytes | None = None, *, relayed: bool = False) -> Speech:
+        """With `relayed`, the chunks go on to another process, whose credit comes through `grant`."""
         self._require_worker()
         if not self._connection.send(request, reference):
             raise _unavailable("The GPU worker cannot be reached.")
         speech = self._speeches[request.id] = Speech(
-            request, grant=self._grant, abort=self._abort, write=self._send_if_connected
+            request,
+            grant=_no_credit if relayed else self.grant,
+            abort=self._abort,
+            write=self._send_if_connected,
         )
         return speech
 
@@ -209,7 +218,7 @@ class ZmqEngineClient:
         finally:
             self._calls.pop(call.id, None)
             if reply.cancelled():
-                self._cancel(call.id)
+                self.cancel(call.id)
 
     # --- the connection's life ---------------------------------------------------------------------------------------
 
@@ -278,11 +287,11 @@ class ZmqEngineClient:
         for speech in speeches.values():
             error = _unavailable(message)
             speech.fail(error)
-            self._cancel(speech.id, error)
+            self.cancel(speech.id, error)
         for call_id, reply in self._calls.items():
             if not reply.done():
                 reply.set_exception(_unavailable(message))
-                self._cancel(call_id)
+                self.cancel(call_id)
         self._tell_waiters()
 
     # --- messages ----------------------------------------------------------------------------------------------------
@@ -375,16 +384,18 @@ class ZmqEngineClient:
         if error is not None:
             raise error
 
-    def _grant(self, request_id: str, chunks: int) -> None:
+    def grant(self, request_id: str, chunks: int) -> None:
+        """Let the worker send more chunks of a request."""
         self._send_if_connected(Credit(id=request_id, chunks=chunks))
 
     def _abort(self, request_id: str, error: ApiError | None) -> None:
         speech = self._speeches.pop(request_id, None)
         if speech is not None:
             speech.fail(error or ApiError("synthesis_failed", "The request was aborted."))
-        self._cancel(request_id, error)
+        self.cancel(request_id, error)
 
-    def _cancel(self, request_or_call_id: str, error: ApiError | None = None) -> None:
+    def cancel(self, request_or_call_id: str, error: ApiError | None = None) -> None:
+        """Tell the worker that the client does not get the rest of a request, also of one that has ended."""
         reason = SpeechError(code=error.code, message=error.message, param=error.param) if error else None
         self._send_if_connected(Cancel(id=request_or_call_id, error=reason))
 
@@ -392,6 +403,10 @@ class ZmqEngineClient:
         """A new worker knows nothing of the requests of the old one."""
         if self._connected:
             self._connection.send_or_keep(message)
+
+
+def _no_credit(_request_id: str, _chunks: int) -> None:
+    pass
 
 
 def _unavailable(message: str, retry_after_s: float = _RETRY_AFTER_S) -> ApiError:

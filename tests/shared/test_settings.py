@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from shared.settings import Settings, SettingsError, load_settings, variable_of
+from shared.settings import Settings, SettingsError, load_settings, variable_of, variables_of
 
 VALID: list[tuple[str, str, Any]] = [
     ("TTS_HOST", "0.0.0.0", "0.0.0.0"),  # noqa: S104 -- nothing is bound
     ("TTS_PORT", "65535", 65535),
     ("TTS_WEB_WORKERS", "2", 2),
+    ("TTS_REPLICAS", "4", 4),
     ("TTS_WORKER_URL", "ipc:///run/tts/worker.ipc", "ipc:///run/tts/worker.ipc"),
     ("TTS_WORKER_TOKEN", "hush", "hush"),
     ("TTS_WORKER_TIMEOUT", "15", 15.0),
@@ -82,6 +83,7 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_PORT", "http", "'http'"),
     ("TTS_PORT", "80.5", "'80.5'"),
     ("TTS_WEB_WORKERS", "65", "must be at most 64"),
+    ("TTS_REPLICAS", "0", "must be at least 1"),
     ("TTS_WORKER_TIMEOUT", "1", "must be at least 2"),
     ("TTS_WORKER_URL", "tcp://127.0.0.1:1", "ipc:///absolute/path"),
     ("TTS_WORKER_URL", "ipc://worker.ipc", "must be absolute"),
@@ -149,6 +151,12 @@ class TestValues:
         """A value gets into its field, with the field's type, and changes no other field."""
         field = next(field.name for field in msgspec.structs.fields(Settings) if variable_of(field.name) == name)
         assert load_settings({name: f" {text} "}) == msgspec.structs.replace(Settings(), **{field: value})
+
+    def test_variables_of(self) -> None:
+        """The variables of settings give the same settings again; defaults need none."""
+        settings = load_settings({name: text for name, text, _ in VALID})
+        assert load_settings(variables_of(settings)) == settings
+        assert variables_of(Settings()) == {}
 
     def test_every_variable_is_tested(self) -> None:
         """Each setting has a line in VALID."""

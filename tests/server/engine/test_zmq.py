@@ -9,30 +9,18 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from server.engine.client import INITIAL_CREDIT, PIECE_INTERVAL_S, Speech
-from server.engine.outage import Outage, OutageFile
+from server.engine.client import INITIAL_CREDIT
 from server.engine.zmq import STALE_AFTER_S, ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import (
-    Append,
-    Call,
     Cancel,
-    Cleanup,
-    CleanupPass,
-    Credit,
-    EndText,
     Failed,
-    FindVoice,
     Hello,
-    Reply,
-    SavedVoice,
     Segment,
     Speak,
-    SpeechError,
 )
-from tests.fakes import FakeWorker, tone
+from tests.fakes import FakeWorker
 from tests.server.running import becomes
-from tests.system.service import stretched
 
 TIMEOUT_S = 20.0
 
@@ -84,157 +72,6 @@ def _request(number: int = 1) -> Speak:
         segments=[Segment(text="hello")],
         credit=INITIAL_CREDIT,
     )
-
-
-async def test_the_catalogue_is_asked_for_again(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """When an admin has emptied that cache, by whichever web worker."""
-    worker.catalog = worker.catalog[:1]
-    assert len(client.catalog) > 1
-    worker.snapshot = msgspec.structs.replace(worker.snapshot, emptied={"catalog": 1})
-    await becomes(lambda: len(client.catalog) == 1)
-    await becomes(lambda: client.snapshot and client.snapshot.web_caches)
-    assert client.snapshot
-    assert client.snapshot.web_caches["catalog"].hits > 0
-
-
-async def test_chunks_come_in_order(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """The chunks come in order, then None; then `finished` tells how the request ended."""
-    speech = client.speak(_request())
-    chunks = []
-    while (chunk := await speech.chunk()) is not None:
-        chunks.append(chunk)
-    assert [chunk.pcm for chunk in chunks] == tone("hello", 3)
-    assert {chunk.rate for chunk in chunks} == {1.0}
-    assert speech.finished is not None
-    assert speech.finished.usage.output_tokens == 3
-    assert not worker.of(Cancel)
-    for _ in range(2):
-        speech.abort(ApiError("internal_error", "the encoder failed", param="speed"))
-    await client.fresh_snapshot(0)
-    error = SpeechError(code="internal_error", message="the encoder failed", param="speed")
-    assert worker.of(Cancel) == [Cancel(id="r1", error=error)]
-
-
-async def test_a_slow_consumer_holds_the_worker_back(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Credit is granted only for chunks that were taken, so memory holds at most the initial credit."""
-    worker.chunks = 100
-    speech = client.speak(_request())
-    await client.fresh_snapshot(0)
-    await client.fresh_snapshot(0)
-    assert not worker.of(Credit)
-    for _ in range(40):
-        await speech.chunk()
-    assert sum(credit.chunks for credit in await asyncio.to_thread(worker.wait_for, Credit, 10)) == 40
-
-
-async def test_text_in_pieces(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """The first piece leaves at once, later ones together; the end takes what is left. Text behind it is dropped."""
-    speech = client.speak(msgspec.structs.replace(_request(), open=True, segments=[]))
-    for piece in ("a", "b", "c"):
-        speech.append(piece)
-    (first,) = await asyncio.to_thread(worker.wait_for, Append, 1)
-    assert first.text == "a"
-    assert (await asyncio.to_thread(worker.wait_for, Append, 2))[1].text == "bc"
-    speech.append("d", flush=True)
-    speech.append("e")
-    speech.end_text()
-    speech.append("f")
-    speech.end_text()
-    chunks = [chunk async for chunk in _chunks(speech)]
-    assert chunks == [*tone("a", 3), *tone("bc", 3), *tone("d", 3), *tone("e", 3)]
-    assert [message.flush for message in worker.of(Append)] == [False, False, True, False]
-    assert len(worker.of(EndText)) == 1
-
-
-async def test_a_request_that_is_over_takes_no_text(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """No message of it follows its end, whichever that is."""
-    aborted, lost = (client.speak(msgspec.structs.replace(_request(number), open=True)) for number in (1, 2))
-    await asyncio.to_thread(worker.wait_for, Speak, 2)
-    for speech in (aborted, lost):
-        speech.append("a")
-        speech.append("b")
-    aborted.abort()
-    lost.fail(ApiError("worker_unavailable", "gone"))
-    for speech in (aborted, lost):
-        speech.append("c", flush=True)
-        speech.end_text()
-    await asyncio.sleep(3 * PIECE_INTERVAL_S)
-    await client.fresh_snapshot(0)
-    assert {message.text for message in worker.of(Append)} == {"a"}
-    assert not worker.of(EndText)
-
-
-async def _chunks(speech: Speech) -> AsyncIterator[bytes]:
-    while (chunk := await speech.chunk()) is not None:
-        yield chunk.pcm
-
-
-async def test_without_a_worker(tmp_path: Path) -> None:
-    """The client starts, gives a reason, and refuses every request at once."""
-    async with ZmqEngineClient(f"ipc://{tmp_path}/none.ipc", "", timeout_s=TIMEOUT_S) as engine:
-        assert engine.unavailable() is not None
-        assert engine.catalog == []
-        began = time.monotonic()
-        with pytest.raises(ApiError) as caught:
-            engine.speak(_request())
-        assert caught.value.code == "worker_unavailable"
-        with pytest.raises(ApiError):
-            await engine.call(Cleanup(), client="me", timeout_s=1)
-        with pytest.raises(ApiError):
-            await engine.fresh_snapshot(1)
-        assert time.monotonic() - began < stretched(0.5)
-
-
-async def test_a_worker_may_start_later(tmp_path: Path) -> None:
-    """Client and worker may start in any order."""
-    fake = FakeWorker(tmp_path / "w.ipc")
-    async with ZmqEngineClient(fake.url, "", timeout_s=TIMEOUT_S) as engine:
-        with fake:
-            await becomes(lambda: engine.unavailable() is None)
-            assert [spec.id for spec in engine.catalog] == [spec.id for spec in fake.catalog]
-            assert engine.worker_settings == fake.settings
-
-
-async def test_a_dead_worker_fails_everything_in_flight(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Speeches and calls fail at once, the catalogue stays known, and the client connects to the next worker."""
-    worker.hold = True
-    speech = client.speak(_request())
-    worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
-    calling = asyncio.create_task(client.call(Cleanup(), client="me", timeout_s=30))
-    await asyncio.to_thread(worker.wait_for, Call)
-    began = time.monotonic()
-    await asyncio.to_thread(worker.stop)
-    with pytest.raises(ApiError) as caught:
-        await speech.chunk()
-    assert caught.value.code == "worker_unavailable"
-    with pytest.raises(ApiError):
-        await calling
-    assert time.monotonic() - began < stretched(1)
-    assert client.unavailable() is not None
-    assert client.catalog
-    worker.restart("boot-2")
-    await becomes(lambda: client.unavailable() is None)
-    assert client.snapshot is not None
-    assert client.snapshot.boot_id == "boot-2"
-
-
-async def test_another_protocol_version_is_refused(tmp_path: Path) -> None:
-    """Requests are refused where the worker has another protocol version."""
-    with FakeWorker(tmp_path / "w.ipc") as fake:
-        fake.version = 999
-        async with ZmqEngineClient(fake.url, "", timeout_s=TIMEOUT_S) as engine:
-            await becomes(lambda: "version" in reason(engine))
-            with pytest.raises(ApiError, match="999"):
-                engine.speak(_request())
-
-
-async def test_a_wrong_token_is_a_reason(tmp_path: Path) -> None:
-    """If the worker refuses the Hello, `unavailable` gives its message."""
-    with FakeWorker(tmp_path / "w.ipc") as fake:
-        fake.token = "right"  # noqa: S105 - a test's token
-        async with ZmqEngineClient(fake.url, "wrong", timeout_s=TIMEOUT_S) as engine:
-            await becomes(lambda: "wrong token" in reason(engine))
-            assert fake.of(Hello)[0].token == "wrong"  # noqa: S105 - a test's token
 
 
 async def test_a_pause_of_the_worker_costs_no_request(
@@ -293,104 +130,6 @@ async def test_an_ended_lease_is_a_lost_connection(client: ZmqEngineClient, work
         await speech.chunk()
     await becomes(lambda: client.unavailable() is None)
     assert len(worker.of(Hello)) > said
-
-
-async def test_the_supervisor_gives_the_reason(tmp_path: Path) -> None:
-    """While no worker is there, reason and Retry-After are those of the outage file, within what clients obey."""
-    url = f"ipc://{tmp_path}/none.ipc"
-    async with ZmqEngineClient(url, "", timeout_s=TIMEOUT_S) as engine:
-        for back_in_s, retry_after_s in ((-3.0, 1.0), (12.0, 12.0), (600.0, 60.0)):
-            OutageFile(url).write(Outage(reason="It died.", back_at=time.time() + back_in_s))
-            error = engine.unavailable()
-            assert error is not None
-            assert error.message == "It died."
-            assert error.retry_after_s == pytest.approx(retry_after_s, abs=stretched(0.5))
-        (tmp_path / "none.ipc.outage").write_bytes(b"{")
-        assert "starting, or it has died" in reason(engine)
-
-
-async def test_a_gap_is_an_error(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """A missing sequence number fails the request and cancels it at the worker."""
-    worker.skip_seq = True
-    speech = client.speak(_request())
-    assert await speech.chunk() is not None
-    with pytest.raises(ApiError) as caught:
-        await speech.chunk()
-    assert caught.value.code == "synthesis_failed"
-    await asyncio.to_thread(worker.wait_for, Cancel)
-
-
-async def test_abort_is_synchronous_and_idempotent(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Any number of aborts sends one Cancel; a consumer that still waits gets an ApiError."""
-    worker.hold = True
-    speech = client.speak(_request())
-    speech.abort()
-    speech.abort()
-    with pytest.raises(ApiError):
-        await speech.chunk()
-    await client.fresh_snapshot(0)
-    assert [cancel.id for cancel in worker.of(Cancel)] == ["r1"]
-
-
-async def test_closing_cancels(worker: FakeWorker) -> None:
-    """Closing the client cancels the requests in flight at the worker."""
-    worker.hold = True
-    async with ZmqEngineClient(worker.url, "", timeout_s=TIMEOUT_S) as engine:
-        await becomes(lambda: engine.unavailable() is None)
-        engine.speak(_request())
-        await asyncio.to_thread(worker.wait_for, Speak)
-    await asyncio.to_thread(worker.wait_for, Cancel)
-
-
-async def test_calls_get_their_own_reply(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """A Reply goes to the call with its id; a Failed raises an ApiError with its code."""
-    done = CleanupPass(timestamp=1.0, vram_before_bytes=2, vram_after_bytes=1, models_checked=[], models_unloaded=[])
-    voice = SavedVoice(id="v", name="V", kind="clone", created_at=1, seconds=2.0, in_context=True)
-    worker.on_call = lambda call, _payload: (
-        Reply(id=call.id, cleanup=done) if isinstance(call.action, Cleanup) else Reply(id=call.id, voice=voice)
-    )
-    cleaned, found = await asyncio.gather(
-        client.call(Cleanup(), client="me", timeout_s=5), client.call(FindVoice(name="v"), client="me", timeout_s=5)
-    )
-    assert cleaned.cleanup == done
-    assert found.voice == voice
-    worker.on_call = lambda call, _payload: Failed(id=call.id, code="model_busy", message="busy", retry_after_s=4)
-    with pytest.raises(ApiError) as caught:
-        await client.call(Cleanup(), client="me", timeout_s=5)
-    assert (caught.value.status, caught.value.retry_after_s) == (409, 4)
-
-
-async def test_a_call_times_out(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """A call without a reply fails after `timeout_s` and is cancelled at the worker."""
-    worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
-    with pytest.raises(ApiError) as caught:
-        await client.call(Cleanup(), client="me", timeout_s=0.05)
-    assert caught.value.code == "worker_unavailable"
-    [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
-    assert cancel.id == worker.of(Call)[0].id
-
-
-async def test_a_cancelled_call_is_cancelled_at_the_worker(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """A call whose caller was cancelled sends a Cancel; a call that was answered sends none."""
-    worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
-    calling = asyncio.create_task(client.call(Cleanup(), client="me", timeout_s=30))
-    await asyncio.to_thread(worker.wait_for, Call)
-    calling.cancel()
-    [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
-    assert cancel.id == worker.of(Call)[0].id
-    worker.on_call = lambda call, _payload: Failed(id=call.id, code="model_busy", message="busy")
-    with pytest.raises(ApiError):
-        await client.call(Cleanup(), client="me", timeout_s=30)
-    await client.fresh_snapshot(0)
-    assert len(worker.of(Cancel)) == 1
-
-
-async def test_the_snapshot_is_kept_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:
-    """Regular pings renew `snapshot`; `fresh_snapshot` pings at once."""
-    worker.snapshot = msgspec.structs.replace(worker.snapshot, running=3)
-    assert (await client.fresh_snapshot(0)).running == 3
-    worker.snapshot = msgspec.structs.replace(worker.snapshot, running=4)
-    await becomes(lambda: client.snapshot is not None and client.snapshot.running == 4)
 
 
 async def test_a_pong_to_an_older_ping_is_not_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:

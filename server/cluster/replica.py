@@ -1,0 +1,128 @@
+"""The engine deployment: a replica for each GPU, which keeps one GPU worker alive and passes its messages on.
+
+A dead GPU worker costs its own requests and seconds: the supervisor starts another one. A replica whose GPU worker
+stays dead fails its health check, and Serve replaces it.
+"""
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import ray
+import structlog
+from ray import serve
+
+from server.cluster.settings import NodeSettings, settings_of
+from server.cluster.worker_gateway import Askers, WorkerGateway
+from server.engine import OutageFile, ZmqEngineClient
+from server.engine.ray import Frames
+from server.processes import Supervisor
+from shared.log import set_up_logging
+from shared.settings import PREFIX, variable_of, variables_of
+
+STOP_MARGIN_S: Final = 5.0
+"""The GPU worker may take so long beyond the drain timeout to free its models."""
+
+_MOST_DEAD_S: Final = 60.0
+"""A replica whose GPU worker is away for longer is unhealthy. A start of published weights takes up to 25 s."""
+
+_START_PAUSE_S: Final = 0.05
+
+log = structlog.get_logger(__name__)
+
+
+class EngineReplica:
+    """The deployment's class. Serve runs its methods on one event loop."""
+
+    async def __init__(self, node_settings: NodeSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = settings_of(node_settings)
+        set_up_logging(settings.log_level, settings.log_format, "replica")
+        context = serve.get_replica_context()
+        self._folder = Path(tempfile.mkdtemp(prefix="tts-"))
+        url = f"ipc://{self._folder}/worker.ipc"
+        variables = variables_of(settings) | {variable_of("worker_url"): url}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        self._supervisor = Supervisor(
+            [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
+            inherited | variables,
+            timeout_s=settings.worker_timeout_s,
+            stop_timeout_s=STOP_MARGIN_S,
+            on_final=lambda: None,
+            on_outage=OutageFile(url).write,
+        )
+        self._askers = Askers()
+        self._engine = ZmqEngineClient(
+            url,
+            settings.worker_token,
+            timeout_s=settings.worker_timeout_s,
+            cache_counts=self._askers.cache_counts,
+            open_sockets=self._askers.open_sockets,
+        )
+        runtime = ray.get_runtime_context()
+        gpus = [str(number) for number in runtime.get_accelerator_ids().get("GPU", [])]
+        self._gateway = WorkerGateway(
+            context.replica_id.unique_id,
+            self._engine,
+            self._askers,
+            node=ray.util.get_node_ip_address(),
+            gpus=gpus,
+        )
+        await self._engine.__aenter__()
+        self._supervisor.start()
+        self._seen_at = time.monotonic()
+        while self._engine.unavailable() is not None:
+            self._require_worker()
+            await asyncio.sleep(_START_PAUSE_S)
+        log.info("replica_ready", replica=self._gateway.name)
+
+    async def __del__(self) -> None:
+        """Serve calls it once the replica has drained."""
+        await self._engine.__aexit__()
+        await asyncio.to_thread(self._supervisor.stop)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _require_worker(self) -> None:
+        if self._supervisor.exit_code is not None:
+            raise RuntimeError(f"the GPU worker cannot run: exit code {self._supervisor.exit_code}")
+
+    async def name(self) -> str:
+        """The replica's name."""
+        return self._gateway.name
+
+    async def speak(
+        self,
+        request: bytes,
+        reference: bytes | None,
+        ingress: str,
+        avoid: Sequence[str] = (),  # noqa: ARG002 -- the router has seen to it
+    ) -> AsyncIterator[list[Frames]]:
+        """Speak a request."""
+        async for batch in self._gateway.speak(request, reference, ingress):
+            yield batch
+
+    async def call(self, call: bytes, payload: bytes | None) -> Frames:
+        """Do an action that is not speech."""
+        return await self._gateway.call(call, payload)
+
+    async def post(self, messages: list[bytes]) -> None:
+        """Take messages that have no answer."""
+        self._gateway.post(messages)
+
+    async def report(self, request: bytes) -> bytes:
+        """What the replica says of itself."""
+        return await self._gateway.report(request)
+
+    async def check_health(self) -> None:
+        """Raise if the GPU worker cannot run, or has been away for too long."""
+        self._require_worker()
+        error = self._engine.unavailable()
+        if error is None:
+            self._seen_at = time.monotonic()
+        elif time.monotonic() - self._seen_at > _MOST_DEAD_S:
+            raise RuntimeError(error.message)

@@ -1,0 +1,75 @@
+"""`cluster`: the service as a Ray Serve application, on this machine or on a Ray cluster that runs.
+
+It owns the order of start and stop: settings, Ray, application; then the application (drained), Ray.
+Exit codes: 0 stopped; 1 Ray or the application could not start; 2 the settings are wrong, or the extra is missing.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from typing import Final
+
+import structlog
+
+from server.commands.serve import WEB_CHECKS
+from shared.catalog import CatalogError
+from shared.environment import environment
+from shared.log import set_up_logging
+from shared.settings import PREFIX, SettingsError, load_settings
+
+SUMMARY: Final = "run the service with many GPUs, as a Ray Serve application"
+
+EXIT_FAILED: Final = 1
+EXIT_WRONG_SETTINGS: Final = 2
+
+log = structlog.get_logger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where Ray runs."""
+    parser.add_argument(
+        "--address",
+        metavar="auto|HOST[:PORT]",
+        help="a Ray cluster that runs: of this machine (auto), or of HOST (default: start Ray here, for this machine)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal ends the service; returns the exit code."""
+    try:
+        environ = environment()
+        settings = load_settings(environ, *WEB_CHECKS)
+    except (SettingsError, CatalogError) as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_WRONG_SETTINGS
+    set_up_logging(settings.log_level, settings.log_format, "main")
+    # The processes of a Ray that starts here inherit them, the secrets among them.
+    os.environ.update({name: value for name, value in environ.items() if name.startswith(PREFIX)})
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if arguments.address is None:
+        # Ray then takes the loopback for this node's address, and listens nowhere else. Ray reads both on its import.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        from server.cluster.deployment import Deployment, DeploymentError  # noqa: PLC0415 -- ray is an extra
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        sys.stderr.write("Ray is not installed: pip install 'qwen3-tts-server[cluster]'\n")
+        return EXIT_WRONG_SETTINGS
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda _number, _frame: stopping.set())
+    deployment = Deployment(settings, arguments.address)
+    try:
+        deployment.start()
+        log.info("serving", url=settings.url(settings.host), replicas=deployment.replicas)
+        stopping.wait()
+    except DeploymentError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
+    finally:
+        deployment.stop()
+    return 0
