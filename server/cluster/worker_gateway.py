@@ -124,7 +124,9 @@ class WorkerGateway:
         """Do an action; the answer is a Reply or a Failed."""
         try:
             call = _decode(header, payload, Call)
-            reply = await self._engine.call(call.action, client=call.client, payload=payload, timeout_s=_CALL_TIMEOUT_S)
+            reply = await self._engine.call(
+                call.action, client=call.client, access=call.access, payload=payload, timeout_s=_CALL_TIMEOUT_S
+            )
         except ApiError as error:
             return encode(failed("", error))
         return encode(msgspec.structs.replace(reply, id=call.id))
@@ -228,7 +230,12 @@ class _Stream:
 def failed(request_id: str, error: ApiError) -> Failed:
     """The message of an error."""
     return Failed(
-        id=request_id, code=error.code, message=error.message, param=error.param, retry_after_s=error.retry_after_s
+        id=request_id,
+        code=error.code,
+        message=error.message,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+        rate_limit=error.rate_limit,
     )
 
 

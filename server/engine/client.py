@@ -20,6 +20,7 @@ from shared.protocol import (
     Append,
     Audio,
     EndText,
+    Failed,
     Finished,
     RateLimit,
     Reply,
@@ -193,6 +194,17 @@ class Speech:
             self._error = error
             self._close_text()
             self._news.set()
+
+
+def error_of(failed: Failed) -> ApiError:
+    """The error that a Failed describes."""
+    return ApiError(
+        failed.code,
+        failed.message,
+        param=failed.param,
+        retry_after_s=failed.retry_after_s,
+        rate_limit=failed.rate_limit,
+    )
 
 
 def silent_speech(request: Speak, engine: "EngineClient") -> Speech:

@@ -15,11 +15,12 @@ from typing import Any, Final, Protocol, Self
 import msgspec
 import structlog
 
-from server.engine.client import Speech
+from server.engine.client import Speech, error_of
 from server.engine.cluster_snapshot import merge
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
+    SHARED_VOICES,
     Action,
     Append,
     Audio,
@@ -48,6 +49,7 @@ from shared.protocol import (
     Spoken,
     Started,
     UnloadModel,
+    VoiceAccess,
     decode_from_worker,
     encode,
 )
@@ -248,10 +250,18 @@ class RayEngineClient:
         if alive:
             self.post(alive[0], Spoken(outcome=outcome))
 
-    async def call(self, action: Action, *, client: str, payload: bytes | None = None, timeout_s: float) -> Reply:
+    async def call(
+        self,
+        action: Action,
+        *,
+        client: str,
+        access: VoiceAccess = SHARED_VOICES,
+        payload: bytes | None = None,
+        timeout_s: float,
+    ) -> Reply:
         """Actions on one model's place, on caches and on outcomes go to all replicas, the others to one of them."""
         self._require_worker()
-        message = encode(Call(id=uuid.uuid4().hex, client=client, action=action))[0]
+        message = encode(Call(id=uuid.uuid4().hex, client=client, access=access, action=action))[0]
         try:
             async with asyncio.timeout(timeout_s):
                 if isinstance(action, _FOR_ALL):
@@ -617,11 +627,6 @@ def merge_replies(action: Action, replies: list[Reply]) -> Reply:
     if isinstance(action, FindUsage):
         return msgspec.structs.replace(replies[0], usage=[row for reply in replies for row in reply.usage])
     return replies[0]
-
-
-def error_of(failed: Failed) -> ApiError:
-    """The error that a Failed describes."""
-    return ApiError(failed.code, failed.message, param=failed.param, retry_after_s=failed.retry_after_s)
 
 
 def unavailable_error(message: str, retry_after_s: float = _RETRY_AFTER_S) -> ApiError:

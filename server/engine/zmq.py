@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from server.engine.client import Speech
+from server.engine.client import Speech, error_of
 from server.engine.connection import Connection, SmallMessage
 from server.engine.outage import OutageFile
 from server.http.errors import ApiError
@@ -326,13 +326,7 @@ class ZmqEngineClient:
             del self._speeches[message.id]
 
     def _handle_failure(self, failed: Failed) -> None:
-        error = ApiError(
-            failed.code,
-            failed.message,
-            param=failed.param,
-            retry_after_s=failed.retry_after_s,
-            rate_limit=failed.rate_limit,
-        )
+        error = error_of(failed)
         if failed.code == "hello_expected":
             # This process was stopped for longer than its lease, and the worker has cancelled its requests.
             self._on_lost()
