@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
@@ -29,6 +30,7 @@ from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.heartbeat import Heartbeat
 from gpu_worker.limits import LimitCounter
+from gpu_worker.requests import Request
 from gpu_worker.residency import (
     Checkpoints,
     Mover,
@@ -41,7 +43,7 @@ from gpu_worker.residency import (
 )
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
-from gpu_worker.stats import Stats
+from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Transport
 from gpu_worker.usage import AddUsage, UsageFile, UsageFound, UsageLog
 from gpu_worker.voices import ConsentStore, FolderWatch, LookAtFolder, VoiceFiles, VoiceStore, VoiceWrite
@@ -55,6 +57,10 @@ from shared.settings import Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, AlreadyRunningError, claim
 from shared.stacks import write_stacks_on_signals
 from shared.text import MAX_RESPELLED
+from shared.tracing import open_traces, tracing_problems
+
+if TYPE_CHECKING:
+    from shared.traces import Traces
 
 EXIT_BROKEN_DEVICE: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
@@ -113,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "health":
             settings = load_settings(environment(), _no_address)
             return _health(str(settings.worker_url), settings.worker_token)
-        checks = (_no_address, unknown_models, unusable_folders, impossible_kernels, _no_device)
+        checks = (_no_address, unknown_models, unusable_folders, impossible_kernels, _no_collector, _no_device)
         settings = load_settings(environment(), *checks)
         return _serve(settings, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
     except (SettingsError, CatalogError, AddressError) as error:
@@ -125,6 +131,10 @@ def _no_address(settings: Settings) -> list[str]:
     if settings.worker_url is not None:
         return []
     return [f"{variable_of('worker_url')}: the worker needs an address, ipc:///private/dir/worker.ipc"]
+
+
+def _no_collector(settings: Settings) -> list[str]:
+    return tracing_problems(settings, os.environ)
 
 
 def _no_device(settings: Settings) -> list[str]:
@@ -197,7 +207,8 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
         _drain_on_signals(inbox, settings.drain_timeout_s)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
         heartbeat = Heartbeat(heartbeat_pipe, settings.worker_timeout_s)
-        worker, mover, writers = build_worker(settings, transport, inbox, heartbeat, restarts=restarts)
+        traces = open_traces(settings, os.environ, "gpu_worker")
+        worker, mover, writers = build_worker(settings, transport, inbox, heartbeat, restarts=restarts, traces=traces)
         transport.start()
         log.info("worker_ready", pid=os.getpid())
         try:
@@ -210,6 +221,8 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
             transport.stop()
             for writer in writers:
                 writer.close(timeout_s=_WRITER_GRACE_S)
+            if traces is not None:
+                traces.close()
         mover.close(timeout_s=_MOVER_GRACE_S)
         log.info("drained")
     return 0
@@ -222,6 +235,7 @@ def build_worker(
     heartbeat: Heartbeat,
     *,
     restarts: int,
+    traces: "Traces | None" = None,
 ) -> tuple[Worker, Mover, list[SerialThread[Any]]]:
     """Build and connect all parts of the worker, here alone. The caller closes the parts with a thread."""
     catalog = load_catalog()
@@ -297,8 +311,17 @@ def build_worker(
         clock=time.monotonic,
         preload=factory.models_to_preload(default_model),
         on_turn=lambda: heartbeat.beat(ready=not residency.preloading),
+        on_request_over=_span_maker(traces),
     )
     return worker, mover, [voice_writer, usage_writer]
+
+
+def _span_maker(traces: "Traces | None") -> Callable[[Request, Ending], None]:
+    if traces is None:
+        return lambda _request, _ending: None
+    from gpu_worker.request_traces import RequestTraces  # noqa: PLC0415 -- an optional extra
+
+    return RequestTraces(traces, time.monotonic).record
 
 
 def _report(found: UsageFound | None, inbox: "queue.SimpleQueue[Command]") -> None:

@@ -36,6 +36,7 @@ from shared.protocol import (
     Snapshot,
     speech_id_of,
 )
+from shared.tracing import trace_id_of
 
 Ending = Literal["finished", "failed", "cancelled"]
 """How a request ended."""
@@ -109,7 +110,12 @@ class Stats:
         asked_at = request.arrived_at if request.first_text_at is None else request.first_text_at
         seconds = self._clock() - asked_at
         histogram = _with_value(self._stats_of(request.model).first_audio_s, FIRST_AUDIO_BOUNDS_S, seconds)
-        exemplar = Exemplar(value=seconds, at=self._wall_clock(), speech_id=speech_id_of(request.id))
+        exemplar = Exemplar(
+            value=seconds,
+            at=self._wall_clock(),
+            speech_id=speech_id_of(request.id),
+            trace_id=trace_id_of(request.traceparent),
+        )
         exemplars = {**histogram.exemplars, bisect_left(FIRST_AUDIO_BOUNDS_S, seconds): exemplar}
         self._replace(request.model, first_audio_s=msgspec.structs.replace(histogram, exemplars=exemplars))
         self._performance.first_audio(request.model, seconds)

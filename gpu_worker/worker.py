@@ -117,6 +117,7 @@ class Worker:
         clock: Callable[[], float],
         preload: Sequence[str] = (),
         on_turn: Callable[[], None] = lambda: None,
+        on_request_over: Callable[[Request, Ending], None] = lambda _request, _ending: None,
     ) -> None:
         self._specs = {spec.id: spec for spec in catalog}
         self._send = send
@@ -134,6 +135,7 @@ class Worker:
         self._limits = limits
         self._usage = usage
         self._on_turn = on_turn
+        self._on_request_over = on_request_over
         self._open: dict[tuple[bytes, str], Request] = {}  # by peer and request id; all that are not DONE
         self._outcomes = Outcomes()
         self._caches = Caches(lambda: residency.engines, voices)
@@ -268,6 +270,7 @@ class Worker:
                     is_batch=speak.priority == "batch",
                     deadline_s=speak.deadline_s,
                     limits=speak.limits,
+                    traceparent=speak.traceparent,
                     sink=sink,
                     keep_alive_s=speak.keep_alive_s,
                     arrived_at=self._clock(),
@@ -590,6 +593,7 @@ class Worker:
             self._usage.add(request.client, request.model, _use_of(request, ending))
             self._outcomes.record(request.to_outcome())
             self._stats.request_ended(ending)
+            self._on_request_over(request, ending)
 
     def _release(self, request: Request, outcome: Outcome) -> None:
         """Take `request` out of the queue, its slot or where it is parked, and drop its reference on the model.

@@ -40,6 +40,7 @@ from server.routes.speech_start import speech_starter
 from server.text import load_pronunciations
 from shared.log import set_up_logging
 from shared.settings import Settings, load_settings
+from shared.tracing import open_traces
 
 OpenEngine = Callable[..., AbstractAsyncContextManager[EngineClient]]
 """Opens the client of the GPU workers. The keyword arguments are those of ZmqEngineClient about the web side."""
@@ -65,6 +66,7 @@ def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> Htt
             ttl_s=settings.audio_store_ttl_s,
         )
         web_caches = WebCaches(settings.pronunciations, audio_store)
+        traces = app.state.traces = open_traces(settings, os.environ, "web")
         async with (
             audio_store,
             open_engine(
@@ -79,6 +81,8 @@ def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> Htt
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
             app.state.event_feed = events.EventFeed(lambda: events.event_of(engine, settings), app.state.stopping)
             yield
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = Litestar(
         route_handlers=[
@@ -97,6 +101,7 @@ def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> Htt
                 "keyring": load_keyring(settings),
                 "stopping": asyncio.Event(),
                 "open_sockets": open_sockets,
+                "traces": None,
             }
         ),
         lifespan=[lifespan],

@@ -23,7 +23,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 12
+VERSION: Final = 13
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -104,6 +104,13 @@ class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
     limit: int
     remaining: int
     reset_s: float
+
+
+TraceParent = Annotated[str, Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
+"""The context of W3C's header `traceparent`: version, trace, span, flags; "" without a trace that is kept.
+
+Its companion `tracestate` is dropped: it is kilobytes of whatever a client likes.
+"""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -206,6 +213,7 @@ class Speak(Message, frozen=True, kw_only=True):
     `timestamps`: tell the times of the words, which only models with ModelSpec.timestamps know.
     `open`: the last segment goes on with Append, until EndText. There may be no segment yet.
     `credit` is the number of Audio messages that may be sent before the first Credit.
+    `traceparent`: the spans of the GPU worker are children of this one.
     """
 
     id: str
@@ -229,6 +237,7 @@ class Speak(Message, frozen=True, kw_only=True):
     deadline_s: float | None = None
     open: bool = False
     access: VoiceAccess = VoiceAccess()
+    traceparent: TraceParent = ""
 
 
 class Append(Message, frozen=True, kw_only=True):
@@ -631,12 +640,13 @@ TRANSITION_BOUNDS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 6
 class Exemplar(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The latest request in a bucket of a histogram; its log lines and its outcome have the same speech id.
 
-    `at` is in Unix seconds.
+    `at` is in Unix seconds. `trace_id` is "" if no trace of the request is kept.
     """
 
     value: float
     at: float
     speech_id: str
+    trace_id: str = ""
 
 
 class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

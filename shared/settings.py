@@ -116,6 +116,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 
+    # traces
+    otlp_endpoint: Annotated[str, Meta(max_length=2000)] = ""
+
     def public(self) -> dict[str, Any]:
         """The settings as plain JSON values, without keys and tokens."""
         values = msgspec.to_builtins(self, str_keys=True, enc_hook=str)
@@ -158,7 +161,7 @@ _USED_BY_WEB_SIDE: Final = {
     ),
     *("input_format", "pronunciations", "replicas"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
-    *("drain_timeout", "log_level", "log_format"),
+    *("drain_timeout", "log_level", "log_format", "otlp_endpoint"),
 }
 """The public names of settings that the web side uses, alone or with the worker."""
 

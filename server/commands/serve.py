@@ -40,6 +40,7 @@ from shared.environment import NO_CUDA, environment, impossible_kernels, unknown
 from shared.log import set_up_logging
 from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, ipc_path
+from shared.tracing import tracing_problems
 
 SUMMARY: Final = "run the service (the default command)"
 
@@ -160,7 +161,18 @@ def _keys_problems(settings: Settings) -> list[str]:
     return []
 
 
-WEB_CHECKS: Final = (_host_problems, tls_problems, _keys_problems, _pronunciations_problems, unknown_models)
+def _tracing_problems(settings: Settings) -> list[str]:
+    return tracing_problems(settings, os.environ)
+
+
+WEB_CHECKS: Final = (
+    _host_problems,
+    tls_problems,
+    _keys_problems,
+    _pronunciations_problems,
+    _tracing_problems,
+    unknown_models,
+)
 """What is wrong with settings beyond their form, wherever the GPU worker runs."""
 
 _CHECKS: Final = (*WEB_CHECKS, _worker_problems)

@@ -33,6 +33,7 @@ from server.http.request_scope import (
     printable_path,
     request_id_of,
 )
+from server.http.request_traces import trace_request
 from server.http.versions import API_VERSION, VERSION_HEADER, refuse_other_version, version_hint
 
 log = structlog.get_logger(__name__)
@@ -70,6 +71,13 @@ class HttpMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. The lifespan scope passes through."""
+        traces = self.app.state.traces
+        if traces is not None and scope["type"] in {ScopeType.HTTP, ScopeType.WEBSOCKET}:
+            await trace_request(traces, self._serve, scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             answer = self._open_websocket if scope["type"] == ScopeType.WEBSOCKET else self.app
             await answer(scope, receive, send)

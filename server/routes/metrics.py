@@ -263,4 +263,5 @@ def _histogram(
 def _exemplar(found: Exemplar | None) -> tuple[()] | tuple[OpenMetricsExemplar]:
     if found is None:
         return ()
-    return (OpenMetricsExemplar({"speech_id": found.speech_id}, found.value, round(found.at, 3)),)
+    labels = {"speech_id": found.speech_id} | ({"trace_id": found.trace_id} if found.trace_id else {})
+    return (OpenMetricsExemplar(labels, found.value, round(found.at, 3)),)

@@ -26,6 +26,7 @@ from server.engine import (
 from server.http.auth import caller_of
 from server.http.errors import ApiError
 from server.http.keys import Caller
+from server.http.request_traces import traceparent
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
 from server.text import EVERY_LANGUAGE, InputFormat, PreparedSegment, Pronunciations, load_pronunciations, prepare
@@ -158,6 +159,7 @@ class SpeechPlan:
             non_streaming_mode=data.non_streaming_mode,
             timestamps=bool(data.timestamps),
             keep_alive_s=resolved.keep_alive_s,
+            traceparent=traceparent(),
         )
 
 

@@ -74,6 +74,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_HOST_BUDGET_MB", "1", 1),
     ("TTS_LOG_LEVEL", "DEBUG", "debug"),
     ("TTS_LOG_FORMAT", "json", "json"),
+    ("TTS_OTLP_ENDPOINT", "http://collector:4318", "http://collector:4318"),
 ]
 
 INVALID: list[tuple[str, str, str]] = [
