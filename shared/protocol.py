@@ -888,6 +888,11 @@ def speech_id_of(speak_id: str) -> str:
     return speak_id.rpartition(".")[2]
 
 
+def request_id_in(speak_id: str) -> str:
+    """The client's request id in the id of a Speak."""
+    return speak_id.rpartition(".")[0]
+
+
 def is_known_as(speak_id: str, name: str) -> bool:
     """True if `name` is the request id or the speech id in `speak_id`."""
     request_id, _, speech_id = speak_id.rpartition(".")

@@ -66,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_aliases: dict[str, str] = {}
     require_consent: bool = False
     unknown_voice: Literal["refuse", "default"] = "refuse"
+    provenance: bool = True
     audio_store_dir: Path = Path("models/audio")
     audio_store_mb: Annotated[int, Meta(ge=0, le=100_000_000)] = 256
     audio_store_ttl_s: Seconds = 3600.0
@@ -156,6 +157,7 @@ _USED_BY_WEB_SIDE: Final = {
         "allow_ref_urls",
         "model_aliases",
         "unknown_voice",
+        "provenance",
         "require_consent",
         "keys_file",
     ),

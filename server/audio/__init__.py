@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from server.audio.decoder_pool import DecoderPool
     from server.audio.encoder import Encoder, effective_speed, load_resampler
     from server.audio.formats import CONTENT_TYPES, SAMPLE_RATES, Format, default_rate
+    from server.audio.provenance import Provenance
     from server.audio.store import AudioFacts, AudioStore, StoredAudio
     from server.audio.tempo import MAX_SPEED, MIN_SPEED
 else:
@@ -26,6 +27,7 @@ else:
         "SAMPLE_RATES": "formats",
         "Format": "formats",
         "default_rate": "formats",
+        "Provenance": "provenance",
         "AudioFacts": "store",
         "AudioStore": "store",
         "StoredAudio": "store",
@@ -50,6 +52,7 @@ __all__ = [
     "DecoderPool",
     "Encoder",
     "Format",
+    "Provenance",
     "StoredAudio",
     "default_rate",
     "effective_speed",

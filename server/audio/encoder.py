@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from server.audio.formats import SAMPLE_RATES, Format, default_rate, writer_for
+from server.audio.provenance import Provenance
 from server.audio.tempo import MAX_SPEED, MIN_SPEED, Tempo
 from shared.pcm import BYTES_PER_SAMPLE, SAMPLE_RATE
 
@@ -23,6 +24,7 @@ class Encoder:
     Without it, `feed` returns nothing and `finish` the whole file, whose header has the true sizes.
     `speed` (0.25 to 4) changes the duration and keeps the pitch; the first sound comes 200 to 300 ms later.
     `sample_rate` is one of `SAMPLE_RATES` of the format; None is the format's own.
+    `provenance` stands in the metadata of mp3, opus, ogg, flac and a whole wav; the others have no place for it.
     An encoder that is no longer needed is simply dropped.
     Raises ValueError for an unknown format, a rate that the format cannot have, or a speed out of range.
     """
@@ -34,6 +36,7 @@ class Encoder:
         speed: float = 1.0,
         sample_rate: int | None = None,
         streaming: bool = True,
+        provenance: Provenance | None = None,
     ) -> None:
         if not MIN_SPEED <= speed <= MAX_SPEED:
             raise ValueError(f"speed is between {MIN_SPEED} and {MAX_SPEED}, not {speed}")
@@ -49,7 +52,7 @@ class Encoder:
         self._resampler: Resampler | None = None
         if self.sample_rate != SAMPLE_RATE:
             self._resampler = import_module("server.audio.resampler").Resampler(self.sample_rate)
-        self._writer = writer_for(response_format, rate=self.sample_rate, streaming=streaming)
+        self._writer = writer_for(response_format, rate=self.sample_rate, streaming=streaming, provenance=provenance)
 
     def feed(self, pcm: bytes, rate: float | None = 1.0) -> bytes:
         """Take the next piece of speech, cut anywhere; returns the bytes that can be sent now, possibly none.

@@ -15,6 +15,7 @@ import msgspec
 from av.audio.stream import AudioStream
 
 from server.audio.frames import audio_frame
+from server.audio.provenance import Provenance
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, samples_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
     `undeclared_delay` is the codec's delay in samples (for MP3 with the decoder's 529) if the stream cannot declare it.
     `declared_when_whole`: the header of a finished file declares it.
+    `tagged`: options with which the container has tags; None: it has no place for them.
     `first_packets` are sent together at first: a decoder that has to recognise MP3 by itself needs two frames,
     and Ogg's muxer writes a page when the next one begins.
 
@@ -93,13 +95,19 @@ class _Recipe(msgspec.Struct, frozen=True, kw_only=True):
     undeclared_delay: int = 0
     declared_when_whole: bool = False
     first_packets: int = 1
+    tagged: dict[str, str] | None = None
     codec_options: dict[str, str] = {}
     options: dict[str, str] = {}
     streaming_options: dict[str, str] = {}
 
 
 _OPUS: Final = _Recipe(
-    codec="libopus", container="ogg", bit_rate=48_000, first_packets=2, streaming_options={"page_duration": "20000"}
+    codec="libopus",
+    container="ogg",
+    bit_rate=48_000,
+    first_packets=2,
+    tagged={},
+    streaming_options={"page_duration": "20000"},
 )
 _RECIPES: Final[dict[str, _Recipe]] = {
     "mp3": _Recipe(
@@ -109,6 +117,7 @@ _RECIPES: Final[dict[str, _Recipe]] = {
         undeclared_delay=1105,
         declared_when_whole=True,
         first_packets=2,
+        tagged={"id3v2_version": "4"},
         codec_options={"reservoir": "0", "compression_level": "7"},
         options={"id3v2_version": "0"},
         streaming_options={"write_xing": "0"},
@@ -123,7 +132,7 @@ _RECIPES: Final[dict[str, _Recipe]] = {
         undeclared_delay=1024,
         codec_options={"aac_coder": "fast"},
     ),
-    "flac": _Recipe(codec="flac", container="flac", codec_options={"compression_level": "2"}),
+    "flac": _Recipe(codec="flac", container="flac", tagged={}, codec_options={"compression_level": "2"}),
     "ulaw": _Recipe(codec="pcm_mulaw", container="mulaw"),
     "alaw": _Recipe(codec="pcm_alaw", container="alaw"),
 }
@@ -135,22 +144,30 @@ def default_rate(response_format: Format) -> int:
     return SAMPLE_RATE if SAMPLE_RATE in rates else rates[0]
 
 
-def writer_for(response_format: Format, *, rate: int, streaming: bool) -> "_PcmWriter | _CompressedWriter":
+def writer_for(
+    response_format: Format, *, rate: int, streaming: bool, provenance: Provenance | None
+) -> "_PcmWriter | _CompressedWriter":
     """A writer for the PCM of one answer, which has that sample rate.
 
     Its `write` takes whole samples and returns the bytes that can be sent now; `end` returns the rest.
     Without `streaming`, `end` returns the whole file.
     """
     if response_format in _RECIPES:
-        return _CompressedWriter(_RECIPES[response_format], rate=rate, streaming=streaming)
-    return _PcmWriter(wav_rate=rate if response_format == "wav" else None, streaming=streaming)
+        return _CompressedWriter(_RECIPES[response_format], rate=rate, streaming=streaming, provenance=provenance)
+    wav_rate = rate if response_format == "wav" else None
+    return _PcmWriter(wav_rate=wav_rate, streaming=streaming, provenance=provenance)
 
 
 class _PcmWriter:
-    """PCM unchanged; with `wav_rate`, behind the 44 bytes that make it a WAV file."""
+    """PCM unchanged; with `wav_rate`, behind the 44 bytes that make it a WAV file.
 
-    def __init__(self, *, wav_rate: int | None, streaming: bool) -> None:
+    The tags of a whole file follow the PCM: many programs take all from byte 44 on for sound. A streamed file has none:
+    its sizes are unknown, so its PCM goes on to its end.
+    """
+
+    def __init__(self, *, wav_rate: int | None, streaming: bool, provenance: Provenance | None) -> None:
         self._wav_rate = wav_rate
+        self._tags = provenance.riff_chunk() if provenance and wav_rate else b""
         self._started = False
         self._whole = None if streaming else bytearray()
 
@@ -166,15 +183,15 @@ class _PcmWriter:
     def end(self) -> bytes:
         if self._whole is None:
             return b"" if self._started else self._header(None)
-        return self._header(len(self._whole)) + bytes(self._whole)
+        return self._header(len(self._whole)) + bytes(self._whole) + self._tags
 
     def _header(self, data_bytes: int | None) -> bytes:
-        return b"" if self._wav_rate is None else _wav_header(self._wav_rate, data_bytes)
+        return b"" if self._wav_rate is None else _wav_header(self._wav_rate, data_bytes, len(self._tags))
 
 
-def _wav_header(rate: int, data_bytes: int | None) -> bytes:
+def _wav_header(rate: int, data_bytes: int | None, tag_bytes: int) -> bytes:
     """RIFF, "fmt " and the head of "data"; unknown sizes are all ones, as streaming tools write them."""
-    riff_bytes = _UNKNOWN_SIZE if data_bytes is None else _WAV_HEADER.size - 8 + data_bytes
+    riff_bytes = _UNKNOWN_SIZE if data_bytes is None else _WAV_HEADER.size - 8 + data_bytes + tag_bytes
     return _WAV_HEADER.pack(
         *(b"RIFF", riff_bytes, b"WAVE"),
         *(b"fmt ", 16, 1, 1, rate, rate * BYTES_PER_SAMPLE, BYTES_PER_SAMPLE, 8 * BYTES_PER_SAMPLE),
@@ -215,13 +232,16 @@ class _CompressedWriter:
 
     _open = False
 
-    def __init__(self, recipe: _Recipe, *, rate: int, streaming: bool) -> None:
+    def __init__(self, recipe: _Recipe, *, rate: int, streaming: bool, provenance: Provenance | None) -> None:
         self._rate = rate
         self._sink = _Sink() if streaming else None
         self._file = io.BytesIO()
         options = recipe.options | ({"flush_packets": "1", **recipe.streaming_options} if streaming else {})
+        tags = provenance.tags() if provenance and recipe.tagged is not None else {}
+        options |= (recipe.tagged or {}) if tags else {}
         self._container = av.open(self._sink or self._file, "w", format=recipe.container, options=options)
         self._open = True
+        self._container.metadata.update(tags)
         stream = self._container.add_stream(recipe.codec, rate, options=recipe.codec_options, layout="mono")
         self._stream = cast("AudioStream", stream)
         if recipe.bit_rate:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import re
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -12,7 +13,7 @@ from litestar.datastructures import State
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
-from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, load_resampler
+from server.audio import CONTENT_TYPES, DecoderPool, Encoder, Format, Provenance, load_resampler
 from server.captions import Captions
 from server.engine import (
     INITIAL_CREDIT,
@@ -31,7 +32,7 @@ from server.resolution import Resolved, check_input, resolve, sample_rate, saved
 from server.schemas import SpeechRequest
 from server.text import EVERY_LANGUAGE, InputFormat, PreparedSegment, Pronunciations, load_pronunciations, prepare
 from shared.pcm import SAMPLE_RATE
-from shared.protocol import SavedVoice, Segment, Speak, new_speak_id
+from shared.protocol import SavedVoice, Segment, Speak, new_speak_id, request_id_in
 from shared.settings import Settings
 from shared.text import MAX_RESPELLED
 
@@ -54,6 +55,7 @@ class StartedSpeech:
     audio_format: Format
     sample_rate: int
     speed: float
+    provenance: Provenance | None
 
     @property
     def media_type(self) -> str:
@@ -62,7 +64,13 @@ class StartedSpeech:
 
     def encoder(self, *, streaming: bool) -> Encoder:
         """A new encoder for the audio."""
-        return Encoder(self.audio_format, speed=self.speed, sample_rate=self.sample_rate, streaming=streaming)
+        return Encoder(
+            self.audio_format,
+            speed=self.speed,
+            sample_rate=self.sample_rate,
+            streaming=streaming,
+            provenance=self.provenance,
+        )
 
     def captions(self) -> Captions | None:
         """The words of the speech, if its client wants them."""
@@ -123,7 +131,11 @@ class SpeechPlan:
             audio_format=self.audio_format,
             sample_rate=self.sample_rate,
             speed=self.data.speed or 1.0,
+            provenance=self._provenance(speech.id) if self.starter.settings.provenance else None,
         )
+
+    def _provenance(self, speak_id: str) -> Provenance:
+        return Provenance(model=self.resolved.model.id, request_id=request_id_in(speak_id), made_at=datetime.now(UTC))
 
     async def _prepare(self, text: str) -> list[PreparedSegment]:
         """The segments of `text`. A long text is prepared in a thread: 4,000 brackets in Markdown take 80 ms."""

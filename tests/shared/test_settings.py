@@ -58,6 +58,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_MODEL_ALIASES", "a=tts-1, b/c=x", {"a": "tts-1", "b/c": "x"}),
     ("TTS_UNKNOWN_VOICE", "Default", "default"),
     ("TTS_REQUIRE_CONSENT", "yes", True),
+    ("TTS_PROVENANCE", "off", False),
     ("TTS_ALLOW_DOWNLOAD", "on", True),
     ("TTS_VOICES_DIR", "~/voices", Path("~/voices").expanduser()),
     ("TTS_MAX_VOICES", "0", 0),

@@ -81,7 +81,7 @@ async def test_sample_rates(
     for answer in (streamed, whole):
         assert (answer.status_code, answer.headers["x-sample-rate"]) == (200, str(rate))
         assert answer.headers["content-type"] == media_type
-        assert size is None or len(answer.content) == size
+        assert size is None or len(answer.content.partition(b"LIST")[0]) == size  # tags follow the sound of a whole wav
     events = await client.post(SPEECH, json={"input": "hi", "stream_format": "sse", **body})
     assert events.headers["x-sample-rate"] == str(rate)
     pieces = re.findall(r'"audio":"([^"]*)"', events.text)
