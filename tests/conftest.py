@@ -64,7 +64,8 @@ def skip_services(event: str, arguments: tuple[Any, ...]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--quick`."""
-    parser.addoption("--quick", action="store_true", help="leave out the tests that import torch or start a service")
+    left_out = "leave out the tests that import torch, start a service, or are slow"
+    parser.addoption("--quick", action="store_true", help=left_out)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,7 +88,7 @@ def group_of(path: Path) -> str:
     return "engine" if path.is_relative_to(ENGINE) else str(path)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let the longest groups come first: at the end of a run no process waits for the other.
 
     A test of real processes runs once more if it fails, since it shares the machine with whatever else runs there.
@@ -102,6 +103,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(SYSTEM) or item.path.is_relative_to(BROWSER):
             item.add_marker(pytest.mark.flaky(reruns=1))
+        if config.option.quick and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip("slow"))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from shared.protocol import KeyLimits
 from tests.gpu_worker.worker_bench import WEB, MakeBench, WorkerBench, loaded
 
@@ -56,6 +58,7 @@ def test_every_end_frees_a_place(bench: WorkerBench) -> None:
     assert bench.kinds("d")[-1] == "Finished"
 
 
+@pytest.mark.slow
 def test_twenty_keys_with_mixed_limits(make_bench: MakeBench) -> None:
     """2,000 requests of twenty keys by two web workers: each key gets exactly its limit, and other clients get all."""
     bench = loaded(make_bench(slots=8, max_queue=10_000))

@@ -93,6 +93,7 @@ class TestSpeech:
         """A recogniser reads the sentence."""
         assert recognise(_say(engine, _job(sentence))) == sentence
 
+    @pytest.mark.slow
     def test_every_voice(self, engine: EspeakEngine) -> None:
         """Each voice of the catalogue speaks, and none sounds like another."""
         speech = {voice.id: _say(engine, _job("12, 34.", voice.id)) for voice in SPEC.voices}
@@ -483,6 +484,7 @@ class TestLife:
         engine.restore()
         assert _alike(_say(engine, _job(SENTENCES[0])), expected)
 
+    @pytest.mark.slow
     def test_memory_is_flat(self, engine: EspeakEngine) -> None:
         """Hundreds of jobs in all voices, some of them cancelled, leave no memory behind."""
 

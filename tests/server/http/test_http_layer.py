@@ -89,6 +89,7 @@ async def test_a_malformed_handshake(client: httpx.AsyncClient, missing: str) ->
     assert missing in answer.text.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
 @pytest.mark.parametrize(
     ("path", "headers", "status"),

@@ -58,6 +58,7 @@ def serve(directory: Path, application: str) -> tuple[int, str]:
     return ended.returncode, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("web_workers", [1, 2])
 def test_web_workers_that_can_never_start_end_the_service(
     tmp_path: Path, web_workers: int, monkeypatch: pytest.MonkeyPatch
@@ -70,6 +71,7 @@ def test_web_workers_that_can_never_start_end_the_service(
     assert said.count("web_workers_cannot_start") == 1
 
 
+@pytest.mark.slow
 def test_killed_starts_do_not_count(tmp_path: Path) -> None:
     """Web workers that are killed from outside before they serve, where memory is short, are always restarted."""
     code, said = serve(tmp_path, STARTS_AT_THE_FIFTH_ATTEMPT)

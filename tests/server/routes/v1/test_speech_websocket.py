@@ -509,6 +509,7 @@ async def test_the_number_of_sockets_of_an_address(serve: Serve) -> None:
     assert set(refused) == {429}
 
 
+@pytest.mark.slow
 async def test_no_task_and_no_socket_is_left(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """However sockets end: in the middle of speech, by a mistake, or because their client is gone."""
     ends = ["abort", b"binary", "{", json.dumps(CLOSE), json.dumps({"type": "input.cancel"}), "close"]
