@@ -92,7 +92,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kernels: Literal["auto", "torch", "triton"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     codec_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: dict[str, Literal["auto", "none", "fp16", "int8"]] = msgspec.field(
+    quantization: dict[str, Literal["auto", "none", "fp16", "int8", "fp8"]] = msgspec.field(
         default_factory=lambda: {EVERY_MODEL: "auto"}
     )
     cpu_threads: Annotated[int, Meta(ge=1, le=1024)] | None = None

@@ -22,7 +22,7 @@ from shared.catalog import ModelSpec
 from shared.settings import EVERY_MODEL, Settings, SettingsError
 
 if TYPE_CHECKING:
-    from gpu_worker.engines.qwen.build import QwenOptions
+    from gpu_worker.engines.qwen.build import DtypeName, QwenOptions
     from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
     from gpu_worker.engines.qwen.runtime.products_trial import Quantization
 
@@ -52,13 +52,16 @@ class EngineFactory:
         specs: Sequence[ModelSpec],
         device: Literal["cuda", "cpu"],
         *,
+        capability: tuple[int, int] | None = None,
         progress: Callable[[str, str], None] = lambda _model, _detail: None,
         free_bytes: Callable[[], int] | None = None,
         start_device: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`progress(model, detail)` is called on the thread that downloads.
+        """`capability`: the compute capability of the CUDA device, if it is known before CUDA is started.
+
+        `progress(model, detail)` is called on the thread that downloads.
 
         `free_bytes` returns the bytes of the device that may still be taken; None: all that are free.
         `start_device` is called once, on the thread that opens engines, before the first use of the device.
@@ -68,6 +71,7 @@ class EngineFactory:
         self._settings = settings
         self._specs = list(specs)
         self._device: Literal["cuda", "cpu"] = device
+        self._capability = capability
         self._progress = progress
         self._free_bytes = free_bytes
         self._start_device = start_device
@@ -122,16 +126,27 @@ class EngineFactory:
         gc.freeze()
 
     def _refuse_unsupported(self, specs: Sequence[ModelSpec]) -> None:
-        from gpu_worker.engines.qwen import build  # noqa: PLC0415 -- imports torch
+        from gpu_worker.engines.qwen import device_checks  # noqa: PLC0415 -- imports torch
 
-        settings, problems = self._settings, []
+        wanted = device_checks.Computation(
+            device=self._device,
+            capability=self._capability,
+            dtype=self._settings.dtype,
+            codec_dtype=self._settings.codec_dtype,
+            attention_backend=self._settings.attention_backend,
+            kernels=self._settings.kernels,
+        )
+        found: list[str] = []
         for quantization in dict.fromkeys(map(self._quantization_of, specs)):
-            try:
-                build.check_options(self._device, settings.dtype, settings.attention_backend, quantization)
-            except JobError as error:
-                problems.append(error.message)
-        if problems:
-            raise SettingsError(list(dict.fromkeys(problems)))
+            found += device_checks.problems(msgspec.structs.replace(wanted, quantization=quantization))
+        if found:
+            raise SettingsError(list(dict.fromkeys(found)))
+
+    def _dtype(self) -> "DtypeName":
+        """TTS_DTYPE, or what "auto" is on this device."""
+        from gpu_worker.engines.qwen.device_checks import dtype_on  # noqa: PLC0415 -- imports torch
+
+        return dtype_on(self._device, self._settings.dtype, self._capability)
 
     def _quantization_of(self, spec: ModelSpec) -> "Quantization":
         """How the weights of this model are kept: its own value of TTS_QUANTIZATION, or that of all models."""
@@ -153,7 +168,7 @@ class EngineFactory:
         try:
             directory = self._directory_of(spec, allow_download=False)
             needed = estimated_bytes(
-                directory, self._device, settings.dtype, settings.max_concurrency, self._quantization_of(spec)
+                directory, self._device, self._dtype(), settings.max_concurrency, self._quantization_of(spec)
             )
         except JobError:
             return spec
@@ -288,12 +303,12 @@ class EngineFactory:
             from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs  # noqa: PLC0415 -- imports torch
 
             self._start_device()
-            dtype = codec_dtype(self._device, self._settings.dtype, self._settings.codec_dtype)
+            dtype = codec_dtype(self._device, self._dtype(), self._settings.codec_dtype)
             self._options = QwenOptions(
                 codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device), kernels=self._settings.kernels),
                 tokenizers=self._tokenizers,
                 device=self._device,
-                dtype=self._settings.dtype,
+                dtype=self._dtype(),
                 attention_backend=self._settings.attention_backend,
                 kernels=self._settings.kernels,
                 trial_file=trial_file(os.environ),

@@ -19,5 +19,6 @@ from gpu_worker.residency.models import Report as Report
 from gpu_worker.residency.models import TransitionDone as TransitionDone
 from gpu_worker.residency.models import TransitionFailed as TransitionFailed
 from gpu_worker.residency.mover import Mover as Mover
+from gpu_worker.residency.nvidia import cuda_capability as cuda_capability
 from gpu_worker.residency.nvidia import cuda_present as cuda_present
 from gpu_worker.residency.nvidia import cuda_problem as cuda_problem

@@ -68,6 +68,11 @@ class NvmlDriver:
         name = self._nvml.nvmlDeviceGetName(self._handle)
         return name.decode() if isinstance(name, bytes) else str(name)
 
+    def capability(self) -> tuple[int, int]:
+        """The compute capability: (8, 6) is 8.6."""
+        major, minor = self._nvml.nvmlDeviceGetCudaComputeCapability(self._handle)
+        return int(major), int(minor)
+
     def read(self) -> Usage:
         """If NVML does not list this process, its part is what torch has reserved plus the CUDA context."""
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
@@ -153,6 +158,17 @@ def cuda_present() -> bool:
     except (OSError, ImportError):
         return False
     return bool(torch.cuda.is_available())
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """The compute capability of the device that CUDA will use; None if NVML does not tell it. CUDA is not started."""
+    driver = nvml_driver()
+    if driver is None:
+        return None
+    try:
+        return driver.capability()
+    except importlib.import_module("pynvml").NVMLError:
+        return None
 
 
 def cuda_problem() -> str | None:

@@ -86,6 +86,7 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
         dtype=arguments.dtype,
         attention_backend=arguments.attention,
         kernels=arguments.kernels,
+        quantization=arguments.quantization,
         slots=max(arguments.streams),
         max_model_len=512,
     )
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--codec-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--attention", choices=("auto", "eager", "sdpa", "flash_attention_2"), default="auto")
     parser.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto")
+    parser.add_argument("--quantization", choices=("none", "fp16", "int8", "fp8"), default="none")
     parser.add_argument("--size", choices=SIZES, help="in place of --checkpoint: a random one of this size, made once")
     parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--frames", type=int, default=72, help="frames a stream; 72 fill chunks of 1, 1, 2, 4 and 8")
@@ -125,8 +127,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
-    if arguments.brief:
-        arguments.repeat, arguments.no_official = 1, True
+    arguments.repeat = 1 if arguments.brief else arguments.repeat
     if arguments.clock == "cpu" and (cuda or arguments.threads != 1):
         parser.error("--clock cpu measures one thread of a CPU")
     if arguments.frames <= stages.WARM_UP_STEPS + PROFILED_STEPS:
@@ -153,11 +154,11 @@ def main() -> None:
 
     print("\n".join(f"- {line}" for line in machine.describe()))
     where = f"on {arguments.device}" if cuda else f"{arguments.threads} threads"
-    dtype = compute_dtype(arguments.device, arguments.dtype)
-    print(f"- {directory.name}, {dtype}, codec {_codec_dtype(arguments)}, {where}")
+    weights = f"{compute_dtype(arguments.device, arguments.dtype)}, quantization {arguments.quantization}"
+    print(f"- {directory.name}, {weights}, codec {_codec_dtype(arguments)}, {where}")
     print(f"- {arguments.frames} forced frames a stream, codec included, {arguments.clock} time\n")
     base = None
-    if not arguments.no_official:
+    if not (arguments.no_official or arguments.brief):
         base = _official_ms(arguments, directory)
         print(f"official package, one stream: {base:.2f} ms a frame\n")
     engine = _open(arguments, directory)

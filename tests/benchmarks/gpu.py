@@ -53,14 +53,17 @@ def engine(*arguments: str, size: str = "1.7B") -> list[str]:
     return module("tests.benchmarks.engine", "--device", "cuda", "--size", size, *arguments)
 
 
+BRIEF: Final = ("--brief", "--streams", "1", "16")
+
 SHORT: Final = [
-    Stage("the same codes and samples as on a CPU", pytest("tests/gpu/test_engine.py", "tests/gpu/test_codec.py"), 120),
-    Stage("Triton's kernels beside torch's", pytest("tests/gpu/test_kernels.py"), 50),
-    Stage("a random checkpoint of 1.7B", module("tests.benchmarks.endless", "--size", "1.7B"), 50),
-    Stage("a frame at 1, 4 and 16 streams", engine("--streams", "1", "4", "16", "--repeat", "1", "--no-official"), 90),
-    Stage("load, first requests, offload, restore", module("tests.benchmarks.moves", "--size", "1.7B"), 60),
-    Stage("the same frame with torch's kernels", engine("--brief", "--streams", "1", "16", "--kernels", "torch"), 55),
-    Stage("the same frame with SDPA", engine("--brief", "--streams", "1", "16", "--attention", "sdpa"), 55),
+    Stage("the same codes and samples as on a CPU", pytest("tests/gpu/test_engine.py", "tests/gpu/test_codec.py"), 110),
+    Stage("Triton's kernels beside torch's", pytest("tests/gpu/test_kernels.py", "tests/gpu/test_quantization.py"), 70),
+    Stage("a random checkpoint of 1.7B", module("tests.benchmarks.endless", "--size", "1.7B"), 45),
+    Stage("a frame at 1, 4 and 16 streams", engine("--streams", "1", "4", "16", "--repeat", "1", "--no-official"), 80),
+    Stage("load, first requests, offload, restore", module("tests.benchmarks.moves", "--size", "1.7B"), 50),
+    Stage("the same frame with int8 weights", engine(*BRIEF, "--quantization", "int8"), 45),
+    Stage("the same frame with torch's kernels", engine(*BRIEF, "--kernels", "torch"), 40),
+    Stage("the same frame with SDPA", engine(*BRIEF, "--attention", "sdpa"), 40),
 ]
 """Their limits together are at most eight minutes."""
 

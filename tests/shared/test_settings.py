@@ -128,7 +128,7 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_KERNELS", "cuda", "one of auto, torch, triton"),
     ("TTS_DTYPE", "int8", "one of auto, float32"),
     ("TTS_MODEL_PATHS", "just-a-path", "model=path"),
-    ("TTS_QUANTIZATION", "int4", "one of auto, none, fp16, int8, not 'int4'"),
+    ("TTS_QUANTIZATION", "int4", "one of auto, none, fp16, int8, fp8, not 'int4'"),
     ("TTS_QUANTIZATION", "int8,=none", "value or model=value"),
     ("TTS_MODEL_PATHS", "a=,b=/x", "model=path"),
     ("TTS_MODEL_ALIASES", "tts-1", "name=model"),

@@ -47,8 +47,9 @@ from gpu_worker.engines.qwen.runner import (
 )
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
-from gpu_worker.engines.qwen.runtime.products_trial import WIDTHS, Quantization, are_large, unsupported
-from gpu_worker.engines.qwen.runtime.products_trial import choose as choose_products
+from gpu_worker.engines.qwen.runtime.products_trial import Quantization, are_large
+from gpu_worker.engines.qwen.runtime.quantization import choose as choose_products
+from gpu_worker.engines.qwen.runtime.quantization import widths
 from gpu_worker.engines.qwen.vocoder import Vocoder
 
 CPU_SLOTS: Final = 8
@@ -100,19 +101,6 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     interrupted: Callable[[], bool] = lambda: False
 
 
-def check_options(device: Device, dtype: DtypeName, backend: Backend, quantization: Quantization) -> None:
-    """Check that this device can compute so.
-
-    Raises:
-        JobError: `model_unavailable`, with what to do.
-    """
-    computed = compute_dtype(device, dtype)
-    if device == "cpu":  # on CUDA the first use of the device is the mover's
-        attention(backend, torch.device(device), computed)
-    if problem := unsupported(quantization, device, computed):
-        raise JobError("model_unavailable", problem)
-
-
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
     """Load a verified checkpoint (see checkpoint.verification), ready to speak. Raises as `build_parts` does."""
     parts = build_parts(directory, options)
@@ -151,9 +139,12 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     attend = attention(options.attention_backend, device, dtype)
     kernels = select_kernels(options.kernels, device, dtype)
     shapes = product_shapes(config.talker_config)
-    products = choose_products(options.quantization, shapes, options.device, dtype, options.trial_file)
+    products = choose_products(
+        options.quantization, shapes, options.device, dtype, kernels=options.kernels, kept_in=options.trial_file
+    )
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
-        size = weights.nbytes + first_layer_inputs_bytes(config.talker_config.code_predictor_config, dtype)
+        headers = read_headers(find_tensor_files(directory))
+        size = weight_bytes(config.talker_config, headers, options.device, dtype, options.quantization)
         slots = options.slots or slots_that_fit(size, config, codec, options)
         model = Qwen3TTSModel(
             weights,
@@ -287,19 +278,31 @@ def estimated_bytes(
     computed = compute_dtype(device, dtype)
     headers = read_headers(find_tensor_files(directory))
     shape = read_config(directory).talker_config
-    large = device == "cpu" and are_large(product_shapes(shape))
-    widths = WIDTHS.get(quantization, {}) if large else {}
-    weights = sum(_stored_bytes(name, info, device, computed, widths) for name, info in headers.items())
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
-    computed_at_load = 0 if large else first_layer_inputs_bytes(shape.code_predictor_config, computed)
-    if device == "cpu":
-        computed_at_load += trace_bytes(shape.code_predictor_config, slots)
-    return weights + computed_at_load + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
+    traces = trace_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
+    weights = weight_bytes(shape, headers, device, computed, quantization)
+    return weights + traces + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
+
+
+def weight_bytes(
+    shape: TalkerShape,
+    headers: Mapping[str, TensorInfo],
+    device: Device,
+    computed: torch.dtype,
+    quantization: Quantization,
+) -> int:
+    """Bytes of a checkpoint's weights on the device, and of what is computed from them at load."""
+    shapes = product_shapes(shape)
+    quantised = widths(quantization, device, shapes)
+    stored = sum(_stored_bytes(name, info, device, computed, quantised) for name, info in headers.items())
+    if device == "cpu" and are_large(shapes):
+        return stored
+    return stored + first_layer_inputs_bytes(shape.code_predictor_config, computed)
 
 
 def _stored_bytes(name: str, info: TensorInfo, device: Device, computed: torch.dtype, widths: Mapping[str, int]) -> int:
-    """Bytes of a tensor in memory. `widths`: bytes of a value of a matrix by the ends of names, "" being the rest."""
+    """Bytes of a tensor in memory. `widths`: see quantization.widths."""
     if name == TEXT_EMBEDDING:
         return 0 if device == "cpu" else min(info.nbytes(), info.nbytes(computed))
     if len(info.shape) == 2 and (".layers." in name or "head" in name):  # noqa: PLR2004 -- a matrix

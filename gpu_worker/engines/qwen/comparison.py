@@ -20,7 +20,8 @@ from gpu_worker.engines.qwen.kernels.selection import select_kernels
 from gpu_worker.engines.qwen.model.attention import attention
 from gpu_worker.engines.qwen.model.prompt import Prompt, PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel, product_shapes
-from gpu_worker.engines.qwen.runtime.products_trial import Quantization, choose
+from gpu_worker.engines.qwen.runtime.products_trial import Quantization
+from gpu_worker.engines.qwen.runtime.quantization import choose
 
 TEXTS: Final = (
     "The quick brown fox jumps over the lazy dog, and nobody in the village minds.",

@@ -157,6 +157,21 @@ class TestQwen:
         with pytest.raises(SettingsError, match="flash_attention_2 needs CUDA"):
             _factory(catalog, **common, ATTENTION_BACKEND="flash_attention_2").prepare()
 
+    def test_what_the_gpu_cannot_is_known_before_it_is_used(self, catalog: list[ModelSpec]) -> None:
+        """By its compute capability. "auto" is a dtype that it can."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        paths = f"{spec.id}={tiny('custom_voice', '0b6')}"
+        settings = load_settings({"TTS_MODEL_PATHS": paths, "TTS_QUANTIZATION": "fp8"})
+        with pytest.raises(SettingsError, match="TTS_QUANTIZATION=fp8 needs a GPU of compute capability"):
+            EngineFactory(settings, catalog, "cuda", capability=(8, 6)).prepare()
+        settings = load_settings({"TTS_MODEL_PATHS": paths})
+        sizes = [
+            EngineFactory(settings, catalog, "cuda", capability=capability).estimated(spec).estimated_bytes
+            for capability in ((7, 5), None)
+        ]
+        assert sizes[0] == sizes[1] != spec.estimated_bytes
+        assert EngineFactory(settings, catalog, "cuda", capability=(7, 5))._dtype() == "float16"
+
     def test_a_model_has_its_own_quantization(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         """It is found by any name of the model; trials are kept in the user's cache."""
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")

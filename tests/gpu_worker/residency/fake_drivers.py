@@ -87,6 +87,10 @@ class FakeNvml:
         """Older versions give bytes."""
         return b"NVIDIA Fake"
 
+    def nvmlDeviceGetCudaComputeCapability(self, _handle: int | str) -> list[int]:  # noqa: N802 -- NVML's name
+        """An A10."""
+        return [8, 6]
+
     def nvmlDeviceGetMigMode(self, handle: int | str) -> list[int]:  # noqa: N802 -- NVML's name
         """Whether it is partitioned; an instance has no such mode."""
         if isinstance(handle, str):

@@ -12,7 +12,7 @@ import pytest
 
 from gpu_worker.residency.host_ram import Usage
 from gpu_worker.residency.memory import MemoryProbe, open_probe
-from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_present, cuda_problem
+from gpu_worker.residency.nvidia import NvmlDriver, TorchDriver, cuda_capability, cuda_present, cuda_problem
 from tests.gpu_worker.fakes import FakeClock
 from tests.gpu_worker.residency.fake_drivers import FakeNvml, FakeTorch
 
@@ -118,6 +118,17 @@ class TestDrivers:
         assert cuda_present()
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
         assert not cuda_present()
+
+    def test_capability(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is known without CUDA, or not at all."""
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        for nvml, known in (
+            (FakeNvml(), (8, 6)),
+            (FakeNvml(trouble="nvmlInit"), None),
+            (FakeNvml(trouble="nvmlDeviceGetCudaComputeCapability"), None),
+        ):
+            monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type] -- stands in for the module
+            assert cuda_capability() == known
 
     def test_torch(self) -> None:
         """Without NVML the figures are torch's."""

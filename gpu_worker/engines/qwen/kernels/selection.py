@@ -18,6 +18,12 @@ from gpu_worker.engines.qwen.kernels.causal_input import CausalInput, causal_inp
 from gpu_worker.engines.qwen.kernels.embed_frame import EmbedFrame, embed_frame
 from gpu_worker.engines.qwen.kernels.frame_attention import FrameAttention
 from gpu_worker.engines.qwen.kernels.next_codebook0 import NextCodebook0, next_codebook0
+from gpu_worker.engines.qwen.kernels.quantized_linear import (
+    QuantizedLinear,
+    fp8_disagreement,
+    int8_disagreement,
+    quantized_linear,
+)
 from gpu_worker.engines.qwen.kernels.rotate_and_cache import RotateAndCache, rotate_and_cache
 from gpu_worker.engines.qwen.kernels.sample_code import SampleCode, sample_code
 from gpu_worker.engines.qwen.kernels.silu_mul import SiluMul, silu_mul
@@ -77,12 +83,28 @@ def select_kernels(setting: KernelSetting, device: torch.device, dtype: torch.dt
     return fused_kernels(*problems)
 
 
+def quantized_linear_on(device: torch.device) -> QuantizedLinear:
+    """The product with quantised weights: on CUDA the Triton kernel, elsewhere its reference."""
+    fused: QuantizedLinear = _fused("quantized_linear") if device.type == "cuda" else quantized_linear
+    return fused
+
+
+@functools.cache
+def quantized_linear_problem(weights: torch.dtype, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernel for weights of that dtype cannot be used; None if it can. One trial for the process."""
+    disagreement = int8_disagreement if weights == torch.int8 else fp8_disagreement
+    return _tried("quantized_linear", disagreement, device, dtype)
+
+
 @functools.cache
 def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernel of an operation cannot be used; None if it can. One trial for the process."""
-    disagreement = importlib.import_module(f"{__package__}.{name}").disagreement
+    return _tried(name, importlib.import_module(f"{__package__}.{name}").disagreement, device, dtype)
+
+
+def _tried(name: str, disagreement: Callable[..., str | None], device: torch.device, dtype: torch.dtype) -> str | None:
     try:
-        problem: str | None = disagreement(_fused(name), device, dtype)
+        problem = disagreement(_fused(name), device, dtype)
     except Exception as error:  # a compiler may fail in any way, and torch computes the same
         if is_out_of_memory(error):
             raise

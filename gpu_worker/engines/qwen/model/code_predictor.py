@@ -134,7 +134,7 @@ class CodePredictor(TensorHolder):
         if folds:
             heads = [head / self._temperature for head in self.stack.norm.fold_into(heads)]
             self._temperature = 1.0
-        self.heads = [Linear(head, products=products, sensitive=True) for head in heads]
+        self.heads = [Linear(head, products=products, part="sensitive") for head in heads]
         self.projection: Linear | None = None
         if talker.hidden_size != shape.hidden_size:
             name = f"{prefix}small_to_mtp_projection"
@@ -147,7 +147,7 @@ class CodePredictor(TensorHolder):
         self.first_layer_inputs = [
             self._first_layer_inputs(codebook, self._ropes.span(position, position + 1))
             for position, codebook in enumerate(self.codebooks, 2)
-            if not products.weights
+            if codec_table.is_cuda or not products.weights
         ]
         """For each of these codes: its input, and the first layer's queries, keys and values of that input.
 

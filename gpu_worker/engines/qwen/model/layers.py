@@ -17,9 +17,12 @@ from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.rotation import Rotation
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
+from gpu_worker.engines.qwen.runtime.cuda_products import CUDA_KERNELS
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, by_size
-from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Part, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
+
+_KERNELS: Final = {**KERNELS, **CUDA_KERNELS}
 
 ALIGNED_OUTPUTS: Final = 8
 """cuBLAS has its fast kernels only for rows of 16 bytes: for 8 outputs in bfloat16."""
@@ -29,11 +32,11 @@ class Linear(TensorHolder):
     """y = x Wᵀ + b, by the kernel that `products` name."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, products: Products = PLAIN, *, sensitive: bool = False
+        self, weight: Tensor, bias: Tensor | None = None, products: Products = PLAIN, *, part: Part = "weights"
     ) -> None:
-        """`sensitive`: the matrix is one of those that are quantised less."""
-        name = (products.sensitive if sensitive else products.weights) or by_size(weight)
-        self._kernel = KERNELS[name](weight, bias)
+        """`part`: "sensitive" if the matrix is one of those that are quantised less."""
+        name = products.of(part) or by_size(weight)
+        self._kernel = _KERNELS[name](weight, bias)
         self.packed = name != "plain"
         self._tensors: list[Tensor] = self._kernel.tensors
         self.hidden_bytes: int = self._kernel.hidden_bytes
@@ -115,9 +118,9 @@ class Layer(TensorHolder):
     ) -> None:
         """`heads_by_group`: the order of the heads that attention returns, see Attention."""
 
-        def fused(*names: str, behind: Norm) -> Linear:
+        def fused(*names: str, behind: Norm, part: Part = "weights") -> Linear:
             matrix = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
-            return Linear(behind.fold_into([matrix])[0] if products.folds else matrix, products=products)
+            return Linear(behind.fold_into([matrix])[0] if products.folds else matrix, products=products, part=part)
 
         self.heads = shape.num_attention_heads
         self.kv_heads = shape.num_key_value_heads
@@ -132,8 +135,8 @@ class Layer(TensorHolder):
         if heads_by_group:
             out = by_group(out.unflatten(1, (self.heads, self.head_dim)), self.kv_heads).flatten(1)
         self.out = Linear(out, products=products)
-        self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm)
-        self.down = Linear(weights[f"{prefix}mlp.down_proj.weight"], products=products, sensitive=True)
+        self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm, part="gate_up")
+        self.down = Linear(weights[f"{prefix}mlp.down_proj.weight"], products=products, part="sensitive")
 
     def project(self, normed: Tensor) -> Tensor:
         """The layer's input behind `input_norm`, [rows, hidden] -> [rows, heads + 2 * kv_heads, head_dim]."""

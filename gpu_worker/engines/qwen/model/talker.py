@@ -37,7 +37,7 @@ class Talker(TensorHolder):
         # Control ids can never be sampled, the end apart: their rows are left out instead of suppressed.
         self._outputs = shape.codes + 1
         head = aligned(torch.cat((head[: shape.codes], head[shape.codec_eos_token_id][None])))
-        self.head = Linear(head, products=products, sensitive=True)
+        self.head = Linear(head, products=products, part="sensitive")
         self.ropes = RopeTables(shape, cache.max_model_len, head.dtype, head.device)
         self.cache = cache
 

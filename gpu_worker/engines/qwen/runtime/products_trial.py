@@ -1,7 +1,7 @@
 """The choice of the kernels of a model's products: by a trial on this machine, whose outcome a file keeps.
 
 The fastest kernel differs from processor to processor. So does whether a row's bits depend on its batch.
-Owns the trial, the file, and what TTS_QUANTIZATION means for a device.
+Owns the trial, the file, and what TTS_QUANTIZATION means for a CPU.
 """
 
 import contextlib
@@ -18,22 +18,18 @@ import structlog
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.runtime import products
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, PACK_ELEMENTS
 
-Quantization = Literal["auto", "none", "fp16", "int8"]
+Quantization = Literal["auto", "none", "fp16", "int8", "fp8"]
+Part = Literal["weights", "gate_up", "sensitive"]
+"""Which of the kernels of Products a matrix has."""
+
 Shapes = Sequence[tuple[int, int]]
 """Outputs and inputs of a model's products."""
 
 MAX_KEPT: Final = 64
 """Outcomes that the file keeps: one for each processor, torch, number of threads, dtype and size of model."""
-
-WIDTHS: Final[dict[Quantization, dict[str, int]]] = {
-    "fp16": {"": 2},
-    "int8": {"": 1, "down_proj": 2, "head": 2},
-}
-"""Bytes of a value of a quantised matrix, by a part of its name."""
 
 _MAX_FILE_BYTES: Final = 1 << 16
 _COPIES: Final = 3
@@ -48,16 +44,23 @@ class Products(msgspec.Struct, frozen=True):
     """The kernels of one model. `weights` names that of most matrices, `sensitive` that of heads and `down`.
 
     "" chooses by the size of a matrix. Batches are padded to a multiple of `row_multiple`.
+    `gate_up`: that of the matrices before the activation, if it is another one than `weights`.
     """
 
     weights: str = ""
     sensitive: str = ""
     row_multiple: int = BATCH_MULTIPLE
+    gate_up: str = ""
 
     @property
     def quantization(self) -> Quantization:
         """What these kernels are in terms of the setting."""
-        return "int8" if self.weights.startswith("int8") else "fp16" if self.weights.startswith("fp16") else "none"
+        kinds: tuple[Quantization, ...] = ("int8", "fp16", "fp8")
+        return next((kind for kind in kinds if (self.gate_up or self.weights).startswith(kind)), "none")
+
+    def of(self, part: Part) -> str:
+        """The name of the kernel of a matrix; "" chooses by its size."""
+        return self.sensitive if part == "sensitive" else (part == "gate_up" and self.gate_up) or self.weights
 
     @property
     def folds(self) -> bool:
@@ -76,17 +79,12 @@ class Outcome(msgspec.Struct, frozen=True):
     row_multiples: dict[str, int]
 
 
-def choose(
-    quantization: Quantization, shapes: Shapes, device: str, dtype: torch.dtype, kept_in: Path | None = None
-) -> Products:
+def choose(quantization: Quantization, shapes: Shapes, dtype: torch.dtype, kept_in: Path | None = None) -> Products:
     """The kernels for a model with products of these `shapes`. A trial is made if the file `kept_in` has no outcome.
 
-    Raises:
-        JobError: `model_unavailable` if this machine has no kernels for `quantization`; the message says what to do.
+    `quantization`: one that is not `unsupported`.
     """
-    if problem := unsupported(quantization, device, dtype):
-        raise JobError("model_unavailable", problem)
-    if device != "cpu" or not are_large(shapes):
+    if not are_large(shapes):
         if quantization in ("fp16", "int8"):
             log.warning("quantization_left_out", reason="the matrices of this model are too small to gain from it")
         return PLAIN
@@ -105,13 +103,11 @@ def are_large(shapes: Shapes) -> bool:
     return min(outputs * inputs for outputs, inputs in shapes) >= PACK_ELEMENTS
 
 
-def unsupported(quantization: Quantization, device: str, dtype: torch.dtype) -> str | None:
-    """Why this device cannot use `quantization`, and what to do about it; None if it can."""
+def unsupported(quantization: Quantization, dtype: torch.dtype) -> str | None:
+    """Why this CPU cannot use `quantization`, and what to do about it; None if it can."""
     if quantization in ("auto", "none"):
         return None
     setting = f"TTS_QUANTIZATION={quantization}"
-    if device != "cpu":
-        return f"{setting} is for a CPU; on a GPU set TTS_QUANTIZATION=none"
     if dtype != torch.float32:
         return f"{setting} computes in float32; leave TTS_DTYPE at auto, or set TTS_QUANTIZATION=none"
     names = [name for name in KERNELS if name.startswith(quantization)]

@@ -8,6 +8,7 @@ A value that decides what is launched, a tensor of another device in a function:
 
 import ctypes
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -24,16 +25,21 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpu_worker.engines.qwen import build
 from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, ModelConfig, Shape
+from gpu_worker.engines.qwen.checkpoint.tensor_files import TensorInfo
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.decoder import Decoder
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from gpu_worker.engines.qwen.model.attention import Flash
+from gpu_worker.engines.qwen.model.prompt import TEXT_EMBEDDING
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
 from gpu_worker.engines.qwen.runtime import captured_buckets
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
+from gpu_worker.engines.qwen.runtime.cuda_products import PRODUCTS
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products, Quantization
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from tests.checkpoints import CACHE, codec_config, model_config
 from tests.gpu_worker.engines.qwen.triton_launches import Launch, recorded
@@ -51,6 +57,8 @@ GATHERS = {"index", "index_select", "embedding", "gather"}
 """Operators that read no more of a tensor than they return."""
 SCATTERS = {"index_put", "index_copy"}
 """Operators that write no more of a tensor than they are given."""
+WEIGHTS_OF = {"mm": [1], "addmm": [2]}
+"""Where products have their weights."""
 SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2}
 """Operators of several kernels in torch 2.13: with copies, indices or fills of their own."""
 
@@ -66,6 +74,8 @@ class Launches(msgspec.Struct):
     """One launch of each Triton kernel."""
     bytes: int = 0
     """What operators read and write, but Triton kernels, and but the keys and values of attention over lengths."""
+    product_bytes: int = 0
+    """Weights that products read, plain and quantised."""
     attention_reads_all: int = 0
     """Calls of attention that read all keys that they are given, whatever the lengths of the rows."""
 
@@ -77,6 +87,7 @@ class Launches(msgspec.Struct):
             "crossings": self.crossings,
             "by_name": dict(self.kernels.most_common()),
             "bytes": self.bytes,
+            "product_bytes": self.product_bytes,
             "attention_reads_all": self.attention_reads_all,
         }
 
@@ -104,6 +115,7 @@ class CountedOperators(TorchDispatchMode):
             self._launches.attention_reads_all += (kwargs or {}).get("seqused_k") is None
         if name not in FREE and not is_view:
             self._launches.bytes += _bytes(name, args, result)
+            self._launches.product_bytes += sum(args[place].nbytes for place in WEIGHTS_OF.get(name, ()))
             with_bias = name == "conv2d" and any(bias is not None for bias in args[2:3])
             self._launches.kernels[name] += SEVERAL.get(full_name, 1) + with_bias
         return result
@@ -139,6 +151,8 @@ def count(function: Callable[[], None]) -> Launches:
     def launched(launch: Launch) -> None:
         launches.kernels[launch.name] += 1
         launches.triton.setdefault(launch.name, launch)
+        if launch.name == "quantized_linear":
+            launches.product_bytes += launch.arguments[1].nbytes
         if any(isinstance(item, Tensor) and item.device.type != "cuda" for item in launch.arguments):
             launches.crossings.append(launch.name)
 
@@ -159,7 +173,9 @@ def _bytes(name: str, args: tuple[Any, ...], result: Any) -> int:
     return sum(item.nbytes for item in _flat(touched) if isinstance(item, Tensor))
 
 
-def captured_functions(max_model_len: int = MAX_MODEL_LEN) -> tuple[dict[Key, Callable[[], None]], int]:
+def captured_functions(
+    max_model_len: int = MAX_MODEL_LEN, products: Products = PLAIN, *, with_codec: bool = True
+) -> tuple[dict[Key, Callable[[], None]], int]:
     """The functions that an engine with SLOTS slots captures, and the bytes of its weights.
 
     Call it and them under a FakeTensorMode.
@@ -186,13 +202,15 @@ def captured_functions(max_model_len: int = MAX_MODEL_LEN) -> tuple[dict[Key, Ca
         kernels=fused_kernels(),
         slots=rows,
         max_model_len=max_model_len,
+        products=products,
     )
-    shape = msgspec.convert(codec_config(full=True)["decoder_config"], DecoderShape)
-    codec = Codec.__new__(Codec)
-    codec.device, codec.dtype = device, torch.bfloat16
-    codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape, fused_kernels())
     CudaGraphModelRunner(model, streams).prepare()
-    Vocoder(codec, model.state.ring_buffer, SLOTS, streams).prepare()
+    if with_codec:
+        shape = msgspec.convert(codec_config(full=True)["decoder_config"], DecoderShape)
+        codec = Codec.__new__(Codec)
+        codec.device, codec.dtype = device, torch.bfloat16
+        codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape, fused_kernels())
+        Vocoder(codec, model.state.ring_buffer, SLOTS, streams).prepare()
     scratch = _storages((*model.state.tensors(), *model.talker.cache.tensors(), *model.code_predictor.scratch()))
     weights = _storages(model.tensors())
     text_embedding = 2 * TEXT_VOCAB * config.talker_config.text_hidden_size
@@ -336,6 +354,23 @@ def load_guard() -> None:
     ctypes.CDLL(str(library))
 
 
+def quantised_launches(quantization: Quantization) -> dict[str, Any]:
+    """What one frame of one row launches with quantised weights, the bytes of the weights, and their estimate."""
+    with recorded(lambda _: None):  # those of the load
+        functions, weight_bytes = captured_functions(products=PRODUCTS[quantization], with_codec=False)
+    keys: list[Key] = [("code_predictor_step", 1, 0), ("talker_step", 1, MAX_MODEL_LEN)]
+    launched = {"/".join(map(str, key)): count(functions[key]).as_dict() for key in keys}
+    return {"launched": launched, "weight_bytes": weight_bytes, "estimated": estimated_bytes(quantization)}
+
+
+def estimated_bytes(quantization: Quantization) -> int:
+    """What build.weight_bytes estimates for a checkpoint of these shapes."""
+    config = msgspec.convert(model_config("custom_voice", "1b7", full=True), ModelConfig)
+    shapes = {**_model_shapes(config), TEXT_EMBEDDING: (TEXT_VOCAB, config.talker_config.text_hidden_size)}
+    headers = {name: TensorInfo("BF16", list(shape), [0, 2 * math.prod(shape)]) for name, shape in shapes.items()}
+    return build.weight_bytes(config.talker_config, headers, "cuda", torch.bfloat16, quantization)
+
+
 def main() -> None:
     """Print what the functions at the batch sizes 1 and 16 launch, and the keys of all functions."""
     load_guard()
@@ -352,14 +387,17 @@ def main() -> None:
     with FakeTensorMode(), torch.no_grad():
         functions, weight_bytes = captured_functions()
         launches = {"/".join(map(str, key)): count(functions[key]) for key in wanted if key in functions}
-        longer, _ = captured_functions(2 * MAX_MODEL_LEN)
+        longer, _ = captured_functions(2 * MAX_MODEL_LEN, with_codec=False)
         twice_as_long = count(longer["talker_step", 16, 2 * MAX_MODEL_LEN]).as_dict()
+        quantised = {name: quantised_launches(name) for name in PRODUCTS}
     kernels = {name: launch for one in launches.values() for name, launch in one.triton.items()}
     printed = {
         "functions": ["/".join(map(str, key)) for key in functions],
         "launched": {key: one.as_dict() for key, one in launches.items()},
         "twice_as_long": twice_as_long,
         "weight_bytes": weight_bytes,
+        "estimated": estimated_bytes("none"),
+        "quantised": quantised,
         "compiled": {name: launch.compile() for name, launch in kernels.items()},
     }
     json.dump(printed, sys.stdout)

@@ -3,6 +3,9 @@
 import msgspec
 import pytest
 
+from gpu_worker.engines.qwen import build
+from gpu_worker.engines.qwen.runtime.cuda_products import PRODUCTS
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN
 from shared.protocol import Sampling
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, take
 from tests.gpu_worker.engines.qwen.virtual_cuda import install
@@ -87,3 +90,26 @@ def test_text_in_pieces_is_spoken_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
         assert outcomes[name].end == outcome.end
     assert not cuda.misses
     speaker.close()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantised_weights_move_and_speak_as_before(monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
+    """From captured functions. After an offload, a reuse of every slot and a restore, a seed gives the same speech."""
+    cuda = install(monkeypatch)
+    products = []
+    for chosen in (PRODUCTS[quantization], PLAIN):
+        monkeypatch.setattr(build, "choose_products", lambda *_, found=chosen, **__: found)
+        speaker = cuda.engine(slots=2, dtype="bfloat16")
+        jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=12)) for number in range(4)]
+        spoken = run(speaker, jobs)
+        weights = speaker.memory().device["weights"]
+        speaker.offload()
+        assert speaker.memory().host["weights"] == weights
+        speaker.restore()
+        again = run(speaker, jobs)
+        assert [again[one.id].pcm for one in jobs] == [spoken[one.id].pcm for one in jobs]
+        products.append((weights, spoken["job 1"].pcm))
+        speaker.close()
+    assert not cuda.misses
+    assert products[0][0] < products[1][0]
+    assert products[0][1] != products[1][1]

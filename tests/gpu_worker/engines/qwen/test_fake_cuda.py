@@ -53,6 +53,9 @@ not worth it while the aim is met.
 
 SECOND_STEP_MS = 102
 
+QUANTISED = {"none": (4114, 5136), "int8": (2994, 3192), "fp8": (3379, 3960)}
+"""MB at most: of the weights, and of what the products of one frame of one stream read of them."""
+
 TALKER_BYTES = 2_860_308_260
 """What the operators of a talker step of 16 rows read and write, without keys and values."""
 
@@ -129,6 +132,23 @@ def test_a_restore_on_paper(counted: dict[str, Any]) -> None:
     later = [key.split("/") for key in counted["functions"] if int(key.split("/")[1]) > 4]
     nodes = sum(KERNELS[LARGE[name]] for name, _, _ in later)
     assert nodes * NODE_MS <= SECOND_STEP_MS
+
+
+def test_quantised_weights_cost_no_kernel(counted: dict[str, Any]) -> None:
+    """A product with them is one kernel, as a plain one is, and reads half the bytes. Estimates know that."""
+    everything = {**counted["quantised"], "none": counted}
+    frame = [key for key in KERNELS if key.startswith(("code_predictor_step/1/", "talker_step/1/"))]
+    for quantization, (weights, read) in QUANTISED.items():
+        launched = [everything[quantization]["launched"][key] for key in frame]
+        assert [one["kernels"] for one in launched] == [KERNELS[key] for key in frame]
+        assert not any(one["crossings"] for one in launched)
+        assert everything[quantization]["weight_bytes"] <= weights * 1e6
+        assert everything[quantization]["estimated"] == pytest.approx(
+            everything[quantization]["weight_bytes"], rel=0.01
+        )
+        assert sum(one["product_bytes"] for one in launched) <= read * 1e6
+    int8 = [counted["quantised"]["int8"]["launched"][key]["by_name"] for key in frame]
+    assert [one["quantized_linear"] for one in int8] == [14 * 3 * 5 + 2, 3 * 28]
 
 
 def test_attention_has_few_shapes(counted: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ The host's clock moves where the host waits, and where a test says that the host
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from gpu_worker.engines.qwen.runtime import captured_buckets, cuda_streams
 from gpu_worker.engines.qwen.runtime.captured_buckets import CapturedBuckets
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key, capture_graphs
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
+from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import parts
 
 _run = CapturedBuckets.run
@@ -181,9 +183,12 @@ class VirtualCuda:
 
         return call
 
-    def engine(self, *, slots: int, dtype: str = "float32", **options: Any) -> QwenEngine:
-        """An engine of the tests' small checkpoint on this device. The clock of its playback is the virtual one."""
-        made = parts("custom_voice", slots=slots, dtype=dtype, streams=self.streams)
+    def engine(
+        self, *, slots: int, dtype: str = "float32", directory: Path | None = None, **options: Any
+    ) -> QwenEngine:
+        """An engine of a small checkpoint of the tests on this device. The clock of its playback is the virtual one."""
+        checkpoint = directory or tiny("custom_voice")
+        made = parts("custom_voice", slots=slots, dtype=dtype, streams=self.streams, directory=checkpoint)
         return QwenEngine(
             made,
             pause_s=0.15,

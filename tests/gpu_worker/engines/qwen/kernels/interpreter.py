@@ -50,6 +50,7 @@ def _interpret() -> None:
 
     torch.set_num_threads(1)
     _make_quick()
+    _correct_dot()
 
 
 def _make_quick() -> None:
@@ -68,3 +69,25 @@ def _make_quick() -> None:
         return prepare_and_call(function, *arguments, **named)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def _correct_dot() -> None:
+    """Multiply the values of bfloat16: the interpreter multiplies their bits, as integers.
+
+    As tensor cores do, it computes products exactly, and rounds a sum to float32.
+    """
+    import numpy as np  # noqa: PLC0415 -- the parent does not need them
+    import triton.language as tl  # noqa: PLC0415
+    from triton.runtime import interpreter  # noqa: PLC0415
+
+    def wide(operand: Any) -> Any:
+        bits = operand.data
+        if operand.dtype.scalar == tl.bfloat16:
+            return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return bits.astype(np.float64)
+
+    def dot(_: Any, left: Any, right: Any, total: Any, *__: Any) -> Any:
+        result = np.matmul(wide(left), wide(right)) + total.data
+        return interpreter.TensorHandle(result.astype(total.data.dtype), total.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot

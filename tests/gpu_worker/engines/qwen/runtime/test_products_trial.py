@@ -9,7 +9,6 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.runtime import products, products_trial
 from gpu_worker.engines.qwen.runtime.products_trial import MAX_KEPT, PLAIN, Outcome, Products, choose, trial
 
@@ -41,7 +40,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
 
 def kernels(quantization: str, dtype: torch.dtype = torch.float32, file: Path | None = None) -> Products:
     """The choice for large matrices on a CPU."""
-    return choose(quantization, LARGE, "cpu", dtype, file)  # type: ignore[arg-type]
+    return choose(quantization, LARGE, dtype, file)  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_fastest_and_none_the_fastest_that_is_not_quantised(trials: Trials) -> None:
@@ -67,7 +66,7 @@ def test_an_outcome_is_kept(tmp_path: Path, trials: Trials) -> None:
         kernels("auto", file=file)
     assert trials.calls == 1
     kernels("auto", torch.bfloat16, file)
-    choose("none", LARGE[:1], "cpu", torch.float32, file)
+    choose("none", LARGE[:1], torch.float32, file)
     assert trials.calls == 3
     assert [path.name for path in file.parent.iterdir()] == ["products.json"]
 
@@ -86,7 +85,7 @@ def test_the_file_is_bounded(tmp_path: Path, trials: Trials) -> None:
     """The oldest outcomes go."""
     file = tmp_path / "products.json"
     for number in range(MAX_KEPT + 3):
-        choose("auto", [(1 << 10, (1 << 10) + number)], "cpu", torch.float32, file)
+        choose("auto", [(1 << 10, (1 << 10) + number)], torch.float32, file)
     kept = msgspec.json.decode(file.read_bytes(), type=dict[str, Outcome])
     assert len(kept) == MAX_KEPT
     assert file.stat().st_size < 1 << 16
@@ -104,30 +103,11 @@ def test_a_folder_that_cannot_be_written_costs_a_trial_at_each_load(tmp_path: Pa
 
 
 def test_small_matrices_stay_as_they_are(trials: Trials) -> None:
-    """So do those on CUDA. The log says so if something else was asked for."""
+    """The log says so if something else was asked for."""
     with capture_logs() as events:
-        assert choose("int8", [(64, 64), *LARGE], "cpu", torch.float32) == PLAIN
+        assert choose("int8", [(64, 64), *LARGE], torch.float32) == PLAIN
     assert [event["event"] for event in events] == ["quantization_left_out"]
-    assert choose("auto", LARGE, "cuda", torch.bfloat16) == PLAIN
     assert trials.calls == 0
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "missing", "advice"),
-    [
-        ("cuda", torch.bfloat16, "", "is for a CPU; on a GPU set TTS_QUANTIZATION=none"),
-        ("cpu", torch.bfloat16, "", "computes in float32; leave TTS_DTYPE at auto"),
-        ("cpu", torch.float32, "int8", "has no such products for this processor; set TTS_QUANTIZATION=none"),
-    ],
-)
-def test_what_a_device_cannot_is_refused(
-    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, missing: str, advice: str
-) -> None:
-    """In one sentence, with what to do."""
-    monkeypatch.setattr(products, "available", lambda name: not missing or not name.startswith(missing))
-    with pytest.raises(JobError, match=advice) as refusal:
-        choose("int8", LARGE, device, dtype)
-    assert refusal.value.code == "model_unavailable"
 
 
 def test_int8_without_fbgemm_takes_the_product_of_integers(monkeypatch: pytest.MonkeyPatch, trials: Trials) -> None:
