@@ -308,7 +308,7 @@ def build_worker(
         stall_timeout_s=settings.stall_timeout_s,
         open_text_timeout_s=settings.open_text_timeout_s,
         max_input_chars=MAX_RESPELLED * settings.max_input_chars,
-        limits=LimitCounter(time.monotonic, time.time, usage_file.characters_today()),
+        limits=LimitCounter(time.monotonic, time.time, usage_file.characters_today(), usage_file.source),
         usage=UsageLog(usage_writer.submit, clock=time.monotonic, wall_clock=time.time),
         clock=time.monotonic,
         preload=factory.models_to_preload(default_model),

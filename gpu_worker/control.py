@@ -269,7 +269,12 @@ class ControlHandler:
                 if report.problem:
                     pending.caller.fail(JobError("internal_error", f"the usage cannot be read: {report.problem}"))
                 else:
-                    reply = Reply(id=pending.caller.call_id, usage=report.rows, has_more=report.has_more)
+                    reply = Reply(
+                        id=pending.caller.call_id,
+                        usage=report.rows,
+                        usage_source=report.source,
+                        has_more=report.has_more,
+                    )
                     pending.caller.answer(reply)
 
     def on_model_refused(self, model: str, error: JobError) -> None:

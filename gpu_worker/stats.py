@@ -34,6 +34,7 @@ from shared.protocol import (
     ModelStatus,
     SavedVoice,
     Snapshot,
+    WorkerUse,
     speech_id_of,
 )
 from shared.tracing import trace_id_of
@@ -199,6 +200,7 @@ class Stats:
         caches: Caches,
         open_sockets: int = 0,
         preloading: Sequence[str] = (),
+        key_use: WorkerUse | None = None,
     ) -> Snapshot:
         """The state of the worker now.
 
@@ -242,6 +244,7 @@ class Stats:
             web_caches=caches.web_counts(),
             limit_hits=dict(self._limit_hits),
             emptied=caches.emptied,
+            key_use=key_use,
         )
 
     def _stats_of(self, model: str) -> ModelStats:

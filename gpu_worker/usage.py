@@ -2,8 +2,11 @@
 
 The synthesis thread counts and never waits for the disk: UsageLog adds up, and hands the sums to a thread of its own
 every FLUSH_S. UsageFile belongs to that thread. What a killed process had not handed over is lost: FLUSH_S at most.
+GPU workers of one machine may have one file: SQLite adds up what they write.
 """
 
+import hashlib
+import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -24,6 +27,9 @@ MAX_ROWS: Final = 10_000
 
 _BUSY_TIMEOUT_S: Final = 5.0
 """How long a write waits for another process that reads or writes the file."""
+
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+"""Linux gives each machine another one at each start."""
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS usage (
@@ -78,6 +84,7 @@ class UsageFound(msgspec.Struct, frozen=True):
     rows: list[UsageRow] = []
     has_more: bool = False
     problem: str = ""
+    source: str = ""
 
 
 class UsageLog:
@@ -131,6 +138,8 @@ class UsageFile:
         self._cleared_on: date | None = None
         self._unsaved: dict[Place, Sums] = {}
         self._problem = ""
+        self.source = _identity_of(path)
+        """The same for all processes with this file, and for no others."""
 
     def handle(self, work: AddUsage | FindUsage) -> UsageFound | None:
         """Add sums, or find rows."""
@@ -181,7 +190,7 @@ class UsageFile:
         except (sqlite3.Error, OSError) as error:
             return UsageFound(find, problem=f"{self._path}: {error}")
         rows = [UsageRow(date.fromisoformat(day), *rest) for day, *rest in found[:MAX_ROWS]]
-        return UsageFound(find, rows, has_more=len(found) > MAX_ROWS)
+        return UsageFound(find, rows, has_more=len(found) > MAX_ROWS, source=self.source)
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +199,18 @@ class UsageFile:
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute(_SCHEMA)
         return database
+
+
+def _identity_of(path: Path) -> str:
+    """Names a file that need not exist yet: by the machine, the file system, and the place in it."""
+    try:
+        machine = _BOOT_ID.read_text().strip()
+    except OSError:
+        machine = socket.gethostname()
+    existing = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
+    status = existing.stat()
+    place = f"{machine} {status.st_dev} {status.st_ino} {path.absolute().relative_to(existing)}"
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 def key_of(client: str) -> str:

@@ -60,6 +60,7 @@ from shared.protocol import (
     SpeechError,
     SpeechOutcome,
     Spoken,
+    UsedElsewhere,
     Welcome,
     is_known_as,
 )
@@ -249,6 +250,8 @@ class Worker:
                 self._grant_credit(peer, request_id, chunks)
             case Cancel(id=request_id, error=error):
                 self._cancel(peer, request_id, error)
+            case UsedElsewhere(source=source, clients=clients):
+                self._limits.take(source, clients)
             case Spoken(outcome=outcome):
                 self._outcomes.record(outcome)
             case Call():
@@ -774,6 +777,7 @@ class Worker:
             preloading=self._residency.preloading,
             caches=self._caches,
             open_sockets=sum(self._open_sockets.values()),
+            key_use=self._limits.worker_use,
         )
 
     def _begin_drain(self, deadline_s: float) -> None:

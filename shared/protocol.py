@@ -4,7 +4,7 @@ A message is one header frame (a tagged Struct in msgpack) and, if it has sound,
 (24 kHz mono int16 little-endian). Nothing else crosses the socket, and nothing is ever pickled.
 
     web worker -> GPU worker: Hello, Speak (+PCM of a reference), Append, EndText, Credit, Cancel, Spoken,
-                              Call (+PCM of a recording), Ping
+                              Call (+PCM of a recording), Ping, UsedElsewhere
     GPU worker -> web worker: Welcome, Started, Audio (+PCM), Finished, Failed, Reply, Pong, Probe
 
 The worker answers a Speak with Started, Audio …, and then exactly one Finished or Failed;
@@ -23,7 +23,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 13
+VERSION: Final = 14
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -111,6 +111,26 @@ TraceParent = Annotated[str, Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a
 
 Its companion `tracestate` is dropped: it is kilobytes of whatever a client likes.
 """
+
+
+class KeyUse(msgspec.Struct, frozen=True, array_like=True):
+    """What a client with limits has used: at one GPU worker since that started, or at several together.
+
+    `minute_s` counts 60 s divided by its requests a minute for each request. `characters` are those of `day`, a day
+    by date.toordinal, UTC; `running` are its requests now.
+    """
+
+    minute_s: float = 0.0
+    day: int = 0
+    characters: int = 0
+    running: int = 0
+
+
+class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the clients with limits have used at one GPU worker. Workers with one usage file have one `usage_source`."""
+
+    usage_source: str
+    clients: dict[str, KeyUse]
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -290,6 +310,16 @@ class Ping(Message, frozen=True, kw_only=True):
 
     caches: dict[CacheName, CacheCounts] = {}
     open_sockets: int = 0
+
+
+class UsedElsewhere(Message, frozen=True, kw_only=True):
+    """What clients with limits have used at all other GPU workers of a cluster; it has no answer.
+
+    `minute_s` of a KeyUse never falls in the messages with one `source`. From then on, snapshots have `key_use`.
+    """
+
+    source: str
+    clients: dict[str, KeyUse]
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -785,6 +815,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     emptied: dict[CacheName, int] = {}
     """How often a cache of the web workers was to be emptied."""
 
+    key_use: WorkerUse | None = None
+    """Of a GPU worker in a cluster: what its keys have used."""
+
 
 class Welcome(Message, frozen=True, kw_only=True):
     """The answer to Hello: the worker's identity, catalogue and first snapshot.
@@ -858,6 +891,8 @@ class Reply(Message, frozen=True, kw_only=True):
     has_more: bool = False
     exported: PortableVoice | None = None
     usage: list[UsageRow] = []
+    usage_source: str = ""
+    """The file of `usage`: GPU workers with one file have one source."""
 
 
 class Pong(Message, frozen=True, kw_only=True):
@@ -871,7 +906,7 @@ class Probe(Message, frozen=True, kw_only=True):
     """Nothing: that it cannot be sent shows that the web worker is gone. It has no answer."""
 
 
-FromWeb = Hello | Speak | Append | EndText | Credit | Cancel | Spoken | Call | Ping
+FromWeb = Hello | Speak | Append | EndText | Credit | Cancel | Spoken | Call | Ping | UsedElsewhere
 FromWorker = Welcome | Started | Audio | Finished | Failed | Reply | Pong | Probe
 
 

@@ -31,6 +31,7 @@ from shared.protocol import (
     SpeechError,
     Spoken,
     Started,
+    UsedElsewhere,
     decode_from_web,
     encode,
 )
@@ -41,6 +42,8 @@ M = TypeVar("M", bound=Message)
 
 LEASE_S: Final = 30.0
 """A web process that asks for no report for so long is gone, and its requests end."""
+
+_TELLS_FOR_S: Final = 2.0
 
 _SAMPLE_RATE: Final = 24_000
 _CALL_TIMEOUT_S: Final = 3600.0
@@ -62,6 +65,11 @@ class Askers:
         for name in gone:
             del self._last[name]
         return gone
+
+    def teller(self) -> str:
+        """The process of which the worker learns what was used elsewhere: one at a time, for as long as it asks."""
+        now = self._clock()
+        return min(name for name, (asked_at, _) in self._last.items() if now - asked_at <= _TELLS_FOR_S)
 
     def cache_counts(self) -> dict[CacheName, CacheCounts]:
         """The sums of what the web processes have counted."""
@@ -167,6 +175,8 @@ class WorkerGateway:
         """What the replica says of itself; the asker's lease begins anew."""
         asked = msgspec.msgpack.decode(request, type=ReportRequest)
         gone = self._askers.heard(asked.ingress, asked.ping)
+        if asked.ingress == self._askers.teller():
+            self._engine.tell_use(UsedElsewhere(source=asked.ingress, clients=asked.used_elsewhere))
         for stream in [stream for stream in self._streams.values() if stream.ingress in gone]:
             stream.speech.abort()
         if asked.fresh:

@@ -17,6 +17,7 @@ import structlog
 
 from server.engine.client import Speech, error_of
 from server.engine.cluster_snapshot import merge
+from server.engine.key_use import ClusterUse, merge_usage
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -37,6 +38,7 @@ from shared.protocol import (
     FindUsage,
     Finished,
     FromWorker,
+    KeyUse,
     Message,
     Ping,
     PinModel,
@@ -108,6 +110,8 @@ class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
     fresh: bool = False
     boot_id: str = ""
     ping: Ping = Ping()
+    used_elsewhere: dict[str, KeyUse] = {}
+    """What clients with limits have used at the other replicas."""
 
 
 class ReplicaStream(Protocol):
@@ -173,6 +177,7 @@ class RayEngineClient:
         self._settings: dict[str, Any] = {}
         self._catalog_hits = self._catalog_misses = 0
         self._known: dict[str, _KnownReplica] = {}
+        self._use = ClusterUse()
         self._snapshot: Snapshot | None = None
         self._snapshot_made_at = -math.inf
         self._news = asyncio.Event()
@@ -285,8 +290,8 @@ class RayEngineClient:
         calls = [self._call_replica(name, message, payload) for name in self._replicas.ids()]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         replies = [answer for answer in answers if isinstance(answer, Reply)]
-        if not replies:
-            errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if not replies or (errors and isinstance(action, FindUsage)):  # a sum without one of its parts would be wrong
             raise errors[0] if errors else unavailable_error("No GPU worker is there.")
         return merge_replies(action, replies)
 
@@ -347,7 +352,8 @@ class RayEngineClient:
         caches = {**self._cache_counts(), "catalog": CacheCounts(self._catalog_hits, self._catalog_misses)}
         ping = Ping(caches=caches, open_sockets=self._open_sockets())
         boot_id = known.boot_id if self._catalog else ""
-        request = ReportRequest(ingress=self._id, fresh=fresh, boot_id=boot_id, ping=ping)
+        used = self._use.elsewhere(known.report.boot_id) if known.report else {}
+        request = ReportRequest(ingress=self._id, fresh=fresh, boot_id=boot_id, ping=ping, used_elsewhere=used)
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer = await self._replicas.report(name, msgspec.msgpack.encode(request))
@@ -365,13 +371,19 @@ class RayEngineClient:
         if report.catalog is not None:
             known.boot_id = report.boot_id
             self._catalog, self._settings = report.catalog, report.settings
+        if known.report is not None and known.report.boot_id != report.boot_id:
+            self._use.end(known.report.boot_id)
+        if report.snapshot is not None and report.snapshot.key_use is not None:
+            self._use.record(report.boot_id, report.snapshot.key_use)
         known.report, known.made_at, known.heard_at = report, asked_at - report.age_s, self._clock()
         if asked_at > known.lost_at:
             known.lost = None
 
     def _forget(self, name: str) -> None:
         """The replica takes no new requests. Its streams go on, and fail by themselves if it is gone."""
-        del self._known[name]
+        known = self._known.pop(name)
+        if known.report is not None:
+            self._use.end(known.report.boot_id)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -625,7 +637,7 @@ _FOR_ALL: Final = (UnloadModel, PinModel, Cleanup, EmptyCache, FindSpeech, FindU
 def merge_replies(action: Action, replies: list[Reply]) -> Reply:
     """One reply of those that several replicas gave to the same action."""
     if isinstance(action, FindUsage):
-        return msgspec.structs.replace(replies[0], usage=[row for reply in replies for row in reply.usage])
+        return merge_usage(replies)
     return replies[0]
 
 

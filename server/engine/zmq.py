@@ -41,6 +41,7 @@ from shared.protocol import (
     SpeechOutcome,
     Spoken,
     Started,
+    UsedElsewhere,
     VoiceAccess,
     Welcome,
 )
@@ -193,6 +194,11 @@ class ZmqEngineClient:
     def record(self, outcome: SpeechOutcome) -> None:
         if self._connected:
             self._connection.send(Spoken(outcome=outcome))
+
+    def tell_use(self, used: UsedElsewhere) -> None:
+        """Tell the worker what clients have used elsewhere; without a connection, the next news come soon."""
+        if self._connected:
+            self._connection.send(used)
 
     async def call(
         self,
