@@ -100,9 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     download = commands.add_parser("download", help="download the weights of models into TTS_MODELS_DIR")
     download.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, or any id of the model")
-    compare = commands.add_parser("compare", help="print what quantised weights change, on this machine's CPU")
+    compare = commands.add_parser("compare", help="print what quantised weights change, on this machine")
     compare.add_argument("name", metavar="MODEL", help="0.6B-CustomVoice, or any id of a model whose weights are here")
-    compare.add_argument("--quantization", choices=("fp16", "int8"), default="int8")
+    compare.add_argument("--quantization", choices=("fp16", "int8", "fp8"), default="int8")
+    compare.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both are computed")
     compare.add_argument(
         "--texts", type=Path, metavar="FILE", help="texts to speak, one a line; default: six sentences"
     )
@@ -169,21 +170,34 @@ def _compare(chosen: argparse.Namespace, settings: Settings) -> int:
     except LookupError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
-    factory = EngineFactory(settings, catalog, "cpu")
-    if problem := factory.problem_of(spec):
+    cuda = chosen.device == "cuda"
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as for the worker
+    factory = EngineFactory(settings, catalog, chosen.device)
+    problem = factory.problem_of(spec) or (cuda and (cuda_problem() if cuda_present() else NO_CUDA))
+    if problem:
         sys.stderr.write(f"{spec.id}: {problem}\n")
         return EXIT_WRONG_SETTINGS
-    from gpu_worker.engines.qwen import comparison  # noqa: PLC0415 -- imports torch
+    from gpu_worker.engines.qwen import comparison, device_checks  # noqa: PLC0415 -- imports torch
 
+    capability = cuda_capability() if cuda else None
+    dtype = device_checks.dtype_on("cuda", settings.dtype, capability) if cuda else "float32"
+    wanted = device_checks.Computation(
+        device=chosen.device, capability=capability, dtype=dtype, quantization=chosen.quantization
+    )
+    if problems := device_checks.problems(wanted):
+        sys.stderr.write("\n".join([*problems, ""]))
+        return EXIT_WRONG_SETTINGS
     try:
         texts = comparison.TEXTS
         if chosen.texts is not None:
             texts = tuple(filter(str.strip, chosen.texts.read_text(encoding="utf-8").splitlines()))
-        found = comparison.compare(factory.checkpoint(spec), chosen.quantization, texts, chosen.frames)
+        directory, quantization = factory.checkpoint(spec), chosen.quantization
+        found = comparison.compare(directory, quantization, texts, chosen.frames, device=chosen.device, dtype=dtype)
     except (JobError, OSError, UnicodeDecodeError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
-    print(f"{spec.id}, {chosen.quantization} beside float32, {len(texts)} texts", *found.lines(), sep="\n")  # noqa: T201 -- its output
+    beside = "bfloat16" if dtype == "auto" else dtype
+    print(f"{spec.id}, {quantization} beside {beside}, {len(texts)} texts", *found.lines(), sep="\n")  # noqa: T201 -- its output
     return 0
 
 

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engines.qwen.build import compute_dtype
+from gpu_worker.engines.qwen.build import Device, DtypeName, compute_dtype
 from gpu_worker.engines.qwen.checkpoint.model_config import read_config, read_generation_config
 from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
 from gpu_worker.engines.qwen.checkpoint.weights import open_weights
@@ -67,18 +67,26 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def compare(
-    directory: Path, quantization: Quantization, texts: Sequence[str] = TEXTS, frames: int = FRAMES, seed: int = 0
+    directory: Path,
+    quantization: Quantization,
+    texts: Sequence[str] = TEXTS,
+    frames: int = FRAMES,
+    *,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
 ) -> Comparison:
-    """Compare the checkpoint in `directory` with and without quantisation, on the CPU in float32.
+    """Compare the checkpoint in `directory` with and without quantisation, on the device and in the dtype.
 
     Raises:
         JobError: `model_unavailable`, naming the file at fault or what this machine cannot do.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     generation = read_generation_config(directory)
     found: list[list[tuple[float, float, float]]] = [[] for _ in range(16)]
     with torch.inference_mode():
-        exact, other = (_Forced(directory, kind, frames, max(map(len, texts))) for kind in ("none", quantization))
+        kinds: tuple[Quantization, ...] = ("none", quantization)
+        max_model_len = 4 * max(map(len, texts)) + frames + 64
+        exact, other = (_Forced(directory, kind, max_model_len, device, dtype) for kind in kinds)
         for text in texts:
             prompt = exact.prompt(text)
             pair = [model.begin(prompt) for model in (exact, other)]
@@ -95,11 +103,13 @@ def compare(
 class _Forced:
     """One model that reads given codes. Its state is the talker's normed output and the logits of codebook 0."""
 
-    def __init__(self, directory: Path, quantization: Quantization, frames: int, longest: int) -> None:
+    def __init__(
+        self, directory: Path, quantization: Quantization, max_model_len: int, place: Device, dtype_name: DtypeName
+    ) -> None:
         config, generation = read_config(directory), read_generation_config(directory)
-        device, dtype = torch.device("cpu"), compute_dtype("cpu", "float32")
-        products = choose(quantization, product_shapes(config.talker_config), "cpu", dtype)
-        with open_weights(directory, "talker.", dtype=dtype) as weights:
+        device, dtype = torch.device(place), compute_dtype(place, dtype_name)
+        products = choose(quantization, product_shapes(config.talker_config), place, dtype)
+        with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
             self.model = Qwen3TTSModel(
                 weights,
                 config,
@@ -107,13 +117,14 @@ class _Forced:
                 attention("sdpa", device, dtype),
                 kernels=select_kernels("torch", device, dtype),
                 slots=1,
-                max_model_len=4 * longest + frames + 64,
+                max_model_len=max_model_len,
                 products=products,
             )
             self._prompts = PromptBuilder(weights, config, SharedTokenizers().load(directory), self.model.embed_codes)
         self._voice = Voice(name=next(iter(config.talker_config.spk_id), ""))
         self._instructions = _INSTRUCTIONS if config.tts_model_type == "voice_design" else ""
         self._top_k, self._temperature = generation.top_k, generation.temperature
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
         self._length = 0
 
     def prompt(self, text: str) -> Prompt:
@@ -124,26 +135,28 @@ class _Forced:
     def begin(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Read the prompt."""
         self._length = len(prompt.embeds)
-        return self.model.talker.prefill(prompt.embeds[None], torch.tensor([0]), torch.tensor([self._length]))
+        return self.model.talker.prefill(prompt.embeds[None], self._slot, self._slot + self._length)
 
     def read(self, prompt: Prompt, frame: int, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Read a frame."""
         trailing = prompt.trailing[frame : frame + 1] if frame < len(prompt.trailing) else self._prompts.padding()
         x = self.model.embed_codes(codes) + trailing
-        position, self._length = torch.tensor([self._length]), self._length + 1
+        position, self._length = self._slot + self._length, self._length + 1
         return self.model.talker.decode(x, position, position + 1, [(0, self._length)], kv_len=0)
 
     def draw(self, state: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """A frame that the model says, int64 [1, 16]; the end of speech is never drawn."""
         hidden, logits = state
-        values, ids = (logits[:, :-1] / self._temperature).topk(self._top_k or logits.shape[1] - 1)
-        code = ids.gather(1, torch.multinomial(values.softmax(1), 1, generator=generator))[:, 0]
-        return self.model.code_predictor(hidden, code, torch.rand(1, 15, generator=generator))
+        values, ids = (logits[:, :-1].float() / self._temperature).topk(self._top_k or logits.shape[1] - 1)
+        place = torch.multinomial(values.softmax(1).cpu(), 1, generator=generator)
+        code = ids.gather(1, place.to(ids.device))[:, 0]
+        return self.model.code_predictor(hidden, code, torch.rand(1, 15, generator=generator).to(hidden.device))
 
     def logits(self, state: tuple[Tensor, Tensor], codes: Tensor) -> list[Tensor]:
         """Logits of all 16 codebooks over their temperatures, each [vocabulary], for the codes before them."""
         hidden, first = state
-        return [first[0, :-1] / self._temperature, *self.model.code_predictor.forced_logits(hidden, codes)]
+        others = self.model.code_predictor.forced_logits(hidden, codes)
+        return [first[0, :-1].float() / self._temperature, *(logits.float() for logits in others)]
 
 
 def _agreement(exact: Tensor, other: Tensor, top_k: int) -> tuple[float, float, float]:

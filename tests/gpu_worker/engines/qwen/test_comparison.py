@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gpu_worker.__main__
 from gpu_worker.__main__ import EXIT_WRONG_SETTINGS, main
 from gpu_worker.engines.qwen import comparison
 from gpu_worker.engines.qwen.comparison import Agreement, Comparison, compare
 from gpu_worker.engines.qwen.runtime import products_trial
+from gpu_worker.engines.qwen.runtime.cuda_products import PRODUCTS
 from gpu_worker.engines.qwen.runtime.products import available
-from gpu_worker.engines.qwen.runtime.products_trial import Outcome
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Outcome
 from tests.checkpoints import tiny, wide
 
 pytestmark = pytest.mark.timeout(600)
@@ -30,14 +32,49 @@ def test_errors_of_quantised_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split()[0] for line in rough.lines()] == ["2", "talker,", "code", *["codebook"] * 15]
 
 
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_gpu_compares_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch, quantization: str) -> None:
+    """With the weights that a GPU has, computed by the reference of its kernel: errors, and more of them in fp8."""
+
+    class TorchOnCpu:
+        """torch, but for the device that is named."""
+
+        def __getattr__(self, name: str) -> Any:
+            return (lambda _: torch.device("cpu")) if name == "device" else getattr(torch, name)
+
+    monkeypatch.setattr(comparison, "torch", TorchOnCpu())
+    monkeypatch.setattr(comparison, "choose", lambda kind, *_: PRODUCTS.get(kind, PLAIN))
+    directory = tiny("custom_voice")
+    found = compare(directory, quantization, ("Hello world",), frames=3, device="cuda", dtype="auto")  # type: ignore[arg-type]
+    assert all(1e-3 < one.error < 0.3 for one in found.codebooks)
+    exact = compare(directory, "none", ("Hello world",), frames=1, device="cuda", dtype="auto")
+    assert all((one.error, one.changed, one.top1) == (0, 0, 1) for one in exact.codebooks)
+
+
+def test_what_the_gpu_cannot_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing GPU, one that lacks float8, and what is for a CPU."""
+    monkeypatch.setattr(gpu_worker.__main__, "set_compute_threads", lambda *_: None)
+    monkeypatch.setenv("TTS_MODEL_PATHS", f"qwen3-tts-0.6b-customvoice={tiny('custom_voice')}")
+    command = ["compare", "0.6B-CustomVoice", "--device", "cuda", "--quantization"]
+    monkeypatch.setattr(gpu_worker.__main__, "cuda_present", lambda: False)
+    assert main([*command, "int8"]) == EXIT_WRONG_SETTINGS
+    assert "there is no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_worker.__main__, "cuda_present", lambda: True)
+    monkeypatch.setattr(gpu_worker.__main__, "cuda_problem", lambda: None)
+    monkeypatch.setattr(gpu_worker.__main__, "cuda_capability", lambda: (8, 6))
+    for quantization, problem in (("fp8", "fp8 needs a GPU of compute capability 8.9"), ("fp16", "is for a CPU")):
+        assert main([*command, quantization]) == EXIT_WRONG_SETTINGS
+        assert problem in capsys.readouterr().err
+
+
 def test_the_command_names_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """It takes the names that `download` takes, a file of texts, and refuses other names."""
     calls: list[Any] = []
 
-    def fake(*arguments: Any) -> Comparison:
-        calls.append(arguments)
+    def fake(*arguments: Any, **named: Any) -> Comparison:
+        calls.append((*arguments, named))
         return Comparison(3, [Agreement(0.1, 0.2, 0.5)] * 16)
 
     monkeypatch.setattr(comparison, "compare", fake)
@@ -46,7 +83,8 @@ def test_the_command_names_the_checkpoint(
     texts = tmp_path / "texts.txt"
     texts.write_text("One.\n\nTwo.\n")
     assert main(["compare", "0.6B-CustomVoice", "--texts", str(texts), "--frames", "7"]) == 0
-    assert calls == [(tiny("custom_voice"), "int8", ("One.", "Two."), 7)]
+    on_cpu = {"device": "cpu", "dtype": "float32"}
+    assert calls == [(tiny("custom_voice"), "int8", ("One.", "Two."), 7, on_cpu)]
     assert "int8 beside float32, 2 texts" in capsys.readouterr().out
     for name, problem in (("0.6B-Base", "no"), ("unknown", "there are no weights for 'unknown'")):
         assert main(["compare", name]) == EXIT_WRONG_SETTINGS
