@@ -9,7 +9,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,14 @@ EVERY_MODEL: Final = "*"
 
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 Megabytes = Annotated[int, Meta(ge=1, le=100_000_000)]
+Replicas = Annotated[int, Meta(ge=1, le=10_000)]
+
+
+class ReplicaBounds(NamedTuple):
+    """On how many replicas of a cluster a model is: on the minimum in any case, on more while a queue justifies it."""
+
+    minimum: Replicas = 1
+    maximum: Replicas = 10_000
 
 
 class SettingsError(Exception):

@@ -1,0 +1,121 @@
+"""What one router knows of the replicas: the figures that they sent, and the requests that it sent them since.
+
+Figures are up to a second old. In a second a router may send a hundred requests.
+Nothing here knows Ray or a clock: the times are passed in.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from server.cluster.ranking import Replica, ReplicaModel
+
+UNCONFIRMED_S: Final = 10.0
+"""How long a request counts that was to be sent to a replica, and of which nothing was heard since."""
+
+ON_THE_WAY_S: Final = 0.25
+"""Figures do not have a request yet that was sent this shortly before they came."""
+
+
+class _Sent(msgspec.Struct):
+    replica_id: str
+    model: str
+    at: float
+    confirmed: bool
+    counted: bool
+    """Whether the figures of the replica have the request."""
+
+
+class ReplicaViews:
+    """The replicas as they should be by now. `estimated_bytes`: what a load takes of a model that is nowhere."""
+
+    def __init__(self, estimated_bytes: Mapping[str, int]) -> None:
+        self._estimated_bytes = estimated_bytes
+        self._measured_bytes: dict[str, int] = {}  # by model, where it is resident
+        self._figures: dict[str, Replica] = {}
+        self._views: dict[str, Replica] = {}
+        self._sent: dict[str, _Sent] = {}  # by request
+        self._since: dict[str, Counter[str]] = {}  # by replica and model: what the figures do not have, or still have
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """All replicas whose figures have come."""
+        return list(self._views.values())
+
+    def needed_bytes(self, model: str) -> int:
+        """What a load of the model takes: the most that it took anywhere, or the estimate."""
+        return self._measured_bytes.get(model) or self._estimated_bytes.get(model, 0)
+
+    def update(self, figures: Iterable[Replica], now: float) -> None:
+        """Take the figures of all replicas; those that are missing are gone."""
+        figures_of = {replica.id: replica for replica in figures}
+        for replica_id in self._figures.keys() - figures_of.keys():
+            del self._figures[replica_id], self._views[replica_id]
+            self._since.pop(replica_id, None)
+        changed = {replica_id for replica_id, replica in figures_of.items() if self._figures.get(replica_id) != replica}
+        self._figures.update(figures_of)
+        self._drop_unconfirmed(now)
+        for replica_id in changed:
+            self._measure(figures_of[replica_id])
+            self._since[replica_id] = Counter()
+        for sent in self._sent.values():
+            if sent.replica_id in changed:
+                sent.counted = now - sent.at > ON_THE_WAY_S
+                self._since[sent.replica_id][sent.model] += not sent.counted
+        for replica_id in changed:
+            self._refresh(replica_id)
+
+    def sent(self, request_id: str, replica_id: str, model: str, now: float, *, confirmed: bool) -> None:
+        """A request goes to a replica. `confirmed`: the replica has taken it."""
+        known = self._sent.get(request_id)
+        if known is not None and known.replica_id == replica_id:
+            known.confirmed = known.confirmed or confirmed
+            return
+        if known is not None:
+            self.done(request_id)
+        self._sent[request_id] = _Sent(replica_id, model, now, confirmed, counted=False)
+        self._count(replica_id, model, 1)
+
+    def done(self, request_id: str) -> None:
+        """The request has ended, or its replica did not take it."""
+        sent = self._sent.pop(request_id, None)
+        if sent is not None:
+            self._count(sent.replica_id, sent.model, -1)
+
+    def _measure(self, figures: Replica) -> None:
+        for model, held in figures.models.items():
+            if held.residence == "resident":
+                self._measured_bytes[model] = max(self._measured_bytes.get(model, 0), held.device_bytes)
+
+    def _drop_unconfirmed(self, now: float) -> None:
+        for request_id, sent in list(self._sent.items()):
+            if not sent.confirmed and now - sent.at > UNCONFIRMED_S:
+                self.done(request_id)
+
+    def _count(self, replica_id: str, model: str, change: int) -> None:
+        if replica_id in self._figures:
+            self._since.setdefault(replica_id, Counter())[model] += change
+            self._refresh(replica_id)
+
+    def _refresh(self, replica_id: str) -> None:
+        figures = self._figures[replica_id]
+        since = {model: count for model, count in self._since.get(replica_id, {}).items() if count}
+        if not since:
+            self._views[replica_id] = figures
+            return
+        requests = max(0, figures.running + figures.queued + sum(since.values()))
+        models = dict(figures.models)
+        free_bytes = figures.free_bytes
+        for model, count in since.items():
+            held = figures.models.get(model)
+            if held is not None and held.residence in {"resident", "loading"}:
+                models[model] = msgspec.structs.replace(held, requests=max(0, held.requests + count))
+            elif count > 0:
+                models[model] = ReplicaModel(residence="loading", requests=count)
+                free_bytes -= self.needed_bytes(model)
+        running = min(requests, figures.slots)
+        self._views[replica_id] = msgspec.structs.replace(
+            figures, running=running, queued=requests - running, models=models, free_bytes=max(0, free_bytes)
+        )
