@@ -50,6 +50,7 @@ from gpu_worker.usage import AddUsage, UsageFile, UsageFound, UsageLog
 from gpu_worker.voices import ConsentStore, FolderWatch, LookAtFolder, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem
+from shared.audit import AuditLog
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, impossible_kernels, unknown_models, unusable_folders
 from shared.log import set_up_logging
@@ -278,7 +279,7 @@ def build_worker(
     )
     mover = Mover(catalog, factory.open, probe, inbox.put)
     checkpoints = Checkpoints(catalog, factory, inbox.put)
-    voice_files = VoiceFiles(settings.voices_dir)
+    voice_files = VoiceFiles(settings.voices_dir, AuditLog(settings.audit_path(), settings.audit_key_file).append)
     voice_writer = SerialThread[VoiceWrite | LookAtFolder]("voices", lambda work: inbox.put(voice_files.handle(work)))
     usage_file = UsageFile(settings.usage_file, days=settings.usage_days)
     usage_writer = SerialThread[AddUsage | FindUsage]("usage", lambda work: _report(usage_file.handle(work), inbox))

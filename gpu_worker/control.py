@@ -61,7 +61,6 @@ from shared.protocol import (
     SpeechOutcome,
     UnloadModel,
     UpdateVoice,
-    VoiceAccess,
     VoiceAction,
     VoiceConsent,
 )
@@ -314,14 +313,14 @@ class ControlHandler:
             ):
                 return self._dispatch_voice(caller, call, call.action, payload)
             case CreateConsent() | FindConsent() | ListConsents() | RenameConsent() | DeleteConsent():
-                return self._dispatch_consent(caller, call.action, payload)
+                return self._dispatch_consent(caller, call, call.action, payload)
             case _:
                 assert_never(call.action)
         return None
 
     def _dispatch_voice(self, caller: _Caller, call: Call, action: VoiceAction, payload: bytes | None) -> Reply | None:
         """As `_dispatch`, for voices."""
-        access = call.access
+        access, by = call.access, call.client
         match action:
             case FindVoice(name=name):
                 if (voice := self._voices.find(name, access)) is None:
@@ -337,28 +336,32 @@ class ControlHandler:
                     consent=action.consent,
                     access=access,
                     shared=action.shared,
+                    by=by,
                 )
             case DesignVoice():
                 if payload is None:
                     self._design(caller, call, action)
                 else:
-                    self._save_design(caller, action, payload, action.script or None, access)
+                    self._save_design(caller, call, action, payload, action.script or None)
                 return None
             case UpdateVoice(id=voice_id, name=name, shared=shared):
-                write = self._voices.update(voice_id, name=name, shared=shared, access=access)
+                write = self._voices.update(voice_id, name=name, shared=shared, access=access, by=by)
             case DeleteVoice(id=voice_id):
-                write = self._voices.delete(voice_id, access)
+                write = self._voices.delete(voice_id, access, by=by)
             case ExportVoice(id=voice_id):
-                write = self._voices.export(voice_id, self._consents, access)
+                write = self._voices.export(voice_id, self._consents, access, by=by)
             case ImportVoice():
-                write = self._import(action, access)
+                write = self._import(call, action)
             case _:
                 assert_never(action)
         self._pending.append(_PendingWrite(caller, write))
         return None
 
-    def _dispatch_consent(self, caller: _Caller, action: ConsentAction, payload: bytes | None) -> Reply | None:
+    def _dispatch_consent(
+        self, caller: _Caller, call: Call, action: ConsentAction, payload: bytes | None
+    ) -> Reply | None:
         """As `_dispatch`, for consents."""
+        by = call.client
         match action:
             case FindConsent(id=consent_id):
                 return Reply(id=caller.call_id, consent=self._consents.find(consent_id))
@@ -366,11 +369,11 @@ class ControlHandler:
                 consents, has_more = self._consents.list(limit, after)
                 return Reply(id=caller.call_id, consents=consents, has_more=has_more)
             case CreateConsent(name=name, language=language):
-                write = self._consents.create(name, language, payload or b"")
+                write = self._consents.create(name, language, payload or b"", by=by)
             case RenameConsent(id=consent_id, name=name):
-                write = self._consents.rename(consent_id, name)
+                write = self._consents.rename(consent_id, name, by=by)
             case DeleteConsent(id=consent_id):
-                write = self._consents.delete(consent_id)
+                write = self._consents.delete(consent_id, by=by)
             case _:
                 assert_never(action)
         self._pending.append(_PendingWrite(caller, write))
@@ -445,7 +448,7 @@ class ControlHandler:
                 case Audio():
                     pcm.extend(payload or b"")
                 case Finished(reason="stop"):
-                    self._save_design(caller, action, bytes(pcm), action.script or DESIGN_TEXT, call.access)
+                    self._save_design(caller, call, action, bytes(pcm), action.script or DESIGN_TEXT)
                 case Finished():
                     reason = "the model did not come to an end of what it said; try again"
                     caller.fail(JobError("synthesis_failed", reason))
@@ -474,15 +477,17 @@ class ControlHandler:
             ),
         )
 
-    def _import(self, action: ImportVoice, access: VoiceAccess) -> VoiceWrite:
+    def _import(self, call: Call, action: ImportVoice) -> VoiceWrite:
         """Save a voice of another server with its consent; nothing is saved if the voice is refused."""
         voice = action.voice
-        self._voices.check_new(voice.name, access)
+        self._voices.check_new(voice.name, call.access)
         check_recording(voice.pcm, "file")
         check_transcript(voice.text or "", voice.pcm)
         consent_id = ""
         if (consent := voice.consent) is not None:
-            saving = self._consents.create(consent.name, consent.language, consent.pcm, consent.created_at)
+            saving = self._consents.create(
+                consent.name, consent.language, consent.pcm, consent.created_at, by=call.client
+            )
             consent_id = saving.record.id
         return self._voices.create(
             voice.name,
@@ -492,13 +497,13 @@ class ControlHandler:
             prompt=voice.prompt,
             description=voice.description,
             consent=consent_id,
-            access=access,
+            access=call.access,
             shared=action.shared,
+            is_imported=True,
+            by=call.client,
         )
 
-    def _save_design(
-        self, caller: _Caller, action: DesignVoice, pcm: bytes, text: str | None, access: VoiceAccess
-    ) -> None:
+    def _save_design(self, caller: _Caller, call: Call, action: DesignVoice, pcm: bytes, text: str | None) -> None:
         try:
             write = self._voices.create(
                 name=action.name,
@@ -507,8 +512,9 @@ class ControlHandler:
                 text=text,
                 prompt=action.prompt,
                 description=action.description or action.prompt,
-                access=access,
+                access=call.access,
                 shared=action.shared,
+                by=call.client,
             )
         except JobError as error:
             caller.fail(error)

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Final
 
-from server.commands import cluster, key, models, say, serve, top, voices
+from server.commands import audit, cluster, key, models, say, serve, top, voices
 from server.commands.client import ClientError, UsageError
 from shared.settings import SettingsError
 
@@ -13,6 +13,7 @@ _COMMANDS: Final = {
     "serve": serve,
     "cluster": cluster,
     "key": key,
+    "audit": audit,
     "say": say,
     "models": models,
     "voices": voices,

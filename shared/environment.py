@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.access import current_user, folder_problem
+from shared.audit import AuditError, read_key
 from shared.catalog import OPENAI_MODELS, load_catalog
 from shared.dotenv_file import read_dotenv
 from shared.settings import EVERY_MODEL, Settings, SettingsError, variable_of
@@ -58,7 +59,7 @@ def impossible_kernels(settings: Settings) -> list[str]:
 
 
 def unusable_folders(settings: Settings) -> list[str]:
-    """Problems of settings that name an unusable folder of weights or of voices.
+    """Problems of settings that name an unusable folder of weights or of voices, or an unusable audit log.
 
     TTS_MODELS_DIR is none of them: without it the service speaks with espeak-ng.
     Call it on the machine of the GPU worker. It creates nothing.
@@ -77,6 +78,20 @@ def unusable_folders(settings: Settings) -> list[str]:
         if problem is not None:
             advice = f"name another folder, or save no voices ({variable_of('max_voices')}=0)"
             problems.append(f"{variable_of('voices_dir')}: {problem}; {advice}")
+        problems += _audit_problems(settings)
+    return problems
+
+
+def _audit_problems(settings: Settings) -> list[str]:
+    problems = []
+    if settings.audit_log is not None and not _writable(settings.audit_log.parent):
+        problem = f"{settings.audit_log.parent} cannot be written by {current_user()}"
+        problems.append(f"{variable_of('audit_log')}: {problem}")
+    if settings.audit_key_file is not None:
+        try:
+            read_key(settings.audit_key_file)
+        except AuditError as error:
+            problems.append(f"{variable_of('audit_key_file')}: {error}")
     return problems
 
 

@@ -108,6 +108,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_paths: dict[str, Path] = {}
     allow_download: bool = False
     voices_dir: Path = Path("models/voices")
+    audit_log: Path | None = None
+    audit_key_file: Path | None = None
     max_voices: Annotated[int, Meta(ge=0, le=100_000)] = 1000
     reference_cache_mb: Megabytes = 256
     sentence_pause_ms: Annotated[int, Meta(ge=0, le=5_000)] = 150
@@ -144,6 +146,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The URL of the web side at `host`, a name or an IP address."""
         scheme = "https" if self.tls_cert else "http"
         return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+
+    def audit_path(self) -> Path:
+        """The audit log of saved voices."""
+        return self.audit_log or self.voices_dir / "audit.jsonl"
 
     def worker_public(self) -> dict[str, Any]:
         """The public settings that the GPU worker alone uses; its environment may differ from the web side's."""

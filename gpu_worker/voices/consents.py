@@ -14,6 +14,7 @@ import msgspec
 from gpu_worker.engines.base import JobError
 from gpu_worker.voices.checks import OutdatedError, check_recording, checked_name
 from gpu_worker.voices.files import CONSENT_PREFIX, ConsentRecord, VoiceFiles, VoiceWrite, VoiceWritten
+from shared.audit import AuditEntry, EventName
 from shared.pcm import samples_of
 from shared.protocol import VoiceConsent
 
@@ -74,10 +75,12 @@ class ConsentStore:
             ordered = [record for record in ordered if _age(record) > last]
         return [record.to_public() for record in ordered[:limit]], len(ordered) > limit
 
-    def create(self, name: str, language: str, pcm: bytes, created_at: int | None = None) -> VoiceWrite:
+    def create(
+        self, name: str, language: str, pcm: bytes, created_at: int | None = None, *, by: str = ""
+    ) -> VoiceWrite:
         """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a consent, given now or at `created_at`.
 
-        A file of another server may claim any time: none is later than now.
+        A file of another server may claim any time: none is later than now. `by` is the client, for the audit log.
 
         Raises JobError: `invalid_value`, `invalid_audio`, or `queue_full` if too many consents wait for the disk.
         """
@@ -95,16 +98,17 @@ class ConsentStore:
             created_at=now if created_at is None else min(created_at, now),
             samples=samples_of(pcm),
         )
-        return self._write(VoiceWrite(kind="save", record=record, pcm=pcm))
+        return self._write(VoiceWrite(kind="save", record=record, pcm=pcm), "consent.recorded", by)
 
-    def rename(self, consent_id: str, name: str) -> VoiceWrite:
+    def rename(self, consent_id: str, name: str, *, by: str = "") -> VoiceWrite:
         """Submit a write that gives a consent another name. Raises JobError: `consent_not_found`, `invalid_value`."""
-        record = msgspec.structs.replace(self._record(consent_id), name=checked_name(name, "consent"))
-        return self._write(VoiceWrite(kind="update", record=record))
+        kept = self._record(consent_id)
+        record = msgspec.structs.replace(kept, name=checked_name(name, "consent"))
+        return self._write(VoiceWrite(kind="update", record=record), "consent.renamed", by, was=kept.name)
 
-    def delete(self, consent_id: str) -> VoiceWrite:
+    def delete(self, consent_id: str, *, by: str = "") -> VoiceWrite:
         """Submit a write that deletes the consent with that id; JobError `consent_not_found`."""
-        return self._write(VoiceWrite(kind="delete", record=self._record(consent_id)))
+        return self._write(VoiceWrite(kind="delete", record=self._record(consent_id)), "consent.deleted", by)
 
     def on_written(self, report: VoiceWritten) -> VoiceConsent:
         """Carry out a finished write in the list, and return its consent.
@@ -122,10 +126,12 @@ class ConsentStore:
         self._records[record.id] = record
         return record.to_public()
 
-    def _write(self, write: VoiceWrite) -> VoiceWrite:
+    def _write(self, write: VoiceWrite, event: EventName, by: str, was: str = "") -> VoiceWrite:
         if len(self._writing) >= MAX_WRITING:
             message = f"{len(self._writing)} consents wait for the disk already"
             raise JobError("queue_full", message, retry_after_s=_RETRY_AFTER_S)
+        entry = AuditEntry(event=event, by=by, id=write.record.id, name=write.record.name, was=was)
+        write = msgspec.structs.replace(write, audit=(entry,))
         self._writing.append(write)
         self._submit(write)
         return write

@@ -4,13 +4,13 @@ A voice is two files named by its id: `<id>.safetensors` (the recording) and `<i
 A consent is the same with a ConsentRecord, in the folder `consents` beside the voices.
 The JSON file is written last and deleted first, so a voice is either whole or not there.
 One process at a time writes, under the lock of the folder; it looks for the name among the voices of all.
-No part of a path ever comes from a client.
+No part of a path ever comes from a client. The audit log has a line of each change, written before it.
 """
 
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -23,6 +23,7 @@ import structlog
 from gpu_worker.engines.base import JobError
 from gpu_worker.voices.checks import is_name_taken, name_taken
 from gpu_worker.voices.shared_folder import RecordList, folder_lock
+from shared.audit import AuditEntry, AuditError
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import PortableConsent, PortableVoice, SavedVoice, VoiceConsent
 
@@ -90,13 +91,14 @@ _R = TypeVar("_R", bound=Record)
 class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
     """Work for the disk: save `record` with its recording `pcm` (24 kHz mono int16), update, delete or export it.
 
-    `consent` is the one that is exported with a voice.
+    `consent` is the one that is exported with a voice. `audit` is what the audit log says of it, before it is done.
     """
 
     kind: Literal["save", "update", "delete", "export"]
     record: Record
     pcm: bytes = b""
     consent: ConsentRecord | None = None
+    audit: tuple[AuditEntry, ...] = ()
 
     @property
     def noun(self) -> str:
@@ -134,8 +136,10 @@ class VoiceFiles:
     A write syncs the disk, which takes 100 ms and more on a network volume: it never runs on the synthesis thread.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, audit: Callable[[Sequence[AuditEntry]], None] = lambda _entries: None) -> None:
+        """`audit` writes the audit log; it raises AuditError if it cannot, and the change is then refused."""
         self._directory = directory
+        self._audit = audit
         self._voices = _list_of(directory, VoiceRecord)
         self._consents = _list_of(directory / _CONSENTS, ConsentRecord)
         self._problem = ""
@@ -192,6 +196,22 @@ class VoiceFiles:
 
     def write(self, write: VoiceWrite) -> VoiceWritten:
         """Carry out `write`. Every error is part of the report: it fails this voice and nothing else."""
+        try:
+            self._audit(write.audit)
+        except AuditError as error:
+            log.error("audit_log_not_written", voice=write.record.id, kind=write.kind, reason=str(error))  # noqa: TRY400 -- no traceback helps
+            message = f"the {write.noun} could not be {write.participle}: the audit log cannot be written ({error})"
+            return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
+        written = self._carry_out(write)
+        if written.error is not None:
+            failed = [msgspec.structs.replace(entry, failed=written.error.message) for entry in write.audit]
+            try:
+                self._audit(failed)
+            except AuditError as error:
+                log.error("audit_log_not_written", voice=write.record.id, kind="failure", reason=str(error))  # noqa: TRY400 -- as above
+        return written
+
+    def _carry_out(self, write: VoiceWrite) -> VoiceWritten:
         exported = None
         try:
             if write.kind == "export" and isinstance(write.record, VoiceRecord):

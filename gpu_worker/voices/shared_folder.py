@@ -3,8 +3,6 @@
 The list reads the folder's time of change, and only the files that are new to it. It knows no record's fields.
 """
 
-import errno
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +12,12 @@ from typing import Final, Generic, TypeVar
 
 import structlog
 
+from shared.file_locks import lock
+
 SETTLED_S: Final = 1.0
 """A file system may count its times of change in steps this long: two changes within one step look like one."""
 
 _LOCK: Final = ".lock"
-_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-"""What flock says on a file system without locks. Writers then rely on atomic renames alone: names may collide."""
-
 Stamp = tuple[int, ...]
 R = TypeVar("R")
 
@@ -31,15 +28,11 @@ log = structlog.get_logger(__name__)
 def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock of `folder` among processes and threads; the kernel releases it when its process dies.
 
-    Raises BlockingIOError without `wait` if another one holds the lock.
+    Raises BlockingIOError without `wait` if another one holds the lock. On a file system without locks, writers rely on
+    atomic renames alone: names may collide.
     """
     with (folder / _LOCK).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            log.warning("voices_folder_without_locks", folder=str(folder), reason=str(error))
+        lock(file, wait=wait)
         yield
 
 

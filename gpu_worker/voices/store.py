@@ -26,6 +26,7 @@ from gpu_worker.voices.checks import (
 )
 from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
+from shared.audit import AuditEntry, EventName
 from shared.pcm import samples_of
 from shared.protocol import CacheStats, SavedVoice, VoiceAccess
 from shared.voice_access import find_voice, folded, is_changeable, is_visible
@@ -48,6 +49,7 @@ class VoiceStore:
 
     `reserved` are names with another meaning (preset voices, OpenAI's names). `wall` gives Unix seconds.
     Each method takes the `access` of its caller: a voice that the caller does not see is as if it did not exist.
+    `by` is the caller, for the audit log.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class VoiceStore:
         consent: str = "",
         access: VoiceAccess = _ALL,
         shared: bool = False,
+        is_imported: bool = False,
+        by: str = "",
     ) -> VoiceWrite:
         """Submit a write that saves `pcm` (24 kHz mono int16 little-endian) as a voice. Its name is taken from now on.
 
@@ -153,7 +157,9 @@ class VoiceStore:
             shared=shared or not access.owner,
         )
         self._saving[record.id] = record
-        write = VoiceWrite(kind="save", record=record, pcm=pcm)
+        event: EventName = "voice.cloned" if kind == "clone" else "voice.designed"
+        audit = (_entry("voice.imported" if is_imported else event, record, by),)
+        write = VoiceWrite(kind="save", record=record, pcm=pcm, audit=audit)
         self._submit(write)
         return write
 
@@ -173,7 +179,13 @@ class VoiceStore:
         return name
 
     def update(
-        self, voice_id: str, *, name: str | None = None, shared: bool | None = None, access: VoiceAccess = _ALL
+        self,
+        voice_id: str,
+        *,
+        name: str | None = None,
+        shared: bool | None = None,
+        access: VoiceAccess = _ALL,
+        by: str = "",
     ) -> VoiceWrite:
         """Submit a write that gives the voice with that id another name, which is taken from now on, or shares it.
 
@@ -190,18 +202,22 @@ class VoiceStore:
         record = msgspec.structs.replace(kept, name=name, shared=shared)
         _check_waiting(self._renaming)
         self._renaming.append(record)
-        write = VoiceWrite(kind="update", record=record)
+        audit = [_entry("voice.renamed", record, by, was=kept.name)] if record.name != kept.name else []
+        if record.shared != kept.shared:
+            audit.append(_entry("voice.shared" if record.shared else "voice.unshared", record, by))
+        write = VoiceWrite(kind="update", record=record, audit=tuple(audit))
         self._submit(write)
         return write
 
-    def export(self, voice_id: str, consents: ConsentStore, access: VoiceAccess = _ALL) -> VoiceWrite:
+    def export(self, voice_id: str, consents: ConsentStore, access: VoiceAccess = _ALL, *, by: str = "") -> VoiceWrite:
         """Submit the reading of the voice with that id.
 
         Raises JobError: `voice_not_found`, `insufficient_permissions`, `queue_full`.
         """
         record = self._changeable(voice_id, access)
         _check_waiting(self._exporting)
-        write = VoiceWrite(kind="export", record=record, consent=consents.record_of(record.consent))
+        audit = (_entry("voice.exported", record, by),)
+        write = VoiceWrite(kind="export", record=record, consent=consents.record_of(record.consent), audit=audit)
         self._exporting.append(write)
         self._submit(write)
         return write
@@ -220,12 +236,13 @@ class VoiceStore:
             raise name_taken(name, OutdatedError)
         return name
 
-    def delete(self, voice_id: str, access: VoiceAccess = _ALL) -> VoiceWrite:
+    def delete(self, voice_id: str, access: VoiceAccess = _ALL, *, by: str = "") -> VoiceWrite:
         """Submit a write that deletes the voice with that id.
 
         Raises JobError: `voice_not_found`, `insufficient_permissions`.
         """
-        write = VoiceWrite(kind="delete", record=_require_changeable(self._record(voice_id, access), access))
+        record = _require_changeable(self._record(voice_id, access), access)
+        write = VoiceWrite(kind="delete", record=record, audit=(_entry("voice.deleted", record, by),))
         self._deleting.append(voice_id)
         self._submit(write)
         return write
@@ -315,6 +332,12 @@ def _check_waiting(waiting: Collection[object]) -> None:
 
 def _not_found(voice_id: str) -> JobError:
     return OutdatedError("voice_not_found", f"there is no saved voice {voice_id!r}", param="voice")
+
+
+def _entry(event: EventName, record: VoiceRecord, by: str, was: str = "") -> AuditEntry:
+    return AuditEntry(
+        event=event, by=by, id=record.id, name=record.name, was=was, owner=record.owner, consent=record.consent
+    )
 
 
 def _require_changeable(record: VoiceRecord, access: VoiceAccess) -> VoiceRecord:

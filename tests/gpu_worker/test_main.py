@@ -214,9 +214,9 @@ def test_voices_are_on_the_disk(process: _Process) -> None:
     voices = process.directory / "voices"
     saved = _call(process.url, CloneVoice(name="Ada"), b"\1\7\2\7" * 24_000).voice
     assert saved is not None
-    assert {path.name for path in voices.glob("[!.]*")} == {f"{saved.id}.json", f"{saved.id}.safetensors"}
+    assert {path.name for path in voices.glob("voice_*")} == {f"{saved.id}.json", f"{saved.id}.safetensors"}
     assert _call(process.url, DeleteVoice(id=saved.id)).voice == saved
-    assert list(voices.glob("[!.]*")) == []
+    assert list(voices.glob("voice_*")) == []
 
 
 class TestEnd:

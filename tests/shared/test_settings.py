@@ -59,6 +59,8 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_UNKNOWN_VOICE", "Default", "default"),
     ("TTS_REQUIRE_CONSENT", "yes", True),
     ("TTS_PROVENANCE", "off", False),
+    ("TTS_AUDIT_LOG", "/var/log/tts/audit.jsonl", Path("/var/log/tts/audit.jsonl")),
+    ("TTS_AUDIT_KEY_FILE", "/etc/tts/audit.key", Path("/etc/tts/audit.key")),
     ("TTS_ALLOW_DOWNLOAD", "on", True),
     ("TTS_VOICES_DIR", "~/voices", Path("~/voices").expanduser()),
     ("TTS_MAX_VOICES", "0", 0),
