@@ -23,7 +23,8 @@ BESIDE_OTHERS: Final = {
 
 ENGINE: Final = Path(__file__).parent / "gpu_worker" / "engines" / "qwen"
 BROWSER: Final = Path(__file__).parent / "browser"
-LONGEST: Final = ("system", "engine", "browser", str(SYSTEM))
+CLUSTER: Final = Path(__file__).parent / "cluster"
+LONGEST: Final = ("system", "engine", "browser", "cluster", str(SYSTEM))
 """The order of the groups that take minutes, and of the files that take half a minute."""
 
 PROCESS_OF: Final[dict[str, str]] = {}
@@ -85,6 +86,8 @@ def group_of(path: Path) -> str:
         return "system"
     if path.is_relative_to(BROWSER):
         return "browser"
+    if path.is_relative_to(CLUSTER):
+        return "cluster"
     return "engine" if path.is_relative_to(ENGINE) else str(path)
 
 

@@ -1,6 +1,6 @@
 """The ingress deployment: the web application of server/app.py behind Serve's HTTP proxies."""
 
-from typing import Any
+from typing import Any, Final
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -11,6 +11,9 @@ from server.cluster.settings import NodeSettings, settings_of
 from server.engine.ray import RayEngineClient
 from server.http.middleware import HttpMiddleware
 from shared.log import set_up_logging
+
+_START_TIMEOUT_S: Final = 120.0
+"""On a first start, the engine replicas start at the same time, and load their models."""
 
 
 @serve.ingress()
@@ -27,6 +30,8 @@ class Ingress:
 
         def open_engine(**options: Any) -> RayEngineClient:
             replicas = ServeReplicas(self._engine)
-            return RayEngineClient(replicas, timeout_s=self._settings.worker_timeout_s, **options)
+            return RayEngineClient(
+                replicas, timeout_s=self._settings.worker_timeout_s, start_timeout_s=_START_TIMEOUT_S, **options
+            )
 
         return create_app(self._settings, open_engine)

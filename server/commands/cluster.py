@@ -58,13 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         sys.stderr.write("Ray is not installed: pip install 'qwen3-tts-server[cluster]'\n")
         return EXIT_WRONG_SETTINGS
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, lambda _number, _frame: stopping.set())
     deployment = Deployment(settings, arguments.address)
     try:
         deployment.start()
+        stopping = _stopped_by_signals()
         log.info("serving", url=settings.url(settings.host), replicas=deployment.replicas)
         stopping.wait()
     except DeploymentError as error:
@@ -73,3 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         deployment.stop()
     return 0
+
+
+def _stopped_by_signals() -> threading.Event:
+    """Set by SIGTERM, Ctrl-C or SIGHUP. Call it once Ray runs, because Ray sets handlers of its own."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda _number, _frame: stopping.set())
+    return stopping

@@ -151,6 +151,8 @@ class EngineReplicas(Protocol):
 class RayEngineClient:
     """EngineClient over `replicas`: an async context manager, used on one event loop.
 
+    The start waits for a replica, so that Serve sends no request to a process that knows of none; after
+    `start_timeout_s` it goes on without one.
     `clock` gives seconds and never goes back. The other arguments are those of ZmqEngineClient.
     """
 
@@ -161,6 +163,7 @@ class RayEngineClient:
         replicas: EngineReplicas,
         *,
         timeout_s: float,
+        start_timeout_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
         open_sockets: Callable[[], int] = int,
@@ -168,6 +171,7 @@ class RayEngineClient:
     ) -> None:
         self._replicas = replicas
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         self._clock = clock
         self._cache_counts = cache_counts
         self._open_sockets = open_sockets
@@ -231,17 +235,18 @@ class RayEngineClient:
         return await asyncio.shield(self._loss)
 
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
+        """A replica that does not answer in time is shown as it was: the others must not wait for it."""
         self._require_worker()
         oldest = self._clock() - max_age_s
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FRESH_WITHIN_S):
-                while self._snapshot is None or self._snapshot_made_at < oldest:
+                while self._snapshot_made_at < oldest:
                     self._ask_all(fresh=True)
                     await self._news.wait()
                     self._require_worker()
-                return self._snapshot
-        except TimeoutError:
-            raise unavailable_error("The GPU workers do not answer.") from None
+        if self._snapshot is None or self._outage(STALE_AFTER_S) is not None:
+            raise unavailable_error("The GPU workers do not answer.")
+        return self._snapshot
 
     def speak(self, request: Speak, reference: bytes | None = None) -> Speech:
         self._require_worker()
@@ -312,6 +317,10 @@ class RayEngineClient:
 
     async def __aenter__(self) -> Self:
         self._polling = asyncio.create_task(self._poll_forever())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._start_timeout_s):
+                while not self._available:
+                    await self._news.wait()
         return self
 
     async def __aexit__(self, *_exception: object) -> None:

@@ -89,6 +89,9 @@ def drop_privileges() -> None:
 class Service:
     """One running service; `settings` are TTS_* variables without the prefix."""
 
+    command: tuple[str, ...] = ()
+    """The command of `python -m server`, and its arguments."""
+
     def __init__(self, directory: Path, *, preexec_fn: Callable[[], None] | None = None, **settings: object) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -101,7 +104,7 @@ class Service:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server"],
+                [sys.executable, "-m", "server", *self.command],
                 cwd=directory,
                 env=environment(**{**defaults, **settings}),
                 stdout=log,
