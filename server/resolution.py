@@ -27,9 +27,11 @@ _SAMPLING_FIELDS: Final = (*Sampling.__struct_fields__, "non_streaming_mode")
 """Fields that only models with sampling accept."""
 
 _NUMBER: Final = r"\d{1,9}(?:\.\d{0,9})?"
-_DURATION: Final = re.compile(rf"(?P<sign>[+-]?)(?:(?P<seconds>{_NUMBER})|(?P<parts>(?:{_NUMBER}(?:ms|s|m|h))+))")
+_DURATION: Final = re.compile(
+    rf"(?P<sign>[+-]?)(?:(?P<seconds>{_NUMBER})|(?P<parts>(?:{_NUMBER}(?:ms|s|m|h))+))", re.ASCII
+)
 """Seconds, or a duration in Go's notation: 1h30m."""
-_PART: Final = re.compile(rf"({_NUMBER})(ms|s|m|h)")
+_PART: Final = re.compile(rf"({_NUMBER})(ms|s|m|h)", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAX_LISTED: Final = 60
 """The most names that an error message lists."""

@@ -38,17 +38,20 @@ def require_key(settings: Settings) -> Guard:
 
 
 def require_admin(settings: Settings) -> Guard:
-    """A guard that requires an admin key; without any keys every client passes."""
+    """A guard that requires an admin key, and refuses pages of other sites even with one.
+
+    Without any keys every other client passes.
+    """
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        if not keyring_of(connection).guards_admin:
-            refuse_foreign(settings, connection)
-            return
-        caller = _known(connection)
-        if caller is None:
-            raise _unknown_key(connection)
-        if not caller.is_admin:
-            raise ApiError("insufficient_permissions", "This needs an admin key.")
+        is_guarded = keyring_of(connection).guards_admin
+        if is_guarded:
+            caller = _known(connection)
+            if caller is None:
+                raise _unknown_key(connection)
+            if not caller.is_admin:
+                raise ApiError("insufficient_permissions", "This needs an admin key.")
+        refuse_foreign(settings, connection, to_administer=True, with_key=is_guarded)
 
     return guard
 

@@ -17,6 +17,10 @@ If keys are configured, such a request lacks one. Without keys `refuse_foreign` 
 | its host is an address or name of this machine | Host is a loopback host that a proxy may have written | allowed |
 | any other | | refused |
 
+Under /admin it decides with keys, too: a proxy may add the key to what a browser sends, and then a page of any site
+could administer (CSRF). There, `*` in TTS_CORS_ORIGINS allows no page: an origin has to be named. And with a key, an
+origin that equals Host is ours whatever its name: a rebound page has no key, and no cookie of that proxy.
+
 DNS rebinding: a foreign page's own host name is made to point to this server. The page is then same-origin,
 for the browser as well as by its Host header. So a host name counts only if it is known to be ours.
 
@@ -66,8 +70,17 @@ def cors_config(settings: Settings) -> CORSConfig | None:
     )
 
 
-def refuse_foreign(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> None:
-    """Raise ApiError (`foreign_origin`) if a page that is neither ours nor configured sent this request."""
+def refuse_foreign(
+    settings: Settings,
+    connection: ASGIConnection[Any, Any, Any, Any],
+    *,
+    to_administer: bool = False,
+    with_key: bool = False,
+) -> None:
+    """Raise ApiError (`foreign_origin`) if a page that is neither ours nor configured sent this request.
+
+    `to_administer`: the request is for /admin. `with_key`: it has an admin key.
+    """
     origin = connection.headers.get("origin")
     site = connection.headers.get("sec-fetch-site", "")
     if origin is None:
@@ -76,17 +89,21 @@ def refuse_foreign(settings: Settings, connection: ASGIConnection[Any, Any, Any,
             raise foreign_origin("another site")
         return
     cors = connection.app.cors_config
-    if cors is not None and cors.is_origin_allowed(origin):
+    is_named = cors is not None and origin != "*" and origin in cors.allow_origins
+    if is_named or (cors is not None and not to_administer and cors.is_origin_allowed(origin)):
         return
+    view = client_view(settings, connection.scope)
     allowed_hosts = {host.lower() for host in settings.allowed_hosts}
-    if not _is_own_page(origin.lower(), site, client_view(settings, connection.scope), allowed_hosts):
-        raise foreign_origin(origin)
+    if not _is_own_page(origin.lower(), site, view, allowed_hosts, any_name=with_key):
+        raise foreign_origin(origin, to_administer=to_administer)
 
 
-def foreign_origin(origin: str) -> ApiError:
+def foreign_origin(origin: str, *, to_administer: bool = False) -> ApiError:
     """The error for a page of `origin`."""
     shown = origin if len(origin) <= _LONGEST_ORIGIN else origin[:_LONGEST_ORIGIN] + "…"
-    if origin == "null":
+    if origin == "null" and to_administer:
+        advice = "open the page from a web server instead of a file, and list its origin in TTS_CORS_ORIGINS"
+    elif origin == "null":
         advice = "open the page from a web server instead of a file, or allow every page with TTS_CORS_ORIGINS=*"
     elif origin.startswith(("http://", "https://")):
         advice = (
@@ -98,8 +115,8 @@ def foreign_origin(origin: str) -> ApiError:
     return ApiError("foreign_origin", f"Pages of {shown} may not call this server; {advice}.")
 
 
-def _is_own_page(origin: str, site: str, view: ClientView, allowed_hosts: set[str]) -> bool:
-    """The rows of the table from `null` on, for an origin in lower case."""
+def _is_own_page(origin: str, site: str, view: ClientView, allowed_hosts: set[str], *, any_name: bool) -> bool:
+    """The rows of the table from `null` on, for an origin in lower case. `any_name`: Host may be any host name."""
     scheme, _, authority = origin.partition("://")
     name, port = split_authority(authority)
     if scheme not in {"http", "https"} or not name or site not in {"", "same-origin"}:
@@ -109,7 +126,8 @@ def _is_own_page(origin: str, site: str, view: ClientView, allowed_hosts: set[st
     if name in allowed_hosts or f"{name}:{port or _DEFAULT_PORTS[scheme]}" in allowed_hosts:
         return True
     if authority in view.hosts:
-        return "*" in allowed_hosts or name == "localhost" or parse_address(name) is not None or _is_own_name(name)
+        any_name = any_name or "*" in allowed_hosts
+        return any_name or name == "localhost" or parse_address(name) is not None or _is_own_name(name)
     changed = view.through_proxy and any(_is_loopback(split_authority(host)[0]) for host in view.hosts)
     return changed and not _is_loopback(name) and (_is_own_name(name) or _is_own_address(name))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shared.protocol import Speak
+from shared.protocol import Call, ModelStatus, Reply, Speak
 from shared.settings import load_settings
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, Serve
@@ -98,15 +98,16 @@ async def test_pages_of_other_sites_are_refused(
 ) -> None:
     """Without keys, speech and administration answer only our own pages and those of the configured origins.
 
-    The cases follow the table of origins.py.
+    The cases follow the table of origins.py. For administration, `*` is no configured origin.
     """
     client = await serve(**settings)
+    may_administer = allowed and settings.get("cors_origins") != ["*"]
     spoken = await client.post(SPEECH, content=b'{"input": "x"}', headers=headers)
     cleaned = await client.post("/admin/cleanup", headers=headers)
     assert (await client.get("/health", headers=headers)).status_code == 200
-    for answer in (spoken, cleaned):
-        assert answer.status_code == (200 if allowed else 403)
-        if not allowed:
+    for answer, is_allowed in ((spoken, allowed), (cleaned, may_administer)):
+        assert answer.status_code == (200 if is_allowed else 403)
+        if not is_allowed:
             error = answer.json()["error"]
             assert (error["type"], error["code"]) == ("permission_error", "foreign_origin")
             assert "TTS_CORS_ORIGINS" in error["message"]
@@ -142,11 +143,67 @@ async def test_the_refusal_says_which_setting_allows_the_page(serve: Serve, orig
     assert load_settings({"TTS_CORS_ORIGINS": "*" if origin == "null" else origin}).cors_origins
 
 
-async def test_a_page_with_a_key_is_allowed(serve: Serve) -> None:
-    """A page that knows a key may call from any site; without a key, open speech refuses it."""
+@pytest.mark.parametrize(
+    ("headers", "settings", "allowed"),
+    [
+        # Programs, and our own page, whatever its name.
+        ({}, {}, True),
+        ({"sec-fetch-site": "none"}, {}, True),
+        (SAME, {}, True),
+        ({"origin": "https://tts.example", "host": "tts.example", **SAME}, {}, True),
+        ({"origin": "http://tts.example:8000", "host": "tts.example:8000"}, {}, True),
+        ({"origin": "http://tts.example", "host": "tts:8000", "x-forwarded-host": "tts.example"}, {}, True),
+        ({"origin": "http://127.0.0.1:8000", "host": LOCAL}, {}, True),
+        ({"origin": "http://tts.example", "host": LOCAL}, NAMED, True),
+        # Other pages; `*` names none.
+        ({"origin": FOREIGN}, {}, False),
+        ({"origin": FOREIGN, "host": LOCAL}, ANY_NAME, False),
+        ({"origin": FOREIGN}, {"cors_origins": ["*"]}, False),
+        ({"origin": "*"}, {"cors_origins": ["*"]}, False),
+        ({"origin": "null"}, {"cors_origins": ["*"]}, False),
+        ({"origin": EXTENSION}, {}, False),
+        ({"origin": GOOD, "sec-fetch-site": "cross-site"}, {"cors_origins": [GOOD]}, True),
+        ({"origin": EXTENSION}, {"cors_origins": [EXTENSION]}, True),
+        # What the browser says counts, also where an old one sends no Origin.
+        ({"sec-fetch-site": "cross-site"}, {}, False),
+        ({"sec-fetch-site": "same-site"}, {}, False),
+        ({"origin": "http://127.0.0.1:8000", "host": LOCAL, "sec-fetch-site": "cross-site"}, {}, False),
+        ({"origin": "https://tts.example", "host": "tts.example", "sec-fetch-site": "same-site"}, {}, False),
+    ],
+)
+async def test_a_key_does_not_let_other_pages_administer(
+    serve: Serve, worker: FakeWorker, headers: dict[str, str], settings: dict[str, Any], *, allowed: bool
+) -> None:
+    """A proxy may have added it to what a browser sent for a page of any site (CSRF)."""
+    client = await serve(admin_keys=["boss"], **settings)
+    headers = {**headers, "authorization": "Bearer boss"}
+    worker.on_call = lambda call, _: Reply(id=call.id, model=ModelStatus(id="espeak-ng", state="resident"))
+    for method, path in (
+        ("POST", "/admin/cleanup"),
+        ("POST", "/admin/models/espeak-ng/unload"),
+        ("DELETE", "/admin/cache/tokens"),
+    ):
+        answer = await client.request(method, path, headers=headers)
+        assert (answer.status_code == 200) == allowed, (path, answer.text)
+        if not allowed:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
+    assert bool(worker.of(Call)) == allowed
+    wrong = await client.post("/admin/cleanup", headers={**headers, "authorization": "Bearer nobody"})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+async def test_a_link_to_a_figure_works(serve: Serve) -> None:
+    """A click on another site's link only reads; a script of that site would send its origin."""
+    client = await serve()
+    clicked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert (await client.get("/admin/stats", headers=clicked)).status_code == 200
+    assert (await client.get("/admin/stats", headers={**clicked, "origin": FOREIGN})).status_code == 403
+
+
+async def test_a_page_with_a_key_may_speak(serve: Serve) -> None:
+    """A page that knows a key may speak from any site; without a key, open speech refuses it."""
     client = await serve(admin_keys=["boss"])
     headers = {"origin": FOREIGN, "authorization": "Bearer boss"}
-    assert (await client.post("/admin/cleanup", headers=headers)).status_code == 200
     assert (await client.post(SPEECH, json={"input": "x"}, headers=headers)).status_code == 200
     assert (await client.post(SPEECH, json={"input": "x"}, headers={"origin": FOREIGN})).status_code == 403
 
