@@ -17,6 +17,7 @@ from shared.settings import Settings
 
 _GCS_PORT: Final = 6379
 _POLL_S: Final = 0.2
+_ASK_TIMEOUT_S: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,6 @@ class Deployment:
         self._settings = settings
         self._address = address
         self._running = False
-        self.replicas = 0
 
     def start(self) -> None:
         """Connect to Ray, and return when every replica is ready."""
@@ -65,14 +65,28 @@ class Deployment:
         if not self._running:
             return
         try:
+            self._drain()
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+            log.warning("cluster_not_drained", reason=str(error))
+        try:
             serve.delete(APP_NAME)
-            self._wait_until_gone()
             if self._address is None:
                 serve.shutdown()
         except (RayError, RayServeException, RuntimeError) as error:
-            log.warning("cluster_not_drained", reason=str(error))
+            log.warning("application_not_deleted", reason=str(error))
         ray.shutdown()
 
-    def _wait_until_gone(self) -> None:
-        while APP_NAME in serve.status().applications:
+    def _drain(self) -> None:
+        """Let the web workers refuse requests, and wait until those that they have are answered.
+
+        Deleting an application lets its requests end as well, but Serve answers new ones with a 404 meanwhile.
+        """
+        ingress = serve.get_app_handle(APP_NAME)
+        ingress.broadcast("drain").results(timeout_s=_ASK_TIMEOUT_S)
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        while time.monotonic() < deadline:
+            if not sum(ingress.broadcast("open_requests").results(timeout_s=_ASK_TIMEOUT_S)):
+                return
             time.sleep(_POLL_S)
+        log.warning("drain_timeout", seconds=self._settings.drain_timeout_s)
+        ingress.broadcast("cut_off").results(timeout_s=_ASK_TIMEOUT_S)

@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.address is None:
         # Ray then takes the loopback for this node's address, and listens nowhere else. Ray reads both on its import.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Serve's proxy would take the client's address from X-Forwarded-For; TTS_TRUSTED_PROXIES says who may tell it.
+        os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     try:
         from server.cluster.deployment import Deployment, DeploymentError  # noqa: PLC0415 -- ray is an extra
     except ModuleNotFoundError as error:
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         deployment.start()
         stopping = _stopped_by_signals()
-        log.info("serving", url=settings.url(settings.host), replicas=deployment.replicas)
+        log.info("serving", url=settings.url(settings.host), address=arguments.address or "local")
         stopping.wait()
     except DeploymentError as error:
         sys.stderr.write(f"{error}\n")

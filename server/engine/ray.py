@@ -324,8 +324,7 @@ class RayEngineClient:
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
-        for stream in list(self._streams.values()):
-            stream.speech.abort(ApiError("shutting_down", "The server is shutting down."))
+        self.abort_all()
         self._polling.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FRESH_WITHIN_S):
@@ -334,6 +333,11 @@ class RayEngineClient:
             task.cancel()
         await asyncio.gather(self._polling, *self._tasks, return_exceptions=True)
         self._note_loss("The server is shutting down.")
+
+    def abort_all(self) -> None:
+        """Break every speech, because this process ends."""
+        for stream in list(self._streams.values()):
+            stream.speech.abort(ApiError("shutting_down", "The server is shutting down."))
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)

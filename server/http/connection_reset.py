@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from server.http.connections import connection_of
+from server.http.request_scope import RELAYED
 
 _LINGER: Final = struct.pack("ii", 1, 0)
 """SO_LINGER: a close resets the connection."""
@@ -32,6 +33,8 @@ def can_reset(scope: Any) -> bool:
     A relay that copies bytes between two connections can make a normal end of a reset. The one that can be recognised
     is Docker's: a port that is published on the loopback of the host comes from the container's own gateway.
     """
+    if RELAYED in scope.get("state", {}):
+        return False
     client = scope.get("client")
     return sys.platform == "linux" and bool(client) and str(client[0]) not in _default_gateways()
 

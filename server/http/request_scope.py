@@ -19,6 +19,9 @@ ERROR_CODE: Final = "error_code"
 SOCKET_ERROR: Final = "socket_error"
 """The key in `scope["state"]` of the ApiError with which a handler refuses a WebSocket's handshake."""
 
+RELAYED: Final = "relayed"
+"""The key in `scope["state"]` of a request whose connection another process owns: this one cannot reset it."""
+
 _API_KEY: Final = re.compile(r"(sk-tts-)[\w-]+")
 """A key of `key new`, which a client may send in the wrong place."""
 

@@ -4,14 +4,21 @@ import contextlib
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import httpx
+
+from tests.recogniser import SENTENCES
 from tests.system.service import Service, children_of, eventually
 
 START_TIMEOUT_S: Final = 110.0
 STOP_TIMEOUT_S: Final = 60.0
+
+LONG: Final = " ".join(SENTENCES * 100)[:99_000]
+"""Two hours of speech: it is still being spoken when its test ends."""
 
 
 class Cluster(Service):
@@ -46,6 +53,48 @@ class Cluster(Service):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Listener:
+    """A client that reads the speech of a text until it is complete or breaks, or until it leaves."""
+
+    def __init__(self, cluster: Cluster, text: str = LONG) -> None:
+        self._text = text
+        self.received = 0
+        self.ended = ""
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._listen, args=(cluster.url,), daemon=True)
+        self._thread.start()
+
+    def _listen(self, url: str) -> None:
+        body = {"input": self._text, "response_format": "opus"}
+        try:
+            with httpx.stream("POST", f"{url}/v1/audio/speech", json=body, timeout=60, trust_env=False) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    self.ended = f"refused {answer.status_code}"
+                    return
+                for piece in answer.iter_raw():
+                    self.received += len(piece)
+                    if self._leave.is_set():
+                        self.ended = "left"
+                        return
+                self.ended = "complete"
+        except httpx.TransportError:
+            self.ended = "broken"
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the end."""
+        self._thread.join(timeout_s)
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self._leave.set()
+        self._thread.join(30)
+
+    def goes_on(self) -> None:
+        """Wait for more of the speech."""
+        before = self.received
+        eventually(lambda: self.received > before, 30, f"more after {before} bytes; {self.ended}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import signal
-import threading
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from websockets.sync.client import connect
 
 from server.engine.ray import REPORT_INTERVAL_S
 from tests.audio import decode
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import Cluster, Listener
 from tests.cluster.conftest import QUEUE, SLOTS
 from tests.recogniser import SENTENCES, recognise
 from tests.system.service import eventually, stretched
@@ -29,47 +29,7 @@ from tests.system.service import eventually, stretched
 pytestmark = pytest.mark.timeout(300)
 
 REPLICAS: Final = 2
-LONG: Final = " ".join(SENTENCES * 100)[:99_000]
-"""Two hours of speech: it is still being spoken when its test ends."""
-
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
-
-
-class Listener:
-    """A client that reads the speech of LONG until it is complete or breaks, or until it leaves."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.received = 0
-        self.ended = ""
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._listen, args=(cluster.url,), daemon=True)
-        self._thread.start()
-
-    def _listen(self, url: str) -> None:
-        body = {"input": LONG, "response_format": "opus"}
-        try:
-            with httpx.stream("POST", f"{url}/v1/audio/speech", json=body, timeout=60, trust_env=False) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    self.ended = f"refused {answer.status_code}"
-                    return
-                for piece in answer.iter_raw():
-                    self.received += len(piece)
-                    if self._leave.is_set():
-                        self.ended = "left"
-                        return
-                self.ended = "complete"
-        except httpx.TransportError:
-            self.ended = "broken"
-
-    def leave(self) -> None:
-        """Close the connection."""
-        self._leave.set()
-        self._thread.join(30)
-
-    def goes_on(self) -> None:
-        """Wait for more of the speech."""
-        before = self.received
-        eventually(lambda: self.received > before, 30, f"more after {before} bytes; {self.ended}")
 
 
 @contextlib.contextmanager
@@ -117,15 +77,34 @@ def test_server_sent_events(cluster: Cluster) -> None:
     assert recognise(b"".join(base64.b64decode(event["audio"]) for event in deltas)) == SENTENCES[8]
 
 
+def test_a_request_with_http_1_0_is_answered_whole(cluster: Cluster) -> None:
+    """HTTP/1.0 has no chunks, and Serve's proxy cannot reset a connection: the answer has a length."""
+    body = json.dumps({"input": SENTENCES[9], "response_format": "wav"}).encode()
+    head = f"POST /v1/audio/speech HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    headers, _, wav = answer.partition(b"\r\n\r\n")
+    assert f"content-length: {len(wav)}".encode() in headers.lower()
+    assert recognise(decode(wav, "wav")) == SENTENCES[9]
+
+
+def test_a_request_has_one_id(cluster: Cluster) -> None:
+    """Serve's proxy gives each answer the id of its request, which is the client's if that has one."""
+    answer = cluster.http.get("/v1/models", headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+    assert len(cluster.http.get("/v1/models").headers.get_list("x-request-id")) == 1
+
+
 def test_text_in_pieces(cluster: Cluster) -> None:
     """A WebSocket takes a text in pieces and gives the speech of all of it."""
     sentence, pcm = SENTENCES[7], b""
-    with connect(f"{cluster.url.replace('http', 'ws')}/v1/audio/speech/stream", proxy=None) as socket:
-        socket.send(json.dumps({"type": "session.config", "response_format": "pcm"}))
+    with connect(f"{cluster.url.replace('http', 'ws')}/v1/audio/speech/stream", proxy=None) as live:
+        live.send(json.dumps({"type": "session.config", "response_format": "pcm"}))
         for word in sentence.split():
-            socket.send(json.dumps({"type": "input.text", "text": word + " "}))
-        socket.send(json.dumps({"type": "input.done"}))
-        for message in socket:
+            live.send(json.dumps({"type": "input.text", "text": word + " "}))
+        live.send(json.dumps({"type": "input.done"}))
+        for message in live:
             if isinstance(message, bytes):
                 pcm += message
             elif json.loads(message)["type"] == "session.done":
@@ -169,17 +148,26 @@ def test_a_client_that_leaves_frees_its_slot(cluster: Cluster) -> None:
 
 
 def test_a_dead_worker_costs_its_own_streams(cluster: Cluster) -> None:
-    """Its streams break, the others go on, and its replica speaks again within five seconds."""
+    """Its streams break, the others go on, requests are answered meanwhile, and its replica speaks again."""
     with listeners(cluster, REPLICAS * SLOTS) as streams:
-        limit_s = stretched(5.0)
         os.kill(next(iter(cluster.workers())), signal.SIGKILL)
         eventually(lambda: [one.ended for one in streams].count("broken") == SLOTS, 30, "its streams broken")
         for one in streams:
             if not one.ended:
                 one.goes_on()
         assert cluster.speech("Hello.").status_code == httpx.codes.OK
-        eventually(lambda: cluster.stats()["slots"] == REPLICAS * SLOTS, limit_s, "all slots")
         assert sorted(one.ended for one in streams) == ["", "", "broken", "broken"]
+    eventually(lambda: cluster.stats()["slots"] == REPLICAS * SLOTS, 60, "all slots")
+
+
+@pytest.mark.soak
+def test_a_dead_worker_speaks_again_within_five_seconds(cluster: Cluster) -> None:
+    """Nothing else runs in the cluster meanwhile."""
+    eventually(lambda: cluster.stats()["slots"] == REPLICAS * SLOTS, 60, "all slots")
+    limit_s = stretched(5.0)
+    os.kill(next(iter(cluster.workers())), signal.SIGKILL)
+    eventually(lambda: cluster.stats()["slots"] < REPLICAS * SLOTS, 10, "fewer slots")
+    print(eventually(lambda: cluster.stats()["slots"] == REPLICAS * SLOTS, limit_s, "all slots"))  # noqa: T201
 
 
 @pytest.mark.soak
