@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -30,6 +30,7 @@ from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.heartbeat import Heartbeat
 from gpu_worker.limits import LimitCounter
+from gpu_worker.live_settings import LiveSettings
 from gpu_worker.requests import Request
 from gpu_worker.residency import (
     Checkpoints,
@@ -53,7 +54,7 @@ from shared.access import folder_problem
 from shared.audit import AuditLog
 from shared.catalog import OPENAI_VOICES, CatalogError, ModelSpec, load_catalog
 from shared.environment import NO_CUDA, environment, impossible_kernels, unknown_models, unusable_folders
-from shared.log import set_up_logging
+from shared.log import set_log_level, set_up_logging
 from shared.protocol import DeviceMemory, FindUsage
 from shared.settings import Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, AlreadyRunningError, claim
@@ -123,8 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
             settings = load_settings(environment(), _no_address)
             return _health(str(settings.worker_url), settings.worker_token)
         checks = (_no_address, unknown_models, unusable_folders, impossible_kernels, _no_collector, _no_device)
-        settings = load_settings(environment(), *checks)
-        return _serve(settings, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
+        # A supervisor gives every setting; .env may have been changed since, and not be read yet.
+        variables = dict(os.environ) if chosen.heartbeat is not None else environment()
+        settings = load_settings(variables, *checks)
+        return _serve(settings, variables, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
     except (SettingsError, CatalogError, AddressError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunningError) else EXIT_WRONG_SETTINGS
@@ -209,7 +212,9 @@ def _health(url: str, token: str) -> int:
     return 0 if problem is None else 1
 
 
-def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int | None) -> int:
+def _serve(
+    settings: Settings, variables: Mapping[str, str], parent: int, restarts: int, heartbeat_pipe: int | None
+) -> int:
     set_up_logging(settings.log_level, settings.log_format, "gpu_worker")
     write_stacks_on_signals()
     url = str(settings.worker_url)
@@ -220,11 +225,13 @@ def _serve(settings: Settings, parent: int, restarts: int, heartbeat_pipe: int |
         inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         transport = Transport(url, settings.worker_token, inbox.put)
         # Building may import torch, which takes seconds: a signal may come before that is done.
-        _drain_on_signals(inbox, settings.drain_timeout_s)
+        _drain_on_signals(inbox, settings.drain_timeout_s, supervised=heartbeat_pipe is not None)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
         heartbeat = Heartbeat(heartbeat_pipe, settings.worker_timeout_s)
         traces = open_traces(settings, os.environ, "gpu_worker")
-        worker, mover, writers = build_worker(settings, transport, inbox, heartbeat, restarts=restarts, traces=traces)
+        worker, mover, writers = build_worker(
+            settings, transport, inbox, heartbeat, restarts=restarts, traces=traces, variables=variables
+        )
         transport.start()
         log.info("worker_ready", pid=os.getpid())
         try:
@@ -252,8 +259,12 @@ def build_worker(
     *,
     restarts: int,
     traces: "Traces | None" = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Worker, Mover, list[SerialThread[Any]]]:
-    """Build and connect all parts of the worker, here alone. The caller closes the parts with a thread."""
+    """Build and connect all parts of the worker, here alone. The caller closes the parts with a thread.
+
+    `variables` are those that `settings` came from; a reload changes some of them.
+    """
     catalog = load_catalog()
     device = settings.default_device
     if device == "auto":
@@ -300,25 +311,40 @@ def build_worker(
     log.info("default_model", model=default_model, device=probe.device().name)
     if problem := factory.problem_of(next(spec for spec in catalog if spec.id == default_model)):
         log.warning("default_model_unavailable", model=default_model, reason=problem)
+    scheduler = Scheduler(settings.max_queue, time.monotonic)
+    stats = Stats(
+        boot_id=uuid.uuid4().hex,
+        default_model=default_model,
+        settings={**settings.worker_public(), "default_device": device},
+        restarts=restarts,
+        probe=probe,
+        shared_bytes=factory.shared_bytes,
+        clock=time.monotonic,
+    )
+    buffer = AudioBuffer(settings.audio_buffer_mb * 2**20, pause_s=settings.sentence_pause_ms / 1000)
+
+    def apply(new: Settings) -> None:
+        set_log_level(new.log_level)
+        probe.set_budgets(_bytes(new.vram_budget_mb), _bytes(new.host_budget_mb))
+        residency.use(msgspec.convert(new, ResidencyOptions, from_attributes=True))
+        scheduler.max_queue = new.max_queue
+        buffer.budget_bytes = new.audio_buffer_mb * 2**20
+        worker.stall_timeout_s = new.stall_timeout_s
+        worker.open_text_timeout_s = new.open_text_timeout_s
+        worker.max_input_chars = MAX_RESPELLED * new.max_input_chars
+        stats.settings = {**new.worker_public(), "default_device": device, "default_model": default_model}
+
     worker = Worker(
         catalog=catalog,
         send=transport.send,
         inbox=inbox,
-        scheduler=Scheduler(settings.max_queue, time.monotonic),
+        scheduler=scheduler,
         residency=residency,
         voices=VoiceStore(voice_files, voice_writer.submit, settings.max_voices, reserved=_reserved_voices(catalog)),
         consents=ConsentStore(voice_files, voice_writer.submit, settings.max_voices),
         voices_folder=FolderWatch(voice_writer.submit),
-        stats=Stats(
-            boot_id=uuid.uuid4().hex,
-            default_model=default_model,
-            settings={**settings.worker_public(), "default_device": device},
-            restarts=restarts,
-            probe=probe,
-            shared_bytes=factory.shared_bytes,
-            clock=time.monotonic,
-        ),
-        buffer=AudioBuffer(settings.audio_buffer_mb * 2**20, pause_s=settings.sentence_pause_ms / 1000),
+        stats=stats,
+        buffer=buffer,
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
         stall_timeout_s=settings.stall_timeout_s,
         open_text_timeout_s=settings.open_text_timeout_s,
@@ -326,6 +352,7 @@ def build_worker(
         limits=LimitCounter(time.monotonic, time.time, usage_file.characters_today(), usage_file.source),
         usage=UsageLog(usage_writer.submit, clock=time.monotonic, wall_clock=time.time),
         clock=time.monotonic,
+        take_settings=LiveSettings(variables, apply).take,
         preload=factory.models_to_preload(default_model),
         on_turn=lambda: heartbeat.beat(ready=not residency.preloading),
         on_request_over=_span_maker(traces),
@@ -364,14 +391,16 @@ def _reserved_voices(catalog: list[ModelSpec]) -> set[str]:
     return names
 
 
-def _drain_on_signals(inbox: "queue.SimpleQueue[Command]", drain_timeout_s: float) -> None:
+def _drain_on_signals(inbox: "queue.SimpleQueue[Command]", drain_timeout_s: float, *, supervised: bool) -> None:
+    """SIGHUP ends a worker that runs alone, as a closed terminal does; a supervisor's main process reloads for it."""
+
     def drain(_signal: int, _frame: FrameType | None) -> None:
         inbox.put(Drain(drain_timeout_s))
 
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, drain)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
-        signal.signal(signal.SIGHUP, drain)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if supervised else drain)
 
 
 def _die_with_parent(inbox: "queue.SimpleQueue[Command]", parent: int) -> None:

@@ -6,7 +6,7 @@ it asks Residency, submits Requests, and hands voices to VoiceStore and consents
 
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Final, assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 
@@ -53,6 +53,7 @@ from shared.protocol import (
     Message,
     PinModel,
     PortableVoice,
+    Reload,
     RenameConsent,
     Reply,
     Sampling,
@@ -154,11 +155,14 @@ class ControlHandler:
         find_speech: Callable[[FindSpeech], SpeechOutcome],
         find_usage: Callable[[FindUsage], None],
         empty_cache: Callable[[CacheName], None],
+        take_settings: Callable[[Mapping[str, str]], None],
+        settings: Callable[[], dict[str, Any]],
         clock: Callable[[], float],
     ) -> None:
         """`submit` queues a request, `check_model` refuses an unknown model; both raise JobError during a drain.
 
-        `find_speech` raises JobError if the request is unknown.
+        `find_speech` raises JobError if the request is unknown, `take_settings` if a variable cannot be taken.
+        `settings` returns the settings in force.
         """
         self._specs = specs
         self._residency = residency
@@ -171,6 +175,8 @@ class ControlHandler:
         self._find_speech = find_speech
         self._find_usage = find_usage
         self._empty_cache = empty_cache
+        self._take_settings = take_settings
+        self._settings = settings
         self._clock = clock
         self._pending: list[_Pending] = []
 
@@ -294,14 +300,11 @@ class ControlHandler:
             case Cleanup():
                 self._residency.start_cleanup()
                 self._pending.append(_PendingCleanup(caller))
-            case FindSpeech():
-                return Reply(id=call.id, speech=self._find_speech(call.action))
+            case FindSpeech() | EmptyCache() | Reload():
+                return self._answer_now(call.id, call.action)
             case FindUsage():
                 self._pending.append(_PendingUsage(caller, call.action))
                 self._find_usage(call.action)
-            case EmptyCache(name=name):
-                self._empty_cache(name)
-                return Reply(id=call.id)
             case (
                 FindVoice()
                 | CloneVoice()
@@ -317,6 +320,19 @@ class ControlHandler:
             case _:
                 assert_never(call.action)
         return None
+
+    def _answer_now(self, call_id: str, action: FindSpeech | EmptyCache | Reload) -> Reply:
+        match action:
+            case FindSpeech():
+                return Reply(id=call_id, speech=self._find_speech(action))
+            case EmptyCache(name=name):
+                self._empty_cache(name)
+                return Reply(id=call_id)
+            case Reload(variables=variables):
+                self._take_settings(variables)
+                return Reply(id=call_id, settings=self._settings())
+            case _:
+                assert_never(action)
 
     def _dispatch_voice(self, caller: _Caller, call: Call, action: VoiceAction, payload: bytes | None) -> Reply | None:
         """As `_dispatch`, for voices."""

@@ -33,7 +33,7 @@ class Scheduler:
     """Requests waiting for a slot. One client with a hundred requests delays another by one of them."""
 
     def __init__(self, max_queue: int, clock: Callable[[], float]) -> None:
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._clock = clock
         self._queues: OrderedDict[str, deque[Request]] = OrderedDict()  # by client, the one whose turn it is first
         self._shares = AudioShares()
@@ -57,9 +57,9 @@ class Scheduler:
         With `can_start` the request is about to leave the queue, and needs no place.
         """
         waiting = len(self)
-        if waiting >= self._max_queue + free_slots and not can_start:
+        if waiting >= self.max_queue + free_slots and not can_start:
             # No more clients than the queue is long: a client that asks without a pause must not raise the estimate.
-            self._turned_away = min(self._turned_away + 1, max(1, self._max_queue))
+            self._turned_away = min(self._turned_away + 1, max(1, self.max_queue))
             wait_s = self.estimated_wait_s(self._turned_away, slots)
             before = "1 request is" if waiting == 1 else f"{waiting} requests are"
             message = f"{before} waiting already; a place may be free in about {math.ceil(wait_s)} s"

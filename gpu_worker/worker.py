@@ -9,7 +9,7 @@ It reports each request to the limits and the usage of its key (see `limits`, `u
 """
 
 import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, assert_never
 
 import msgspec
@@ -116,6 +116,7 @@ class Worker:
         limits: LimitCounter,
         usage: UsageLog,
         clock: Callable[[], float],
+        take_settings: Callable[[Mapping[str, str]], None] = lambda _variables: None,
         preload: Sequence[str] = (),
         on_turn: Callable[[], None] = lambda: None,
         on_request_over: Callable[[Request, Ending], None] = lambda _request, _ending: None,
@@ -129,9 +130,9 @@ class Worker:
         self._consents = consents
         self._voices_folder = voices_folder
         self._stats = stats
-        self._stall_timeout_s = stall_timeout_s
-        self._open_text_timeout_s = open_text_timeout_s
-        self._max_input_chars = max_input_chars
+        self.stall_timeout_s = stall_timeout_s
+        self.open_text_timeout_s = open_text_timeout_s
+        self.max_input_chars = max_input_chars
         self._clock = clock
         self._limits = limits
         self._usage = usage
@@ -162,6 +163,8 @@ class Worker:
             find_speech=self._find_speech,
             find_usage=usage.find,
             empty_cache=self._caches.empty,
+            take_settings=take_settings,
+            settings=lambda: stats.settings,
             clock=clock,
         )
 
@@ -333,8 +336,8 @@ class Worker:
             self._write_text(request, message)
 
     def _count_text(self, request: Request, characters: int) -> None:
-        if request.text_chars + characters > self._max_input_chars:
-            problem = f"must have at most {self._max_input_chars} characters in all its parts"
+        if request.text_chars + characters > self.max_input_chars:
+            problem = f"must have at most {self.max_input_chars} characters in all its parts"
             raise JobError("invalid_value", problem, param="input")
         self._limits.add_characters(request.client, request.limits, characters)
 
@@ -632,8 +635,8 @@ class Worker:
         for request in [request for request in self._open.values() if request.is_late(now)]:
             reason = f"no audio could be made within {request.deadline_s:g} s"
             self._finish(request, JobError("deadline_exceeded", reason))
-        for request in [request for request in self._open.values() if request.unread_s(now) > self._stall_timeout_s]:
-            self._fail_slow(request, f"nothing was read for {self._stall_timeout_s:.0f} s")
+        for request in [request for request in self._open.values() if request.unread_s(now) > self.stall_timeout_s]:
+            self._fail_slow(request, f"nothing was read for {self.stall_timeout_s:.0f} s")
         if self._slots.out_of_room:
             stalled = self._slots.longest_stalled(self._open.values())
             if stalled is not None:
@@ -649,8 +652,8 @@ class Worker:
                 request.waits_since = None
             elif request.waits_since is None:
                 request.waits_since = now
-            elif now - request.waits_since > self._open_text_timeout_s:
-                reason = f"the rest of the text did not come: nothing for {self._open_text_timeout_s:.0f} s"
+            elif now - request.waits_since > self.open_text_timeout_s:
+                reason = f"the rest of the text did not come: nothing for {self.open_text_timeout_s:.0f} s"
                 self._finish(request, JobError("request_timeout", reason))
 
     def _fail_slow(self, request: Request, reason: str) -> None:

@@ -20,6 +20,7 @@ from server.http.keys import load_keyring
 from server.http.middleware import HttpMiddleware
 from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
+from server.reloading import AskReload, WebState, no_main_process
 from server.routes import (
     admin,
     asyncapi,
@@ -32,6 +33,7 @@ from server.routes import (
     health,
     metrics,
     performance,
+    reload,
     usage,
     v1,
     web_page,
@@ -39,21 +41,29 @@ from server.routes import (
 from server.routes.speech_start import speech_starter
 from server.text import load_pronunciations
 from shared.log import set_up_logging
-from shared.settings import Settings, load_settings
+from shared.settings import Settings
 from shared.tracing import open_traces
 
 OpenEngine = Callable[..., AbstractAsyncContextManager[EngineClient]]
 """Opens the client of the GPU workers. The keyword arguments are those of ZmqEngineClient about the web side."""
 
 
-def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> HttpMiddleware:
+def create_app(
+    settings: Settings,
+    open_engine: OpenEngine | None = None,
+    *,
+    state: WebState | None = None,
+    ask_reload: AskReload = no_main_process,
+) -> HttpMiddleware:
     """The web application: the middleware with the Litestar application in it (`app`).
 
     Without `open_engine` the engine is the GPU worker at `worker_url`; ValueError without that.
-    Without a GPU worker the application starts and is not ready. Raises
-    KeysError if the file of keys cannot be used, PronunciationsError if that of pronunciations cannot.
+    Without a GPU worker the application starts and is not ready.
+    PronunciationsError if the file of pronunciations cannot be used.
+    `state` is that of the main process; without it, the keys are read here, which may raise KeysError.
     """
     open_engine = open_engine or _engine_of(settings)
+    web_state = state or WebState(settings=settings, keyring=load_keyring(settings))
     load_pronunciations(settings.pronunciations)
     open_sockets = OpenSockets()
 
@@ -75,11 +85,14 @@ def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> Htt
                 on_emptied=web_caches.on_emptied,
             ) as engine,
         ):
+            await engine.use_variables(web_state.worker_variables)
             app.state.engine = engine
             app.state.audio_store = audio_store
             app.state.caches = web_caches
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
-            app.state.event_feed = events.EventFeed(lambda: events.event_of(engine, settings), app.state.stopping)
+            app.state.event_feed = events.EventFeed(
+                lambda: events.event_of(engine, app.state.settings), app.state.stopping
+            )
             yield
         if traces is not None:
             await asyncio.to_thread(traces.close)
@@ -91,14 +104,15 @@ def create_app(settings: Settings, open_engine: OpenEngine | None = None) -> Htt
             *([web_page.page_file] if settings.web_page else []),
             # Their keys may come in a first message, so they look at keys and origins themselves.
             *(elevenlabs_websocket.stream_input, elevenlabs_websocket.multi_stream_input),
-            *v1.handlers(settings),
-            *_guarded(settings),
+            *v1.handlers(),
+            *_guarded(),
         ],
         dependencies={**providers(), "starter": Provide(speech_starter, sync_to_thread=False)},
         state=State(
             {
                 "settings": settings,
-                "keyring": load_keyring(settings),
+                "keyring": web_state.keyring,
+                "ask_reload": ask_reload,
                 "stopping": asyncio.Event(),
                 "open_sockets": open_sockets,
                 "traces": None,
@@ -121,11 +135,11 @@ def _engine_of(settings: Settings) -> OpenEngine:
     return partial(ZmqEngineClient, settings.worker_url, settings.worker_token, timeout_s=settings.worker_timeout_s)
 
 
-def _guarded(settings: Settings) -> list[Router]:
+def _guarded() -> list[Router]:
     """The routes that need a key if keys are configured."""
     others = Router(
         "/",
-        guards=[require_key(settings)],
+        guards=[require_key],
         route_handlers=[
             captioned_speech.create_captioned_speech,
             *(elevenlabs.convert, elevenlabs.stream),
@@ -134,20 +148,19 @@ def _guarded(settings: Settings) -> list[Router]:
     )
     administration = Router(
         "/admin",
-        guards=[require_admin(settings)],
+        guards=[require_admin],
         route_handlers=[
             *(admin.config, admin.stats, admin.vram, admin.cleanup),
             *(admin.move_model, admin.move_model_of_hub),
             *(performance.performance, events.events, usage.get_usage),
-            *(caches.get_caches, caches.empty_cache),
+            *(caches.get_caches, caches.empty_cache, reload.reload_settings),
         ],
     )
-    figures = Router("/", guards=[require_key(settings)], route_handlers=[metrics.metrics])
+    figures = Router("/", guards=[require_key], route_handlers=[metrics.metrics])
     return [others, administration, figures]
 
 
-def from_environment() -> HttpMiddleware:
-    """The web application as the TTS_* variables describe it; granian loads it in each web worker."""
-    settings = load_settings(os.environ)
-    set_up_logging(settings.log_level, settings.log_format, "web")
-    return create_app(settings)
+def web_application(state: WebState, ask_reload: AskReload) -> HttpMiddleware:
+    """The application of a web worker, with its logging."""
+    set_up_logging(state.settings.log_level, state.settings.log_format, "web")
+    return create_app(state.settings, state=state, ask_reload=ask_reload)

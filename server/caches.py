@@ -11,7 +11,7 @@ import structlog
 
 from server.audio import AudioStore
 from server.engine import EngineClient
-from server.text import PronunciationsError, load_pronunciations, reload_pronunciations
+from server.text import PronunciationsError, check_pronunciations, load_pronunciations, reload_pronunciations
 from shared.protocol import CacheCounts, CacheName, CacheStats
 
 log = structlog.get_logger(__name__)
@@ -53,7 +53,12 @@ class WebCaches:
 
     def check_pronunciations(self) -> None:
         """PronunciationsError if the file cannot be used now."""
-        load_pronunciations.__wrapped__(self._path)
+        check_pronunciations(self._path)
+
+    def use_pronunciations(self, path: Path | None) -> None:
+        """Read the words of the service from this file, anew."""
+        self._path = path
+        self.on_emptied("pronunciations")
 
     def on_emptied(self, name: CacheName) -> None:
         """An admin has emptied a cache of all web workers."""

@@ -9,6 +9,12 @@ import sys
 import structlog
 
 
+def set_log_level(level: str) -> None:
+    """Write lines of this level and above from now on; granian's logger has a level of its own."""
+    for name in ("", "_granian"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
 def set_up_logging(level: str, log_format: str, process: str) -> None:
     """Write the log lines of this process and of its libraries to stderr, as text ("console") or JSON ("json")."""
     processors: list[structlog.typing.Processor] = [

@@ -23,7 +23,7 @@ from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
 from shared.recordings import MAX_RECORDING_S
 
-VERSION: Final = 14
+VERSION: Final = 15
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 STARTING: Final = b"s"
@@ -491,7 +491,13 @@ class FindUsage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     until: date
 
 
-Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache | FindUsage
+class Reload(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Take these settings: variables that WorkerLive marks, and their values as text; "" is one that is unset."""
+
+    variables: dict[str, str]
+
+
+Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache | FindUsage | Reload
 
 
 class Call(Message, frozen=True, kw_only=True):
@@ -879,7 +885,7 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class Reply(Message, frozen=True, kw_only=True):
-    """A Call succeeded; its action decides which field is set."""
+    """A Call succeeded; its action decides which field is set. `settings` are as in Welcome, after a Reload."""
 
     id: str
     voice: SavedVoice | None = None
@@ -893,6 +899,7 @@ class Reply(Message, frozen=True, kw_only=True):
     usage: list[UsageRow] = []
     usage_source: str = ""
     """The file of `usage`: GPU workers with one file have one source."""
+    settings: dict[str, Any] = {}
 
 
 class Pong(Message, frozen=True, kw_only=True):

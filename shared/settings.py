@@ -1,6 +1,7 @@
 """The settings: TTS_* variables become one frozen Struct; all mistakes are reported together.
 
 A field's annotation has its limits; its variable is TTS_ and the field's name without the suffix of a unit.
+`Live` and `WorkerLive` mark the settings that a running service takes anew (see live_settings.py).
 The web side and the GPU worker read the same variables, so one file configures both. .env.example explains each.
 """
 
@@ -9,7 +10,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -21,6 +22,16 @@ PREFIX: Final = "TTS_"
 
 EVERY_MODEL: Final = "*"
 """The key of the value that is for all models, in settings that may have a value for each."""
+
+T = TypeVar("T")
+LIVE: Final = "live"
+WORKER_LIVE: Final = "worker-live"
+
+Live = Annotated[T, LIVE]
+"""A setting of the web side that a reload takes; one that is not marked needs a restart."""
+
+WorkerLive = Annotated[T, LIVE, WORKER_LIVE]
+"""A setting that a reload takes in the GPU worker too."""
 
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 Megabytes = Annotated[int, Meta(ge=1, le=100_000_000)]
@@ -55,39 +66,39 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     worker_token: Annotated[str, Meta(max_length=256)] = ""
     worker_timeout_s: Annotated[float, Meta(ge=2, le=31_536_000)] = 30.0
     api_title: Annotated[str, Meta(min_length=1, max_length=100)] = "Qwen3-TTS server"
-    api_keys: list[str] = []
-    admin_keys: list[str] = []
-    keys_file: Path | None = None
-    cors_origins: list[str] = []
-    allowed_hosts: list[str] = []
-    trusted_proxies: list[str] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])
-    root_path: str = ""
+    api_keys: Live[list[str]] = []
+    admin_keys: Live[list[str]] = []
+    keys_file: Live[Path | None] = None
+    cors_origins: Live[list[str]] = []
+    allowed_hosts: Live[list[str]] = []
+    trusted_proxies: Live[list[str]] = msgspec.field(default_factory=lambda: ["127.0.0.0/8", "::1"])
+    root_path: Live[str] = ""
     web_page: bool = True
     max_connections: Annotated[int, Meta(ge=64, le=1_000_000)] = 4096
-    max_connections_per_address: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
-    max_input_chars: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
-    body_buffer_mb: Annotated[int, Meta(ge=16, le=1_000_000)] = 256
+    max_connections_per_address: Live[Annotated[int, Meta(ge=1, le=1_000_000)]] = 256
+    max_input_chars: WorkerLive[Annotated[int, Meta(ge=1, le=1_000_000)]] = 4096
+    body_buffer_mb: Live[Annotated[int, Meta(ge=16, le=1_000_000)]] = 256
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
-    allow_ref_urls: bool = False
-    input_format: Literal["auto", "text", "markdown", "ssml"] = "auto"
-    pronunciations: Path | None = None
-    model_aliases: dict[str, str] = {}
-    require_consent: bool = False
-    unknown_voice: Literal["refuse", "default"] = "refuse"
-    provenance: bool = True
+    allow_ref_urls: Live[bool] = False
+    input_format: Live[Literal["auto", "text", "markdown", "ssml"]] = "auto"
+    pronunciations: Live[Path | None] = None
+    model_aliases: Live[dict[str, str]] = {}
+    require_consent: Live[bool] = False
+    unknown_voice: Live[Literal["refuse", "default"]] = "refuse"
+    provenance: Live[bool] = True
     audio_store_dir: Path = Path("models/audio")
-    audio_store_mb: Annotated[int, Meta(ge=0, le=100_000_000)] = 256
-    audio_store_ttl_s: Seconds = 3600.0
+    audio_store_mb: Live[Annotated[int, Meta(ge=0, le=100_000_000)]] = 256
+    audio_store_ttl_s: Live[Seconds] = 3600.0
 
     # a cluster
     replicas: Annotated[int, Meta(ge=1, le=10_000)] | None = None
 
     # requests in the GPU worker
     max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64
-    audio_buffer_mb: Annotated[int, Meta(ge=16, le=100_000_000)] = 512
-    stall_timeout_s: Seconds = 300.0
-    open_text_timeout_s: Seconds = 30.0
+    max_queue: WorkerLive[Annotated[int, Meta(ge=1, le=100_000)]] = 64
+    audio_buffer_mb: WorkerLive[Annotated[int, Meta(ge=16, le=100_000_000)]] = 512
+    stall_timeout_s: WorkerLive[Seconds] = 300.0
+    open_text_timeout_s: WorkerLive[Seconds] = 30.0
     drain_timeout_s: Seconds = 30.0
     usage_file: Path = Path("models/usage.sqlite")
     usage_days: Annotated[int, Meta(ge=0, le=36_500)] = 400
@@ -116,15 +127,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # residency
     preload: list[str] = []
-    idle_timeout_s: Seconds = 300.0
-    host_idle_timeout_s: Seconds = 3600.0
-    cleanup_interval_s: Seconds = 30.0
-    cleanup_enabled: bool = True
-    vram_budget_mb: Megabytes | None = None
-    host_budget_mb: Megabytes | None = None
+    idle_timeout_s: WorkerLive[Seconds] = 300.0
+    host_idle_timeout_s: WorkerLive[Seconds] = 3600.0
+    cleanup_interval_s: WorkerLive[Seconds] = 30.0
+    cleanup_enabled: WorkerLive[bool] = True
+    vram_budget_mb: WorkerLive[Megabytes | None] = None
+    host_budget_mb: WorkerLive[Megabytes | None] = None
 
     # logging
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: WorkerLive[Literal["debug", "info", "warning", "error"]] = "info"
     log_format: Literal["console", "json"] = "console"
 
     # traces
@@ -274,15 +285,16 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         text = text.lower()
         text = _SIZE_SPELLINGS.get(text, text) if name == "default_model_size" else text
     raw: Any = text
-    if kind is bool:
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if plain is bool:
         if text.lower() not in _TRUE | _FALSE:
             raise ValueError(f"must be true or false, not {text!r}")
         raw = text.lower() in _TRUE
-    elif get_origin(kind) is list:
+    elif get_origin(plain) is list:
         raw = [part.strip() for part in text.split(",") if part.strip()]
         if not raw:  # a list of keys that is empty by mistake would leave the service open
             raise ValueError("must have values, separated by commas; there is none")
-    elif get_origin(kind) is dict:
+    elif get_origin(plain) is dict:
         raw = _pairs(text, _FORMS[name])
     try:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from shared.catalog import load_catalog
+from shared.live_settings import LIVE_VARIABLES
 from shared.settings import Settings, load_settings, variable_of
 from tests.system.service import Service
 
@@ -158,6 +159,12 @@ def test_env_example_lists_every_setting() -> None:
     assert sorted(name for _, name, _ in example()) == sorted(
         variable_of(field.name) for field in msgspec.structs.fields(Settings)
     )
+
+
+def test_env_example_says_what_a_reload_takes() -> None:
+    """The list at its beginning has the settings that are marked so, and no other."""
+    head = (ROOT / ".env.example").read_text().partition("# ---")[0]
+    assert set(re.findall(r"TTS_\w+", head)) == LIVE_VARIABLES
 
 
 def test_env_example_shows_the_defaults() -> None:

@@ -49,6 +49,11 @@ class Cleanup:
         self._next_at = clock() + options.cleanup_interval_s
         self.last: CleanupPass | None = None
 
+    def use(self, options: ResidencyOptions) -> None:
+        """Work by other options from now on; the next pass comes no later than they say."""
+        self._options = options
+        self._next_at = min(self._next_at, self._clock() + options.cleanup_interval_s)
+
     def request(self) -> None:
         """Run a pass now, also if `cleanup_enabled` is false. A pass under way serves this request as well."""
         self._requested = True

@@ -184,6 +184,11 @@ class Residency:
             entry.preload = entry.preload_pending = True
             self.load(model)
 
+    def use(self, options: ResidencyOptions) -> None:
+        """Work by other options, and by budgets of the probe that have changed, from the next turn on."""
+        self._cleanup.use(options)
+        self._changed = True
+
     def start_cleanup(self) -> None:
         """Run a cleanup pass now, also if `cleanup_enabled` is false."""
         self._cleanup.request()

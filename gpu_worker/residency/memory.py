@@ -44,12 +44,17 @@ class MemoryProbe:
     ) -> None:
         self._driver = driver
         self._name = driver.name()
-        self._budget_bytes = budget_bytes
         # In CPU mode the interpreter and its libraries, all that is there at the start, are not held by models.
         self._base_bytes = driver.read().ours_bytes if driver.kind == "cpu" else 0
         self._ram = ram
         self._moving_thread: int | None = None
-        self._host_budget_bytes = default_budget(ram(), 0) if host_budget_bytes is None else host_budget_bytes
+        self._default_host_budget_bytes = default_budget(ram(), 0)
+        self.set_budgets(budget_bytes, host_budget_bytes)
+
+    def set_budgets(self, budget_bytes: int | None, host_budget_bytes: int | None) -> None:
+        """Use other budgets from now on; None is the default one."""
+        self._budget_bytes = budget_bytes
+        self._host_budget_bytes = self._default_host_budget_bytes if host_budget_bytes is None else host_budget_bytes
 
     def start(self) -> None:
         """Start CUDA in this process if torch is imported, and measure what its context takes of the device.

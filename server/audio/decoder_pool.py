@@ -48,7 +48,7 @@ class DecoderPool:
         timeout_s: float = DECODE_TIMEOUT_S,
     ) -> None:
         """`allow_urls`: a recording may be an http(s) URL. The other parameters are for tests."""
-        self._allow_urls = allow_urls
+        self.allow_urls = allow_urls
         self._fetch = fetch
         self._command = command
         self._timeout_s = timeout_s
@@ -66,7 +66,7 @@ class DecoderPool:
     async def decode_ref_audio(self, ref_audio: str) -> bytes:
         """The PCM of `ref_audio`: a data URL, base64 or, with `allow_urls`, an http(s) URL. Raises as `decode` does."""
         is_url = ref_audio[:8].lower().startswith(("http://", "https://"))
-        if is_url and not self._allow_urls:
+        if is_url and not self.allow_urls:
             raise ApiError("invalid_value", "ref_audio: URLs are not fetched here; send base64.", param="ref_audio")
         with self._admit("ref_audio"):
             try:

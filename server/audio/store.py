@@ -79,6 +79,11 @@ class AudioStore:
         self.hits = self.misses = 0
         """How often this process found what it was asked for, and how often not."""
 
+    def limit(self, *, max_bytes: int, ttl_s: float) -> None:
+        """Keep so much from now on: with less room, until the next audio is stored."""
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+
     async def __aenter__(self) -> Self:
         self._sweeping = asyncio.create_task(self._sweep_forever())
         return self

@@ -50,7 +50,7 @@ class EngineReplica:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         self._supervisor = Supervisor(
             [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
-            inherited | variables,
+            lambda: inherited | variables,
             timeout_s=settings.worker_timeout_s,
             stop_timeout_s=STOP_MARGIN_S,
             on_final=lambda: None,

@@ -20,7 +20,8 @@ from typing import Final, NoReturn
 
 import structlog
 
-from server.app import from_environment
+from server.app import web_application
+from server.configuration import Configuration
 from server.engine import OutageFile
 from server.http.keys import KeysError, load_keyring
 from server.processes import (
@@ -31,14 +32,15 @@ from server.processes import (
     WebServer,
     addresses_of,
     hold_port,
+    terminal_is_gone,
     tls_problems,
 )
-from server.text import PronunciationsError, load_pronunciations
+from server.text import PronunciationsError, check_pronunciations
 from shared.access import current_user
 from shared.catalog import CatalogError
-from shared.environment import NO_CUDA, environment, impossible_kernels, unknown_models, unusable_folders
+from shared.environment import NO_CUDA, impossible_kernels, unknown_models, unusable_folders
 from shared.log import set_up_logging
-from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
+from shared.settings import Settings, SettingsError, variable_of
 from shared.sockets import AddressError, ipc_path
 from shared.tracing import tracing_problems
 
@@ -60,29 +62,28 @@ def add_arguments(_parser: argparse.ArgumentParser) -> None:
 def run(_arguments: argparse.Namespace) -> int:
     """Serve until a signal ends the service; returns the exit code."""
     try:
-        environ = environment()
-        settings = load_settings(environ, *_CHECKS)
+        configuration = Configuration(_CHECKS, _START_CHECKS)
+        settings = configuration.settings
         addresses = addresses_of(settings.host)
         port = hold_port(addresses, settings.port)
     except (SettingsError, CatalogError, HostError, PortError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED if isinstance(error, PortTakenError) else EXIT_WRONG_SETTINGS
     set_up_logging(settings.log_level, settings.log_format, "main")
-    # The web workers, which are forked from here, and the GPU worker read their settings from the environment.
-    os.environ.update({name: value for name, value in environ.items() if name.startswith(PREFIX)})
-    for number in (signal.SIGTERM, signal.SIGHUP):  # until granian sets its own handlers
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, _exit)
+    # Until granian sets its own handlers:
+    signal.signal(signal.SIGTERM, _exit)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+        signal.signal(signal.SIGHUP, _exit_if_closed)
     with port:
         if settings.worker_url is not None:
             if not os.access(folder := ipc_path(settings.worker_url).parent, os.X_OK):
                 reason = f"{folder} cannot be entered by {current_user()} until a GPU worker of that user has made it"
                 log.warning("worker_folder_missing", reason=f"{variable_of('worker_url')}: {reason}")
-            return _web_server(settings, addresses).run()
+            return _web_server(configuration, addresses).run()
         try:
             with _private_address() as url:
-                os.environ[variable_of("worker_url")] = url
-                return _serve_with_worker(settings, addresses, url)
+                configuration.use_worker(url)
+                return _serve_with_worker(configuration, addresses, url)
         except AddressError as error:
             sys.stderr.write(f"{error}\n")
             return EXIT_WRONG_SETTINGS
@@ -96,11 +97,12 @@ processes each in turns): 308 to 329 ms without, 268 to 309 ms with. Resident me
 """
 
 
-def _serve_with_worker(settings: Settings, addresses: list[str], url: str) -> int:
-    server = _web_server(settings, addresses)
+def _serve_with_worker(configuration: Configuration, addresses: list[str], url: str) -> int:
+    settings = configuration.settings
+    server = _web_server(configuration, addresses)
     supervisor = Supervisor(
         [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
-        HUGE_PAGES | os.environ,
+        lambda: HUGE_PAGES | configuration.worker_environ(),
         timeout_s=settings.worker_timeout_s,
         stop_timeout_s=settings.drain_timeout_s + _STOP_MARGIN_S,
         on_final=server.signal_handler_interrupt,
@@ -115,8 +117,11 @@ def _serve_with_worker(settings: Settings, addresses: list[str], url: str) -> in
     return supervisor.exit_code or code
 
 
-def _web_server(settings: Settings, addresses: list[str]) -> WebServer:
-    server = WebServer(settings, addresses, from_environment)
+def _web_server(configuration: Configuration, addresses: list[str]) -> WebServer:
+    settings = configuration.settings
+    server = WebServer(
+        settings, addresses, lambda ask_reload: web_application(configuration.state, ask_reload), configuration.reload
+    )
     url = settings.url("localhost" if settings.host == "*" else settings.host)
     server.on_startup(
         lambda: log.info("serving", url=url, docs=f"{url}/docs", addresses=addresses, web_workers=settings.web_workers)
@@ -128,13 +133,17 @@ def _worker_problems(settings: Settings) -> list[str]:
     """The settings that would stop the GPU worker, if it runs on this machine."""
     if settings.worker_url is not None:
         return []
-    problems = [*unusable_folders(settings), *impossible_kernels(settings)]
-    if needing_cuda := settings.needing_cuda():
-        # A process of its own looks for the device, so that the web side never loads the worker's code.
-        probe = subprocess.run([sys.executable, "-m", "gpu_worker", "cuda"], stdin=subprocess.DEVNULL, check=False)
-        if probe.returncode:
-            problems += [f"{variable}: {NO_CUDA}" for variable in needing_cuda]
-    return problems
+    return [*unusable_folders(settings), *impossible_kernels(settings)]
+
+
+def _device_problems(settings: Settings) -> list[str]:
+    """The settings that need a device which is not there. A look for one takes a second, so a reload makes none."""
+    needing_cuda = settings.needing_cuda()
+    if settings.worker_url is not None or not needing_cuda:
+        return []
+    # A process of its own looks for the device, so that the web side never loads the worker's code.
+    probe = subprocess.run([sys.executable, "-m", "gpu_worker", "cuda"], stdin=subprocess.DEVNULL, check=False)
+    return [f"{variable}: {NO_CUDA}" for variable in needing_cuda] if probe.returncode else []
 
 
 def _host_problems(settings: Settings) -> list[str]:
@@ -147,7 +156,7 @@ def _host_problems(settings: Settings) -> list[str]:
 
 def _pronunciations_problems(settings: Settings) -> list[str]:
     try:
-        load_pronunciations(settings.pronunciations)
+        check_pronunciations(settings.pronunciations)
     except PronunciationsError as error:
         return [f"{variable_of('pronunciations')}: {error}"]
     return []
@@ -177,6 +186,8 @@ WEB_CHECKS: Final = (
 
 _CHECKS: Final = (*WEB_CHECKS, _worker_problems)
 
+_START_CHECKS: Final = (_device_problems,)
+
 
 @contextmanager
 def _private_address() -> Iterator[str]:
@@ -194,6 +205,12 @@ def _private_address() -> Iterator[str]:
         yield url
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exit_if_closed(_signal: int, _frame: FrameType | None) -> None:
+    """SIGHUP during the start: the settings have just been read, so only a terminal that is gone means anything."""
+    if terminal_is_gone():
+        sys.exit(0)
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

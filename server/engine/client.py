@@ -255,6 +255,12 @@ class EngineClient(Protocol):
     def worker_settings(self) -> dict[str, Any]:
         """The worker's settings by their public names, as of the last connection; empty before the first."""
 
+    async def use_variables(self, variables: dict[str, str]) -> None:
+        """Let the GPU worker that is there, and each one that comes, take these settings; "" is one that is unset.
+
+        Returns when the one that is there has taken them. Never raises: a worker that is gone takes them when it comes.
+        """
+
     def unavailable(self) -> ApiError | None:
         """The error (`worker_unavailable`) if the worker is not there or has not answered for seconds; else None.
 

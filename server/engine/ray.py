@@ -43,6 +43,7 @@ from shared.protocol import (
     Ping,
     PinModel,
     ProtocolError,
+    Reload,
     Reply,
     Snapshot,
     Speak,
@@ -63,6 +64,7 @@ STALE_AFTER_S: Final = 5.0
 """A replica whose last report is older takes no part in the snapshot."""
 
 _FRESH_WITHIN_S: Final = 1.0
+_RELOAD_TIMEOUT_S: Final = 5.0
 _RETRY_AFTER_S: Final = 5.0
 _LONGEST_RETRY_S: Final = 60.0
 _MAX_KEPT_TEXT: Final = 65_536
@@ -179,6 +181,8 @@ class RayEngineClient:
         self._id = uuid.uuid4().hex
         self._catalog: list[ModelSpec] = []
         self._settings: dict[str, Any] = {}
+        self._variables: dict[str, str] = {}
+        """What each GPU worker is told when it comes."""
         self._catalog_hits = self._catalog_misses = 0
         self._known: dict[str, _KnownReplica] = {}
         self._use = ClusterUse()
@@ -280,6 +284,19 @@ class RayEngineClient:
         except TimeoutError:
             raise unavailable_error(f"The GPU worker did not answer within {timeout_s:.0f} s.") from None
 
+    async def use_variables(self, variables: dict[str, str]) -> None:
+        self._variables = variables
+        if variables:
+            await asyncio.gather(*(self._tell_variables(name) for name in self._replicas.ids()))
+
+    async def _tell_variables(self, replica: str) -> None:
+        message = encode(Call(id=uuid.uuid4().hex, client="", action=Reload(variables=self._variables)))[0]
+        try:
+            async with asyncio.timeout(_RELOAD_TIMEOUT_S):
+                self._settings = (await self._call_replica(replica, message, None)).settings
+        except (ApiError, TimeoutError) as error:
+            log.warning("worker_keeps_its_settings", replica=replica, reason=str(error))
+
     async def _call_one(self, message: bytes, payload: bytes | None, *, model: str) -> Reply:
         error = unavailable_error("No GPU worker is there.")
         for name in ["", *self._replicas.ids()]:  # first the one that is chosen, then whichever is there
@@ -375,6 +392,8 @@ class RayEngineClient:
             log.warning("replica_silent", replica=name, reason=str(error) or type(error).__name__)
             known.lose(unavailable_error("The GPU worker went away."), self._clock())
         else:
+            if report.catalog is not None and self._variables:
+                self._start(self._tell_variables(name))
             self._take(report, known, asked_at)
         finally:
             known.asked = False

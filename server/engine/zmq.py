@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final, Self
 
+import msgspec
 import structlog
 
 from server.engine.client import Speech, error_of
@@ -34,6 +35,7 @@ from shared.protocol import (
     Ping,
     Pong,
     Probe,
+    Reload,
     Reply,
     Snapshot,
     Speak,
@@ -57,6 +59,7 @@ _PAUSED_AFTER_S: Final = 1.0
 
 _FRESH_WITHIN_S: Final = 1.0
 _HELLO_INTERVAL_S: Final = 1.0
+_RELOAD_TIMEOUT_S: Final = 5.0
 _RETRY_AFTER_S: Final = 5.0
 """When to try again if no supervisor on this machine knows when the GPU worker will be back."""
 
@@ -114,6 +117,8 @@ class ZmqEngineClient:
         """Set, and replaced, by the next snapshot and by the loss of the worker."""
         self._loss: asyncio.Future[ApiError] | None = None
         """What waits for the loss of the worker; None if nothing does."""
+        self._variables: dict[str, str] = {}
+        """What each GPU worker is told when it comes."""
         self._speeches: dict[str, Speech] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
 
@@ -226,6 +231,15 @@ class ZmqEngineClient:
             if reply.cancelled():
                 self.cancel(call.id)
 
+    async def use_variables(self, variables: dict[str, str]) -> None:
+        self._variables = variables
+        if not variables or not self._connected:
+            return
+        try:
+            await self.call(Reload(variables=variables), client="", timeout_s=_RELOAD_TIMEOUT_S)
+        except ApiError as error:
+            log.warning("worker_keeps_its_settings", code=error.code, reason=error.message)
+
     # --- the connection's life ---------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
@@ -309,6 +323,8 @@ class ZmqEngineClient:
             case Failed():
                 self._handle_failure(message)
             case Reply():
+                if message.settings and self._welcome is not None:
+                    self._welcome = msgspec.structs.replace(self._welcome, settings=message.settings)
                 reply = self._calls.get(message.id)
                 if reply is not None and not reply.done():
                     reply.set_result(message)
@@ -353,6 +369,8 @@ class ZmqEngineClient:
             return
         if not self._connected or self._welcome is None or self._welcome.boot_id != welcome.boot_id:
             log.info("worker_connected", pid=welcome.snapshot.pid, boot_id=welcome.boot_id)
+            if self._variables:
+                self._connection.send(Call(id=uuid.uuid4().hex, client="", action=Reload(variables=self._variables)))
         self._refusal = None
         self._connected = True
         self._welcome = welcome

@@ -4,10 +4,10 @@ Without configured keys every client may do everything, except the pages of othe
 the server listens on loopback unless it is configured otherwise.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from litestar.connection import ASGIConnection
+from litestar.enums import ScopeType
 from litestar.handlers import BaseRouteHandler
 
 from server.http.elevenlabs_errors import KEY_HEADER
@@ -21,42 +21,35 @@ from shared.settings import Settings
 _KEY_SUBPROTOCOL: Final = "openai-insecure-api-key."
 """A subprotocol that is a key, as OpenAI's clients in browsers offer it: a page can set no header."""
 
-Guard = Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]
+_CALLER: Final = "caller"
+"""The place of the caller in the state of a request."""
 
 
-def require_key(settings: Settings) -> Guard:
+def require_key(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
     """A guard that requires a known key; without keys for speech every client passes."""
-
-    def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        if _known(connection) is not None:
-            return
-        if keyring_of(connection).guards_speech:
-            raise _unknown_key(connection)
-        refuse_foreign(settings, connection)
-
-    return guard
+    if _known(connection) is not None:
+        return
+    if keyring_of(connection).guards_speech:
+        raise _unknown_key(connection)
+    refuse_foreign(connection)
 
 
-def require_admin(settings: Settings) -> Guard:
+def require_admin(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
     """A guard that requires an admin key, and refuses pages of other sites even with one.
 
     Without any keys every other client passes.
     """
-
-    def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        is_guarded = keyring_of(connection).guards_admin
-        if is_guarded:
-            caller = _known(connection)
-            if caller is None:
-                raise _unknown_key(connection)
-            if not caller.is_admin:
-                raise ApiError("insufficient_permissions", "This needs an admin key.")
-        refuse_foreign(settings, connection, to_administer=True, with_key=is_guarded)
-
-    return guard
+    is_guarded = keyring_of(connection).guards_admin
+    if is_guarded:
+        caller = _known(connection)
+        if caller is None:
+            raise _unknown_key(connection)
+        if not caller.is_admin:
+            raise ApiError("insufficient_permissions", "This needs an admin key.")
+    refuse_foreign(connection, to_administer=True, with_key=is_guarded)
 
 
-def admit_socket(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> bool:
+def admit_socket(connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> bool:
     """Whether the client of a WebSocket may speak; False: it has not sent a key yet, and its first message may.
 
     `key` is that of the first message. Raises ApiError: the key is unknown, or the page that asks is foreign.
@@ -64,7 +57,7 @@ def admit_socket(settings: Settings, connection: ASGIConnection[Any, Any, Any, A
     if _known(connection, key) is not None:
         return True
     if not keyring_of(connection).guards_speech:
-        refuse_foreign(settings, connection)
+        refuse_foreign(connection)
         return True
     if not (_key_of(connection) or key.strip()):
         return False
@@ -104,11 +97,21 @@ def keyring_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Keyring:
 
 
 def _known(connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> Caller | None:
-    """Whose key the request has, or else `key`; None without a known one. Raises ApiError if the key has expired."""
+    """Whose key the request has, or else `key`; None without a known one. Raises ApiError if the key has expired.
+
+    A request that was admitted stays its caller's to the end, also if a reload takes the key away meanwhile.
+    A WebSocket may outlive many reloads, so its key is looked up each time.
+    """
+    state = connection.scope["state"]
+    if _CALLER in state:
+        admitted: Caller = state[_CALLER]
+        return admitted
     key = _key_of(connection) or key.strip()
     caller = keyring_of(connection).find(key) if key else None
     if caller is not None and caller.is_expired(today()):
         raise ApiError("invalid_api_key", f"This API key has expired on {caller.expires}.")
+    if caller is not None and connection.scope["type"] == ScopeType.HTTP:
+        state[_CALLER] = caller
     return caller
 
 

@@ -15,14 +15,14 @@ class BodyBudget:
     """The large bodies in memory; above `budget_bytes` the slowest of those that still arrive go."""
 
     def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._large: set[OpenRequest] = set()
 
     def check(self, request: OpenRequest, now: float) -> None:
         """More of the body of `request` has arrived."""
         if request.body_bytes > SMALL_BODY_BYTES and not request.crowded_out:
             self._large.add(request)
-        while len(self._large) > 1 and sum(one.body_bytes for one in self._large) > self._budget_bytes:
+        while len(self._large) > 1 and sum(one.body_bytes for one in self._large) > self.budget_bytes:
             arriving = [one for one in self._large if not one.body_complete]
             if not arriving:
                 return

@@ -85,18 +85,20 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
             raise _not_allowed(param, self.voices)
 
 
-class Keyring:
-    """All known keys, as of the start of the process. Immutable."""
+class Keyring(msgspec.Struct, frozen=True):
+    """All known keys, by digest. `guards_speech`: everything needs a key; else only the admin routes do, if any."""
 
-    def __init__(self, keys: dict[str, Caller], *, guards_speech: bool) -> None:
-        """`keys` by digest. `guards_speech`: everything needs a key; else only the admin routes do, if there is one."""
-        self._keys = keys
-        self.guards_speech = guards_speech
-        self.guards_admin = guards_speech or bool(keys)
+    keys: dict[str, Caller]
+    guards_speech: bool
+
+    @property
+    def guards_admin(self) -> bool:
+        """Whether the admin routes need a key."""
+        return self.guards_speech or bool(self.keys)
 
     def find(self, key: str) -> Caller | None:
         """Whose key it is, expired or not; None for an unknown key."""
-        return self._keys.get(digest_of(key))
+        return self.keys.get(digest_of(key))
 
 
 def load_keyring(settings: Settings) -> Keyring:

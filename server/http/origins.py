@@ -36,6 +36,7 @@ there, every browser that knows Sec-Fetch-Site sends it, and programs of other u
 import socket
 from typing import Any, Final
 
+from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 
@@ -70,12 +71,14 @@ def cors_config(settings: Settings) -> CORSConfig | None:
     )
 
 
+def set_cors(app: Litestar, settings: Settings) -> None:
+    """Let a running application answer by TTS_CORS_ORIGINS. Requests that are being answered keep what was."""
+    app.cors_config = cors_config(settings)
+    app.asgi_handler = app._create_asgi_handler()  # noqa: SLF001 -- Litestar builds the handler once, at its start
+
+
 def refuse_foreign(
-    settings: Settings,
-    connection: ASGIConnection[Any, Any, Any, Any],
-    *,
-    to_administer: bool = False,
-    with_key: bool = False,
+    connection: ASGIConnection[Any, Any, Any, Any], *, to_administer: bool = False, with_key: bool = False
 ) -> None:
     """Raise ApiError (`foreign_origin`) if a page that is neither ours nor configured sent this request.
 
@@ -92,6 +95,7 @@ def refuse_foreign(
     is_named = cors is not None and origin != "*" and origin in cors.allow_origins
     if is_named or (cors is not None and not to_administer and cors.is_origin_allowed(origin)):
         return
+    settings: Settings = connection.app.state.settings
     view = client_view(settings, connection.scope)
     allowed_hosts = {host.lower() for host in settings.allowed_hosts}
     if not _is_own_page(origin.lower(), site, view, allowed_hosts, any_name=with_key):

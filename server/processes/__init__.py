@@ -4,6 +4,7 @@ Outsiders import the names below, never a module of the package.
 """
 
 from server.processes.listening import HostError, PortError, PortTakenError, addresses_of, hold_port
+from server.processes.terminal import terminal_is_gone
 from server.processes.tls import tls_problems
 from server.processes.web_workers import WebServer
 from server.processes.worker_supervisor import Supervisor
@@ -16,5 +17,6 @@ __all__ = [
     "WebServer",
     "addresses_of",
     "hold_port",
+    "terminal_is_gone",
     "tls_problems",
 ]

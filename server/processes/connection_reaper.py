@@ -135,8 +135,8 @@ class Connection:
 class ConnectionReaper:
     """Watches the connections that this process has accepted on `port`.
 
-    `limit` is the number of places, `address_limit` that of one client address unless `is_exempt` of it is true.
-    `read_timeout_s` is how long a client may read nothing of a response that its handler has finished.
+    `limit` is the number of places, `address_limit()` that of one client address unless `is_exempt` of it is true.
+    `read_timeout_s()` is how long a client may read nothing of a response that its handler has finished.
     """
 
     def __init__(
@@ -145,16 +145,16 @@ class ConnectionReaper:
         *,
         port: int,
         limit: int,
-        address_limit: int,
+        address_limit: Callable[[], int],
         is_exempt: Callable[[str], bool],
-        read_timeout_s: float,
+        read_timeout_s: Callable[[], float],
     ) -> None:
         self._requests = requests
         self._port = port
         self._high_water = max(1, int(limit * (1 - KEPT_FREE)))
         self._address_limit = address_limit
         self._is_exempt = is_exempt
-        self._overdue = _Rule(IDLE_TIMEOUT_S, read_timeout_s)
+        self._read_timeout_s = read_timeout_s
         self._connections: dict[int, Connection] = {}
         self._short = False
         self._shut: set[int] = set()
@@ -190,7 +190,7 @@ class ConnectionReaper:
         await self._find()
         idle = self._idle()
         overdue = [one for one in idle if self._idle_s(one) >= IDLE_TIMEOUT_S]
-        await self._close("idle", overdue, len(overdue), self._overdue)
+        await self._close("idle", overdue, len(overdue), _Rule(IDLE_TIMEOUT_S, self._read_timeout_s()))
         await self._close_for_addresses(idle)
         await self._close_for_room(idle)
         self._log()
@@ -247,11 +247,12 @@ class ConnectionReaper:
 
     async def _close_for_addresses(self, idle: list[Connection]) -> None:
         """Close the longest idle connections of addresses that have too many."""
+        limit = self._address_limit()
         counts = Counter(one.peer[0] for one in self._connections.values())
         for address, count in counts.items():
-            if count > self._address_limit and not self._is_exempt(address):
+            if count > limit and not self._is_exempt(address):
                 own = [one for one in idle if one.peer[0] == address]
-                await self._close("too_many_of_address", own, count - self._address_limit, _IDLE)
+                await self._close("too_many_of_address", own, count - limit, _IDLE)
 
     async def _close_for_room(self, idle: list[Connection]) -> None:
         """Keep a share of the places free.

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any, Final
 
 import structlog
@@ -28,12 +27,18 @@ from granian.server.mp import MPServer, WorkerProcess
 
 from server.http.forwarded import is_trusted_proxy
 from server.http.middleware import HttpMiddleware
+from server.live_state import take_state
 from server.processes.connection_reaper import ConnectionReaper
 from server.processes.descriptors import places_for_connections
 from server.processes.heap_trimmer import HeapTrimmer
+from server.processes.main_link import MainLink
+from server.processes.reloads import Reloads
 from server.processes.restarts import RestartPauses, death_cause
 from server.processes.systemd import Systemd
+from server.processes.terminal import terminal_is_gone
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
+from server.reloading import AskReload, ReloadOutcome, WebState
+from shared.log import set_log_level
 from shared.settings import Settings
 from shared.stacks import write_stacks_on_signals
 
@@ -71,6 +76,8 @@ _GRANIAN_LOGS: Final[dict[str, Any]] = {
 }
 """Granian's loggers have no handlers of their own, so their lines go where all others go."""
 
+Create = Callable[[AskReload], HttpMiddleware]
+
 log = structlog.get_logger(__name__)
 
 
@@ -89,15 +96,22 @@ class _WorkerState:
 class WebServer(MPServer):
     """Granian with the web workers that `settings` ask for; each runs the application that `create` returns.
 
+    `create` gets what asks for a reload, and `reload` makes one (see Reloads).
     Granian serves one address a process, so each of `addresses` has web workers of its own.
     Web workers are forked, so they inherit the state of the main process.
     """
 
-    def __init__(self, settings: Settings, addresses: Sequence[str], create: Callable[[], HttpMiddleware]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        addresses: Sequence[str],
+        create: Create,
+        reload: Callable[[], tuple[ReloadOutcome, WebState | None]],
+    ) -> None:
         workers = settings.web_workers * len(addresses)
         places = places_for_connections(math.ceil(settings.max_connections / workers))
         super().__init__(
-            "server.app:from_environment",
+            "server.app:web_application",
             address=addresses[0],
             port=settings.port,
             interface=Interfaces.ASGI,
@@ -116,9 +130,11 @@ class WebServer(MPServer):
         self._addresses = addresses
         self._create = create
         self._timeout_s = settings.worker_timeout_s
-        self._reaper = partial(_reaper, settings, places)
+        self._reaper = partial(_reaper, settings.port, places)
         self._states: dict[int, _WorkerState] = {}
         self._systemd = Systemd()
+        self._reload = reload
+        self._reloads = Reloads(self._read_anew, self.main_loop_interrupt.set)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does that; granian sets its handler regardless
             self.on_startup(partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
         # The default of Python 3.14 is another one, for which granian would start fresh interpreters.
@@ -130,21 +146,35 @@ class WebServer(MPServer):
         write_stacks_on_signals()
         os.register_at_fork(before=_block_sigterm, after_in_parent=_unblock_sigterm, after_in_child=_set_signals)
         try:
+            self._reloads.start()
             self.serve(target_loader=partial(_load, self._create, self._reaper, os.getpid()), wrap_loader=False)
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else EXIT_FAILED
+        finally:
+            self._reloads.close()
         return 0
 
     def signal_handler_reload(self, *_arguments: Any, **_options: Any) -> None:
-        """SIGHUP, for which granian would start its web workers anew, ends the service as SIGTERM does."""
-        self.signal_handler_interrupt()
+        """SIGHUP, for which granian would start its web workers anew: a reload, or the end if the terminal is gone."""
+        if terminal_is_gone():
+            self.signal_handler_interrupt()
+        else:
+            self._reloads.request()
+
+    def _read_anew(self) -> tuple[ReloadOutcome, WebState | None]:
+        outcome, state = self._reload()
+        if state is not None:
+            set_log_level(state.settings.log_level)
+            self.log_level = LogLevels(state.settings.log_level)  # of web workers to come
+        return outcome, state
 
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Callable[..., Any]) -> WorkerProcess:
         watchdog = Watchdog(idx + 1, self._timeout_s, time.monotonic())
         state = self._states.setdefault(idx, _WorkerState(watchdog))
         state.watchdog, state.start_at = watchdog, None
         self._ssp = SocketSpec(self._addresses[idx % len(self._addresses)], self.bind_port, self.backlog)
-        return super()._spawn_worker(idx, target, partial(callback_loader, watchdog.beat))
+        link = MainLink(idx, self._reloads.link(idx), self._reloads.outbox)
+        return super()._spawn_worker(idx, target, partial(callback_loader, watchdog.beat, link))
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         """Run until a signal ends the service; SystemExit, after all web workers were stopped, if none can start."""
@@ -158,6 +188,7 @@ class WebServer(MPServer):
                 self._systemd.ready()
             while self.interrupt_children:
                 self._on_death(self.interrupt_children.pop(0))
+            self._reloads.turn()
             for idx, state in self._states.items():
                 if state.start_at is None:
                     state.watchdog.check(self.wrks[idx].inner, time.monotonic())
@@ -170,6 +201,7 @@ class WebServer(MPServer):
         return max(0.0, min([BEAT_INTERVAL_S, *starts]))
 
     def _on_death(self, idx: int) -> None:
+        self._reloads.unlink(idx)
         state, worker = self._states[idx], self.wrks[idx]
         code = worker.inner.exitcode
         if state.watchdog.has_served:
@@ -190,34 +222,37 @@ class WebServer(MPServer):
 # --- inside a web worker ---------------------------------------------------------------------------------------------
 
 
-def _reaper(settings: Settings, places: int, application: HttpMiddleware) -> ConnectionReaper:
+def _reaper(port: int, places: int, application: HttpMiddleware) -> ConnectionReaper:
+    state = application.app.state
     return ConnectionReaper(
         application.open_requests,
-        port=settings.port,
+        port=port,
         limit=places,
-        address_limit=settings.max_connections_per_address,
-        is_exempt=partial(is_trusted_proxy, settings),
-        read_timeout_s=settings.stall_timeout_s,
+        address_limit=lambda: state.settings.max_connections_per_address,
+        is_exempt=lambda address: is_trusted_proxy(state.settings, address),
+        read_timeout_s=lambda: state.settings.stall_timeout_s,
     )
 
 
 def _load(
-    create: Callable[[], HttpMiddleware],
+    create: Create,
     reaper: Callable[[HttpMiddleware], ConnectionReaper],
     main_pid: int,
     beat: ctypes.c_double,
+    link: MainLink,
 ) -> HttpMiddleware:
     """The application of this web worker. It keeps `beat` fresh once it serves, and ends with the main process."""
     threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
-    application = create()
-    application.app.on_startup.append(partial(_on_startup, beat, application))
+    application = create(link.reload)
+    application.app.on_startup.append(partial(_on_startup, beat, application, link))
     application.app.on_startup.append(reaper(application).start)
     application.app.on_startup.append(HeapTrimmer(application.open_requests).start)
     return application
 
 
-async def _on_startup(beat: ctypes.c_double, application: HttpMiddleware) -> None:
+async def _on_startup(beat: ctypes.c_double, application: HttpMiddleware, link: MainLink) -> None:
     loop = asyncio.get_running_loop()
+    link.start(partial(take_state, application))
 
     def keep_fresh() -> None:
         beat.value = time.monotonic()
@@ -274,11 +309,6 @@ def _unblock_sigterm() -> None:
 
 
 def _set_signals() -> None:
-    """A terminal's Ctrl-C is for the main process, which stops its web workers itself. SIGHUP acts like SIGTERM."""
+    """Ctrl-C, SIGHUP and a closed terminal are for the main process, which tells its web workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, _end_at_hangup)
-
-
-def _end_at_hangup(_signal: int, _frame: FrameType | None) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

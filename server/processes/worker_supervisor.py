@@ -37,7 +37,8 @@ log = structlog.get_logger(__name__)
 class Supervisor:
     """Keeps one worker process alive from `start` to `stop`; the same thread calls both.
 
-    `command` begins with the path of a program. `--restarts N` is added to it: N workers ran before this one,
+    `command` begins with the path of a program; `environ()` is the environment of a worker that starts now.
+    `--restarts N` is added to it: N workers ran before this one,
     and `--heartbeat FD`: the pipe that the worker writes its bytes to.
     A worker whose bytes stop for `timeout_s` is killed, after it was made to write the stacks of its threads.
     That counts from its first byte: how long a start may take is not limited.
@@ -51,7 +52,7 @@ class Supervisor:
     def __init__(
         self,
         command: Sequence[str],
-        environ: Mapping[str, str],
+        environ: Callable[[], Mapping[str, str]],
         *,
         timeout_s: float,
         stop_timeout_s: float,
@@ -60,7 +61,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = list(command)
-        self._environ = dict(environ)
+        self._environ = environ
         self._timeout_s = timeout_s
         self._hang_cause = f"no answer for {timeout_s:.0f} s"
         self._stop_timeout_s = stop_timeout_s
@@ -202,7 +203,7 @@ class Supervisor:
         no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
         command = [*self._command, "--restarts", str(restarts), "--heartbeat", str(heartbeat)]
         os.set_inheritable(heartbeat, True)
-        return os.posix_spawn(command[0], command, self._environ, file_actions=[no_input], setsid=True)
+        return os.posix_spawn(command[0], command, self._environ(), file_actions=[no_input], setsid=True)
 
     def _signal(self, number: signal.Signals) -> None:
         """Send a signal to the worker; SIGKILL also to the processes that the worker started."""

@@ -91,13 +91,15 @@ class SpeechSocket(ABC):
         """Check the client's key, which the first message may have. Raises ApiError (`invalid_api_key`)."""
         self._key = self._key or key or ""
         self._admitted = False
-        self._admitted = admit_socket(self.settings, self._websocket, self._key)
+        self._admitted = admit_socket(self._websocket, self._key)
         if not self._admitted:
             message = "This server needs an API key: in a header, a subprotocol, or the first message."
             raise ApiError("invalid_api_key", message)
 
     def starter(self) -> SpeechStarter:
-        """The starter of this client's requests."""
+        """The starter of this client's requests, by the settings and keys of now. Raises ApiError as `admit`."""
+        self.settings = self._state.settings
+        self.admit()
         return SpeechStarter(
             engine=self._engine,
             settings=self.settings,
@@ -175,7 +177,7 @@ class SpeechSocket(ABC):
     async def run(self) -> None:
         """Serve the socket until it is closed."""
         try:
-            self._admitted = admit_socket(self.settings, self._websocket)
+            self._admitted = admit_socket(self._websocket)
         except ApiError as error:
             self._websocket.scope["state"][SOCKET_ERROR] = error
             return

@@ -11,6 +11,7 @@ from server.text.pronunciations import (
     PronunciationsError,
     Respelling,
     Word,
+    check_pronunciations,
     load_pronunciations,
     reload_pronunciations,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Respelling",
     "SentenceSplitter",
     "Word",
+    "check_pronunciations",
     "end_of_last_sentence",
     "is_ssml",
     "load_pronunciations",

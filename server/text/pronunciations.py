@@ -106,9 +106,14 @@ def load_pronunciations(path: Path | None) -> dict[str, Pronunciations]:
     return {language: Pronunciations(entries) for language, entries in tables.items()}
 
 
+def check_pronunciations(path: Path | None) -> None:
+    """PronunciationsError if the file cannot be used now."""
+    load_pronunciations.__wrapped__(path)
+
+
 def reload_pronunciations(path: Path | None) -> None:
     """Read the file again. PronunciationsError, and the old words stay, if it cannot be used."""
-    load_pronunciations.__wrapped__(path)
+    check_pronunciations(path)
     load_pronunciations.cache_clear()
 
 

@@ -1,12 +1,14 @@
 """How the service starts, and which settings it refuses to start with."""
 
 import contextlib
+import fcntl
 import os
 import pwd
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,19 +202,28 @@ def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Servi
         assert worker.poll() is None
 
 
-def test_a_closed_terminal_ends_the_service(start: Callable[..., Service]) -> None:
-    """SIGHUP to the service and its web workers lets the running stream end, and ends them all with exit code 0."""
-    service = start()
-    children = children_of(service.process.pid)
-    with service.stream("One sentence. " * 40, response_format="wav") as answer:
-        pieces = answer.iter_bytes()
-        audio = next(pieces)
-        for pid in (*service.web_pids(), service.process.pid):
-            os.kill(pid, signal.SIGHUP)
-        audio += b"".join(pieces)
-    assert len(audio) > 48_000 * 40  # a second each, at least
-    assert service.process.wait(30) == 0
-    assert not [pid for pid in children if is_running(pid)]
+def test_a_closed_terminal_ends_the_service(tmp_path: Path) -> None:
+    """The kernel's SIGHUP to all processes of the terminal lets the running stream end, and then ends them all."""
+    terminal, theirs = os.openpty()
+
+    def enter_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    service = Service(tmp_path, preexec_fn=enter_terminal).wait_ready()
+    os.close(theirs)
+    try:
+        children = children_of(service.process.pid)
+        with service.stream("One sentence. " * 40, response_format="wav") as answer:
+            pieces = answer.iter_bytes()
+            audio = next(pieces)
+            os.close(terminal)
+            audio += b"".join(pieces)
+        assert len(audio) > 48_000 * 40  # a second each, at least
+        assert service.process.wait(stretched(30)) == 0
+        assert not [pid for pid in children if is_running(pid)]
+    finally:
+        service.kill()
 
 
 def test_hangup_ends_a_gpu_worker(tmp_path: Path) -> None:

@@ -23,14 +23,13 @@ from server.routes.v1 import (
     voice_files,
     voices,
 )
-from shared.settings import Settings
 
 
-def handlers(settings: Settings) -> list[Any]:
+def handlers() -> list[Any]:
     """The handlers for the application."""
     guarded = Router(
         "/v1",
-        guards=[require_key(settings)],
+        guards=[require_key],
         route_handlers=[
             *(probes.test, probes.readyz),
             *(models.list_models, models.list_audio_models, models.get_model, models.get_audio_model),

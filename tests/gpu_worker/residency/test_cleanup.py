@@ -1,5 +1,6 @@
 """Cleanup passes: when idle models leave, and what a pass reports."""
 
+from gpu_worker.residency import ResidencyOptions
 from tests.gpu_worker.fakes import WALL, FakeDevice
 from tests.gpu_worker.residency.bench import Bench
 
@@ -127,6 +128,34 @@ class TestIdle:
         bench.clock.advance(60)
         bench.finish(transition)
         assert bench.advance() == []
+
+
+class TestOtherOptions:
+    """What a reload changes."""
+
+    def test_idle_times(self) -> None:
+        """A shorter time counts for a model that is idle already, from the next pass on, which comes sooner too."""
+        bench = Bench({"a": 100}, idle_timeout_s=3600, cleanup_interval_s=3600)
+        bench.use("a")
+        bench.clock.advance(60)
+        bench.residency.use(ResidencyOptions(idle_timeout_s=60, cleanup_interval_s=1))
+        bench.clock.advance(1)
+        bench.settle()
+        assert bench.states() == {"a": "offloaded"}
+        bench.residency.use(ResidencyOptions(idle_timeout_s=60, host_idle_timeout_s=1, cleanup_enabled=False))
+        bench.clock.advance(100)
+        bench.settle()
+        assert bench.states() == {"a": "offloaded"}
+
+    def test_a_smaller_budget(self) -> None:
+        """Idle models make room at once; no pass is needed."""
+        bench = Bench({"a": 600, "b": 300}, cleanup_enabled=False)
+        bench.use("a")
+        bench.use("b")
+        bench.device.budget_bytes = 500
+        bench.residency.use(ResidencyOptions(cleanup_enabled=False))
+        bench.settle()
+        assert bench.states() == {"a": "offloaded", "b": "resident"}
 
 
 class TestPasses:

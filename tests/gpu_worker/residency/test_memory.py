@@ -35,6 +35,10 @@ class TestBudget:
         probe = open_probe("cpu", budget_bytes=123, host_budget_bytes=456)
         assert probe.device().budget_bytes == 123
         assert probe.host().budget_bytes == 456
+        probe.set_budgets(None, None)
+        assert min(probe.device().budget_bytes, probe.host().budget_bytes) > 1_000_000  # what the machine has
+        probe.set_budgets(7, 8)
+        assert (probe.device().budget_bytes, probe.host().budget_bytes) == (7, 8)
 
     def test_of_a_cpu(self, tmp_path: Path) -> None:
         """In CPU mode the device's budget follows free RAM plus this process's growth; the host's is fixed at start."""

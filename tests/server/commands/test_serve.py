@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ import pytest
 
 from server.__main__ import main
 from server.commands import serve
-from shared.settings import load_settings
+from server.configuration import Configuration
 from tests.ports import free_port
 from tests.server.commands.conftest import CannedService
 
@@ -178,7 +178,7 @@ def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
     assert list(tmp_path.glob("tts-*")) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
     """A signal while the processes start ends the service at once, and nothing is left."""
     port = free_port()
@@ -203,8 +203,8 @@ def test_the_gpu_worker_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch, own
     class Started(Exception):  # noqa: N818 -- not an error
         pass
 
-    def start(_command: list[str], environ: dict[str, str], **_: object) -> None:
-        raise Started(environ["GLIBC_TUNABLES"])
+    def start(_command: list[str], environ: Callable[[], dict[str, str]], **_: object) -> None:
+        raise Started(environ()["GLIBC_TUNABLES"])
 
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if own:
@@ -212,4 +212,4 @@ def test_the_gpu_worker_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch, own
     monkeypatch.setattr(serve, "Supervisor", start)
     monkeypatch.setattr(serve, "_web_server", lambda *_: SimpleNamespace(signal_handler_interrupt=None))
     with pytest.raises(Started, match=own or "glibc.malloc.hugetlb=1"):
-        serve._serve_with_worker(load_settings({}), [], "ipc:///tmp/none/worker.ipc")
+        serve._serve_with_worker(Configuration([], []), [], "ipc:///tmp/none/worker.ipc")

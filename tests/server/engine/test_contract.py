@@ -24,6 +24,7 @@ from shared.protocol import (
     Failed,
     FindVoice,
     Hello,
+    Reload,
     Reply,
     SavedVoice,
     Segment,
@@ -85,6 +86,27 @@ async def test_the_catalogue_is_asked_for_again(client: EngineClient, worker: Fa
     await becomes(lambda: client.snapshot and client.snapshot.web_caches)
     assert client.snapshot
     assert client.snapshot.web_caches["catalog"].hits > 0
+
+
+async def test_every_gpu_worker_takes_the_variables(client: EngineClient, worker: FakeWorker) -> None:
+    """The one that is there, whose settings are known then, and one that comes later; none is told without any."""
+    await client.use_variables({})
+    assert not worker.of(Call)
+    worker.on_call = lambda call, _payload: Reply(id=call.id, settings={"max_queue": 3})
+    told = Reload(variables={"TTS_MAX_QUEUE": "3"})
+    await client.use_variables(told.variables)
+    assert [call.action for call in worker.of(Call)] == [told]
+    assert client.worker_settings == {"max_queue": 3}
+    worker.stop()
+    worker.restart("boot-2")
+    await becomes(lambda: [call.action for call in worker.of(Call)] == [told, told])
+
+
+async def test_a_gpu_worker_that_refuses_the_variables(client: EngineClient, worker: FakeWorker) -> None:
+    """It keeps its settings, and nobody else is held up."""
+    worker.on_call = lambda call, _payload: Failed(id=call.id, code="invalid_value", message="no")
+    await client.use_variables({"TTS_MAX_QUEUE": "3"})
+    assert client.worker_settings == worker.settings
 
 
 async def test_chunks_come_in_order(client: EngineClient, worker: FakeWorker) -> None:

@@ -50,9 +50,9 @@ class Bench:
         defaults: dict[str, Any] = {
             "port": self.listener.getsockname()[1],
             "limit": LIMIT,
-            "address_limit": 100,
+            "address_limit": lambda: 100,
             "is_exempt": lambda _address: False,
-            "read_timeout_s": 300.0,
+            "read_timeout_s": lambda: 300.0,
         }
         self.reaper = ConnectionReaper(self.requests, **{**defaults, **options})
         return self.reaper
@@ -283,12 +283,12 @@ async def test_a_reader_may_be_slow(bench: Bench, *, handler_returned: bool) -> 
 
 async def test_an_address_has_a_limit(bench: Bench) -> None:
     """An address keeps so many connections, unless it is a proxy; its longest idle ones are closed."""
-    bench.watch(address_limit=2, limit=100)
+    bench.watch(address_limit=lambda: 2, limit=100)
     clients = [bench.connect()[0] for _ in range(4)]
     bench.request(clients[0])
     await bench.after(2)
     assert [closed(client) for client in clients] == [False, True, True, False]
-    bench.watch(address_limit=2, limit=100, is_exempt=lambda address: address == "127.0.0.1")
+    bench.watch(address_limit=lambda: 2, limit=100, is_exempt=lambda address: address == "127.0.0.1")
     more = [bench.connect()[0] for _ in range(4)]
     await bench.after(2)
     assert not any(closed(client) for client in more)
@@ -308,7 +308,12 @@ async def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     app, port = create_app(Settings(worker_url=f"ipc://{tmp_path}/none")), free_port()
     app.open_requests = OpenRequests(lambda: time.monotonic() * FASTER)
     reaper = ConnectionReaper(
-        app.open_requests, port=port, limit=PLACES, address_limit=1000, is_exempt=lambda _: True, read_timeout_s=300
+        app.open_requests,
+        port=port,
+        limit=PLACES,
+        address_limit=lambda: 1000,
+        is_exempt=lambda _: True,
+        read_timeout_s=lambda: 300.0,
     )
     app.app.on_startup.append(reaper.start)
     limits = httpx.Limits(max_keepalive_connections=0)
@@ -350,8 +355,8 @@ async def test_an_idle_websocket_stays(tmp_path: Path, monkeypatch: pytest.Monke
     app.open_requests.clock = clock
     url = f"ws://127.0.0.1:{port}/v1/audio/speech/stream"
     async with listening(app, port), websockets.connect(url, proxy=None) as one:
-        options: dict[str, Any] = {"is_exempt": lambda _address: False, "read_timeout_s": 300.0}
-        reaper = ConnectionReaper(app.open_requests, port=port, limit=1, address_limit=1, **options)
+        options: dict[str, Any] = {"is_exempt": lambda _address: False, "read_timeout_s": lambda: 300.0}
+        reaper = ConnectionReaper(app.open_requests, port=port, limit=1, address_limit=lambda: 1, **options)
         for _ in range(20):
             await reaper.sweep()
             clock.now += 1_000

@@ -35,7 +35,12 @@ def test_methods(method: Callable[..., Any], parameters: list[str]) -> None:
 def test_attributes_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The serve loop's event, signals and children are there, with the types that WebServer uses."""
     monkeypatch.setattr(multiprocessing, "set_start_method", lambda *_arguments, **_options: None)
-    server = WebServer(Settings(), ["127.0.0.1"], lambda: pytest.fail("the application is created in a web worker"))
+    server = WebServer(
+        Settings(),
+        ["127.0.0.1"],
+        lambda _: pytest.fail("the application is created in a web worker"),
+        lambda: pytest.fail("nobody has asked for a reload"),
+    )
     assert isinstance(server.main_loop_interrupt, threading.Event)
     assert server.interrupt_signal is False
     assert "signal_handler_reload" in vars(AbstractServer)  # granian's handler of SIGHUP

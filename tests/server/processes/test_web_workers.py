@@ -24,21 +24,21 @@ sys.exit(main())
 """
 
 CANNOT_START = """
-def broken():
+def broken(*_):
     raise ImportError("a web worker lacks something")
-serve.from_environment = broken
+serve.web_application = broken
 """
 
 STARTS_AT_THE_FIFTH_ATTEMPT = """
-def late(real=serve.from_environment):
+def late(*state, real=serve.web_application):
     attempts = Path("attempts")
     attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
     if len(attempts.read_text()) < 5:
         os.kill(os.getpid(), 9)
-    application = real()
+    application = real(*state)
     application.app.on_startup.append(lambda: os.kill(os.getppid(), 15))
     return application
-serve.from_environment = late
+serve.web_application = late
 """
 
 

@@ -35,7 +35,7 @@ class Supervised:
         self.now = 0.0
         self.supervisor = Supervisor(
             [sys.executable, "-S", "-c", f"import os, signal, sys, time\n{program}"],
-            {"PIPE": f"/proc/{os.getpid()}/fd/{write}"},
+            lambda: {"PIPE": f"/proc/{os.getpid()}/fd/{write}"},
             timeout_s=TIMEOUT_S,
             stop_timeout_s=stop_timeout_s,
             on_outage=on_outage or self.outages.append,
@@ -251,7 +251,7 @@ def test_the_worker_has_a_session_of_its_own(start: Callable[..., Supervised]) -
 def test_a_failed_start_is_tried_again() -> None:
     """A program that does not exist is tried again after a pause, and `stop` still works."""
     supervisor = Supervisor(
-        ["/nonexistent/python"], {}, timeout_s=TIMEOUT_S, stop_timeout_s=1, on_final=lambda _code: None
+        ["/nonexistent/python"], dict, timeout_s=TIMEOUT_S, stop_timeout_s=1, on_final=lambda _code: None
     )
     supervisor.start()
     supervisor.stop()

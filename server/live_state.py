@@ -1,0 +1,35 @@
+"""A running application goes over to the state of a reload. Requests that it is answering end as they began."""
+
+from litestar.datastructures import State
+
+from server.audio import AudioStore, DecoderPool
+from server.caches import WebCaches
+from server.engine import EngineClient
+from server.http.middleware import HttpMiddleware
+from server.http.origins import set_cors
+from server.reloading import WebState
+from shared.log import set_log_level
+
+_MIB = 1024 * 1024
+
+
+async def take_state(application: HttpMiddleware, new: WebState) -> None:
+    """Work by `new` from now on, and let the GPU worker do so too. The application has started."""
+    settings, state = new.settings, application.app.state
+    state.settings, state.keyring = settings, new.keyring
+    set_log_level(settings.log_level)
+    set_cors(application.app, settings)
+    application.body_budget.budget_bytes = settings.body_buffer_mb * _MIB
+    _take_parts(state, new)
+    engine: EngineClient = state.engine
+    await engine.use_variables(new.worker_variables)
+
+
+def _take_parts(state: State, new: WebState) -> None:
+    settings = new.settings
+    audio_store: AudioStore = state.audio_store
+    audio_store.limit(max_bytes=settings.audio_store_mb * _MIB, ttl_s=settings.audio_store_ttl_s)
+    decoder_pool: DecoderPool = state.decoder_pool
+    decoder_pool.allow_urls = settings.allow_ref_urls
+    caches: WebCaches = state.caches
+    caches.use_pronunciations(settings.pronunciations)

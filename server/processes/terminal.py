@@ -1,0 +1,22 @@
+"""What SIGHUP means: the terminal of the service was closed, or somebody wants a reload."""
+
+import os
+
+_TERMINAL = "/dev/tty"
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal. The kernel takes it away before it sends SIGHUP."""
+    try:
+        os.close(os.open(_TERMINAL, os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+_HAD_ONE = has_terminal()
+
+
+def terminal_is_gone() -> bool:
+    """True if this process has lost the terminal that it was started in."""
+    return _HAD_ONE and not has_terminal()

@@ -1,0 +1,93 @@
+"""What a web worker works by, and what comes of a reload: the messages of the main process and its web workers."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from server.http.errors import ApiError
+from server.http.keys import Keyring
+from shared.settings import Settings
+
+
+class WebState(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings and keys of a web worker. All web workers have the same.
+
+    `worker_variables` are those that reloads have changed for the GPU worker since the start; "" is one that is unset.
+    """
+
+    settings: Settings
+    keyring: Keyring
+    worker_variables: dict[str, str] = {}
+
+
+class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload has changed, and what it has not, by variables. With `problems` nothing has changed."""
+
+    changed: list[str] = []
+    needs_restart: list[str] = []
+    problems: list[str] = []
+
+
+class StateForWorker(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the main process: work by `state` from now on. The answer is StateTaken with the same `reload`."""
+
+    reload: int
+    state: WebState
+
+
+class ReloadAnswer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the main process: what came of the reload that the web worker has asked for, up to its ask number `ask`."""
+
+    ask: int
+    outcome: ReloadOutcome
+
+
+class ReloadAsked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a web worker: an admin wants a reload. The answer is a ReloadAnswer."""
+
+    worker: int
+    ask: int
+
+
+class StateTaken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a web worker: it works by the state of that reload."""
+
+    worker: int
+    reload: int
+
+
+ToWorker = StateForWorker | ReloadAnswer
+FromWorker = ReloadAsked | StateTaken
+
+AskReload = Callable[[], Awaitable[ReloadOutcome]]
+"""Asks the main process for a reload, and waits until every web worker works by what it has read."""
+
+
+async def no_main_process() -> ReloadOutcome:
+    """The AskReload of an application that no main process has started."""
+    raise ApiError("worker_unavailable", "This application runs without the main process, which reads the settings.")
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """The message as bytes."""
+    return msgspec.msgpack.encode(message, enc_hook=str)
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    """A message of the main process."""
+    return _to_worker.decode(data)
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    """A message of a web worker."""
+    return _from_worker.decode(data)
+
+
+def _to_path(_kind: type, value: Any) -> Path:
+    return Path(value)
+
+
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_path)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
