@@ -32,10 +32,7 @@ Which layout of W this takes depends on the processor; see `_views_are_batch_inv
 _TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
 """Inputs and outputs of products whose sums, on an Intel Xeon with AVX-512, depend on the batch from 5 or 9 rows up."""
 
-_GUARD_COLUMNS: Final = 8
-"""Two would do; 8 keep the rows of W aligned."""
-
-_UNSATURATED: Final = 3.0
+_ROWS_AT_ONCE: Final = 128
 _SMALLEST: Final = 1e-30
 _TOLERANCE: Final = 0.02
 
@@ -151,77 +148,121 @@ class _Rowwise:
     Sums of integers are exact, and a row's scale is its own maximum: its bits cannot depend on the batch.
     """
 
+    tensors: list[Tensor]
+    hidden_bytes = 0
+    levels = 127
+    """The largest integer of an activation."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        weight = weight.float()
         self._added = bias
-        self._scale = _largest(weight)[:, 0] / 127
-        self._quantized = (weight / self._scale[:, None]).round_().to(torch.int8)
+        self._scale = torch.empty(len(weight))
+        self._quantized = torch.empty(weight.shape, dtype=torch.int8)
+        # In parts that stay in the cache: 7 passes over the memory of a whole matrix would take twice as long.
+        for part, scale, quantized in zip(*(x.split(_ROWS_AT_ONCE) for x in (weight, self._scale, self._quantized))):  # noqa: B905 -- they have one length
+            torch.div(part.abs().amax(1).float().clamp_(min=_SMALLEST), 127, out=scale)
+            quantized.copy_((part / scale[:, None]).round_())
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._added is not None:
             return self.add_to(self._added, x)
         largest = _largest(x)
-        return self._multiply(x / largest).mul_(largest).mul_(self._scale)
+        return self._multiply(x, largest).mul_(largest)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         largest = _largest(x)
-        return torch.addcmul(y, self._multiply(x / largest).mul_(largest), self._scale)
+        return torch.addcmul(y, self._multiply(x, largest), largest)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        """`x`: within -1 to 1 -> its product with the integers, float32."""
+    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
+        """The product with each row of `x` divided by its `largest` magnitude."""
         raise NotImplementedError
 
 
 class Int8(_Rowwise):
     """fbgemm. It chooses one scale for all rows from their least and greatest value.
 
-    So each row gets guard columns, whose weights are 0: with them these values are always the same.
+    So a guard row is added: with its two values these are always the same.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
-        quantized = torch.nn.functional.pad(self._quantized, (0, _GUARD_COLUMNS))
+        quantized = self._quantized
         del self._quantized
+        self.levels = _levels()
         self._packed = torch.fbgemm_pack_quantized_matrix(quantized)
         self._sums = quantized.sum(1, dtype=torch.int32)
         # fbgemm reads only the shape of this one.
         self._shape = torch.zeros(1, 1, dtype=torch.int8).expand(quantized.shape)
         self._zeros = torch.zeros(len(quantized))
-        self._guard = torch.zeros(1, _GUARD_COLUMNS)
-        self._guard[0, 0], self._guard[0, 1] = -1.0, _greatest()
+        self._guard = torch.zeros(1, quantized.shape[1])
+        self._guard[0, 0], self._guard[0, 1] = -1.0, (255 - self.levels) / self.levels
         self.hidden_bytes = quantized.numel()
         self.tensors = [self._scale, self._packed, self._sums, self._shape, self._zeros, self._guard]
         self.tensors += _given(bias)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        guarded = torch.cat((x, self._guard.expand(x.shape[0], -1)), 1)
-        return torch.fbgemm_linear_int8_weight_fp32_activation(
+    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
+        guarded = torch.cat((x / largest, self._guard))
+        product = torch.fbgemm_linear_int8_weight_fp32_activation(
             guarded, self._shape, self._packed, self._sums, 1.0, 0, self._zeros
         )
+        return product[:-1].mul_(self._scale)
 
 
 class Int8Portable(_Rowwise):
-    """torch's product of integers: for a torch or a processor without fbgemm."""
-
-    hidden_bytes = 0
+    """torch's product of integers: for a torch or a processor without the others."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self._quantized = self._quantized.t().contiguous()
+        self._scale /= self.levels
         self.tensors = [self._scale, self._quantized, *_given(bias)]
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        integers = torch.round(x * 127).to(torch.int8)
-        return torch._int_mm(integers, self._quantized).float().mul_(1 / 127)  # noqa: SLF001 -- the only product of integers
+    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
+        integers = torch.round(x * (self.levels / largest)).to(torch.int8)
+        return torch._int_mm(integers, self._quantized).float().mul_(self._scale)  # noqa: SLF001 -- the only product of integers
 
+
+class WideActivations:
+    """int8 weights, and activations of 15 bits and a sign: what int8 rounds away is multiplied as further rows.
+
+    An activation may be a hundred times as large as its row's others, as those in front of `down` are: int8 would round
+    these to nothing. Twice the rows cost a tenth of the time, since reading the weights takes most of it.
+    """
+
+    def __init__(self, kernel: Callable[..., _Rowwise], weight: Tensor, bias: Tensor | None = None) -> None:
+        self._kernel = kernel(weight)
+        self._bias = bias
+        self.hidden_bytes = self._kernel.hidden_bytes
+        self.tensors = [*self._kernel.tensors, *_given(bias)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        step, high, low = self._multiply(x)
+        return torch.addcmul(low if self._bias is None else low.add_(self._bias), high, step)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        step, high, low = self._multiply(x)
+        return torch.addcmul(low.add_(y), high, step)
+
+    def _multiply(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The product is `step` times the second plus the third."""
+        step = _largest(x).div_(self._kernel.levels)
+        rounded = torch.div(x, step).round_()
+        product = self._kernel(torch.cat((rounded, torch.addcmul(x, rounded, step, value=-1))))
+        high, low = product.split_with_sizes((x.shape[0], x.shape[0]))
+        return step, high, low
+
+
+WIDE: Final = "_wide"
+"""The end of the name of an int8 kernel with wide activations."""
+
+_INT8: Final[dict[str, Callable[..., _Rowwise]]] = {"int8": Int8, "int8_portable": Int8Portable}
 
 KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
     "plain": Plain,
     "packed": Packed,
     "fp16": Half,
     "fp16_threaded": HalfThreaded,
-    "int8": Int8,
-    "int8_portable": Int8Portable,
+    **_INT8,
+    **{f"{name}{WIDE}": functools.partial(WideActivations, kernel) for name, kernel in _INT8.items()},
 }
 """The kernels by name; each is made of a weight [out, in] and a bias [out] or None."""
 
@@ -252,17 +293,17 @@ def available(name: str) -> bool:
 
 
 @functools.cache
-def _greatest() -> float:
-    """The greatest value of the guard columns: 1 if activations may use all 8 bits, else 3, which leaves them 7.
+def _levels() -> int:
+    """The largest integer of an activation that fbgemm multiplies right: 127, or 63 without VNNI.
 
-    Without VNNI, fbgemm adds pairs of products in 16 bits, and two large ones do not fit.
+    There it adds pairs of products in 16 bits, and two large ones do not fit.
     """
     integers = torch.full((16, 64), 127, dtype=torch.int8)
     packed, sums = torch.fbgemm_pack_quantized_matrix(integers), integers.sum(1, dtype=torch.int32)
     x = torch.ones(1, 64)
     x[0, 0] = -1.0
     product = torch.fbgemm_linear_int8_weight_fp32_activation(x, integers, packed, sums, 1.0, 0, torch.zeros(16))
-    return 1.0 if float((product - 62 * 127).abs().max()) < 127 else _UNSATURATED  # noqa: PLR2004 -- one step
+    return 127 if float((product - 62 * 127).abs().max()) < 127 else 63  # noqa: PLR2004 -- one step
 
 
 def _given(bias: Tensor | None) -> list[Tensor]:

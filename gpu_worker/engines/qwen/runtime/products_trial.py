@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.runtime import products
-from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, PACK_ELEMENTS
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, PACK_ELEMENTS, WIDE
 
 Quantization = Literal["auto", "none", "fp16", "int8", "fp8"]
 Part = Literal["weights", "gate_up", "sensitive"]
@@ -88,12 +88,12 @@ def choose(quantization: Quantization, shapes: Shapes, dtype: torch.dtype, kept_
         if quantization in ("fp16", "int8"):
             log.warning("quantization_left_out", reason="the matrices of this model are too small to gain from it")
         return PLAIN
+    if quantization == "int8":
+        weights = "int8" if products.available("int8") else "int8_portable"
+        return Products(weights, weights + WIDE, row_multiple=1)
     outcome = _kept(shapes, dtype, kept_in)
     exact = next(name for name in outcome.fastest if name in ("plain", "packed"))
     half = next((name for name in outcome.fastest if name.startswith("fp16")), exact)
-    if quantization == "int8":
-        weights = "int8" if products.available("int8") else "int8_portable"
-        return Products(weights, half, outcome.row_multiples[half])
     chosen = {"auto": outcome.fastest[0], "fp16": half}.get(quantization, exact)
     return Products(chosen, chosen, outcome.row_multiples[chosen])
 

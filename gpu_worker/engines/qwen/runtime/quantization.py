@@ -17,7 +17,7 @@ from gpu_worker.engines.qwen.runtime.products_trial import Products, Quantizatio
 
 _WIDTHS: Final[dict[Quantization, dict[str, int]]] = {
     "fp16": {"": 2},
-    "int8": {"": 1, "down_proj": 2, "head": 2},
+    "int8": {"": 1},
     "fp8": {"": 2, "gate_proj": 1, "up_proj": 1},
 }
 
@@ -64,5 +64,7 @@ def unsupported(
 
 def widths(quantization: Quantization, device: str, shapes: Shapes) -> Mapping[str, int]:
     """Bytes of a value of a quantised matrix, by a part of its name; empty if nothing is quantised for sure."""
+    if device == "cuda" and quantization == "int8":
+        return _WIDTHS[quantization] | {"down_proj": 2, "head": 2}
     quantised = device == "cuda" or are_large(shapes)
     return _WIDTHS.get(quantization, {}) if quantised else {}

@@ -44,10 +44,10 @@ def kernels(quantization: str, dtype: torch.dtype = torch.float32, file: Path | 
 
 
 def test_auto_takes_the_fastest_and_none_the_fastest_that_is_not_quantised(trials: Trials) -> None:
-    """int8 has errors, so only its name chooses it. Its heads are float16."""
+    """int8 has errors, so only its name chooses it. Its heads and `down` have wide activations."""
     assert kernels("auto") == kernels("fp16") == Products("fp16", "fp16", 1)
     assert kernels("none") == Products("packed", "packed", 1)
-    assert kernels("int8") == Products("int8", "fp16", 1)
+    assert kernels("int8") == Products("int8", "int8_wide", 1)
     trials.fastest = ["plain", "packed", "fp16_threaded"]
     assert kernels("auto").quantization == "none"
     assert kernels("fp16").weights == "fp16_threaded"
@@ -111,10 +111,10 @@ def test_small_matrices_stay_as_they_are(trials: Trials) -> None:
 
 
 def test_int8_without_fbgemm_takes_the_product_of_integers(monkeypatch: pytest.MonkeyPatch, trials: Trials) -> None:
-    """For the torch that has removed the deprecated operators. Its heads stay exact then."""
+    """For the torch that has removed the deprecated operators. No trial is needed: there is no other."""
     monkeypatch.setattr(products, "available", lambda name: name == "int8_portable")
-    trials.fastest = ["plain"]
-    assert kernels("int8") == Products("int8_portable", "plain", 1)
+    assert kernels("int8") == Products("int8_portable", "int8_portable_wide", 1)
+    assert trials.calls == 0
 
 
 def test_a_trial_finds_the_fastest_by_the_clock() -> None:

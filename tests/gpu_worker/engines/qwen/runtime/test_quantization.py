@@ -89,9 +89,10 @@ def test_a_gpu_quantises_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_widths() -> None:
-    """Small matrices stay as they are on a CPU. A GPU reads a third less of them, too."""
+    """Small matrices stay as they are on a CPU. A GPU reads a third less of them, too, and leaves 16 bits to some."""
     assert widths("int8", "cpu", [(64, 64), *LARGE]) == {}
-    assert widths("int8", "cpu", LARGE) == widths("int8", "cuda", [(64, 64)])
+    assert widths("int8", "cpu", LARGE) == {"": 1}
+    assert widths("int8", "cuda", [(64, 64)]) == {"": 1, "down_proj": 2, "head": 2}
     assert widths("auto", "cpu", LARGE) == widths("none", "cuda", LARGE) == {}
 
 
