@@ -12,17 +12,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.protocol import PERFORMANCE_MINUTES, PLAYER_BUFFERS_S, Distribution, WindowPerformance
+from shared.performance import BOUNDS, window_of
+from shared.protocol import PERFORMANCE_MINUTES, PLAYER_BUFFERS_S, WindowCounts, WindowPerformance
 
-_PER_DECADE: Final = 32
-_DECADES: Final = 6
-_BOUNDS: Final = [1e-3 * 10 ** (step / _PER_DECADE) for step in range(_DECADES * _PER_DECADE + 1)]
-"""Upper bounds of the buckets for seconds and factors: 1 ms to 1,000 s, each 7.5 % above the one before.
-
-Smaller values count as 1 ms, larger ones as 1,000 s. A percentile is off by 7.5 % at most.
-"""
-
-_BUCKETS: Final = len(_BOUNDS) + 1
+_BUCKETS: Final = len(BOUNDS) + 1
 _MAX_BATCH: Final = 256
 """Larger batches count as this size; an engine has 128 slots at most."""
 
@@ -34,8 +27,6 @@ _STREAMS: Final = _BATCH + _MAX_BATCH + 1
 _UNDERRUNS: Final = _STREAMS + 1
 _COLUMNS: Final = _UNDERRUNS + len(PLAYER_BUFFERS_S)
 """The columns of a ring: three histograms, the batch sizes from 0 on, complete streams, underruns by player buffer."""
-
-_SHARES: Final = (0.5, 0.95, 0.99)
 
 _SHORT_SLOT_S: Final = 10.0
 _LONG_SLOT_S: Final = 60.0
@@ -99,16 +90,17 @@ class Performance:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._rings: dict[str, _Rings] = {}
+        self._counts: dict[str, list[WindowCounts]] = {}
         self._report: dict[str, list[WindowPerformance]] = {}
         self._reported_at = -math.inf
 
     def first_audio(self, model: str, seconds: float) -> None:
         """Record the time to first audio of a request."""
-        self._add(model, _FIRST_AUDIO + bisect_left(_BOUNDS, seconds))
+        self._add(model, _FIRST_AUDIO + bisect_left(BOUNDS, seconds))
 
     def queue_wait(self, model: str, seconds: float) -> None:
         """Record how long a request waited for its slot, the load of its model included."""
-        self._add(model, _QUEUE_WAIT + bisect_left(_BOUNDS, seconds))
+        self._add(model, _QUEUE_WAIT + bisect_left(BOUNDS, seconds))
 
     def speech_made(self, model: str, real_time_factor: float | None, underrun_s: float) -> None:
         """Record a complete stream. `underrun_s` is that of a player without a buffer.
@@ -117,7 +109,7 @@ class Performance:
         and the latest piece of audio decides.
         """
         if real_time_factor is not None:
-            self._add(model, _REAL_TIME_FACTOR + bisect_left(_BOUNDS, real_time_factor))
+            self._add(model, _REAL_TIME_FACTOR + bisect_left(BOUNDS, real_time_factor))
         self._add(model, _STREAMS)
         for index, buffer_s in enumerate(PLAYER_BUFFERS_S):
             if underrun_s > buffer_s:
@@ -138,11 +130,16 @@ class Performance:
             }
             for model in [model for model, windows in sums.items() if not windows[-1].any()]:
                 del self._rings[model], sums[model]
-            self._report = {
+            self._counts = {
                 model: [_window(minutes, counts) for minutes, counts in zip(PERFORMANCE_MINUTES, windows, strict=True)]
                 for model, windows in sums.items()
             }
+            self._report = {model: [window_of(window) for window in windows] for model, windows in self._counts.items()}
         return self._report
+
+    def counts(self) -> dict[str, list[WindowCounts]]:
+        """What `report` was computed from, as of its latest call."""
+        return self._counts
 
     def _add(self, model: str, column: int, count: int = 1) -> None:
         now = self._clock()
@@ -151,40 +148,18 @@ class Performance:
         self._rings[model].add(column, now, count)
 
 
-def _window(minutes: int, counts: Counts) -> WindowPerformance:
-    underruns = counts[_UNDERRUNS:].tolist()
-    return WindowPerformance(
+def _window(minutes: int, counts: Counts) -> WindowCounts:
+    return WindowCounts(
         minutes=minutes,
-        first_audio_s=_distribution(counts[_FIRST_AUDIO:_REAL_TIME_FACTOR], _value),
-        real_time_factor=_distribution(counts[_REAL_TIME_FACTOR:_QUEUE_WAIT], _value),
-        queue_wait_s=_distribution(counts[_QUEUE_WAIT:_BATCH], _value),
-        batch_size=_distribution(counts[_BATCH:_STREAMS], lambda bucket, _share: float(bucket)),
+        first_audio=_buckets(counts[_FIRST_AUDIO:_REAL_TIME_FACTOR]),
+        real_time_factor=_buckets(counts[_REAL_TIME_FACTOR:_QUEUE_WAIT]),
+        queue_wait=_buckets(counts[_QUEUE_WAIT:_BATCH]),
+        batch_size=_buckets(counts[_BATCH:_STREAMS]),
         streams=int(counts[_STREAMS]),
-        underruns={str(round(buffer_s * 1000)): n for buffer_s, n in zip(PLAYER_BUFFERS_S, underruns, strict=True)},
+        underruns=counts[_UNDERRUNS:].tolist(),
     )
 
 
-def _distribution(counts: Counts, value: Callable[[int, float], float]) -> Distribution:
-    """Percentiles of a histogram. `value(bucket, share)`: the value at that share of the bucket's width."""
-    cumulative = counts.cumsum()
-    total = int(cumulative[-1])
-    if not total:
-        return Distribution()
-    ranks = [share * total for share in _SHARES]
-    buckets = cumulative.searchsorted(ranks)
-    found = []
-    for rank, bucket, upto, count in zip(
-        ranks, buckets.tolist(), cumulative[buckets].tolist(), counts[buckets].tolist(), strict=True
-    ):
-        found.append(float(f"{value(bucket, (rank - upto + count) / count):.3g}"))
-    p50, p95, p99 = found
-    return Distribution(count=total, p50=p50, p95=p95, p99=p99)
-
-
-def _value(bucket: int, share: float) -> float:
-    """The value at that share of a bucket's width, on a logarithmic scale as the bounds are."""
-    if bucket == 0:
-        return _BOUNDS[0] * share
-    if bucket == len(_BOUNDS):
-        return _BOUNDS[-1]
-    return float(_BOUNDS[bucket - 1] * (_BOUNDS[bucket] / _BOUNDS[bucket - 1]) ** share)
+def _buckets(counts: Counts) -> dict[int, int]:
+    used = counts.nonzero()[0]
+    return dict(zip(used.tolist(), counts[used].tolist(), strict=True))

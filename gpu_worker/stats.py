@@ -245,6 +245,7 @@ class Stats:
             limit_hits=dict(self._limit_hits),
             emptied=caches.emptied,
             key_use=key_use,
+            performance_counts={} if key_use is None else self._performance.counts(),
         )
 
     def _stats_of(self, model: str) -> ModelStats:

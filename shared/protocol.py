@@ -731,6 +731,21 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     p99: float | None = None
 
 
+class WindowCounts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What WindowPerformance is computed from: histograms by bucket of shared.performance, sizes of batches by size.
+
+    `underruns` are by PLAYER_BUFFERS_S.
+    """
+
+    minutes: int
+    first_audio: dict[int, int] = {}
+    real_time_factor: dict[int, int] = {}
+    queue_wait: dict[int, int] = {}
+    batch_size: dict[int, int] = {}
+    streams: int = 0
+    underruns: list[int]
+
+
 class WindowPerformance(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one model over the last `minutes`; `first_audio_s` to `batch_size` are as in ModelStats.
 
@@ -822,7 +837,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """How often a cache of the web workers was to be emptied."""
 
     key_use: WorkerUse | None = None
-    """Of a GPU worker in a cluster: what its keys have used."""
+    performance_counts: dict[str, list[WindowCounts]] = {}
+    """Of a GPU worker in a cluster: what its keys have used, and what `performance` was computed from."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from server.engine.ray import ReplicaReport
+from server.engine import ReplicaReport
 
 
 def choose(

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Final
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from server.cluster.placement import choose
-from server.engine.ray import ReplicaLostError, ReplicaReport
+from server.engine import ReplicaReport
+from server.engine.ray import ReplicaLostError
 
 _DRAINING_KEPT: Final = 256
 """Replicas that are remembered after they were taken out of service."""

@@ -10,7 +10,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from server.cluster.router_base import RouterBase
-from server.engine.ray import Frames, ReplicaLostError, ReplicaReport
+from server.engine import ReplicaReport
+from server.engine.ray import Frames, ReplicaLostError
 
 _ANY_TIMEOUT_S: Final = 5.0
 

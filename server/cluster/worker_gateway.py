@@ -11,8 +11,8 @@ from typing import Final, TypeVar
 import msgspec
 import structlog
 
-from server.engine import Speech, ZmqEngineClient
-from server.engine.ray import Frames, ReplicaReport, ReportRequest
+from server.engine import ReplicaReport, Speech, ZmqEngineClient
+from server.engine.ray import Frames, ReportRequest
 from server.http.errors import ApiError
 from shared.protocol import (
     Append,

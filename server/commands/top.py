@@ -49,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def view(vram: dict[str, Any], stats: dict[str, Any]) -> RenderableType:
     """The answers of /admin/vram and /admin/stats as tables; a missing value is shown as ? or left out."""
-    return Group(_service(stats), Text(), _device(vram), Text(), _models(vram), Text(), _streams(stats))
+    parts = [_service(stats), _device(vram), _models(vram), _streams(stats)]
+    if stats.get("replicas"):
+        parts.insert(1, _replicas(stats, vram))
+    return Group(*[piece for part in parts for piece in (part, Text())][:-1])
 
 
 def _view_or_error(client: Client) -> RenderableType:
@@ -64,9 +67,11 @@ def _service(stats: dict[str, Any]) -> RenderableType:
     worker = stats.get("worker") or {}
     requests = stats.get("requests") or {}
     table = Table.grid(padding=(0, 3))
+    replicas = stats.get("replicas") or []
+    up = sum(not replica.get("error") for replica in replicas)
     table.add_row(
-        Text("GPU worker", style="bold"),
-        f"pid {worker.get('pid', '?')}",
+        Text("GPU workers" if replicas else "GPU worker", style="bold"),
+        f"{up} of {len(replicas)}" if replicas else f"pid {worker.get('pid', '?')}",
         f"up {_duration(worker.get('uptime_s'))}",
         f"restarts {worker.get('restarts', 0)}",
     )
@@ -81,6 +86,27 @@ def _service(stats: dict[str, Any]) -> RenderableType:
     used, budget = (megabytes(buffer.get(f"{kind}_bytes") or 0) for kind in ("used", "budget"))
     counts = "  ".join(f"{name} {count}" for name, count in requests.items())
     return Group(table, Text(f"{counts}   audio buffer {used} of {budget}"))
+
+
+def _replicas(stats: dict[str, Any], vram: dict[str, Any]) -> RenderableType:
+    """A row for each GPU worker of a cluster, with a bar for its device."""
+    table = Table("node", "GPU", "", "memory", "running", "queued", "up", "restarts", "problem", box=None)
+    devices = {replica.get("replica"): replica.get("device") or {} for replica in vram.get("replicas") or []}
+    for replica in stats["replicas"]:
+        device, worker = devices.get(replica.get("replica")) or {}, replica.get("worker") or {}
+        total, used = device.get("total_bytes") or 0, device.get("used_bytes") or 0
+        table.add_row(
+            str(replica.get("node") or "?"),
+            ",".join(replica.get("gpus") or []) or str(device.get("name", "?")),
+            ProgressBar(total=max(total, 1), completed=used, width=20),
+            f"{megabytes(used)} of {megabytes(total)}",
+            f"{replica.get('running', 0)} / {replica.get('slots', 0)}",
+            str(replica.get("queued") or ""),
+            _duration(worker.get("uptime_s")),
+            str(worker.get("restarts") or ""),
+            Text(str(replica.get("error") or ""), style="red"),
+        )
+    return table
 
 
 def _device(vram: dict[str, Any]) -> RenderableType:

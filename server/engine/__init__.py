@@ -13,6 +13,7 @@ from server.engine.lookups import (
     status_of,
 )
 from server.engine.outage import Outage, OutageFile
+from server.engine.reports import ReplicaReport
 from server.engine.zmq import ZmqEngineClient
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "EngineClient",
     "Outage",
     "OutageFile",
+    "ReplicaReport",
     "Speech",
     "ZmqEngineClient",
     "cached_catalog",

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from server.engine.reports import ReplicaReport
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.pcm import EMPTY_S, bytes_for
@@ -249,7 +250,10 @@ class EngineClient(Protocol):
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The worker's latest snapshot, of whatever age; None before the first connection."""
+        """The worker's latest snapshot, of whatever age; None before the first connection.
+
+        In a cluster, it is one of all GPU workers together.
+        """
 
     @property
     def worker_settings(self) -> dict[str, Any]:
@@ -260,6 +264,9 @@ class EngineClient(Protocol):
 
         Returns when the one that is there has taken them. Never raises: a worker that is gone takes them when it comes.
         """
+
+    def reports(self) -> dict[str, ReplicaReport]:
+        """The latest report of each replica of a cluster, by its id; empty without a cluster."""
 
     def unavailable(self) -> ApiError | None:
         """The error (`worker_unavailable`) if the worker is not there or has not answered for seconds; else None.

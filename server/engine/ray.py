@@ -16,8 +16,9 @@ import msgspec
 import structlog
 
 from server.engine.client import Speech, error_of
-from server.engine.cluster_snapshot import merge
+from server.engine.cluster_snapshot import merge, sum_of_counts
 from server.engine.key_use import ClusterUse, merge_usage
+from server.engine.reports import ReplicaReport
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -79,27 +80,6 @@ Frames = list[bytes]
 
 class ReplicaLostError(Exception):
     """A replica died, or cannot be reached; the message says what happened."""
-
-
-class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica says of itself several times a second.
-
-    `error` is the reason why its GPU worker takes no requests, with `retry_after_s`. The catalogue and the settings
-    are there if the asker did not know this life (`boot_id`) of the GPU worker.
-    """
-
-    replica: str
-    node: str = ""
-    gpus: list[str] = []
-    boot_id: str = ""
-    snapshot: Snapshot | None = None
-    age_s: float = 0.0
-    """That of the snapshot."""
-
-    catalog: list[ModelSpec] | None = None
-    settings: dict[str, Any] = {}
-    error: SpeechError | None = None
-    retry_after_s: float | None = None
 
 
 class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,8 +166,12 @@ class RayEngineClient:
         self._catalog_hits = self._catalog_misses = 0
         self._known: dict[str, _KnownReplica] = {}
         self._use = ClusterUse()
+        self._alive: list[ReplicaReport] = []
+        """Of the replicas that were there last; they stay when all are gone, as a snapshot does."""
         self._snapshot: Snapshot | None = None
+        """Made of `_alive` when it is asked for; None until then."""
         self._snapshot_made_at = -math.inf
+        self._emptied: dict[CacheName, int] | None = None
         self._news = asyncio.Event()
         """Set, and replaced, by each report."""
         self._loss: asyncio.Future[ApiError] | None = None
@@ -208,6 +192,8 @@ class RayEngineClient:
 
     @property
     def snapshot(self) -> Snapshot | None:
+        if self._snapshot is None and self._alive:
+            self._snapshot = merge(self._alive)
         return self._snapshot
 
     @property
@@ -215,7 +201,6 @@ class RayEngineClient:
         return self._settings
 
     def reports(self) -> dict[str, ReplicaReport]:
-        """The latest report of each replica, by its id."""
         return {name: report for name, known in self._known.items() if (report := known.current()) is not None}
 
     def unavailable(self) -> ApiError | None:
@@ -248,9 +233,10 @@ class RayEngineClient:
                     self._ask_all(fresh=True)
                     await self._news.wait()
                     self._require_worker()
-        if self._snapshot is None or self._outage(STALE_AFTER_S) is not None:
+        snapshot = self.snapshot
+        if snapshot is None or self._outage(STALE_AFTER_S) is not None:
             raise unavailable_error("The GPU workers do not answer.")
-        return self._snapshot
+        return snapshot
 
     def speak(self, request: Speak, reference: bytes | None = None) -> Speech:
         self._require_worker()
@@ -423,12 +409,11 @@ class RayEngineClient:
         now = self._clock()
         alive = [known for known in self._known.values() if known.outage(now, STALE_AFTER_S) is None]
         self._replicas.update(self.reports())
-        snapshots = [known.report.snapshot for known in alive if known.report and known.report.snapshot]
-        if snapshots:
-            before, self._snapshot = self._snapshot, merge(snapshots)
+        reports = [known.report for known in alive if known.report and known.report.snapshot]
+        if reports:
+            self._alive, self._snapshot = reports, None
             self._snapshot_made_at = min(known.made_at for known in alive)
-            if before is not None:
-                self._empty_caches(before, self._snapshot)
+            self._empty_caches(sum_of_counts(report.snapshot.emptied for report in reports if report.snapshot))
         if self._available and not alive:
             self._note_loss("The GPU worker went away.")
         self._available = bool(alive)
@@ -440,8 +425,11 @@ class RayEngineClient:
             self._loss.set_result(unavailable_error(message))
             self._loss = None
 
-    def _empty_caches(self, before: Snapshot, now: Snapshot) -> None:
-        for name in [name for name, times in now.emptied.items() if times > before.emptied.get(name, 0)]:
+    def _empty_caches(self, emptied: dict[CacheName, int]) -> None:
+        before, self._emptied = self._emptied, emptied
+        if before is None:
+            return
+        for name in [name for name, times in emptied.items() if times > before.get(name, 0)]:
             if name == "catalog":
                 self._catalog = []  # the next report has it
             else:

@@ -16,6 +16,7 @@ import structlog
 from server.engine.client import Speech, error_of
 from server.engine.connection import Connection, SmallMessage
 from server.engine.outage import OutageFile
+from server.engine.reports import ReplicaReport
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -144,6 +145,9 @@ class ZmqEngineClient:
     @property
     def worker_settings(self) -> dict[str, Any]:
         return self._welcome.settings if self._welcome else {}
+
+    def reports(self) -> dict[str, ReplicaReport]:
+        return {}
 
     def unavailable(self) -> ApiError | None:
         return self._outage(STALE_AFTER_S)

@@ -16,6 +16,16 @@ from server.http.auth import client_of
 from server.http.errors import ApiError, documented
 from server.http.streaming import cancel_on_disconnect
 from server.resolution import keep_alive_s, resolve_model, unaliased
+from server.routes.replicas import (
+    ReplicaStats,
+    ReplicaVram,
+    Reports,
+    WorkerStats,
+    audio_of,
+    replica_stats,
+    replica_vram,
+    worker_of,
+)
 from server.version import VERSION
 from shared.protocol import (
     Action,
@@ -54,16 +64,7 @@ KeepAlive = Annotated[
 ]
 
 
-class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The GPU worker's process; `restarts` counts the workers that its supervisor has replaced (0 without one)."""
-
-    pid: int
-    boot_id: str
-    uptime_s: float
-    restarts: int
-
-
-class Stats(msgspec.Struct, frozen=True, kw_only=True):
+class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Requests now and since the GPU worker started; `web_pid` is the web worker that answers.
 
     `running` requests hold one of `slots`; `queued` ones wait for one.
@@ -72,6 +73,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     `waiting_for_text`, of either kind: more of its text has to come.
     `audio_s`: seconds of audio made since the GPU worker started.
     `streams`: requests with a slot, buffered ones, then those that wait; the oldest first, at most fifty.
+
+    In a cluster all figures are sums over its GPU workers, `worker` is one of these, and `replicas` has each of them.
     """
 
     web_pid: int
@@ -88,6 +91,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     requests: Counters
     audio_s: float
     streams: list[StreamState]
+    replicas: list[ReplicaStats] = []
 
 
 class CleanupReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -106,16 +110,19 @@ class CleanupReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     models_checked: list[str] | None = None
 
 
-class Vram(msgspec.Struct, frozen=True, kw_only=True):
+class Vram(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Memory in bytes: the device's as its driver reports it, the host's, and each model's.
 
     `shared` is memory on the device that several models use together.
+
+    In a cluster `device` and `host` are sums over all devices and all machines, and `replicas` has each GPU worker's.
     """
 
     device: DeviceMemory
     shared: dict[str, int]
     host: HostMemory
     models: list[ModelStatus]
+    replicas: list[ReplicaVram] = []
 
 
 @get(
@@ -139,16 +146,14 @@ async def config(engine: EngineDependency, settings: SettingsDependency) -> dict
 )
 async def stats(engine: EngineDependency) -> Stats:
     """Requests that run, wait and have ended; at most 250 ms old."""
-    return stats_of(await engine.fresh_snapshot(STATS_MAX_AGE_S))
+    return stats_of(await engine.fresh_snapshot(STATS_MAX_AGE_S), engine.reports())
 
 
-def stats_of(snapshot: Snapshot) -> Stats:
-    """The request figures in a snapshot."""
+def stats_of(snapshot: Snapshot, reports: Reports) -> Stats:
+    """The request figures in a snapshot, and of each replica of a cluster."""
     return Stats(
         web_pid=os.getpid(),
-        worker=WorkerStats(
-            pid=snapshot.pid, boot_id=snapshot.boot_id, uptime_s=snapshot.uptime_s, restarts=snapshot.restarts
-        ),
+        worker=worker_of(snapshot),
         accepting=snapshot.accepting,
         default_model=snapshot.default_model,
         running=snapshot.running,
@@ -159,8 +164,9 @@ def stats_of(snapshot: Snapshot) -> Stats:
         waiting_for_text=snapshot.waiting_for_text,
         audio_buffer=snapshot.audio_buffer,
         requests=snapshot.requests,
-        audio_s=round(sum(model.audio_s for model in snapshot.model_stats.values()), 3),
+        audio_s=audio_of(snapshot),
         streams=snapshot.streams,
+        replicas=replica_stats(reports),
     )
 
 
@@ -173,16 +179,17 @@ def stats_of(snapshot: Snapshot) -> Stats:
 )
 async def vram(engine: EngineDependency) -> Vram:
     """Memory of the device, of the host and of each model, as of now."""
-    return vram_of(await engine.fresh_snapshot(_VRAM_MAX_AGE_S))
+    return vram_of(await engine.fresh_snapshot(_VRAM_MAX_AGE_S), engine.reports())
 
 
-def vram_of(snapshot: Snapshot) -> Vram:
-    """The memory in a snapshot."""
+def vram_of(snapshot: Snapshot, reports: Reports) -> Vram:
+    """The memory in a snapshot, and of each replica of a cluster."""
     return Vram(
         device=snapshot.device,
         shared=snapshot.shared_bytes,
         host=snapshot.host,
         models=snapshot.models,
+        replicas=replica_vram(reports),
     )
 
 

@@ -20,7 +20,7 @@ from server.http.errors import ApiError, documented
 from server.http.request_scope import is_head
 from server.http.streaming import ClosingStream
 from server.routes.admin import CleanupReport, Stats, Vram, cleanup_report_of, stats_of, vram_of
-from server.routes.performance import ModelPerformance, performance_of
+from server.routes.replicas import ModelPerformance, models_of
 from shared.settings import Settings
 
 INTERVAL_S: Final = 0.25
@@ -54,13 +54,13 @@ class DashboardEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 def event_of(engine: EngineClient, settings: Settings) -> DashboardEvent:
     """The state as of the latest snapshot."""
-    snapshot, problem = engine.snapshot, engine.unavailable()
+    snapshot, problem, reports = engine.snapshot, engine.unavailable(), engine.reports()
     return DashboardEvent(
         time=round(time.time(), 3),
         problem=problem.message if problem else None,
-        stats=stats_of(snapshot) if snapshot else None,
-        vram=vram_of(snapshot) if snapshot else None,
-        performance=performance_of(snapshot) if snapshot else [],
+        stats=stats_of(snapshot, reports) if snapshot else None,
+        vram=vram_of(snapshot, reports) if snapshot else None,
+        performance=models_of(snapshot) if snapshot else [],
         cleanup=cleanup_report_of(engine, settings, snapshot) if snapshot else None,
     )
 
@@ -153,13 +153,22 @@ def _without_clocks(event: DashboardEvent) -> Any:
     stats, vram = event.stats, event.vram
     if stats is not None:
         streams = [msgspec.structs.replace(stream, age_s=0.0) for stream in stats.streams]
-        worker = msgspec.structs.replace(stats.worker, uptime_s=0.0)
-        stats = msgspec.structs.replace(stats, streams=streams, worker=worker)
+        replicas = [_without_uptime(replica) for replica in stats.replicas]
+        stats = msgspec.structs.replace(_without_uptime(stats), streams=streams, replicas=replicas)
     if vram is not None:
-        models = [msgspec.structs.replace(model, idle_s=None) for model in vram.models]
-        device, host = _in_steps(vram.device), _in_steps(vram.host)
-        vram = msgspec.structs.replace(vram, models=models, device=device, host=host)
+        vram = msgspec.structs.replace(
+            _memory_in_steps(vram), replicas=[_memory_in_steps(one) for one in vram.replicas]
+        )
     return msgspec.structs.replace(event, time=0.0, stats=stats, vram=vram)
+
+
+def _without_uptime(stats: Any) -> Any:
+    return msgspec.structs.replace(stats, worker=msgspec.structs.replace(stats.worker, uptime_s=0.0))
+
+
+def _memory_in_steps(vram: Any) -> Any:
+    models = [msgspec.structs.replace(model, idle_s=None) for model in vram.models]
+    return msgspec.structs.replace(vram, models=models, device=_in_steps(vram.device), host=_in_steps(vram.host))
 
 
 def _in_steps(memory: Any) -> Any:

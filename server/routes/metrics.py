@@ -3,13 +3,17 @@
 The one GPU worker counts everything, so each web worker gives the same answer, and the web workers share no memory:
 of prometheus-client only the formats are used, not its multiprocess mode, which knows no exemplars.
 Labels have few values: the catalogue's models, and words from this file or the protocol.
+In a cluster, each GPU worker has its samples, with the labels replica, node and gpu. Prometheus adds them up: sums of
+counters made here would fall when a worker ends, and Prometheus would take that for a new beginning.
 OpenMetrics alone has exemplars: the speech id of a request leads to its log lines and to its outcome.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, Final, get_args
 
+import msgspec
 from litestar import Request, Response, get
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
@@ -20,6 +24,7 @@ from prometheus_client.samples import Exemplar as OpenMetricsExemplar
 from server.dependencies import EngineDependency
 from server.http.accept import preferred_type
 from server.http.errors import documented
+from server.routes.replicas import Reports
 from shared.protocol import (
     BATCH_SIZE_BOUNDS,
     FIRST_AUDIO_BOUNDS_S,
@@ -36,6 +41,8 @@ from shared.protocol import (
     PublicState,
     Snapshot,
 )
+
+_WEBSOCKETS: Final = "tts_websockets"
 
 _TEXT: Final = "text/plain"
 _OPEN_METRICS: Final = "application/openmetrics-text"
@@ -60,7 +67,8 @@ async def metrics(request: Request[Any, Any, Any], engine: EngineDependency) -> 
 
     OpenMetrics, if `Accept` prefers that, adds the id of a recent request to each bucket of the time to first audio.
     """
-    collector = _SnapshotCollector(engine.snapshot if engine.unavailable() is None else None)
+    snapshot, reports = engine.snapshot if engine.unavailable() is None else None, engine.reports()
+    collector = _ClusterCollector(snapshot, reports) if reports else _SnapshotCollector(snapshot)
     kind = preferred_type(request.headers, [_TEXT, _OPEN_METRICS])
     write = generate_latest if kind == _TEXT else openmetrics.generate_latest
     return Response(write(collector), media_type=_CONTENT_TYPES[kind])
@@ -78,11 +86,46 @@ class _SnapshotCollector(Collector):
         yield _gauge("tts_worker_up", "1 while the GPU worker answers.", [((), snapshot is not None)])
         if snapshot is not None:
             yield from _worker_families(snapshot)
+            yield _open_sockets(snapshot)
             yield from _memory_families(snapshot)
             yield from _speech_families(snapshot.model_stats)
             yield from _batch_families(snapshot.model_stats)
             yield from _transition_families(snapshot.model_stats)
             yield from _cache_families(snapshot)
+
+
+class _ClusterCollector(Collector):
+    """The families of all replicas, and what the web processes have counted, as `merged` has it."""
+
+    def __init__(self, merged: Snapshot | None, reports: Reports) -> None:
+        self._merged = merged
+        self._reports = reports
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family once, with the samples of all replicas."""
+        families: dict[str, Metric] = {}
+        for report in self._reports.values():
+            # What web processes count, every worker knows: it must not count once for each.
+            snapshot = report.snapshot and msgspec.structs.replace(report.snapshot, web_caches={})
+            place = {"replica": report.replica, "node": report.node, "gpu": ",".join(report.gpus)}
+            for metric in _SnapshotCollector(None if report.error else snapshot).collect():
+                if metric.name != _WEBSOCKETS:
+                    _add(families, metric, place)
+        if self._merged is not None:
+            _add(families, _open_sockets(self._merged))
+            for metric in _cache_families(msgspec.structs.replace(self._merged, caches=[])):
+                _add(families, metric)
+        yield from families.values()
+
+
+def _add(families: dict[str, Metric], metric: Metric, labels: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Put the samples of `metric` into its family, with more labels."""
+    samples = [sample._replace(labels={**labels, **sample.labels}) for sample in metric.samples]
+    if metric.name in families:
+        families[metric.name].samples += samples
+    else:
+        metric.samples = samples
+        families[metric.name] = metric
 
 
 def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
@@ -103,10 +146,13 @@ def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
         "Open requests that wait for more of their text.",
         [((), snapshot.waiting_for_text)],
     )
-    yield _gauge("tts_websockets", "WebSockets that are open.", [((), snapshot.open_sockets)])
     hits = [((limit,), snapshot.limit_hits.get(limit, 0)) for limit in get_args(LimitName)]
     yield _counter("tts_limit_hits", "Requests over a limit: of their key, or of the queue.", hits, ["limit"])
     yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
+
+
+def _open_sockets(snapshot: Snapshot) -> Metric:
+    return _gauge(_WEBSOCKETS, "WebSockets that are open.", [((), snapshot.open_sockets)])
 
 
 def _memory_families(snapshot: Snapshot) -> Iterator[Metric]:

@@ -6,17 +6,10 @@ from litestar import get
 from server.dependencies import EngineDependency
 from server.http.errors import documented
 from server.routes.admin import STATS_MAX_AGE_S
-from shared.protocol import Snapshot, WindowPerformance
+from server.routes.replicas import ModelPerformance, ReplicaPerformance, models_of, replica_performance
 
 
-class ModelPerformance(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of one model over the last 1, 15 and 60 minutes."""
-
-    id: str
-    windows: list[WindowPerformance]
-
-
-class Performance(msgspec.Struct, frozen=True, kw_only=True):
+class Performance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The models that spoke within the last hour; times in seconds.
 
     `first_audio_s`: from a request's arrival at the GPU worker to its first audio.
@@ -26,14 +19,11 @@ class Performance(msgspec.Struct, frozen=True, kw_only=True):
     `underruns`: of the complete `streams`, those in which a player had nothing to play, by its buffer:
     how many milliseconds it starts after the first audio.
     Percentiles are off by 7.5 % at most; a window may be longer by the time slot that is not over yet.
+    In a cluster the percentiles are those of all its GPU workers together, and `replicas` has each of them.
     """
 
     models: list[ModelPerformance]
-
-
-def performance_of(snapshot: Snapshot) -> list[ModelPerformance]:
-    """The figures in a snapshot."""
-    return [ModelPerformance(id=model, windows=windows) for model, windows in snapshot.performance.items()]
+    replicas: list[ReplicaPerformance] = []
 
 
 @get(
@@ -45,4 +35,5 @@ def performance_of(snapshot: Snapshot) -> list[ModelPerformance]:
 )
 async def performance(engine: EngineDependency) -> Performance:
     """Time to first audio, real-time factor, queue wait, batch sizes and underruns of the last 1, 15 and 60 minutes."""
-    return Performance(models=performance_of(await engine.fresh_snapshot(STATS_MAX_AGE_S)))
+    snapshot = await engine.fresh_snapshot(STATS_MAX_AGE_S)
+    return Performance(models=models_of(snapshot), replicas=replica_performance(engine.reports()))

@@ -196,6 +196,40 @@ def test_many_events_grow_no_memory(tab: OpenTab, open_service: Service) -> None
     expect(page.locator("[data-tile=queued] dd").first).to_have_text("4,321")
 
 
+def test_a_cluster(tab: OpenTab, open_service: Service) -> None:
+    """Each GPU worker of a cluster has a row, also one that is gone, and each GPU a bar of its memory."""
+    page = tab().page
+    page.add_init_script(FED)
+    text = open_service.http.get("/admin/events", params={"once": "true"}).text.removeprefix("data: ")
+    event = json.loads(text)
+    stats, vram = event["stats"], event["vram"]
+    places = [("10.0.0.1", ["0"], None), ("10.0.0.1", ["1"], None), ("10.0.0.2", ["0"], "The GPU worker went away.")]
+    shared = {
+        name: stats[name] for name in ("worker", "accepting", "queued", "buffered", "stalled", "requests", "audio_s")
+    }
+    for number, (node, gpus, error) in enumerate(places):
+        place = {"replica": f"r{number}", "node": node, "gpus": gpus, "error": error}
+        running = {"running": number, "slots": 8}
+        stats.setdefault("replicas", []).append({**shared, **place, **running})
+        memory = {name: vram[name] for name in ("device", "shared", "host", "models")}
+        vram.setdefault("replicas", []).append({**memory, **place})
+    page.goto(f"{open_service.url}/#/watch")
+    page.locator("main h1").wait_for()
+    page.wait_for_function("window.feed")
+    page.evaluate("event => feed.enqueue(new TextEncoder().encode(event))", f"data: {json.dumps(event)}\n\n")
+    expect(page.locator("[data-replica]")).to_have_count(3)
+    expect(page.locator("[data-replica=r1]")).to_contain_text("10.0.0.1, GPU 1")
+    expect(page.locator("[data-replica=r1] .running")).to_have_text("1 / 8")
+    expect(page.locator("[data-replica=r2][data-state=down]")).to_contain_text("went away")
+    bars = page.locator(".watch-memory .device[data-place]:not([data-place=''])")
+    assert [bars.nth(index).get_attribute("data-place") for index in range(bars.count())] == [
+        "10.0.0.1, GPU 0",
+        "10.0.0.1, GPU 1",
+        "10.0.0.2, GPU 0",
+    ]
+    expect(page.locator(".connection")).to_contain_text("2 of 3 GPU workers")
+
+
 def test_the_history_is_bounded(tab: OpenTab, open_service: Service) -> None:
     """Hours of samples keep ten minutes; counters of a new GPU worker begin anew, and no figure is negative."""
     page = tab().page

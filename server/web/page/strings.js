@@ -296,6 +296,17 @@ export const strings = {
       lastPass: (at, before, after, models) =>
         `Last pass at ${at}: ${before} before, ${after} after${models.length ? `; ${models.join(", ")} left` : ""}.`,
     },
+    replicas: {
+      heading: "GPU workers",
+      count: (up, all) => `${up} of ${all} GPU workers`,
+      place: (node, gpus) => (gpus.length ? `${node}, GPU ${gpus.join(", ")}` : node),
+      up: "answers",
+      down: "gone",
+      columns: {
+        state: "State", place: "Place", running: "Running", queued: "Queued", buffered: "Buffered", failed: "Failed",
+        uptime: "Up", restarts: "Restarts", error: "Problem",
+      },
+    },
     models: {
       heading: "Models",
       default: "default",

@@ -75,6 +75,27 @@ def test_once(watched: CannedService, capfd: pytest.CaptureFixture[str]) -> None
         assert shown in large
 
 
+def test_a_cluster(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each GPU worker has a row with its place, its device's memory, its requests, and what is wrong with it."""
+    replicas: list[dict[str, Any]] = [
+        {"replica": "a", "node": "10.0.0.1", "gpus": ["3"], "error": None, "running": 2, "queued": 5, "slots": 16},
+        {"replica": "b", "node": "10.0.0.2", "gpus": [], "error": "it is gone", "running": 0, "queued": 0, "slots": 16},
+    ]
+    stats = STATS | {"replicas": [replica | {"worker": STATS["worker"]} for replica in replicas]}
+    devices = [VRAM["device"] | {"name": f"GPU of {replica['replica']}"} for replica in replicas]
+    memory = [replica | {"device": device} for replica, device in zip(replicas, devices, strict=True)]
+    service.answers |= {"/admin/vram": (200, VRAM | {"replicas": memory}), "/admin/stats": (200, stats)}
+    assert main(["top", "--once"]) == 0
+    out = capfd.readouterr().out
+    assert "1 of 2" in out
+    first = next(line for line in out.splitlines() if "10.0.0.1" in line)
+    for shown in ("3", "20,480 MB of 81,920 MB", "2 / 16", "5", "1:01:01"):
+        assert shown in first
+    second = next(line for line in out.splitlines() if "10.0.0.2" in line)
+    assert "GPU of b" in second
+    assert second.rstrip().endswith("it is gone")
+
+
 def test_missing_values_are_no_error(service: CannedService) -> None:
     """A service that is not connected to its worker is shown without the missing values."""
     stats = {"worker": None, "streams": None}

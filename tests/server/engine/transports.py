@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from server.cluster.worker_gateway import Askers, WorkerGateway
 from server.engine.client import EngineClient
-from server.engine.ray import Frames, RayEngineClient, ReplicaLostError, ReplicaReport
+from server.engine.ray import Frames, RayEngineClient, ReplicaLostError
+from server.engine.reports import ReplicaReport
 from server.engine.zmq import ZmqEngineClient
 
 Clock = Callable[[], float]

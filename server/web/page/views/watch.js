@@ -9,6 +9,7 @@ import { CachesCard, PerformanceCard, SettingsCard } from "./watch_figures.js";
 import { activityBetween, busiest, History, MAX_ACTIVITY } from "./watch_history.js";
 import { MemoryCard } from "./watch_memory.js";
 import { ModelsCard } from "./watch_models.js";
+import { ReplicasCard } from "./watch_replicas.js";
 import { ActivityCard, RequestsCard } from "./watch_requests.js";
 
 const words = strings.watch;
@@ -74,6 +75,7 @@ function Dashboard({ feed, history, samples, log, again }) {
     ${event?.problem && html`<div class="notice" role="alert" data-problem><p>${event.problem}</p></div>`}
     ${event?.stats && html`
       <${Tiles} event=${event} history=${history} />
+      <${ReplicasCard} event=${event} since=${since} />
       <${MemoryCard} event=${event} />
       <${ModelsCard} event=${event} since=${since} />
       <${Charts} history=${history} samples=${samples} />
@@ -86,10 +88,13 @@ function Dashboard({ feed, history, samples, log, again }) {
 
 function Connection({ how, event, since }) {
   const worker = event?.stats?.worker;
+  const replicas = event?.stats?.replicas ?? [];
   const gone = Boolean(event?.problem);
   return html`<p class="connection small" data-how=${how} data-worker=${gone ? "" : worker?.pid}>
     <span class="lamp" aria-hidden="true"></span><span role="status">${gone && how === "live" ? words.stale : words.how[how]}</span>
-    ${worker && !gone && html`<span class="soft">${words.worker(worker.pid, duration(worker.uptime_s + since), worker.restarts)}</span>`}
+    ${worker && !gone && html`<span class="soft">${replicas.length
+      ? words.replicas.count(replicas.filter((each) => !each.error).length, replicas.length)
+      : words.worker(worker.pid, duration(worker.uptime_s + since), worker.restarts)}</span>`}
   </p>`;
 }
 

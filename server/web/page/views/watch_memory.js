@@ -5,6 +5,7 @@ import { strings } from "../strings.js";
 import { html, useState } from "../ui.js";
 
 const words = strings.watch.memory;
+const placeOf = strings.watch.replicas.place;
 const { bytes, mebibytes } = strings.watch.units;
 
 const total = (sizes) => Object.values(sizes).reduce((sum, size) => sum + size, 0);
@@ -34,17 +35,17 @@ function Bar({ label, whole, parts, budget }) {
       <li><span class="dot budget"></span>${words.budget} <b>${bytes(budget)}</b></li></ul>`;
 }
 
-function Device({ vram }) {
+function Device({ vram, place = "" }) {
   const { device } = vram;
   const parts = [
     ...partsOf(vram),
     { label: words.others, size: device.others_bytes, colour: "part-others" },
     { label: words.free, size: device.free_bytes, colour: "part-free" },
   ];
-  return html`<div class="device" data-device=${device.kind}>
-    <p class="device-head"><b>${device.name}</b>
+  return html`<div class="device" data-device=${device.kind} data-place=${place}>
+    <p class="device-head"><b>${device.name}</b>${place && html`<span class="small soft">${place}</span>`}
       <span class="figures">${words.used(bytes(device.used_bytes), bytes(device.total_bytes), bytes(device.ours_bytes))}</span></p>
-    <${Bar} label=${device.name} whole=${device.total_bytes} parts=${parts} budget=${device.budget_bytes} />
+    <${Bar} label=${place ? `${device.name}, ${place}` : device.name} whole=${device.total_bytes} parts=${parts} budget=${device.budget_bytes} />
   </div>`;
 }
 
@@ -91,7 +92,9 @@ export function MemoryCard({ event }) {
   const { vram, stats, cleanup } = event;
   return html`<section class="card watch-memory">
     <h2>${words.heading}</h2>
-    <${Device} vram=${vram} />
+    ${vram.replicas?.length
+      ? vram.replicas.map((replica) => html`<${Device} key=${replica.replica} vram=${replica} place=${placeOf(replica.node, replica.gpus)} />`)
+      : html`<${Device} vram=${vram} />`}
     ${(vram.device.kind === "cuda" || vram.host.offloaded_bytes > 0) && html`<${Host} host=${vram.host} buffer=${stats.audio_buffer} />`}
     <${Cleanup} cleanup=${cleanup} />
   </section>`;

@@ -1,0 +1,29 @@
+"""What a replica of a cluster says of itself: its GPU worker's snapshot, and where it runs."""
+
+from typing import Any
+
+import msgspec
+
+from shared.catalog import ModelSpec
+from shared.protocol import Snapshot, SpeechError
+
+
+class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica says of itself several times a second.
+
+    `error` is the reason why its GPU worker takes no requests, with `retry_after_s`. The catalogue and the settings
+    are there if the asker did not know this life (`boot_id`) of the GPU worker.
+    """
+
+    replica: str
+    node: str = ""
+    gpus: list[str] = []
+    boot_id: str = ""
+    snapshot: Snapshot | None = None
+    age_s: float = 0.0
+    """That of the snapshot."""
+
+    catalog: list[ModelSpec] | None = None
+    settings: dict[str, Any] = {}
+    error: SpeechError | None = None
+    retry_after_s: float | None = None
