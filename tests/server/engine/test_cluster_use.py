@@ -50,7 +50,7 @@ async def engine(workers: list[FakeWorker]) -> AsyncIterator[RayEngineClient]:
             client = await stack.enter_async_context(ZmqEngineClient(worker.url, "", timeout_s=20.0))
             replicas.gateways[str(number)] = WorkerGateway(str(number), client, askers)
         engine = await stack.enter_async_context(RayEngineClient(replicas, timeout_s=20.0))
-        await becomes(lambda: len(engine.reports()) == 2 and engine.unavailable() is None)
+        await becomes(lambda: [report.error for report in engine.reports().values()] == [None, None])
         yield engine
 
 

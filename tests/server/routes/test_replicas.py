@@ -21,7 +21,7 @@ from shared.protocol import CacheStats, Counters, ModelStats, WindowCounts
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.engine.transports import LocalReplicas
-from tests.server.running import SHARED_LOOP, listening, responds, until
+from tests.server.running import SHARED_LOOP, listening, until
 
 pytestmark = SHARED_LOOP
 
@@ -80,7 +80,8 @@ async def cluster(
     async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
 
         async def both() -> bool:
-            return await responds(client, "/ready") and len((await client.get("/admin/stats")).json()["replicas"]) == 2
+            replicas = (await client.get("/admin/stats")).json().get("replicas", [])
+            return [replica["error"] for replica in replicas] == [None, None]
 
         await until(both)
         yield client
