@@ -377,19 +377,19 @@ class ControlHandler:
         self, caller: _Caller, call: Call, action: ConsentAction, payload: bytes | None
     ) -> Reply | None:
         """As `_dispatch`, for consents."""
-        by = call.client
+        access, by = call.access, call.client
         match action:
             case FindConsent(id=consent_id):
-                return Reply(id=caller.call_id, consent=self._consents.find(consent_id))
+                return Reply(id=caller.call_id, consent=self._consents.find(consent_id, access))
             case ListConsents(limit=limit, after=after):
-                consents, has_more = self._consents.list(limit, after)
+                consents, has_more = self._consents.list(limit, after, access)
                 return Reply(id=caller.call_id, consents=consents, has_more=has_more)
             case CreateConsent(name=name, language=language):
-                write = self._consents.create(name, language, payload or b"", by=by)
+                write = self._consents.create(name, language, payload or b"", access=access, by=by)
             case RenameConsent(id=consent_id, name=name):
-                write = self._consents.rename(consent_id, name, by=by)
+                write = self._consents.rename(consent_id, name, access, by=by)
             case DeleteConsent(id=consent_id):
-                write = self._consents.delete(consent_id, by=by)
+                write = self._consents.delete(consent_id, access, by=by)
             case _:
                 assert_never(action)
         self._pending.append(_PendingWrite(caller, write))
@@ -502,7 +502,12 @@ class ControlHandler:
         consent_id = ""
         if (consent := voice.consent) is not None:
             saving = self._consents.create(
-                consent.name, consent.language, consent.pcm, consent.created_at, by=call.client
+                consent.name,
+                consent.language,
+                consent.pcm,
+                consent.created_at,
+                access=call.access,
+                by=call.client,
             )
             consent_id = saving.record.id
         return self._voices.create(

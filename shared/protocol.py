@@ -85,7 +85,7 @@ LimitName = Literal["requests_per_minute", "characters_per_day", "concurrent_req
 
 
 class VoiceAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Which saved voices a client may use beside the shared ones: those of the key `owner`, or `all`.
+    """Which saved voices and consents a client may use beside those of all: those of the key `owner`, or `all`.
 
     `owner` is the key's name in the file of keys; "" for a client that can own no voice: all that it makes is shared.
     """
@@ -96,6 +96,9 @@ class VoiceAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 SHARED_VOICES: Final = VoiceAccess()
 """The access of a client that can own no voice."""
+
+ALL_VOICES: Final = VoiceAccess(all=True)
+"""The access of an admin without a name, and of every client where no key protects the service."""
 
 
 class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
@@ -501,7 +504,7 @@ Action = ModelAction | VoiceAction | ConsentAction | FindSpeech | EmptyCache | F
 
 
 class Call(Message, frozen=True, kw_only=True):
-    """Do an action that is not speech; the answer is Reply or Failed. A new voice belongs to `access.owner`."""
+    """Do an action that is not speech; the answer is Reply or Failed. What it saves belongs to `access.owner`."""
 
     id: str
     client: str

@@ -78,6 +78,12 @@ class ConsentRecord(msgspec.Struct, frozen=True, kw_only=True):
     language: str
     created_at: int
     samples: int
+    owner: str = ""
+
+    @property
+    def shared(self) -> bool:
+        """True if every key may use it: no key owns it."""
+        return not self.owner
 
     def to_public(self) -> VoiceConsent:
         """The part of the record that clients may see."""

@@ -28,7 +28,7 @@ from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
 from shared.audit import AuditEntry, EventName
 from shared.pcm import samples_of
-from shared.protocol import CacheStats, SavedVoice, VoiceAccess
+from shared.protocol import ALL_VOICES, CacheStats, SavedVoice, VoiceAccess
 from shared.voice_access import find_voice, folded, is_changeable, is_visible
 
 CACHED_RECORDINGS: Final = 4
@@ -38,8 +38,6 @@ MAX_SAVING: Final = 8
 """Voices that wait for the disk at once, of 3 MB at most: a disk that hangs must not fill the memory."""
 
 _RETRY_AFTER_S: Final = 5.0
-
-_ALL: Final = VoiceAccess(all=True)
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +101,7 @@ class VoiceStore:
         """Every voice, the oldest first."""
         return [record.to_public() for record in self._records.values()]
 
-    def find(self, name: str, access: VoiceAccess = _ALL) -> SavedVoice | None:
+    def find(self, name: str, access: VoiceAccess = ALL_VOICES) -> SavedVoice | None:
         """The voice that the caller means by that id or name, ignoring case."""
         record = find_voice(name, self._records.values(), access)
         return None if record is None else record.to_public()
@@ -118,7 +116,7 @@ class VoiceStore:
         prompt: str = "",
         description: str = "",
         consent: str = "",
-        access: VoiceAccess = _ALL,
+        access: VoiceAccess = ALL_VOICES,
         shared: bool = False,
         is_imported: bool = False,
         by: str = "",
@@ -163,7 +161,7 @@ class VoiceStore:
         self._submit(write)
         return write
 
-    def check_new(self, name: str, access: VoiceAccess = _ALL) -> str:
+    def check_new(self, name: str, access: VoiceAccess = ALL_VOICES) -> str:
         """`name` in the form in which a new voice of `access.owner` would get it.
 
         Raises:
@@ -184,7 +182,7 @@ class VoiceStore:
         *,
         name: str | None = None,
         shared: bool | None = None,
-        access: VoiceAccess = _ALL,
+        access: VoiceAccess = ALL_VOICES,
         by: str = "",
     ) -> VoiceWrite:
         """Submit a write that gives the voice with that id another name, which is taken from now on, or shares it.
@@ -209,7 +207,9 @@ class VoiceStore:
         self._submit(write)
         return write
 
-    def export(self, voice_id: str, consents: ConsentStore, access: VoiceAccess = _ALL, *, by: str = "") -> VoiceWrite:
+    def export(
+        self, voice_id: str, consents: ConsentStore, access: VoiceAccess = ALL_VOICES, *, by: str = ""
+    ) -> VoiceWrite:
         """Submit the reading of the voice with that id.
 
         Raises JobError: `voice_not_found`, `insufficient_permissions`, `queue_full`.
@@ -217,7 +217,9 @@ class VoiceStore:
         record = self._changeable(voice_id, access)
         _check_waiting(self._exporting)
         audit = (_entry("voice.exported", record, by),)
-        write = VoiceWrite(kind="export", record=record, consent=consents.record_of(record.consent), audit=audit)
+        write = VoiceWrite(
+            kind="export", record=record, consent=consents.record_of(record.consent, access), audit=audit
+        )
         self._exporting.append(write)
         self._submit(write)
         return write
@@ -236,7 +238,7 @@ class VoiceStore:
             raise name_taken(name, OutdatedError)
         return name
 
-    def delete(self, voice_id: str, access: VoiceAccess = _ALL, *, by: str = "") -> VoiceWrite:
+    def delete(self, voice_id: str, access: VoiceAccess = ALL_VOICES, *, by: str = "") -> VoiceWrite:
         """Submit a write that deletes the voice with that id.
 
         Raises JobError: `voice_not_found`, `insufficient_permissions`.
@@ -272,7 +274,7 @@ class VoiceStore:
             self._records[record.id] = record
         return record.to_public()
 
-    def load(self, voice_id: str, access: VoiceAccess = _ALL) -> Reference:
+    def load(self, voice_id: str, access: VoiceAccess = ALL_VOICES) -> Reference:
         """The recording of the voice with that id. Ids are never reused, so the id is the `key` of the Reference.
 
         Raises JobError `voice_not_found`, also if the recording was damaged since the start; the log has the cause.
@@ -317,7 +319,7 @@ class VoiceStore:
         """Forget the recordings that are kept in host RAM; the next requests read them again."""
         self._recordings.clear()
 
-    def _record(self, voice_id: str, access: VoiceAccess = _ALL) -> VoiceRecord:
+    def _record(self, voice_id: str, access: VoiceAccess = ALL_VOICES) -> VoiceRecord:
         record = self._records.get(voice_id) or self._files.record(voice_id)
         if record is None or not is_visible(record, access):
             raise _not_found(voice_id)

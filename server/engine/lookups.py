@@ -76,9 +76,9 @@ async def find_speech(name: str, engine: EngineClient, client: str, owner: str) 
     return reply.speech
 
 
-async def require_consent(consent_id: str | None, engine: EngineClient, client: str) -> None:
-    """Raise ApiError unless `consent_id` is that of a recorded consent (TTS_REQUIRE_CONSENT)."""
+async def require_consent(consent_id: str | None, engine: EngineClient, client: str, access: VoiceAccess) -> None:
+    """Raise ApiError unless `consent_id` is that of a recorded consent of the client (TTS_REQUIRE_CONSENT)."""
     if not consent_id:
         message = "consent: this server clones a voice only with the id of a consent (POST /v1/audio/voice_consents)."
         raise ApiError("invalid_value", message, param="consent")
-    await engine.call(FindConsent(id=consent_id), client=client, timeout_s=_FIND_TIMEOUT_S)
+    await engine.call(FindConsent(id=consent_id), client=client, access=access, timeout_s=_FIND_TIMEOUT_S)

@@ -201,7 +201,7 @@ class SpeechStarter:
         reference = None
         if data.ref_audio is not None:
             if self.settings.require_consent:
-                await require_consent(data.consent, self.engine, self.caller.client)
+                await require_consent(data.consent, self.engine, self.caller.client, self.caller.access)
             reference = await self.decoder_pool.decode_ref_audio(data.ref_audio)
         if rate != SAMPLE_RATE:
             await load_resampler()

@@ -113,7 +113,7 @@ async def create_voice(
             pcm = await cancel_on_disconnect(request, decoder_pool.decode(heard, "audio_id"))
     else:
         if settings.require_consent:
-            await require_consent(data.consent, engine, caller.client)
+            await require_consent(data.consent, engine, caller.client, caller.access)
         sample = await read_upload(data.audio_sample, "audio_sample", MAX_REFERENCE_BYTES)
         pcm = await cancel_on_disconnect(request, decoder_pool.decode(sample, "audio_sample"))
         action = CloneVoice(

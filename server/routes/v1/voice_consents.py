@@ -16,10 +16,11 @@ from msgspec import Meta
 from server.audio import MAX_REFERENCE_BYTES
 from server.dependencies import DecoderPoolDependency, EngineDependency, SettingsDependency
 from server.engine import EngineClient
-from server.http.auth import client_of
+from server.http.auth import caller_of
 from server.http.errors import ApiError, documented
 from server.http.form_bodies import BROKEN_FORM, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
+from server.http.keys import Caller
 from server.http.leniency import TRIMMED
 from server.http.streaming import cancel_on_disconnect
 from server.schemas import MAX_NAME, Name, VoiceConsentDeleted, VoiceConsentList, VoiceConsentObject
@@ -92,7 +93,8 @@ async def create_consent(
     recording = await read_upload(data.recording, "recording", MAX_REFERENCE_BYTES)
     pcm = await cancel_on_disconnect(request, decoder_pool.decode(recording, "recording"))
     action = CreateConsent(name=data.name, language=data.language)
-    making = engine.call(action, client=client_of(settings, request), payload=pcm, timeout_s=_TIMEOUT_S)
+    caller = caller_of(settings, request)
+    making = engine.call(action, client=caller.client, access=caller.access, payload=pcm, timeout_s=_TIMEOUT_S)
     return _object(await cancel_on_disconnect(request, making))
 
 
@@ -113,10 +115,11 @@ async def list_consents(
     ] = None,
     limit: Annotated[int, QueryParameter(description="The most consents on a page.", ge=1, le=100)] = 20,
 ) -> VoiceConsentList:
-    """A page of consents, the newest first."""
+    """A page of consents, the newest first. Those of other keys are not there."""
     action = ListConsents(limit=limit, after=after or "")
+    caller = caller_of(settings, request)
     try:
-        reply = await engine.call(action, client=client_of(settings, request), timeout_s=_TIMEOUT_S)
+        reply = await engine.call(action, client=caller.client, access=caller.access, timeout_s=_TIMEOUT_S)
     except ApiError as error:
         if error.code != "consent_not_found":
             raise
@@ -140,7 +143,7 @@ async def get_consent(
     request: Request[Any, Any, Any], consent_id: FromPath[str], engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceConsentObject:
     """The consent with that id."""
-    return _object(await _call(FindConsent(id=consent_id), engine, client_of(settings, request)))
+    return _object(await _call(FindConsent(id=consent_id), engine, caller_of(settings, request)))
 
 
 @post(
@@ -162,7 +165,7 @@ async def update_consent(
 ) -> VoiceConsentObject:
     """Give the consent with that id another name."""
     action = RenameConsent(id=consent_id, name=data.name)
-    return _object(await _call(action, engine, client_of(settings, request)))
+    return _object(await _call(action, engine, caller_of(settings, request)))
 
 
 @delete(
@@ -177,14 +180,14 @@ async def delete_consent(
     request: Request[Any, Any, Any], consent_id: FromPath[str], engine: EngineDependency, settings: SettingsDependency
 ) -> VoiceConsentDeleted:
     """Delete the consent with that id. Voices that were made with it stay."""
-    await _call(DeleteConsent(id=consent_id), engine, client_of(settings, request))
+    await _call(DeleteConsent(id=consent_id), engine, caller_of(settings, request))
     return VoiceConsentDeleted(id=consent_id)
 
 
-async def _call(action: ConsentAction, engine: EngineClient, client: str) -> Reply:
+async def _call(action: ConsentAction, engine: EngineClient, caller: Caller) -> Reply:
     """Carry out `action` on the consent that the path names: a missing one is a 404."""
     try:
-        return await engine.call(action, client=client, timeout_s=_TIMEOUT_S)
+        return await engine.call(action, client=caller.client, access=caller.access, timeout_s=_TIMEOUT_S)
     except ApiError as error:
         if error.code != "consent_not_found":
             raise

@@ -1,6 +1,7 @@
 """ConsentStore over real files: a consent is on the disk whole or not at all, and a restart finds it again."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from structlog.testing import capture_logs
 from gpu_worker.engines.base import JobError
 from gpu_worker.voices import ConsentStore, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.voices.consents import MAX_WRITING
-from shared.protocol import VoiceConsent
+from shared.protocol import ALL_VOICES, VoiceAccess, VoiceConsent
 from tests.gpu_worker.fakes import FakeClock
 
 SECOND = bytes(range(240)) * 200
@@ -161,3 +162,37 @@ def test_a_disk_that_refuses(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(JobError, match="the consent could not be changed"):
         shelf.write()
     assert shelf.store.find(consent.id).name == "Ada"
+
+
+def test_a_consent_of_another_key_does_not_exist(shelf: Shelf, tmp_path: Path, clock: FakeClock) -> None:
+    """It is not listed, found, changed, or exported with a voice that names it; its owner and admins have it."""
+    alice, bob, nobody = VoiceAccess(owner="alice"), VoiceAccess(owner="bob"), VoiceAccess()
+    shelf.store.create("Ada", "en", SECOND, access=alice)
+    own = shelf.write()
+    shelf.store.create("Old", "en", SECOND, access=nobody)
+    everyones = shelf.write()
+    for store in (shelf.store, Shelf(tmp_path, clock).store):
+        for stranger in (bob, nobody):
+            assert store.list(9, access=stranger) == ([everyones], False)
+            assert store.record_of(own.id, stranger) is None
+            for use in (
+                store.find,
+                partial(store.list, 9),
+                partial(store.rename, name="x"),
+                store.delete,
+            ):
+                errors = []
+                for name in (own.id, "cons_none"):
+                    with pytest.raises(JobError) as caught:
+                        use(name, access=stranger)
+                    errors.append((caught.value.code, str(caught.value).replace(own.id, "cons_none")))
+                assert errors[0] == errors[1]
+        for friend in (alice, ALL_VOICES):
+            assert {consent.id for consent in store.list(9, access=friend)[0]} == {own.id, everyones.id}
+    voices = VoiceStore(shelf.files, shelf.submitted.append, 5)  # type: ignore[arg-type] # only writes come
+    voices.create("Bob's", SECOND, kind="clone", consent=own.id, access=bob)
+    voice = voices.on_written(shelf.files.write(shelf.submitted.pop()))
+    for access, has_consent in ((bob, False), (ALL_VOICES, True)):
+        exported = shelf.files.write(voices.export(voice.id, shelf.store, access)).exported
+        assert exported is not None
+        assert (exported.consent is not None) == has_consent

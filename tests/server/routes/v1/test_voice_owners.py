@@ -9,6 +9,7 @@ import pytest
 from server.http.keys import digest_of
 from server.routes.v1.voice_files import VoiceFile
 from shared.protocol import (
+    ALL_VOICES,
     Call,
     CloneVoice,
     DesignVoice,
@@ -20,6 +21,7 @@ from shared.protocol import (
     Speak,
     UpdateVoice,
     VoiceAccess,
+    VoiceConsent,
 )
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, VOICES, Serve
@@ -215,3 +217,26 @@ async def test_who_learns_the_owner(serve: Serve, several_keys: dict[str, Any]) 
     for key, owner in (("alice", "alice"), ("root", "alice"), ("bob", None)):
         voice = (await client.get(f"{VOICES}/{SHARED.id}", **as_key(key))).json()
         assert (voice["shared"], voice.get("owner")) == (True, owner)
+
+
+@pytest.mark.usefixtures("no_decoding")
+async def test_consents_know_their_client(serve: Serve, worker: FakeWorker, several_keys: dict[str, Any]) -> None:
+    """Each route of consents, and a clone that needs one, tells the GPU worker whose consents there are for it."""
+    client = await serve(**several_keys, require_consent=True)
+    consent = VoiceConsent(id="cons_1", name="C", language="en", created_at=1)
+    worker.on_call = lambda call, _: Reply(id=call.id, consent=consent, voice=OF_ALICE)
+    path = "/v1/audio/voice_consents"
+    form = {"name": "Ada", "consent": "cons_1"}
+    for key in ("alice", "bob", "root"):
+        worker.seen.clear()
+        answers = [
+            await client.post(path, data={"name": "C", "language": "en"}, files={"recording": b"x"}, **as_key(key)),
+            await client.get(path, **as_key(key)),
+            await client.get(f"{path}/cons_1", **as_key(key)),
+            await client.post(f"{path}/cons_1", json={"name": "D"}, **as_key(key)),
+            await client.delete(f"{path}/cons_1", **as_key(key)),
+            await client.post(VOICES, data=form, files={"audio_sample": b"x"}, **as_key(key)),
+        ]
+        assert [answer.status_code for answer in answers] == [200] * 6
+        wanted = ALL_VOICES if key == "root" else VoiceAccess(owner=key)
+        assert [call.access for call in worker.of(Call)] == [wanted] * 7
