@@ -31,6 +31,12 @@ Shapes = Sequence[tuple[int, int]]
 MAX_KEPT: Final = 64
 """Outcomes that the file keeps: one for each processor, torch, number of threads, dtype and size of model."""
 
+_ISA_VARIABLES: Final = (
+    *("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
+    *("FBGEMM_ENABLE_INSTRUCTIONS", "MKL_ENABLE_INSTRUCTIONS"),
+)
+"""With these the libraries of the products can be kept from instructions that the processor has."""
+
 _MAX_FILE_BYTES: Final = 1 << 16
 _COPIES: Final = 3
 _ROUNDS: Final = 5
@@ -186,7 +192,7 @@ def _machine() -> str:
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         lines = [line for line in text.splitlines() if line.partition("\t")[0].strip() in wanted]
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", ""), os.environ.get("ATEN_CPU_CAPABILITY", "")
+    isa = (os.environ.get(name, "") for name in _ISA_VARIABLES)
     return hashlib.sha256("\n".join((*lines, *isa, *os.uname()[-1:])).encode()).hexdigest()[:16]
 
 

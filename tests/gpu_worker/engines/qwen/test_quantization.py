@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 from gpu_worker.engines.qwen.build import estimated_bytes
 from gpu_worker.engines.qwen.engine import QwenEngine
 from gpu_worker.engines.qwen.runtime.products import available
+from shared.pcm import FRAME_SAMPLES
 from shared.protocol import Sampling
 from tests.checkpoints import wide
 from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, take
@@ -18,8 +19,13 @@ needs_fp16 = pytest.mark.skipif(not available("fp16"), reason="no fp16 products 
 pytestmark = pytest.mark.timeout(600)
 
 SLOTS = 2
-FRAMES = 5
-JOBS = [job(number, sampling=Sampling(seed=number, max_new_tokens=FRAMES + number)) for number in range(SLOTS)]
+FRAME = 2 * FRAME_SAMPLES
+FRAMES = 4
+JOBS = [
+    job(0, sampling=Sampling(seed=0, max_new_tokens=FRAMES)),
+    job(1, sampling=Sampling(temperature=0, max_new_tokens=FRAMES + 1)),
+]
+"""A sampled one, and a greedy one."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,11 @@ def speeches(speaker: QwenEngine, every: int = 0) -> list[bytes]:
     return [outcome.pcm for outcome in run(speaker, JOBS, every=every).values()]
 
 
+def framed(pcm: bytes) -> list[bytes]:
+    """Its frames."""
+    return [pcm[at : at + FRAME] for at in range(0, len(pcm), FRAME)]
+
+
 def alone(speaker: QwenEngine) -> list[bytes]:
     """What each job says alone."""
     return [run(speaker, [one])[one.id].pcm for one in JOBS]
@@ -64,25 +75,33 @@ def alone(speaker: QwenEngine) -> list[bytes]:
 
 @needs_fp16
 def test_fp16_says_what_the_weights_say(exact: QwenEngine, trial_file: Path) -> None:
-    """Weights from bfloat16 lose nothing. Products differ by 5e-7 from float32's: the codes of these jobs do not.
+    """Weights from bfloat16 lose nothing, sampled and greedy. The share of frames that differ is printed.
 
-    At this width weights are packed, and batches padded as this processor needs it: company changes nothing either.
+    Products differ by 5e-7 from float32's, so a draw within that of another code may change, with all behind it:
+    of these 144 draws none is expected to. At this width weights are packed, and batches padded as this processor needs
+    it: company changes nothing.
     """
     half = opened("fp16", trial_file)
     try:
-        assert alone(half) == alone(exact) == speeches(exact)
-        assert speeches(half) == speeches(exact)
+        spoken, wanted = speeches(half), speeches(exact)
+        assert alone(half) == spoken
+        assert alone(exact) == wanted
     finally:
         half.close()
+    frames = [pair for pairs in zip(spoken, wanted, strict=True) for pair in zip(*map(framed, pairs), strict=True)]
+    share = sum(one != other for one, other in frames) / len(frames)
+    print(f"fp16 beside float32: {share:.1%} of {len(frames)} frames differ")  # noqa: T201 -- the figure
+    assert share == 0
 
 
 @needs_int8
-def test_int8_alone_is_int8_in_company(int8: QwenEngine, exact: QwenEngine) -> None:
-    """Together, joined later in other chunks, parked, and after the weights were offloaded: the same samples."""
+def test_int8_alone_is_int8_in_company(int8: QwenEngine) -> None:
+    """Together, joined later in other chunks, in the other slot, parked, and after an offload: the same samples."""
     wanted = alone(int8)
     assert speeches(int8) == wanted
     assert speeches(int8, every=3) == wanted
-    assert wanted != speeches(exact)
+    swapped = run(int8, JOBS[::-1])
+    assert [swapped[one.id].pcm for one in JOBS] == wanted
     assert parked_midway(int8) == wanted[0]
     int8.offload()
     int8.restore()
@@ -94,7 +113,7 @@ def parked_midway(speaker: QwenEngine) -> bytes:
     first, other = JOBS[0], job(90, sampling=Sampling(seed=1, max_new_tokens=30))
     outcomes = {one.id: Outcome() for one in (first, other)}
     speaker.admit(first)
-    for step in range(4):
+    for step in range(2):
         take(speaker, outcomes, step)
     speaker.park(first.id)
     speaker.admit(other)
