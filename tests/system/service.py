@@ -87,12 +87,19 @@ def drop_privileges() -> None:
 
 
 class Service:
-    """One running service; `settings` are TTS_* variables without the prefix."""
+    """One running service; `settings` are TTS_* variables without the prefix. `root` has its code."""
 
     command: tuple[str, ...] = ()
     """The command of `python -m server`, and its arguments."""
 
-    def __init__(self, directory: Path, *, preexec_fn: Callable[[], None] | None = None, **settings: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        preexec_fn: Callable[[], None] | None = None,
+        root: Path = ROOT,
+        **settings: object,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / f"service-{self.port}.log"
@@ -106,7 +113,7 @@ class Service:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "server", *self.command],
                 cwd=directory,
-                env=environment(**{**defaults, **settings}),
+                env=environment(**{**defaults, **settings}) | {"PYTHONPATH": str(root)},
                 stdout=log,
                 stderr=log,
                 preexec_fn=preexec_fn,  # noqa: PLW1509 -- no other thread of the tests holds a lock
@@ -222,10 +229,10 @@ def slow_reader(service: Service, text: str, **fields: object) -> socket.socket:
 
 @contextlib.contextmanager
 def running_service(
-    directory: Path, *, start_timeout_s: float = START_TIMEOUT_S, **settings: object
+    directory: Path, *, start_timeout_s: float = START_TIMEOUT_S, root: Path = ROOT, **settings: object
 ) -> Iterator[Service]:
     """A ready service. At the end it stops at SIGTERM with exit code 0, unless the test failed."""
-    service = Service(directory, **settings)
+    service = Service(directory, root=root, **settings)
     try:
         yield service.wait_ready(start_timeout_s)
         assert service.stop() == 0
