@@ -41,6 +41,7 @@ from server.routes import (
 from server.routes.speech_start import speech_starter
 from server.text import load_pronunciations
 from shared.log import set_up_logging
+from shared.redaction import keep_secret
 from shared.settings import Settings
 from shared.tracing import open_traces
 
@@ -64,6 +65,7 @@ def create_app(
     """
     open_engine = open_engine or _engine_of(settings)
     web_state = state or WebState(settings=settings, keyring=load_keyring(settings))
+    keep_secret(settings.secrets())
     load_pronunciations(settings.pronunciations)
     open_sockets = OpenSockets()
 

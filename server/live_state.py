@@ -9,6 +9,7 @@ from server.http.middleware import HttpMiddleware
 from server.http.origins import set_cors
 from server.reloading import WebState
 from shared.log import set_log_level
+from shared.redaction import keep_secret
 
 _MIB = 1024 * 1024
 
@@ -16,6 +17,7 @@ _MIB = 1024 * 1024
 async def take_state(application: HttpMiddleware, new: WebState) -> None:
     """Work by `new` from now on, and let the GPU worker do so too. The application has started."""
     settings, state = new.settings, application.app.state
+    keep_secret(settings.secrets())
     state.settings, state.keyring = settings, new.keyring
     set_log_level(settings.log_level)
     set_cors(application.app, settings)

@@ -5,8 +5,11 @@ Log lines tell events and their values. They never have the text of a request, a
 
 import logging
 import sys
+from typing import Any
 
 import structlog
+
+from shared.redaction import redact
 
 
 def set_log_level(level: str) -> None:
@@ -36,7 +39,7 @@ def set_up_logging(level: str, log_format: str, process: str) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=processors,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer, _redact],
         ),
     )
     root = logging.getLogger()
@@ -54,3 +57,8 @@ def set_up_logging(level: str, log_format: str, process: str) -> None:
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(process=process)
+
+
+def _redact(_logger: Any, _method: str, line: Any) -> str:
+    """The last processor: also lines of libraries, and tracebacks, have no key in them."""
+    return redact(str(line))

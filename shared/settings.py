@@ -147,6 +147,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         shown = {name.removesuffix("_s"): value for name, value in values.items() if name not in SECRET}
         return shown | {"default_model_size": SIZE_NAMES[self.default_model_size]}
 
+    def secrets(self) -> list[str]:
+        """The keys and the token as they are."""
+        return [*self.api_keys, *self.admin_keys, self.worker_token]
+
     def needing_cuda(self) -> list[str]:
         """The variables whose values need a CUDA device."""
         values = {"default_device": self.default_device == "cuda"}

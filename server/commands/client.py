@@ -91,7 +91,22 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     """The address and the key of the service."""
     group = parser.add_argument_group("the service")
     group.add_argument("--url", help="its address (default: TTS_HOST and TTS_PORT, or http://127.0.0.1:8000)")
-    group.add_argument("--key", help="its API key (default: the first of TTS_API_KEYS or TTS_ADMIN_KEYS)")
+    group.add_argument(
+        "--key",
+        type=_key,
+        metavar="KEY|@FILE",
+        help="its API key; @FILE reads it from a file, so that lists of processes do not show it "
+        "(default: the first of TTS_API_KEYS or TTS_ADMIN_KEYS)",
+    )
+
+
+def _key(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text[1:]} cannot be read: {error}") from None
 
 
 def client_of(arguments: argparse.Namespace, *, admin: bool = False) -> Client:

@@ -13,6 +13,7 @@ from litestar import MediaType, Response
 from litestar.openapi.datastructures import ResponseSpec
 
 from shared.protocol import RateLimit
+from shared.redaction import redact
 
 INVALID: Final = "invalid_request_error"
 SERVER: Final = "server_error"
@@ -77,6 +78,7 @@ class ApiError(Exception):
     """A failure that the client is told about: `code` is a key of CODES, `param` the request field at fault.
 
     `retry_after_s` is the pause after which a retry may succeed; `status` replaces the status of the code.
+    `message` may quote what the client sent, but no key.
     `rate_limit` is what the key has left of its requests a minute.
     """
 
@@ -90,11 +92,11 @@ class ApiError(Exception):
         status: int | None = None,
         rate_limit: RateLimit | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(redact(message))
         usual, self.type = CODES.get(code, CODES["internal_error"])
         self.status = status or usual
         self.code = code
-        self.message = message
+        self.message = redact(message)
         self.param = param
         self.retry_after_s = retry_after_s
         self.rate_limit = rate_limit

@@ -1,11 +1,12 @@
 """Facts about one request that are kept in its ASGI scope or derived from it: its id and its path for log lines."""
 
-import re
 import uuid
 from typing import Final
 
 from litestar.datastructures import Headers
 from litestar.types import Scope
+
+from shared.redaction import redact
 
 BODY_ERROR: Final = "body_error"
 """The key in `scope["state"]` for the ApiError of a body that middleware.py has given up."""
@@ -21,9 +22,6 @@ SOCKET_ERROR: Final = "socket_error"
 
 RELAYED: Final = "relayed"
 """The key in `scope["state"]` of a request whose connection another process owns: this one cannot reset it."""
-
-_API_KEY: Final = re.compile(r"(sk-tts-)[\w-]+")
-"""A key of `key new`, which a client may send in the wrong place."""
 
 _MAX_REQUEST_ID: Final = 128
 """Characters of a client's request id; a longer one is replaced."""
@@ -49,7 +47,7 @@ def is_head(scope: Scope) -> bool:
 def _is_sane(request_id: str) -> bool:
     """True if a client's request id can forge neither a log line nor a header, and is no API key."""
     allowed = all(char.isalnum() or char in "-_.:" for char in request_id)
-    return len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and allowed and not _API_KEY.search(request_id)
+    return len(request_id) <= _MAX_REQUEST_ID and request_id.isascii() and allowed and redact(request_id) == request_id
 
 
 def printable_path(scope: Scope) -> str:
@@ -57,6 +55,6 @@ def printable_path(scope: Scope) -> str:
 
     A client may send a path of any length, with escape sequences that would steer a terminal, or with its API key.
     """
-    path = _API_KEY.sub(r"\1…", str(scope["path"]))
+    path = redact(str(scope["path"]))
     shown = path if len(path) <= _LONGEST_PATH else path[:_LONGEST_PATH] + "…"
     return "".join(char if char.isprintable() else f"%{ord(char):02X}" for char in shown)

@@ -108,6 +108,19 @@ class TestConsole:
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
+def test_keys_are_left_out(stderr: _Stderr, log_format: str) -> None:
+    """Lines of libraries and tracebacks have no key in them, either."""
+    set_up_logging("info", log_format, "web")
+    structlog.get_logger("ours").info("refused", path="/sk-tts-abc")
+    try:
+        _fail("x")
+    except ValueError:
+        logging.getLogger("a.library").exception("failed with %s", "sk-tts-abc")
+    assert stderr.getvalue().count("sk-tts-…") == 2
+    assert "abc" not in stderr.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
 def test_level(stderr: _Stderr, log_format: str) -> None:
     """Lines below the level are not written; a second set-up does not write lines twice."""
     set_up_logging("info", log_format, "web")

@@ -24,6 +24,7 @@ from server.routes.speech_socket import SpeechSocket
 from server.routes.speech_start import SpeechPlan
 from server.schemas import ALIASES, SpeechRequest, SpeechUsage, usage_of
 from shared.protocol import Finished, FinishReason, speech_id_of
+from shared.redaction import redact
 
 _CHANNELS: Final = 1
 _KNOWN: Final = "session.config, input.text, input.commit, input.done, input.cancel, session.close"
@@ -183,7 +184,8 @@ class _StreamSocket(SpeechSocket):
         """Take a message."""
         body = message.encode()
         self._action = ""
-        self._action = kind = _TYPE.decode(body, "").type
+        kind = _TYPE.decode(body, "").type
+        self._action = redact(kind)
         if kind == "session.config":
             await self._configure(body)
         elif self._plan is None:

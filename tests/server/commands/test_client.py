@@ -2,12 +2,13 @@
 
 import argparse
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server.__main__ import main
-from server.commands.client import Client, ClientError, client_of
+from server.commands.client import Client, ClientError, add_service_arguments, client_of
 from tests.server.commands.conftest import CannedService
 
 
@@ -47,6 +48,18 @@ def test_keys_come_from_the_settings(service: CannedService, monkeypatch: pytest
         "Bearer rule",
         "Bearer mine",
     ]
+
+
+def test_a_key_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stands in no list of processes; a file that cannot be read is named."""
+    (tmp_path / "key").write_text("mine\n")
+    parser = argparse.ArgumentParser()
+    add_service_arguments(parser)
+    assert parser.parse_args(["--key", f"@{tmp_path}/key"]).key == "mine"
+    assert parser.parse_args(["--key", "plain"]).key == "plain"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--key", f"@{tmp_path}/none"])
+    assert "none cannot be read" in capsys.readouterr().err
 
 
 def test_keys_are_for_this_machine_alone(service: CannedService, monkeypatch: pytest.MonkeyPatch) -> None:

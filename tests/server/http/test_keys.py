@@ -293,3 +293,20 @@ class TestService:
             DesignVoice(name="my voice", prompt="calm", limits=limits),
             DesignVoice(name="my voice", prompt="calm", priority="batch"),
         ]
+
+
+def test_a_look_up_compares_digests_alone() -> None:
+    """The time of a look-up depends on no character of the key: only its digest is compared, with digests."""
+
+    class Key(str):
+        """A key that may be encoded, and not compared."""
+
+        __slots__ = ()
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, _other: object) -> bool:
+            raise AssertionError
+
+    keyring = Keyring({digest_of(ALICE): Caller(client="key:alice")}, guards_speech=True)
+    assert keyring.find(Key(ALICE)) == Caller(client="key:alice")
+    assert keyring.find(Key(ALICE[:-1])) is None
