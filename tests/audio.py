@@ -75,3 +75,10 @@ def _decoded(file: io.BytesIO, demuxer: str | None, rate: int) -> bytes:
             pieces += [bytes(piece.planes[0])[: piece.samples * 2] for piece in resampler.resample(frame)]
         pieces += [bytes(piece.planes[0])[: piece.samples * 2] for piece in resampler.resample(None)]
     return b"".join(pieces)
+
+
+def tags_of(audio: bytes) -> dict[str, str]:
+    """Those of the file and of its stream, as FFmpeg reads them, without the name of the program."""
+    with av.open(io.BytesIO(audio)) as container:
+        found = {**container.metadata, **container.streams.audio[0].metadata}
+    return {name.lower(): text for name, text in found.items() if name.lower() != "encoder"}

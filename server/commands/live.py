@@ -11,12 +11,13 @@ import os
 import select
 import threading
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, Final
 
 import websockets
 from websockets.sync.client import ClientConnection, connect
 
-from server.audio import Encoder, default_rate
+from server.audio import Encoder, Provenance, default_rate
 from server.commands.client import Client, ClientError, is_local, message_of
 from server.text import end_of_last_sentence
 
@@ -36,31 +37,47 @@ _PIECE_BYTES: Final = 16_384
 
 
 def speak_live(
-    client: Client, fields: Mapping[str, Any], source: int, target: BinaryIO, *, audio_format: Any, streaming: bool
+    client: Client,
+    fields: Mapping[str, Any],
+    source: int,
+    target: BinaryIO,
+    *,
+    audio_format: Any,
+    streaming: bool,
+    labelled: bool,
 ) -> None:
     """Speak what the file descriptor `source` brings, to its end. Raises ClientError.
 
     `fields` are those of a request for speech. With `streaming` the audio is written as it comes, else at the end.
+    `labelled`: the file says that its speech is synthetic, with the id of the session as that of the request.
     """
     rate = fields.get("sample_rate") or default_rate(audio_format)
-    encoder = Encoder(audio_format, sample_rate=rate, streaming=streaming)
+    encoder: Encoder | None = None
     config = {**fields, "type": "session.config", "response_format": "pcm", "sample_rate": 24_000}
     with _socket(client) as socket:
         socket.send(json.dumps(config))
         writer = _Writer(socket, source)
         for message in _messages(socket):
             if isinstance(message, bytes):
-                target.write(encoder.feed(message))
+                target.write(encoder.feed(message) if encoder else b"")
                 target.flush()
-            elif (kind := json.loads(message).get("type")) == "session.configured":
+            elif (kind := (told := json.loads(message)).get("type")) == "session.configured":
+                label = _label_of(told) if labelled else None
+                encoder = Encoder(audio_format, sample_rate=rate, streaming=streaming, provenance=label)
                 writer.start()
             elif kind == "input.committed":
                 writer.room.release()
             elif kind == "error":
-                raise ClientError(json.loads(message)["message"])
+                raise ClientError(told["message"])
     if writer.error is not None:
         raise writer.error
+    if encoder is None:
+        raise ClientError("the service has ended the session before it began")
     target.write(encoder.finish())
+
+
+def _label_of(configured: Mapping[str, Any]) -> Provenance:
+    return Provenance(model=configured["model"], request_id=configured["session_id"], made_at=datetime.now(UTC))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from server.audio import CONTENT_TYPES
 from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageError, add_service_arguments, client_of
 from server.commands.live import speak_live
+from shared.environment import environment
+from shared.settings import load_settings
 
 SUMMARY: Final = "let a running service speak into a file or a player"
 
@@ -62,7 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.live:
             fields = _fields(arguments)
             speak_live(
-                client, fields, sys.stdin.fileno(), target, audio_format=response_format, streaming=output == "-"
+                client,
+                fields,
+                sys.stdin.fileno(),
+                target,
+                audio_format=response_format,
+                streaming=output == "-",
+                labelled=load_settings(environment()).provenance,
             )
         else:
             body = {"input": _read_stdin() if text is None else text, "response_format": response_format}

@@ -17,7 +17,7 @@ import pytest
 import websockets
 from websockets.sync.client import ClientConnection, connect
 
-from tests.audio import decode
+from tests.audio import decode, tags_of
 from tests.recogniser import SENTENCES
 from tests.system.service import Service, environment, eventually, resident_bytes, running_service, stretched
 
@@ -115,6 +115,7 @@ def test_say_live(service: Service, tmp_path: Path) -> None:
     said = subprocess.run([*command, "-o", "a.mp3"], cwd=tmp_path, env=environment(), input=b"One. Two.", check=False)
     assert said.returncode == 0
     assert len(decode((tmp_path / "a.mp3").read_bytes(), "mp3")) > 24_000
+    assert "Synthetic speech, artificially generated. Model: " in tags_of((tmp_path / "a.mp3").read_bytes())["comment"]
 
 
 def hostile(service: Service, count: int, seed: int) -> None:

@@ -5,12 +5,11 @@ import wave
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Final
 
-import av
 import pytest
 
 from server.audio import SAMPLE_RATES, Encoder, Format, Provenance
 from shared.pcm import bytes_for, seconds_of
-from tests.audio import decode, tone
+from tests.audio import decode, tags_of, tone
 
 SPEECH: Final = tone(1.0)
 ORIGIN: Final = Provenance(
@@ -31,13 +30,6 @@ def encoded(audio_format: Format, provenance: Provenance | None, **options: Any)
     encoder = Encoder(audio_format, provenance=provenance, **options)
     parts = [encoder.feed(SPEECH[start : start + 9_600]) for start in range(0, len(SPEECH), 9_600)]
     return b"".join([*parts, encoder.finish()])
-
-
-def tags_of(audio: bytes) -> dict[str, str]:
-    """Those of the file and of its stream, as FFmpeg reads them, without the name of the program."""
-    with av.open(io.BytesIO(audio)) as container:
-        found = {**container.metadata, **container.streams.audio[0].metadata}
-    return {name.lower(): text for name, text in found.items() if name.lower() != "encoder"}
 
 
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])

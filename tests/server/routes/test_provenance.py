@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.audio.test_provenance import tags_of
+from tests.audio import tags_of
 from tests.server.running import SHARED_LOOP, SPEECH, Serve
 
 pytestmark = SHARED_LOOP
