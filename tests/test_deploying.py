@@ -1,13 +1,20 @@
 """DEPLOYING.md and the files that it names: settings, paths and times are those of the service."""
 
+import os
 import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import pytest
+import trustme
 import yaml
 
+from gpu_worker.usage import AddUsage, Sums, UsageFile
+from shared.protocol import FindUsage
 from shared.settings import Settings, load_settings, variable_of
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -15,6 +22,8 @@ DEPLOYING: Final = (ROOT / ".github" / "DEPLOYING.md").read_text()
 MANIFEST: Final[list[dict[str, Any]]] = list(
     yaml.safe_load_all((ROOT / ".github" / "kubernetes" / "tts.yaml").read_text())
 )
+SH: Final = "/bin/sh"
+NGINX: Final = shutil.which("nginx") or ""
 KNOWN: Final = {variable_of(field.name) for field in msgspec.structs.fields(Settings)}
 
 
@@ -44,6 +53,98 @@ def test_settings_exist() -> None:
     named = set(re.findall(r"TTS_\w+", DEPLOYING))
     assert named
     assert named <= KNOWN
+
+
+def snippets(language: str) -> list[str]:
+    """The blocks of that language in the text."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", DEPLOYING, re.MULTILINE | re.DOTALL)
+    assert found, language
+    return found
+
+
+class TestSnippets:
+    """Each block is read by the program that it is for."""
+
+    def test_every_block_is_tested(self) -> None:
+        """There are no other languages."""
+        assert set(re.findall(r"^```(\w+)$", DEPLOYING, re.MULTILINE)) == {"nginx", "caddy", "yaml", "sh"}
+
+    @pytest.mark.skipif(not NGINX, reason="nginx is not installed (Debian: nginx-light)")
+    def test_nginx(self, tmp_path: Path) -> None:
+        """The server for https, in the file that it belongs to."""
+        certificate = trustme.CA().issue_cert("tts.example")
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
+        (server,) = snippets("nginx")
+        for name in ("chain.pem", "key.pem"):
+            server = server.replace(f"/etc/ssl/tts/{name}", str(tmp_path / "both.pem"))
+        config = (ROOT / ".github" / "proxies" / "nginx.conf").read_text()
+        (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;" + config.rstrip().removesuffix("}") + server + "}")
+        done = subprocess.run(
+            [NGINX, "-t", "-p", str(tmp_path), "-e", f"{tmp_path}/error.log", "-c", f"{tmp_path}/nginx.conf"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "syntax is ok" in done.stderr, done.stderr
+
+    @pytest.mark.skipif(shutil.which("caddy") is None, reason="caddy is not installed (Debian: caddy)")
+    @pytest.mark.parametrize("text", [*snippets("caddy"), (ROOT / ".github" / "proxies" / "Caddyfile").read_text()])
+    def test_caddy(self, tmp_path: Path, text: str) -> None:
+        """The file of .github/proxies, too."""
+        (tmp_path / "Caddyfile").write_text(text)
+        environ = {**os.environ, "XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+        command = ["caddy", "validate", "--adapter", "caddyfile", "--config", str(tmp_path / "Caddyfile")]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+    def test_prometheus(self, tmp_path: Path) -> None:
+        """Its own file of rules is the one that the text names."""
+        (text,) = snippets("yaml")
+        rules = ROOT / "server" / "deploy" / "prometheus_rules.yaml"
+        (tmp_path / "tts.key").write_text("sk-tts-key")
+        text = text.replace("/etc/prometheus/prometheus_rules.yaml", str(rules)).replace(
+            "/etc/prometheus", str(tmp_path)
+        )
+        (tmp_path / "prometheus.yml").write_text(text)
+        command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "SUCCESS: 14 rules found" in done.stdout
+
+    @pytest.mark.parametrize("script", snippets("sh"))
+    def test_scripts_are_sound(self, script: str) -> None:
+        """A shell can read them."""
+        subprocess.run([SH, "-n", "-c", script], check=True)
+
+    @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="sqlite3 is not installed (Debian: sqlite3)")
+    @pytest.mark.parametrize("log", ["", "elsewhere/audit.jsonl"])
+    def test_backup(self, tmp_path: Path, log: str) -> None:
+        """Voices, keys, usage that is still in its log, and the audit log are in the copy."""
+        voices, usage = tmp_path / "voices", UsageFile(tmp_path / "usage.sqlite", days=1)
+        today = datetime.now(UTC).date()
+        usage.handle(AddUsage({(today, "key:alice", "m"): Sums(requests=3)}))
+        audit = tmp_path / log if log else voices / "audit.jsonl"
+        for file in (voices / "v1" / "voice.json", tmp_path / "keys.toml", audit, Path(f"{audit}.head")):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(file.name)
+        variables = {
+            "BACKUP": str(tmp_path / "copy"),
+            "TTS_VOICES_DIR": str(voices),
+            "TTS_KEYS_FILE": str(tmp_path / "keys.toml"),
+            "TTS_USAGE_FILE": str(tmp_path / "usage.sqlite"),
+            "TTS_AUDIT_LOG": str(audit) if log else "",
+        }
+        (script,) = [script for script in snippets("sh") if "$BACKUP" in script]
+        subprocess.run([SH, "-eu", "-c", script], env=os.environ | variables, check=True)
+        copy = tmp_path / "copy"
+        assert (copy / "voices" / "v1" / "voice.json").read_text() == "voice.json"
+        assert (copy / "keys.toml").read_text() == "keys.toml"
+        assert {file.name for file in (copy / "audit").iterdir()} == {"audit.jsonl", "audit.jsonl.head"}
+        assert copy.stat().st_mode & 0o077 == 0
+        found = UsageFile(copy / "usage.sqlite", days=1).handle(FindUsage(since=today, until=today))
+        assert found is not None
+        assert [(row.key, row.requests) for row in found.rows] == [("key:alice", 3)]
 
 
 class TestKubernetes:

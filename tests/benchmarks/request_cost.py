@@ -40,9 +40,8 @@ def main() -> None:
     print("\n".join(f"- {line}" for line in machine.describe()))
     print(f"- {chosen.rounds} rounds of {chosen.requests} requests each, beside commit {chosen.commit}")
     costs = measure(chosen.commit, chosen.rounds, chosen.requests)
-    print(
-        "\n| service | CPU ms a request, lowest tenth | beside the older commit | p50 | beside it |\n|---|---|---|---|---|"
-    )
+    print("\n| service | CPU ms a request, lowest tenth | beside the older commit | p50 | beside it |")
+    print("|---|---|---|---|---|")
     for name, found in costs.items():
         low, old_low = _lowest_tenth(found), _lowest_tenth(costs[OLD])
         middle, old_middle = statistics.median(found), statistics.median(costs[OLD])
