@@ -11,11 +11,15 @@ from typing import Any, Final
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
+from server.http.keys import digest_of
 from tests.system.browser import CHROMIUM
 from tests.system.service import Service, running_service
 
 KEY: Final = "api-key-of-the-test"
 ADMIN_KEY: Final = "admin-key-of-the-test"
+NAMED_KEY: Final = "named-key-of-the-test"
+"""The key of maria, in the file of keys."""
+
 TIMEOUT_MS: Final = 45_000
 """A busy machine takes seconds for what takes milliseconds."""
 
@@ -39,9 +43,12 @@ def open_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="package")
 def keyed_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with keys of both kinds, which wants a consent with every clone."""
-    keys = {"API_KEYS": KEY, "ADMIN_KEYS": ADMIN_KEY, "REQUIRE_CONSENT": "true"}
-    with running_service(tmp_path_factory.mktemp("keyed"), **keys) as service:
+    """A service with keys of all kinds, which wants a consent with every clone."""
+    directory = tmp_path_factory.mktemp("keyed")
+    keys_file = directory / "keys.toml"
+    keys_file.write_text(f'[maria]\nhash = "{digest_of(NAMED_KEY)}"\n')
+    keys = {"API_KEYS": KEY, "ADMIN_KEYS": ADMIN_KEY, "KEYS_FILE": keys_file, "REQUIRE_CONSENT": "true"}
+    with running_service(directory, **keys) as service:
         yield service
 
 

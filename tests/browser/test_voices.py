@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import KEY, TIMEOUT_MS, OpenTab
+from tests.browser.conftest import NAMED_KEY, TIMEOUT_MS, OpenTab
 from tests.system.service import Service, eventually
 
 
@@ -120,11 +120,14 @@ def test_a_recording_that_is_too_short(tab: OpenTab, tmp_path: Path, recording: 
 
 
 def test_consents(tab: OpenTab, keyed_service: Service, recording: Path) -> None:
-    """Where a consent is required, it is recorded in the dialog, and the clone names it."""
+    """Where a consent is required, it is recorded in the dialog, and the clone names it.
+
+    The voice is for its key alone, until its owner lets every key speak with it.
+    """
     opened = tab(keyed_service.url + "/")
     page = opened.page
     page.goto(f"{opened.url}#/voices")
-    page.get_by_role("dialog").get_by_label("API key").fill(KEY)
+    page.get_by_role("dialog").get_by_label("API key").fill(NAMED_KEY)
     page.get_by_role("button", name="Use this key").click()
     page.get_by_role("button", name="Clone a voice").click()
     dialog = page.get_by_role("dialog")
@@ -140,6 +143,11 @@ def test_consents(tab: OpenTab, keyed_service: Service, recording: Path) -> None
     expect(dialog.get_by_label("Recorded consent")).to_contain_text("Maria")
     dialog.get_by_role("button", name="Save the voice").click()
     expect(page.locator("[data-voice]")).to_contain_text("Grandma")
+    expect(page.locator("[data-voice]")).to_contain_text("for maria alone")
+    page.get_by_role("button", name="Rename Grandma").click()
+    dialog.get_by_label("Every key may speak with it").check()
+    dialog.get_by_role("button", name="Rename").click()
+    expect(page.locator("[data-voice]")).not_to_contain_text("for maria alone")
 
 
 DESIGNER = {

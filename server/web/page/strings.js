@@ -169,6 +169,8 @@ export const strings = {
     rename: "Rename",
     renameOne: (name) => `Rename ${name}`,
     renameTitle: (name) => `Rename ${name}`,
+    shareWithAll: "Every key may speak with it",
+    notShared: (owner) => `for ${owner} alone`,
     exportOne: (name) => `Export ${name}`,
     remove: "Delete",
     deleteOne: (name) => `Delete ${name}`,

@@ -17,11 +17,13 @@ function pathOf(voice) {
 
 export function RenameDialog({ voice, onClose }) {
   const [name, setName] = useState(voice.name);
+  const [shared, setShared] = useState(voice.shared);
   const [problems, busy, submit] = useSubmit(["name"], strings.errors);
+  const mark = voice.owner ? { shared } : {};
   const rename = (event) => {
     event.preventDefault();
     submit(async () => {
-      await send(pathOf(voice), { method: "POST", json: { name } });
+      await send(pathOf(voice), { method: "POST", json: { name, ...mark } });
       await loadCatalog();
       onClose();
     });
@@ -31,6 +33,8 @@ export function RenameDialog({ voice, onClose }) {
       <${Field} label=${words.name} problem=${problems.name ?? problems[""]}>
         <input name="name" required maxlength="64" value=${name} onInput=${(event) => setName(event.target.value)} />
       </${Field}>
+      ${voice.owner && html`<label class="choice"><input type="checkbox" name="shared" checked=${shared}
+        onChange=${(event) => setShared(event.target.checked)} /><span>${words.shareWithAll}</span></label>`}
       <div class="actions">
         <button type="button" class="quiet" onClick=${onClose}>${strings.cancel}</button>
         <button class="primary" disabled=${busy}>${words.rename}</button>

@@ -31,7 +31,8 @@ function UseButton({ model, voice }) {
 function savedAbout(voice) {
   const kind = words.kinds[voice.type === "prompt" ? "design" : "clone"];
   const speaker = voice.model ? [] : [words.noSpeaker];
-  return [kind, words.recorded(voice.seconds), voice.description, ...speaker].filter(Boolean).join(" · ");
+  const mine = voice.shared ? "" : words.notShared(voice.owner);
+  return [kind, words.recorded(voice.seconds), mine, voice.description, ...speaker].filter(Boolean).join(" · ");
 }
 
 function SavedVoice({ voice, onAsk }) {
