@@ -1,6 +1,7 @@
 # One image for both services of compose.yaml. EXTRAS selects the engines:
 #   demo      espeak-ng alone, small, for any CPU
 #   demo,gpu  Qwen3-TTS as well (torch with CUDA 13, several GB; the host needs NVIDIA driver 580 or newer)
+# With cluster beside them, the image is for .github/kubernetes/rayservice.yaml: it has Ray.
 FROM python:3.12-slim
 
 ARG EXTRAS=demo,gpu
@@ -15,6 +16,10 @@ RUN useradd --create-home --uid 10001 tts \
 # Triton compiles a launcher for its kernels at the first load. Without a C compiler, torch's kernels are taken.
 RUN case ",${EXTRAS}," in *,gpu,*) apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; esac
+
+# KubeRay's probes call wget.
+RUN case ",${EXTRAS}," in *,cluster,*) apt-get update \
+    && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/* ;; esac
 
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./

@@ -147,6 +147,23 @@ class TestSnippets:
         assert [(row.key, row.requests) for row in found.rows] == [("key:alice", 3)]
 
 
+def test_the_drop_in_for_a_cluster_fits_the_unit() -> None:
+    """It replaces the command by one of the same environment, and takes back what only that one can do."""
+    unit, drop_in = (
+        [
+            line.partition("=")
+            for line in (ROOT / ".github" / "systemd" / name).read_text().splitlines()
+            if line[:1] != "#"
+        ]
+        for name in ("tts.service", "tts-cluster.conf")
+    )
+    (command,) = [value for key, _, value in unit if key == "ExecStart"]
+    assert [value for key, _, value in drop_in if key == "ExecStart"] == ["", f"{command} cluster"]
+    assert ("ExecReload", "=", "") in drop_in
+    assert {key: value for key, _, value in drop_in}["Type"] == "exec"
+    assert {key: value for key, _, value in drop_in}["WatchdogSec"] == "0"
+
+
 class TestKubernetes:
     """The manifest."""
 

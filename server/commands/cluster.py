@@ -15,7 +15,7 @@ import structlog
 
 from server.commands.serve import WEB_CHECKS
 from shared.catalog import CatalogError
-from shared.environment import environment
+from shared.environment import environment, unknown_models
 from shared.log import set_up_logging
 from shared.settings import PREFIX, SettingsError, load_settings
 
@@ -23,6 +23,8 @@ SUMMARY: Final = "run the service with many GPUs, as a Ray Serve application"
 
 EXIT_FAILED: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
+
+_NO_RAY: Final = "Ray is not installed: pip install 'qwen3-tts-server[cluster]'\n"
 
 log = structlog.get_logger(__name__)
 
@@ -34,10 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|HOST[:PORT]",
         help="a Ray cluster that runs: of this machine (auto), or of HOST (default: start Ray here, for this machine)",
     )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the settings as a config of Ray Serve, without secrets, for `serve deploy` or KubeRay, and exit",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="with --print-config: the cluster's GPUs (default: counted when it deploys)",
+    )
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --print-config: the cluster's nodes (likewise)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal ends the service; returns the exit code."""
+    """Serve until a signal ends the service, or print the config; returns the exit code."""
+    if arguments.print_config:
+        return _print_config(arguments)
     try:
         environ = environment()
         settings = load_settings(environ, *WEB_CHECKS)
@@ -58,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        sys.stderr.write("Ray is not installed: pip install 'qwen3-tts-server[cluster]'\n")
+        sys.stderr.write(_NO_RAY)
         return EXIT_WRONG_SETTINGS
     deployment = Deployment(settings, arguments.address)
     try:
@@ -71,6 +87,23 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_FAILED
     finally:
         deployment.stop()
+    return 0
+
+
+def _print_config(arguments: argparse.Namespace) -> int:
+    """Print the config. Files and folders that the settings name are those of the cluster, and not looked at here."""
+    try:
+        settings = load_settings(environment(), unknown_models)
+        from server.cluster.config import serve_config, to_yaml  # noqa: PLC0415 -- ray is an extra
+    except (SettingsError, CatalogError) as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_WRONG_SETTINGS
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        sys.stderr.write(_NO_RAY)
+        return EXIT_WRONG_SETTINGS
+    sys.stdout.write(to_yaml(serve_config(settings, gpus=arguments.gpus, nodes=arguments.nodes)))
     return 0
 
 
