@@ -73,7 +73,7 @@ class Driver:
                 socket.send(message if isinstance(message, str) else json.dumps(message))
             with contextlib.suppress(TimeoutError, websockets.ConnectionClosed):
                 while True:
-                    self.heard.write(f"{socket.recv(2)!r}\n")
+                    self.heard.write(f"{socket.recv(1)!r}\n")
             socket.close()
             self.heard.write(f"{socket.close_reason}\n")
 
@@ -147,6 +147,7 @@ def _command_lines(service: Service) -> str:
     return "".join(Path(f"/proc/{pid}/cmdline").read_text(errors="replace") for pid in pids)
 
 
+@pytest.mark.timeout(300)
 def test_a_key_appears_nowhere(tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in answers, the log, files, metrics, traces and lists of processes."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
