@@ -160,7 +160,7 @@ class _Context:
             self._socket.end_text(self._last)
 
     def _add(self) -> Utterance:
-        utterance = Utterance(self._plan, self._socket.next_request_id())
+        utterance = Utterance(self._socket.renewed(self._plan), self._socket.next_request_id())
         self._queue.add(utterance)
         return utterance
 

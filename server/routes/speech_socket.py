@@ -10,6 +10,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -24,7 +25,7 @@ from server.http.json_socket import CLOSE_S, GOING_AWAY, NORMAL, POLICY, JsonSoc
 from server.http.open_sockets import OpenSockets
 from server.http.request_scope import SOCKET_ERROR, printable_path, request_id_of
 from server.routes.live_speech import Utterance, UtteranceQueue
-from server.routes.speech_start import SpeechStarter
+from server.routes.speech_start import SpeechPlan, SpeechStarter
 from shared.settings import Settings
 
 CONFIGURE_S: Final = 10.0
@@ -97,15 +98,18 @@ class SpeechSocket(ABC):
             raise ApiError("invalid_api_key", message)
 
     def starter(self) -> SpeechStarter:
-        """The starter of this client's requests, by the settings and keys of now. Raises ApiError as `admit`."""
+        """The starter of this client's requests, by the settings and the limits of now."""
         self.settings = self._state.settings
-        self.admit()
         return SpeechStarter(
             engine=self._engine,
             settings=self.settings,
             decoder_pool=self._state.decoder_pool,
             caller=caller_of(self.settings, self._websocket, self._key),
         )
+
+    def renewed(self, plan: SpeechPlan) -> SpeechPlan:
+        """The plan by the settings and the limits of now: a reload may have changed them since the configuration."""
+        return replace(plan, starter=self.starter())
 
     def new_queue(self, speak: Callable[[Utterance], Awaitable[None]]) -> UtteranceQueue:
         """A queue of utterances; the socket ends if one of them fails."""

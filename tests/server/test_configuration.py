@@ -1,6 +1,6 @@
 """The settings in force: read anew from .env and files, all or nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ Write = Callable[..., None]
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Writes .env in the current folder, which is a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TTS_MAX_QUEUE", "5")
@@ -21,7 +21,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     def write(**variables: object) -> None:
         Path(".env").write_text("".join(f"TTS_{name}={value}\n" for name, value in variables.items()))
 
-    return write
+    yield write
+    load_pronunciations.cache_clear()  # it knows files of this folder by their names alone
 
 
 def test_nothing_changed(write: Write) -> None:

@@ -68,29 +68,46 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-async def say_one_more(socket: websockets.ClientConnection) -> None:
-    """Send another text, and read until the socket is closed."""
-    for message in ({"type": "session.config"}, {"type": "input.text", "text": "One more."}, {"type": "input.done"}):
-        await socket.send(json.dumps(message))
-    while True:
-        await socket.recv()
+async def say(socket: websockets.ClientConnection, kind: str, **fields: str) -> None:
+    """Send a message of vLLM-Omni's dialect."""
+    await socket.send(json.dumps({"type": kind, **fields}))
+
+
+async def read(socket: websockets.ClientConnection, kind: str) -> None:
+    """Read up to a message of this kind."""
+    async for message in socket:
+        if isinstance(message, str) and json.loads(message)["type"] == kind:
+            return
 
 
 async def test_keys(running: Running, worker: FakeWorker) -> None:
-    """A key that is gone is refused, also for the next text of an open WebSocket. Its running speech is heard."""
+    """A key that is gone is refused. The speech that it has asked for before is heard."""
     worker.hold = True
     speaking = asyncio.create_task(running.http.post(SPEECH, json={"input": "x"}, headers=bearer("old")))
     await asyncio.to_thread(worker.wait_for, Speak, 1)
-    address = f"{running.socket_url}{SPEECH}/stream"
-    async with websockets.connect(address, additional_headers=bearer("old")) as socket:
-        await socket.send('{"type": "session.config"}')
+    await running.take(api_keys=["new"])
+    worker.hold = False
+    assert (await speaking).status_code == httpx.codes.OK
+    assert (await running.http.get("/v1/models", headers=bearer("old"))).status_code == httpx.codes.UNAUTHORIZED
+    assert (await running.http.get("/v1/models", headers=bearer("new"))).status_code == httpx.codes.OK
+
+
+async def test_an_open_websocket(running: Running, worker: FakeWorker, tmp_path: Path) -> None:
+    """Its next text is spoken by the new limits of its key, and not at all when the key is gone."""
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[old]\nhash = "{digest_of("old")}"\nrequests_per_minute = 7\n')
+    async with websockets.connect(f"{running.socket_url}{SPEECH}/stream", additional_headers=bearer("old")) as socket:
+        await say(socket, "session.config")
+        await read(socket, "session.configured")
+        await running.take(keys_file=keys)
+        await say(socket, "input.text", text="One.")
+        await say(socket, "input.commit")
+        await read(socket, "input.committed")
+        assert [speak.limits.requests_per_minute for speak in worker.of(Speak)] == [7]
         await running.take(api_keys=["new"])
-        worker.hold = False
-        assert (await speaking).status_code == httpx.codes.OK
-        assert (await running.http.get("/v1/models", headers=bearer("old"))).status_code == httpx.codes.UNAUTHORIZED
-        assert (await running.http.get("/v1/models", headers=bearer("new"))).status_code == httpx.codes.OK
+        await say(socket, "input.text", text="Two.")
         with pytest.raises(websockets.ConnectionClosedError) as closed:
-            await say_one_more(socket)
+            await read(socket, "input.committed")
         assert closed.value.rcvd is not None
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "This server does not know this API key.")
     assert len(worker.of(Speak)) == 1

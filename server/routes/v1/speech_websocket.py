@@ -251,6 +251,7 @@ class _StreamSocket(SpeechSocket):
         )
 
     def _begin(self, plan: SpeechPlan) -> "_Numbered":
+        plan = self.renewed(plan)
         utterance = _Numbered(plan, f"{self.request_id}-{self._next_index}", self._config, self._next_index)
         self._queue.add(utterance)
         self._open = utterance

@@ -152,6 +152,7 @@ class TestOtherOptions:
         bench = Bench({"a": 600, "b": 300}, cleanup_enabled=False)
         bench.use("a")
         bench.use("b")
+        bench.settle()
         bench.device.budget_bytes = 500
         bench.residency.use(ResidencyOptions(cleanup_enabled=False))
         bench.settle()
