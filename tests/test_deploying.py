@@ -1,5 +1,6 @@
 """DEPLOYING.md and the files that it names: settings, paths and times are those of the service."""
 
+import copy
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import kubernetes_validate
 import msgspec
 import pytest
 import trustme
@@ -166,6 +168,19 @@ def test_the_drop_in_for_a_cluster_fits_the_unit() -> None:
 
 class TestKubernetes:
     """The manifest."""
+
+    @pytest.mark.parametrize("object_", MANIFEST, ids=[one["kind"] for one in MANIFEST])
+    @pytest.mark.parametrize("version", ["1.29", "1.37"])
+    def test_the_schema(self, object_: dict[str, Any], version: str) -> None:
+        """Kubernetes of that version takes it, and knows each field."""
+        assert kubernetes_validate.validate(object_, version, strict=True) == version
+
+    def test_the_schema_is_strict(self) -> None:
+        """A field that is spelled wrong is found."""
+        wrong = copy.deepcopy(of_kind("Service"))
+        wrong["spec"]["port"] = wrong["spec"].pop("ports")
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(wrong, "1.37", strict=True)
 
     def test_settings_are_valid(self, container: dict[str, Any]) -> None:
         """The service starts with these variables."""
