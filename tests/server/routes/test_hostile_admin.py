@@ -70,20 +70,17 @@ async def test_refused(client: httpx.AsyncClient, worker: FakeWorker, asked: tup
 @pytest.mark.parametrize(
     "sent",
     [
-        {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}},
-        {"content": b"\xff\x00" * 1000, "headers": {"content-type": "multipart/form-data; boundary=x"}},
-        {"content": b"x=1&" * 10_000, "headers": {"content-type": "application/x-www-form-urlencoded"}},
-        {"content": b"x", "headers": {"content-type": "x" * 3000}},
+        {"headers": {"content-type": "x" * 3000}},
         {"headers": {"accept": ",;q=" * 1000, "accept-language": b"\xff" * 100}},
         {"headers": {"x-forwarded-for": "a, b, ::1, %00", "x-forwarded-host": "@" * 2000, "x-request-id": "x" * 5000}},
         {"params": [("trigger", "false")] * 500 + [("a[b][c]", "d")] * 500},
     ],
-    ids=["nested", "form", "urlencoded", "type", "accept", "forwarded", "repeated"],
+    ids=["type", "accept", "forwarded", "repeated"],
 )
 async def test_what_is_not_asked_for_means_nothing(
     client: httpx.AsyncClient, worker: FakeWorker, sent: dict[str, Any]
 ) -> None:
-    """Bodies, headers and parameters that no route of /admin takes change no answer."""
+    """Headers and parameters that no route of /admin takes change no answer."""
     worker.on_call = lambda call, _: Reply(id=call.id)
     for method, path in (("GET", "/admin/stats"), ("GET", "/admin/usage"), ("POST", "/admin/cleanup")):
         answer = await client.request(method, path, **sent)
