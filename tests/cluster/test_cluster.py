@@ -112,6 +112,44 @@ def test_text_in_pieces(cluster: Cluster) -> None:
     assert recognise(pcm) == sentence
 
 
+def test_saved_voices_are_those_of_the_cluster(cluster: Cluster) -> None:
+    """A voice that one GPU worker has saved is found through all at once, and a deleted one is gone from all soon."""
+    recording = cluster.speech(SENTENCES[9], response_format="wav").content
+    upload = {"audio_sample": ("ada.wav", recording, "audio/wav")}
+    made = cluster.http.post("/v1/audio/voices", data={"name": "Ada"}, files=upload)
+    assert made.is_success, made.text
+
+    def found() -> set[int]:
+        # Each on a connection of its own, so that all web workers have their turn.
+        addresses = [f"{cluster.url}/v1/audio/voices/{name}" for name in ("Ada", "ada") * 4]
+        return {httpx.get(address, timeout=60, trust_env=False).status_code for address in addresses}
+
+    assert found() == {200}
+    assert cluster.http.delete("/v1/audio/voices/Ada").is_success
+    eventually(lambda: found() == {404}, 30, found)
+
+
+def test_figures_are_those_of_all_workers(cluster: Cluster) -> None:
+    """/admin/stats, /metrics and /admin/usage have each request once, whichever GPU worker had it."""
+
+    def figures() -> list[float]:
+        stats = cluster.stats()
+        lines = cluster.http.get("/metrics").text.splitlines()
+        counted = [float(line.split()[-1]) for line in lines if line.startswith("tts_requests_started_total{")]
+        assert len(counted) == len(stats["replicas"]) == REPLICAS
+        used = sum(row["requests"] for row in cluster.http.get("/admin/usage").json()["data"])
+        return [stats["requests"]["started"], sum(counted), used]
+
+    before = figures()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: cluster.speech("One."), range(4)))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    eventually(lambda: [now - then for now, then in zip(figures(), before, strict=True)] == [4, 4, 4], 30, figures)
+    stats, vram = cluster.stats(), cluster.http.get("/admin/vram").json()
+    assert sum(one["requests"]["started"] for one in stats["replicas"]) == stats["requests"]["started"]
+    assert vram["device"]["total_bytes"] == vram["replicas"][0]["device"]["total_bytes"]  # the RAM of one machine
+
+
 def test_full_queues_refuse_before_an_answer_begins(cluster: Cluster) -> None:
     """Of many requests at once, those that find every slot and every queue full get a 429 with Retry-After."""
     room = REPLICAS * (SLOTS + QUEUE)
