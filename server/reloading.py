@@ -67,7 +67,7 @@ AskReload = Callable[[], Awaitable[ReloadOutcome]]
 
 async def no_main_process() -> ReloadOutcome:
     """The AskReload of an application that no main process has started."""
-    raise ApiError("worker_unavailable", "This application runs without the main process, which reads the settings.")
+    raise ApiError("not_found", "There is no reload here: start or deploy the application anew.")
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:

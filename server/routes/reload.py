@@ -14,7 +14,8 @@ _DESCRIPTION: Final = (
     "Reads `.env`, the file of keys and that of pronunciations again, as the signal SIGHUP does. "
     "Every process has the new settings before the answer comes; no request and no stream ends for it. "
     "A mistake changes nothing, and the answer names all of them. "
-    f"A reload takes {', '.join(f'`{name}`' for name in sorted(LIVE_VARIABLES))}; every other setting needs a restart."
+    f"A reload takes {', '.join(f'`{name}`' for name in sorted(LIVE_VARIABLES))}; every other setting needs a restart. "
+    "In a cluster, settings come with a deployment: there it is a 404."
 )
 
 
@@ -35,7 +36,7 @@ class ReloadReport(msgspec.Struct, frozen=True, kw_only=True):
     description=_DESCRIPTION,
     tags=["Admin"],
     status_code=200,
-    responses=documented(400, 401, 403, 500, 503),
+    responses=documented(400, 401, 403, 404, 500, 503),
 )
 async def reload_settings(state: State) -> ReloadReport:
     """Take what has changed in the settings and in the files that they name."""

@@ -171,4 +171,4 @@ async def test_without_a_main_process(running: Running) -> None:
     await running.take(admin_keys=["root"])
     assert (await running.http.post("/admin/reload")).status_code == httpx.codes.UNAUTHORIZED
     answer = await running.http.post("/admin/reload", headers=bearer("root"))
-    assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert answer.status_code == httpx.codes.NOT_FOUND
