@@ -295,16 +295,22 @@ def weight_bytes(
     """Bytes of a checkpoint's weights on the device, and of what is computed from them at load."""
     shapes = product_shapes(shape)
     quantised = widths(quantization, device, shapes)
-    stored = sum(_stored_bytes(name, info, device, computed, quantised) for name, info in headers.items())
-    if device == "cpu" and are_large(shapes):
+    large = device == "cpu" and are_large(shapes)
+    as_stored = "code_predictor.model.codec_embedding" if large else TEXT_EMBEDDING
+    on_device = {name: info for name, info in headers.items() if device == "cuda" or name != TEXT_EMBEDDING}
+    stored = sum(_stored_bytes(name, info, computed, quantised, as_stored) for name, info in on_device.items())
+    if large:
         return stored
     return stored + first_layer_inputs_bytes(shape.code_predictor_config, computed)
 
 
-def _stored_bytes(name: str, info: TensorInfo, device: Device, computed: torch.dtype, widths: Mapping[str, int]) -> int:
-    """Bytes of a tensor in memory. `widths`: see quantization.widths."""
-    if name == TEXT_EMBEDDING:
-        return 0 if device == "cpu" else min(info.nbytes(), info.nbytes(computed))
+def _stored_bytes(name: str, info: TensorInfo, computed: torch.dtype, widths: Mapping[str, int], as_stored: str) -> int:
+    """Bytes of a tensor in memory. `widths`: see quantization.widths.
+
+    `as_stored`: a part of the names of those that keep the dtype of the file if it is smaller.
+    """
+    if as_stored in name:
+        return min(info.nbytes(), info.nbytes(computed))
     if len(info.shape) == 2 and (".layers." in name or "head" in name):  # noqa: PLR2004 -- a matrix
         ends = (end for end in widths if end in name)
         return math.prod(info.shape) * widths[max(ends, key=len)] if widths else info.nbytes(computed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.base import Memory
+from gpu_worker.engines.qwen.runtime.lazy_zeros import zero_lazily
 
 BLOCK_BYTES: Final = 32 << 20
 """Host memory is allocated in blocks of this size, and copied block by block.
@@ -90,7 +91,7 @@ class WeightOffloader:
                 for storage, size in (*storages, *moved):
                     storage.resize_(size)
                 for storage, _ in storages:
-                    _bytes(storage).zero_()
+                    zero_lazily(_bytes(storage))
                 restore_bytes(self._host, [_bytes(storage) for storage, _ in moved])
             if self._stream is not None:
                 self._stream.synchronize()

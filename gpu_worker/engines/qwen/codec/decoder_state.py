@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
+from gpu_worker.engines.qwen.runtime.lazy_zeros import lazy_zeros
 
 
 class StreamSnapshot(msgspec.Struct, frozen=True):
@@ -50,7 +51,8 @@ class DecoderState:
         self.slots = slots
         self.scratch = slots
         self.max_chunk = max_chunk
-        self.kv_rings = torch.zeros((shape.num_hidden_layers, slots + 1, rows, *heads), dtype=dtype, device=device)
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.kv_rings = lazy_zeros(like, shape.num_hidden_layers, slots + 1, rows, *heads)
         self.history = torch.zeros((slots + 1, history_size), dtype=dtype, device=device)
         self.positions = torch.zeros(slots + 1, dtype=torch.int64, device=device)
 

@@ -17,9 +17,9 @@ It returns the latter: [batch, hidden]. `offsets`: where each group begins in th
 """
 
 
-def embed_codes(codes: Tensor, table: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of each frame's code embeddings: int64 [frames, groups] -> [frames, hidden]."""
-    rows = table.index_select(0, (codes + offsets).flatten())
+def embed_codes(codes: Tensor, table: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of each frame's code embeddings: int64 [frames, groups] -> `dtype` [frames, hidden]."""
+    rows = table.index_select(0, (codes + offsets).flatten()).to(dtype)
     return rows.view(*codes.shape, -1).sum(1)
 
 
@@ -30,7 +30,7 @@ def embed_frame(slots: SlotTensors, codes: Tensor, table: Tensor, offsets: Tenso
     index = torch.arange(len(codes), device=codes.device)
     slots.ring_buffer[part].index_put_((index, frame % slots.ring_buffer.shape[1]), codes)
     text = slots.trailing[part][index, torch.minimum(frame, slots.trailing_len[part])]
-    return torch.add(embed_codes(codes, table, offsets), text, out=slots.talker_input[part])
+    return torch.add(embed_codes(codes, table, offsets, text.dtype), text, out=slots.talker_input[part])
 
 
 def disagreement(fused: EmbedFrame, device: torch.device, dtype: torch.dtype) -> str | None:

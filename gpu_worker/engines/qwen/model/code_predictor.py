@@ -113,7 +113,8 @@ class CodePredictor(TensorHolder):
     ) -> None:
         """`weights`: the checkpoint's, on the device, in the compute dtype.
 
-        `codec_table`: all code embeddings [vocabulary + 15 * codes, talker hidden], codebook 0 first.
+        `codec_table`: all code embeddings [vocabulary + 15 * codes, talker hidden], codebook 0 first. Its dtype may
+        be smaller.
         """
         prefix = "talker.code_predictor."
         shape = talker.code_predictor_config
@@ -129,7 +130,8 @@ class CodePredictor(TensorHolder):
         )
         self._temperature = generation.subtalker_temperature
         # In other dtypes logits are rounded before the temperature divides them. float16 would round the heads.
-        folds = codec_table.dtype == torch.float32 and products.quantization == "none"
+        like = weights[f"{prefix}model.norm.weight"]
+        folds = like.dtype == torch.float32 and products.quantization == "none"
         heads = [weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)]
         if folds:
             heads = [head / self._temperature for head in self.stack.norm.fold_into(heads)]
@@ -139,7 +141,7 @@ class CodePredictor(TensorHolder):
         if talker.hidden_size != shape.hidden_size:
             name = f"{prefix}small_to_mtp_projection"
             self.projection = Linear(weights[f"{name}.weight"], weights[f"{name}.bias"], products)
-        self._ropes = RopeTables(shape, self.groups, codec_table.dtype, codec_table.device)
+        self._ropes = RopeTables(shape, self.groups, like.dtype, like.device)
         self.codebook0_embeddings = self._embed(codebook0)
         """The input for each code of codebook 0, [vocabulary, hidden]."""
         self.codebooks = list(others[:-1])
@@ -244,6 +246,7 @@ class CodePredictor(TensorHolder):
 
     def _embed(self, rows: Tensor) -> Tensor:
         """Rows of the codec table -> inputs [rows, hidden]."""
+        rows = rows.to(self._ropes.cos.dtype)
         return rows if self.projection is None else self.projection(rows)
 
     def _first_layer_inputs(self, rows: Tensor, rope: Rope) -> Tensor:

@@ -14,6 +14,7 @@ from gpu_worker.engines.qwen.kernels.rotation import Rope
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import Attend, Layer, pad_to
+from gpu_worker.engines.qwen.runtime.lazy_zeros import lazy_zeros
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 SlotLengths = Sequence[tuple[int, int]]
@@ -41,8 +42,8 @@ class KVCache(TensorHolder):
         self._attention = attention
         self._rotate_and_cache = kernels.rotate_and_cache
         self._groups = shape.num_attention_heads // shape.num_key_value_heads
-        self.keys = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
-        self.values = [like.new_zeros(size) for _ in range(shape.num_hidden_layers)]
+        self.keys = [lazy_zeros(like, *size) for _ in range(shape.num_hidden_layers)]
+        self.values = [lazy_zeros(like, *size) for _ in range(shape.num_hidden_layers)]
 
     def rows(self, slot: int, tokens: int) -> list[Tensor]:
         """Views of the keys and values of the first `tokens` positions of a slot, one a layer."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.sampling import SamplingParams
+from gpu_worker.engines.qwen.runtime.lazy_zeros import lazy_zeros
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 RING_FRAMES: Final = 16
@@ -43,7 +44,7 @@ class SlotState(TensorHolder):
         self.eos_code = shape.codes
         self.hidden = like.new_zeros(slots, hidden)
         self.talker_input = like.new_zeros(slots, hidden)
-        self.trailing = like.new_zeros(slots, MAX_TRAILING_TOKENS + 1, hidden)
+        self.trailing = lazy_zeros(like, slots, MAX_TRAILING_TOKENS + 1, hidden)
         self.next_codebook0 = torch.zeros(slots, dtype=torch.int64, device=device)
         self.frame = torch.zeros(slots, dtype=torch.int64, device=device)
         self.prompt_len = torch.zeros(slots, dtype=torch.int64, device=device)
