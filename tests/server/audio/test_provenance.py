@@ -35,8 +35,8 @@ def encoded(audio_format: Format, provenance: Provenance | None, **options: Any)
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("audio_format", TAGGED)
 def test_the_label_is_read_and_the_sound_is_the_same(audio_format: Format, *, streaming: bool) -> None:
-    """At every rate FFmpeg finds the tags, and decodes the same samples as without them; by default there are none."""
-    for rate in SAMPLE_RATES[audio_format]:
+    """FFmpeg finds the tags, and decodes the same samples as without them; by default there are none."""
+    for rate in (None, SAMPLE_RATES[audio_format][-1]):
         labelled = encoded(audio_format, ORIGIN, streaming=streaming, sample_rate=rate)
         plain = encoded(audio_format, None, streaming=streaming, sample_rate=rate)
         assert tags_of(labelled) == TAGS
