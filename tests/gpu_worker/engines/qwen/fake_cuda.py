@@ -174,9 +174,9 @@ def _bytes(name: str, args: tuple[Any, ...], result: Any) -> int:
 
 
 def captured_functions(
-    max_model_len: int = MAX_MODEL_LEN, products: Products = PLAIN, *, with_codec: bool = True
+    max_model_len: int = MAX_MODEL_LEN, products: Products = PLAIN, *, slots: int = SLOTS, with_codec: bool = True
 ) -> tuple[dict[Key, Callable[[], None]], int]:
-    """The functions that an engine with SLOTS slots captures, and the bytes of its weights.
+    """The functions that an engine captures, and the bytes of its weights. Fewer slots take less time.
 
     Call it and them under a FakeTensorMode.
     """
@@ -193,7 +193,7 @@ def captured_functions(
     )
     device = torch.device("cuda")
     config = msgspec.convert(model_config("custom_voice", "1b7", full=True), ModelConfig)
-    rows = rows_needed(SLOTS, device)
+    rows = rows_needed(slots, device)
     model = Qwen3TTSModel(
         FakeWeights(_model_shapes(config)),
         config,
@@ -357,7 +357,7 @@ def load_guard() -> None:
 def quantised_launches(quantization: Quantization) -> dict[str, Any]:
     """What one frame of one row launches with quantised weights, the bytes of the weights, and their estimate."""
     with recorded(lambda _: None):  # those of the load
-        functions, weight_bytes = captured_functions(products=PRODUCTS[quantization], with_codec=False)
+        functions, weight_bytes = captured_functions(products=PRODUCTS[quantization], slots=1, with_codec=False)
     keys: list[Key] = [("code_predictor_step", 1, 0), ("talker_step", 1, MAX_MODEL_LEN)]
     launched = {"/".join(map(str, key)): count(functions[key]).as_dict() for key in keys}
     return {"launched": launched, "weight_bytes": weight_bytes, "estimated": estimated_bytes(quantization)}
@@ -387,7 +387,7 @@ def main() -> None:
     with FakeTensorMode(), torch.no_grad():
         functions, weight_bytes = captured_functions()
         launches = {"/".join(map(str, key)): count(functions[key]) for key in wanted if key in functions}
-        longer, _ = captured_functions(2 * MAX_MODEL_LEN, with_codec=False)
+        longer, _ = captured_functions(2 * MAX_MODEL_LEN, slots=16, with_codec=False)
         twice_as_long = count(longer["talker_step", 16, 2 * MAX_MODEL_LEN]).as_dict()
         quantised = {name: quantised_launches(name) for name in PRODUCTS}
     kernels = {name: launch for one in launches.values() for name, launch in one.triton.items()}

@@ -62,6 +62,8 @@ TALKER_BYTES = 2_860_308_260
 LARGE = {key.split("/")[0]: key for key in KERNELS}
 """Of each name the key with the larger batch."""
 
+pytestmark = pytest.mark.timeout(600)
+
 ATTENTION_SHAPES = 6
 """Different shapes and strides of attention in the functions of KERNELS: a kernel may be chosen or planned for each."""
 
