@@ -9,7 +9,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ BATCH_MULTIPLE: Final = 4
 
 MKL computes 1 to 3 trailing rows with other kernels, whose sums round differently.
 With full groups of 4, products are batch invariant: a row's bits do not depend on the batch it is in.
-Which layout of W this takes depends on the processor; see `_views_are_batch_invariant`.
+Which layout of W this takes depends on the processor; see `_invariant_layout`.
 """
 
 _TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
@@ -60,7 +60,7 @@ class Plain:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._transposed = weight.t()
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and not _views_are_batch_invariant():
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and _invariant_layout() != "view":
             self._transposed = self._transposed.contiguous()
         self._bias = bias
         self.tensors = [self._transposed, *_given(bias)]
@@ -268,9 +268,19 @@ KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
 
 
 def by_size(weight: Tensor) -> str:
-    """The kernel for `weight` if no trial was made."""
-    large = weight.device.type == "cpu" and weight.numel() >= PACK_ELEMENTS
-    return "packed" if large and packs(weight.dtype) else "plain"
+    """The kernel for `weight` if no trial was made.
+
+    "packed" for large ones on a CPU, and for all of them where MKL's products depend on the batch.
+    """
+    if weight.device.type != "cpu" or not packs(weight.dtype):
+        return "plain"
+    large = weight.numel() >= PACK_ELEMENTS
+    return "packed" if large or not plain_is_batch_invariant(weight.dtype) else "plain"
+
+
+def plain_is_batch_invariant(dtype: torch.dtype) -> bool:
+    """Whether on this CPU a row of a plain product depends on its group of BATCH_MULTIPLE alone; known of float32."""
+    return dtype != torch.float32 or _invariant_layout() is not None
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -316,17 +326,23 @@ def _largest(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _views_are_batch_invariant() -> bool:
-    """Whether MKL's float32 products x Wᵀ of full groups are batch invariant on this processor if Wᵀ is a view of W.
+def _invariant_layout() -> Literal["view", "contiguous"] | None:
+    """How Wᵀ must lie for MKL's float32 products x Wᵀ of full groups to be batch invariant on this processor.
 
-    They are on an AMD EPYC (Zen 4). On an Intel Xeon with AVX-512 they are if Wᵀ is contiguous, which is as fast.
-    One trial for the process; it takes a millisecond.
+    As a view of W on an AMD EPYC (Zen 4). Contiguous, which is as fast, on an Intel Xeon with AVX-512. Neither helps on
+    an Intel with AVX2 alone, whose groups have 6 rows, and whose larger batches are computed in another way.
+    One trial for the process; it takes milliseconds.
     """
+    return "view" if _is_batch_invariant("view") else "contiguous" if _is_batch_invariant("contiguous") else None
+
+
+def _is_batch_invariant(layout: Literal["view", "contiguous"]) -> bool:
     generator = torch.Generator().manual_seed(0)
     for inner, outer in _TRIAL_SHAPES:
         weight, x = (torch.randn(rows, inner, generator=generator) for rows in (outer, 8 * BATCH_MULTIPLE))
-        alone = torch.cat([torch.mm(group, weight.t()) for group in x.split(BATCH_MULTIPLE)])
+        transposed = weight.t() if layout == "view" else weight.t().contiguous()
+        alone = torch.cat([torch.mm(group, transposed) for group in x.split(BATCH_MULTIPLE)])
         for rows in range(2 * BATCH_MULTIPLE, len(x) + 1, BATCH_MULTIPLE):
-            if not torch.equal(torch.mm(x[:rows], weight.t()), alone[:rows]):
+            if not torch.equal(torch.mm(x[:rows], transposed), alone[:rows]):
                 return False
     return True

@@ -126,7 +126,7 @@ def unsupported(quantization: Quantization, dtype: torch.dtype) -> str | None:
 
 def _kept(shapes: Shapes, dtype: torch.dtype, path: Path | None) -> Outcome:
     """The outcome of the trial of these shapes, from the file or made now."""
-    names = [_CANDIDATES[0], *(name for name in _CANDIDATES[1:] if _possible(name, dtype))]
+    names = [name for name in _CANDIDATES if _possible(name, dtype)]
     key = repr((_machine(), torch.__version__, torch.get_num_threads(), str(dtype), sorted(set(shapes)), names))
     outcomes = _read(path)
     if key not in outcomes:
@@ -141,6 +141,8 @@ def _kept(shapes: Shapes, dtype: torch.dtype, path: Path | None) -> Outcome:
 def _possible(name: str, dtype: torch.dtype) -> bool:
     if name == "packed":
         return products.packs(dtype)
+    if name == "plain":
+        return products.plain_is_batch_invariant(dtype)
     return dtype == torch.float32 and products.available(name)
 
 

@@ -13,7 +13,12 @@ import torch
 
 from gpu_worker.engines.qwen.runtime import products
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 FORCED = all(os.environ.get(name) == value for name, value in AVX2.items())
 HERE = Path(__file__).parent
 TESTS = (

@@ -4,7 +4,8 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.model.layers import Linear, RopeTables, pad_rows
-from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, PACK_ELEMENTS
+from gpu_worker.engines.qwen.runtime import products, products_trial
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, PACK_ELEMENTS, plain_is_batch_invariant
 from tests.gpu_worker.engines.qwen.parity import official
 
 
@@ -38,13 +39,29 @@ def test_products_are_batch_invariant(inner: int, outer: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outer, inner, generator=generator)
     linear = Linear(weight)
-    assert linear.packed == (inner * outer >= PACK_ELEMENTS)
+    assert linear.packed == (inner * outer >= PACK_ELEMENTS or not plain_is_batch_invariant(torch.float32))
     x = torch.randn(24, inner, generator=generator)
     alone = torch.cat([linear(pad_rows(row[None]))[:1] for row in x])
     for batch in (2, 3, 4, 7, 12, 24):
         together = linear(pad_rows(x[:batch]))[:batch]
         assert torch.equal(together, alone[:batch])
     assert torch.allclose(alone, functional.linear(x, weight), rtol=1e-3, atol=1e-3)
+
+
+def test_small_products_are_packed_where_mkl_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an Intel with AVX2 alone. No trial takes plain products there."""
+    monkeypatch.setattr(products, "_is_batch_invariant", lambda _: False)
+    products._invariant_layout.cache_clear()
+    weight, x = torch.randn(64, 32), torch.randn(4, 32)
+    try:
+        linear = Linear(weight)
+        assert not Linear(weight.bfloat16()).packed
+        assert not products_trial._possible("plain", torch.float32)
+    finally:
+        monkeypatch.undo()
+        products._invariant_layout.cache_clear()
+    assert linear.packed
+    assert torch.allclose(linear(x), functional.linear(x, weight), rtol=1e-3, atol=1e-3)
 
 
 def test_bfloat16_is_not_packed_where_onednn_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
