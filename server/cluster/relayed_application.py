@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import structlog
+from litestar.exceptions import LitestarException
 from litestar.types import Receive, Scope, Send
 
 from server.http.middleware import HttpMiddleware
-from server.http.request_scope import RELAYED
+from server.http.request_scope import RELAYED, request_id_of
+
+log = structlog.get_logger(__name__)
 
 
 class RelayedApplication:
@@ -21,10 +25,20 @@ class RelayedApplication:
             return
         scope.setdefault("state", {})[RELAYED] = True
 
+        started = False
+
         async def send_without_id(message: Any) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
                 message = {**message, "headers": headers}
             await send(message)
 
-        await self.application(scope, receive, send_without_id)
+        try:
+            await self.application(scope, receive, send_without_id)
+        except LitestarException as error:
+            # Litestar wraps what ends a response that has begun. The proxy breaks the transfer, as it must.
+            if not started:
+                raise
+            log.info("response_broken", request_id=request_id_of(scope), cause=type(error.__cause__).__name__)

@@ -22,9 +22,9 @@ from server.cluster.settings import NodeSettings, settings_of
 from server.cluster.worker_gateway import Askers, WorkerGateway
 from server.engine import OutageFile, ZmqEngineClient
 from server.engine.ray import Frames
-from server.processes import Supervisor
+from server.processes import HUGE_PAGES, Supervisor
 from shared.log import set_up_logging
-from shared.settings import PREFIX, variable_of, variables_of
+from shared.settings import PREFIX, Settings, variable_of, variables_of
 
 STOP_MARGIN_S: Final = 5.0
 """The GPU worker may take so long beyond the drain timeout to free its models."""
@@ -44,18 +44,13 @@ class EngineReplica:
         settings = settings_of(node_settings)
         set_up_logging(settings.log_level, settings.log_format, "replica")
         context = serve.get_replica_context()
-        self._folder = Path(tempfile.mkdtemp(prefix="tts-"))
-        url = f"ipc://{self._folder}/worker.ipc"
-        variables = variables_of(settings) | {variable_of("worker_url"): url}
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        self._supervisor = Supervisor(
-            [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
-            lambda: inherited | variables,
-            timeout_s=settings.worker_timeout_s,
-            stop_timeout_s=STOP_MARGIN_S,
-            on_final=lambda: None,
-            on_outage=OutageFile(url).write,
-        )
+        self._folder: Path | None = None
+        self._supervisor: Supervisor | None = None
+        url = settings.worker_url
+        if url is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="tts-"))
+            url = f"ipc://{self._folder}/worker.ipc"
+            self._supervisor = _supervisor(settings, url)
         self._askers = Askers()
         self._engine = ZmqEngineClient(
             url,
@@ -74,7 +69,8 @@ class EngineReplica:
             gpus=gpus,
         )
         await self._engine.__aenter__()
-        self._supervisor.start()
+        if self._supervisor is not None:
+            self._supervisor.start()
         self._seen_at = time.monotonic()
         while self._engine.unavailable() is not None:
             self._require_worker()
@@ -84,11 +80,13 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Serve calls it once the replica has drained."""
         await self._engine.__aexit__()
-        await asyncio.to_thread(self._supervisor.stop)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._supervisor is not None:
+            await asyncio.to_thread(self._supervisor.stop)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _require_worker(self) -> None:
-        if self._supervisor.exit_code is not None:
+        if self._supervisor is not None and self._supervisor.exit_code is not None:
             raise RuntimeError(f"the GPU worker cannot run: exit code {self._supervisor.exit_code}")
 
     async def name(self) -> str:
@@ -126,3 +124,17 @@ class EngineReplica:
             self._seen_at = time.monotonic()
         elif time.monotonic() - self._seen_at > _MOST_DEAD_S:
             raise RuntimeError(error.message)
+
+
+def _supervisor(settings: Settings, url: str) -> Supervisor:
+    """The supervisor of a GPU worker at `url`, with the settings of this node and the GPU that Ray gave the replica."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    variables = HUGE_PAGES | inherited | variables_of(settings) | {variable_of("worker_url"): url}
+    return Supervisor(
+        [sys.executable, "-m", "gpu_worker", "--parent", str(os.getpid())],
+        lambda: variables,
+        timeout_s=settings.worker_timeout_s,
+        stop_timeout_s=STOP_MARGIN_S,
+        on_final=lambda: None,
+        on_outage=OutageFile(url).write,
+    )

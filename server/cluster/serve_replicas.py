@@ -90,6 +90,11 @@ def _lost() -> Iterator[None]:
     """Translate what Ray raises when a replica, its node or the deployment is gone."""
     try:
         yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLostError("the call was cancelled") from None  # by Ray, not by this process
     except (RayError, RayServeException) as error:
         # The first line: the rest is a traceback of the replica.
         raise ReplicaLostError(str(error).strip().partition("\n")[0] or type(error).__name__) from None

@@ -17,7 +17,7 @@ from server.commands.serve import WEB_CHECKS
 from shared.catalog import CatalogError
 from shared.environment import environment, unknown_models
 from shared.log import set_up_logging
-from shared.settings import PREFIX, SettingsError, load_settings
+from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
 
 SUMMARY: Final = "run the service with many GPUs, as a Ray Serve application"
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _print_config(arguments)
     try:
         environ = environment()
-        settings = load_settings(environ, *WEB_CHECKS)
+        settings = load_settings(environ, *WEB_CHECKS, _worker_problems)
     except (SettingsError, CatalogError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
@@ -105,6 +105,14 @@ def _print_config(arguments: argparse.Namespace) -> int:
         return EXIT_WRONG_SETTINGS
     sys.stdout.write(to_yaml(serve_config(settings, gpus=arguments.gpus, nodes=arguments.nodes)))
     return 0
+
+
+def _worker_problems(settings: Settings) -> list[str]:
+    """A GPU worker that runs already has one replica: two would count its slots and its memory twice."""
+    if settings.worker_url is None or settings.replicas == 1:
+        return []
+    problem = f"only one replica can have a GPU worker that runs already; set {variable_of('replicas')}=1"
+    return [f"{variable_of('worker_url')}: {problem}"]
 
 
 def _stopped_by_signals() -> threading.Event:

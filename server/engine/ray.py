@@ -6,6 +6,7 @@ over a deployment handle. What crosses Ray are the encoded messages of shared/pr
 
 import asyncio
 import contextlib
+import contextvars
 import math
 import time
 import uuid
@@ -139,6 +140,7 @@ class RayEngineClient:
     """
 
     _polling: asyncio.Task[None]
+    _context: contextvars.Context
 
     def __init__(
         self,
@@ -319,6 +321,7 @@ class RayEngineClient:
     # --- the client's life -------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        self._context = contextvars.copy_context()
         self._polling = asyncio.create_task(self._poll_forever())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._start_timeout_s):
@@ -343,7 +346,11 @@ class RayEngineClient:
             stream.speech.abort(ApiError("shutting_down", "The server is shutting down."))
 
     def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work)
+        """Run `work` in the context of this client: Ray cancels what was begun in that of a request with the request.
+
+        An answer to one request may carry the credit of others.
+        """
+        task = asyncio.create_task(work, context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -475,8 +482,10 @@ class RayEngineClient:
             self._start(self._empty(outbox))
 
     async def _empty(self, outbox: "_Outbox") -> None:
-        await outbox.send()
-        self._outboxes.pop(outbox.replica, None)
+        try:
+            await outbox.send()
+        finally:
+            self._outboxes.pop(outbox.replica, None)
 
 
 class _KnownReplica:

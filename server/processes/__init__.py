@@ -7,9 +7,10 @@ from server.processes.listening import HostError, PortError, PortTakenError, add
 from server.processes.terminal import terminal_is_gone
 from server.processes.tls import tls_problems
 from server.processes.web_workers import WebServer
-from server.processes.worker_supervisor import Supervisor
+from server.processes.worker_supervisor import HUGE_PAGES, Supervisor
 
 __all__ = [
+    "HUGE_PAGES",
     "HostError",
     "PortError",
     "PortTakenError",

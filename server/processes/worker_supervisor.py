@@ -27,6 +27,13 @@ FINAL_EXIT_CODES: Final = {2: "its settings are wrong", 3: "another worker alrea
 FIRST_START_S: Final = 10.0
 """The estimate of a start that was never measured: an engine of published size takes 5 to 25 s."""
 
+HUGE_PAGES: Final = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Makes glibc ask the kernel for pages of 2 MiB. It reads this when a process starts, so the GPU worker cannot set it.
+
+A CPU reads all weights for every frame. CPU time of a frame (random 0.6B, int8, one thread of a Xeon, busy machine, two
+processes each in turns): 308 to 329 ms without, 268 to 309 ms with. Resident memory grew by 1 %.
+"""
+
 _KILL_TIMEOUT_S: Final = 5.0
 
 _POLL_S: Final = 0.5

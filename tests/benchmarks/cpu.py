@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
-from server.commands.serve import HUGE_PAGES
+from server.processes import HUGE_PAGES
 from tests.benchmarks import machine
 
 TEXT: Final = "Hello world, good morning to the speech of today."

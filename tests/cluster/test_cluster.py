@@ -21,12 +21,12 @@ from websockets.sync.client import connect
 
 from server.engine.ray import REPORT_INTERVAL_S
 from tests.audio import decode
-from tests.cluster.cluster import Cluster, Listener
+from tests.cluster.cluster import LONG, Cluster, Listener
 from tests.cluster.conftest import QUEUE, SLOTS
 from tests.recogniser import SENTENCES, recognise
 from tests.system.service import eventually, stretched
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 REPLICAS: Final = 2
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
@@ -183,6 +183,15 @@ def test_a_client_that_leaves_frees_its_slot(cluster: Cluster) -> None:
         limit_s = stretched(1.0)
         listener.leave()
         eventually(lambda: cluster.running() == 0, limit_s, "the slot freed")
+
+
+def test_clients_that_leave_cost_others_nothing(cluster: Cluster) -> None:
+    """Many leave in the middle of their answers: the credit of other streams, sent beside theirs, is not lost."""
+    for _ in range(20):
+        with cluster.stream(LONG, response_format="pcm") as answer:
+            next(answer.iter_raw())
+    text = " ".join(SENTENCES * 2)
+    assert len({len(cluster.speech(text, response_format="pcm").content) // 48_000 for _ in range(2 * REPLICAS)}) == 1
 
 
 def test_a_dead_worker_costs_its_own_streams(cluster: Cluster) -> None:
