@@ -61,9 +61,8 @@ class TestOutOfMemory:
         bench.engines["m"].step_errors.append(MemoryError("full"))
         bench.speak("r", "a b c")
         bench.speak("t", "x y z", model="n")
-        bench.turn()
         bench.loses_transitions = True
-        bench.residency.advance()  # the eviction begins and does not end
+        bench.turn()  # the eviction begins and does not end
         steps = bench.engines["m"].steps
         bench.speak("s", "d")
         bench.turn(3)
