@@ -5,7 +5,7 @@ Nothing here knows Ray or a clock: the times are passed in.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -36,8 +36,10 @@ class ReplicaViews:
         self._measured_bytes: dict[str, int] = {}  # by model, where it is resident
         self._figures: dict[str, Replica] = {}
         self._views: dict[str, Replica] = {}
-        self._sent: dict[str, _Sent] = {}  # by request
-        self._since: dict[str, Counter[str]] = {}  # by replica and model: what the figures do not have, or still have
+        self._sent: dict[str, dict[str, _Sent]] = {}  # by replica and request
+        self._replica_of: dict[str, str] = {}  # by request
+        self._since: dict[str, Counter[str]] = {}
+        """By replica and model: the requests that its figures do not have, less those that they still have."""
 
     @property
     def replicas(self) -> list[Replica]:
@@ -48,60 +50,55 @@ class ReplicaViews:
         """What a load of the model takes: the most that it took anywhere, or the estimate."""
         return self._measured_bytes.get(model) or self._estimated_bytes.get(model, 0)
 
-    def update(self, figures: Iterable[Replica], now: float) -> None:
-        """Take the figures of all replicas; those that are missing are gone."""
-        figures_of = {replica.id: replica for replica in figures}
-        for replica_id in self._figures.keys() - figures_of.keys():
-            del self._figures[replica_id], self._views[replica_id]
-            self._since.pop(replica_id, None)
-        changed = {replica_id for replica_id, replica in figures_of.items() if self._figures.get(replica_id) != replica}
-        self._figures.update(figures_of)
-        self._drop_unconfirmed(now)
-        for replica_id in changed:
-            self._measure(figures_of[replica_id])
-            self._since[replica_id] = Counter()
-        for sent in self._sent.values():
-            if sent.replica_id in changed:
-                sent.counted = now - sent.at > ON_THE_WAY_S
-                self._since[sent.replica_id][sent.model] += not sent.counted
-        for replica_id in changed:
-            self._refresh(replica_id)
-
-    def sent(self, request_id: str, replica_id: str, model: str, now: float, *, confirmed: bool) -> None:
-        """A request goes to a replica. `confirmed`: the replica has taken it."""
-        known = self._sent.get(request_id)
-        if known is not None and known.replica_id == replica_id:
-            known.confirmed = known.confirmed or confirmed
-            return
-        if known is not None:
-            self.done(request_id)
-        self._sent[request_id] = _Sent(replica_id, model, now, confirmed, counted=False)
-        self._count(replica_id, model, 1)
-
-    def done(self, request_id: str) -> None:
-        """The request has ended, or its replica did not take it."""
-        sent = self._sent.pop(request_id, None)
-        if sent is not None:
-            self._count(sent.replica_id, sent.model, -1)
-
-    def _measure(self, figures: Replica) -> None:
+    def update(self, figures: Replica, now: float) -> None:
+        """Take new figures of a replica."""
+        self._figures[figures.id] = figures
         for model, held in figures.models.items():
             if held.residence == "resident":
                 self._measured_bytes[model] = max(self._measured_bytes.get(model, 0), held.device_bytes)
-
-    def _drop_unconfirmed(self, now: float) -> None:
-        for request_id, sent in list(self._sent.items()):
+        since = self._since[figures.id] = Counter()
+        for request_id, sent in list(self._sent.get(figures.id, {}).items()):
             if not sent.confirmed and now - sent.at > UNCONFIRMED_S:
                 self.done(request_id)
+                continue
+            sent.counted = now - sent.at > ON_THE_WAY_S
+            since[sent.model] += not sent.counted
+        self._refresh(figures.id)
 
-    def _count(self, replica_id: str, model: str, change: int) -> None:
+    def keep(self, replica_ids: Collection[str]) -> None:
+        """Forget all other replicas and what was sent to them."""
+        for replica_id in self._figures.keys() - set(replica_ids):
+            del self._figures[replica_id], self._views[replica_id]
+            self._since.pop(replica_id, None)
+            for request_id in self._sent.pop(replica_id, {}):
+                del self._replica_of[request_id]
+
+    def sent(self, request_id: str, replica_id: str, model: str, now: float, *, confirmed: bool) -> None:
+        """A request goes to a replica. `confirmed`: the replica has taken it."""
+        known = self._sent.get(self._replica_of.get(request_id, ""), {}).get(request_id)
+        if known is not None and known.replica_id == replica_id:
+            known.confirmed = known.confirmed or confirmed
+            return
+        self.done(request_id)
         if replica_id in self._figures:
-            self._since.setdefault(replica_id, Counter())[model] += change
-            self._refresh(replica_id)
+            sent = _Sent(replica_id, model, now, confirmed, counted=False)
+            self._sent.setdefault(replica_id, {})[request_id] = sent
+            self._replica_of[request_id] = replica_id
+            self._count(sent, 1)
+
+    def done(self, request_id: str) -> None:
+        """The request has ended, or its replica did not take it."""
+        replica_id = self._replica_of.pop(request_id, None)
+        if replica_id is not None:
+            self._count(self._sent[replica_id].pop(request_id), -1)
+
+    def _count(self, sent: _Sent, change: int) -> None:
+        self._since[sent.replica_id][sent.model] += change
+        self._refresh(sent.replica_id)
 
     def _refresh(self, replica_id: str) -> None:
         figures = self._figures[replica_id]
-        since = {model: count for model, count in self._since.get(replica_id, {}).items() if count}
+        since = {model: count for model, count in self._since[replica_id].items() if count}
         if not since:
             self._views[replica_id] = figures
             return

@@ -254,7 +254,8 @@ class Cluster:
             self._sent_figures |= {name: self._gpus[name].figures() for name in self._changed}
             self._changed.clear()
             for views in self._routers:
-                views.update(self._sent_figures.values(), self.now)
+                for replica in self._sent_figures.values():
+                    views.update(replica, self.now)
         if self.now < self._seconds:
             self._later(self.now + FIGURES_S, ("figures",))
 

@@ -17,7 +17,8 @@ def resident(requests: int = 0, device_bytes: int = 60) -> ReplicaModel:
 def views(*replicas: Replica) -> ReplicaViews:
     """What a router knows of these replicas at 0."""
     known = ReplicaViews({"a": 40, "b": 70})
-    known.update(replicas, 0.0)
+    for replica in replicas:
+        known.update(replica, 0.0)
     return known
 
 
@@ -45,12 +46,12 @@ def test_new_figures_have_the_requests() -> None:
     known = views(figures(a=resident()))
     known.sent("early", "one", "a", 1.0, confirmed=True)
     known.sent("late", "one", "a", 2.0, confirmed=True)
-    known.update([figures(running=1, a=resident(1))], 2.0 + ON_THE_WAY_S / 2)
+    known.update(figures(running=1, a=resident(1)), 2.0 + ON_THE_WAY_S / 2)
     assert known.replicas[0].running == 2
     known.done("early")
     assert known.replicas[0].running == 1
     known.done("late")
-    known.update([figures(a=resident())], 3.0)
+    known.update(figures(a=resident()), 3.0)
     assert known.replicas[0].running == 0
 
 
@@ -59,13 +60,14 @@ def test_a_request_that_was_never_taken_is_forgotten() -> None:
     known = views(figures())
     known.sent("1", "one", "a", 1.0, confirmed=False)
     known.sent("2", "one", "a", 1.0, confirmed=True)
-    known.update([figures()], 1.1 + UNCONFIRMED_S)
+    known.update(figures(running=1), 1.1 + UNCONFIRMED_S)
     known.done("1")
     known.done("2")
     assert known.replicas == [figures()]
+    known.update(figures(), 2.0 + UNCONFIRMED_S)
     known.sent("3", "one", "a", 20.0, confirmed=False)
     assert known.replicas[0].running == 1
-    known.update([figures()], 20.1 + UNCONFIRMED_S)
+    known.update(figures(), 20.1 + UNCONFIRMED_S)
     assert known.replicas == [figures()]
 
 
@@ -81,16 +83,27 @@ def test_a_replica_that_is_gone() -> None:
     """Its requests change nothing any more, neither when they end nor when the replica comes back."""
     known = views(figures("one"), figures("two"))
     known.sent("1", "one", "a", 1.0, confirmed=True)
-    known.update([figures("two")], 2.0)
+    known.keep({"two"})
     known.done("1")
     assert known.replicas == [figures("two")]
     known.sent("2", "one", "a", 2.0, confirmed=True)
+    known.done("2")
     assert known.replicas == [figures("two")]
+    known.update(figures("one"), 3.0)
+    assert known.replicas == [figures("two"), figures("one")]
+
+
+def test_equal_figures_are_new_figures() -> None:
+    """A request that was sent is in them, and another one has ended."""
+    known = views(figures(running=3))
+    known.sent("1", "one", "a", 1.0, confirmed=True)
+    known.update(figures(running=3), 2.0)
+    assert known.replicas == [figures(running=3)]
 
 
 def test_needed_bytes() -> None:
     """As measured where the model is resident, as estimated before."""
     known = views(figures(a=resident()))
     assert (known.needed_bytes("a"), known.needed_bytes("b"), known.needed_bytes("c")) == (60, 70, 0)
-    known.update([figures()], 1.0)
+    known.update(figures(), 1.0)
     assert known.needed_bytes("a") == 60
