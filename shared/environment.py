@@ -31,6 +31,7 @@ def unknown_models(settings: Settings) -> list[str]:
     """Problems of settings that name an unknown model; CatalogError if models/ cannot be read."""
     catalog = load_catalog()
     named = [("preload", name) for name in settings.preload] + [("model_paths", name) for name in settings.model_paths]
+    named += [("model_replicas", name) for name in settings.model_replicas]
     named += [("quantization", name) for name in settings.quantization if name != EVERY_MODEL]
     targets = [name for name in settings.model_aliases.values() if name.casefold() not in OPENAI_MODELS]
     named += [("model_aliases", name) for name in targets]

@@ -35,14 +35,17 @@ WorkerLive = Annotated[T, LIVE, WORKER_LIVE]
 
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 Megabytes = Annotated[int, Meta(ge=1, le=100_000_000)]
-Replicas = Annotated[int, Meta(ge=1, le=10_000)]
+MAX_REPLICAS: Final = 10_000
 
 
 class ReplicaBounds(NamedTuple):
     """On how many replicas of a cluster a model is: on the minimum in any case, on more while a queue justifies it."""
 
-    minimum: Replicas = 1
-    maximum: Replicas = 10_000
+    minimum: int = 1
+    maximum: int = MAX_REPLICAS
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.maximum}"
 
 
 class SettingsError(Exception):
@@ -91,7 +94,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     audio_store_ttl_s: Live[Seconds] = 3600.0
 
     # a cluster
-    replicas: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
+    model_replicas: dict[str, ReplicaBounds] = {}
 
     # requests in the GPU worker
     max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -190,7 +194,7 @@ _USED_BY_WEB_SIDE: Final = {
         "require_consent",
         "keys_file",
     ),
-    *("input_format", "pronunciations", "replicas"),
+    *("input_format", "pronunciations", "replicas", "model_replicas"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format", "otlp_endpoint"),
 }
@@ -209,7 +213,12 @@ _ORIGIN: Final = re.compile(
 _HOST: Final = re.compile(r"\*|([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 _ROOT_PATH: Final = re.compile(r"((/[A-Za-z0-9_.~-]+)+)?")
 
-_FORMS: Final = {"model_paths": "model=path", "model_aliases": "name=model", "quantization": "value or model=value"}
+_FORMS: Final = {
+    "model_paths": "model=path",
+    "model_aliases": "name=model",
+    "model_replicas": "model=min:max",
+    "quantization": "value or model=value",
+}
 """The form of the pairs in settings that hold several."""
 
 _TRUE: Final = {"1", "true", "yes", "on"}
@@ -300,6 +309,8 @@ def _parse(name: str, kind: Any, text: str) -> Any:
             raise ValueError("must have values, separated by commas; there is none")
     elif get_origin(plain) is dict:
         raw = _pairs(text, _FORMS[name])
+        if name == "model_replicas":
+            raw = {model: _bounds(bounds) for model, bounds in raw.items()}
     try:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
@@ -319,6 +330,14 @@ def _pairs(text: str, form: str) -> dict[str, str]:
     return pairs
 
 
+def _bounds(text: str) -> ReplicaBounds:
+    parts = [part.strip() for part in text.split(":")]
+    if not all(part.isdecimal() and 1 <= int(part) <= MAX_REPLICAS for part in parts) or len(parts) not in {1, 2}:
+        form = f"min:max or min, each from 1 to {MAX_REPLICAS}"
+        raise ValueError(f"must be {_FORMS['model_replicas']}, separated by commas, with {form}, not {text!r}")
+    return ReplicaBounds(*map(int, parts))
+
+
 def _to_path(_kind: type, value: Any) -> Path:
     """The hook for the one type of a setting that msgspec does not know."""
     try:
@@ -334,6 +353,9 @@ def _problems(settings: Settings) -> list[str]:
             ipc_path(settings.worker_url)
         except AddressError as error:
             problems.append(f"{variable_of('worker_url')}: {error}")
+    for model, bounds in settings.model_replicas.items():
+        if bounds.minimum > bounds.maximum:
+            problems.append(f"{variable_of('model_replicas')}: the minimum of {model} is above its maximum, {bounds}")
     for name in ("api_keys", "admin_keys"):
         if any(not key.isascii() or not key.isprintable() or " " in key for key in getattr(settings, name)):
             problems.append(f"{variable_of(name)}: every key must be printable ASCII without spaces")

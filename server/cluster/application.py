@@ -10,6 +10,7 @@ from server.cluster.ingress import Ingress
 from server.cluster.replica import STOP_MARGIN_S, EngineReplica
 from server.cluster.router import EngineRouter
 from server.cluster.settings import node_settings
+from shared.catalog import load_catalog
 from shared.settings import Settings
 
 APP_NAME: Final = "speech"
@@ -42,9 +43,21 @@ def build(settings: Settings, *, gpus: int, nodes: int = 1) -> serve.Application
         name="engine",
         num_replicas=replicas,
         ray_actor_options={"num_gpus": 1 if gpus else 0, "num_cpus": 0 if gpus else 1},
-        request_router_config=RequestRouterConfig(request_router_class=EngineRouter),
+        request_router_config=RequestRouterConfig(
+            request_router_class=EngineRouter, request_router_kwargs={"model_replicas": _bounds_by_model(settings)}
+        ),
         **common,
     ).bind(node)
     return serve.deployment(
         Ingress, name="ingress", num_replicas=web_replicas, ray_actor_options={"num_cpus": 0}, **common
     ).bind(node, engine)
+
+
+def _bounds_by_model(settings: Settings) -> dict[str, list[int]]:
+    """The bounds of TTS_MODEL_REPLICAS by the models' ids, as JSON has them."""
+    return {
+        spec.id: list(bounds)
+        for name, bounds in settings.model_replicas.items()
+        for spec in load_catalog()
+        if spec.answers_to(name)
+    }

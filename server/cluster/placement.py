@@ -1,24 +1,76 @@
-"""Which replica a request goes to: plain data in, names of replicas out."""
+"""Which replica a request goes to, by the reports of the replicas and by what this process has sent them.
 
-from collections.abc import Collection, Mapping, Sequence
+Plain data in, names of replicas out; ranking.py has the rules. One thread calls `choose`, `taken` and `ended`;
+`reports` may be replaced by another one.
+"""
 
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
+
+from server.cluster.ranking import rank, replica_of
+from server.cluster.views import ReplicaViews
 from server.engine import ReplicaReport
+from shared.settings import ReplicaBounds
+
+_DEFAULT: Final = ReplicaBounds()
 
 
-def choose(
-    replicas: Sequence[str], reports: Mapping[str, ReplicaReport], model: str, avoid: Collection[str]
-) -> list[str]:
-    """The replicas that may take a request for `model`, the best one first.
+class Placement:
+    """The choices of one process. `bounds` and `estimated_bytes` are by model; `clock` gives Unix seconds."""
 
-    `avoid` names replicas that have refused the request; they come last.
-    """
+    def __init__(
+        self,
+        bounds: Mapping[str, ReplicaBounds],
+        estimated_bytes: Mapping[str, int],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.reports: Mapping[str, ReplicaReport] = {}
+        """The latest report of each replica."""
 
-    def rank(name: str) -> tuple[bool, bool, bool, int]:
-        report = reports.get(name)
-        snapshot = report.snapshot if report else None
-        if report is None or snapshot is None:
-            return name in avoid, True, True, 0
-        ready = any(status.id == model and status.state in {"resident", "loading"} for status in snapshot.models)
-        return name in avoid, report.error is not None, not ready, snapshot.running + snapshot.queued
+        self._bounds = bounds
+        self._clock = clock
+        self._views = ReplicaViews(estimated_bytes)
+        self._taken: Mapping[str, ReplicaReport] = {}
 
-    return sorted(replicas, key=rank)
+    def choose(self, replicas: Sequence[str], model: str, avoid: Collection[str] = ()) -> list[str]:
+        """The replicas that may take a request for `model`, the best one first; at least one of `replicas`.
+
+        `avoid` names replicas that have refused the request.
+        """
+        self._take_reports()
+        known = [view for view in self._views.replicas if view.id in replicas]
+        ranked = rank(
+            model,
+            known,
+            needed_bytes=self._views.needed_bytes(model),
+            now=self._clock(),
+            bounds=self._bounds.get(model, _DEFAULT),
+            avoid=avoid,
+        )
+        if ranked:
+            return [view.id for view in ranked]
+        # None of them has a GPU worker that is known to answer: one that is new may have.
+        return sorted(replicas, key=lambda name: (name in avoid, name in self.reports))
+
+    def sent(self, request_id: str, replica: str, model: str, *, taken: bool) -> None:
+        """A request for the model goes to a replica. `taken`: the replica has it."""
+        self._views.sent(request_id, replica, model, self._clock(), confirmed=taken)
+
+    def ended(self, request_id: str) -> None:
+        """The request has ended, or its replica has not taken it."""
+        self._views.done(request_id)
+
+    def _take_reports(self) -> None:
+        reports = self.reports
+        if reports is self._taken:
+            return
+        now = self._clock()
+        snapshots = {
+            name: report.snapshot for name, report in reports.items() if report.snapshot and report.error is None
+        }
+        self._views.keep(snapshots.keys())
+        for name, snapshot in snapshots.items():
+            if reports[name] is not self._taken.get(name):
+                self._views.update(replica_of(name, snapshot), now)
+        self._taken = reports

@@ -96,7 +96,8 @@ def replica_of(replica_id: str, snapshot: Snapshot) -> Replica:
     """What a router has to know of the GPU worker with this snapshot."""
     device = snapshot.device
     held_bytes = sum(sum(status.bytes.values()) for status in snapshot.models)
-    ours_bytes = device.ours_bytes if device.kind == "cuda" else held_bytes
+    # The driver is asked a few times a second: a model that has just come may not be in its figure.
+    ours_bytes = max(device.ours_bytes, held_bytes) if device.kind == "cuda" else held_bytes
     return Replica(
         id=replica_id,
         slots=snapshot.slots,
@@ -123,7 +124,8 @@ def rank(
     homes = [replica for replica in replicas if replica.residence(model) in _AT_HOME]
     homes.sort(key=lambda home: _order(model, home.id))
     free = [home for home in homes if home.has_free_slot and home.id not in avoid]
-    full = sorted((home for home in homes if home not in free), key=lambda home: (home.id in avoid, home.load))
+    full = [home for home in homes if not home.has_free_slot or home.id in avoid]
+    full.sort(key=lambda home: (home.id in avoid, home.load))
     free = _packed(model, free, homes, bounds.minimum)
     if free and len(homes) >= bounds.minimum:
         return free + full
@@ -181,6 +183,7 @@ def _new_homes(
             residence != "offloaded",
             residence != "waiting",
             int(replica.load * LOAD_STEPS),
+            sum(held.residence in _AT_HOME for held in replica.models.values()),
             max((replica.models[name].last_used for name in victims or ()), default=0.0),
             _order(model, replica.id),
         )

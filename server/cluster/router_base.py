@@ -13,12 +13,17 @@ from typing import Any, ClassVar, Final
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from server.cluster.placement import choose
-from server.engine import ReplicaReport
+from server.cluster.placement import Placement
 from server.engine.ray import ReplicaLostError
+from shared.catalog import load_catalog
+from shared.settings import ReplicaBounds
 
 _DRAINING_KEPT: Final = 256
 """Replicas that are remembered after they were taken out of service."""
+
+
+_SPEAK: Final = "speak"
+"""The method of EngineReplica whose requests hold slots."""
 
 
 class RouterBase(RequestRouter):
@@ -26,10 +31,13 @@ class RouterBase(RequestRouter):
 
     current: ClassVar["RouterBase | None"] = None
 
-    def initialize_state(self, **_options: Any) -> None:
-        """Serve calls it once the router is there."""
-        self.reports: dict[str, ReplicaReport] = {}
-        """The latest report of each replica: RayEngineClient brings them."""
+    def initialize_state(self, *, model_replicas: dict[str, list[int]], **_options: Any) -> None:
+        """Serve calls it once the router is there. `model_replicas`: bounds by model."""
+        self.placement = Placement(
+            {model: ReplicaBounds(*bounds) for model, bounds in model_replicas.items()},
+            {spec.id: spec.estimated_bytes for spec in load_catalog()},
+        )
+        """RayEngineClient brings it the reports of the replicas."""
         self._reachable: OrderedDict[str, RunningReplica] = OrderedDict()
         self._metadata: Any = None
         RouterBase.current = self
@@ -56,9 +64,26 @@ class RouterBase(RequestRouter):
             return [candidate_replicas]
         self._metadata = self._metadata or pending_request.metadata
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        model = pending_request.metadata.multiplexed_model_id
+        metadata = pending_request.metadata
         avoid = pending_request.kwargs.get("avoid", ())
-        return [[by_name[name]] for name in choose(list(by_name), self.reports, model, avoid)]
+        names = self.placement.choose(list(by_name), metadata.multiplexed_model_id, avoid)
+        if metadata.call_method == _SPEAK:
+            # The next choice, which may come before the replica answers, knows of this one.
+            self.placement.sent(metadata.internal_request_id, names[0], metadata.multiplexed_model_id, taken=False)
+        return [[by_name[name]] for name in names]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
+        """A replica has taken the request."""
+        super().on_request_routed(pending_request, replica_id, result)
+        metadata = pending_request.metadata
+        if metadata.call_method == _SPEAK:
+            model = metadata.multiplexed_model_id
+            self.placement.sent(metadata.internal_request_id, replica_id.unique_id, model, taken=True)
+
+    def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
+        """The request has ended at the replica, in whatever way."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self.placement.ended(internal_request_id)
 
     def can_address(self) -> bool:
         """True if `ask` works: a first request has been routed, and Serve's metadata are known."""

@@ -41,7 +41,7 @@ class ServeReplicas:
 
     def update(self, reports: dict[str, ReplicaReport]) -> None:
         if RouterBase.current is not None:
-            RouterBase.current.reports = reports
+            RouterBase.current.placement.reports = reports
 
     def speak(
         self, request: bytes, reference: bytes | None, *, ingress: str, model: str, avoid: Sequence[str]

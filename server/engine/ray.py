@@ -593,7 +593,9 @@ class _Stream:
     def _may_move(self, error: ApiError, avoid: list[str]) -> bool:
         if self._begun or error.code not in ELSEWHERE or self._kept_chars > _MAX_KEPT_TEXT:
             return False
-        return bool(self._replica) and bool({*self._client.replicas.ids()} - {*avoid, self._replica})
+        if self._replica in {"", *avoid}:  # none other is to have the model
+            return False
+        return bool({*self._client.replicas.ids()} - {*avoid, self._replica})
 
     async def _attempt(self, reference: bytes | None, avoid: list[str]) -> ApiError | None:
         """Let one replica speak; None when the speech is complete, else why it failed."""

@@ -150,6 +150,22 @@ def test_figures_are_those_of_all_workers(cluster: Cluster) -> None:
     assert vram["device"]["total_bytes"] == vram["replicas"][0]["device"]["total_bytes"]  # the RAM of one machine
 
 
+def test_few_requests_stay_at_one_worker(cluster: Cluster) -> None:
+    """The model is resident at both, and one can speak them all: the other is left alone, from all web workers."""
+
+    def finished() -> list[int]:
+        return [one["requests"]["finished"] for one in cluster.stats()["replicas"]]
+
+    eventually(lambda: cluster.open_requests() == 0, 30, "no request")
+    before = finished()
+    for _ in range(6):
+        # Each on a connection of its own, so that all web workers have their turn.
+        body = {"input": "One."}
+        answer = httpx.post(f"{cluster.url}/v1/audio/speech", json=body, timeout=60, trust_env=False)
+        assert answer.status_code == httpx.codes.OK
+    eventually(lambda: sorted(now - then for now, then in zip(finished(), before, strict=True)) == [0, 6], 30, finished)
+
+
 def test_full_queues_refuse_before_an_answer_begins(cluster: Cluster) -> None:
     """Of many requests at once, those that find every slot and every queue full get a 429 with Retry-After."""
     room = REPLICAS * (SLOTS + QUEUE)

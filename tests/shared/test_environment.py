@@ -23,10 +23,13 @@ def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp
 def test_unknown_models_are_problems() -> None:
     """A model that the catalogue lacks is a problem, and the message lists the known models."""
     settings = load_settings(
-        {"TTS_DEFAULT_MODEL": "nothing", "TTS_PRELOAD": "espeak, void", "TTS_MODEL_PATHS": "none=/"},
+        {"TTS_DEFAULT_MODEL": "nothing", "TTS_PRELOAD": "espeak, void", "TTS_MODEL_PATHS": "none=/"}
+        | {"TTS_MODEL_REPLICAS": "nowhere=2"},
     )
     problems = unknown_models(settings)
-    assert [problem.split(":")[0] for problem in problems] == ["TTS_DEFAULT_MODEL", "TTS_PRELOAD", "TTS_MODEL_PATHS"]
+    assert [problem.split(":")[0] for problem in problems] == [
+        *("TTS_DEFAULT_MODEL", "TTS_PRELOAD", "TTS_MODEL_PATHS", "TTS_MODEL_REPLICAS"),
+    ]
     assert all("espeak-ng" in problem for problem in problems)
 
 

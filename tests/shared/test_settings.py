@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from shared.settings import Settings, SettingsError, load_settings, variable_of, variables_of
+from shared.settings import ReplicaBounds, Settings, SettingsError, load_settings, variable_of, variables_of
 
 VALID: list[tuple[str, str, Any]] = [
     ("TTS_HOST", "0.0.0.0", "0.0.0.0"),  # noqa: S104 -- nothing is bound
@@ -55,6 +55,7 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_CODEC_DTYPE", "float32", "float32"),
     ("TTS_MODELS_DIR", "/data/models", Path("/data/models")),
     ("TTS_MODEL_PATHS", "a=/x/a, b=/x/b", {"a": Path("/x/a"), "b": Path("/x/b")}),
+    ("TTS_MODEL_REPLICAS", "a=2:4, b=3", {"a": ReplicaBounds(2, 4), "b": ReplicaBounds(3, 10_000)}),
     ("TTS_MODEL_ALIASES", "a=tts-1, b/c=x", {"a": "tts-1", "b/c": "x"}),
     ("TTS_UNKNOWN_VOICE", "Default", "default"),
     ("TTS_REQUIRE_CONSENT", "yes", True),
@@ -134,6 +135,12 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_QUANTIZATION", "int8,=none", "value or model=value"),
     ("TTS_MODEL_PATHS", "a=,b=/x", "model=path"),
     ("TTS_MODEL_ALIASES", "tts-1", "name=model"),
+    ("TTS_MODEL_REPLICAS", "a", "model=min:max"),
+    ("TTS_MODEL_REPLICAS", "a=1:2:3", "min:max or min, each from 1 to 10000"),
+    ("TTS_MODEL_REPLICAS", "a=many", "min:max or min, each from 1 to 10000"),
+    ("TTS_MODEL_REPLICAS", "a=0:2", "each from 1 to 10000, not '0:2'"),
+    ("TTS_MODEL_REPLICAS", "a=1:10001", "each from 1 to 10000"),
+    ("TTS_MODEL_REPLICAS", "a=3:2", "the minimum of a is above its maximum, 3:2"),
     ("TTS_UNKNOWN_VOICE", "first", "one of refuse, default"),
     ("TTS_INPUT_FORMAT", "html", "one of auto, text, markdown, ssml"),
     ("TTS_LOG_LEVEL", "loud", "one of debug, info"),

@@ -94,6 +94,12 @@ class TestOrder:
         names = order(replica("pinned", b=pinned, c=pinned), replica("idle", running=3, b=model(), c=model()))
         assert names == ["idle", "pinned"]
 
+    @pytest.mark.parametrize("names", NAMES)
+    def test_models_get_a_replica_each(self, names: tuple[str, str, str]) -> None:
+        """While there are as many, although all have room."""
+        one, two, free = names
+        assert order(replica(one, b=model()), replica(two, c=model()), replica(free))[0] == free
+
     def test_unavailable_comes_last(self) -> None:
         """A replica without the weights answers only if none has them."""
         assert order(replica("lacks", a=model("unavailable")), replica("full", running=8))[0] == "full"
@@ -166,11 +172,13 @@ class TestHomes:
 class TestFigures:
     """What a router takes from a snapshot."""
 
-    @pytest.mark.parametrize(("kind", "free_bytes"), [("cuda", 100), ("cpu", 150)])
-    def test_room(self, kind: Any, free_bytes: int) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "ours_bytes", "free_bytes"), [("cuda", 100, 100), ("cuda", 0, 150), ("cpu", 100, 150)]
+    )
+    def test_room(self, kind: Any, ours_bytes: int, free_bytes: int) -> None:
         """The rest of the budget: on a GPU behind all that the process holds, on a CPU behind the models."""
         plain = a_snapshot([]).device
-        device = replace(plain, kind=kind, free_bytes=600, ours_bytes=100, budget_bytes=200)
+        device = replace(plain, kind=kind, free_bytes=600, ours_bytes=ours_bytes, budget_bytes=200)
         models = [
             ModelStatus(id="a", state="resident", bytes={"weights": 50}, references=2, last_used=7.0),
             ModelStatus(id="b", state="absent", references=1),
