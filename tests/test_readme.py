@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import soundfile
 
+from server.http.keys import digest_of, read_entries
 from shared.catalog import load_catalog
 from shared.live_settings import LIVE_VARIABLES
 from shared.settings import Settings, load_settings, variable_of
@@ -102,8 +103,10 @@ def test_command_line(service: Service, tmp_path: Path) -> None:
     for line in commands_with(".venv/bin/python -m server"):
         name = line.split()[3]
         outputs[name] = bash(line + (" --once" if name == "top" else ""), service, tmp_path)
-    assert outputs.keys() == {"say", "voices", "top"}
+    assert outputs.keys() == {"say", "voices", "top", "key"}
     assert "alloy" in outputs["voices"]
+    (key,) = read_entries(tmp_path / "keys.toml").values()
+    assert key.hash == digest_of(outputs["key"].strip())
     for file in ("evening.mp3", "heard.mp3"):
         assert soundfile.info(tmp_path / file).duration > 0.5
 
@@ -113,6 +116,14 @@ def test_every_command_is_tested() -> None:
     elsewhere = ("make ", "docker compose ")  # see test_make_targets, and test_containers.py
     tested = [line for line in commands() if not GPU_COMMANDS.search(line) and not line.startswith(elsewhere)]
     assert sorted(tested) == sorted([*commands_with("curl"), *commands_with(".venv/bin/python -m server")])
+
+
+def test_every_setting_with_a_value_is_valid() -> None:
+    """What the README sets, in a command or in its text, the service takes."""
+    named = re.findall(r"(TTS_\w+)=([^\s`,]\S*?)(?=[\s`])", README)
+    assert {"TTS_MODEL_REPLICAS", "TTS_QUANTIZATION"} <= {name for name, _ in named}
+    for name, value in named:
+        load_settings({name: value})
 
 
 def test_weights_are_named_as_the_catalogue_does() -> None:
