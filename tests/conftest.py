@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     items.sort(key=rank)
     for item in items:
-        if item.path.is_relative_to(SYSTEM) or item.path.is_relative_to(BROWSER):
+        if any(map(item.path.is_relative_to, (SYSTEM, BROWSER, CLUSTER))):
             item.add_marker(pytest.mark.flaky(reruns=1))
         if config.option.quick and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip("slow"))

@@ -22,7 +22,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     At its end SIGTERM lets a stream end that is running, and refuses a request that comes after it.
     """
     folder: Path = tmp_path_factory.mktemp("cluster")
-    with running_cluster(folder, MAX_CONCURRENCY=SLOTS, MAX_QUEUE=QUEUE) as running:
+    with running_cluster(folder, MAX_CONCURRENCY=SLOTS, MAX_QUEUE=QUEUE, DRAIN_TIMEOUT=STOP_TIMEOUT_S) as running:
         yield running
         listener = Listener(running, " ".join(SENTENCES * 12))
         eventually(lambda: listener.received, 60, lambda: f"speech; {listener.ended}")
