@@ -69,8 +69,8 @@ class RecordList(Generic[R]):
         if stamp != self._stamp:
             self._stamp, self._stamp_since, self._settled = stamp, now, False
         if not self._settled:
-            self._settled = now - self._stamp_since >= SETTLED_S
             known = self._list() if stamp else {}
+            self._settled = now - self._stamp_since >= SETTLED_S  # not if the list could not be read
             if known != self._known:
                 self._known = known
                 self._records = sorted((record for _, record in known.values()), key=self._order)

@@ -285,3 +285,23 @@ class TestRecordList:
         (folder / "b.json").write_text("good")
         (folder / "b.json").replace(folder / "a.json")
         assert records.look() == ["good"]
+
+
+def test_a_list_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
+    """Also if the folder does not change meanwhile, as on a network volume that fails for a moment."""
+    clock = FakeClock()
+    broken = True
+    (tmp_path / "one.json").write_text("")
+
+    def read(path: Path) -> str:
+        if broken:
+            raise OSError("the volume is away")
+        return path.stem
+
+    records = RecordList(tmp_path, read, order=lambda name: (0, name), unreadable=(ValueError,), clock=clock)
+    for _ in range(2):
+        with pytest.raises(OSError, match="away"):
+            records.look()
+        clock.advance(2 * SETTLED_S)
+    broken = False
+    assert records.look() == ["one"]
