@@ -136,11 +136,13 @@ class AuditLog:
             while data:
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
+            _write_synced(head_file(self._path), _encode_head(key, end))
         except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), size)
+            # The changes do not happen, so their lines go; unless the head, which counts them, is in place already.
+            with contextlib.suppress(OSError, AuditError):
+                if _read_head(self._path, key) != end:
+                    os.ftruncate(file.fileno(), size)
             raise
-        _write_synced(head_file(self._path), _encode_head(key, end))
 
     def _checked_end(self, file: BinaryIO, key: bytes) -> Head:
         """The end of the log. AuditError if it is not where the last write has left it."""

@@ -203,6 +203,18 @@ class TestWriter:
         assert path.read_bytes() == before
         assert not checked(path).problem
 
+    def test_a_head_that_cannot_be_written(self, path: Path, log: AuditLog) -> None:
+        """The change is refused, so no line tells of it, and the next one can be written."""
+        before = lines_of(path)
+        obstacle = head_file(path).with_name(f"{head_file(path).name}.new")
+        obstacle.mkdir()
+        with pytest.raises(AuditError):
+            log.append([entry("never")])
+        obstacle.rmdir()
+        assert lines_of(path) == before
+        log.append([entry("later")])
+        assert checked(path).end.line == len(before) + 1
+
     def test_a_line_is_bounded(self, path: Path) -> None:
         """Long fields are cut, and nothing in them ends the line."""
         AuditLog(path).append(
