@@ -476,16 +476,19 @@ class RayEngineClient:
         outbox = self._outboxes.get(replica)
         if outbox is None:
             outbox = self._outboxes[replica] = _Outbox(replica, self._replicas, self._timeout_s)
-        outbox.messages.append(encode(message)[0])
+        outbox.messages.append(message)
         if outbox.idle:
             outbox.idle = False
             self._start(self._empty(outbox))
 
     async def _empty(self, outbox: "_Outbox") -> None:
         try:
-            await outbox.send()
+            lost = await outbox.send()
         finally:
             self._outboxes.pop(outbox.replica, None)
+        for request_id in {message.id for message in lost if isinstance(message, Append | EndText | Credit)}:
+            if request_id in self._streams:
+                self._streams[request_id].lose(outbox.replica)
 
 
 class _KnownReplica:
@@ -531,23 +534,27 @@ class _Outbox:
 
     def __init__(self, replica: str, replicas: EngineReplicas, timeout_s: float) -> None:
         self.replica = replica
-        self.messages: list[bytes] = []
+        self.messages: list[Message] = []
         self.idle = True
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._empty = asyncio.Event()
 
-    async def send(self) -> None:
-        """Send all messages. A replica that cannot take them is lost, and its streams say so."""
+    async def send(self) -> list[Message]:
+        """Send all messages. Returns those that the replica may not have taken: it is lost, or has stood still."""
+        messages: list[Message] = []
         try:
             while self.messages:
                 messages, self.messages = self.messages, []
                 async with asyncio.timeout(self._timeout_s):
-                    await self._replicas.post(self.replica, messages)
+                    await self._replicas.post(self.replica, [encode(message)[0] for message in messages])
         except (ReplicaLostError, TimeoutError) as error:
-            log.info("messages_lost", replica=self.replica, messages=len(messages), reason=str(error))
+            lost = [*messages, *self.messages]
+            log.info("messages_lost", replica=self.replica, messages=len(lost), reason=str(error))
+            return lost
         finally:
             self._empty.set()
+        return []
 
     async def sent(self) -> None:
         """Wait until all messages are sent, or lost."""
@@ -568,6 +575,8 @@ class _Stream:
         self._kept_chars = 0
         self._begun = False
         self._over = False
+        self._lost: ApiError | None = None
+        """Set when the replica lacks a message: without its text, the speech would have a hole."""
         self._answers: ReplicaStream | None = None
         self._cancel: Cancel | None = None
 
@@ -582,6 +591,7 @@ class _Stream:
                     break
                 avoid.append(self._replica)
                 self._replica = ""
+                self._lost = None
             if error is not None and not self._over:
                 self.speech.fail(error)
         finally:
@@ -605,6 +615,8 @@ class _Stream:
         )
         try:
             async for batch in self._answers:
+                if self._lost is not None:
+                    break
                 if not self._replica:
                     (name,) = batch.pop(0)
                     self._chosen(name.decode())
@@ -623,7 +635,13 @@ class _Stream:
             return unavailable_error("The GPU worker went away.")
         except ProtocolError as error:
             return ApiError("synthesis_failed", f"The GPU worker's answer was {error}.")
-        return ApiError("synthesis_failed", "The GPU worker sent no final message.")
+        return self._lost or ApiError("synthesis_failed", "The GPU worker sent no final message.")
+
+    def lose(self, replica: str) -> None:
+        """The replica lacks a message of the request, so the request ends there."""
+        if replica == self._replica and self._answers is not None and not self._over:
+            self._lost = unavailable_error("The GPU worker did not take all messages.")
+            self._answers.cancel()
 
     def _receive(self, message: FromWorker, payload: bytes | None) -> str | None:
         if isinstance(message, Started | Audio | Finished) and not self._over:

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from server.cluster.worker_gateway import Askers, WorkerGateway
-from server.engine.ray import RayEngineClient
+from server.engine.client import Speech
+from server.engine.ray import RayEngineClient, ReplicaLostError
 from server.engine.zmq import ZmqEngineClient
 from server.http.errors import ApiError
-from shared.protocol import Failed, Segment, Speak
+from shared.protocol import Append, Failed, Segment, Speak
 from tests.fakes import FakeWorker
 from tests.server.engine.transports import LocalReplicas, LocalStream
 from tests.server.running import becomes
@@ -48,3 +50,43 @@ async def test_a_refusal_of_the_only_home_is_final(tmp_path: Path) -> None:
                 await asyncio.wait_for(speech.chunk(), 20)
             assert refused.value.code == "queue_full"
             assert replicas.tries == 2
+
+
+class Deaf(LocalReplicas):
+    """From `deaf` on, no message arrives at a replica that has a request, and the request goes on."""
+
+    deaf = False
+
+    async def post(self, replica: str, messages: list[bytes]) -> None:
+        if self.deaf:
+            raise ReplicaLostError("it stands still")
+        await super().post(replica, messages)
+
+
+async def heard_to_the_end(speech: Speech) -> None:
+    """Read all chunks."""
+    while await speech.chunk() is not None:
+        pass
+
+
+async def test_text_that_a_replica_does_not_get(tmp_path: Path) -> None:
+    """The speech breaks: it would have a hole, and its client could not know."""
+    with FakeWorker(tmp_path / "w.ipc") as worker:
+        async with ZmqEngineClient(worker.url, "", timeout_s=20.0) as client:
+            replicas = Deaf()
+            replicas.gateways["one"] = WorkerGateway("one", client, Askers())
+            async with RayEngineClient(replicas, timeout_s=20.0) as engine:
+                await becomes(lambda: engine.unavailable() is None)
+                speech = engine.speak(msgspec.structs.replace(REQUEST, open=True, segments=[]))
+                speech.append("a", flush=True)
+                await asyncio.wait_for(speech.chunk(), 20)
+                replicas.deaf = True
+                speech.append("b", flush=True)
+                await becomes(lambda: not engine._outboxes)
+                replicas.deaf = False
+                speech.append("c", flush=True)
+                speech.end_text()
+                with pytest.raises(ApiError) as broken:
+                    await asyncio.wait_for(heard_to_the_end(speech), 20)
+                assert broken.value.code == "worker_unavailable"
+                assert [message.text for message in worker.of(Append)][:1] == ["a"]
