@@ -48,7 +48,7 @@ from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Transport
 from gpu_worker.usage import AddUsage, UsageFile, UsageFound, UsageLog
-from gpu_worker.voices import ConsentStore, FolderWatch, LookAtFolder, VoiceFiles, VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, FolderWatch, ScanFolder, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem
 from shared.audit import AuditLog
@@ -60,7 +60,7 @@ from shared.settings import Settings, SettingsError, load_settings, variable_of
 from shared.sockets import AddressError, AlreadyRunningError, claim
 from shared.stacks import write_stacks_on_signals
 from shared.text import MAX_RESPELLED
-from shared.tracing import open_traces, tracing_problems
+from shared.trace_settings import open_traces, tracing_problems
 
 if TYPE_CHECKING:
     from shared.traces import Traces
@@ -291,7 +291,7 @@ def build_worker(
     mover = Mover(catalog, factory.open, probe, inbox.put)
     checkpoints = Checkpoints(catalog, factory, inbox.put)
     voice_files = VoiceFiles(settings.voices_dir, AuditLog(settings.audit_path(), settings.audit_key_file).append)
-    voice_writer = SerialThread[VoiceWrite | LookAtFolder]("voices", lambda work: inbox.put(voice_files.handle(work)))
+    voice_writer = SerialThread[VoiceWrite | ScanFolder]("voices", lambda work: inbox.put(voice_files.handle(work)))
     usage_file = UsageFile(settings.usage_file, days=settings.usage_days)
     usage_writer = SerialThread[AddUsage | FindUsage]("usage", lambda work: _report(usage_file.handle(work), inbox))
     default_model = factory.default_model()

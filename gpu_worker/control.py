@@ -18,7 +18,7 @@ from gpu_worker.usage import UsageFound
 from gpu_worker.voices import (
     ConsentRecord,
     ConsentStore,
-    FolderSeen,
+    FolderScanned,
     FolderWatch,
     OutdatedError,
     VoiceStore,
@@ -126,8 +126,8 @@ class _PendingUsage(msgspec.Struct, frozen=True):
     find: FindUsage
 
 
-class _PendingLook(msgspec.Struct, frozen=True):
-    """Carried out again after the look `number` at the voices' folder: another process may have changed it."""
+class _PendingScan(msgspec.Struct, frozen=True):
+    """A call that failed by an outdated list; carried out again after scan `number` of the voices' folder."""
 
     caller: _Caller
     number: int
@@ -135,7 +135,7 @@ class _PendingLook(msgspec.Struct, frozen=True):
     payload: bytes | None
 
 
-_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite | _PendingUsage | _PendingLook
+_Pending = _PendingLoad | _PendingUnload | _PendingCleanup | _PendingWrite | _PendingUsage | _PendingScan
 
 
 class ControlHandler:
@@ -182,14 +182,14 @@ class ControlHandler:
 
     def handle(self, peer: bytes, call: Call, payload: bytes | None, answer: Answer) -> None:
         """Carry out `call` of the web worker `peer`. `answer` is called once, now or when the call has ended."""
-        self._carry_out(_Caller(peer, call.id, answer), call, payload, may_look=True)
+        self._carry_out(_Caller(peer, call.id, answer), call, payload, may_scan=True)
 
-    def _carry_out(self, caller: _Caller, call: Call, payload: bytes | None, *, may_look: bool) -> None:
+    def _carry_out(self, caller: _Caller, call: Call, payload: bytes | None, *, may_scan: bool) -> None:
         try:
             reply = self._dispatch(caller, call, payload)
         except JobError as error:
-            if may_look and isinstance(error, OutdatedError):
-                self._pending.append(_PendingLook(caller, self._voices_folder.look(), call, payload))
+            if may_scan and isinstance(error, OutdatedError):
+                self._pending.append(_PendingScan(caller, self._voices_folder.scan(), call, payload))
             else:
                 caller.fail(error)
             return
@@ -226,10 +226,10 @@ class ControlHandler:
             pending.caller.answer(failed)
         self._pending.clear()
 
-    def on_voices_report(self, report: VoiceWritten | FolderSeen) -> None:
-        """Record the end of a write or of a look, and answer the calls that have waited for it."""
-        if isinstance(report, FolderSeen):
-            self._on_folder_seen(report)
+    def on_voices_report(self, report: VoiceWritten | FolderScanned) -> None:
+        """Record the end of a write or of a scan, and answer the calls that have waited for it."""
+        if isinstance(report, FolderScanned):
+            self._on_folder_scanned(report)
         else:
             self._on_voice_written(report)
 
@@ -255,16 +255,16 @@ class ControlHandler:
                     case PortableVoice():
                         pending.caller.answer(Reply(id=call_id, exported=result))
 
-    def _on_folder_seen(self, seen: FolderSeen) -> None:
-        self._voices_folder.on_seen()
-        if seen.voices is not None:
-            self._voices.on_seen(seen.voices)
-        if seen.consents is not None:
-            self._consents.on_seen(seen.consents)
+    def _on_folder_scanned(self, scan: FolderScanned) -> None:
+        self._voices_folder.on_scanned()
+        if scan.voices is not None:
+            self._voices.on_scanned(scan.voices)
+        if scan.consents is not None:
+            self._consents.on_scanned(scan.consents)
         for pending in list(self._pending):
-            if isinstance(pending, _PendingLook) and pending.number <= self._voices_folder.seen:
+            if isinstance(pending, _PendingScan) and pending.number <= self._voices_folder.scanned:
                 self._pending.remove(pending)
-                self._carry_out(pending.caller, pending.call, pending.payload, may_look=False)
+                self._carry_out(pending.caller, pending.call, pending.payload, may_scan=False)
 
     def on_usage_found(self, report: UsageFound) -> None:
         """Answer the call that asked for these rows, if it is still pending."""
@@ -435,7 +435,7 @@ class ControlHandler:
                 return Reply(id=call_id, model=status) if loaded else None
             case _PendingUnload(model=model):
                 return self._result_of_unload(call_id, model)
-            case _PendingWrite() | _PendingUsage() | _PendingLook():
+            case _PendingWrite() | _PendingUsage() | _PendingScan():
                 return None  # see on_voices_report, on_usage_found
             case _:
                 assert_never(pending)

@@ -19,8 +19,8 @@ from gpu_worker.engines.base import JobError
 from gpu_worker.requests import Cancelled, Request
 from gpu_worker.stats import Ending
 from shared.protocol import SpeechError, speech_id_of
+from shared.trace_settings import is_sampled
 from shared.traces import Traces
-from shared.tracing import is_sampled
 
 _NS: Final = 1_000_000_000
 

@@ -208,7 +208,7 @@ class Request:
     `state` is written here alone; see RequestState for what it implies.
     `parked_bytes` is the host RAM that its engine keeps for it while it is PARKED; it is counted in the sink's buffer.
     `is_batch`: no listener waits. `deadline_s`: the request fails if its audio begins later than so long after arrival.
-    `traceparent` is the trace context of its web worker, see shared.tracing.
+    `traceparent` is the trace context of its web worker, see shared.trace_settings.
     `charged_s` is the audio that its client has been charged for, see Scheduler.
     `made_bytes` counts its audio, sent or waiting. `unread_since` is when its credit was used up; None with credit.
     `outcome` and `ended_at` are of its end; a DRAINING request may get a second one.

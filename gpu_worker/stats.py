@@ -37,7 +37,7 @@ from shared.protocol import (
     WorkerUse,
     speech_id_of,
 )
-from shared.tracing import trace_id_of
+from shared.trace_settings import trace_id_of
 
 Ending = Literal["finished", "failed", "cancelled"]
 """How a request ended."""

@@ -40,7 +40,7 @@ from gpu_worker.slots import Place, Slots
 from gpu_worker.stats import Ending, Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
 from gpu_worker.usage import Sums, UsageFound, UsageLog
-from gpu_worker.voices import ConsentStore, FolderSeen, FolderWatch, VoiceStore, VoiceWritten
+from gpu_worker.voices import ConsentStore, FolderScanned, FolderWatch, VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (
     VERSION,
@@ -89,7 +89,7 @@ class Wake(msgspec.Struct, frozen=True):
     """End the wait for a command: an engine may have become runnable."""
 
 
-Command = TransportEvent | Report | MoverFailed | VoiceWritten | FolderSeen | UsageFound | Drain | Wake
+Command = TransportEvent | Report | MoverFailed | VoiceWritten | FolderScanned | UsageFound | Drain | Wake
 """Everything that reaches the loop through its inbox."""
 
 
@@ -198,7 +198,7 @@ class Worker:
         for refusal in self._residency.advance():
             self._refuse(refusal)
         self._control.answer_finished()
-        self._voices_folder.look_if_due()
+        self._voices_folder.scan_if_due()
         self._usage.flush_if_due()
 
     # --- commands --------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Worker:
                 self._handle_report(command)
             case MoverFailed(reason):
                 raise BrokenDeviceError(reason)
-            case VoiceWritten() | FolderSeen():
+            case VoiceWritten() | FolderScanned():
                 self._control.on_voices_report(command)
             case UsageFound():
                 self._control.on_usage_found(command)

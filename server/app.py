@@ -20,7 +20,7 @@ from server.http.keys import load_keyring
 from server.http.middleware import HttpMiddleware
 from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
-from server.reloading import AskReload, WebState, no_main_process
+from server.reload_messages import AskReload, WebState, no_main_process
 from server.routes import (
     admin,
     asyncapi,
@@ -43,7 +43,7 @@ from server.text import load_pronunciations
 from shared.log import set_up_logging
 from shared.redaction import keep_secret
 from shared.settings import Settings
-from shared.tracing import open_traces
+from shared.trace_settings import open_traces
 
 OpenEngine = Callable[..., AbstractAsyncContextManager[EngineClient]]
 """Opens the client of the GPU workers. The keyword arguments are those of ZmqEngineClient about the web side."""

@@ -1,4 +1,4 @@
-"""The settings in force: from the start of the main process on, through every reload.
+"""The settings in force, from the start of the main process through every reload.
 
 `Configuration` belongs to the main process. It reads .env and the files of keys and pronunciations again when it is
 told to, and takes all of it or nothing. Processes that the main process starts later begin with what is in force.
@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from server.http.keys import KeysError, load_keyring
-from server.reloading import ReloadOutcome, WebState
+from server.reload_messages import ReloadOutcome, WebState
 from server.text import PronunciationsError, load_pronunciations, reload_pronunciations
 from shared.catalog import CatalogError
 from shared.environment import environment
@@ -34,7 +34,9 @@ class Configuration:
         self._variables = {name: text for name, text in found.items() if is_ours(name)}
         self._worker_url = settings.worker_url
         self._files = _digests(settings)
-        self._told: set[str] = set()
+        self._worker_changes: set[str] = set()
+        """Variables of the GPU worker that reloads have changed."""
+
         self.state = WebState(settings=settings, keyring=load_keyring(settings))
         """What web workers work by."""
 
@@ -70,13 +72,13 @@ class Configuration:
         needs_restart = sorted({*new.needs_restart, *(rewritten & _TLS)})
         changed = sorted({*new.changed, *(rewritten - _TLS)})
         if changed:
-            self._told |= WORKER_LIVE_VARIABLES & set(changed)
+            self._worker_changes |= WORKER_LIVE_VARIABLES & set(changed)
             self._variables = new.variables
             self._files |= {name: files[name] for name in files.keys() - _TLS}
             self.state = WebState(
                 settings=msgspec.structs.replace(new.settings, worker_url=self._worker_url),
                 keyring=keyring,
-                worker_variables={name: new.variables.get(name, "") for name in self._told},
+                worker_variables={name: new.variables.get(name, "") for name in self._worker_changes},
             )
         return ReloadOutcome(changed=changed, needs_restart=needs_restart), self.state if changed else None
 

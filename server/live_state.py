@@ -1,4 +1,4 @@
-"""A running application goes over to the state of a reload. Requests that it is answering end as they began."""
+"""Applies the state of a reload to a running application. Requests in progress keep the settings they began with."""
 
 from litestar.datastructures import State
 
@@ -7,7 +7,7 @@ from server.caches import WebCaches
 from server.engine import EngineClient
 from server.http.middleware import HttpMiddleware
 from server.http.origins import set_cors
-from server.reloading import WebState
+from server.reload_messages import WebState
 from shared.log import set_log_level
 from shared.redaction import keep_secret
 
@@ -15,7 +15,7 @@ _MIB = 1024 * 1024
 
 
 async def take_state(application: HttpMiddleware, new: WebState) -> None:
-    """Work by `new` from now on, and let the GPU worker do so too. The application has started."""
+    """Apply `new` to this process, then to the GPU worker. The application has started."""
     settings, state = new.settings, application.app.state
     keep_secret(settings.secrets())
     state.settings, state.keyring = settings, new.keyring

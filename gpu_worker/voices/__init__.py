@@ -1,7 +1,7 @@
 """Saved voices and consents on the worker's disk, and the checks of every recording that a voice is cloned from.
 
 The store keeps the list, the files do the I/O, and a thread of the caller writes.
-Several GPU workers may share the folder: `FolderWatch` decides when to look for the changes of the others.
+Several GPU workers may share the folder: `FolderWatch` decides when to scan for the changes of the others.
 """
 
 from gpu_worker.voices.checks import OutdatedError as OutdatedError
@@ -9,8 +9,8 @@ from gpu_worker.voices.checks import check_recording as check_recording
 from gpu_worker.voices.checks import check_transcript as check_transcript
 from gpu_worker.voices.consents import ConsentStore as ConsentStore
 from gpu_worker.voices.files import ConsentRecord as ConsentRecord
-from gpu_worker.voices.files import FolderSeen as FolderSeen
-from gpu_worker.voices.files import LookAtFolder as LookAtFolder
+from gpu_worker.voices.files import FolderScanned as FolderScanned
+from gpu_worker.voices.files import ScanFolder as ScanFolder
 from gpu_worker.voices.files import VoiceFiles as VoiceFiles
 from gpu_worker.voices.files import VoiceRecord as VoiceRecord
 from gpu_worker.voices.files import VoiceWrite as VoiceWrite

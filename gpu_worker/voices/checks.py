@@ -34,7 +34,7 @@ def checked_name(name: str, owner: str) -> str:
 
 
 class OutdatedError(JobError):
-    """A JobError by the list alone: another process may have changed the folder since the last look at it."""
+    """A JobError by the list alone: another process may have changed the folder since its last scan."""
 
 
 def name_taken(name: str, kind: type[JobError] = JobError) -> JobError:

@@ -1,7 +1,7 @@
 """The list of recorded consents: which exist, and which are being written.
 
 Owned by the synthesis thread. As with VoiceStore, a change happens when `on_written` gets the report of its write,
-and `on_seen` brings what other processes have changed.
+and `on_scanned` brings what other processes have changed.
 """
 
 import secrets
@@ -43,8 +43,8 @@ class ConsentStore:
         self._max_consents = max_consents
         self._wall = wall
         self._records: dict[str, ConsentRecord] = {}
-        self._seen: list[ConsentRecord] = []
-        self.on_seen(files.consents())
+        self._scanned: list[ConsentRecord] = []
+        self.on_scanned(files.consents())
         self._writing: list[VoiceWrite] = []
 
     @property
@@ -52,10 +52,10 @@ class ConsentStore:
         """True while a write is pending."""
         return bool(self._writing)
 
-    def on_seen(self, records: "list[ConsentRecord]") -> None:
+    def on_scanned(self, records: "list[ConsentRecord]") -> None:
         """Take `records` as the list: all consents that are in the folder now."""
-        if records is not self._seen:
-            self._seen = records
+        if records is not self._scanned:
+            self._scanned = records
             self._records = {record.id: record for record in records}
 
     def find(self, consent_id: str, access: VoiceAccess = ALL_VOICES) -> VoiceConsent:

@@ -125,11 +125,11 @@ class VoiceWritten(msgspec.Struct, frozen=True, kw_only=True):
     exported: PortableVoice | None = None
 
 
-class LookAtFolder(msgspec.Struct, frozen=True):
-    """Work for the disk: find out what other processes have changed. FolderSeen is its report."""
+class ScanFolder(msgspec.Struct, frozen=True):
+    """Work for the disk: find out what other processes have changed. FolderScanned is its report."""
 
 
-class FolderSeen(msgspec.Struct, frozen=True):
+class FolderScanned(msgspec.Struct, frozen=True):
     """All voices and all consents, the oldest first; None if the folder could not be read."""
 
     voices: list[VoiceRecord] | None
@@ -156,12 +156,12 @@ class VoiceFiles:
         Files that a dying process left half-written or half-deleted are removed. Call it before the thread starts.
         """
         self._remove_leftovers(self._directory, ID_PREFIX)
-        return self._look().voices or []
+        return self._scan().voices or []
 
     def consents(self) -> list[ConsentRecord]:
         """The records of all whole consents, as `records` does it."""
         self._remove_leftovers(self._directory / _CONSENTS, CONSENT_PREFIX)
-        return self._look().consents or []
+        return self._scan().consents or []
 
     def record(self, voice_id: str) -> VoiceRecord | None:
         """The record of the voice with that id, which another process may just have saved; None without one."""
@@ -172,20 +172,20 @@ class VoiceFiles:
         except _UNREADABLE:
             return None
 
-    def handle(self, work: "VoiceWrite | LookAtFolder") -> "VoiceWritten | FolderSeen":
-        """Carry out a write, or look at the folder."""
-        return self._look() if isinstance(work, LookAtFolder) else self.write(work)
+    def handle(self, work: "VoiceWrite | ScanFolder") -> "VoiceWritten | FolderScanned":
+        """Carry out a write or a scan."""
+        return self._scan() if isinstance(work, ScanFolder) else self.write(work)
 
-    def _look(self) -> FolderSeen:
+    def _scan(self) -> FolderScanned:
         try:
-            seen = FolderSeen(self._voices.look(), self._consents.look())
+            scan = FolderScanned(self._voices.scan(), self._consents.scan())
             self._problem = ""
         except OSError as error:
-            if str(error) != self._problem:  # each look meets it again
+            if str(error) != self._problem:  # each scan meets it again
                 log.warning("voices_folder_unreadable", folder=str(self._directory), reason=str(error))
             self._problem = str(error)
-            return FolderSeen(None, None)
-        return seen
+            return FolderScanned(None, None)
+        return scan
 
     def _remove_leftovers(self, folder: Path, prefix: str) -> None:
         """Remove what no record names. Where another process holds the lock, it may be writing that."""
@@ -307,7 +307,7 @@ class VoiceFiles:
     def _check_name(self, record: Record) -> None:
         if isinstance(record, ConsentRecord):
             return
-        if is_name_taken(record.name, record.owner, self._voices.look(), but=record.id):
+        if is_name_taken(record.name, record.owner, self._voices.scan(), but=record.id):
             raise name_taken(record.name)
 
     def _remove(self, voice_id: str) -> None:

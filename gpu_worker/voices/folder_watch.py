@@ -1,57 +1,59 @@
-"""When the thread that owns the voices' files looks at their folder: regularly, and when something was not found.
+"""Schedules the scans of the voices' folder: at an interval, and when a call does not find something.
 
-Owned by the synthesis thread. At most one look is under way; all that were asked for meanwhile become one.
+Owned by the synthesis thread; the thread `voices` scans. At most one scan is under way. Requests for a scan that come
+meanwhile are merged into the next one.
 """
 
 import time
 from collections.abc import Callable
 from typing import Final
 
-from gpu_worker.voices.files import LookAtFolder
+from gpu_worker.voices.files import ScanFolder
 
-LOOK_S: Final = 0.5
-"""Seconds between two looks. One costs two calls of stat; only a folder that has changed is read."""
+SCAN_INTERVAL_S: Final = 0.5
+"""Seconds between two scans. A scan costs two calls of stat; it reads a folder only if that has changed."""
 
 
 class FolderWatch:
-    """`submit` hands a look to the thread; `on_seen` takes note of its report. `clock` gives seconds."""
+    """`submit` hands a scan to the thread; `on_scanned` records its report. `clock` gives seconds."""
 
     def __init__(
         self,
-        submit: Callable[[LookAtFolder], None],
+        submit: Callable[[ScanFolder], None],
         *,
-        interval_s: float = LOOK_S,
+        interval_s: float = SCAN_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._submit = submit
         self._interval_s = interval_s
         self._clock = clock
-        self._asked_at = clock()
-        self._wanted = self._asked = self.seen = 0
+        self._submitted_at = clock()
+        self._requested = self._submitted = self.scanned = 0
+        """The numbers of the latest scans that were requested, submitted and reported."""
 
     @property
-    def looking(self) -> bool:
-        """True while a look is under way."""
-        return self._asked > self.seen
+    def scanning(self) -> bool:
+        """True while a scan is under way."""
+        return self._submitted > self.scanned
 
-    def look(self) -> int:
-        """The number of a look that begins after this call: it is over when `seen` has reached the number."""
-        self._wanted = self._asked + 1
-        self._ask()
-        return self._wanted
+    def scan(self) -> int:
+        """Request a scan that begins after this call. Returns its number; it is over when `scanned` reaches that."""
+        self._requested = self._submitted + 1
+        self._submit_next()
+        return self._requested
 
-    def look_if_due(self) -> None:
-        """Look, if the last one began `interval_s` ago."""
-        if not self.looking and self._clock() - self._asked_at >= self._interval_s:
-            self.look()
+    def scan_if_due(self) -> None:
+        """Scan if the last scan began `interval_s` ago."""
+        if not self.scanning and self._clock() - self._submitted_at >= self._interval_s:
+            self.scan()
 
-    def on_seen(self) -> None:
-        """The report of a look has come."""
-        self.seen = self._asked
-        self._ask()
+    def on_scanned(self) -> None:
+        """Record the report of a scan."""
+        self.scanned = self._submitted
+        self._submit_next()
 
-    def _ask(self) -> None:
-        if self._wanted > self._asked and not self.looking:
-            self._asked = self._wanted
-            self._asked_at = self._clock()
-            self._submit(LookAtFolder())
+    def _submit_next(self) -> None:
+        if self._requested > self._submitted and not self.scanning:
+            self._submitted = self._requested
+            self._submitted_at = self._clock()
+            self._submit(ScanFolder())

@@ -63,7 +63,7 @@ class RecordList(Generic[R]):
         self._faulty: set[tuple[str, Stamp]] = set()
         self._records: list[R] = []
 
-    def look(self) -> list[R]:
+    def scan(self) -> list[R]:
         """The records as they are now, the same list object while nothing has changed; OSError without an answer."""
         now, stamp = self._clock(), self._stamp_of_folder()
         if stamp != self._stamp:

@@ -1,8 +1,9 @@
 """The list of saved voices: which exist, which are being written, and which names are free.
 
 Owned by the synthesis thread. VoiceStore writes no file: it submits VoiceWrites to a thread of the caller,
-and a voice appears or disappears when `on_written` gets the report. `on_seen` brings what other processes have changed.
-The synthesis thread reads the disk only for the recording of a voice, and for the record of an id that is not listed.
+and a voice appears or disappears when `on_written` gets the report. `on_scanned` brings what other
+processes have changed. The synthesis thread reads the disk only for the recording of a voice, and for the
+record of an id that is not listed.
 """
 
 import secrets
@@ -70,22 +71,22 @@ class VoiceStore:
         self._exporting: list[VoiceWrite] = []
         self._recordings: OrderedDict[str, Reference] = OrderedDict()
         self._hits = self._misses = 0
-        self._seen: list[VoiceRecord] = []
-        self.on_seen(files.records())
+        self._scanned: list[VoiceRecord] = []
+        self.on_scanned(files.records())
 
     @property
     def writing(self) -> bool:
         """True while a write is pending."""
         return bool(self._saving or self._renaming or self._deleting or self._exporting)
 
-    def on_seen(self, records: list[VoiceRecord]) -> None:
+    def on_scanned(self, records: list[VoiceRecord]) -> None:
         """Take `records`, the oldest first, as the list: all voices that are in the folder now.
 
         A volume without locks allows two voices of one name: the name means neither of them, and their ids do.
         """
-        if records is self._seen:
+        if records is self._scanned:
             return
-        before, self._seen, self._records = self._records, records, {}
+        before, self._scanned, self._records = self._records, records, {}
         places = {voice_id: place for place, voice_id in enumerate(before)}  # of voices of one second
         named: dict[str, list[VoiceRecord]] = {}
         for record in sorted(records, key=lambda record: (record.created_at, places.get(record.id, len(places)))):

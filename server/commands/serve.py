@@ -43,7 +43,7 @@ from shared.environment import NO_CUDA, impossible_kernels, unknown_models, unus
 from shared.log import set_up_logging
 from shared.settings import Settings, SettingsError, variable_of
 from shared.sockets import AddressError, ipc_path
-from shared.tracing import tracing_problems
+from shared.trace_settings import tracing_problems
 
 SUMMARY: Final = "run the service (the default command)"
 

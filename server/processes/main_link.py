@@ -11,7 +11,7 @@ import structlog
 
 from server.http.errors import ApiError
 from server.processes.reloads import TAKEN_WITHIN_S
-from server.reloading import (
+from server.reload_messages import (
     ReloadAnswer,
     ReloadAsked,
     ReloadOutcome,

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from server.reloading import (
+from server.reload_messages import (
     FromWorker,
     ReloadAnswer,
     ReloadAsked,

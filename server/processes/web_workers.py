@@ -37,7 +37,7 @@ from server.processes.restarts import RestartPauses, death_cause
 from server.processes.systemd import Systemd
 from server.processes.terminal import terminal_is_gone
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
-from server.reloading import AskReload, ReloadOutcome, WebState
+from server.reload_messages import AskReload, ReloadOutcome, WebState
 from shared.log import set_log_level
 from shared.settings import Settings
 from shared.stacks import write_stacks_on_signals

@@ -7,7 +7,7 @@ from litestar import post
 from litestar.datastructures import State
 
 from server.http.errors import ApiError, documented
-from server.reloading import AskReload
+from server.reload_messages import AskReload
 from shared.live_settings import LIVE_VARIABLES
 
 _DESCRIPTION: Final = (

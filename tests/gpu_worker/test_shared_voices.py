@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_worker.voices.folder_watch import LOOK_S
+from gpu_worker.voices.folder_watch import SCAN_INTERVAL_S
 from shared.protocol import CloneVoice, CreateConsent, DeleteVoice, FindConsent, FindVoice, UpdateVoice
 from tests.gpu_worker.worker_bench import VOICE, MakeBench, WorkerBench
 
@@ -18,8 +18,8 @@ def names(bench: WorkerBench) -> list[str]:
     return [voice.name for voice in bench.snapshot().voices]
 
 
-def test_a_miss_looks_at_the_folder(benches: tuple[WorkerBench, WorkerBench]) -> None:
-    """What was saved through one worker is found through the other one at once, without waiting for its next look."""
+def test_a_miss_scans_the_folder(benches: tuple[WorkerBench, WorkerBench]) -> None:
+    """What was saved through one worker is found through the other one at once, without waiting for its next scan."""
     one, other = benches
     voice = one.save_voice("Ada")
     assert other.result_of(FindVoice(name="ada"), call_id="f").voice == voice
@@ -49,7 +49,7 @@ def test_a_freed_name_can_be_taken_at_once(benches: tuple[WorkerBench, WorkerBen
 
 
 def test_changes_are_seen_without_a_miss(benches: tuple[WorkerBench, WorkerBench]) -> None:
-    """A new name, and a deletion, reach the other worker with its next look, half a second later.
+    """A new name, and a deletion, reach the other worker with its next scan, half a second later.
 
     Then the voice is not spoken any more, although its recording was in memory.
     """
@@ -59,19 +59,19 @@ def test_changes_are_seen_without_a_miss(benches: tuple[WorkerBench, WorkerBench
     other.speak("before", "a", voice=voice.id, saved_voice=True)
     other.settle()
     one.result_of(UpdateVoice(id=voice.id, name="Eva"), call_id="r")
-    other.clock.advance(LOOK_S)
+    other.clock.advance(SCAN_INTERVAL_S)
     other.settle()
     assert (names(other), other.words("before")) == (["Eva"], "a")
     one.result_of(DeleteVoice(id=voice.id), call_id="d")
-    other.clock.advance(LOOK_S)
+    other.clock.advance(SCAN_INTERVAL_S)
     other.settle()
     other.speak("after", "a", voice=voice.id, saved_voice=True)
     other.settle()
     assert (names(other), other.last_message("after").code) == ([], "voice_not_found")
 
 
-def test_calls_wait_for_the_look_that_began_after_them(benches: tuple[WorkerBench, WorkerBench]) -> None:
-    """A look that is under way may have missed a voice, so a call waits for the next one; a cancelled call does not."""
+def test_calls_wait_for_the_scan_that_began_after_them(benches: tuple[WorkerBench, WorkerBench]) -> None:
+    """A scan that is under way may have missed a voice, so a call waits for the next one; a cancelled call does not."""
     one, other = benches
     other.voice_files.gate.clear()
     other.call("slow", CloneVoice(name="Bob"), VOICE)  # holds the thread up

@@ -29,7 +29,7 @@ from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
 from gpu_worker.usage import AddUsage, UsageLog
-from gpu_worker.voices import ConsentStore, FolderWatch, LookAtFolder, VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, FolderWatch, ScanFolder, VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec
 from shared.pcm import bytes_for
@@ -371,7 +371,7 @@ class WorkerBench:
             wall=lambda: WALL + self.clock.now,
         )
         self.voice_files = SlowVoiceFiles(voices_dir)
-        self.voice_writer = SerialThread[VoiceWrite | LookAtFolder](
+        self.voice_writer = SerialThread[VoiceWrite | ScanFolder](
             "voices", lambda work: self.inbox.put(self.voice_files.handle(work))
         )
         self.voices_folder = FolderWatch(self.voice_writer.submit, clock=self.clock)
@@ -504,7 +504,7 @@ class WorkerBench:
             return True
         if (self.voices.writing or self.consents.writing) and self.voice_files.gate.is_set():
             return True
-        if self.voices_folder.looking and self.voice_files.gate.is_set():
+        if self.voices_folder.scanning and self.voice_files.gate.is_set():
             return True
         pending = self.checkpoints.pending
         return pending[CheckFiles] > 0 or (pending[Download] > 0 and self.files.gate.is_set())

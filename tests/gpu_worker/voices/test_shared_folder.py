@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.voices import ConsentStore, LookAtFolder, VoiceFiles, VoiceStore, VoiceWrite
+from gpu_worker.voices import ConsentStore, ScanFolder, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.voices.shared_folder import SETTLED_S, RecordList, folder_lock
 from tests.gpu_worker.fakes import FakeClock
 
@@ -50,11 +50,11 @@ class Store:
         store = self.consents if report.write.record.id.startswith("cons_") else self.voices
         return store.on_written(report).id
 
-    def look(self) -> None:
+    def scan(self) -> None:
         """Look at the folder, as the process does it every half second."""
-        seen = self.files.handle(LookAtFolder())
-        self.voices.on_seen(seen.voices)
-        self.consents.on_seen(seen.consents)
+        seen = self.files.handle(ScanFolder())
+        self.voices.on_scanned(seen.voices)
+        self.consents.on_scanned(seen.consents)
 
     def save(self, name: str) -> str:
         """Save a voice; its id."""
@@ -74,36 +74,36 @@ def stores(tmp_path: Path) -> tuple[Store, Store]:
 
 
 class TestTwoWorkers:
-    """What one of them changes, the other one sees when it looks."""
+    """What one of them changes, the other one sees at its next scan."""
 
     def test_save_rename_delete(self, stores: tuple[Store, Store]) -> None:
         """A voice is seen, has its new name, and is gone, its recording from memory as well."""
         one, other = stores
         voice = one.save("Ada")
-        other.look()
+        other.scan()
         assert other.names == ["Ada"]
         assert other.voices.load(voice).pcm == RECORDING
         one.voices.update(voice, name="Eva")
         one.write()
-        other.look()
+        other.scan()
         assert other.names == ["Eva"]
         one.voices.delete(voice)
         one.write()
-        other.look()
+        other.scan()
         assert other.names == []
         assert other.voices.cache_stats().entries == 0
         with pytest.raises(JobError) as caught:
             other.voices.load(voice)
         assert caught.value.code == "voice_not_found"
 
-    def test_an_id_is_found_without_a_look(self, stores: tuple[Store, Store]) -> None:
+    def test_an_id_is_found_without_a_scan(self, stores: tuple[Store, Store]) -> None:
         """A request with the id of a voice that another worker has just saved is spoken, and can be renamed."""
         one, other = stores
         voice = one.save("Ada")
         assert other.voices.load(voice).pcm == RECORDING
         other.voices.update(voice, name="Eva")
         other.write()
-        one.look()
+        one.scan()
         assert (one.names, other.names) == (["Eva"], ["Eva"])
         one.voices.delete(voice)
         one.write()
@@ -122,7 +122,7 @@ class TestTwoWorkers:
         with pytest.raises(JobError, match="already"):
             other.write()
         for store in stores:
-            store.look()
+            store.scan()
             assert sorted(store.names) == ["Ada", "Bob"]
 
     def test_changes_of_a_deleted_voice(self, stores: tuple[Store, Store]) -> None:
@@ -130,7 +130,7 @@ class TestTwoWorkers:
         one, other = stores
         for change in ("rename", "delete"):
             voice = one.save("Ada")
-            other.look()
+            other.scan()
             one.voices.delete(voice)
             one.write()
             _ = other.voices.update(voice, name="Eva") if change == "rename" else other.voices.delete(voice)
@@ -138,7 +138,7 @@ class TestTwoWorkers:
                 other.write()
             assert caught.value.code == "voice_not_found"
             for store in stores:
-                store.look()
+                store.scan()
                 assert store.names == []
 
     def test_consents(self, stores: tuple[Store, Store]) -> None:
@@ -146,15 +146,15 @@ class TestTwoWorkers:
         one, other = stores
         one.consents.create("Ada", "en", RECORDING)
         consent = one.write()
-        other.look()
+        other.scan()
         assert other.consents.find(consent).name == "Ada"
         other.consents.rename(consent, "Eva")
         other.write()
-        one.look()
+        one.scan()
         assert one.consents.find(consent).name == "Eva"
         one.consents.delete(consent)
         one.write()
-        other.look()
+        other.scan()
         with pytest.raises(JobError, match="no consent"):
             other.consents.find(consent)
 
@@ -172,10 +172,10 @@ class TestTwoWorkers:
         with folder_lock(tmp_path / "voices"):
             writing.start()
             writing.join(0.1)
-            stores[1].look()
+            stores[1].scan()
             assert (writing.is_alive(), stores[1].names) == (True, ["Ada"])
         writing.join()
-        stores[1].look()
+        stores[1].scan()
         assert sorted(stores[1].names) == {"save": ["Ada", "Bob"], "rename": ["Eva"], "delete": []}[change]
 
     def test_a_start_leaves_what_is_being_written(self, stores: tuple[Store, Store], tmp_path: Path) -> None:
@@ -244,35 +244,35 @@ class TestRecordList:
         self, records: RecordList[str], tmp_path: Path, clock: FakeClock, reads: list[str]
     ) -> None:
         """Each file is read once, and again when it was replaced."""
-        assert records.look() == []
+        assert records.scan() == []
         folder = tmp_path / "records"
         folder.mkdir()
         (folder / "a.json").write_text("1")
         (folder / "b.json").write_text("2")
-        first = records.look()
+        first = records.scan()
         assert first == ["1", "2"]
         clock.advance(SETTLED_S)
-        assert records.look() is first
+        assert records.scan() is first
         (folder / "c.json").write_text("3")
         (folder / "c.json").replace(folder / "a.json")
-        assert records.look() == ["2", "3"]
+        assert records.scan() == ["2", "3"]
         assert sorted(reads) == ["a", "a", "b"]
 
     def test_a_change_within_one_step_of_the_clock_is_seen(
         self, records: RecordList[str], tmp_path: Path, clock: FakeClock
     ) -> None:
-        """A change that leaves the folder's time as it was is seen by the looks of the next second."""
+        """A change that leaves the folder's time as it was is seen by the scans of the next second."""
         folder = tmp_path / "records"
         folder.mkdir()
         (folder / "a.json").write_text("1")
         status = folder.stat()
-        assert records.look() == ["1"]
+        assert records.scan() == ["1"]
         (folder / "b.json").write_text("2")
         os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
         if folder.stat().st_size != status.st_size:
             pytest.skip("this file system counts files in the folder's size")
         clock.advance(SETTLED_S)
-        assert records.look() == ["1", "2"]
+        assert records.scan() == ["1", "2"]
 
     def test_a_fault_is_logged_once(self, records: RecordList[str], tmp_path: Path) -> None:
         """A file that cannot be read is logged once, left out, and listed as soon as it is whole."""
@@ -280,11 +280,11 @@ class TestRecordList:
         folder.mkdir()
         (folder / "a.json").write_text("bad")
         with capture_logs() as logs:
-            assert records.look() == records.look() == []
+            assert records.scan() == records.scan() == []
         assert [entry["voice"] for entry in logs] == ["a"]
         (folder / "b.json").write_text("good")
         (folder / "b.json").replace(folder / "a.json")
-        assert records.look() == ["good"]
+        assert records.scan() == ["good"]
 
 
 def test_a_list_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_list_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
     records = RecordList(tmp_path, read, order=lambda name: (0, name), unreadable=(ValueError,), clock=clock)
     for _ in range(2):
         with pytest.raises(OSError, match="away"):
-            records.look()
+            records.scan()
         clock.advance(2 * SETTLED_S)
     broken = False
-    assert records.look() == ["one"]
+    assert records.scan() == ["one"]

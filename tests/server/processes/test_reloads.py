@@ -10,7 +10,7 @@ from server.http.keys import Caller, Keyring, digest_of
 from server.processes import reloads
 from server.processes.main_link import MainLink
 from server.processes.reloads import Reloads
-from server.reloading import ReloadOutcome, WebState
+from server.reload_messages import ReloadOutcome, WebState
 from shared.settings import Settings, load_settings
 
 

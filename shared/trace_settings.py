@@ -1,4 +1,4 @@
-"""Traces: whether there are any, and where they go.
+"""The settings of traces: whether there are any, and which collector gets them.
 
 Off, and OpenTelemetry is not even imported, unless TTS_OTLP_ENDPOINT or OpenTelemetry's own variable names a collector.
 shared/traces.py makes the spans. A span has no text, no key and no voice in it.

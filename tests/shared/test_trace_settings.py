@@ -8,8 +8,8 @@ import pytest
 
 from shared import traces as traces_module
 from shared.settings import Settings
+from shared.trace_settings import is_sampled, open_traces, trace_id_of, tracing_problems
 from shared.traces import Traces, context_of
-from shared.tracing import is_sampled, open_traces, trace_id_of, tracing_problems
 from tests.ports import free_port
 from tests.spans import CLIENT, TRACE, TRACEPARENT, KeptTraces, parent_id, span_id, trace_id
 from tests.system.service import ROOT, stretched

@@ -1,4 +1,4 @@
-"""What a web worker works by, and what comes of a reload: the messages of the main process and its web workers."""
+"""The messages of a reload between the main process and its web workers, and the state that they carry."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from shared.settings import Settings
 
 
 class WebState(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings and keys of a web worker. All web workers have the same.
+    """The settings and keys in force, the same in all web workers.
 
     `worker_variables` are those that reloads have changed for the GPU worker since the start; "" is one that is unset.
     """
@@ -31,14 +31,14 @@ class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StateForWorker(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """From the main process: work by `state` from now on. The answer is StateTaken with the same `reload`."""
+    """From the main process: `state` holds from now on. The answer is StateTaken with the same `reload`."""
 
     reload: int
     state: WebState
 
 
 class ReloadAnswer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """From the main process: what came of the reload that the web worker has asked for, up to its ask number `ask`."""
+    """From the main process: the outcome of the reload that answers the web worker's asks up to number `ask`."""
 
     ask: int
     outcome: ReloadOutcome
@@ -52,7 +52,7 @@ class ReloadAsked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StateTaken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """From a web worker: it works by the state of that reload."""
+    """From a web worker: it has taken the state of that reload."""
 
     worker: int
     reload: int
@@ -62,7 +62,7 @@ ToWorker = StateForWorker | ReloadAnswer
 FromWorker = ReloadAsked | StateTaken
 
 AskReload = Callable[[], Awaitable[ReloadOutcome]]
-"""Asks the main process for a reload, and waits until every web worker works by what it has read."""
+"""Asks the main process for a reload, and waits until every web worker has taken the new state."""
 
 
 async def no_main_process() -> ReloadOutcome:
