@@ -8,6 +8,7 @@ from ray.serve.handle import DeploymentHandle
 
 from server.app import create_app
 from server.cluster.relayed_application import RelayedApplication
+from server.cluster.replica_port import hide_port
 from server.cluster.serve_replicas import ServeReplicas
 from server.cluster.settings import NodeSettings, settings_of
 from server.engine.ray import RayEngineClient
@@ -25,6 +26,7 @@ class Ingress:
     """The deployment's class: Serve asks it for the application once."""
 
     def __init__(self, node_settings: NodeSettings, engine: DeploymentHandle[Any]) -> None:
+        hide_port()
         self._settings = settings_of(node_settings)
         self._engine = engine
 

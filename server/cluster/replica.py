@@ -18,6 +18,7 @@ import ray
 import structlog
 from ray import serve
 
+from server.cluster.replica_port import hide_port
 from server.cluster.settings import NodeSettings, settings_of
 from server.cluster.worker_gateway import Askers, WorkerGateway
 from server.engine import OutageFile, ZmqEngineClient
@@ -41,6 +42,7 @@ class EngineReplica:
     """The deployment's class. Serve runs its methods on one event loop."""
 
     async def __init__(self, node_settings: NodeSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        hide_port()
         settings = settings_of(node_settings)
         set_up_logging(settings.log_level, settings.log_format, "replica")
         context = serve.get_replica_context()

@@ -46,6 +46,16 @@ class Cluster(Service):
         """The actors of a deployment: "engine" or "ingress"."""
         return self.named(f"ServeReplica:speech:{deployment}")
 
+    def listening(self) -> set[str]:
+        """The addresses at which its processes listen, as the kernel writes them."""
+        sockets = set()
+        for pid in [self.process.pid, *self.processes()]:
+            with contextlib.suppress(OSError):
+                sockets |= {str(descriptor.readlink()) for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
+        tables = (Path(f"/proc/net/{table}").read_text(encoding="ascii") for table in ("tcp", "tcp6"))
+        rows = [line.split() for table in tables for line in table.splitlines()]
+        return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
     def kill(self) -> None:
         """Kill every process of the cluster that still runs."""
         self.http.close()

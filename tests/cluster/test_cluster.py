@@ -29,6 +29,8 @@ from tests.system.service import eventually, stretched
 pytestmark = pytest.mark.timeout(600)
 
 REPLICAS: Final = 2
+LOOPBACK: Final = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1 and ::1, as the kernel writes them."""
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 
 
@@ -54,6 +56,11 @@ def listeners(cluster: Cluster, count: int) -> Iterator[list[Listener]]:
 def client(cluster: Cluster) -> openai.OpenAI:
     """OpenAI's SDK with our address, and no other change."""
     return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)
+
+
+def test_every_port_is_at_the_loopback(cluster: Cluster) -> None:
+    """Those of Ray and Serve, too: some of them unpickle what comes, without a key."""
+    assert cluster.listening() <= LOOPBACK
 
 
 @pytest.mark.parametrize("audio_format", FORMATS)
