@@ -40,11 +40,16 @@ def workers(tmp_path: Path) -> Iterator[list[FakeWorker]]:
         yield [one, other]
 
 
+@pytest.fixture
+def replicas() -> LocalReplicas:
+    """The replicas of the workers, once there is the engine."""
+    return LocalReplicas()
+
+
 @pytest_asyncio.fixture
-async def engine(workers: list[FakeWorker]) -> AsyncIterator[RayEngineClient]:
+async def engine(workers: list[FakeWorker], replicas: LocalReplicas) -> AsyncIterator[RayEngineClient]:
     """A client of both, each behind a replica."""
     async with AsyncExitStack() as stack:
-        replicas = LocalReplicas()
         for number, worker in enumerate(workers):
             askers = Askers()
             client = await stack.enter_async_context(ZmqEngineClient(worker.url, "", timeout_s=20.0))
@@ -68,10 +73,11 @@ async def test_each_worker_learns_of_the_others(workers: list[FakeWorker]) -> No
     assert told(workers[0], "key:0") == KeyUse(0.0, 9, 0, 0)
 
 
-async def test_a_replica_that_leaves(engine: RayEngineClient, workers: list[FakeWorker]) -> None:
+@pytest.mark.usefixtures("engine")
+async def test_a_replica_that_leaves(replicas: LocalReplicas, workers: list[FakeWorker]) -> None:
     """Its requests do not run any more; what it has counted stays."""
     await becomes(lambda: told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 1))
-    del engine.replicas.gateways["1"]  # type: ignore[attr-defined] # LocalReplicas has it
+    del replicas.gateways["1"]
     await becomes(lambda: told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 0))
 
 

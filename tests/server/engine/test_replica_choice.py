@@ -82,7 +82,7 @@ async def test_text_that_a_replica_does_not_get(tmp_path: Path) -> None:
                 await asyncio.wait_for(speech.chunk(), 20)
                 replicas.deaf = True
                 speech.append("b", flush=True)
-                await becomes(lambda: not engine._outboxes)
+                await engine._outboxes.flush()
                 replicas.deaf = False
                 speech.append("c", flush=True)
                 speech.end_text()
