@@ -3,6 +3,7 @@
 A Ray of its own listens on the loopback alone: commands/cluster.py sets that.
 """
 
+import threading
 import time
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import structlog
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from server.cluster.application import APP_NAME, build
 from shared.settings import Settings
@@ -18,6 +20,9 @@ from shared.settings import Settings
 _GCS_PORT: Final = 6379
 _POLL_S: Final = 0.2
 _ASK_TIMEOUT_S: Final = 10.0
+
+_TELL_S: Final = 30.0
+"""How often a start that takes long says what it waits for. A start of published weights takes up to 25 s."""
 
 log = structlog.get_logger(__name__)
 
@@ -32,26 +37,48 @@ class Deployment:
     def __init__(self, settings: Settings, address: str | None = None) -> None:
         self._settings = settings
         self._address = address
-        self._running = False
+        self._connected = self._ready = False
 
-    def start(self) -> None:
-        """Connect to Ray, and return when every replica is ready."""
+    def connect(self) -> None:
+        """Start Ray, or find the one that runs."""
         try:
-            self._connect()
-            self._running = True
+            if self._address is None:
+                ray.init(address="local", include_dashboard=False, log_to_driver=True)
+            else:
+                named = self._address == "auto" or ":" in self._address
+                ray.init(address=self._address if named else f"{self._address}:{_GCS_PORT}", log_to_driver=False)
+        except Exception as error:  # Ray raises just that if its node does not start in time
+            raise DeploymentError(f"the cluster cannot serve: {error}") from error
+        self._connected = True
+
+    def start(self, stopping: threading.Event) -> bool:
+        """Deploy the application, and return when every replica is ready; False if `stopping` is set before."""
+        try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             application = build(self._settings, gpus=int(ray.cluster_resources().get("GPU", 0)), nodes=len(nodes))
             serve.start(proxy_location="EveryNode", http_options=self._http_options())
-            serve.run(application, name=APP_NAME, route_prefix="/")
-        except (RayError, RayServeException, ConnectionError, RuntimeError, ValueError) as error:
+            target = serve.RunTarget(application, name=APP_NAME, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
+            self._ready = self._wait_ready(stopping)
+        except (RayError, RayServeException, OSError, RuntimeError, ValueError) as error:
             raise DeploymentError(f"the cluster cannot serve: {error}") from error
+        return self._ready
 
-    def _connect(self) -> None:
-        if self._address is None:
-            ray.init(address="local", include_dashboard=False, log_to_driver=True)
-        else:
-            named = self._address == "auto" or ":" in self._address
-            ray.init(address=self._address if named else f"{self._address}:{_GCS_PORT}", log_to_driver=False)
+    def _wait_ready(self, stopping: threading.Event) -> bool:
+        told_at = time.monotonic()
+        while not stopping.wait(_POLL_S):
+            application = serve.status().applications[APP_NAME]
+            if application.status == ApplicationStatus.RUNNING:
+                return True
+            if application.status == ApplicationStatus.DEPLOY_FAILED:
+                raise RuntimeError(application.message)
+            if time.monotonic() - told_at >= _TELL_S:
+                told_at = time.monotonic()
+                replicas = {name: found.replica_states for name, found in application.deployments.items()}
+                # A replica needs a GPU or a CPU of its own: those that there is none for wait until a node comes.
+                there = {kind: ray.cluster_resources().get(kind, 0) for kind in ("GPU", "CPU")}
+                log.warning("replicas_not_ready", replicas=replicas, resources=there)
+        return False
 
     def _http_options(self) -> dict[str, Any]:
         settings = self._settings
@@ -62,17 +89,18 @@ class Deployment:
 
     def stop(self) -> None:
         """Take no more requests, let the running ones end, and leave the cluster as it was found."""
-        if not self._running:
+        if not self._connected:
             return
         try:
-            self._drain()
+            if self._ready:
+                self._drain()
         except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             log.warning("cluster_not_drained", reason=str(error))
         try:
             serve.delete(APP_NAME)
             if self._address is None:
                 serve.shutdown()
-        except (RayError, RayServeException, RuntimeError) as error:
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             log.warning("application_not_deleted", reason=str(error))
         ray.shutdown()
 

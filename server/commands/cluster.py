@@ -78,10 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
         return EXIT_WRONG_SETTINGS
     deployment = Deployment(settings, arguments.address)
     try:
-        deployment.start()
+        deployment.connect()
         stopping = _stopped_by_signals()
-        log.info("serving", url=settings.url(settings.host), address=arguments.address or "local")
-        stopping.wait()
+        if deployment.start(stopping):
+            log.info("serving", url=settings.url(settings.host), address=arguments.address or "local")
+            stopping.wait()
     except DeploymentError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED

@@ -1,0 +1,88 @@
+"""The start and the end of the application on a Ray cluster; a fake stands for Ray and Serve."""
+
+import threading
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from shared.settings import Settings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray defines its own schemas in a deprecated way
+    from ray.serve.schema import ApplicationStatus
+
+    from server.cluster import deployment as module
+    from server.cluster.deployment import Deployment, DeploymentError
+
+pytestmark = pytest.mark.slow
+
+
+class FakeRay:
+    """A node with two CPUs, and a Serve whose application has `status`. `stopping` is set at the last of `looks`."""
+
+    def __init__(self, status: ApplicationStatus, looks: int) -> None:
+        self.stopping = threading.Event()
+        self.calls: list[str] = []
+        self._status = status
+        self._looks = looks
+
+    def status(self) -> Any:
+        """What Serve says of the application."""
+        self._looks -= 1
+        if not self._looks:
+            self.stopping.set()
+        engine = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 97})
+        found = SimpleNamespace(status=self._status, message="no such package", deployments={"engine": engine})
+        return SimpleNamespace(applications={"speech": found})
+
+    def cluster_resources(self) -> dict[str, float]:
+        """What the node has."""
+        return {"CPU": 2.0}
+
+    def nodes(self) -> list[dict[str, bool]]:
+        """The one node."""
+        return [{"Alive": True}]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_arguments, **_options: self.calls.append(name)
+
+
+def deployment(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> Deployment:
+    """A deployment that is connected."""
+    for name in ("ray", "serve"):
+        monkeypatch.setattr(module, name, fake)
+    monkeypatch.setattr(module, "_POLL_S", 0.001)
+    monkeypatch.setattr(module, "_TELL_S", 0.0)
+    found = Deployment(Settings(replicas=99))
+    found.connect()
+    return found
+
+
+def test_replicas_that_find_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start says what it waits for, and ends at a signal; nothing is drained that was never whole."""
+    fake = FakeRay(ApplicationStatus.DEPLOYING, looks=3)
+    starting = deployment(monkeypatch, fake)
+    with capture_logs() as lines:
+        assert not starting.start(fake.stopping)
+        starting.stop()
+    assert [line["replicas"] for line in lines if line["event"] == "replicas_not_ready"] == [
+        {"engine": {"RUNNING": 2, "STARTING": 97}}
+    ] * 3
+    assert fake.calls[-3:] == ["delete", "shutdown", "shutdown"]
+    assert "get_app_handle" not in fake.calls
+
+
+def test_an_application_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has Serve's reason."""
+    fake = FakeRay(ApplicationStatus.DEPLOY_FAILED, looks=3)
+    with pytest.raises(DeploymentError, match="no such package"):
+        deployment(monkeypatch, fake).start(fake.stopping)
+
+
+def test_an_application_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start ends when it runs."""
+    fake = FakeRay(ApplicationStatus.RUNNING, looks=3)
+    assert deployment(monkeypatch, fake).start(fake.stopping)
