@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -69,12 +70,14 @@ class Configuration:
         except (CatalogError, KeysError, PronunciationsError) as error:
             return ReloadOutcome(problems=[str(error)]), None
         rewritten = {name for name, digest in files.items() if digest != self._files[name]}
-        needs_restart = sorted({*new.needs_restart, *(rewritten & _TLS)})
-        changed = sorted({*new.changed, *(rewritten - _TLS)})
+        if TLS & set(new.needs_restart):  # the files that were checked are others than those in force
+            rewritten -= TLS
+        needs_restart = new.needs_restart
+        changed = sorted({*new.changed, *rewritten})
         if changed:
             self._worker_changes |= WORKER_LIVE_VARIABLES & set(changed)
             self._variables = new.variables
-            self._files |= {name: files[name] for name in files.keys() - _TLS}
+            self._files |= {name: files[name] for name in rewritten}
             self.state = WebState(
                 settings=msgspec.structs.replace(new.settings, worker_url=self._worker_url),
                 keyring=keyring,
@@ -84,7 +87,8 @@ class Configuration:
 
 
 _FILES = ("keys_file", "pronunciations", "tls_cert", "tls_key")
-_TLS = {variable_of("tls_cert"), variable_of("tls_key")}
+TLS: Final = {variable_of("tls_cert"), variable_of("tls_key")}
+"""The variables of the files that web workers read at their start alone."""
 
 
 def _digests(settings: Settings) -> dict[str, str]:

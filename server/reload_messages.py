@@ -44,6 +44,10 @@ class ReloadAnswer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     outcome: ReloadOutcome
 
 
+class Replaced(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the main process: another process serves in the place of this web worker."""
+
+
 class ReloadAsked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a web worker: an admin wants a reload. The answer is a ReloadAnswer."""
 
@@ -58,7 +62,7 @@ class StateTaken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reload: int
 
 
-ToWorker = StateForWorker | ReloadAnswer
+ToWorker = StateForWorker | ReloadAnswer | Replaced
 FromWorker = ReloadAsked | StateTaken
 
 AskReload = Callable[[], Awaitable[ReloadOutcome]]

@@ -66,6 +66,8 @@ class HttpMiddleware:
         self.open_requests = OpenRequests()
         self.open_sockets: OpenSockets = app.state.open_sockets
         self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB)
+        self.closes_connections = False
+        """Whether a connection of HTTP/1 ends with the response to its next request."""
         self._unavailable: dict[str, str | None] = {}
         """By route: the error code of the 503 that was the last answer to a reading request."""
 
@@ -83,6 +85,8 @@ class HttpMiddleware:
             await answer(scope, receive, send)
             return
         strip_root_path(scope, self.app.state.settings.root_path)
+        if self.closes_connections and scope["http_version"].startswith("1"):
+            send = _closing(send)
         request = self.open_requests.begin(scope, has_body=_expects_body(scope))
         try:
             await self._answer(scope, self._body(scope, receive, request), send)
@@ -158,6 +162,17 @@ class HttpMiddleware:
         if scope["method"] == "OPTIONS" and origin and cors and not cors.is_origin_allowed(origin):
             return foreign_origin(origin)
         return refuse_other_version(headers)
+
+
+def _closing(send: Send) -> Send:
+    """`send`, with a header that has granian close the connection after the response."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableScopeHeaders(message)["connection"] = "close"
+        await send(message)
+
+    return closing
 
 
 async def _taken(app: Litestar, scope: Any, receive: Receive, send: Send) -> ApiError | None:

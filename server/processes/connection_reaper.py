@@ -161,10 +161,17 @@ class ConnectionReaper:
         """The inodes of connections that the reaper has shut down, and granian has not closed yet."""
         self.clock = 0.0
         """Seconds of the event loop's time: it stands still where the event loop does."""
+        self.sweeps = 0
+        """How many sweeps have ended."""
         self._swept_at = requests.clock()
         self._closed: Counter[str] = Counter()
         self._logged_at = -_LOG_PAUSE_S
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def count(self) -> int:
+        """The connections that the last sweep has found."""
+        return len(self._connections) + len(self._shut)
 
     async def start(self) -> None:
         """Sweep in a task of its own for as long as the event loop runs."""
@@ -194,6 +201,7 @@ class ConnectionReaper:
         await self._close_for_addresses(idle)
         await self._close_for_room(idle)
         self._log()
+        self.sweeps += 1
 
     async def _find(self) -> None:
         """Bring the list of connections up to date."""

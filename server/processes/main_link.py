@@ -15,6 +15,7 @@ from server.reload_messages import (
     ReloadAnswer,
     ReloadAsked,
     ReloadOutcome,
+    Replaced,
     StateForWorker,
     StateTaken,
     ToWorker,
@@ -40,9 +41,12 @@ class MainLink:
         self._asked: dict[int, asyncio.Future[ReloadOutcome]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, take: Callable[[WebState], Awaitable[None]]) -> None:
-        """Call `take` with the state of each reload, also of one that has come since the process was forked."""
-        asyncio.get_running_loop().add_reader(self._link, self._on_readable, take)
+    def start(self, take: Callable[[WebState], Awaitable[None]], retire: Callable[[], None]) -> None:
+        """Call `take` with the state of each reload, also of one that has come since the process was forked.
+
+        Call `retire` when another process serves in the place of this one.
+        """
+        asyncio.get_running_loop().add_reader(self._link, self._on_readable, take, retire)
 
     def close(self) -> None:
         """Take nothing more."""
@@ -63,7 +67,7 @@ class MainLink:
         finally:
             del self._asked[number]
 
-    def _on_readable(self, take: Callable[[WebState], Awaitable[None]]) -> None:
+    def _on_readable(self, take: Callable[[WebState], Awaitable[None]], retire: Callable[[], None]) -> None:
         try:
             received, descriptors, _, _ = socket.recv_fds(self._link, 1, 1)
         except BlockingIOError:
@@ -81,6 +85,8 @@ class MainLink:
                 for number, answer in self._asked.items():
                     if number <= ask and not answer.done():
                         answer.set_result(outcome)
+            case Replaced():
+                retire()
 
     async def _take(self, take: Callable[[WebState], Awaitable[None]], message: StateForWorker) -> None:
         try:

@@ -21,6 +21,7 @@ from server.reload_messages import (
     ReloadAnswer,
     ReloadAsked,
     ReloadOutcome,
+    Replaced,
     StateForWorker,
     StateTaken,
     ToWorker,
@@ -52,14 +53,21 @@ class Reloads:
     """All reloads, one at a time. The serve loop calls the methods; `wake` ends its wait.
 
     `read` reads everything anew: its outcome, and the state if that has changed.
+    `is_over` tells whether what else the last reload has begun in the main process is over.
     """
 
     outbox: socket.socket
     """Where web workers send their messages; there from `start` on."""
 
-    def __init__(self, read: Callable[[], tuple[ReloadOutcome, WebState | None]], wake: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        read: Callable[[], tuple[ReloadOutcome, WebState | None]],
+        wake: Callable[[], object],
+        is_over: Callable[[], bool],
+    ) -> None:
         self._read = read
         self._wake = wake
+        self._is_over = is_over
         self._links: dict[int, socket.socket] = {}  # by web worker
         self._received: queue.SimpleQueue[FromWorker] = queue.SimpleQueue()
         self._requested = False
@@ -97,6 +105,10 @@ class Reloads:
         if self._running is not None:
             self._running.waiting.discard(worker)
             self._running.asks.pop(worker, None)
+
+    def retire(self, worker: int) -> None:
+        """Tell a web worker that another process serves in its place. It still takes what reloads bring."""
+        self._send({worker}, Replaced())
 
     def request(self) -> None:
         """Reload as soon as possible. Callable from a signal handler."""
@@ -146,9 +158,10 @@ class Reloads:
         running = self._running
         if running is None:
             return True
+        is_over = self._is_over() or not running.outcome.changed
+        if time.monotonic() < running.deadline and (running.waiting or not is_over):
+            return False
         if running.waiting:
-            if time.monotonic() < running.deadline:
-                return False
             log.warning("reload_not_taken", workers=sorted(worker + 1 for worker in running.waiting))
         self._running = None
         for worker, ask in running.asks.items():

@@ -6,7 +6,8 @@ That answer is private in granian; test_granian_contract.py names what this modu
 """
 
 import asyncio
-import ctypes
+import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -25,6 +26,8 @@ from granian.log import LogLevels
 from granian.server.common import SocketSpec
 from granian.server.mp import MPServer, WorkerProcess
 
+from server.configuration import TLS
+from server.engine import EngineClient
 from server.http.forwarded import is_trusted_proxy
 from server.http.middleware import HttpMiddleware
 from server.live_state import take_state
@@ -33,7 +36,9 @@ from server.processes.descriptors import places_for_connections
 from server.processes.heap_trimmer import HeapTrimmer
 from server.processes.main_link import MainLink
 from server.processes.reloads import Reloads
+from server.processes.replacement import ForkedWorker, Inherited, Listeners, Replacements, RetiredWorkers
 from server.processes.restarts import RestartPauses, death_cause
+from server.processes.retirement import Retirement
 from server.processes.systemd import Systemd
 from server.processes.terminal import terminal_is_gone
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
@@ -76,6 +81,11 @@ _GRANIAN_LOGS: Final[dict[str, Any]] = {
 }
 """Granian's loggers have no handlers of their own, so their lines go where all others go."""
 
+_REPLACEMENT_POLL_S: Final = 0.1
+_GPU_WORKER_WAIT_S: Final = 10.0
+_GPU_WORKER_POLL_S: Final = 0.02
+_TLS_MIN: Final = SSLProtocols.tls12
+
 Create = Callable[[AskReload], HttpMiddleware]
 
 log = structlog.get_logger(__name__)
@@ -85,8 +95,8 @@ log = structlog.get_logger(__name__)
 class _WorkerState:
     """The history of the web worker at one index."""
 
-    watchdog: Watchdog
-    """That of the current process, or of the one that died last."""
+    current: ForkedWorker
+    """The current process, or the one that died last."""
     pauses: RestartPauses = field(default_factory=RestartPauses)
     failed_starts: int = 0
     start_at: float | None = None
@@ -122,7 +132,7 @@ class WebServer(MPServer):
             http2_settings=HTTP2,
             ssl_cert=settings.tls_cert,
             ssl_key=settings.tls_key,
-            ssl_protocol_min=SSLProtocols.tls12,
+            ssl_protocol_min=_TLS_MIN,
             workers_kill_timeout=math.ceil(settings.drain_timeout_s),
             log_level=LogLevels(settings.log_level),
             log_dictconfig=_GRANIAN_LOGS,
@@ -134,7 +144,11 @@ class WebServer(MPServer):
         self._states: dict[int, _WorkerState] = {}
         self._systemd = Systemd()
         self._reload = reload
-        self._reloads = Reloads(self._read_anew, self.main_loop_interrupt.set)
+        self._replacements = Replacements()
+        self._retired = RetiredWorkers(self.workers_kill_timeout)
+        self._listeners = Listeners()
+        self._numbers = itertools.count()
+        self._reloads = Reloads(self._read_anew, self.main_loop_interrupt.set, lambda: self._replacements.finished)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup does that; granian sets its handler regardless
             self.on_startup(partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
         # The default of Python 3.14 is another one, for which granian would start fresh interpreters.
@@ -166,15 +180,35 @@ class WebServer(MPServer):
         if state is not None:
             set_log_level(state.settings.log_level)
             self.log_level = LogLevels(state.settings.log_level)  # of web workers to come
+            if TLS & set(outcome.changed):
+                # Granian resolves symbolic links here, and a renewal may have changed these.
+                cert, key = state.settings.tls_cert, state.settings.tls_key
+                self.build_ssl_context(cert, key, None, _TLS_MIN, None, [], client_verify=False)
+                self._replacements.begin(self.workers)
         return outcome, state
 
     def _spawn_worker(self, idx: int, target: Any, callback_loader: Callable[..., Any]) -> WorkerProcess:
+        worker = self._fork(idx, target, callback_loader)
+        state = self._states.setdefault(idx, _WorkerState(worker))
+        state.current, state.start_at = worker, None
+        return worker.process
+
+    def _fork(
+        self, idx: int, target: Any, callback_loader: Callable[..., Any], *, is_successor: bool = False
+    ) -> ForkedWorker:
+        """A process for the web worker at `idx`, about to be started."""
+        number = next(self._numbers)
         watchdog = Watchdog(idx + 1, self._timeout_s, time.monotonic())
-        state = self._states.setdefault(idx, _WorkerState(watchdog))
-        state.watchdog, state.start_at = watchdog, None
-        self._ssp = SocketSpec(self._addresses[idx % len(self._addresses)], self.bind_port, self.backlog)
-        link = MainLink(idx, self._reloads.link(idx), self._reloads.outbox)
-        return super()._spawn_worker(idx, target, partial(callback_loader, watchdog.beat, link))
+        address = self._addresses[idx % len(self._addresses)]
+        if self.ssl_ctx[0]:
+            self._ssp, self._shd = None, self._listeners.holder(idx, address, self.bind_port, self.backlog)
+        else:  # without a successor to share it with, the socket is the web worker's own, and goes when that dies
+            self._ssp = SocketSpec(address, self.bind_port, self.backlog)
+        link = MainLink(number, self._reloads.link(number), self._reloads.outbox)
+        loader = partial(
+            callback_loader, Inherited(watchdog.beat, link, *self._listeners.descriptors(idx), is_successor)
+        )
+        return ForkedWorker(number, super()._spawn_worker(idx, target, loader), watchdog)
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         """Run until a signal ends the service; SystemExit, after all web workers were stopped, if none can start."""
@@ -184,37 +218,85 @@ class WebServer(MPServer):
             if self.interrupt_signal:
                 self._systemd.stopping()
                 return
-            if any(state.watchdog.has_served for state in self._states.values()):
+            if any(state.current.watchdog.has_served for state in self._states.values()):
                 self._systemd.ready()
             while self.interrupt_children:
                 self._on_death(self.interrupt_children.pop(0))
+            self._replace(spawn_target, target_loader)
             self._reloads.turn()
             for idx, state in self._states.items():
                 if state.start_at is None:
-                    state.watchdog.check(self.wrks[idx].inner, time.monotonic())
+                    state.current.watchdog.check(self.wrks[idx].inner, time.monotonic())
                 elif state.start_at <= time.monotonic():
                     self.wrks[idx] = self._spawn_worker(idx, spawn_target, target_loader)
                     self.wrks[idx].start()
 
+    def _replace(self, spawn_target: Any, target_loader: Any) -> None:
+        """Let a new process take the place of the next web worker that is to be replaced."""
+        for number in self._retired.check(time.monotonic()):
+            self._reloads.unlink(number)
+        failed = self._replacements.successor
+        successor = self._replacements.check(time.monotonic())
+        if successor is not None:
+            old = self._take_place(successor)
+            self._retired.add(successor.process.idx, old, time.monotonic())
+            self._reloads.retire(old.number)
+        elif failed is not None and self._replacements.successor is None:
+            self._reloads.unlink(failed.number)
+        idx = self._replacements.next()
+        if idx is not None and self._states[idx].start_at is None:  # a dead one starts with the new files anyway
+            self._replacements.successor = successor = self._fork(idx, spawn_target, target_loader, is_successor=True)
+            successor.process.interrupt_by_parent = True  # `Replacements.check` looks at it
+            successor.process.start()
+
+    def _take_place(self, successor: ForkedWorker) -> ForkedWorker:
+        """Make `successor` the web worker at its index; returns the one before it."""
+        idx = successor.process.idx
+        state = self._states[idx]
+        old, state.current, state.start_at = state.current, successor, None
+        old.process.interrupt_by_parent = True  # its end is no death
+        if idx in self.interrupt_children:
+            self.interrupt_children.remove(idx)
+        self.wrks[idx] = successor.process
+        successor.process.interrupt_by_parent = False
+        if not successor.process.is_alive():
+            self.interrupt_children.append(idx)  # it died before the line above
+        return old
+
+    def _drop_shared_socket(self) -> None:
+        """The service stops: the port closes as soon as all web workers have closed it. All processes stop at once."""
+        self._listeners.close_all()
+        successor = self._replacements.successor
+        self.wrks += [*self._retired.processes, *([successor.process] if successor else [])]
+        super()._drop_shared_socket()
+
     def _seconds_to_next_turn(self) -> float:
         starts = [state.start_at - time.monotonic() for state in self._states.values() if state.start_at is not None]
-        return max(0.0, min([BEAT_INTERVAL_S, *starts]))
+        return max(0.0, min([BEAT_INTERVAL_S if self._replacements.finished else _REPLACEMENT_POLL_S, *starts]))
 
     def _on_death(self, idx: int) -> None:
-        self._reloads.unlink(idx)
         state, worker = self._states[idx], self.wrks[idx]
-        code = worker.inner.exitcode
-        if state.watchdog.has_served:
+        self._reloads.unlink(state.current.number)
+        code, watchdog = worker.inner.exitcode, state.current.watchdog
+        if watchdog.has_served:
             state.failed_starts = 0
         elif code != -signal.SIGKILL:  # that comes from outside: a user, or the kernel when memory is short
             state.failed_starts += 1
-        others = (other for at, other in enumerate(self.wrks) if at != idx and self._states[at].watchdog.has_served)
+        others = (
+            other for at, other in enumerate(self.wrks) if at != idx and self._states[at].current.watchdog.has_served
+        )
         if state.failed_starts >= FAILED_STARTS and not any(other.is_alive() for other in others):
             log.critical("web_workers_cannot_start", cause=death_cause(code), attempts=state.failed_starts)
             self.shutdown(EXIT_FAILED)
         pause_s = state.pauses.after_death(time.monotonic() - worker.birth)
-        state.start_at = time.monotonic() + pause_s
-        hung_s = state.watchdog.hung_s
+        successor = self._replacements.take_successor(idx)
+        if successor is None:
+            self._listeners.close(idx)
+            state.start_at = time.monotonic() + pause_s
+        else:
+            self._take_place(successor)
+            pause_s = 0.0
+        hung_s = watchdog.hung_s
         cause = death_cause(code) if hung_s is None else f"no answer for {hung_s:.0f} s"
         log.error("web_worker_died", worker=idx + 1, cause=cause, restart_in_s=pause_s)
 
@@ -238,24 +320,38 @@ def _load(
     create: Create,
     reaper: Callable[[HttpMiddleware], ConnectionReaper],
     main_pid: int,
-    beat: ctypes.c_double,
-    link: MainLink,
+    inherited: Inherited,
 ) -> HttpMiddleware:
-    """The application of this web worker. It keeps `beat` fresh once it serves, and ends with the main process."""
+    """The application of this web worker. It keeps the beat fresh once it serves, and ends with the main process."""
+    for listener in inherited.foreign_listeners:
+        os.close(listener)
     threading.Thread(target=_end_with_parent, args=(main_pid,), name="parent", daemon=True).start()
-    application = create(link.reload)
-    application.app.on_startup.append(partial(_on_startup, beat, application, link))
-    application.app.on_startup.append(reaper(application).start)
+    application = create(inherited.link.reload)
+    connections = reaper(application)
+    retire = Retirement(application, connections, inherited.listener).begin
+    if inherited.is_successor:
+        application.app.on_startup.append(partial(_wait_for_gpu_worker, application))
+    application.app.on_startup.append(partial(_on_startup, inherited, application, retire))
+    application.app.on_startup.append(connections.start)
     application.app.on_startup.append(HeapTrimmer(application.open_requests).start)
     return application
 
 
-async def _on_startup(beat: ctypes.c_double, application: HttpMiddleware, link: MainLink) -> None:
+async def _wait_for_gpu_worker(application: HttpMiddleware) -> None:
+    """Accept nothing before the GPU worker can be asked, as it can by the web worker that serves until then."""
+    engine: EngineClient = application.app.state.engine
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_GPU_WORKER_WAIT_S):
+            while engine.unavailable() is not None:  # noqa: ASYNC110 -- the engine client tells of no change
+                await asyncio.sleep(_GPU_WORKER_POLL_S)
+
+
+async def _on_startup(inherited: Inherited, application: HttpMiddleware, retire: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
-    link.start(partial(take_state, application))
+    inherited.link.start(partial(take_state, application), retire)
 
     def keep_fresh() -> None:
-        beat.value = time.monotonic()
+        inherited.beat.value = time.monotonic()
         loop.call_later(BEAT_INTERVAL_S, keep_fresh)
 
     def serving() -> None:

@@ -15,6 +15,7 @@ _DESCRIPTION: Final = (
     "Every process has the new settings before the answer comes; no request and no stream ends for it. "
     "A mistake changes nothing, and the answer names all of them. "
     f"A reload takes {', '.join(f'`{name}`' for name in sorted(LIVE_VARIABLES))}; every other setting needs a restart. "
+    "A renewed certificate at the same paths is served by new web workers; the old ones end with their connections. "
     "In a cluster, settings come with a deployment: there it is a 404."
 )
 

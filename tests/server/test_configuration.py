@@ -102,3 +102,20 @@ def test_a_mistake_changes_nothing(write: Write, wrong: dict[str, str], problem:
     assert [problem in said for said in outcome.problems] == [True]
     assert (outcome.changed, outcome.needs_restart, state) == ([], [], None)
     assert configuration.state is before
+
+
+def test_a_renewed_certificate(write: Write) -> None:
+    """Other contents at the same paths are a change; with another path, others were checked than are in force."""
+    for name in ("cert.pem", "key.pem", "other.pem"):
+        Path(name).write_text("old")
+    write(TLS_CERT="cert.pem", TLS_KEY="key.pem")
+    configuration = Configuration([], [])
+    Path("cert.pem").write_text("new")
+    assert configuration.reload()[0].changed == ["TTS_TLS_CERT"]
+    assert configuration.reload()[0].changed == []
+    write(TLS_CERT="cert.pem", TLS_KEY="other.pem")
+    Path("cert.pem").write_text("newest")
+    outcome, _ = configuration.reload()
+    assert (outcome.changed, outcome.needs_restart) == ([], ["TTS_TLS_KEY"])
+    write(TLS_CERT="cert.pem", TLS_KEY="key.pem")
+    assert configuration.reload()[0].changed == ["TTS_TLS_CERT"]

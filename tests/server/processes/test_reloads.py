@@ -32,9 +32,11 @@ class Bench:
         self.number = 0
         self.problems: list[str] = []
         self.error: Exception | None = None
-        self.reloads = Reloads(self._read, lambda: None)
+        self.is_over = True
+        self.reloads = Reloads(self._read, lambda: None, lambda: self.is_over)
         self.reloads.start()
         self.taken: list[list[WebState]] = [[], []]
+        self.retired: list[int] = []
         self.gates = [asyncio.Event(), asyncio.Event()]
         self.opened: list[MainLink] = []
         self.links = [self.connect(worker) for worker in (0, 1)]
@@ -49,7 +51,7 @@ class Bench:
             await self.gates[worker].wait()
             self.taken[worker].append(state)
 
-        link.start(take)
+        link.start(take, lambda: self.retired.append(worker))
         self.opened.append(link)
         return link
 
@@ -156,11 +158,31 @@ async def test_a_web_worker_that_stands_still(bench: Bench, monkeypatch: pytest.
     await becomes(lambda: bench.taken[1] == [a_state(number) for number in (1, 2, 3)])
 
 
+async def test_the_answer_waits_for_the_rest_of_the_reload(bench: Bench) -> None:
+    """What the reload has begun beside the state must be over; a reload that changes nothing does not wait for it."""
+    bench.is_over = False
+    asking = asyncio.create_task(bench.links[0].reload())
+    await becomes(lambda: len(bench.taken[0]) == 1)
+    assert not asking.done()
+    bench.is_over = True
+    assert (await asking).changed == ["1"]
+    bench.is_over, bench.problems = False, ["TTS_X: wrong"]
+    assert (await bench.links[0].reload()).problems == bench.problems
+
+
+async def test_a_replaced_web_worker(bench: Bench) -> None:
+    """It is told so, and still takes the state of reloads: a key that goes is refused there too."""
+    bench.reloads.retire(1)
+    await becomes(lambda: bench.retired == [1])
+    await bench.links[0].reload()
+    assert bench.taken == [[a_state(1)], [a_state(1)]]
+
+
 async def test_a_large_state_crosses() -> None:
     """Ten thousand keys are no message of a few bytes."""
     keys = {digest_of(str(number)): Caller(client=f"key:{number}") for number in range(10_000)}
     state = WebState(settings=Settings(), keyring=Keyring(keys, guards_speech=True))
-    bench = Reloads(lambda: (ReloadOutcome(changed=["TTS_KEYS_FILE"]), state), lambda: None)
+    bench = Reloads(lambda: (ReloadOutcome(changed=["TTS_KEYS_FILE"]), state), lambda: None, lambda: True)
     taken: list[WebState] = []
 
     async def take(state: WebState) -> None:
@@ -168,7 +190,7 @@ async def test_a_large_state_crosses() -> None:
 
     bench.start()
     link = MainLink(0, bench.link(0), bench.outbox)
-    link.start(take)
+    link.start(take, lambda: None)
     bench.request()
     bench.turn()
     await becomes(lambda: taken == [state])
