@@ -15,16 +15,16 @@ SLOTS: int = 2
 QUEUE: int = 2
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two replicas with two slots each, and a queue for two more.
+    """Two replicas with two slots each, and a queue for two more. It ends with its module: an idle Ray takes CPU time.
 
     At its end SIGTERM lets a stream end that is running, and refuses a request that comes after it.
     """
     folder: Path = tmp_path_factory.mktemp("cluster")
     with running_cluster(folder, MAX_CONCURRENCY=SLOTS, MAX_QUEUE=QUEUE, DRAIN_TIMEOUT=STOP_TIMEOUT_S) as running:
         yield running
-        listener = Listener(running, " ".join(SENTENCES * 12))
+        listener = Listener(running, " ".join(SENTENCES * 5))
         eventually(lambda: listener.received, 60, lambda: f"speech; {listener.ended}")
         running.process.send_signal(signal.SIGTERM)
         eventually(lambda: _refuses(running), 30, "a refusal")
