@@ -7,9 +7,9 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from server.cluster.ingress import Ingress
+from server.cluster.node_settings import settings_for_nodes
 from server.cluster.replica import STOP_MARGIN_S, EngineReplica
 from server.cluster.router import EngineRouter
-from server.cluster.settings import node_settings
 from shared.catalog import load_catalog
 from shared.settings import Settings
 
@@ -30,7 +30,7 @@ def build(settings: Settings, *, gpus: int, nodes: int = 1) -> serve.Application
     """The application for a cluster with so many GPUs and nodes: a replica each, or CPU replicas if there is no GPU."""
     replicas = settings.replicas or gpus or _CPU_REPLICAS
     web_replicas = nodes * max(settings.web_workers, _FEWEST_WEB_REPLICAS)
-    node = node_settings(settings)
+    node = settings_for_nodes(settings)
     common: dict[str, Any] = {
         "max_ongoing_requests": _MOST_REQUESTS,
         "health_check_period_s": _HEALTH_PERIOD_S,

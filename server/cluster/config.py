@@ -10,7 +10,7 @@ import ray
 from ray import serve
 
 from server.cluster.application import APP_NAME, build
-from server.cluster.settings import NodeSettings, node_settings, settings_of
+from server.cluster.node_settings import NodeSettings, settings_for_nodes, settings_on_node
 from shared.settings import Settings
 
 BUILDER: Final = "server.cluster.config:application"
@@ -33,7 +33,7 @@ def serve_config(settings: Settings, *, gpus: int | None = None, nodes: int | No
     http: dict[str, Any] = {"host": settings.host, "port": settings.port}
     if settings.tls_cert:
         http |= {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
-    arguments = BuilderArguments(node_settings(settings), gpus, nodes)
+    arguments = BuilderArguments(settings_for_nodes(settings), gpus, nodes)
     return {
         "proxy_location": "EveryNode",
         "http_options": http,
@@ -61,4 +61,4 @@ def application(args: dict[str, Any]) -> serve.Application:
         gpus = int(ray.cluster_resources().get("GPU", 0))
     if nodes is None:
         nodes = sum(node["Alive"] for node in ray.nodes())
-    return build(settings_of(arguments.settings), gpus=gpus, nodes=nodes)
+    return build(settings_on_node(arguments.settings), gpus=gpus, nodes=nodes)

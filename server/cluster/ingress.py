@@ -7,10 +7,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from server.app import create_app
+from server.cluster.node_settings import NodeSettings, settings_on_node
 from server.cluster.relayed_application import RelayedApplication
 from server.cluster.replica_port import hide_port
 from server.cluster.serve_replicas import ServeReplicas
-from server.cluster.settings import NodeSettings, settings_of
 from server.engine.ray import RayEngineClient
 from shared.log import set_up_logging
 
@@ -27,7 +27,7 @@ class Ingress:
 
     def __init__(self, node_settings: NodeSettings, engine: DeploymentHandle[Any]) -> None:
         hide_port()
-        self._settings = settings_of(node_settings)
+        self._settings = settings_on_node(node_settings)
         self._engine = engine
 
     def __serve_build_asgi_app__(self) -> RelayedApplication:

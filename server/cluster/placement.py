@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from server.cluster.ranking import rank, replica_of
-from server.cluster.views import ReplicaViews
+from server.cluster.replica_estimates import ReplicaEstimates
 from server.engine import ReplicaReport
 from shared.settings import ReplicaBounds
 
@@ -30,7 +30,7 @@ class Placement:
 
         self._bounds = bounds
         self._clock = clock
-        self._views = ReplicaViews(estimated_bytes)
+        self._estimates = ReplicaEstimates(estimated_bytes)
         self._taken: Mapping[str, ReplicaReport] = {}
 
     def choose(self, replicas: Sequence[str], model: str, avoid: Collection[str] = ()) -> list[str]:
@@ -39,27 +39,27 @@ class Placement:
         `avoid` names replicas that have refused the request.
         """
         self._take_reports()
-        known = [view for view in self._views.replicas if view.id in replicas]
+        known = [replica for replica in self._estimates.replicas if replica.id in replicas]
         ranked = rank(
             model,
             known,
-            needed_bytes=self._views.needed_bytes(model),
+            needed_bytes=self._estimates.needed_bytes(model),
             now=self._clock(),
             bounds=self._bounds.get(model, _DEFAULT),
             avoid=avoid,
         )
         if ranked:
-            return [view.id for view in ranked]
+            return [replica.id for replica in ranked]
         # None of them has a GPU worker that is known to answer: one that is new may have.
         return sorted(replicas, key=lambda name: (name in avoid, name in self.reports))
 
     def sent(self, request_id: str, replica: str, model: str, *, taken: bool) -> None:
         """A request for the model goes to a replica. `taken`: the replica has it."""
-        self._views.sent(request_id, replica, model, self._clock(), confirmed=taken)
+        self._estimates.sent(request_id, replica, model, self._clock(), confirmed=taken)
 
     def ended(self, request_id: str) -> None:
         """The request has ended, or its replica has not taken it."""
-        self._views.done(request_id)
+        self._estimates.done(request_id)
 
     def _take_reports(self) -> None:
         reports = self.reports
@@ -69,8 +69,8 @@ class Placement:
         snapshots = {
             name: report.snapshot for name, report in reports.items() if report.snapshot and report.error is None
         }
-        self._views.keep(snapshots.keys())
+        self._estimates.keep(snapshots.keys())
         for name, snapshot in snapshots.items():
             if reports[name] is not self._taken.get(name):
-                self._views.update(replica_of(name, snapshot), now)
+                self._estimates.update(replica_of(name, snapshot), now)
         self._taken = reports

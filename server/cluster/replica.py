@@ -18,9 +18,10 @@ import ray
 import structlog
 from ray import serve
 
+from server.cluster.ingress_leases import IngressLeases
+from server.cluster.node_settings import NodeSettings, settings_on_node
 from server.cluster.replica_port import hide_port
-from server.cluster.settings import NodeSettings, settings_of
-from server.cluster.worker_gateway import Askers, WorkerGateway
+from server.cluster.worker_gateway import WorkerGateway
 from server.engine import OutageFile, ZmqEngineClient
 from server.engine.ray import Frames
 from server.processes import HUGE_PAGES, Supervisor
@@ -43,7 +44,7 @@ class EngineReplica:
 
     async def __init__(self, node_settings: NodeSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         hide_port()
-        settings = settings_of(node_settings)
+        settings = settings_on_node(node_settings)
         set_up_logging(settings.log_level, settings.log_format, "replica")
         context = serve.get_replica_context()
         self._folder: Path | None = None
@@ -53,20 +54,20 @@ class EngineReplica:
             self._folder = Path(tempfile.mkdtemp(prefix="tts-"))
             url = f"ipc://{self._folder}/worker.ipc"
             self._supervisor = _supervisor(settings, url)
-        self._askers = Askers()
+        self._leases = IngressLeases()
         self._engine = ZmqEngineClient(
             url,
             settings.worker_token,
             timeout_s=settings.worker_timeout_s,
-            cache_counts=self._askers.cache_counts,
-            open_sockets=self._askers.open_sockets,
+            cache_counts=self._leases.cache_counts,
+            open_sockets=self._leases.open_sockets,
         )
         runtime = ray.get_runtime_context()
         gpus = [str(number) for number in runtime.get_accelerator_ids().get("GPU", [])]
         self._gateway = WorkerGateway(
             context.replica_id.unique_id,
             self._engine,
-            self._askers,
+            self._leases,
             node=ray.util.get_node_ip_address(),
             gpus=gpus,
         )

@@ -1,31 +1,28 @@
 """What a replica does with the messages of the web processes: it passes them to its GPU worker, and the answers back.
 
-`WorkerGateway` knows streams, credit and leases. It does not know ray: replica.py calls it from a Serve deployment.
+`WorkerGateway` knows streams and credit. It does not know ray: replica.py calls it from a Serve deployment.
 """
 
 import contextlib
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Final, TypeVar
 
 import msgspec
 import structlog
 
+from server.cluster.ingress_leases import IngressLeases
 from server.engine import ReplicaReport, Speech, ZmqEngineClient
 from server.engine.ray import Frames, ReportRequest
 from server.http.errors import ApiError
 from shared.protocol import (
     Append,
     Audio,
-    CacheCounts,
-    CacheName,
     Call,
     Cancel,
     Credit,
     EndText,
     Failed,
     Message,
-    Ping,
     ProtocolError,
     Speak,
     SpeechError,
@@ -40,49 +37,9 @@ log = structlog.get_logger(__name__)
 
 M = TypeVar("M", bound=Message)
 
-LEASE_S: Final = 30.0
-"""A web process that asks for no report for so long is gone, and its requests end."""
-
-_TELLS_FOR_S: Final = 2.0
-
 _SAMPLE_RATE: Final = 24_000
 _CALL_TIMEOUT_S: Final = 3600.0
-"""The asker has a limit of its own, and cancels the call after it."""
-
-
-class Askers:
-    """The web processes that ask for reports, with the figures that each one sends."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._last: dict[str, tuple[float, Ping]] = {}
-
-    def heard(self, ingress: str, ping: Ping) -> set[str]:
-        """A process has asked: its lease begins anew. Returns those whose leases have ended."""
-        now = self._clock()
-        self._last[ingress] = now, ping
-        gone = {name for name, (asked_at, _) in self._last.items() if now - asked_at > LEASE_S}
-        for name in gone:
-            del self._last[name]
-        return gone
-
-    def teller(self) -> str:
-        """The process of which the worker learns what was used elsewhere: one at a time, for as long as it asks."""
-        now = self._clock()
-        return min(name for name, (asked_at, _) in self._last.items() if now - asked_at <= _TELLS_FOR_S)
-
-    def cache_counts(self) -> dict[CacheName, CacheCounts]:
-        """The sums of what the web processes have counted."""
-        sums: dict[CacheName, CacheCounts] = {}
-        for _, ping in self._last.values():
-            for name, counts in ping.caches.items():
-                before = sums.get(name, CacheCounts())
-                sums[name] = CacheCounts(before.hits + counts.hits, before.misses + counts.misses)
-        return sums
-
-    def open_sockets(self) -> int:
-        """The number of WebSockets of all web processes."""
-        return sum(ping.open_sockets for _, ping in self._last.values())
+"""The web process has a limit of its own, and cancels the call after it."""
 
 
 class WorkerGateway:
@@ -92,7 +49,7 @@ class WorkerGateway:
         self,
         name: str,
         engine: ZmqEngineClient,
-        askers: Askers,
+        leases: IngressLeases,
         *,
         node: str = "",
         gpus: list[str] | None = None,
@@ -101,7 +58,7 @@ class WorkerGateway:
         self._engine = engine
         self._node = node
         self._gpus = gpus or []
-        self._askers = askers
+        self._leases = leases
         self._streams: dict[str, _Stream] = {}
 
     @property
@@ -172,10 +129,10 @@ class WorkerGateway:
                 stream.speech.end_text()
 
     async def report(self, request: bytes) -> bytes:
-        """What the replica says of itself; the asker's lease begins anew."""
+        """The status of the replica, in return for which the ingress renews its lease."""
         asked = msgspec.msgpack.decode(request, type=ReportRequest)
-        gone = self._askers.heard(asked.ingress, asked.ping)
-        if asked.ingress == self._askers.teller():
+        gone = self._leases.renew(asked.ingress, asked.ping)
+        if asked.ingress == self._leases.usage_source():
             self._engine.tell_use(UsedElsewhere(source=asked.ingress, clients=asked.used_elsewhere))
         for stream in [stream for stream in self._streams.values() if stream.ingress in gone]:
             stream.speech.abort()

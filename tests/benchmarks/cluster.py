@@ -2,8 +2,8 @@
 
 Requests for five models come to routers, which send each to a GPU. The table compares three ways to choose it:
 
-- chosen: the functions of server/cluster/ranking.py and views.py, the same that the cluster uses. The figures of the
-  GPUs come once a second; each of ROUTERS routers knows these, and of the requests since then its own.
+- chosen: the functions of server/cluster/ranking.py and replica_estimates.py, the same that the cluster uses.
+  The figures of the GPUs come once a second. Each of ROUTERS routers knows these, and its own requests since then.
 - random: any GPU.
 - least loaded: the GPU with the fewest running and queued requests, known exactly and at once.
 
@@ -42,7 +42,7 @@ from typing import Final, Literal
 import msgspec
 
 from server.cluster.ranking import Replica, ReplicaModel, Residence, rank
-from server.cluster.views import ReplicaViews
+from server.cluster.replica_estimates import ReplicaEstimates
 from shared.settings import ReplicaBounds
 
 Policy = Literal["chosen", "random", "least loaded"]
@@ -155,7 +155,7 @@ class Cluster:
         self._traffic = random.Random(seed)  # noqa: S311 -- not for cryptography
         self._choices = random.Random(seed)  # noqa: S311
         self._gpus = {f"gpu-{number}": Gpu(f"gpu-{number}") for number in range(gpus)}
-        self._routers = [ReplicaViews(dict.fromkeys(MODELS, MODEL_BYTES)) for _ in range(ROUTERS)]
+        self._routers = [ReplicaEstimates(dict.fromkeys(MODELS, MODEL_BYTES)) for _ in range(ROUTERS)]
         self._seconds = seconds
         self._events: list[tuple[float, int, tuple[object, ...]]] = []
         self._number = itertools.count()
@@ -235,16 +235,16 @@ class Cluster:
             case "least loaded":
                 fewest = min(gpu.running + len(gpu.queue) for gpu in gpus)
                 return self._choices.choice([gpu for gpu in gpus if gpu.running + len(gpu.queue) == fewest])
-        views = self._routers[request.router]
+        estimates = self._routers[request.router]
         ranked = rank(
             request.model,
-            views.replicas,
+            estimates.replicas,
             needed_bytes=MODEL_BYTES,
             now=self.now,
             bounds=ReplicaBounds(),
             avoid=avoid,
         )
-        views.sent(request.id, ranked[0].id, request.model, self.now, confirmed=True)
+        estimates.sent(request.id, ranked[0].id, request.model, self.now, confirmed=True)
         return self._gpus[ranked[0].id]
 
     def _send_figures(self) -> None:
@@ -253,9 +253,9 @@ class Cluster:
         if self._policy == "chosen":
             self._sent_figures |= {name: self._gpus[name].figures() for name in self._changed}
             self._changed.clear()
-            for views in self._routers:
+            for estimates in self._routers:
                 for replica in self._sent_figures.values():
-                    views.update(replica, self.now)
+                    estimates.update(replica, self.now)
         if self.now < self._seconds:
             self._later(self.now + FIGURES_S, ("figures",))
 

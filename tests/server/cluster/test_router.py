@@ -50,7 +50,7 @@ async def test_choices_count_at_once(router: EngineRouter) -> None:
     first = await choice(router, request(0))
     for number in range(1, 2 * SLOTS):
         await choice(router, request(number))
-    counted = {view.id: view.running for view in router.placement._views.replicas}
+    counted = {view.id: view.running for view in router.placement._estimates.replicas}
     assert counted == {"x": SLOTS, "y": SLOTS}
     router.on_request_routed(request(0), first.replica_id, None)
     router.on_request_completed(first.replica_id, "0")
@@ -62,7 +62,7 @@ async def test_serve_took_another_replica(router: EngineRouter) -> None:
     first = await choice(router, request(0))
     other = next(one for one in CANDIDATES if one is not first)
     router.on_request_routed(request(0), other.replica_id, None)
-    counted = {view.id: view.running for view in router.placement._views.replicas}
+    counted = {view.id: view.running for view in router.placement._estimates.replicas}
     assert counted == {first.replica_id.unique_id: 0, other.replica_id.unique_id: 1}
 
 
@@ -71,4 +71,4 @@ async def test_calls_take_no_slot(router: EngineRouter) -> None:
     first = await choice(router, request(0, method="call"))
     assert await choice(router, request(1, method="name", model="")) is not None
     assert await choice(router, request(2)) is first
-    assert router.placement._views.replicas[0].running + router.placement._views.replicas[1].running == 1
+    assert router.placement._estimates.replicas[0].running + router.placement._estimates.replicas[1].running == 1

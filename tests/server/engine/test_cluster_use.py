@@ -9,7 +9,8 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from server.cluster.worker_gateway import Askers, WorkerGateway
+from server.cluster.ingress_leases import IngressLeases
+from server.cluster.worker_gateway import WorkerGateway
 from server.engine.key_use import MAX_ROWS
 from server.engine.ray import RayEngineClient
 from server.engine.zmq import ZmqEngineClient
@@ -51,9 +52,9 @@ async def engine(workers: list[FakeWorker], replicas: LocalReplicas) -> AsyncIte
     """A client of both, each behind a replica."""
     async with AsyncExitStack() as stack:
         for number, worker in enumerate(workers):
-            askers = Askers()
+            leases = IngressLeases()
             client = await stack.enter_async_context(ZmqEngineClient(worker.url, "", timeout_s=20.0))
-            replicas.gateways[str(number)] = WorkerGateway(str(number), client, askers)
+            replicas.gateways[str(number)] = WorkerGateway(str(number), client, leases)
         engine = await stack.enter_async_context(RayEngineClient(replicas, timeout_s=20.0))
         await becomes(lambda: [report.error for report in engine.reports().values()] == [None, None])
         yield engine

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from server.cluster.worker_gateway import Askers, WorkerGateway
+from server.cluster.ingress_leases import IngressLeases
+from server.cluster.worker_gateway import WorkerGateway
 from server.engine.client import Speech
 from server.engine.ray import RayEngineClient, ReplicaLostError
 from server.engine.zmq import ZmqEngineClient
@@ -42,7 +43,7 @@ async def test_a_refusal_of_the_only_home_is_final(tmp_path: Path) -> None:
             replicas = OneHome()
             for name, worker in enumerate((full, other)):
                 client = await stack.enter_async_context(ZmqEngineClient(worker.url, "", timeout_s=20.0))
-                replicas.gateways[str(name)] = WorkerGateway(str(name), client, Askers())
+                replicas.gateways[str(name)] = WorkerGateway(str(name), client, IngressLeases())
             engine = await stack.enter_async_context(RayEngineClient(replicas, timeout_s=20.0))
             await becomes(lambda: [report.error for report in engine.reports().values()] == [None, None])
             speech = engine.speak(REQUEST)
@@ -74,7 +75,7 @@ async def test_text_that_a_replica_does_not_get(tmp_path: Path) -> None:
     with FakeWorker(tmp_path / "w.ipc") as worker:
         async with ZmqEngineClient(worker.url, "", timeout_s=20.0) as client:
             replicas = Deaf()
-            replicas.gateways["one"] = WorkerGateway("one", client, Askers())
+            replicas.gateways["one"] = WorkerGateway("one", client, IngressLeases())
             async with RayEngineClient(replicas, timeout_s=20.0) as engine:
                 await becomes(lambda: engine.unavailable() is None)
                 speech = engine.speak(msgspec.structs.replace(REQUEST, open=True, segments=[]))

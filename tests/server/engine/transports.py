@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from server.cluster.worker_gateway import Askers, WorkerGateway
+from server.cluster.ingress_leases import IngressLeases
+from server.cluster.worker_gateway import WorkerGateway
 from server.engine.client import EngineClient
 from server.engine.ray import Frames, RayEngineClient, ReplicaLostError
 from server.engine.reports import ReplicaReport
@@ -76,16 +77,16 @@ async def over_replicas(
     url: str, token: str = "", *, clock: Clock = time.monotonic, timeout_s: float, **options: Any
 ) -> AsyncIterator[Any]:
     """A client of one replica, whose gateway is connected to the worker at `url`."""
-    replicas, askers = LocalReplicas(), Askers(clock)
+    replicas, leases = LocalReplicas(), IngressLeases(clock)
     async with ZmqEngineClient(
         url,
         token,
         timeout_s=timeout_s,
         clock=clock,
-        cache_counts=askers.cache_counts,
-        open_sockets=askers.open_sockets,
+        cache_counts=leases.cache_counts,
+        open_sockets=leases.open_sockets,
     ) as worker:
-        replicas.gateways["one"] = WorkerGateway("one", worker, askers)
+        replicas.gateways["one"] = WorkerGateway("one", worker, leases)
         async with RayEngineClient(replicas, timeout_s=timeout_s, clock=clock, **options) as engine:
             yield engine
 

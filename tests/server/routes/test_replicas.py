@@ -13,7 +13,8 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
-from server.cluster.worker_gateway import Askers, WorkerGateway
+from server.cluster.ingress_leases import IngressLeases
+from server.cluster.worker_gateway import WorkerGateway
 from server.engine import ZmqEngineClient
 from server.engine.ray import RayEngineClient
 from shared.performance import window_of
@@ -68,11 +69,11 @@ async def cluster(
     async def open_engine(**options: Any) -> AsyncIterator[RayEngineClient]:
         async with AsyncExitStack() as stack:
             for number, (worker, (node, gpus)) in enumerate(zip(workers, PLACES, strict=True)):
-                askers = Askers()
-                client = ZmqEngineClient(worker.url, "", timeout_s=20.0, cache_counts=askers.cache_counts)
+                leases = IngressLeases()
+                client = ZmqEngineClient(worker.url, "", timeout_s=20.0, cache_counts=leases.cache_counts)
                 await stack.enter_async_context(client)
                 name = f"r{number}"
-                replicas.gateways[name] = WorkerGateway(name, client, askers, node=node, gpus=gpus)
+                replicas.gateways[name] = WorkerGateway(name, client, leases, node=node, gpus=gpus)
             yield await stack.enter_async_context(RayEngineClient(replicas, timeout_s=20.0, **options))
 
     settings = Settings(audio_store_dir=Path(tmp_path_factory.mktemp("audio")))

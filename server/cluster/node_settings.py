@@ -20,7 +20,7 @@ class NodeSettings(msgspec.Struct, frozen=True):
     secret: list[str]
 
 
-def node_settings(settings: Settings) -> NodeSettings:
+def settings_for_nodes(settings: Settings) -> NodeSettings:
     """The settings without secrets. Paths are those of this process's folder: on each node they must be the same."""
     paths = {name: value.absolute() for name, value in _values(settings).items() if isinstance(value, Path)}
     model_paths = {name: path.absolute() for name, path in settings.model_paths.items()}
@@ -29,7 +29,7 @@ def node_settings(settings: Settings) -> NodeSettings:
     return NodeSettings({name: value for name, value in variables.items() if name not in secret}, secret)
 
 
-def settings_of(node: NodeSettings) -> Settings:
+def settings_on_node(node: NodeSettings) -> Settings:
     """The settings on this node, with its secrets; SettingsError if one is missing."""
     missing = [name for name in node.secret if not os.environ.get(name)]
     if missing:

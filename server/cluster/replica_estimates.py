@@ -28,14 +28,14 @@ class _Sent(msgspec.Struct):
     """Whether the figures of the replica have the request."""
 
 
-class ReplicaViews:
+class ReplicaEstimates:
     """The replicas as they should be by now. `estimated_bytes`: what a load takes of a model that is nowhere."""
 
     def __init__(self, estimated_bytes: Mapping[str, int]) -> None:
         self._estimated_bytes = estimated_bytes
         self._measured_bytes: dict[str, int] = {}  # by model, where it is resident
         self._figures: dict[str, Replica] = {}
-        self._views: dict[str, Replica] = {}
+        self._estimates: dict[str, Replica] = {}
         self._sent: dict[str, dict[str, _Sent]] = {}  # by replica and request
         self._replica_of: dict[str, str] = {}  # by request
         self._since: dict[str, Counter[str]] = {}
@@ -44,7 +44,7 @@ class ReplicaViews:
     @property
     def replicas(self) -> list[Replica]:
         """All replicas whose figures have come."""
-        return list(self._views.values())
+        return list(self._estimates.values())
 
     def needed_bytes(self, model: str) -> int:
         """What a load of the model takes: the most that it took anywhere, or the estimate."""
@@ -68,7 +68,7 @@ class ReplicaViews:
     def keep(self, replica_ids: Collection[str]) -> None:
         """Forget all other replicas and what was sent to them."""
         for replica_id in self._figures.keys() - set(replica_ids):
-            del self._figures[replica_id], self._views[replica_id]
+            del self._figures[replica_id], self._estimates[replica_id]
             self._since.pop(replica_id, None)
             for request_id in self._sent.pop(replica_id, {}):
                 del self._replica_of[request_id]
@@ -100,7 +100,7 @@ class ReplicaViews:
         figures = self._figures[replica_id]
         since = {model: count for model, count in self._since[replica_id].items() if count}
         if not since:
-            self._views[replica_id] = figures
+            self._estimates[replica_id] = figures
             return
         requests = max(0, figures.running + figures.queued + sum(since.values()))
         models = dict(figures.models)
@@ -113,6 +113,6 @@ class ReplicaViews:
                 models[model] = ReplicaModel(residence="loading", requests=count)
                 free_bytes -= self.needed_bytes(model)
         running = min(requests, figures.slots)
-        self._views[replica_id] = msgspec.structs.replace(
+        self._estimates[replica_id] = msgspec.structs.replace(
             figures, running=running, queued=requests - running, models=models, free_bytes=max(0, free_bytes)
         )
