@@ -1,8 +1,8 @@
-"""`voices`: the preset and saved voices of a running service, as a table or as JSON."""
+"""`voices`: the preset and saved voices of a running service, and whose they are, as a table or as JSON."""
 
 import argparse
 import urllib.parse
-from typing import Final
+from typing import Any, Final
 
 from rich.table import Table
 
@@ -10,7 +10,8 @@ from server.commands.client import add_service_arguments, client_of
 from server.commands.output import console, print_json
 
 SUMMARY: Final = "list the voices of a running service"
-_COLUMNS: Final = ("id", "name", "model", "language", "kind", "description")
+_COLUMNS: Final = ("id", "name", "model", "language", "kind", "owner", "shared", "description")
+_KINDS: Final = {"audio_sample": "clone", "prompt": "design"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,20 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(answer)
         return 0
     table = Table("voice", *_COLUMNS[1:], box=None)
-    for voice in answer["voices"]:
+    for voice in _rows(answer):
         table.add_row(*(str(voice.get(column) or "") for column in _COLUMNS))
     console().print(table)
     return 0
+
+
+def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """The voices of one model, then the saved ones that no model speaks with now."""
+    saved = {voice["id"]: voice for voice in answer["uploaded_voices"]}
+    rows = [{**voice, **_ownership(saved.pop(voice["id"], None))} for voice in answer["voices"]]
+    rows += [{**voice, "kind": _KINDS.get(voice["type"]), **_ownership(voice)} for voice in saved.values()]
+    return rows
+
+
+def _ownership(saved: dict[str, Any] | None) -> dict[str, str]:
+    """Whose a saved voice is, as far as the service tells this key, and whether every key may use it."""
+    return {} if saved is None else {"owner": saved.get("owner", ""), "shared": "yes" if saved["shared"] else "no"}

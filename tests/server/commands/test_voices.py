@@ -12,17 +12,31 @@ VOICES = {
         {"id": "en-us", "name": "Emma", "model": "espeak-ng", "language": "english", "kind": "preset"},
         {"id": "v1", "name": "Mine", "model": "qwen3", "language": "auto", "kind": "clone", "description": "my own"},
     ],
-    "uploaded_voices": [{"id": "v1", "name": "Mine", "type": "clone", "description": "my own"}],
+    "uploaded_voices": [
+        {"id": "v1", "name": "Mine", "type": "audio_sample", "description": "my own", "owner": "alice", "shared": False},
+        {"id": "v2", "name": "Ours", "type": "prompt", "description": "of all", "shared": True},
+    ],
 }
 
 
 def test_voices(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
-    """The table has preset and saved voices, each once."""
+    """The table has preset and saved voices, each once: also those that no model speaks with now."""
     service.answers["/v1/audio/voices"] = (200, VOICES)
     assert main(["voices"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["en-us", "v1"]
+    assert [line.split()[0] for line in lines[1:]] == ["en-us", "v1", "v2"]
     assert "my own" in lines[2]
+
+
+def test_owner(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """A saved voice has its owner, where the service names it, and whether every key may use it."""
+    service.answers["/v1/audio/voices"] = (200, VOICES)
+    assert main(["voices"]) == 0
+    header, preset, mine, ours = (line.split() for line in capfd.readouterr().out.splitlines())
+    assert header[-3:] == ["owner", "shared", "description"]
+    assert preset == ["en-us", "Emma", "espeak-ng", "english", "preset"]
+    assert mine == ["v1", "Mine", "qwen3", "auto", "clone", "alice", "no", "my", "own"]
+    assert ours == ["v2", "Ours", "design", "yes", "of", "all"]
 
 
 def test_voices_of_one_model(service: CannedService) -> None:
