@@ -15,6 +15,7 @@ import msgspec
 from server.http.keys import KeysError, load_keyring
 from server.reload_messages import ReloadOutcome, WebState
 from server.text import PronunciationsError, load_pronunciations, reload_pronunciations
+from shared.access import read_bytes
 from shared.catalog import CatalogError
 from shared.environment import environment
 from shared.live_settings import WORKER_LIVE_VARIABLES, reload_settings
@@ -98,6 +99,6 @@ def _digests(settings: Settings) -> dict[str, str]:
 
 def _digest(path: Path | None) -> str:
     try:
-        return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+        return "" if path is None else hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError:  # the checks have said so, or will
         return ""

@@ -3,6 +3,7 @@
 import errno
 import os
 import pwd
+import stat
 from pathlib import Path
 
 
@@ -20,10 +21,21 @@ def unreadable(path: Path, error: OSError) -> str:
     return f"{path} cannot be read by {current_user()}: {error.strerror or error}"
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. OSError also for a pipe or a device: a service reads its files again, and must not wait."""
+    with open(path, "rb", opener=_without_waiting) as file:  # noqa: PTH123 -- Path.open has no opener
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode):
+            return file.read()
+        if os.path.samestat(status, os.stat(os.devnull)):  # noqa: PTH116 -- a name of the system, no path of ours
+            return b""
+    raise OSError(errno.EINVAL, "it is a pipe or a device, and must be a file")
+
+
 def read_file(path: Path, max_bytes: int) -> bytes:
     """The bytes of a file that an operator has named. ValueError with a sentence if that is impossible."""
     try:
-        data = path.read_bytes() if path.stat().st_size <= max_bytes else None
+        data = read_bytes(path) if path.stat().st_size <= max_bytes else None
     except OSError as error:
         raise ValueError(unreadable(path, error)) from error
     if data is None:
@@ -45,3 +57,8 @@ def folder_problem(path: Path) -> str | None:
     except OSError as error:
         return unreadable(path, error)
     return None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe even if it has no writer."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -16,7 +16,7 @@ from dotenv import dotenv_values
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
-from shared.access import unreadable
+from shared.access import read_bytes, unreadable
 from shared.settings import SettingsError, is_ours
 
 _FORM: Final = "a line is NAME=value, and a quote at the beginning of a value needs another at its end"
@@ -38,7 +38,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 def _text_of(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         return ""
     except IsADirectoryError:

@@ -3,7 +3,7 @@
 import ssl
 from pathlib import Path
 
-from shared.access import unreadable
+from shared.access import read_bytes, unreadable
 from shared.settings import Settings, variable_of
 
 
@@ -21,6 +21,7 @@ def tls_problems(settings: Settings) -> list[str]:
 
 def _problem_of_certificate(cert: Path) -> str | None:
     try:
+        read_bytes(cert)
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert)
     except ssl.SSLError:
         return f"{cert} is no certificate in PEM"
@@ -31,7 +32,7 @@ def _problem_of_certificate(cert: Path) -> str | None:
 
 def _problem_of_key(cert: Path, key: Path) -> str | None:
     try:
-        key.read_bytes()
+        read_bytes(key)
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_refuse_password)
     except _EncryptedKeyError:
         return f"{key} is encrypted; granian needs it without a password"

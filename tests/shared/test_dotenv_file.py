@@ -1,5 +1,6 @@
 """The file .env: what is read as python-dotenv reads it, and what is refused with the file's name and the line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_a_folder_in_the_place_of_the_file() -> None:
     with pytest.raises(SettingsError, match=r"\.env is a folder"):
         read_dotenv(Path(".env"))
     Path(".env/pyvenv.cfg").touch()
+    assert read_dotenv(Path(".env")) == {}
+
+
+def test_a_pipe_in_the_place_of_the_file() -> None:
+    """A pipe without a writer would stop a reload for ever, so it is an error; /dev/null is an empty file."""
+    os.mkfifo(".env")
+    with pytest.raises(SettingsError, match=r"\.env cannot be read by .*: it is a pipe or a device"):
+        read_dotenv(Path(".env"))
+    Path(".env").unlink()
+    Path(".env").symlink_to(os.devnull)
     assert read_dotenv(Path(".env")) == {}
 
 

@@ -1,6 +1,7 @@
 """The file of keys: what it may say, and what its keys may do."""
 
 import asyncio
+import os
 import re
 from datetime import date
 from pathlib import Path
@@ -117,6 +118,12 @@ class TestFile:
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         """The path and the reason."""
         with pytest.raises(KeysError, match=r"cannot be read by .*: No such file"):
+            load_keyring(Settings(keys_file=tmp_path / "keys.toml"))
+
+    def test_a_pipe(self, tmp_path: Path) -> None:
+        """A reload would wait for its writer, so it is refused."""
+        os.mkfifo(tmp_path / "keys.toml")
+        with pytest.raises(KeysError, match="it is a pipe or a device, and must be a file"):
             load_keyring(Settings(keys_file=tmp_path / "keys.toml"))
 
 

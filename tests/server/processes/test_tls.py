@@ -1,5 +1,6 @@
 """The files of https: each mistake is one sentence."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cert.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
         cert.private_key_pem.write_to_path(folder / f"{name}.key")
     (folder / "text").write_text("no PEM at all")
+    os.mkfifo(folder / "pipe")
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 -- trustme brings it
 
     key = serialization.load_pem_private_key((folder / "ours.key").read_bytes(), None)
@@ -37,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ours.pem", "locked.key", "TTS_TLS_KEY: {}/locked.key is encrypted; granian needs it without a password"),
         ("none.pem", "ours.key", "TTS_TLS_CERT: {}/none.pem cannot be read by"),
         ("ours.pem", ".", "TTS_TLS_KEY: {} cannot be read by"),
+        ("pipe", "ours.key", "TTS_TLS_CERT: {}/pipe cannot be read by"),
+        ("ours.pem", "pipe", "TTS_TLS_KEY: {}/pipe cannot be read by"),
     ],
 )
 def test_mistakes(folder: Path, cert: str, key: str, problem: str | None) -> None:
