@@ -23,7 +23,7 @@ def unreadable(path: Path, error: OSError) -> str:
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file. OSError also for a pipe or a device: a service reads its files again, and must not wait."""
-    with open(path, "rb", opener=_without_waiting) as file:  # noqa: PTH123 -- Path.open has no opener
+    with open(path, "rb", opener=_without_waiting) as file:
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode):
             return file.read()

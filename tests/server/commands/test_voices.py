@@ -13,7 +13,7 @@ VOICES = {
         {"id": "v1", "name": "Mine", "model": "qwen3", "language": "auto", "kind": "clone", "description": "my own"},
     ],
     "uploaded_voices": [
-        {"id": "v1", "name": "Mine", "type": "audio_sample", "description": "my own", "owner": "alice", "shared": False},
+        {"id": "v1", "name": "Mine", "type": "audio_sample", "owner": "alice", "shared": False},
         {"id": "v2", "name": "Ours", "type": "prompt", "description": "of all", "shared": True},
     ],
 }
