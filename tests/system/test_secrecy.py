@@ -69,9 +69,10 @@ class Driver:
         """Open a WebSocket, say something, and listen until it is closed."""
         url = f"ws://127.0.0.1:{self._port}{path}"
         with contextlib.suppress(websockets.InvalidStatus), connect(url, proxy=None, **options) as socket:
-            for message in messages:
-                socket.send(message if isinstance(message, str) else json.dumps(message))
+            # A socket whose first message has a wrong key is closed while the others are still being sent.
             with contextlib.suppress(TimeoutError, websockets.ConnectionClosed):
+                for message in messages:
+                    socket.send(message if isinstance(message, str) else json.dumps(message))
                 while True:
                     self.heard.write(f"{socket.recv(1)!r}\n")
             socket.close()
@@ -101,30 +102,11 @@ class Driver:
         self.ask("GET", f"/v1/models?key={quoted}", headers=right)
         self.ask("GET", f"{SPEECH}/{key}/audio")
         self.ask(key.upper(), SPEECH, headers=right)
-        names = (
-            "x-request-id",
-            "x-api-version",
-            "x-deadline-ms",
-            "traceparent",
-            "tracestate",
-            "content-encoding",
-            "origin",
-        )
-        for name in (*names, "x-forwarded-for", "x-forwarded-host", "host", "range", "accept", "user-agent", "cookie"):
+        for name in HEADERS:
             self.ask("POST", SPEECH, json=BODY, headers={**right, name: key})
         self.ask("POST", SPEECH, json=BODY, headers={"authorization": f"Basic {key}"})
         self.ask("POST", SPEECH, json=BODY, headers={"authorization": key})
-        for field in (
-            "model",
-            "voice",
-            "response_format",
-            "language",
-            "speed",
-            "seed",
-            "input_format",
-            "ref_audio",
-            key,
-        ):
+        for field in (*FIELDS, key):
             self.ask("POST", SPEECH, json={**BODY, field: key}, headers=right)
         self.ask("POST", SPEECH, content=f'{{"input": {key}', headers={**right, "content-type": "application/json"})
         self.ask("POST", SPEECH, content=key, headers={**right, "content-type": f"text/{key}"})
