@@ -29,13 +29,9 @@ def tone(seconds: float, *, hertz: float = 300.0, amplitude: float = 9_000.0, fa
     """A sine that fades out, as speech does."""
     count = round(seconds * SAMPLE_RATE)
     fade = max(1, round(fade_s * SAMPLE_RATE))
-    return array.array(
-        "h",
-        (
-            round(amplitude * min(1.0, (count - i) / fade) ** 2 * math.sin(2 * math.pi * hertz * i / SAMPLE_RATE))
-            for i in range(count)
-        ),
-    ).tobytes()
+    times = np.arange(count)
+    levels = amplitude * np.minimum(1.0, (count - times) / fade) ** 2
+    return np.rint(levels * np.sin(2 * math.pi * hertz * times / SAMPLE_RATE)).astype("<i2").tobytes()
 
 
 def wav(pcm: bytes) -> bytes:

@@ -37,7 +37,11 @@ Serve = Callable[..., Awaitable[httpx.AsyncClient]]
 async def serving(url: str, *, ready: bool = True, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a new application whose GPU worker is at `url`; by default, wait until the application is ready."""
     app = create_app(Settings(worker_url=url, **settings))
-    async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
+    # No connection is encrypted: reading the certificates of this machine would take longer than most tests.
+    async with (
+        listening(app) as base_url,
+        httpx.AsyncClient(base_url=base_url, timeout=20, verify=False) as client,  # noqa: S501 -- plain HTTP
+    ):
         await until(lambda: responds(client, "/ready" if ready else "/health"))
         yield client
 
