@@ -12,7 +12,7 @@ from litestar.handlers import BaseRouteHandler
 
 from server.http.elevenlabs_errors import KEY_HEADER
 from server.http.errors import ApiError
-from server.http.forwarded import client_view
+from server.http.forwarded import client_network, client_view
 from server.http.keys import Caller, Keyring, today
 from server.http.origins import refuse_foreign
 from shared.protocol import VoiceAccess
@@ -77,7 +77,7 @@ def caller_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]
     """
     address = client_view(settings, connection.scope).address or "local"
     access = VoiceAccess(all=not keyring_of(connection).guards_admin)
-    return _known(connection, key) or Caller(client=f"peer:{address}", access=access)
+    return _known(connection, key) or Caller(client=f"peer:{client_network(address)}", access=access)
 
 
 def client_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any]) -> str:

@@ -18,6 +18,7 @@ from shared.settings import Settings
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_BITS_OF_ONE_CLIENT: Final = 64
 _PREFIX: Final = re.compile(r"(/[\w.~-]+)+", re.ASCII)
 _HOST: Final = re.compile(r"[\w.:\[\]-]{1,255}", re.ASCII)
 
@@ -94,6 +95,18 @@ def parse_address(text: str | None) -> Address | None:
         return None
     # A socket for IPv6 and IPv4 shows clients with IPv4 so.
     return getattr(address, "ipv4_mapped", None) or address
+
+
+@lru_cache(maxsize=4_096)
+def client_network(address: str) -> str:
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose addresses one machine can all take.
+
+    Link-local addresses of all neighbours are in one /64, so each of them counts for itself.
+    """
+    parsed = parse_address(address)
+    if not isinstance(parsed, ipaddress.IPv6Address) or parsed.is_link_local or parsed.is_loopback:
+        return address
+    return str(ipaddress.ip_network((parsed, _BITS_OF_ONE_CLIENT), strict=False))
 
 
 def _plain(text: str | None) -> str | None:

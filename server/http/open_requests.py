@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
+from server.http.forwarded import client_network
+
 Peer = tuple[str, int]
 """The other end of a connection: IP address and port."""
 
@@ -56,7 +58,7 @@ class OpenRequests:
         self.peak = 0
         """The largest `count` since the heap trimmer last set it back."""
         self._of_peer: dict[Peer, set[OpenRequest]] = {}
-        self._of_address: Counter[str] = Counter()
+        self._of_network: Counter[str] = Counter()
         self._ended: dict[Peer, float] = {}
 
     def begin(self, scope: Any, *, has_body: bool) -> OpenRequest:
@@ -67,7 +69,7 @@ class OpenRequests:
         self.peak = max(self.peak, self.count)
         if request.peer:
             self._of_peer.setdefault(request.peer, set()).add(request)
-            self._of_address[request.peer[0]] += 1
+            self._of_network[client_network(request.peer[0])] += 1
         return request
 
     def end(self, request: OpenRequest) -> None:
@@ -80,17 +82,18 @@ class OpenRequests:
         if not others:
             del self._of_peer[request.peer]
             self._ended[request.peer] = self.clock()
-        self._of_address[request.peer[0]] -= 1
-        if not self._of_address[request.peer[0]]:
-            del self._of_address[request.peer[0]]
+        network = client_network(request.peer[0])
+        self._of_network[network] -= 1
+        if not self._of_network[network]:
+            del self._of_network[network]
 
     def of(self, peer: Peer) -> Collection[OpenRequest]:
         """The open requests of one connection: several only in HTTP/2."""
         return self._of_peer.get(peer, ())
 
     def of_address(self, address: str) -> int:
-        """The number of open requests of one client address."""
-        return self._of_address[address]
+        """The number of open requests of a client address; of its /64, if it is one of IPv6."""
+        return self._of_network[client_network(address)]
 
     def last_end(self, peer: Peer) -> float:
         """When the connection's last request ended, if that was after the last call of `take_ended`; else 0."""

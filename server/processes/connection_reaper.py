@@ -30,6 +30,7 @@ from typing import Final
 
 import structlog
 
+from server.http.forwarded import client_network
 from server.http.open_requests import MIN_BODY_BYTES_PER_S, OpenRequests, Peer, peer_of
 
 SWEEP_PAUSE_S: Final = 0.25
@@ -254,13 +255,18 @@ class ConnectionReaper:
         return self._requests.clock() - max(one.idle_since, self._requests.last_end(one.peer))
 
     async def _close_for_addresses(self, idle: list[Connection]) -> None:
-        """Close the longest idle connections of addresses that have too many."""
+        """Close the longest idle connections of addresses that have too many. An IPv6 address counts as its /64."""
         limit = self._address_limit()
         counts = Counter(one.peer[0] for one in self._connections.values())
+        networks = Counter[str]()
         for address, count in counts.items():
-            if count > limit and not self._is_exempt(address):
-                own = [one for one in idle if one.peer[0] == address]
-                await self._close("too_many_of_address", own, count - limit, _IDLE)
+            networks[client_network(address)] += count
+        crowded = {network for network, count in networks.items() if count > limit}
+        for network in crowded:
+            exempt = {one for one in counts if client_network(one) == network and self._is_exempt(one)}
+            too_many = networks[network] - limit - sum(counts[address] for address in exempt)
+            own = [one for one in idle if client_network(one.peer[0]) == network and one.peer[0] not in exempt]
+            await self._close("too_many_of_address", own, too_many, _IDLE)
 
     async def _close_for_room(self, idle: list[Connection]) -> None:
         """Keep a share of the places free.

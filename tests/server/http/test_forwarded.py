@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from server.http.forwarded import client_view, split_authority, strip_root_path
+from server.http.forwarded import client_network, client_view, split_authority, strip_root_path
+from server.http.open_requests import OpenRequests
 from shared.protocol import Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker
@@ -124,6 +125,43 @@ async def test_clients_behind_a_proxy_queue_by_their_own_addresses(serve: Serve,
     for address in (CLIENT, "203.0.113.8"):
         await client.post(SPEECH, json={"input": "x"}, headers={"x-forwarded-for": address})
     assert [speak.client for speak in worker.of(Speak)] == [f"peer:{CLIENT}", "peer:203.0.113.8"]
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("::ffff:203.0.113.7", "::ffff:203.0.113.7"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8::ffff:1:2:3", "2001:db8::/64"),
+        ("2001:db8:0:1::1", "2001:db8:0:1::/64"),
+        ("fe80::1", "fe80::1"),  # all neighbours have this /64
+        ("::1", "::1"),
+        ("local", "local"),
+    ],
+)
+def test_what_counts_as_one_client(address: str, network: str) -> None:
+    """An address of IPv4 and a /64 of IPv6."""
+    assert client_network(address) == network
+
+
+def test_requests_of_one_network() -> None:
+    """Requests from a /64 count together, and are forgotten when they end."""
+    requests = OpenRequests()
+    begun = [requests.begin({"client": (f"2001:db8::{host}", 1)}, has_body=False) for host in (1, 2)]
+    assert requests.of_address("2001:db8::3") == 2
+    for request in begun:
+        requests.end(request)
+    assert requests.of_address("2001:db8::1") == 0
+
+
+@SHARED_LOOP
+async def test_clients_of_one_ipv6_network_share(serve: Serve, worker: FakeWorker) -> None:
+    """Fairness: another address of the same /64 is no other client."""
+    client = await serve()
+    for address in ("2001:db8::1", "2001:db8::2"):
+        await client.post(SPEECH, json={"input": "x"}, headers={"x-forwarded-for": address})
+    assert [speak.client for speak in worker.of(Speak)] == ["peer:2001:db8::/64"] * 2
 
 
 @SHARED_LOOP

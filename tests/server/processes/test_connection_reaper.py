@@ -294,6 +294,19 @@ async def test_an_address_has_a_limit(bench: Bench) -> None:
     assert not any(closed(client) for client in more)
 
 
+async def test_a_network_of_ipv6_has_the_limit_of_an_address(bench: Bench) -> None:
+    """One machine has all addresses of a /64, so they count as one; a proxy among them does not count."""
+    proxy = "2001:db8::2"
+    bench.watch(address_limit=lambda: 2, limit=100, is_exempt=lambda address: address == proxy)
+    clients = [bench.connect()[0] for _ in range(6)]
+    await bench.reaper.sweep()
+    hosts = ("2001:db8::1", proxy, "2001:db8::3", "2001:db8::4", "2001:db8:0:1::1", "2001:db8:0:1::2")
+    for connection, host in zip(sorted(bench.reaper._connections.values(), key=lambda one: one.fd), hosts, strict=True):
+        connection.peer = (host, connection.peer[1])
+    await bench.after(2)
+    assert [closed(client) for client in clients] == [True, False, False, False, False, False]
+
+
 # --- with granian ----------------------------------------------------------------------------------------------------
 
 PLACES = 16
