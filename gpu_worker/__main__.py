@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import structlog
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.cpu_threads import set_compute_threads
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.factory import GPU_EXTRA, EngineFactory
 from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.heartbeat import Heartbeat
-from gpu_worker.limits import LimitCounter
+from gpu_worker.keys import AddUsage, LimitCounter, UsageFile, UsageFound, UsageLog
 from gpu_worker.live_settings import LiveSettings
-from gpu_worker.requests import Request
+from gpu_worker.requests import AudioBuffer, Ending, Request
 from gpu_worker.residency import (
     Checkpoints,
     Mover,
@@ -43,11 +42,10 @@ from gpu_worker.residency import (
     cuda_problem,
     open_probe,
 )
-from gpu_worker.scheduler import Scheduler
+from gpu_worker.scheduling import Scheduler
 from gpu_worker.serial_thread import SerialThread
-from gpu_worker.stats import Ending, Stats
+from gpu_worker.stats import Stats
 from gpu_worker.transport import Transport
-from gpu_worker.usage import AddUsage, UsageFile, UsageFound, UsageLog
 from gpu_worker.voices import ConsentStore, FolderWatch, ScanFolder, VoiceFiles, VoiceStore, VoiceWrite
 from gpu_worker.worker import Command, Drain, Wake, Worker
 from shared.access import folder_problem

@@ -10,11 +10,10 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, JobError
-from gpu_worker.requests import Request, Sink, failed_message
+from gpu_worker.keys import UsageFound
+from gpu_worker.requests import AudioBuffer, Request, Sink, failed_message
 from gpu_worker.residency import ModelBusyError, Residency
-from gpu_worker.usage import UsageFound
 from gpu_worker.voices import (
     ConsentRecord,
     ConsentStore,

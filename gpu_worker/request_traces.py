@@ -16,8 +16,7 @@ from typing import Final
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.requests import Cancelled, Request
-from gpu_worker.stats import Ending
+from gpu_worker.requests import Cancelled, Ending, Request
 from shared.protocol import SpeechError, speech_id_of
 from shared.trace_settings import is_sampled
 from shared.traces import Traces

@@ -6,15 +6,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.caches import Caches
 from gpu_worker.engines.base import EngineStats
 from gpu_worker.performance import Performance
-from gpu_worker.requests import BYTES_PER_S, Request, RequestState
+from gpu_worker.requests import BYTES_PER_S, AudioBuffer, Ending, Request, RequestState
 from gpu_worker.residency import MemoryProbe, TransitionDone, TransitionFailed
 from shared.protocol import (
     BATCH_SIZE_BOUNDS,
@@ -38,9 +37,6 @@ from shared.protocol import (
     speech_id_of,
 )
 from shared.trace_settings import trace_id_of
-
-Ending = Literal["finished", "failed", "cancelled"]
-"""How a request ended."""
 
 MEMORY_READING_S: Final = 0.2
 """How long one reading of the device's and the host's memory is used: every GET /admin/vram needs one."""

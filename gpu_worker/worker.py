@@ -15,14 +15,23 @@ from typing import Final, assert_never
 import msgspec
 import structlog
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.caches import Caches
 from gpu_worker.control import ControlHandler
 from gpu_worker.engines.base import Done, Event, Fault, Job, JobError, Pcm, Reference
 from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_out_of_memory
-from gpu_worker.limits import LimitCounter
-from gpu_worker.outcomes import MAX_OUTCOMES, Outcomes
-from gpu_worker.requests import Cancelled, Outcome, Request, RequestState, Sink, speech_error
+from gpu_worker.keys import LimitCounter, Sums, UsageFound, UsageLog
+from gpu_worker.requests import (
+    MAX_OUTCOMES,
+    AudioBuffer,
+    Cancelled,
+    Ending,
+    Outcome,
+    Outcomes,
+    Request,
+    RequestState,
+    Sink,
+    speech_error,
+)
 from gpu_worker.residency import (
     Downloaded,
     FilesChecked,
@@ -34,12 +43,9 @@ from gpu_worker.residency import (
     TransitionDone,
     TransitionFailed,
 )
-from gpu_worker.scheduler import Scheduler
-from gpu_worker.slot_policy import NEWCOMERS_IN_A_ROW
-from gpu_worker.slots import Place, Slots
-from gpu_worker.stats import Ending, Stats
+from gpu_worker.scheduling import NEWCOMERS_IN_A_ROW, Place, Scheduler, Slots
+from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming, PeerGone, TransportEvent, TransportFailed
-from gpu_worker.usage import Sums, UsageFound, UsageLog
 from gpu_worker.voices import ConsentStore, FolderScanned, FolderWatch, VoiceStore, VoiceWritten
 from shared.catalog import ModelSpec
 from shared.protocol import (

@@ -15,7 +15,7 @@ import pytest
 import trustme
 import yaml
 
-from gpu_worker.usage import AddUsage, Sums, UsageFile
+from gpu_worker.keys.usage import AddUsage, Sums, UsageFile
 from shared.protocol import FindUsage
 from shared.settings import Settings, load_settings, variable_of
 

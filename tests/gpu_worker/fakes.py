@@ -4,11 +4,11 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Job, Memory
 from gpu_worker.requests import Request, Send, Sink
+from gpu_worker.requests.audio_buffer import AudioBuffer
 from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles
 from gpu_worker.voices.files import Record
@@ -36,6 +36,12 @@ def a_spec(model: str, estimated_bytes: int = 100) -> ModelSpec:
 def a_sink(request_id: str = "r", *, credit: int = 1_000, send: Send = lambda _message, _payload: None) -> Sink:
     """A sink with a buffer of its own."""
     return Sink(request_id, send, credit, AudioBuffer(2**24))
+
+
+def a_recorded_sink(credit: int) -> tuple[Sink, list[tuple[Any, bytes | None]]]:
+    """A sink with a buffer of its own, and the list of what it sends."""
+    sent: list[tuple[Any, bytes | None]] = []
+    return a_sink(credit=credit, send=lambda message, payload: sent.append((message, payload))), sent
 
 
 def a_request(

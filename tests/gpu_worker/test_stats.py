@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.caches import Caches
 from gpu_worker.engines.base import Done, EngineStats, JobError, Memory
 from gpu_worker.requests import STALLED_AFTER_S, Request
+from gpu_worker.requests.audio_buffer import AudioBuffer
 from gpu_worker.residency.models import ModelState, Transition, TransitionDone, TransitionFailed, TransitionKind
 from gpu_worker.stats import MAX_STREAMS, MEMORY_READING_S, Ending, Stats
 from shared.pcm import bytes_for

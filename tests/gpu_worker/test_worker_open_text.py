@@ -2,8 +2,7 @@
 
 import pytest
 
-from gpu_worker.requests import RequestState
-from gpu_worker.slot_policy import MIN_SLICE_S
+from gpu_worker.requests import MIN_SLICE_S, RequestState
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import Failed

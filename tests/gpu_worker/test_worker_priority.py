@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_worker.requests import BATCH_PATIENCE_S
+from gpu_worker.requests.request import BATCH_PATIENCE_S
 from shared.protocol import Counters
 from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from gpu_worker.audio_buffer import FLOOR_BYTES
 from gpu_worker.engines.base import Done, Event, Pcm
 from gpu_worker.requests import STALLED_AFTER_S, RequestState
-from gpu_worker.slot_policy import HUNGRY_BELOW_S, MIN_IN_HAND_S, RETURN_MARGIN_S
+from gpu_worker.requests.audio_buffer import FLOOR_BYTES
+from gpu_worker.scheduling.slot_policy import HUNGRY_BELOW_S, MIN_IN_HAND_S, RETURN_MARGIN_S
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.pcm import bytes_for
@@ -105,7 +105,7 @@ class TestParking:
         bench.speak("long", LONG)
         _turn(bench, 4)
         (long,) = bench.worker._slots.running.values()
-        bench.clock.advance(long.holding(bench.clock()).in_hand_s - MIN_IN_HAND_S - ms / 1_000)
+        bench.clock.advance(long.in_hand_s(bench.clock()) - MIN_IN_HAND_S - ms / 1_000)
         read = FakeClock.__call__
 
         def slow(clock: FakeClock) -> float:
@@ -130,7 +130,7 @@ class TestParking:
             _turn(bench)
             parked = list(bench.worker._slots.parked.values())
             if parked:
-                in_hand_s.append(parked[0].holding(bench.clock()).in_hand_s)
+                in_hand_s.append(parked[0].in_hand_s(bench.clock()))
         assert min(in_hand_s) > HUNGRY_BELOW_S - 2 * TURN_S
         assert first.playback.underrun_s == 0.0
         bench.settle()

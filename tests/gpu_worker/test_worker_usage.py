@@ -2,7 +2,7 @@
 
 from datetime import date
 
-from gpu_worker.usage import AddUsage, Sums, UsageFound
+from gpu_worker.keys.usage import AddUsage, Sums, UsageFound
 from shared.protocol import FindUsage, Reply, UsageRow
 from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
 

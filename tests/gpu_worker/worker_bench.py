@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 
-from gpu_worker.audio_buffer import AudioBuffer
 from gpu_worker.engines.base import Done, EngineStats, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
-from gpu_worker.limits import LimitCounter
+from gpu_worker.keys.limits import LimitCounter
+from gpu_worker.keys.usage import AddUsage, UsageLog
 from gpu_worker.requests import Request
+from gpu_worker.requests.audio_buffer import AudioBuffer
 from gpu_worker.residency import (
     Checkpoints,
     Downloaded,
@@ -24,11 +25,10 @@ from gpu_worker.residency import (
     TransitionFailed,
 )
 from gpu_worker.residency.models import CheckFiles, Download, ModelState, Transition
-from gpu_worker.scheduler import Scheduler
+from gpu_worker.scheduling.scheduler import Scheduler
 from gpu_worker.serial_thread import SerialThread
 from gpu_worker.stats import Stats
 from gpu_worker.transport import Incoming
-from gpu_worker.usage import AddUsage, UsageLog
 from gpu_worker.voices import ConsentStore, FolderWatch, ScanFolder, VoiceStore, VoiceWrite
 from gpu_worker.worker import Worker
 from shared.catalog import ModelSpec

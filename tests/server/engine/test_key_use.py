@@ -5,7 +5,7 @@ from typing import Final
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.limits import DAY_S, LimitCounter
+from gpu_worker.keys.limits import DAY_S, LimitCounter
 from server.engine.key_use import ClusterUse
 from shared.protocol import KeyLimits
 from tests.gpu_worker.fakes import FakeClock

@@ -1,6 +1,6 @@
 """The requests that hold a slot and those that are parked: which of them change places, and which make no audio now.
 
-It joins the rules of `slot_policy` and `audio_buffer` with the engines' slots.
+It joins the rules of `slot_policy` and `requests.audio_buffer` with the engines' slots.
 It asks engines for their figures alone: the Worker parks, unparks and steps.
 """
 
@@ -10,10 +10,9 @@ from typing import Final
 
 import msgspec
 
-from gpu_worker.audio_buffer import AudioBuffer, may_grow, may_park
 from gpu_worker.engines.base import Engine
-from gpu_worker.requests import STALLED_AFTER_S, Request
-from gpu_worker.slot_policy import Holding, next_to_park, next_to_unpark, next_to_wait
+from gpu_worker.requests import STALLED_AFTER_S, AudioBuffer, Request, may_grow, may_park
+from gpu_worker.scheduling.slot_policy import Holding, next_to_park, next_to_unpark, next_to_wait
 
 NO_PARKING_S: Final = 1.0
 """How long nothing is parked after host RAM ran out."""
@@ -193,8 +192,14 @@ class Slots:
         return None
 
     def _holding(self, request: Request, now: float) -> Holding:
-        holding = request.holding(now)
-        return msgspec.structs.replace(holding, waits_for_text=True) if self.waits_for_text(request) else holding
+        return Holding(
+            request.job.id,
+            in_hand_s=request.in_hand_s(now),
+            slice_s=request.slice_s(now),
+            has_spoken=request.first_audio_at is not None,
+            waits_for_text=self.waits_for_text(request),
+            yields=request.yields(now),
+        )
 
     def _may_grow(self, request: Request, free_bytes: int) -> bool:
         waiting_bytes = request.sink.waiting_bytes

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from gpu_worker.outcomes import MAX_MESSAGE, MAX_OUTCOMES, Outcomes
+from gpu_worker.requests.outcomes import MAX_MESSAGE, MAX_OUTCOMES, Outcomes
 from gpu_worker.transport import PeerGone
 from shared.protocol import FindSpeech, SpeechError, SpeechOutcome, Spoken, Usage
 from tests.gpu_worker.worker_bench import WEB, MakeBench, WorkerBench, loaded

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.slot_policy import (
+from gpu_worker.scheduling.slot_policy import (
     FIRST_AUDIO_S,
     HUNGRY_BELOW_S,
     MIN_IN_HAND_S,

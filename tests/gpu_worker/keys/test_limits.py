@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.limits import DAY_S, MINUTE_S, LimitCounter
+from gpu_worker.keys.limits import DAY_S, MINUTE_S, LimitCounter
 from shared.protocol import KeyLimits, RateLimit
 from tests.gpu_worker.fakes import FakeClock
 

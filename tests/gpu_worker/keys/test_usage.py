@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from gpu_worker.usage import FLUSH_S, AddUsage, Sums, UsageFile, UsageFound, UsageLog
+from gpu_worker.keys.usage import FLUSH_S, AddUsage, Sums, UsageFile, UsageFound, UsageLog
 from shared.protocol import FindUsage, UsageRow
 from tests.gpu_worker.fakes import FakeClock
 
@@ -105,7 +105,7 @@ class TestFile:
 
     def test_many_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """An answer is bounded, and says that there is more."""
-        monkeypatch.setattr("gpu_worker.usage.MAX_ROWS", 3)
+        monkeypatch.setattr("gpu_worker.keys.usage.MAX_ROWS", 3)
         file = UsageFile(tmp_path / "usage.sqlite", days=30, today=lambda: DAY)
         file.handle(AddUsage({("2026-11-29", f"k{number}", "m"): Sums(requests=1) for number in range(4)}))
         found = file.handle(FindUsage(since=DAY, until=DAY))

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.requests import BATCH_PATIENCE_S, Request
-from gpu_worker.scheduler import MAX_RETRY_S, PACE_WINDOW_S, Scheduler
-from gpu_worker.shares import MAX_CLIENTS, AudioShares
+from gpu_worker.requests import Request
+from gpu_worker.requests.request import BATCH_PATIENCE_S
+from gpu_worker.scheduling.scheduler import MAX_RETRY_S, PACE_WINDOW_S, Scheduler
+from gpu_worker.scheduling.shares import MAX_CLIENTS, AudioShares
 from tests.gpu_worker.fakes import FakeClock, a_request
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.audio_buffer import FLOOR_BYTES, IN_FLIGHT_S, AudioBuffer, may_grow, may_park
+from gpu_worker.requests.audio_buffer import FLOOR_BYTES, IN_FLIGHT_S, AudioBuffer, may_grow, may_park
 from shared.pcm import bytes_for
 
 

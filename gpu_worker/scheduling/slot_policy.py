@@ -16,7 +16,7 @@ A listener hears a second a second from the first piece on, and nothing while it
 - A request that yields (a batch request) gives its slot and the device to any that does not, at once.
   Once parked, it waits for a free slot. As a newcomer it takes one from none but another that yields.
 
-It knows neither engines nor messages; see `worker` for these, and `audio_buffer` for the bytes.
+It knows neither engines nor messages; see `slots` for these, and `requests.audio_buffer` for the bytes.
 """
 
 import math
@@ -24,6 +24,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 import msgspec
+
+from gpu_worker.requests import MIN_SLICE_S
 
 MIN_IN_HAND_S: Final = 1.0
 """A request with less is not parked for a newcomer: it could not be back in its slot before its listener waits.
@@ -42,9 +44,6 @@ NEWCOMERS_IN_A_ROW: Final = 3
 
 FIRST_AUDIO_S: Final = 0.2
 """How long the others wait for a newcomer's first audio."""
-
-MIN_SLICE_S: Final = 0.2
-"""The shortest stay in a slot, in seconds of the clock: to park and to unpark takes milliseconds."""
 
 
 class Holding(msgspec.Struct, frozen=True):

@@ -1,47 +1,40 @@
-"""A request: its state, its sink and its playback clock. Owned by the synthesis thread alone.
+"""A request: its state, its times and what it has made. Owned by the synthesis thread alone.
 
     QUEUED -> RUNNING <-> PARKED
               RUNNING -> DRAINING -> DONE
 
-Only `Request` writes the state. It knows neither queue nor engine nor model: the Worker keeps these in step with it.
+Only `Request` writes the state. It knows neither queue nor engine nor model: `scheduling` keeps these in step with it.
 """
 
 import enum
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, assert_never
+from typing import Final, Literal, assert_never
 
 import msgspec
 
-from gpu_worker.audio_buffer import AudioBuffer
-from gpu_worker.engines.base import Done, FinishReason, Job, JobError
-from gpu_worker.slot_policy import MIN_SLICE_S, Holding
-from shared.pcm import SAMPLE_RATE, bytes_for
+from gpu_worker.engines.base import Done, Job, JobError
+from gpu_worker.requests.playback import Playback
+from gpu_worker.requests.sink import Sink, speech_error
+from shared.pcm import bytes_for
 from shared.protocol import (
     Append,
-    Audio,
     EndText,
-    Failed,
-    Finished,
     KeyLimits,
-    Message,
     RateLimit,
     ShownState,
     SpeechError,
     SpeechOutcome,
     SpeechStatus,
-    Started,
     StreamState,
     Timings,
-    Usage,
     Word,
 )
 
+BYTES_PER_S: Final = bytes_for(1.0)
+
 CLIENT_CHARS: Final = 20
 """Characters of a client's name that dashboards show: the digest of a key, or an IPv4 address, in full."""
-
-BYTES_PER_S: Final = bytes_for(1.0)
 
 STALLED_AFTER_S: Final = 10.0
 """A reader that has taken nothing for so long, though audio waits for it, counts as stalled.
@@ -49,12 +42,11 @@ STALLED_AFTER_S: Final = 10.0
 A reader at the speed of speech grants credit every 2.6 s: for 4 pieces of 0.64 s.
 """
 
-Send = Callable[[Message, bytes | None], None]
-"""Takes a message and its payload: audio, 24 kHz mono int16."""
-
-
 BATCH_PATIENCE_S: Final = 60.0
 """A batch request that has waited for its slot for so long counts as any other, until it has had a slice of it."""
+
+MIN_SLICE_S: Final = 0.2
+"""The shortest stay in a slot, in seconds of the clock: to park and to unpark takes milliseconds."""
 
 
 class RequestState(enum.Enum):
@@ -83,122 +75,8 @@ class Cancelled(msgspec.Struct, frozen=True):
 Outcome = Done | JobError | Cancelled
 """How a request ends: said in full, failed, or cancelled."""
 
-
-class Sink:
-    """Where one request's speech goes: `send` gets its messages, never more audio than there is credit for.
-
-    Audio without credit waits here: `waiting_bytes`, which are counted in `buffer`.
-    `unread_bytes` of the audio that was sent were not granted back: the web worker has not passed them on yet.
-    """
-
-    def __init__(self, request_id: str, send: Send, credit: int, buffer: AudioBuffer) -> None:
-        self._id = request_id
-        self._send = send
-        self._credit = credit
-        self.buffer = buffer
-        self._seq = 0
-        self._waiting: deque[tuple[Message, bytes | None]] = deque()
-        self._unread: deque[int] = deque()  # the size of each piece
-        self.waiting_bytes = 0
-        self.unread_bytes = 0
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the credit is used up."""
-        return self._credit <= 0
-
-    @property
-    def drained(self) -> bool:
-        """Whether everything has been sent."""
-        return not self._waiting
-
-    def grant(self, chunks: int) -> int:
-        """Add credit for `chunks` pieces. Returns the bytes of audio sent. Negative credit counts as none."""
-        self._credit += max(0, chunks)
-        for _ in range(min(chunks, len(self._unread))):
-            self.unread_bytes -= self._unread.popleft()
-        return self._flush()
-
-    def started(self, model: str, rate_limit: RateLimit | None = None) -> None:
-        """Send Started."""
-        self._send(Started(id=self._id, model=model, sample_rate=SAMPLE_RATE, rate_limit=rate_limit), None)
-
-    def audio(self, pcm: bytes, rate: float | None = 1.0, words: Sequence[Word] = ()) -> int:
-        """Send the next piece, or keep it until there is credit. Returns the bytes of audio sent."""
-        self._waiting.append((Audio(id=self._id, seq=self._seq, rate=rate, words=list(words)), pcm))
-        self._seq += 1
-        self._count(len(pcm))
-        return self._flush()
-
-    def finished(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        """Send Finished behind the last piece."""
-        self._waiting.append((Finished(id=self._id, reason=reason, usage=usage, timings=timings), None))
-        self._flush()
-
-    def failed(self, error: JobError) -> None:
-        """Send Failed at once, and drop the pieces that still wait."""
-        self.drop()
-        self._send(failed_message(self._id, error), None)
-
-    def failed_behind_audio(self, error: JobError) -> None:
-        """Send Failed behind the last piece."""
-        self._waiting.append((failed_message(self._id, error), None))
-        self._flush()
-
-    def drop(self) -> None:
-        """Drop the messages that still wait."""
-        self._waiting.clear()
-        self._count(-self.waiting_bytes)
-
-    def _flush(self) -> int:
-        sent_bytes = 0
-        while self._waiting:
-            message, payload = self._waiting[0]
-            if payload is not None:
-                if self._credit <= 0:
-                    break
-                self._credit -= 1
-                self._unread.append(len(payload))
-                sent_bytes += len(payload)
-            self._waiting.popleft()
-            self._send(message, payload)
-        self.unread_bytes += sent_bytes
-        self._count(-sent_bytes)
-        return sent_bytes
-
-    def _count(self, n_bytes: int) -> None:
-        self.waiting_bytes += n_bytes
-        self.buffer.add(n_bytes)
-
-
-class Playback:
-    """The clock of a player that starts with the first piece and keeps nothing back: the strictest there is.
-
-    `now` is the worker's monotonic seconds.
-    `underrun_s` is how long the player had played everything that was sent, while its reader could take more.
-    """
-
-    def __init__(self) -> None:
-        self.underrun_s = 0.0
-        self._ends_at: float | None = None
-
-    def add(self, seconds: float, now: float) -> None:
-        """The next `seconds` of audio are sent."""
-        if self._ends_at is None:
-            self._ends_at = now
-        elif now > self._ends_at:
-            self.underrun_s += now - self._ends_at
-            self._ends_at = now
-        self._ends_at += seconds
-
-    def resume(self, unread_s: float, now: float) -> None:
-        """The reader, which could take no more, takes more again. It still had `unread_s` of audio to read."""
-        if self._ends_at is not None:
-            self._ends_at = max(self._ends_at, now + unread_s)
-
-    def ahead_s(self, now: float) -> float:
-        """How much of the audio that was sent the player has not played yet."""
-        return 0.0 if self._ends_at is None else max(0.0, self._ends_at - now)
+Ending = Literal["finished", "failed", "cancelled"]
+"""The kind of an outcome, once the last message is sent."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -294,7 +172,7 @@ class Request:
     def park(self, parked_bytes: int, now: float) -> None:
         """RUNNING -> PARKED: the engine keeps the job off its slot, in so many bytes of host RAM."""
         self.state = RequestState.PARKED
-        if now - self._slot_since >= MIN_SLICE_S:
+        if self.slice_s(now) >= MIN_SLICE_S:
             self._waiting_since = now
         self._count_parked(parked_bytes)
         self.set_idle(idle=True, now=now)
@@ -374,15 +252,9 @@ class Request:
             unheard_s = max(unheard_s, self.sink.unread_bytes / BYTES_PER_S)
         return self.sink.waiting_bytes / BYTES_PER_S + unheard_s
 
-    def holding(self, now: float) -> Holding:
-        """What decides about its slot."""
-        return Holding(
-            self.job.id,
-            in_hand_s=self.in_hand_s(now),
-            slice_s=now - self._slot_since,
-            has_spoken=self.first_audio_at is not None,
-            yields=self.yields(now),
-        )
+    def slice_s(self, now: float) -> float:
+        """How long a running request has held its slot."""
+        return now - self._slot_since
 
     def synthesis_s(self, now: float) -> float:
         """The time from the start up to `now`, without the time for which the engine made no audio for it."""
@@ -437,20 +309,3 @@ class Request:
         if self.unread_s(now) > STALLED_AFTER_S:
             return "stalled"
         return "generating" if self.state is RequestState.RUNNING else "buffered"
-
-
-def speech_error(error: JobError) -> SpeechError:
-    """`error` as a part of a SpeechOutcome."""
-    return SpeechError(code=error.code, message=error.message, param=error.param)
-
-
-def failed_message(message_id: str, error: JobError) -> Failed:
-    """`error` as a message to the web worker."""
-    return Failed(
-        id=message_id,
-        code=error.code,
-        message=error.message,
-        param=error.param,
-        retry_after_s=error.retry_after_s,
-        rate_limit=error.rate_limit,
-    )

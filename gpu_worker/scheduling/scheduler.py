@@ -14,7 +14,7 @@ from typing import Final
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.requests import Request
-from gpu_worker.shares import AudioShares
+from gpu_worker.scheduling.shares import AudioShares
 
 PACE_WINDOW_S: Final = 60.0
 """The pace of the queue is that of the last minute."""

@@ -6,7 +6,7 @@ still make after it was held back. So such a request can always speak on while i
 Beyond that a request may keep as many bytes as stay free. So those with the most are held back first,
 and n requests whose readers take nothing leave the (n + 1)th part of the budget free for others.
 
-It decides nothing about slots (see `slot_policy`) and holds no audio (see `requests`).
+It decides nothing about slots (see `scheduling`) and holds no audio (see `sink`).
 """
 
 from typing import Final
