@@ -46,6 +46,9 @@ REPORT_INTERVAL_S: Final = 0.25
 STALE_AFTER_S: Final = 5.0
 """A replica whose last report is older takes no part in the snapshot."""
 
+_GATHER_S: Final = 0.05
+"""Reports that come within it are taken together: each taking looks at all replicas."""
+
 _FRESH_WITHIN_S: Final = 1.0
 _RELOAD_TIMEOUT_S: Final = 5.0
 
@@ -95,6 +98,10 @@ class RayEngineClient:
         self._emptied: dict[CacheName, int] | None = None
         self._reported = asyncio.Event()
         """Set, and replaced, by each report."""
+        self._awaited = 0
+        """Replicas whose reports are under way."""
+
+        self._gathering: asyncio.TimerHandle | None = None
         self._loss: asyncio.Future[ApiError] | None = None
         self._available = False
         self._streams: dict[str, RelayedStream] = {}
@@ -228,6 +235,7 @@ class RayEngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(self._polling, *self._tasks, return_exceptions=True)
+        self._stop_gathering()
         self._note_loss("The server is shutting down.")
 
     def abort_all(self) -> None:
@@ -252,12 +260,16 @@ class RayEngineClient:
     def _poll_all(self, *, fresh: bool = False) -> None:
         """Ask each replica for its report, but those whose answer is still awaited."""
         ids = set(self._replicas.ids())
-        for name in self._known.keys() - ids:
+        gone = self._known.keys() - ids
+        for name in gone:
             self._forget(name)
+        if gone:
+            self._refresh()
         for name in ids:
             known = self._known.setdefault(name, KnownReplica(self._clock()))
             if not known.is_polled:
                 known.is_polled = True
+                self._awaited += 1
                 self._start(self._poll(name, known, fresh=fresh))
 
     async def _poll(self, name: str, known: KnownReplica, *, fresh: bool) -> None:
@@ -280,7 +292,11 @@ class RayEngineClient:
             self._on_report(report, known, asked_at)
         finally:
             known.is_polled = False
-        self._refresh()
+            self._awaited -= 1
+        if not self._awaited:
+            self._refresh()
+        elif self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(_GATHER_S, self._refresh)
 
     def _on_report(self, report: ReplicaReport, known: KnownReplica, asked_at: float) -> None:
         if report.catalog is not None:
@@ -299,10 +315,10 @@ class RayEngineClient:
         known = self._known.pop(name)
         if known.report is not None:
             self._use.end(known.report.boot_id)
-        self._refresh()
 
     def _refresh(self) -> None:
         """Make the snapshot of the cluster anew, and wake those that wait for it."""
+        self._stop_gathering()
         now = self._clock()
         alive = [known for known in self._known.values() if known.outage(now, STALE_AFTER_S) is None]
         self._replicas.update(self.reports())
@@ -311,11 +327,17 @@ class RayEngineClient:
             self._alive, self._snapshot = reports, None
             self._snapshot_made_at = min(known.made_at for known in alive)
             self._empty_caches(sum_of_counts(report.snapshot.emptied for report in reports if report.snapshot))
-        if self._available and not alive:
+        # Replicas that Serve has taken away, to replace them or to save them, let their streams end: they are no loss.
+        if self._available and not alive and self._known:
             self._note_loss("The GPU worker went away.")
         self._available = bool(alive)
         self._reported.set()
         self._reported = asyncio.Event()
+
+    def _stop_gathering(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
 
     def _note_loss(self, message: str) -> None:
         if self._loss is not None:

@@ -1,0 +1,98 @@
+"""RayEngineClient and the reports of replicas: how they are taken, and what their absence means."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.cluster.ingress_leases import IngressLeases
+from server.cluster.worker_gateway import WorkerGateway
+from server.engine.client import INITIAL_CREDIT
+from server.engine.ray import RayEngineClient
+from server.engine.reports import ReplicaReport
+from server.engine.zmq import ZmqEngineClient
+from server.http.errors import ApiError
+from shared.protocol import Segment, Speak
+from tests.fakes import FakeWorker
+from tests.server.engine.transports import LocalReplicas
+from tests.server.running import becomes
+
+REQUEST = Speak(
+    id="r",
+    client="alice",
+    model="m",
+    task="CustomVoice",
+    segments=[Segment(text="Hello.")],
+    credit=INITIAL_CREDIT,
+)
+
+
+class ManyReplicas(LocalReplicas):
+    """Their reports come while `open` is set. Serve sends new requests to none that is in `taken_away`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = asyncio.Event()
+        self.open.set()
+        self.taken_away: set[str] = set()
+        self.updates = 0
+
+    def ids(self) -> Sequence[str]:
+        return [name for name in self.gateways if name not in self.taken_away]
+
+    def update(self, reports: dict[str, ReplicaReport]) -> None:
+        super().update(reports)
+        self.updates += 1
+
+    async def report(self, replica: str, request: bytes) -> bytes:
+        await self.open.wait()
+        return await super().report(replica, request)
+
+
+@pytest.fixture
+def replicas() -> ManyReplicas:
+    """The replicas of the engine."""
+    return ManyReplicas()
+
+
+@pytest_asyncio.fixture
+async def engine(tmp_path: Path, replicas: ManyReplicas) -> AsyncIterator[RayEngineClient]:
+    """The client of 100 replicas, which share a GPU worker that goes on as it gets credit."""
+    with FakeWorker(tmp_path / "w.ipc", chunks=100) as worker:
+        async with ZmqEngineClient(worker.url, "", timeout_s=20.0) as client:
+            for number in range(100):
+                replicas.gateways[str(number)] = WorkerGateway(str(number), client, IngressLeases())
+            async with RayEngineClient(replicas, timeout_s=20.0) as engine:
+                await becomes(lambda: len(engine.reports()) == 100 and engine.unavailable() is None)
+                yield engine
+
+
+async def test_reports_are_taken_together(engine: RayEngineClient, replicas: ManyReplicas) -> None:
+    """100 reports that come at once do not have all 100 replicas looked at 100 times."""
+    replicas.open.clear()
+    await becomes(lambda: engine._awaited == 100)
+    before = replicas.updates
+    replicas.open.set()
+    await becomes(lambda: engine._awaited == 0)
+    assert 1 <= replicas.updates - before <= 20
+
+
+async def test_a_replica_that_is_taken_away_is_no_loss(engine: RayEngineClient, replicas: ManyReplicas) -> None:
+    """Its stream goes on to the end, and no WebSocket hears of a lost GPU worker; new requests are refused."""
+    loss = asyncio.create_task(engine.worker_loss())
+    speech = engine.speak(REQUEST)
+    assert await asyncio.wait_for(speech.chunk(), 20)
+    replicas.taken_away = set(replicas.gateways)
+    await becomes(lambda: engine.unavailable() is not None)
+    with pytest.raises(ApiError, match="No GPU worker is there"):
+        engine.speak(REQUEST)
+    chunks = 1
+    while await asyncio.wait_for(speech.chunk(), 20) is not None:
+        chunks += 1
+    assert chunks == 100
+    replicas.taken_away = set()
+    await becomes(lambda: engine.unavailable() is None)
+    assert not loss.done()
+    loss.cancel()
