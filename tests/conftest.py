@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import hypothesis
 import pytest
+import structlog
 
 SYSTEM: Final = Path(__file__).parent / "system"
 BESIDE_OTHERS: Final = {
@@ -41,6 +42,9 @@ sys.dont_write_bytecode = False
 # A shell starts background jobs with SIGINT ignored, and every process that a test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+
+# The default tracebacks of structlog take seconds to draw, once there are local variables of some size.
+structlog.configure(processors=[structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)])
 
 # "default" is short and fails in the same way each time. `make soak` takes "soak", which looks for new failures.
 hypothesis.settings.register_profile("default", max_examples=25, deadline=None, derandomize=True, database=None)

@@ -85,6 +85,7 @@ def test_every_path_exists(text: str) -> None:
     assert not [path for path in sorted(paths) if not (ROOT / path).exists()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [MAP, GUIDE], ids=["architecture", "contributing"])
 def test_every_name_exists(text: str) -> None:
     """`file.py:Name` is defined in that file, and a type that stands alone is defined in some module."""

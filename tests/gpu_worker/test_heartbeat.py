@@ -28,6 +28,7 @@ def test_a_byte_a_second() -> None:
     os.close(write)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", ["time.sleep(60)", "[0 for _ in iter(int, 1)]", "re.match('(a*)*b', 'a' * 99)"])
 def test_without_a_supervisor_the_process_ends_itself(hang: str) -> None:
     """A loop that sleeps, computes, or holds the interpreter's lock: stacks, then exit code 1."""

@@ -232,6 +232,7 @@ class TestEnd:
         assert "Traceback" not in stderr
         claim(process.url).close()
 
+    @pytest.mark.slow
     def test_parent_dies(self, process: _Process) -> None:
         """A worker ends with its parent: no other process would stop it."""
         program = (

@@ -318,6 +318,7 @@ class TestEnd:
         server.transport.stop()
         server.close()
 
+    @pytest.mark.slow
     def test_many_wake_ups(self, server: _Server) -> None:
         """More messages than the wake-up pipe can hold bytes arrive in order."""
         web = server.web().hello()

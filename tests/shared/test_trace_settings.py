@@ -28,6 +28,7 @@ class TestWhetherThereAreAny:
         """Without a collector, or where the SDK is disabled."""
         assert open_traces(Settings(otlp_endpoint=setting), environ, "web") is None
 
+    @pytest.mark.slow
     def test_off_imports_nothing(self) -> None:
         """Neither process then knows OpenTelemetry."""
         script = "import sys, server.app, gpu_worker.__main__; sys.exit('opentelemetry' in sys.modules)"

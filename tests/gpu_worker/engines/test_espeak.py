@@ -215,6 +215,7 @@ class TestStreaming:
         assert done.usage.input_tokens == 3
         assert done.usage.output_tokens == -(-len(_speech(events)) // (FRAME_SAMPLES * 2))
 
+    @pytest.mark.slow
     def test_side_by_side(self, engine: EspeakEngine) -> None:
         """32 jobs in many voices at the same time sound as each one alone."""
         jobs = [

@@ -190,6 +190,7 @@ class TestTwoWorkers:
         assert not half.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_and_the_same_names(tmp_path: Path) -> None:
     """Two processes save voices of the same names at once: each name exists once, and every file is whole."""
     command = [sys.executable, "-c", WRITER, str(tmp_path / "voices")]

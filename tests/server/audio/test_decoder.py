@@ -204,6 +204,7 @@ def fragmented(count: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_recordings_are_decode_reference(name: str) -> None:
     """Each kind of file becomes 24 kHz mono PCM of the right length, level and pitch; codecs of blocks pad the last."""
@@ -296,6 +297,7 @@ COVER = b"ID3\x04\x00\x00\x00\x00" + bytes([5_000 >> 7, 5_000 & 0x7F]) + NOISE
 FOOTED = b"ID3\x04\x00\x10\x00\x00\x00\x08" + bytes(8) + b"3DI\x04\x00\x10\x00\x00\x00\x08"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", [TAG, COVER, TAG + COVER, FOOTED], ids=["tag", "cover", "two", "footer"])
 @pytest.mark.parametrize("name", ["flac", "our-aac", "mp3", "wav", "ogg-opus", "aiff"])
 def test_tags_are_skipped(name: str, tag: bytes) -> None:
@@ -373,6 +375,7 @@ def test_poor_recordings_are_used(
     assert low <= peak(pcm) <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("container", "codec", "rate"), [("ipod", "aac", 8_000), ("webm", "libopus", 8_000), ("wav", "pcm_mulaw", 8_000)]
 )
@@ -422,6 +425,7 @@ def test_too_long() -> None:
         decode_reference(file_of("flac", "flac", SAMPLE_RATE, "mono", tone(1.0) * 61))
 
 
+@pytest.mark.slow
 def test_small_files_cannot_become_large() -> None:
     """Of ten minutes of silence in half a megabyte of FLAC, decoding stops at the limit and memory stays small."""
     encoder = Encoder("flac")
@@ -432,6 +436,7 @@ def test_small_files_cannot_become_large() -> None:
     assert ended.kilobytes < BARE_KB + 16 * 1024  # ten minutes are 28 MB
 
 
+@pytest.mark.slow
 def test_pictures_are_not_decoded() -> None:
     """Cover art of 128 MB is not decoded, and the recording around it is accepted."""
     ended = program(with_cover(recording("flac"), png(4_000)))
@@ -458,6 +463,7 @@ def test_the_kernel_ends_what_takes_more() -> None:
     assert ended.cpu_s < CPU_S + 1
 
 
+@pytest.mark.slow
 def test_the_program_decodes_the_largest_recordings() -> None:
     """Ten megabytes of eight channels at 192 kHz are accepted."""
     large = file_of("wav", "pcm_s16le", 192_000, "7.1", tone(3.4))
@@ -488,6 +494,7 @@ def test_silence_is_refused(amplitude: float) -> None:
             decode_reference(samples_as_wav(samples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wav", "flac", "mp3", "ogg-opus", "m4a", "webm", "w64", "amr", "au"])
 def test_damaged_files_are_an_error_or_audio(name: str) -> None:
     """Whatever bytes are changed, the result is bounded PCM or an InvalidAudioError."""

@@ -142,6 +142,7 @@ def test_the_end_is_the_speech(audio_format: Format, samples: int, *, streaming:
     assert heard.size - lead_in - samples <= (24 if exact else 1_024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speed", [0.25, 0.4, 0.5, 1.5, 4.0])
 def test_speed_keeps_the_pitch(speed: float) -> None:
     """Another speed does not change the frequency of a tone."""
@@ -163,6 +164,7 @@ def test_tiny_answers_are_complete(milliseconds: int, speed: float) -> None:
     assert samples_of(encoded(pcm, "pcm", speed=speed)) == round(samples_of(pcm) / speed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("silent", [True, False])
 @pytest.mark.parametrize("samples", [0, 1, 24, 216, 480, 960, 2400])

@@ -49,6 +49,7 @@ def hertz_of(samples: Samples, rate: int) -> float:
     return float(spectrum.argmax()) * rate / (1 << 17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize(("audio_format", "rate"), PAIRS)
 def test_every_format_at_every_rate(audio_format: Format, rate: int, *, streaming: bool) -> None:

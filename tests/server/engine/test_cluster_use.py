@@ -74,6 +74,7 @@ async def test_each_worker_learns_of_the_others(workers: list[FakeWorker]) -> No
     assert told(workers[0], "key:0") == KeyUse(0.0, 9, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("engine")
 async def test_a_replica_that_leaves(replicas: LocalReplicas, workers: list[FakeWorker]) -> None:
     """Its requests do not run any more; what it has counted stays."""

@@ -77,6 +77,7 @@ def _request(number: int = 1) -> Speak:
     )
 
 
+@pytest.mark.slow
 async def test_the_catalogue_is_asked_for_again(client: EngineClient, worker: FakeWorker) -> None:
     """When an admin has emptied that cache, by whichever web worker."""
     worker.catalog = worker.catalog[:1]
@@ -248,6 +249,7 @@ async def test_a_wrong_token_is_a_reason(tmp_path: Path, connect: Open) -> None:
             assert fake.of(Hello)[0].token == "wrong"  # noqa: S105 - a test's token
 
 
+@pytest.mark.slow
 async def test_the_supervisor_gives_the_reason(tmp_path: Path, connect: Open) -> None:
     """While no worker is there, reason and Retry-After are those of the outage file, within what clients obey."""
     url = f"ipc://{tmp_path}/none.ipc"
@@ -342,6 +344,7 @@ async def test_a_cancelled_call_is_cancelled_at_the_worker(client: EngineClient,
     assert len(worker.of(Cancel)) == 1
 
 
+@pytest.mark.slow
 async def test_the_snapshot_is_kept_fresh(client: EngineClient, worker: FakeWorker) -> None:
     """Regular pings renew `snapshot`; `fresh_snapshot` pings at once."""
     worker.snapshot = msgspec.structs.replace(worker.snapshot, running=3)

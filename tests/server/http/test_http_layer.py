@@ -56,6 +56,7 @@ async def _answer(client: httpx.AsyncClient, request: bytes) -> tuple[int, dict[
     return int(status.split()[1]), {name.lower(): value for name, _, value in parted}, body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "request_"), BARE.values(), ids=BARE)
 async def test_what_the_http_layer_refuses(client: httpx.AsyncClient, status: int, request_: bytes) -> None:
     """It is answered, with the status that the description names, with an empty body, and the service goes on."""

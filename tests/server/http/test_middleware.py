@@ -54,6 +54,7 @@ async def test_request_ids(client: httpx.AsyncClient) -> None:
     assert len(replaced) == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
 async def test_head_is_get_without_a_body(client: httpx.AsyncClient, *, http2: bool) -> None:
     """HEAD has the status, type and length of GET and no body; a path without GET has no HEAD."""
@@ -96,6 +97,7 @@ async def test_a_compressed_body_is_refused(client: httpx.AsyncClient) -> None:
     assert plain.status_code == 200
 
 
+@pytest.mark.slow
 async def test_a_form_of_too_many_parts(client: httpx.AsyncClient) -> None:
     """The form is refused as too large; the client, which is still sending, can read that."""
     answer = await client.post(VOICES, files={f"part-{number}": b"x" for number in range(1_200)})

@@ -337,6 +337,7 @@ async def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -105,6 +105,7 @@ def test_a_worker_that_exits_is_replaced(start: Callable[..., Supervised]) -> No
     assert worker.next_number() != worker.next_number()
 
 
+@pytest.mark.slow
 def test_a_silent_worker_writes_its_stacks_and_is_replaced(
     start: Callable[..., Supervised], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_pause_of_the_whole_service_is_no_silence(
     assert worker.supervisor.pid == first
 
 
+@pytest.mark.slow
 def test_the_end_of_a_worker_is_no_silence(start: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that has drained gives no more signs of life, and may end within the timeout of `stop`."""
     monkeypatch.setattr(worker_supervisor, "_POLL_S", 0.01)
@@ -154,6 +156,7 @@ def test_the_end_of_a_worker_is_no_silence(start: Callable[..., Supervised], mon
     assert not stopping.is_alive()
 
 
+@pytest.mark.slow
 def test_a_start_may_take_any_time(start: Callable[..., Supervised]) -> None:
     """No silence counts before the first byte: an import or a download may take minutes."""
     worker = start(BEAT + WAIT)

@@ -185,6 +185,7 @@ async def test_events(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     assert not worker.of(Call)
 
 
+@pytest.mark.slow
 async def test_clocks_alone_are_no_event(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Uptime, ages, idle times and a little memory change all the time: the next event is that of a real change."""
     worker.snapshot = msgspec.structs.replace(worker.snapshot, streams=[STREAM])

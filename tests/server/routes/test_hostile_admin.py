@@ -53,6 +53,7 @@ REFUSED: Final[list[tuple[str, str, int]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", REFUSED, ids=lambda asked: f"{asked[0]} {asked[1][:60]}")
 async def test_refused(client: httpx.AsyncClient, worker: FakeWorker, asked: tuple[str, str, int]) -> None:
     """A 4xx with the envelope, a request id and a short message; the GPU worker hears nothing of it."""

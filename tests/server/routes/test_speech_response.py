@@ -50,6 +50,7 @@ async def test_pcm_is_streamed_by_default(client: httpx.AsyncClient) -> None:
     assert answer.headers["x-request-id"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [8_000, 11_025, 24_000, 44_100])
 @pytest.mark.parametrize("speed", [0.7, 1.0, 1.3])
 async def test_pieces_of_pcm_are_whole_samples(
@@ -158,6 +159,7 @@ async def test_many_chunks_cross_on_credit(client: httpx.AsyncClient, worker: Fa
     assert sum(credit.chunks for credit in worker.of(Credit)) <= 200
 
 
+@pytest.mark.slow
 async def test_concurrent_responses_are_not_mixed_up(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Each of forty concurrent requests gets its own speech."""
     worker.chunks = 30

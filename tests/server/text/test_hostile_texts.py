@@ -17,6 +17,7 @@ LINEAR_UP_TO = 24
 WORDS = Pronunciations({"a " * count + "b": "c" for count in range(1, 50)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("input_format", "text"),
     [

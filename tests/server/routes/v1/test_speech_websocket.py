@@ -473,6 +473,7 @@ async def test_foreign_pages(serve: Serve, settings: dict[str, Any], origin: str
         assert handshake.json()["error"]["code"] == "foreign_origin"
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_holds_back_itself_alone(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """What it does not read is not asked for: the worker has no credit left, and other sockets are served."""
     worker.chunks = 4000

@@ -173,6 +173,7 @@ async def test_a_server_that_keeps_nothing(serve: Serve) -> None:
     assert "x-audio-url" not in (await client.post(SPEECH, json={"input": "hello", "store": False})).headers
 
 
+@pytest.mark.slow
 async def test_a_disk_that_takes_nothing(serve: Serve, tmp_path: Path) -> None:
     """The client has its speech; a whole answer promises no audio."""
     (tmp_path / "file").touch()
