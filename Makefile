@@ -34,7 +34,7 @@ quick: $(VENV)/.quick ## the tests that need neither torch nor a running service
 	$(PYTEST) $(PARALLEL) --quick -r fE
 
 test: install lint ## set up, then everything that must pass
-	$(PYTEST) $(PARALLEL)
+	$(PYTEST) $(PARALLEL) --durations 15 --durations-min 5
 
 soak: install ## the long runs that `make test` leaves out, and a long search by Hypothesis
 	$(PYTEST) -m 'soak or hypothesis' --hypothesis-profile soak --timeout 3600

@@ -52,12 +52,12 @@ hypothesis.settings.register_profile("soak", max_examples=1000, deadline=None, d
 hypothesis.settings.load_profile("default")
 
 
-class WithoutTorch:
-    """Finds no module; skips whatever imports torch: a test module, or a test that imports torch as it runs."""
+class WithoutLargeModules:
+    """Finds no module; skips whatever imports torch or ray: a test module, or a test that does so as it runs."""
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name == "torch":
-            pytest.skip("needs torch", allow_module_level=True)
+        if name in {"torch", "ray"}:
+            pytest.skip(f"needs {name}", allow_module_level=True)
         return None
 
 
@@ -69,14 +69,14 @@ def skip_services(event: str, arguments: tuple[Any, ...]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--quick`."""
-    left_out = "leave out the tests that import torch, start a service, or are slow"
+    left_out = "leave out the tests that import torch or ray, start a service, or are slow"
     parser.addoption("--quick", action="store_true", help=left_out)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Watch for torch and for services: no list of slow tests has to be kept."""
+    """Watch for large modules and for services: no list of their tests has to be kept."""
     if config.option.quick:
-        sys.meta_path.insert(0, WithoutTorch())
+        sys.meta_path.insert(0, WithoutLargeModules())
         sys.addaudithook(skip_services)
 
 
