@@ -29,6 +29,7 @@ from gpu_worker.engines.faults import BrokenDeviceError
 from gpu_worker.health import check
 from gpu_worker.heartbeat import Heartbeat
 from gpu_worker.keys import AddUsage, LimitCounter, UsageFile, UsageFound, UsageLog
+from gpu_worker.lifecycle import RequestBounds
 from gpu_worker.live_settings import LiveSettings
 from gpu_worker.requests import AudioBuffer, Ending, Request
 from gpu_worker.residency import (
@@ -327,9 +328,7 @@ def build_worker(
         residency.use(msgspec.convert(new, ResidencyOptions, from_attributes=True))
         scheduler.max_queue = new.max_queue
         buffer.budget_bytes = new.audio_buffer_mb * 2**20
-        worker.stall_timeout_s = new.stall_timeout_s
-        worker.open_text_timeout_s = new.open_text_timeout_s
-        worker.max_input_chars = MAX_RESPELLED * new.max_input_chars
+        worker.use(_request_bounds(new))
         stats.settings = {**new.worker_public(), "default_device": device, "default_model": default_model}
 
     worker = Worker(
@@ -344,9 +343,7 @@ def build_worker(
         stats=stats,
         buffer=buffer,
         max_concurrency=settings.max_concurrency or DEFAULT_CONCURRENCY,
-        stall_timeout_s=settings.stall_timeout_s,
-        open_text_timeout_s=settings.open_text_timeout_s,
-        max_input_chars=MAX_RESPELLED * settings.max_input_chars,
+        bounds=_request_bounds(settings),
         limits=LimitCounter(time.monotonic, time.time, usage_file.characters_today(), usage_file.source),
         usage=UsageLog(usage_writer.submit, clock=time.monotonic, wall_clock=time.time),
         clock=time.monotonic,
@@ -356,6 +353,14 @@ def build_worker(
         on_request_over=_span_maker(traces),
     )
     return worker, mover, [voice_writer, usage_writer]
+
+
+def _request_bounds(settings: Settings) -> RequestBounds:
+    return RequestBounds(
+        stall_timeout_s=settings.stall_timeout_s,
+        open_text_timeout_s=settings.open_text_timeout_s,
+        max_input_chars=MAX_RESPELLED * settings.max_input_chars,
+    )
 
 
 def _span_maker(traces: "Traces | None") -> Callable[[Request, Ending], None]:

@@ -59,6 +59,12 @@ def is_broken_device(error: BaseException) -> bool:
     return any(words in str(error) for words in _BROKEN)
 
 
+def raise_if_broken(error: Exception) -> None:
+    """Raise BrokenDeviceError if `error` means that the device is broken."""
+    if is_broken_device(error):
+        raise BrokenDeviceError(str(error)) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: Python's, CUDA's or the CPU allocator's of torch."""
     if isinstance(error, MemoryError):

@@ -13,7 +13,7 @@ from typing import Final, Literal, assert_never
 
 import msgspec
 
-from gpu_worker.engines.base import Done, Job, JobError
+from gpu_worker.engines.base import Done, Job, JobError, Reference
 from gpu_worker.requests.playback import Playback
 from gpu_worker.requests.sink import Sink, speech_error
 from shared.pcm import bytes_for
@@ -23,6 +23,7 @@ from shared.protocol import (
     KeyLimits,
     RateLimit,
     ShownState,
+    Speak,
     SpeechError,
     SpeechOutcome,
     SpeechStatus,
@@ -137,6 +138,37 @@ class Request:
         self.text_open = self.job.open
         self.text_chars = len(self.job.text)
         self.first_text_at = self.arrived_at if self.text_chars or not self.text_open else None
+
+    @classmethod
+    def of(cls, speak: Speak, *, peer: bytes, sink: Sink, reference: Reference | None, arrived_at: float) -> "Request":
+        """The request that `speak` of the web worker `peer` asks for, with the recording that it clones."""
+        return cls(
+            peer=peer,
+            id=speak.id,
+            client=speak.client,
+            model=speak.model,
+            voice=speak.voice,
+            is_batch=speak.priority == "batch",
+            deadline_s=speak.deadline_s,
+            limits=speak.limits,
+            traceparent=speak.traceparent,
+            sink=sink,
+            keep_alive_s=speak.keep_alive_s,
+            arrived_at=arrived_at,
+            job=Job(
+                id=f"{peer.hex()}-{speak.id}",
+                task=speak.task,
+                segments=speak.segments,
+                voice="" if speak.saved_voice else speak.voice,
+                language=speak.language,
+                instructions=speak.instructions,
+                reference=reference,
+                sampling=speak.sampling,
+                non_streaming_mode=speak.non_streaming_mode,
+                timestamps=speak.timestamps,
+                open=speak.open,
+            ),
+        )
 
     def take_text(self, message: Append | EndText, now: float) -> None:
         """The next text of an open request, or its end. A wait for text counts as no underrun of the player."""

@@ -21,7 +21,7 @@ def traced(make_bench: MakeBench, kept: KeptTraces) -> WorkerBench:
     """A worker with one slot whose model takes two seconds to load."""
     bench = make_bench(slots=1)
     bench.load_s = 2.0
-    bench.worker._on_request_over = RequestTraces(kept.traces, bench.clock).record
+    bench.on_request_over = RequestTraces(kept.traces, bench.clock).record
     return bench
 
 

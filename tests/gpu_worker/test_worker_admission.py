@@ -1,7 +1,7 @@
 """Which requests the loop queues, and which it starts."""
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.worker import UNKNOWN_SLOTS
+from gpu_worker.lifecycle.admission import UNKNOWN_SLOTS
 from shared.protocol import (
     Counters,
     Failed,

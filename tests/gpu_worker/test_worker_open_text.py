@@ -28,7 +28,7 @@ def test_text_in_pieces_is_spoken_as_it_comes(make_bench: MakeBench) -> None:
     assert bench.words("r") == "one two three four"
     assert bench.kinds("r")[-1] == "Finished"
     assert bench.references() == {"m": 0}
-    assert bench.worker._open == {}
+    assert not bench.worker._requests
 
 
 def test_text_that_comes_before_a_slot_is_kept(make_bench: MakeBench) -> None:
@@ -111,7 +111,7 @@ def test_text_that_stays_away_ends_the_request(make_bench: MakeBench) -> None:
     failed = bench.last_message("r")
     assert isinstance(failed, Failed)
     assert failed.code == "request_timeout"
-    assert bench.worker._open == {}
+    assert not bench.worker._requests
     assert bench.engines["m"].job_ids == set()
 
 
@@ -127,7 +127,7 @@ def test_a_text_has_a_limit(make_bench: MakeBench) -> None:
         bench.append(name, "ab")
         bench.settle()
         assert bench.last_message(name).code == "invalid_value"
-    assert bench.worker._open == {}
+    assert not bench.worker._requests
 
 
 def test_a_drain_lets_what_has_come_be_said(make_bench: MakeBench) -> None:
@@ -143,7 +143,7 @@ def test_a_drain_lets_what_has_come_be_said(make_bench: MakeBench) -> None:
     bench.settle()
     assert bench.words("r") == "one two thr"
     assert bench.last_message("r").code == "shutting_down"
-    assert bench.worker._open == {}
+    assert not bench.worker._requests
 
 
 def test_waiting_for_text_is_no_underrun(make_bench: MakeBench) -> None:
@@ -192,7 +192,7 @@ def test_a_request_that_waits_for_text_ends_as_any_other(make_bench: MakeBench, 
     bench.end_text("r")
     bench.settle()
     assert bench.kinds("r")[-1] == ("Failed" if end == "broken" else "Audio")
-    assert bench.worker._open == {}
+    assert not bench.worker._requests
     assert bench.references() == {"m": 0}
     assert bench.engines["m"].job_ids == bench.engines["m"].parked == set()
     assert bench.buffer.used_bytes == 0

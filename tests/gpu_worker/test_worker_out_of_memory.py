@@ -2,6 +2,9 @@
 
 import pytest
 
+from gpu_worker.requests import MIN_SLICE_S
+from gpu_worker.scheduling.slot_policy import MIN_IN_HAND_S
+from shared.protocol import PinModel
 from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
 
 
@@ -54,6 +57,24 @@ class TestOutOfMemory:
         bench.speak("s", "x")
         bench.settle()
         assert bench.words("s") == "x"
+
+    def test_parked_before_the_second_try(self, make_bench: MakeBench) -> None:
+        """The only request leaves its slot before the second try: it comes back, and the model takes requests."""
+        bench = loaded(make_bench({"m": 100, "n": 100}, max_concurrency=1), "m", "n")
+        bench.result_of(PinModel(model="n", pinned=True))
+        bench.engines["m"].word_s = 2 * MIN_IN_HAND_S
+        bench.speak("r", "a b c")
+        bench.turn()
+        bench.clock.advance(MIN_SLICE_S)
+        bench.engines["m"].step_errors.append(MemoryError("full"))
+        bench.turn()
+        bench.speak("s", "x", model="n")
+        bench.turn()
+        assert bench.engines["m"].parked
+        bench.settle()
+        bench.speak("t", "y")
+        bench.settle()
+        assert (bench.kinds("r")[-1], bench.words("s"), bench.kinds("t")[-1]) == ("Finished", "x", "Finished")
 
     def test_other_models_go_on_during_the_eviction(self, make_bench: MakeBench) -> None:
         """During the eviction the model without memory is not stepped and no request starts; another model speaks."""

@@ -12,7 +12,8 @@ import msgspec
 from gpu_worker.engines.base import Done, EngineStats, Event, Fault, FinishReason, Job, JobError, Memory, Pcm
 from gpu_worker.keys.limits import LimitCounter
 from gpu_worker.keys.usage import AddUsage, UsageLog
-from gpu_worker.requests import Request
+from gpu_worker.lifecycle import RequestBounds
+from gpu_worker.requests import Ending, Request
 from gpu_worker.requests.audio_buffer import AudioBuffer
 from gpu_worker.residency import (
     Checkpoints,
@@ -320,7 +321,7 @@ class WorkerBench:
     While `load_gate` is cleared, loads wait. With `loses_transitions` no transition ends.
     The next loads of a model raise its `open_errors`, one each.
     `files` are the files of models, `voice_files` those of voices. `sent` is every message of the worker.
-    `scheduler.submitted` is every request that was ever queued.
+    `scheduler.submitted` is every request that was ever queued. `on_request_over` is the Worker's.
     """
 
     def __init__(
@@ -381,6 +382,7 @@ class WorkerBench:
         self.consents = ConsentStore(self.voice_files, self.voice_writer.submit, max_voices, wall=lambda: WALL)
         self.buffer = AudioBuffer(buffer_bytes)
         self.scheduler = _RecordingScheduler(max_queue, self.clock)
+        self.on_request_over: Callable[[Request, Ending], None] = lambda _request, _ending: None
         self.usage_work: list[AddUsage | FindUsage] = []
         self.worker = Worker(
             catalog=self.specs,
@@ -403,12 +405,15 @@ class WorkerBench:
             preload=list(preload),
             buffer=self.buffer,
             max_concurrency=max_concurrency,
-            stall_timeout_s=stall_timeout_s,
-            open_text_timeout_s=open_text_timeout_s,
-            max_input_chars=max_input_chars,
+            bounds=RequestBounds(
+                stall_timeout_s=stall_timeout_s,
+                open_text_timeout_s=open_text_timeout_s,
+                max_input_chars=max_input_chars,
+            ),
             limits=LimitCounter(self.clock, lambda: WALL + self.clock.now),
             usage=UsageLog(self.usage_work.append, clock=self.clock, wall_clock=lambda: WALL + self.clock.now),
             clock=self.clock,
+            on_request_over=lambda request, ending: self.on_request_over(request, ending),  # noqa: PLW0108 -- a test sets it later
         )
 
     def close(self) -> None:
