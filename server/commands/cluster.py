@@ -26,6 +26,8 @@ EXIT_WRONG_SETTINGS: Final = 2
 
 _NO_RAY: Final = "Ray is not installed: pip install 'qwen3-tts-server[cluster]'\n"
 
+_PROXY_MIDDLEWARES: Final = "server.cluster.proxy_middleware.middlewares"
+
 log = structlog.get_logger(__name__)
 
 
@@ -69,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Serve's proxy would take the client's address from X-Forwarded-For; TTS_TRUSTED_PROXIES says who may tell it.
         os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
+        # It would also put any x-request-id of a client into its log and its answers.
+        os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", _PROXY_MIDDLEWARES)
     try:
         from server.cluster.deployment import Deployment, DeploymentError  # noqa: PLC0415 -- ray is an extra
     except ModuleNotFoundError as error:

@@ -97,10 +97,12 @@ def test_a_request_with_http_1_0_is_answered_whole(cluster: Cluster) -> None:
 
 
 def test_a_request_has_one_id(cluster: Cluster) -> None:
-    """Serve's proxy gives each answer the id of its request, which is the client's if that has one."""
+    """Serve's proxy gives each answer the id of its request, which is the client's if that has a sane one."""
     answer = cluster.http.get("/v1/models", headers={"x-request-id": "mine-1"})
     assert answer.headers.get_list("x-request-id") == ["mine-1"]
     assert len(cluster.http.get("/v1/models").headers.get_list("x-request-id")) == 1
+    (replaced,) = cluster.http.get("/v1/models", headers={"x-request-id": "x" * 4000}).headers.get_list("x-request-id")
+    assert len(replaced) == 32
 
 
 def test_text_in_pieces(cluster: Cluster) -> None:
