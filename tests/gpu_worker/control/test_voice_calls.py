@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from gpu_worker.control import DESIGN_MAX_FRAMES, DESIGN_TEXT
+from gpu_worker.control.voice_design import DESIGN_MAX_FRAMES, DESIGN_TEXT
 from gpu_worker.engines.base import JobError
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
