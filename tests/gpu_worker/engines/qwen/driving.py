@@ -52,6 +52,23 @@ def parts(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] =
     return build_parts(options.pop("directory", tiny(kind, size)), msgspec.structs.replace(shared(device), **options))
 
 
+@functools.cache
+def kept_parts(kind: Kind, size: Size | None = None, **options: Any) -> Parts:
+    """Parts that are loaded once for all tests of a process: a load takes half a second.
+
+    A new engine of them begins without jobs, whatever an earlier one left. None of them may be closed.
+    """
+    return parts(kind, size, **options)
+
+
+def kept_engine(
+    kind: Kind, size: Size | None = None, *, slots: int = 4, run_ahead: bool = False, **options: Any
+) -> QwenEngine:
+    """A new engine of kept parts, see `kept_parts`. It uses `slots` of their four."""
+    made = kept_parts(kind, size, **options)
+    return assemble(msgspec.structs.replace(made, slots=slots), run_ahead=run_ahead)
+
+
 def assemble(parts: Parts, *, run_ahead: bool = False, **options: Any) -> QwenEngine:
     """An engine of these parts. On CUDA it always runs ahead."""
     return QwenEngine(parts, pause_s=shared().pause_s, run_ahead=run_ahead or parts.state.active.is_cuda, **options)

@@ -1,7 +1,8 @@
 """Parts of an engine with injected faults, to be put in the place of the real ones."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -81,12 +82,14 @@ class FaultyEncoder:
         return EncodedReference(embedding, torch.zeros(4, 16, dtype=torch.int64) if wants_codes else None)
 
 
+@contextmanager
 def with_encoder(
     parts: Parts, encode: Callable[[np.ndarray, bool], EncodedReference], wake: Callable[[], None]
-) -> Parts:
-    """Parts that encode references by `encode`."""
-    parts.reference_cache.close()
-    return msgspec.structs.replace(parts, reference_cache=ReferenceCache(encode, 1 << 20, wake))
+) -> Iterator[Parts]:
+    """Parts that encode references by `encode`, and keep them apart."""
+    cache = ReferenceCache(encode, 1 << 20, wake)
+    yield msgspec.structs.replace(parts, reference_cache=cache)
+    cache.close()
 
 
 class SilentCodec:

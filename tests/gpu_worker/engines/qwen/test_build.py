@@ -8,7 +8,7 @@ from gpu_worker.engines.qwen.checkpoint.tensor_files import find_tensor_files, r
 from gpu_worker.engines.qwen.model.prompt import TEXT_EMBEDDING
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import engine, parts, shared
+from tests.gpu_worker.engines.qwen.driving import engine, kept_parts, shared
 
 WEIGHTS = 1 << 30
 
@@ -64,23 +64,20 @@ def test_the_codec_stays_float32_where_a_cpu_has_no_bfloat16(
         codec_dtype("cpu", "auto", "float16")
 
 
-def test_float32_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening an engine keeps cuDNN from rounding their inputs to TF32."""
+def test_what_cudnn_may_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening an engine keeps cuDNN from rounding the inputs of float32 convolutions to TF32.
+
+    It also turns off cuDNN's attention, which would make a plan for every shape in the middle of a stream.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    engine("custom_voice").close()
-    assert not torch.backends.cudnn.allow_tf32
-
-
-def test_attention_is_not_left_to_cudnn() -> None:
-    """Opening an engine turns off its kernel, which would make a plan for every shape in the middle of a stream."""
     torch.backends.cuda.enable_cudnn_sdp(enabled=True)
-    engine("custom_voice").close()
+    engine("custom_voice", slots=1).close()
+    assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_text_embedding_stays_in_its_file_on_a_cpu() -> None:
     """620 MB of a published checkpoint, of which a prompt needs a row for each token."""
     table = read_headers(find_tensor_files(tiny("custom_voice")))[TEXT_EMBEDDING]
-    built = parts("custom_voice")
-    assert table.shape not in [tuple(tensor.shape) for tensor in built.prompts.tensors()]
-    built.offloader.close()
+    prompts = kept_parts("custom_voice").prompts
+    assert table.shape not in [tuple(tensor.shape) for tensor in prompts.tensors()]

@@ -7,16 +7,14 @@ from gpu_worker.engines.qwen import build
 from gpu_worker.engines.qwen.runtime.cuda_products import PRODUCTS
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN
 from shared.protocol import Sampling
-from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, job, kept_engine, run, take
 from tests.gpu_worker.engines.qwen.virtual_cuda import install
 
 
 def test_speech_is_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of many lengths that join at odd moments have the samples that they have on a CPU."""
     jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=1 + 3 * number)) for number in range(8)]
-    on_cpu = engine("custom_voice")
-    wanted = run(on_cpu, jobs)
-    on_cpu.close()
+    wanted = run(kept_engine("custom_voice"), jobs)
     cuda = install(monkeypatch)
     speaker = cuda.engine(slots=4)
     speaker.warm_up()
@@ -63,9 +61,7 @@ def test_text_in_pieces_is_spoken_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
     texts = ["Hello world, good morning.", "Good morning today", "the voice", "hello, the speech of today is good."]
     fields = [{"sampling": Sampling(seed=number, max_new_tokens=40)} for number in range(4)]
     jobs = [job(number, text, non_streaming_mode=False, **fields[number]) for number, text in enumerate(texts)]
-    on_cpu = engine("custom_voice")
-    wanted = run(on_cpu, jobs)
-    on_cpu.close()
+    wanted = run(kept_engine("custom_voice"), jobs)
     cuda = install(monkeypatch, lambda _: 0.004)
     speaker = cuda.engine(slots=4)
     outcomes = {one.id: Outcome() for one in jobs}

@@ -17,6 +17,7 @@ from tests.gpu_worker.engines.qwen.driving import (
     assemble,
     clone,
     job,
+    kept_parts,
     parts,
     recording,
     run,
@@ -88,30 +89,30 @@ def test_a_reference_that_leaves_no_room_fails_its_job_alone(cloner: QwenEngine)
 def test_an_encoder_error_fails_one_job_alone() -> None:
     """The error of the encoder is a Fault of the job whose recording it was, and the neighbour speaks."""
     encoder = FaultyEncoder(HIDDEN, [RuntimeError("no such window")])
-    cloner = assemble(with_encoder(parts("base"), encoder, shared().wake))
-    outcomes = run(cloner, [clone(31), clone(32, text=None)])
+    with with_encoder(kept_parts("base"), encoder, shared().wake) as made:
+        outcomes = run(assemble(made), [clone(31), clone(32, text=None)])
     assert isinstance(outcomes["job 31"].end, Fault)
     assert outcomes["job 31"].end.error.code == "synthesis_failed"
     assert isinstance(outcomes["job 32"].end, Done)
-    cloner.close()
 
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_an_encoder_out_of_memory_is_tried_twice(failures: int) -> None:
     """The step raises once, so that memory can be freed. If memory runs out again, that job alone fails."""
     encoder = FaultyEncoder(HIDDEN, [torch.OutOfMemoryError("made up")] * failures)
-    cloner = assemble(with_encoder(parts("base"), encoder, shared().wake))
     jobs = [clone(40), clone(50, text=None)]
     outcomes = {one.id: Outcome() for one in jobs}
     raised = 0
-    for one in jobs:
-        cloner.admit(one)
-    while not all(outcome.end for outcome in outcomes.values()):
-        wait_until_runnable(cloner)
-        try:
-            take(cloner, outcomes, 0)
-        except torch.OutOfMemoryError:
-            raised += 1
+    with with_encoder(kept_parts("base"), encoder, shared().wake) as made:
+        cloner = assemble(made)
+        for one in jobs:
+            cloner.admit(one)
+        while not all(outcome.end for outcome in outcomes.values()):
+            wait_until_runnable(cloner)
+            try:
+                take(cloner, outcomes, 0)
+            except torch.OutOfMemoryError:
+                raised += 1
     assert raised == 1
     end = outcomes["job 40"].end
     if failures == 1:
@@ -120,7 +121,6 @@ def test_an_encoder_out_of_memory_is_tried_twice(failures: int) -> None:
         assert isinstance(end, Fault)
         assert end.error.code == "insufficient_vram"
     assert isinstance(outcomes["job 50"].end, Done)
-    cloner.close()
 
 
 def test_cancelled_clones_leave_no_reference_behind() -> None:
@@ -132,20 +132,20 @@ def test_cancelled_clones_leave_no_reference_behind() -> None:
         go.wait()
         return encoder(waveform, wants_codes)
 
-    cloner = assemble(with_encoder(parts("base"), held_back, shared().wake))
-    try:
-        for number in range(MAX_WAITING + 2):
-            cloner.admit(clone(100 + number))
-            cloner.cancel(f"job {100 + number}")
-        cloner.admit(clone(2, text=None))
-    finally:
-        go.set()
     outcomes = {"job 2": Outcome()}
-    while outcomes["job 2"].end is None:
-        wait_until_runnable(cloner)
-        take(cloner, outcomes, 0)
+    with with_encoder(kept_parts("base"), held_back, shared().wake) as made:
+        cloner = assemble(made)
+        try:
+            for number in range(MAX_WAITING + 2):
+                cloner.admit(clone(100 + number))
+                cloner.cancel(f"job {100 + number}")
+            cloner.admit(clone(2, text=None))
+        finally:
+            go.set()
+        while outcomes["job 2"].end is None:
+            wait_until_runnable(cloner)
+            take(cloner, outcomes, 0)
     assert isinstance(outcomes["job 2"].end, Done)
-    cloner.close()
 
 
 def test_faults_survive_a_step_that_runs_out_of_memory() -> None:

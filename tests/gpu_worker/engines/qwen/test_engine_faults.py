@@ -1,5 +1,6 @@
 """An engine that runs out of memory, and a model that goes silent."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
@@ -10,14 +11,20 @@ from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.vocoder import Vocoder
 from shared.protocol import Sampling
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, engine, job, parts, run, shared, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, job, kept_engine, kept_parts, run, shared, take
 from tests.gpu_worker.engines.qwen.faulty_parts import OutOfMemoryOperators, SilentCodec, out_of_memory_parts
 from tests.gpu_worker.engines.qwen.test_engine import LONG, end_of
 
 JOBS = [job(17, sampling=Sampling(seed=17, max_new_tokens=14)), job(3, LONG, sampling=Sampling(seed=3)), job(6)]
 
 
-def _check_repetition(faulty: QwenEngine, faults: AbstractContextManager[object], wanted: dict[str, Outcome]) -> None:
+@functools.cache
+def _undisturbed() -> dict[str, Outcome]:
+    """What JOBS speak without errors."""
+    return run(kept_engine("custom_voice"), JOBS)
+
+
+def _check_repetition(faulty: QwenEngine, faults: AbstractContextManager[object]) -> None:
     """Repeat every admission and step that runs out of memory. The audio must be that of a run without errors."""
     waiting = list(JOBS)
     outcomes = {one.id: Outcome() for one in JOBS}
@@ -34,25 +41,23 @@ def _check_repetition(faulty: QwenEngine, faults: AbstractContextManager[object]
                 failures += 1
     assert failures >= 10
     for one in JOBS:
-        assert outcomes[one.id].pcm == wanted[one.id].pcm
-        assert end_of(outcomes[one.id]) == end_of(wanted[one.id])
+        assert outcomes[one.id].pcm == _undisturbed()[one.id].pcm
+        assert end_of(outcomes[one.id]) == end_of(_undisturbed()[one.id])
 
 
-def test_a_step_can_be_repeated_after_a_part_ran_out_of_memory(speaker: QwenEngine) -> None:
+def test_a_step_can_be_repeated_after_a_part_ran_out_of_memory() -> None:
     """The prompt, the prefill, the decode step and the decoder fail now and then, before they have changed anything."""
-    wanted = run(speaker, JOBS)
-    faulty = assemble(out_of_memory_parts(parts("custom_voice"), every=7))
-    _check_repetition(faulty, nullcontext(), wanted)
+    _check_repetition(assemble(out_of_memory_parts(kept_parts("custom_voice"), every=7)), nullcontext())
 
 
-def test_a_step_can_be_repeated_after_an_operator_ran_out_of_memory(speaker: QwenEngine) -> None:
+def test_a_step_can_be_repeated_after_an_operator_ran_out_of_memory() -> None:
     """Operators in the midst of all parts fail now and then."""
-    _check_repetition(engine("custom_voice"), OutOfMemoryOperators(every=97), run(speaker, JOBS))
+    _check_repetition(kept_engine("custom_voice"), OutOfMemoryOperators(every=97))
 
 
 def test_a_silent_model_is_stopped() -> None:
     """Six seconds of near silence end an utterance with the reason `length`."""
-    made = parts("custom_voice")
+    made = kept_parts("custom_voice")
     codecs = shared().codecs
     codec = codecs.acquire(tiny("custom_voice"))
     vocoder = Vocoder(SilentCodec(codec), made.state.ring_buffer, made.slots, CudaStreams())

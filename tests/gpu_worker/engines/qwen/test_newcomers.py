@@ -8,7 +8,7 @@ from gpu_worker.engines.base import Pcm
 from gpu_worker.engines.qwen.engine import Parts
 from gpu_worker.engines.qwen.sequence import RunningJob
 from shared.protocol import Sampling
-from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, job, parts, run, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, job, kept_engine, kept_parts, run, take
 
 JOBS = [job(number, sampling=Sampling(seed=number, max_new_tokens=20 + number)) for number in range(4)]
 NEWCOMER = job(9, sampling=Sampling(seed=9, max_new_tokens=12))
@@ -17,10 +17,8 @@ NEWCOMER = job(9, sampling=Sampling(seed=9, max_new_tokens=12))
 @pytest.fixture(scope="module")
 def alone() -> dict[str, bytes]:
     """The speech of each job if nothing disturbs it."""
-    speaker = assemble(parts("custom_voice"))
-    spoken = {one.id: run(speaker, [one])[one.id].pcm for one in (*JOBS, NEWCOMER)}
-    speaker.close()
-    return spoken
+    speaker = kept_engine("custom_voice")
+    return {one.id: run(speaker, [one])[one.id].pcm for one in (*JOBS, NEWCOMER)}
 
 
 def spied(made: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[int]], list[list[str]]]:
@@ -50,7 +48,7 @@ def test_a_newcomer_has_the_lowest_slot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whichever slot became free, its first frame is one of slot 0 alone, and every job speaks as ever."""
-    made = parts("custom_voice")
+    made = kept_parts("custom_voice")
     speaker = assemble(made, run_ahead=run_ahead)
     outcomes = {one.id: Outcome() for one in (*JOBS, NEWCOMER)}
     for one in JOBS:
@@ -68,19 +66,17 @@ def test_a_newcomer_has_the_lowest_slot(
             speaker.unpark(JOBS[parked].id)
         take(speaker, outcomes, 0)
     assert {name: outcome.pcm for name, outcome in outcomes.items()} == alone
-    speaker.close()
 
 
 def test_jobs_that_have_not_spoken_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two newcomers do not move each other."""
-    made = parts("custom_voice")
+    made = kept_parts("custom_voice")
     speaker = assemble(made)
     frames, _ = spied(made, monkeypatch)
     for one in JOBS:
         speaker.admit(one)
     speaker.step(())
     assert frames == [[0, 1, 2, 3]]
-    speaker.close()
 
 
 @pytest.mark.parametrize("answers", [[True], [False, True]], ids=["always", "every other time"])
@@ -88,7 +84,7 @@ def test_a_command_ends_a_step_early(
     answers: list[bool], alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step decodes one group of chunks at least; a job that is held back leaves its own due. Nothing is lost."""
-    made = parts("custom_voice")
+    made = kept_parts("custom_voice")
     interrupted = itertools.cycle(answers)
     speaker = assemble(made, interrupted=lambda: next(interrupted))
     outcomes = {one.id: Outcome() for one in JOBS}
@@ -103,12 +99,11 @@ def test_a_command_ends_a_step_early(
             take(speaker, outcomes, number, held_back=held_back)
             assert not {name for group in decodes for name in group} & set(held_back)
     assert {name: outcome.pcm for name, outcome in outcomes.items()} == {one.id: alone[one.id] for one in JOBS}
-    speaker.close()
 
 
 def test_first_audio_comes_before_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a command waiting, the step that makes a newcomer's first frame decodes that, and nothing else."""
-    made = parts("custom_voice")
+    made = kept_parts("custom_voice")
     commands: list[str] = []
     speaker = assemble(made, interrupted=lambda: bool(commands))
     speaker.admit(JOBS[0])
@@ -124,4 +119,3 @@ def test_first_audio_comes_before_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
     assert decodes == [[NEWCOMER.id]] * 2
     speaker.step([NEWCOMER.id])
     assert decodes == [[NEWCOMER.id], [NEWCOMER.id], [JOBS[0].id]]
-    speaker.close()

@@ -16,7 +16,7 @@ from shared.pcm import EMPTY_S, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Sampling, Segment, Task
 from shared.text import is_speakable
 from tests.checkpoints import Kind
-from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, clone, job, parts, run, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, clone, job, kept_engine, run, take
 from tests.gpu_worker.engines.qwen.test_incremental_splitting import WORDS
 from tests.gpu_worker.fakes import FakeClock
 
@@ -37,11 +37,10 @@ Speakers = dict[Task, QwenEngine]
 def speakers() -> Iterator[Speakers]:
     """An engine of each task with four slots, idle again after each test. The first one runs ahead, as on CUDA."""
     kinds: dict[Task, Kind] = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
-    made = {task: assemble(parts(kind), run_ahead=task == "CustomVoice") for task, kind in kinds.items()}
+    made = {task: kept_engine(kind, run_ahead=task == "CustomVoice") for task, kind in kinds.items()}
     yield made
     for speaker in made.values():
         assert speaker.capacity() == 4
-        speaker.close()
 
 
 @pytest.fixture

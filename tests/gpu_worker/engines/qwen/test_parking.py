@@ -23,7 +23,8 @@ from tests.gpu_worker.engines.qwen.driving import (
     clone,
     engine,
     job,
-    parts,
+    kept_engine,
+    kept_parts,
     run,
     shared,
     take,
@@ -75,24 +76,19 @@ def jobs_of(kind: Kind) -> list[Job]:
 @functools.cache
 def alone(kind: Kind) -> dict[str, Outcome]:
     """What each job speaks if nothing disturbs it."""
-    speaker = engine(kind, max_model_len=1024)
-    spoken = {one.id: run(speaker, [one])[one.id] for one in jobs_of(kind)}
-    speaker.close()
-    return spoken
+    speaker = kept_engine(kind)
+    return {one.id: run(speaker, [one])[one.id] for one in jobs_of(kind)}
 
 
 @pytest.fixture(scope="module")
 def speakers() -> Iterator[dict[Kind, QwenEngine]]:
     """An engine of each task with four slots, idle again after each test. The first one runs ahead, as on CUDA."""
-    made: dict[Kind, QwenEngine] = {
-        kind: assemble(parts(kind, max_model_len=1024), run_ahead=kind == "custom_voice") for kind in KINDS
-    }
+    made: dict[Kind, QwenEngine] = {kind: kept_engine(kind, run_ahead=kind == "custom_voice") for kind in KINDS}
     run(made["base"], jobs_of("base"))  # the references are cached from here on
     yield made
     for speaker in made.values():
         assert speaker.capacity() == 4
         assert "parked" not in speaker.memory().host
-        speaker.close()
 
 
 def check(outcomes: dict[str, Outcome], kind: Kind) -> None:
@@ -105,9 +101,7 @@ def check(outcomes: dict[str, Outcome], kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobs_take_turns_in_one_slot(kind: Kind) -> None:
     """Every job is parked behind each frame, and another one uses its slot before it comes back."""
-    speaker = engine(kind, slots=1, max_model_len=1024)
-    check(take_turns(speaker, jobs_of(kind)), kind)
-    speaker.close()
+    check(take_turns(kept_engine(kind, slots=1), jobs_of(kind)), kind)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -115,15 +109,13 @@ def test_jobs_take_turns_in_one_slot(kind: Kind) -> None:
 def test_what_is_on_its_way_is_neither_lost_nor_early(kind: Kind, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, a frame is still on the device when its job is parked, and chunks are still being decoded."""
     monkeypatch.setattr(HostCopy, "ready", lambda _copy: False)
-    speaker = assemble(parts(kind, slots=1, max_model_len=1024), run_ahead=True)
-    check(take_turns(speaker, jobs_of(kind), steps), kind)
-    speaker.close()
+    check(take_turns(kept_engine(kind, slots=1, run_ahead=True), jobs_of(kind), steps), kind)
 
 
 def test_a_parked_job_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job whose last chunk is being decoded when it is parked ends without a slot, and keeps nothing."""
     monkeypatch.setattr(HostCopy, "ready", lambda _copy: False)
-    speaker = assemble(parts("custom_voice", slots=2, max_model_len=1024), run_ahead=True)
+    speaker = kept_engine("custom_voice", slots=2, run_ahead=True)
     short, other = job(6, sampling=sampling(6, 4)), jobs_of("custom_voice")[4]
     wanted = run(speaker, [short])[short.id]
     ended_parked = 0
@@ -146,12 +138,11 @@ def test_a_parked_job_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert speaker.capacity() == 2
         assert "parked" not in speaker.memory().host
     assert ended_parked
-    speaker.close()
 
 
 def test_a_job_changes_slots_while_its_frame_is_on_the_device() -> None:
     """The frame belongs to the slot that the job had: at whichever frame, also at the last one."""
-    speaker = assemble(parts("custom_voice", slots=2, max_model_len=1024), run_ahead=True)
+    speaker = kept_engine("custom_voice", slots=2, run_ahead=True)
     other, moving = jobs_of("custom_voice")[:2]
     _, frames = end_of(alone("custom_voice")[moving.id])
     assert frames < 10
@@ -168,7 +159,6 @@ def test_a_job_changes_slots_while_its_frame_is_on_the_device() -> None:
             take(speaker, outcomes, 0)
         del outcomes[other.id]
         check(outcomes, "custom_voice")
-    speaker.close()
 
 
 def test_between_two_utterances_nothing_is_kept(speakers: dict[Kind, QwenEngine]) -> None:
@@ -216,15 +206,16 @@ def test_a_cancelled_job_keeps_nothing(speakers: dict[Kind, QwenEngine]) -> None
 
 def test_closing_frees_parked_jobs() -> None:
     """A closed engine holds nothing, wherever its jobs were."""
-    speaker = engine("custom_voice")
-    for one in jobs_of("custom_voice")[:2]:
-        speaker.admit(one)
+    speaker = engine("custom_voice", slots=1)
+    parked, running = jobs_of("custom_voice")[:2]
+    speaker.admit(parked)
     speaker.step(())
-    assert speaker.park(jobs_of("custom_voice")[0].id) > 0
+    assert speaker.park(parked.id) > 0
+    speaker.admit(running)
     speaker.close()
     assert speaker.memory().host == {}
     assert speaker.memory().device == {}
-    assert speaker.capacity() == 4
+    assert speaker.capacity() == 1
 
 
 @pytest.fixture
@@ -237,10 +228,9 @@ def held_encoder() -> Iterator[tuple[QwenEngine, threading.Event]]:
         go.wait()
         return encoder(waveform, wants_codes)
 
-    speaker = assemble(with_encoder(parts("base"), held_back, shared().wake))
-    yield speaker, go
-    go.set()
-    speaker.close()
+    with with_encoder(kept_parts("base"), held_back, shared().wake) as made:
+        yield assemble(made), go
+        go.set()
 
 
 def test_a_job_is_parked_while_its_reference_is_encoded(held_encoder: tuple[QwenEngine, threading.Event]) -> None:
@@ -278,7 +268,7 @@ def test_parked_jobs_that_are_cancelled_leave_no_reference_behind(
 
 def test_whatever_runs_out_of_memory_can_be_repeated() -> None:
     """A step, an admission, and parking itself: a job that could not be parked is still in its slot."""
-    speaker = engine("custom_voice", slots=1, max_model_len=1024)
+    speaker = kept_engine("custom_voice", slots=1)
     jobs = jobs_of("custom_voice")
     outcomes = {one.id: Outcome() for one in jobs}
     failures = dict.fromkeys(("admit", "step", "park"), 0)
@@ -310,12 +300,11 @@ def test_whatever_runs_out_of_memory_can_be_repeated() -> None:
     assert failures["park"] > 10
     check(outcomes, "custom_voice")
     assert "parked" not in speaker.memory().host
-    speaker.close()
 
 
 def test_every_tensor_of_a_slot_is_parked() -> None:
     """A tensor that is added to the state goes along, too, and the bytes are counted; `active` belongs to a step."""
-    state = parts("custom_voice").state
+    state = kept_parts("custom_voice").state
     rows = state.rows(1, frames=5, trailing=3)
     wanted = {tensor.untyped_storage().data_ptr() for tensor in state.tensors() if tensor is not state.active}
     assert {row.untyped_storage().data_ptr() for row in rows} == wanted

@@ -3,20 +3,26 @@
 import pytest
 
 from gpu_worker.engines.qwen import engine as engine_module
+from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces
 from shared.protocol import Sampling
-from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, job, kept_parts, take
+
+
+@pytest.fixture(autouse=True)
+def _untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces of twelve slots take a second, for two frames."""
+    monkeypatch.setattr(CpuTraces, "_trace", lambda _, function: function)
 
 
 def first_steps(jobs: int) -> list[int]:
     """The step that brings each job's first audio, of `jobs` equal jobs that come together."""
-    speaker = engine("custom_voice", slots=12)
+    speaker = assemble(kept_parts("custom_voice", slots=12))
     equal = [job(number, "hello world " * 40, sampling=Sampling(seed=0, max_new_tokens=2)) for number in range(jobs)]
     outcomes = {one.id: Outcome() for one in equal}
     for one in equal:
         speaker.admit(one)
     for number in range(4):
         take(speaker, outcomes, number)
-    speaker.close()
     return [outcomes[one.id].steps[0] for one in equal]
 
 
