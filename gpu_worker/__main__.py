@@ -127,9 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
         variables = dict(os.environ) if chosen.heartbeat is not None else environment()
         settings = load_settings(variables, *checks)
         return _serve(settings, variables, chosen.parent or os.getppid(), chosen.restarts, chosen.heartbeat)
+    except ModuleNotFoundError as error:
+        if chosen.command not in {"download", "compare"}:
+            raise
+        problem, code = f"{error}; {GPU_EXTRA}", EXIT_WRONG_SETTINGS
     except (SettingsError, CatalogError, AddressError) as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunningError) else EXIT_WRONG_SETTINGS
+        is_running = isinstance(error, AlreadyRunningError)
+        problem, code = str(error), EXIT_ALREADY_RUNNING if is_running else EXIT_WRONG_SETTINGS
+    sys.stderr.write(f"{problem}\n")
+    return code
 
 
 def _no_address(settings: Settings) -> list[str]:
@@ -147,15 +153,12 @@ def _no_device(settings: Settings) -> list[str]:
     if not variables:
         return []
     problem = cuda_problem() if cuda_present() else NO_CUDA
-    return [f"{variable}: {problem}" for variable in variables] if problem else []
+    return [f"{variable}: {problem}; auto works without one" for variable in variables] if problem else []
 
 
 def _download(names: list[str], settings: Settings) -> int:
-    try:
-        from gpu_worker.engines.qwen.checkpoint.download import download_models  # noqa: PLC0415 -- needs the gpu extra
-    except ImportError as error:
-        sys.stderr.write(f"{error}; {GPU_EXTRA}\n")
-        return EXIT_WRONG_SETTINGS
+    from gpu_worker.engines.qwen.checkpoint.download import download_models  # noqa: PLC0415 -- needs the gpu extra
+
     try:
         return download_models(names, load_catalog(), settings.models_dir)
     except LookupError as error:

@@ -14,7 +14,7 @@ from shared.catalog import OPENAI_MODELS, load_catalog
 from shared.dotenv_file import read_dotenv
 from shared.settings import EVERY_MODEL, Settings, SettingsError, variable_of
 
-NO_CUDA: Final = "there is no CUDA device that this process may use"
+NO_CUDA: Final = "there is no CUDA device that this process may use (nvidia-smi and CUDA_VISIBLE_DEVICES tell of them)"
 """The problem of TTS_DEFAULT_DEVICE=cuda on a machine without such a device; the GPU worker looks for it."""
 
 

@@ -213,6 +213,9 @@ _ORIGIN: Final = re.compile(
 _HOST: Final = re.compile(r"\*|([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 _ROOT_PATH: Final = re.compile(r"((/[A-Za-z0-9_.~-]+)+)?")
 
+_UNITS: Final = {"_s": "seconds", "_ms": "milliseconds", "_mb": "megabytes", "_days": "days"}
+"""By the end of a field's name."""
+
 _FORMS: Final = {
     "model_paths": "model=path",
     "model_aliases": "name=model",
@@ -315,7 +318,12 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
         problem = one_of(choices) if choices else reword(str(error), from_text=True)
+        problem += _unit_of(name) if problem.endswith("number") else ""
         raise ValueError(problem if name in SECRET else f"{problem}, not {text!r}") from None
+
+
+def _unit_of(name: str) -> str:
+    return next((f" of {unit}" for suffix, unit in _UNITS.items() if name.endswith(suffix)), "")
 
 
 def _pairs(text: str, form: str) -> dict[str, str]:

@@ -45,7 +45,7 @@ def tracing_problems(settings: Settings, environ: Mapping[str, str]) -> list[str
     if parts.username is not None or parts.password is not None:
         return [f"{variable}: must have no user and password; OTEL_EXPORTER_OTLP_HEADERS is for them"]
     if importlib.util.find_spec("opentelemetry.exporter") is None:
-        return [f"{variable}: OpenTelemetry is not installed; pip install 'qwen3-tts-server[otel]' brings it"]
+        return [f"{variable}: OpenTelemetry is not installed; install it with `pip install -e '.[otel]'`"]
     return []
 
 

@@ -52,7 +52,9 @@ def reword_malformed_json(message: str, body: bytes) -> str:
     if invalid is not None and body[int(invalid["position"])] in b"\n\r\t":
         return f"a line break or a tab (byte {invalid['position']}) stands in a string as it is; write \\n or \\t"
     if message != _TRUNCATED:
-        return message.removeprefix("JSON is malformed: ")
+        problem = message.removeprefix("JSON is malformed: ")
+        is_quoted_otherwise = invalid is not None or "must be strings" in problem
+        return f"{problem}; write names and texts in double quotes" if is_quoted_otherwise else problem
     half = _HALF_CHARACTER.search(body)
     return f"{half[0].decode()} is half of a character" if half else "it ends too early"
 
@@ -118,4 +120,5 @@ _TABLE: Final[list[tuple[re.Pattern[str], _Reworded]]] = [
     (re.compile(r"Invalid enum value (?P<value>.+)", re.DOTALL), _no_choice),
     (_MISSING_FIELD, lambda match, *_: f"needs the field {match['field']}"),
     (re.compile(r"Number out of range"), lambda *_: "is out of range"),
+    (re.compile(r"Invalid RFC3339 encoded date"), lambda *_: "must be a date such as 2026-12-31"),
 ]

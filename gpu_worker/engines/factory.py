@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
     from gpu_worker.engines.qwen.runtime.products_trial import Quantization
 
-DEMO_EXTRA: Final = 'espeak-ng is not installed; install the "demo" extra: pip install "qwen3-tts-server[demo]"'
-GPU_EXTRA: Final = 'install the "gpu" extra: pip install "qwen3-tts-server[gpu]", or `make serve WITH_QWEN=1`'
+DEMO_EXTRA: Final = "espeak-ng is not installed; `make serve` installs it, or `pip install -e '.[demo]'` in this folder"
+GPU_EXTRA: Final = "`make serve WITH_QWEN=1` installs what Qwen3-TTS needs, or `pip install -e '.[gpu]'` in this folder"
 
 _MODEL_TYPE_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
 

@@ -64,6 +64,8 @@ def recognise(data: bytes) -> tuple[str, int]:
 
     Raises InvalidAudioError for a file of another kind.
     """
+    if not data:
+        raise InvalidAudioError(f"the file is empty; {SEND}")
     start = _behind_tags(data)
     head = data[start : start + 16]
     for pattern, demuxer in _DEMUXERS:

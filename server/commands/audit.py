@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from server.commands.client import ClientError
-from shared.audit import AuditError, default_key_file, read_key, verify
+from shared.audit import AuditError, default_key_file, head_file, read_key, verify
 from shared.environment import environment
 from shared.settings import load_settings
 
@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(environment())
     path = arguments.file or settings.audit_path()
     key_file = arguments.key or settings.audit_key_file or default_key_file(path)
+    if not any(file.exists() for file in (path, head_file(path), default_key_file(path))):
+        raise ClientError(f"{path}: there is no audit log; the first voice that is saved begins one (TTS_AUDIT_LOG)")
     try:
         verdict = verify(path, read_key(key_file), arguments.mac.strip().lower())
     except AuditError as error:

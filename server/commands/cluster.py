@@ -24,7 +24,7 @@ SUMMARY: Final = "run the service with many GPUs, as a Ray Serve application"
 EXIT_FAILED: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
 
-_NO_RAY: Final = "Ray is not installed: pip install 'qwen3-tts-server[cluster]'\n"
+_NO_RAY: Final = "Ray is not installed; `make serve-cluster` installs it, or `pip install -e '.[cluster]'`\n"
 
 _PROXY_MIDDLEWARES: Final = "server.cluster.proxy_middleware.middlewares"
 

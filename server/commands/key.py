@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from server.commands.client import UsageError
-from server.http.keys import NAME, KeyEntry, KeysError, digest_of, new_key, read_entries
+from server.http.keys import NAME, KeysError, digest_of, key_entry, new_key, read_entries
 from shared.environment import environment
 from shared.settings import load_settings
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, metavar="N", help=text)
     parser.add_argument("--model", action="append", default=[], help="a model that it may use (default: all)")
     parser.add_argument("--voice", action="append", default=[], help="a voice that it may use (default: all)")
-    parser.add_argument("--expires", type=date.fromisoformat, metavar="YYYY-MM-DD", help="the day it ends, UTC")
+    parser.add_argument("--expires", type=_day, metavar="YYYY-MM-DD", help="the day it ends, UTC")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,31 +49,40 @@ def run(arguments: argparse.Namespace) -> int:
     except KeysError as error:
         raise UsageError(str(error)) from error
     if arguments.name in known:
-        raise UsageError(f"{path} has a key named {arguments.name}")
+        raise UsageError(f"{path} has a key named {arguments.name}; choose another name, or remove its table there")
     key = new_key()
-    _append(path, _table(arguments, key))
+    table = _table(arguments, key)
+    try:
+        _append(path, table)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(f"{key}\n")
     sys.stderr.write(f"{path} has its hash. Nothing shows the key again.\n")
     return 0
 
 
-def _table(arguments: argparse.Namespace, key: str) -> str:
+def _day(text: str) -> date:
     try:
-        entry = msgspec.convert(
-            {
-                "hash": digest_of(key),
-                "role": "admin" if arguments.admin else "user",
-                "priority": "batch" if arguments.batch else "interactive",
-                "requests_per_minute": arguments.requests_per_minute,
-                "characters_per_day": arguments.characters_per_day,
-                "concurrent_requests": arguments.concurrent_requests,
-                "models": arguments.model,
-                "voices": arguments.voice,
-                "expires": arguments.expires,
-            },
-            KeyEntry,
-        )
-    except msgspec.ValidationError as error:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2027-12-31") from None
+
+
+def _table(arguments: argparse.Namespace, key: str) -> str:
+    table = {
+        "hash": digest_of(key),
+        "role": "admin" if arguments.admin else "user",
+        "priority": "batch" if arguments.batch else "interactive",
+        "requests_per_minute": arguments.requests_per_minute,
+        "characters_per_day": arguments.characters_per_day,
+        "concurrent_requests": arguments.concurrent_requests,
+        "models": arguments.model,
+        "voices": arguments.voice,
+        "expires": arguments.expires,
+    }
+    try:
+        entry = key_entry(table)
+    except ValueError as error:
         raise UsageError(str(error)) from error
     return msgspec.toml.encode({arguments.name: entry}).decode()
 

@@ -136,14 +136,14 @@ def _device_problems(settings: Settings) -> list[str]:
         return []
     # A process of its own looks for the device, so that the web side never loads the worker's code.
     probe = subprocess.run([sys.executable, "-m", "gpu_worker", "cuda"], stdin=subprocess.DEVNULL, check=False)
-    return [f"{variable}: {NO_CUDA}" for variable in needing_cuda] if probe.returncode else []
+    return [f"{variable}: {NO_CUDA}; auto works without one" for variable in needing_cuda] if probe.returncode else []
 
 
 def _host_problems(settings: Settings) -> list[str]:
     try:
         addresses_of(settings.host)
     except HostError as error:
-        return [f"{variable_of('host')}: {error}"]
+        return [f"{variable_of('host')}: {error}; 127.0.0.1 is for this machine alone, * for every address"]
     return []
 
 

@@ -108,7 +108,9 @@ def _refusal(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:
             hint = version_hint(path) or "/docs lists what there is"
         message = f"There is nothing at {asked}; {hint}."
     elif status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-        message = f"{asked} is not possible; the Allow header lists the possible methods."
+        allowed = ", ".join(value for name, value in (error.headers or {}).items() if name.lower() == "allow")
+        way = "connect to it as a WebSocket (ws://)" if allowed == "websocket" else f"possible: {allowed}"
+        message = f"{asked} is not possible; {way}."
     elif status == http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         limit_mib = request.app.state.settings.max_body_mb
         message = f"The request's body is larger than the {limit_mib} MiB that this server takes (TTS_MAX_BODY_MB)."

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,7 @@ from server.http.errors import ApiError
 from shared.access import read_file
 from shared.protocol import KeyLimits, Priority, VoiceAccess
 from shared.settings import Settings
+from shared.validation_messages import reword, split_path
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The name of a key: it stands in logs and figures in the place of the key."""
@@ -27,6 +28,7 @@ MAX_KEYS: Final = 10_000
 MAX_FILE_BYTES: Final = 16_000_000
 
 _DIGEST: Final = "sha256:"
+_HASH_FORM: Final = f'must be "{_DIGEST}" and 64 hexadecimal digits, as `python -m server key new` writes it'
 _FORM: Final = 'the file has a table for each key: [alice], and in it hash = "sha256:…"'
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
@@ -122,17 +124,32 @@ def load_keyring(settings: Settings) -> Keyring:
 def read_entries(path: Path) -> dict[str, KeyEntry]:
     """The entries of a file of keys, by name. Raises KeysError."""
     try:
-        entries = msgspec.toml.decode(read_file(path, MAX_FILE_BYTES), type=dict[str, KeyEntry])
+        tables = msgspec.toml.decode(read_file(path, MAX_FILE_BYTES), type=dict[str, dict[str, Any]])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise KeysError(f"{path}: {error}; {_FORM}") from error
     except ValueError as error:
-        raise KeysError(str(error)) from error
-    if len(entries) > MAX_KEYS:
+        raise KeysError(f"{error}; `python -m server key new NAME` makes the file, or adds a key to it") from error
+    if len(tables) > MAX_KEYS:
         raise KeysError(f"{path} has more than {MAX_KEYS} keys")
-    for name in entries:
+    entries = {}
+    for name, table in tables.items():
         if not NAME.fullmatch(name):
             raise KeysError(f"{path}: [{name}] is no name: letters, digits, dots, hyphens and underscores, at most 64")
+        try:
+            entries[name] = key_entry(table)
+        except ValueError as error:
+            raise KeysError(f"{path}: [{name}]: {error}") from error
     return entries
+
+
+def key_entry(table: dict[str, Any]) -> KeyEntry:
+    """The key that a table of the file describes. ValueError: what is wrong with it."""
+    try:
+        return msgspec.convert(table, KeyEntry)
+    except msgspec.ValidationError as error:
+        problem, field = split_path(str(error))
+        said = _HASH_FORM if field == "hash" else reword(problem)
+        raise ValueError(f"{field}: {said}" if field else said) from error
 
 
 def new_key() -> str:

@@ -115,15 +115,16 @@ class TestSettings:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert main([]) == EXIT_WRONG_SETTINGS
         (sentence,) = capsys.readouterr().err.splitlines()[1:]
-        assert sentence.strip() == f"TTS_KERNELS: {NO_CUDA}"
+        assert sentence.strip() == f"TTS_KERNELS: {NO_CUDA}; auto works without one"
 
-    def test_downloading_without_the_gpu_extra(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("command", ["download", "compare"])
+    def test_commands_without_the_gpu_extra(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
     ) -> None:
         """The error says what to install."""
         monkeypatch.delitem(sys.modules, "gpu_worker.engines.qwen.checkpoint.download", raising=False)
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        assert main(["download", "0.6B-Base"]) == EXIT_WRONG_SETTINGS
+        assert main([command, "0.6B-Base"]) == EXIT_WRONG_SETTINGS
         assert GPU_EXTRA in capsys.readouterr().err
 
     def test_no_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:

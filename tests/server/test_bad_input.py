@@ -262,6 +262,15 @@ async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, a
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
     assert set(answer.headers["allow"].split(", ")) == allowed
+    assert f"{method} {path} is not possible; possible: " in answer.json()["error"]["message"]
+
+
+@SHARED_LOOP
+async def test_a_websocket_without_a_handshake(client: httpx.AsyncClient) -> None:
+    """The message says what is there."""
+    answer = await client.get("/v1/audio/speech/stream")
+    assert answer.status_code == 405
+    assert "connect to it as a WebSocket (ws://)" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_files(write: Write) -> None:
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        ({"IDLE_TIMEOUT": "soon"}, "TTS_IDLE_TIMEOUT: must be a number, not 'soon'"),
+        ({"IDLE_TIMEOUT": "soon"}, "TTS_IDLE_TIMEOUT: must be a number of seconds, not 'soon'"),
         ({"KEYS_FILE": "absent.toml"}, "absent.toml"),
         ({"PRONUNCIATIONS": "absent.toml"}, "absent.toml"),
         ({"MAX_QUEUE": "'6"}, ".env line 1"),

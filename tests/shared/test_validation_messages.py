@@ -1,5 +1,6 @@
 """msgspec's messages in plain words: the contract with msgspec, sentence by sentence."""
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -71,6 +72,7 @@ def test_values(value: Any, kind: Any, words: str) -> None:
         ("x", int | None, "must be a whole number"),
         ("perhaps", bool, "must be true or false"),
         ("1e999", float, "is out of range"),
+        ("31.12.2026", date, "must be a date such as 2026-12-31"),
     ],
 )
 def test_values_from_text(value: str, kind: Any, words: str) -> None:
@@ -109,7 +111,9 @@ def test_missing_fields() -> None:
             b'{"a": "two\nlines"}',
             r"a line break or a tab (byte 10) stands in a string as it is; write \n or \t",
         ),
-        (b'{"a":\n\t\r\n?}', "invalid character (byte 9)"),
+        (b'{"a":\n\t\r\n?}', "invalid character (byte 9); write names and texts in double quotes"),
+        (b"{'a': 'x'}", "object keys must be strings (byte 1); write names and texts in double quotes"),
+        (b'{"a": 1,}', "trailing comma in object (byte 8)"),
     ],
 )
 def test_malformed_json(body: bytes, words: str) -> None:

@@ -80,3 +80,9 @@ def test_headers_without_a_size_are_none(header: bytes) -> None:
     """A free or forbidden bit rate, a reserved sample rate, a frame of no bytes: the search goes on and ends."""
     with pytest.raises(InvalidAudioError, match="not an audio file"):
         recognise(header * 50)
+
+
+def test_an_empty_file() -> None:
+    """It is called empty: a wrong path in a script sends one."""
+    with pytest.raises(InvalidAudioError, match="the file is empty; send wav"):
+        recognise(b"")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.__main__ import main
-from shared.audit import AuditEntry, AuditLog, default_key_file
+from shared.audit import AuditEntry, AuditLog, default_key_file, head_file
 
 
 @pytest.fixture
@@ -46,3 +46,6 @@ def test_no_log(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     default_key_file(log).unlink()
     assert main(["audit", "verify"]) == 1
     assert "the key of the audit log" in capsys.readouterr().err
+    head_file(log).unlink()
+    assert main(["audit", "verify"]) == 1
+    assert capsys.readouterr().err.startswith(f"{log}: there is no audit log; the first voice that is saved begins one")

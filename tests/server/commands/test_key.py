@@ -48,7 +48,7 @@ def test_two_keys(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["alice"], "has a key named alice"),
         (["a b"], "a name has letters"),
-        (["bob", "--requests-per-minute", "0"], ">= 1"),
+        (["bob", "--requests-per-minute", "0"], "requests_per_minute: must be at least 1"),
     ],
 )
 def test_a_mistake_adds_nothing(
@@ -71,6 +71,22 @@ def test_a_file_that_cannot_be_read(path: Path, capfd: pytest.CaptureFixture[str
     assert main(["key", "new", "bob"]) == 2
     assert str(path) in capfd.readouterr().err
     assert path.read_text() == "[alice\n"
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The message names the file, and nothing is printed that looks like a key."""
+    assert main(["key", "new", "bob", "--file", str(tmp_path / "none" / "keys.toml")]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == f"{tmp_path}/none/keys.toml cannot be written: No such file or directory\n"
+
+
+def test_a_day_that_is_none(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The message shows how a date is written."""
+    with pytest.raises(SystemExit):
+        main(["key", "new", "bob", "--expires", "tomorrow"])
+    assert "'tomorrow' is no date such as 2027-12-31" in capfd.readouterr().err
+    assert not path.exists()
 
 
 def test_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

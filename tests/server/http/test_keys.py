@@ -95,10 +95,13 @@ class TestFile:
         ("text", "problem"),
         [
             ("", "has no key"),
-            ("[a]\n", "missing required field `hash`"),
-            ("[a]\nhash = 'sk-tts-alice'\n", "regex"),
+            ("[a]\n", "[a]: needs the field hash"),
+            ("[a]\nhash = 'sk-tts-alice'\n", '[a]: hash: must be "sha256:" and 64'),
             (f"[a]\nhash = '{digest_of('x')}'\nrole = 'king'\n", "king"),
-            (f"[a]\nhash = '{digest_of('x')}'\nrequests_per_minute = 0\n", ">= 1"),
+            (
+                f"[a]\nhash = '{digest_of('x')}'\nrequests_per_minute = 0\n",
+                "[a]: requests_per_minute: must be at",
+            ),
             (f"[a]\nhash = '{digest_of('x')}'\nlimit = 1\n", "unknown field `limit`"),
             (f"['a b']\nhash = '{digest_of('x')}'\n", "[a b] is no name"),
             (f"[a]\nhash = '{digest_of('x')}'\n[b]\nhash = '{digest_of('x')}'\n", "[b] has the hash of another key"),
