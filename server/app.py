@@ -4,7 +4,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 
 from litestar import Litestar, Router
 from litestar.datastructures import State
@@ -13,7 +12,7 @@ from litestar.di import Provide
 from server.audio import AudioStore, DecoderPool
 from server.caches import WebCaches
 from server.dependencies import providers
-from server.engine import EngineClient, ZmqEngineClient
+from server.engine import EngineClient, WebProcess, ZmqEngineClient
 from server.http.auth import require_admin, require_key
 from server.http.error_handlers import exception_handlers
 from server.http.keys import load_keyring
@@ -45,8 +44,8 @@ from shared.redaction import keep_secret
 from shared.settings import Settings
 from shared.trace_settings import open_traces
 
-OpenEngine = Callable[..., AbstractAsyncContextManager[EngineClient]]
-"""Opens the client of the GPU workers. The keyword arguments are those of ZmqEngineClient about the web side."""
+OpenEngine = Callable[[WebProcess], AbstractAsyncContextManager[EngineClient]]
+"""Opens the client of the GPU workers for a web process."""
 
 
 def create_app(
@@ -78,14 +77,15 @@ def create_app(
             ttl_s=settings.audio_store_ttl_s,
         )
         web_caches = WebCaches(settings.pronunciations, audio_store)
+        web_process = WebProcess(
+            cache_counts=web_caches.counts,
+            open_sockets=lambda: open_sockets.count,
+            on_emptied=web_caches.on_emptied,
+        )
         traces = app.state.traces = open_traces(settings, os.environ, "web")
         async with (
             audio_store,
-            open_engine(
-                cache_counts=web_caches.counts,
-                open_sockets=lambda: open_sockets.count,
-                on_emptied=web_caches.on_emptied,
-            ) as engine,
+            open_engine(web_process) as engine,
         ):
             await engine.use_variables(web_state.worker_variables)
             app.state.engine = engine
@@ -134,7 +134,8 @@ def create_app(
 def _engine_of(settings: Settings) -> OpenEngine:
     if settings.worker_url is None:
         raise ValueError("worker_url is not set: the web side does not start a GPU worker by itself")
-    return partial(ZmqEngineClient, settings.worker_url, settings.worker_token, timeout_s=settings.worker_timeout_s)
+    url, token, timeout_s = settings.worker_url, settings.worker_token, settings.worker_timeout_s
+    return lambda web: ZmqEngineClient(url, token, timeout_s=timeout_s, web=web)
 
 
 def _guarded() -> list[Router]:

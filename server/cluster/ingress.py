@@ -11,6 +11,7 @@ from server.cluster.node_settings import NodeSettings, settings_on_node
 from server.cluster.relayed_application import RelayedApplication
 from server.cluster.replica_port import hide_port
 from server.cluster.serve_replicas import ServeReplicas
+from server.engine import WebProcess
 from server.engine.ray import RayEngineClient
 from shared.log import set_up_logging
 
@@ -34,10 +35,10 @@ class Ingress:
         """The web application of this replica."""
         set_up_logging(self._settings.log_level, self._settings.log_format, "web")
 
-        def open_engine(**options: Any) -> RayEngineClient:
+        def open_engine(web: WebProcess) -> RayEngineClient:
             replicas = ServeReplicas(self._engine)
             return RayEngineClient(
-                replicas, timeout_s=self._settings.worker_timeout_s, start_timeout_s=_START_TIMEOUT_S, **options
+                replicas, timeout_s=self._settings.worker_timeout_s, start_timeout_s=_START_TIMEOUT_S, web=web
             )
 
         self._application = create_app(self._settings, open_engine)

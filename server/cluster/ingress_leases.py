@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from server.engine import WebProcess
 from shared.protocol import CacheCounts, CacheName, Ping
 
 LEASE_S: Final = 30.0
@@ -33,6 +34,10 @@ class IngressLeases:
         """The one web process whose figures of use elsewhere count; the same one for as long as it asks for reports."""
         now = self._clock()
         return min(name for name, (renewed_at, _) in self._renewed.items() if now - renewed_at <= _USAGE_SOURCE_S)
+
+    def as_web_process(self) -> WebProcess:
+        """The web processes as one, for the GPU worker of the replica."""
+        return WebProcess(cache_counts=self.cache_counts, open_sockets=self.open_sockets)
 
     def cache_counts(self) -> dict[CacheName, CacheCounts]:
         """The sums of what the web processes have counted."""

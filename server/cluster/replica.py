@@ -59,8 +59,7 @@ class EngineReplica:
             url,
             settings.worker_token,
             timeout_s=settings.worker_timeout_s,
-            cache_counts=self._leases.cache_counts,
-            open_sockets=self._leases.open_sockets,
+            web=self._leases.as_web_process(),
         )
         runtime = ray.get_runtime_context()
         gpus = [str(number) for number in runtime.get_accelerator_ids().get("GPU", [])]

@@ -14,6 +14,7 @@ from server.engine.lookups import (
 )
 from server.engine.outage import Outage, OutageFile
 from server.engine.reports import ReplicaReport
+from server.engine.web_process import WebProcess
 from server.engine.zmq import ZmqEngineClient
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "OutageFile",
     "ReplicaReport",
     "Speech",
+    "WebProcess",
     "ZmqEngineClient",
     "cached_catalog",
     "find_saved_voice",

@@ -17,6 +17,7 @@ from server.engine.client import Speech, error_of
 from server.engine.connection import Connection, SmallMessage
 from server.engine.outage import OutageFile
 from server.engine.reports import ReplicaReport
+from server.engine.web_process import WebProcess
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
@@ -24,7 +25,6 @@ from shared.protocol import (
     VERSION,
     Action,
     Audio,
-    CacheCounts,
     CacheName,
     Call,
     Cancel,
@@ -33,7 +33,6 @@ from shared.protocol import (
     Finished,
     FromWorker,
     Hello,
-    Ping,
     Pong,
     Probe,
     Reload,
@@ -85,15 +84,8 @@ class ZmqEngineClient:
         *,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
-        cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
-        open_sockets: Callable[[], int] = int,
-        on_emptied: Callable[[CacheName], None] = lambda _name: None,
+        web: WebProcess | None = None,
     ) -> None:
-        """`cache_counts` returns the counts of this web worker's caches, without the catalogue's.
-
-        `on_emptied` gets the name of each cache that an admin has emptied, through this web worker or another one.
-        `open_sockets` returns the number of this web worker's WebSockets.
-        """
         self._url = url
         self._timeout_s = timeout_s
         self._outage_file = OutageFile(url)
@@ -110,10 +102,7 @@ class ZmqEngineClient:
         self._pinged_at = 0.0
         self._ping_out = False
         self._ticked_at = 0.0
-        self._cache_counts = cache_counts
-        self._open_sockets = open_sockets
-        self._on_emptied = on_emptied
-        self._catalog_hits = self._catalog_misses = 0
+        self._web = web or WebProcess()
         self._news = asyncio.Event()
         """Set, and replaced, by the next snapshot and by the loss of the worker."""
         self._loss: asyncio.Future[ApiError] | None = None
@@ -127,11 +116,8 @@ class ZmqEngineClient:
 
     @property
     def catalog(self) -> list[ModelSpec]:
-        if self._welcome is None:
-            self._catalog_misses += 1
-            return []
-        self._catalog_hits += 1
-        return self._welcome.catalog
+        self._web.count_catalog(hit=self._welcome is not None)
+        return [] if self._welcome is None else self._welcome.catalog
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -290,9 +276,7 @@ class ZmqEngineClient:
     def _ping(self) -> None:
         if not self._ping_out:
             self._pinged_at = self._clock()
-            catalog = CacheCounts(self._catalog_hits, self._catalog_misses)
-            caches = {**self._cache_counts(), "catalog": catalog}
-            self._ping_out = self._connection.send(Ping(caches=caches, open_sockets=self._open_sockets()))
+            self._ping_out = self._connection.send(self._web.ping())
 
     def _on_lost(self) -> None:
         if self._connected:
@@ -395,7 +379,7 @@ class ZmqEngineClient:
             if name == "catalog":
                 self._hello()  # the Welcome has it
             else:
-                self._on_emptied(name)
+                self._web.on_emptied(name)
 
     def _tell_waiters(self) -> None:
         self._news.set()

@@ -21,15 +21,14 @@ from server.engine.ray.known_replica import KnownReplica
 from server.engine.ray.outbox import Outboxes
 from server.engine.ray.stream import RelayedStream
 from server.engine.reports import ReplicaReport
+from server.engine.web_process import WebProcess
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (
     SHARED_VOICES,
     Action,
-    CacheCounts,
     CacheName,
     Call,
-    Ping,
     Reload,
     Reply,
     Snapshot,
@@ -71,23 +70,18 @@ class RayEngineClient:
         timeout_s: float,
         start_timeout_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
-        cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
-        open_sockets: Callable[[], int] = int,
-        on_emptied: Callable[[CacheName], None] = lambda _name: None,
+        web: WebProcess | None = None,
     ) -> None:
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._clock = clock
-        self._cache_counts = cache_counts
-        self._open_sockets = open_sockets
-        self._on_emptied = on_emptied
+        self._web = web or WebProcess()
         self._id = uuid.uuid4().hex
         self._catalog: list[ModelSpec] = []
         self._settings: dict[str, Any] = {}
         self._variables: dict[str, str] = {}
         """Settings that each new GPU worker gets."""
-        self._catalog_hits = self._catalog_misses = 0
         self._known: dict[str, KnownReplica] = {}
         self._use = ClusterUse()
         self._alive: list[ReplicaReport] = []
@@ -113,10 +107,7 @@ class RayEngineClient:
 
     @property
     def catalog(self) -> list[ModelSpec]:
-        if self._catalog:
-            self._catalog_hits += 1
-        else:
-            self._catalog_misses += 1
+        self._web.count_catalog(hit=bool(self._catalog))
         return self._catalog
 
     @property
@@ -274,11 +265,11 @@ class RayEngineClient:
 
     async def _poll(self, name: str, known: KnownReplica, *, fresh: bool) -> None:
         asked_at = self._clock()
-        caches = {**self._cache_counts(), "catalog": CacheCounts(self._catalog_hits, self._catalog_misses)}
-        ping = Ping(caches=caches, open_sockets=self._open_sockets())
         boot_id = known.boot_id if self._catalog else ""
         used = self._use.elsewhere(known.report.boot_id) if known.report else {}
-        request = ReportRequest(ingress=self._id, fresh=fresh, boot_id=boot_id, ping=ping, used_elsewhere=used)
+        request = ReportRequest(
+            ingress=self._id, fresh=fresh, boot_id=boot_id, ping=self._web.ping(), used_elsewhere=used
+        )
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer = await self._replicas.report(name, msgspec.msgpack.encode(request))
@@ -352,7 +343,7 @@ class RayEngineClient:
             if name == "catalog":
                 self._catalog = []  # the next report has it
             else:
-                self._on_emptied(name)
+                self._web.on_emptied(name)
 
     def _require_worker(self) -> None:
         error = self._outage(self._timeout_s)

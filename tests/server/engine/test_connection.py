@@ -1,9 +1,7 @@
 """The DEALER of a web process: what `Connection` relies on in pyzmq, and messages that find no room."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import zmq
 import zmq.asyncio
 
@@ -12,13 +10,6 @@ from shared.protocol import Cancel, Ping, encode
 from shared.sockets import connect_dealer
 from tests.fakes import FakeWorker
 from tests.server.running import becomes
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[FakeWorker]:
-    """A GPU worker."""
-    with FakeWorker(tmp_path / "w.ipc") as fake:
-        yield fake
 
 
 async def test_contract_with_pyzmq_a_noblock_send_is_done_at_once(worker: FakeWorker, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from server.engine.client import INITIAL_CREDIT, PIECE_INTERVAL_S, EngineClient, Speech
+from server.engine.client import PIECE_INTERVAL_S, EngineClient, Speech
 from server.engine.outage import Outage, OutageFile
 from server.http.errors import ApiError
 from shared.protocol import (
@@ -27,16 +27,13 @@ from shared.protocol import (
     Reload,
     Reply,
     SavedVoice,
-    Segment,
     Speak,
     SpeechError,
 )
 from tests.fakes import FakeWorker, tone
-from tests.server.engine.transports import TRANSPORTS, Open
+from tests.server.engine.transports import TIMEOUT_S, TRANSPORTS, Open, a_speak, reason
 from tests.server.running import becomes
 from tests.system.service import stretched
-
-TIMEOUT_S = 20.0
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -45,36 +42,12 @@ def connect(request: pytest.FixtureRequest) -> Open:
     return TRANSPORTS[request.param]
 
 
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[FakeWorker]:
-    """A GPU worker that speaks canned tones."""
-    with FakeWorker(tmp_path / "w.ipc") as fake:
-        yield fake
-
-
 @pytest_asyncio.fixture
 async def client(worker: FakeWorker, connect: Open) -> AsyncIterator[EngineClient]:
     """A client that is connected to the worker."""
     async with connect(worker.url, "", timeout_s=TIMEOUT_S) as engine:
         await becomes(lambda: engine.unavailable() is None)
         yield engine
-
-
-def reason(engine: EngineClient) -> str:
-    """Why the worker is unavailable; "" if it is not."""
-    error = engine.unavailable()
-    return "" if error is None else error.message
-
-
-def _request(number: int = 1) -> Speak:
-    return Speak(
-        id=f"r{number}",
-        client="me",
-        model="espeak-ng",
-        task="CustomVoice",
-        segments=[Segment(text="hello")],
-        credit=INITIAL_CREDIT,
-    )
 
 
 @pytest.mark.slow
@@ -112,7 +85,7 @@ async def test_a_gpu_worker_that_refuses_the_variables(client: EngineClient, wor
 
 async def test_chunks_come_in_order(client: EngineClient, worker: FakeWorker) -> None:
     """The chunks come in order, then None; then `finished` tells how the request ended."""
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     chunks = []
     while (chunk := await speech.chunk()) is not None:
         chunks.append(chunk)
@@ -131,7 +104,7 @@ async def test_chunks_come_in_order(client: EngineClient, worker: FakeWorker) ->
 async def test_a_slow_consumer_holds_the_worker_back(client: EngineClient, worker: FakeWorker) -> None:
     """Credit is granted only for chunks that were taken, so memory holds at most the initial credit."""
     worker.chunks = 100
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     await client.fresh_snapshot(0)
     await client.fresh_snapshot(0)
     assert not worker.of(Credit)
@@ -142,7 +115,7 @@ async def test_a_slow_consumer_holds_the_worker_back(client: EngineClient, worke
 
 async def test_text_in_pieces(client: EngineClient, worker: FakeWorker) -> None:
     """The first piece leaves at once, later ones together; the end takes what is left. Text behind it is dropped."""
-    speech = client.speak(msgspec.structs.replace(_request(), open=True, segments=[]))
+    speech = client.speak(msgspec.structs.replace(a_speak(), open=True, segments=[]))
     for piece in ("a", "b", "c"):
         speech.append(piece)
     appended = await asyncio.to_thread(worker.wait_for, Append, 2)
@@ -160,7 +133,7 @@ async def test_text_in_pieces(client: EngineClient, worker: FakeWorker) -> None:
 
 async def test_a_request_that_is_over_takes_no_text(client: EngineClient, worker: FakeWorker) -> None:
     """No message of it follows its end, whichever that is."""
-    aborted, lost = (client.speak(msgspec.structs.replace(_request(number), open=True)) for number in (1, 2))
+    aborted, lost = (client.speak(msgspec.structs.replace(a_speak(number), open=True)) for number in (1, 2))
     await asyncio.to_thread(worker.wait_for, Speak, 2)
     for speech in (aborted, lost):
         speech.append("a")
@@ -188,7 +161,7 @@ async def test_without_a_worker(tmp_path: Path, connect: Open) -> None:
         assert engine.catalog == []
         began = time.monotonic()
         with pytest.raises(ApiError) as caught:
-            engine.speak(_request())
+            engine.speak(a_speak())
         assert caught.value.code == "worker_unavailable"
         with pytest.raises(ApiError):
             await engine.call(Cleanup(), client="me", timeout_s=1)
@@ -210,7 +183,7 @@ async def test_a_worker_may_start_later(tmp_path: Path, connect: Open) -> None:
 async def test_a_dead_worker_fails_everything_in_flight(client: EngineClient, worker: FakeWorker) -> None:
     """Speeches and calls fail at once, the catalogue stays known, and the client connects to the next worker."""
     worker.hold = True
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     worker.on_call = lambda call, _payload: Failed(id="someone else", code="x", message=call.id)
     calling = asyncio.create_task(client.call(Cleanup(), client="me", timeout_s=30))
     await asyncio.to_thread(worker.wait_for, Call)
@@ -237,7 +210,7 @@ async def test_another_protocol_version_is_refused(tmp_path: Path, connect: Open
         async with connect(fake.url, "", timeout_s=TIMEOUT_S) as engine:
             await becomes(lambda: "version" in reason(engine))
             with pytest.raises(ApiError, match="999"):
-                engine.speak(_request())
+                engine.speak(a_speak())
 
 
 async def test_a_wrong_token_is_a_reason(tmp_path: Path, connect: Open) -> None:
@@ -270,7 +243,7 @@ async def test_the_supervisor_gives_the_reason(tmp_path: Path, connect: Open) ->
 async def test_a_gap_is_an_error(client: EngineClient, worker: FakeWorker) -> None:
     """A missing sequence number fails the request and cancels it at the worker."""
     worker.skip_seq = True
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     assert await speech.chunk() is not None
     with pytest.raises(ApiError) as caught:
         await speech.chunk()
@@ -281,7 +254,7 @@ async def test_a_gap_is_an_error(client: EngineClient, worker: FakeWorker) -> No
 async def test_abort_is_synchronous_and_idempotent(client: EngineClient, worker: FakeWorker) -> None:
     """Any number of aborts sends one Cancel; a consumer that still waits gets an ApiError."""
     worker.hold = True
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     await asyncio.to_thread(worker.wait_for, Speak)
     speech.abort()
     speech.abort()
@@ -296,7 +269,7 @@ async def test_closing_cancels(worker: FakeWorker, connect: Open) -> None:
     worker.hold = True
     async with connect(worker.url, "", timeout_s=TIMEOUT_S) as engine:
         await becomes(lambda: engine.unavailable() is None)
-        engine.speak(_request())
+        engine.speak(a_speak())
         await asyncio.to_thread(worker.wait_for, Speak)
     await asyncio.to_thread(worker.wait_for, Cancel)
 

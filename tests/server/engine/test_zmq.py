@@ -2,27 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
 import pytest_asyncio
 
-from server.engine.client import INITIAL_CREDIT
 from server.engine.zmq import STALE_AFTER_S, ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import (
     Cancel,
     Failed,
     Hello,
-    Segment,
     Speak,
 )
 from tests.fakes import FakeWorker
+from tests.server.engine.transports import TIMEOUT_S, a_speak, reason
 from tests.server.running import becomes
-
-TIMEOUT_S = 20.0
 
 
 class Clock:
@@ -34,13 +30,6 @@ class Clock:
     def __call__(self) -> float:
         """Seconds."""
         return time.monotonic() + self.ahead
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[FakeWorker]:
-    """A GPU worker that speaks canned tones."""
-    with FakeWorker(tmp_path / "w.ipc") as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -57,23 +46,6 @@ async def client(worker: FakeWorker, clock: Clock) -> AsyncIterator[ZmqEngineCli
         yield engine
 
 
-def reason(engine: ZmqEngineClient) -> str:
-    """Why the worker is unavailable; "" if it is not."""
-    error = engine.unavailable()
-    return "" if error is None else error.message
-
-
-def _request(number: int = 1) -> Speak:
-    return Speak(
-        id=f"r{number}",
-        client="me",
-        model="espeak-ng",
-        task="CustomVoice",
-        segments=[Segment(text="hello")],
-        credit=INITIAL_CREDIT,
-    )
-
-
 async def test_a_pause_of_the_worker_costs_no_request(
     client: ZmqEngineClient, worker: FakeWorker, clock: Clock
 ) -> None:
@@ -82,18 +54,18 @@ async def test_a_pause_of_the_worker_costs_no_request(
     await asyncio.to_thread(_one_more_ping_is_out, client)
     clock.ahead += STALE_AFTER_S + 0.1
     assert "has not answered for 5 s; it is replaced after 20 s" in reason(client)
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     assert await speech.chunk() is not None
     clock.ahead += TIMEOUT_S
     with pytest.raises(ApiError) as caught:
-        client.speak(_request(2))
+        client.speak(a_speak(2))
     assert caught.value.code == "worker_unavailable"
 
 
 async def test_long_silence_fails_what_is_in_flight(client: ZmqEngineClient, worker: FakeWorker, clock: Clock) -> None:
     """After the timeout without a Pong, requests fail and are cancelled at the worker."""
     worker.hold = worker.mute = True
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     await asyncio.to_thread(worker.wait_for, Speak)
     # In steps below a second: a jump would look like a pause of this process itself.
     while clock.ahead < TIMEOUT_S + 1:
@@ -110,7 +82,7 @@ async def test_a_pause_of_this_process_is_not_silence(
 ) -> None:
     """After a pause of this process, requests do not fail before the waiting messages were read."""
     worker.hold = True
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     clock.ahead += TIMEOUT_S + 60
     client._tick()
     await becomes(lambda: client.unavailable() is None)
@@ -122,7 +94,7 @@ async def test_a_pause_of_this_process_is_not_silence(
 async def test_an_ended_lease_is_a_lost_connection(client: ZmqEngineClient, worker: FakeWorker) -> None:
     """The worker has cancelled the requests of a process that was stopped: they fail, and Hello is said again."""
     worker.hold = True
-    speech = client.speak(_request())
+    speech = client.speak(a_speak())
     await asyncio.to_thread(worker.wait_for, Speak)
     said = len(worker.of(Hello))
     client._handle(Failed(id="", code="hello_expected", message="the lease has ended"), None)

@@ -7,10 +7,14 @@ from typing import Any, Final
 
 from server.cluster.ingress_leases import IngressLeases
 from server.cluster.worker_gateway import WorkerGateway
-from server.engine.client import EngineClient
+from server.engine.client import INITIAL_CREDIT, EngineClient
 from server.engine.ray import Frames, RayEngineClient, ReplicaLostError
 from server.engine.reports import ReplicaReport
 from server.engine.zmq import ZmqEngineClient
+from shared.protocol import Segment, Speak
+
+TIMEOUT_S: Final = 20.0
+"""After so long without an answer a client gives its GPU worker up."""
 
 Clock = Callable[[], float]
 
@@ -83,16 +87,31 @@ async def over_replicas(
         token,
         timeout_s=timeout_s,
         clock=clock,
-        cache_counts=leases.cache_counts,
-        open_sockets=leases.open_sockets,
+        web=leases.as_web_process(),
     ) as worker:
         replicas.gateways["one"] = WorkerGateway("one", worker, leases)
         async with RayEngineClient(replicas, timeout_s=timeout_s, clock=clock, **options) as engine:
             yield engine
 
 
+def reason(engine: EngineClient) -> str:
+    """Why the worker is unavailable; "" if it is not."""
+    error = engine.unavailable()
+    return "" if error is None else error.message
+
+
+def a_speak(number: int = 1) -> Speak:
+    """A request for a short speech."""
+    return Speak(
+        id=f"r{number}",
+        client="me",
+        model="espeak-ng",
+        task="CustomVoice",
+        segments=[Segment(text="hello")],
+        credit=INITIAL_CREDIT,
+    )
+
+
 TRANSPORTS: Final[dict[str, Callable[..., Any]]] = {"zmq": over_zmq, "replicas": over_replicas}
 Open = Callable[..., Any]
 """The type of the fixture `connect`: opens an EngineClient to a worker's URL."""
-
-__all__ = ["TRANSPORTS", "EngineClient", "LocalReplicas", "Open", "over_replicas", "over_zmq"]

@@ -4,7 +4,6 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -15,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.app import create_app
 from server.cluster.ingress_leases import IngressLeases
 from server.cluster.worker_gateway import WorkerGateway
-from server.engine import ZmqEngineClient
+from server.engine import WebProcess, ZmqEngineClient
 from server.engine.ray import RayEngineClient
 from shared.performance import window_of
 from shared.protocol import CacheStats, Counters, ModelStats, WindowCounts
@@ -66,15 +65,15 @@ async def cluster(
     replicas = LocalReplicas()
 
     @asynccontextmanager
-    async def open_engine(**options: Any) -> AsyncIterator[RayEngineClient]:
+    async def open_engine(web: WebProcess) -> AsyncIterator[RayEngineClient]:
         async with AsyncExitStack() as stack:
             for number, (worker, (node, gpus)) in enumerate(zip(workers, PLACES, strict=True)):
                 leases = IngressLeases()
-                client = ZmqEngineClient(worker.url, "", timeout_s=20.0, cache_counts=leases.cache_counts)
+                client = ZmqEngineClient(worker.url, "", timeout_s=20.0, web=leases.as_web_process())
                 await stack.enter_async_context(client)
                 name = f"r{number}"
                 replicas.gateways[name] = WorkerGateway(name, client, leases, node=node, gpus=gpus)
-            yield await stack.enter_async_context(RayEngineClient(replicas, timeout_s=20.0, **options))
+            yield await stack.enter_async_context(RayEngineClient(replicas, timeout_s=20.0, web=web))
 
     settings = Settings(audio_store_dir=Path(tmp_path_factory.mktemp("audio")))
     app = create_app(settings, open_engine)

@@ -1,0 +1,35 @@
+"""What a web process and the GPU worker tell each other beside requests: figures with each ping, and emptied caches."""
+
+from collections.abc import Callable
+
+from shared.protocol import CacheCounts, CacheName, Ping
+
+
+class WebProcess:
+    """The web process of an engine client.
+
+    `cache_counts` returns the counts of its caches, without the catalogue's: the engine client counts those here.
+    `open_sockets` returns the number of its WebSockets.
+    `on_emptied` gets the name of each cache that an admin has emptied, through this web process or another one.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
+        open_sockets: Callable[[], int] = int,
+        on_emptied: Callable[[CacheName], None] = lambda _name: None,
+    ) -> None:
+        self.on_emptied = on_emptied
+        self._cache_counts = cache_counts
+        self._open_sockets = open_sockets
+        self._catalog = CacheCounts()
+
+    def count_catalog(self, *, hit: bool) -> None:
+        """A route has read the catalogue; it was there, or it was not."""
+        self._catalog = CacheCounts(self._catalog.hits + hit, self._catalog.misses + (not hit))
+
+    def ping(self) -> Ping:
+        """The next ping."""
+        caches = {**self._cache_counts(), "catalog": self._catalog}
+        return Ping(caches=caches, open_sockets=self._open_sockets())
