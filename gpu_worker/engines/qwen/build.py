@@ -280,7 +280,8 @@ def estimated_bytes(
     shape = read_config(directory).talker_config
     if slots is None:
         slots = CPU_SLOTS if device == "cpu" else 1
-    traces = trace_bytes(shape.code_predictor_config, slots) if device == "cpu" else 0
+    large = are_large(product_shapes(shape))
+    traces = trace_bytes(shape.code_predictor_config, slots, large=large) if device == "cpu" else 0
     weights = weight_bytes(shape, headers, device, computed, quantization)
     return weights + traces + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
 

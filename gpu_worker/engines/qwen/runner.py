@@ -25,7 +25,7 @@ from gpu_worker.engines.qwen.runtime.captured_buckets import (
     padded,
     smallest_bucket,
 )
-from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces
+from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces, Function
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
@@ -54,6 +54,9 @@ With TTS_KERNELS=torch they are twice as many. SLOTS_SHARE leaves room for those
 
 TRACE_NODES: Final = 55
 """Nodes of a trace for each layer and forward of the code predictor: 47 to 49 in float32, 65 to 70 in bfloat16."""
+
+SHARED_FORWARDS: Final = 2
+"""Forwards of a large code predictor that are traced: the first one, which reads two tokens, and one for all others."""
 
 
 class PrefillInput(msgspec.Struct, frozen=True):
@@ -102,10 +105,10 @@ def cpu_batch_sizes(slots: int) -> list[int]:
     return [n for n in range(1, slots + 1) if n in {1, slots} or n % BATCH_MULTIPLE == 0]
 
 
-def trace_bytes(shape: Shape, slots: int) -> int:
-    """An estimate of the host memory of a CPU's traces of the code predictor."""
-    forwards = (shape.num_code_groups - 1) * shape.num_hidden_layers
-    return NODE_BYTES * TRACE_NODES * forwards * len(cpu_batch_sizes(slots))
+def trace_bytes(shape: Shape, slots: int, *, large: bool) -> int:
+    """An estimate of the host memory of a CPU's traces of the code predictor. `large`: see CpuModelRunner."""
+    forwards = SHARED_FORWARDS if large else shape.num_code_groups - 1
+    return NODE_BYTES * TRACE_NODES * forwards * shape.num_hidden_layers * len(cpu_batch_sizes(slots))
 
 
 def graph_bytes(slots: int) -> int:
@@ -127,11 +130,13 @@ class CpuModelRunner:
         self._model = model
         state, predictor = model.state, model.code_predictor
         self._batch_sizes = cpu_batch_sizes(len(state.frame))
+        self._prepared: set[int] = set()
         # Where every product is small, threads that share one cost more than they save:
         # with two, a frame of one stream took 4.3 ms instead of 3.3, and one of 16 streams 7.5 instead of 7.1.
         large = predictor.stack.products.weights or any(tensor.is_mkldnn for tensor in predictor.tensors())
         self._single_thread = not large
-        self._traces = CpuTraces(lambda: (*state.tensors(), *predictor.tensors(), *predictor.scratch()))
+        held = (model.codec_table, model.table_offsets)
+        self._traces = CpuTraces(lambda: (*held, *state.tensors(), *predictor.tensors(), *predictor.scratch()))
 
     def prefill(self, inputs: Sequence[PrefillInput]) -> None:
         """Read one prompt at a time at its own length: nothing is padded."""
@@ -147,23 +152,42 @@ class CpuModelRunner:
         threads = torch.get_num_threads()
         if self._single_thread:
             torch.set_num_threads(1)
+        untraced = self._traces.untraced_runs
         try:
-            step = functools.partial(self._model.code_predictor_step, padded_batch)
-            traced = self._traces.run(padded_batch, step)
+            self._code_predictor_step(padded_batch)
         finally:
             torch.set_num_threads(threads)
         self._model.talker_step(batch, slot_lengths, kv_len=0, full_vocab=full_vocab)
-        return traced
+        return self._traces.untraced_runs == untraced
 
     def prepare(self) -> None:
         for batch in self._batch_sizes:
-            self._traces.capture(batch, functools.partial(self._model.code_predictor_step, batch))
+            if batch not in self._prepared:
+                self._code_predictor_step(batch)
+                self._prepared.add(batch)
+
+    def _code_predictor_step(self, batch: int) -> None:
+        """Run the trace of the whole step if it is small, else those of its parts.
+
+        A trace of all forwards of a large model takes 20 MB for each batch size, and 1.5 s of CPU time.
+        Calling the parts costs 0.5 ms a frame, which is a tenth of a small one.
+        """
+        step = self._model.code_predictor_step
+        if self._single_thread:
+            self._traces.run((batch, "frame"), functools.partial(step, batch))
+            return
+
+        def run(name: str, function: Function, *arguments: Tensor, varied: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+            return self._traces.run((batch, name), function, *arguments, varied=varied)
+
+        step(batch, run)
 
     def release(self) -> None:
         """Free nothing: weights stay where they are, so the traces stay valid."""
 
     def close(self) -> None:
         self._traces.clear()
+        self._prepared.clear()
         self._model.code_predictor.release_scratch()
 
     def memory(self) -> dict[str, int]:

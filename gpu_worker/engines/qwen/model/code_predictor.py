@@ -6,6 +6,7 @@ so it can be captured as one CUDA graph for each batch size.
 Its KV cache lasts for one frame; therefore the cache is scratch memory.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +18,7 @@ from gpu_worker.engines.qwen.kernels.rotation import Rope
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import Layer, Linear, RopeTables, Stack, pad_rows, pad_to
+from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -61,12 +63,19 @@ class FrameCache:
         self._ropes = [self._first_rope, *(ropes.span(i, i + 1) for i in range(1, size[2]))]
         self.bytes = sum(tensor.nbytes for tensor in (*caches, inputs, *self._first_rope))
         self.position = 0
+        self.varied: dict[int, list[Tensor]] = {}
+        """By codebook: what its forward uses and the others do not, weights included."""
 
     def tensors(self) -> Iterator[Tensor]:
         """All scratch memory, as the views that forwards use."""
         yield from (*self.inputs, self.hidden, self._qkv, *self._query_key_value, *self._first_rope)
         for views in itertools.chain(self._caches, self._first_two, *self._written, *self._read):
             yield from views
+
+    def at(self, position: int) -> list[Tensor]:
+        """The tensors that the forward of this position uses, and those of the others do not."""
+        views = (self._written[index][position] + self._read[index][position] for index in range(len(self._caches)))
+        return [*self._ropes[position], *itertools.chain(*views)]
 
     def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
         """As Attend. Position 0 brings 2 tokens a row, every other position 1."""
@@ -159,47 +168,64 @@ class CodePredictor(TensorHolder):
         """
         self._caches: dict[int, FrameCache] = {}
 
-    def __call__(self, hidden: Tensor, code: Tensor, uniform: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, code: Tensor, uniform: Tensor, run: Run = run_untraced) -> Tensor:
         """One frame's codes, int64 [batch, groups].
 
         `hidden`: the talker's normed output [batch, talker hidden]. `code`: codebook 0, int64 [batch].
         `uniform`: float32 [batch, groups - 1 or more], one column a code to sample.
+        `run`: one trace serves the forwards of all codebooks but the first and the last.
         """
-        batch = hidden.shape[0]
+        rows = pad_rows(hidden, self.stack.products.row_multiple).shape[0]
+        cache = self._caches.get(rows) or self.allocate_scratch(rows)
+        x, *levels = run("first", functools.partial(self._first, cache), hidden, code, uniform)
+        codes = [code]
+        for group in range(1, self.groups - 1):
+            following = functools.partial(self._next, cache, group)
+            x, code = run("next", following, x, levels[group - 1], varied=self._varied(cache, group))
+            codes.append(code)
+        return run("last", self._last, x, levels[self.groups - 2], *codes)[0]
+
+    def _varied(self, cache: FrameCache, group: int) -> list[Tensor]:
+        """The tensors that `_next` uses of its own, by codebook."""
+        if group not in cache.varied:
+            table = (self.first_layer_inputs or self.codebooks)[group - 1]
+            cache.varied[group] = [*self.heads[group - 1].tensors(), table, *cache.at(group + 1)]
+        return cache.varied[group]
+
+    def _first(self, cache: FrameCache, hidden: Tensor, code: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        """What the head of codebook 1 reads, and the numbers to sample each code with, [batch, 1] each."""
+        levels = uniform.t().contiguous().unsqueeze(2).unbind()
         hidden = pad_rows(hidden, self.stack.products.row_multiple)
         rows = hidden.shape[0]
-        cache = self._caches.get(rows) or self.allocate_scratch(rows)
-        levels = uniform.t().contiguous().unsqueeze(2).unbind()  # one [batch, 1] a group
-        codes = [code]
         if self.projection is not None:
             hidden = self.projection(hidden)
         embedded = pad_to(self.codebook0_embeddings.index_select(0, code), rows)
         x = torch.stack((hidden, embedded), 1).flatten(0, 1)
         cache.position = 0
-        x = self.stack.norm(self.stack(x, cache).unflatten(0, (rows, 2))[:, 1])
-        inputs = cache.inputs[batch]
-        for group in range(1, self.groups):
-            logits = self.heads[group - 1](x)
-            logits = logits if batch == rows else logits[:batch]
-            last = group == self.groups - 1
-            known = bool(self.first_layer_inputs) and not last
-            code = self._kernels.sample_code(
-                logits,
-                levels[group - 1],
-                self.first_layer_inputs[group - 1] if known else None,
-                inputs if known else None,
-                top_k=self._top_k,
-                temperature=self._temperature,
-            )
-            codes.append(code)
-            if not last:
-                cache.position = group + 1
-                if known:
-                    x = self.stack.normed_from(cache.hidden, cache.attend_known(), cache)
-                else:
-                    embedded = pad_to(self.codebooks[group - 1].index_select(0, code), rows)
-                    x = self.stack.normed(self._embed(embedded), cache)
-        return torch.stack(codes, 1)
+        return self.stack.norm(self.stack(x, cache).unflatten(0, (rows, 2))[:, 1]), *levels
+
+    def _next(self, cache: FrameCache, group: int, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head of the next codebook reads, and the codes of codebook `group`."""
+        batch, rows = len(level), len(x)
+        cache.position = group + 1
+        if self.first_layer_inputs:
+            code = self._sample(group, x, level, self.first_layer_inputs[group - 1], cache.inputs[batch])
+            return self.stack.normed_from(cache.hidden, cache.attend_known(), cache), code
+        code = self._sample(group, x, level)
+        embedded = pad_to(self.codebooks[group - 1].index_select(0, code), rows)
+        return self.stack.normed(self._embed(embedded), cache), code
+
+    def _last(self, x: Tensor, level: Tensor, *codes: Tensor) -> tuple[Tensor]:
+        """All codes of the frame, of which `codes` has all but the last codebook's."""
+        return (torch.stack((*codes, self._sample(self.groups - 1, x, level)), 1),)
+
+    def _sample(
+        self, group: int, x: Tensor, level: Tensor, table: Tensor | None = None, inputs: Tensor | None = None
+    ) -> Tensor:
+        """The codes of codebook `group`. Their rows of `table`, if it is given, go into `inputs`."""
+        logits = self.heads[group - 1](x)
+        logits = logits if len(level) == len(x) else logits[: len(level)]
+        return self._kernels.sample_code(logits, level, table, inputs, top_k=self._top_k, temperature=self._temperature)
 
     def forced_logits(self, hidden: Tensor, codes: Tensor) -> list[Tensor]:
         """The logits of codebooks 1 to 15, divided by the temperature, of a frame whose codes are given: [vocabulary].

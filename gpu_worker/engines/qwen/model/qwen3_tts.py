@@ -5,6 +5,7 @@ For fixed arguments the functions have fixed shapes and never wait for the devic
 trace or capture them.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Final
 
@@ -19,6 +20,7 @@ from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.model.talker import Talker
+from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -92,16 +94,24 @@ class Qwen3TTSModel(TensorHolder):
         hidden, logits = self.talker.prefill(embeds, slots, lengths)
         self._sample(logits, hidden, slots, full_vocab=full_vocab)
 
-    def code_predictor_step(self, batch: int) -> None:
+    def code_predictor_step(self, batch: int, run: Run = run_untraced) -> None:
         """First half of a decode step, for slots 0 to batch - 1: all codes of the frame, into `state.ring_buffer`.
 
         The sum of their embeddings and of the frame's text embedding becomes `state.talker_input`.
+        `run` runs its parts.
         """
+        hidden, code, uniform = run("inputs", functools.partial(self._predictor_inputs, batch))
+        codes = self.code_predictor(hidden, code, uniform, run)
+        run("embed", self._embed_frame, codes)
+
+    def _predictor_inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         state, part = self.state, slice(0, batch)
         frame = state.frame[part]
         index = torch.arange(batch, device=frame.device)
-        codes = self.code_predictor(state.hidden[part], state.next_codebook0[part], state.uniform[part][index, frame])
-        self._kernels.embed_frame(state, codes, self.codec_table, self.table_offsets)
+        return state.hidden[part], state.next_codebook0[part], state.uniform[part][index, frame]
+
+    def _embed_frame(self, codes: Tensor) -> None:
+        self._kernels.embed_frame(self.state, codes, self.codec_table, self.table_offsets)
 
     def talker_step(self, batch: int, slot_lengths: SlotLengths, kv_len: int, *, full_vocab: bool) -> None:
         """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.

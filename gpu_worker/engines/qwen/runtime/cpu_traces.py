@@ -6,10 +6,9 @@ A trace calls the same operators, so no bit of a result changes.
 Owns the traces. It knows nothing of what they compute.
 """
 
-import functools
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Protocol
 
 import structlog
 import torch
@@ -26,10 +25,34 @@ NODE_BYTES: Final = 6 << 10
 _SHAPE: Final = Tensor.shape.__get__  # type: ignore[attr-defined]  # mypy does not know that it is a descriptor
 
 
+Function = Callable[..., Any]
+"""Takes tensors, and returns a tuple of tensors, or anything else if its result is not needed."""
+
+Key = tuple[int, str]
+"""The batch size and the name of a function."""
+
+
+class Run(Protocol):
+    """Runs a function; CpuTraces runs a trace of it."""
+
+    def __call__(
+        self, name: str, function: Function, *arguments: Tensor, varied: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        """The result of `function(*arguments)`. `varied`: see CpuTraces.run."""
+
+
+def run_untraced(
+    name: str, function: Function, *arguments: Tensor, varied: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """As Run."""
+    del name, varied
+    return _tuple(function(*arguments))
+
+
 class CpuTraces:
     """Traced functions by key.
 
-    Such a function takes and returns nothing, calls the same operators on the same tensors whatever their values,
+    Such a function calls the same operators on tensors of the same shapes whatever their values,
     and may run several times instead of once.
     """
 
@@ -39,67 +62,100 @@ class CpuTraces:
         A trace may leave out writes into any other tensor, and a packed weight that is missing here cannot be traced.
         """
         self._tensors = tensors
-        self._functions: dict[int, Callable[[], Any]] = {}
-        self._untraced: set[int] = set()
+        self._traces: dict[Key, Function] = {}
+        self.untraced_runs = 0
+        """Calls of `run` that took a function as it is, to trace it or because torch cannot."""
         self.bytes = 0
         """An estimate of the traces' host memory."""
 
-    def capture(self, key: int, function: Callable[[], None]) -> None:
-        """Run the function and trace it, unless `key` has a trace: 0.1 s, half a second for published sizes."""
-        if key not in self._functions:
-            function()  # untraced first: it allocates the scratch memory that the trace will refer to
-            self._functions[key] = self._trace(function)
-            if self._functions[key] is function:
-                self._untraced.add(key)
-            self.run(key, function)  # torch prepares a trace, and takes half of its memory, when it first runs
+    def run(
+        self, key: Key, function: Function, *arguments: Tensor, varied: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        """The result of `function(*arguments)`, by the trace of `key`. If there is none, the function is traced first.
 
-    def run(self, key: int, function: Callable[[], None]) -> bool:
-        """Run the trace of `key` (True); if there is none, `capture` the function, which runs it, too (False)."""
-        traced = self._functions.get(key)
+        `varied`: what else the function reads and writes that is not the same in all calls, always in one order.
+        A size of theirs may differ too, if only operators see it. Other numbers are those of the first call.
+        Tracing takes 0.1 s, and less for a function that is one forward of the code predictor.
+        """
+        traced = self._traces.get(key)
         if traced is None:
-            self.capture(key, function)
-            return False
+            function(*arguments)  # untraced first: it allocates the scratch memory that the trace will refer to
+            traced = self._traces[key] = self._trace(function, arguments, varied)
+            self.untraced_runs += 1
+        elif isinstance(traced, _Untraced):
+            self.untraced_runs += 1
         with _without_fusion():
-            traced()
-        return key not in self._untraced
+            return _tuple(traced(*arguments, *varied))
 
     def clear(self) -> None:
         """Free all traces, and the tensors that only they hold."""
-        self._functions.clear()
-        self._untraced.clear()
+        self._traces.clear()
         self.bytes = 0
 
-    def _trace(self, function: Callable[[], None]) -> Callable[[], Any]:
-        """The trace of `function`; the function itself if torch cannot trace it."""
+    def _trace(self, function: Function, arguments: Sequence[Tensor], varied: Sequence[Tensor]) -> Function:
+        """The trace of `function`, called with `arguments` and `varied`; without a trace if torch cannot make one."""
         try:
             # torch.compile would need a C++ compiler on every machine, and it fuses operators:
             # a row's bits would depend on whether its batch size is compiled.
             with warnings.catch_warnings(), _without_fusion(), _ConstantSizes():
                 warnings.simplefilter("ignore")  # torch warns that sizes become constants: that is intended
-                tensors = list({id(tensor): tensor for tensor in self._tensors()}.values())
-                graph = _graph(function, tensors)
+                given = {id(tensor): tensor for tensor in (*arguments, *varied)}
+                fixed = {id(tensor): tensor for tensor in self._tensors() if id(tensor) not in given}
+                tensors = [*given.values(), *fixed.values()]
+                graph = _graph(function, len(arguments), tensors)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             log.warning("function_not_traced", effect="every frame takes longer", exc_info=error)
-            return function
+            return _Untraced(function, len(arguments))
         self.bytes += NODE_BYTES * sum(1 for _ in graph.nodes())
+        return _Traced(graph, len(given), tensors)
+
+
+class _Traced:
+    """A graph, called with the first of the tensors that it was traced with. It keeps the others."""
+
+    def __init__(self, graph: torch.Graph, given: int, tensors: list[Tensor]) -> None:
+        """`graph`: a function of all `tensors`. `given`: how many of them each call brings."""
+        used = [bool(value.uses()) for value in graph.inputs()]
+        for place in reversed(range(len(used))):
+            if not used[place]:
+                graph.eraseInput(place)  # a call takes 50 ns for each tensor, and there are some hundreds
+        self._given = [place for place in range(given) if used[place]]
+        self._fixed = [tensors[place] for place in range(given, len(tensors)) if used[place]]
         # torch.jit.trace would keep its function for the life of the process; this one is freed with `clear`.
-        return functools.partial(torch._C._create_function_from_graph("traced", graph), *tensors)  # noqa: SLF001 -- no public way
+        self._function = torch._C._create_function_from_graph("traced", graph)  # noqa: SLF001 -- no public way
+
+    def __call__(self, *given: Tensor) -> Any:
+        return self._function(*[given[place] for place in self._given], *self._fixed)
 
 
-def _graph(function: Callable[[], None], tensors: list[Tensor]) -> torch.Graph:
-    """The operators of `function`, as a graph whose arguments are `tensors`."""
+class _Untraced:
+    """A function as it is, called as its trace would be."""
 
-    def traced(*_: Tensor) -> Tensor:
-        function()
-        return torch.empty(0)  # a trace must return a tensor
+    def __init__(self, function: Function, arguments: int) -> None:
+        self._function = function
+        self._arguments = arguments
+
+    def __call__(self, *given: Tensor) -> Any:
+        return self._function(*given[: self._arguments])
+
+
+def _graph(function: Function, arguments: int, tensors: list[Tensor]) -> torch.Graph:
+    """The operators of `function`, as a graph whose arguments are `tensors`, those of the function first."""
+
+    def traced(*given: Tensor) -> tuple[Tensor, ...]:
+        return _tuple(function(*given[:arguments])) or (torch.empty(0),)  # a trace must return a tensor
 
     # The tensors are arguments: torch would take writes into any other tensor for dead code.
     graph, _ = torch._C._create_graph_by_tracing(traced, tuple(tensors), lambda _: "", True, False)  # noqa: SLF001 -- as torch.jit.trace does
     # One node for each number instead of one for each operator that takes it: half the memory.
     torch._C._jit_pass_constant_pooling(graph)  # type: ignore[attr-defined]  # noqa: SLF001 -- as above
     return graph
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else ()
 
 
 class _ConstantSizes(TorchFunctionMode):

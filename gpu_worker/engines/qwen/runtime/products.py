@@ -117,11 +117,12 @@ class HalfThreaded:
     """The same bits on all threads. Each call costs 20 µs more, so small products are slower."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._key = next(_keys)
-        _objects[self._key] = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-        weakref.finalize(self, _objects.pop, self._key)
+        key = next(_keys)
+        _objects[key] = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        weakref.finalize(self, _objects.pop, key)
+        self._key = torch.tensor(key)  # a trace can be called with another tensor, but not with another number
         self.hidden_bytes = 2 * weight.numel()
-        self.tensors: list[Tensor] = []
+        self.tensors = [self._key]
 
     def __call__(self, x: Tensor) -> Tensor:
         return _linear_of_object(x, self._key)
@@ -131,13 +132,13 @@ class HalfThreaded:
 
 
 _objects: dict[int, Any] = {}
-"""What `quantized.linear_prepack_fp16` made, by number: a trace takes numbers and tensors, but no such objects."""
+"""What `quantized.linear_prepack_fp16` made, by number: a trace takes tensors, but no such objects."""
 
 _keys = itertools.count()
 _library = torch.library.Library("qwen3_tts_server", "DEF")
-_library.define("linear_of_object(Tensor x, int key) -> Tensor")
+_library.define("linear_of_object(Tensor x, Tensor key) -> Tensor")
 _library.impl(
-    "linear_of_object", lambda x, key: torch.ops.quantized.linear_dynamic_fp16.default(x, _objects[key]), "CPU"
+    "linear_of_object", lambda x, key: torch.ops.quantized.linear_dynamic_fp16.default(x, _objects[int(key)]), "CPU"
 )
 _linear_of_object = torch.ops.qwen3_tts_server.linear_of_object.default
 

@@ -75,6 +75,24 @@ def test_on_cpu_the_code_predictor_is_traced_before_the_first_frame() -> None:
         assert runner.memory() == {"graphs": 0, "workspace": 0}
 
 
+def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a third of the memory at most, and give the same codes."""
+    small = Ours("custom_voice", None, slots=1)
+    monkeypatch.setattr(products, "PACK_ELEMENTS", 1)
+    large = Ours("custom_voice", None, slots=1)
+    graphs, codes = [], []
+    for ours in (small, large):
+        runner = CpuModelRunner(ours.model)
+        with torch.inference_mode():
+            runner.prepare()
+            graphs.append(runner.memory()["graphs"])
+            codes += generate(ours, [Request(prompt=ours.prompt(CASES[0]), join=0, frames=7)], runner)
+            assert runner.decode_step([(0, 20)], full_vocab=False)
+        runner.close()
+    assert 0 < graphs[1] < graphs[0] / 3
+    assert torch.equal(*codes)
+
+
 @pytest.fixture
 def threads() -> Iterator[int]:
     """How many torch computes with during the test."""
@@ -95,7 +113,7 @@ def test_a_small_code_predictor_is_computed_by_one_thread(
     runner = CpuModelRunner(ours.model)
     seen = []
 
-    def fail(batch: int) -> None:
+    def fail(batch: int, *_: Any) -> None:
         seen.append((batch, torch.get_num_threads()))
         raise RuntimeError("made up")
 

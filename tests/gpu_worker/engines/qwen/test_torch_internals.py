@@ -19,6 +19,8 @@ RELIED_ON = {
     "_C._create_function_from_graph": "runtime/cpu_traces.py",
     "_C._jit_pass_constant_pooling": "runtime/cpu_traces.py",
     "_C.Graph.nodes": "runtime/cpu_traces.py",
+    "_C.Graph.eraseInput": "runtime/cpu_traces.py",
+    "_C.Value.uses": "runtime/cpu_traces.py",
     "jit.optimized_execution": "runtime/cpu_traces.py",
     "Tensor.shape.__get__": "runtime/cpu_traces.py",
     "_C._cuda_endAllocateToPool": "runtime/cuda_graphs.py",

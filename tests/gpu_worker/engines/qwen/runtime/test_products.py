@@ -113,11 +113,24 @@ def test_products_are_traced(name: str) -> None:
     kernel, x, y = KERNELS[name](weights()), rows(4), torch.zeros(4, OUT)
     traced = CpuTraces(lambda: [*kernel.tensors, x, y])
     with torch.inference_mode(), capture_logs() as events:
-        traced.run(1, lambda: y.copy_(kernel(x)))  # type: ignore[arg-type, return-value]
+        traced.run((1, "product"), lambda: y.copy_(kernel(x)))  # type: ignore[arg-type, return-value]
         x.copy_(rows(4).flip(0))
-        traced.run(1, lambda: pytest.fail("not traced"))
+        traced.run((1, "product"), lambda: pytest.fail("not traced"))
     assert not events
     assert torch.equal(y, kernel(rows(4).flip(0)))
+
+
+def test_a_trace_of_products_serves_other_weights(name: str) -> None:
+    """All that differs from matrix to matrix is in tensors: the heads of all codebooks share a trace."""
+    first, second = (KERNELS[name](sign * weights()) for sign in (1, -1))
+    traced = CpuTraces(list)
+    with torch.inference_mode():
+        for kernel in (first, second):
+            (product,) = traced.run(
+                (1, "product"), lambda x, kernel=kernel: (kernel(x),), rows(4), varied=kernel.tensors
+            )
+            assert torch.equal(product, kernel(rows(4)))
+    assert traced.untraced_runs == 1
 
 
 def test_quantised_weights_take_what_they_say() -> None:
