@@ -39,7 +39,7 @@ class OutdatedError(JobError):
 
 def name_taken(name: str, kind: type[JobError] = JobError) -> JobError:
     """The error of a voice whose name another saved voice has."""
-    return kind("invalid_value", f"there is a saved voice {name!r} already", param="name")
+    return kind("invalid_value", f"there is a saved voice {name!r} already; choose another name", param="name")
 
 
 def is_name_taken(name: str, owner: str, voices: Iterable[OwnedVoice], but: str) -> bool:

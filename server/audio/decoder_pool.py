@@ -67,7 +67,8 @@ class DecoderPool:
         """The PCM of `ref_audio`: a data URL, base64 or, with `allow_urls`, an http(s) URL. Raises as `decode` does."""
         is_url = ref_audio[:8].lower().startswith(("http://", "https://"))
         if is_url and not self.allow_urls:
-            raise ApiError("invalid_value", "ref_audio: URLs are not fetched here; send base64.", param="ref_audio")
+            message = "ref_audio: URLs are not fetched here (TTS_ALLOW_REF_URLS); send the recording in base64."
+            raise ApiError("invalid_value", message, param="ref_audio")
         with self._admit("ref_audio"):
             try:
                 data = await (self._fetch(ref_audio) if is_url else asyncio.to_thread(_decode_base64, ref_audio))
@@ -131,7 +132,8 @@ def _decode_base64(ref_audio: str) -> bytes:
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError("invalid_audio", "ref_audio: neither a data URL nor base64.", param="ref_audio") from None
+        message = "ref_audio: neither a data URL nor base64; send the recording itself, not its path."
+        raise ApiError("invalid_audio", message, param="ref_audio") from None
 
 
 def _invalid(param: str, reason: str) -> ApiError:
