@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import kubernetes_validate
-import msgspec
 import pytest
 import trustme
 import yaml
 
 from gpu_worker.keys.usage import AddUsage, Sums, UsageFile
 from shared.protocol import FindUsage
-from shared.settings import Settings, load_settings, variable_of
+from shared.settings import Settings, load_settings
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DEPLOYING: Final = (ROOT / ".github" / "DEPLOYING.md").read_text()
@@ -26,7 +25,6 @@ MANIFEST: Final[list[dict[str, Any]]] = list(
 )
 SH: Final = "/bin/sh"
 NGINX: Final = shutil.which("nginx") or ""
-KNOWN: Final = {variable_of(field.name) for field in msgspec.structs.fields(Settings)}
 
 
 def of_kind(kind: str) -> dict[str, Any]:
@@ -48,13 +46,6 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
     (found,) = pod["containers"]
     container: dict[str, Any] = found
     return container
-
-
-def test_settings_exist() -> None:
-    """Every setting that the text names is one."""
-    named = set(re.findall(r"TTS_\w+", DEPLOYING))
-    assert named
-    assert named <= KNOWN
 
 
 def snippets(language: str) -> list[str]:

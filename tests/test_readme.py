@@ -21,6 +21,7 @@ from tests.system.service import Service
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 README: Final = (ROOT / "README.md").read_text()
+DOCUMENTS: Final = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")))}
 HERE: Final = "http://127.0.0.1:8000"
 """The address of the README's service."""
 
@@ -144,9 +145,9 @@ def test_make_targets() -> None:
 
 
 def test_endpoints(service: Service) -> None:
-    """Every GET endpoint that the README names answers 200."""
-    named = re.findall(r"`GET (/[^`]*)`", README)
-    assert named
+    """Every GET endpoint that the documents name answers 200."""
+    named = [path for text in DOCUMENTS.values() for path in re.findall(r"`GET (/(?!v1/audio/speech/)[^`]*)`", text)]
+    assert "/ready" in named
     for path in named:
         with service.http.stream("GET", path) as answer:  # a stream of events has no end
             assert answer.status_code == 200, path
@@ -154,9 +155,30 @@ def test_endpoints(service: Service) -> None:
 
 def test_linked_files() -> None:
     """Every linked file exists."""
-    for document in (ROOT / "README.md", *(ROOT / ".github").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)", document.read_text()):
+    for document, text in DOCUMENTS.items():
+        for target in re.findall(r"\]\(([^)#:]+)", text):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def anchors(document: Path) -> set[str]:
+    """The links that GitHub makes of the document's headings."""
+    headings = re.findall(r"^##+ (.*)", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_linked_headings() -> None:
+    """Every linked heading exists, in the document itself or in another one."""
+    for document, text in DOCUMENTS.items():
+        for file, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            target = document.parent / file if file else document
+            assert anchor in anchors(target), f"{document.name}: {file}#{anchor}"
+
+
+def test_settings_exist() -> None:
+    """Every setting that the documents name is one."""
+    known = {variable_of(field.name) for field in msgspec.structs.fields(Settings)}
+    for document, text in DOCUMENTS.items():
+        assert set(re.findall(r"\bTTS_\w+", text)) <= known, document.name
 
 
 def example() -> list[tuple[bool, str, str]]:
