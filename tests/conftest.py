@@ -25,6 +25,10 @@ BESIDE_OTHERS: Final = {
 ENGINE: Final = Path(__file__).parent / "gpu_worker" / "engines" / "qwen"
 BROWSER: Final = Path(__file__).parent / "browser"
 CLUSTER: Final = Path(__file__).parent / "cluster"
+REAL_PROCESSES: Final = (
+    *(SYSTEM, BROWSER, CLUSTER, Path(__file__).parent / "test_readme.py"),
+    *(Path(__file__).parent / "server" / "commands", Path(__file__).parent / "server" / "processes"),
+)
 LONGEST: Final = ("system", "engine", "browser", "cluster", str(SYSTEM))
 """The order of the groups that take minutes, and of the files that take half a minute."""
 
@@ -98,8 +102,8 @@ def group_of(path: Path) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let the longest groups come first: at the end of a run no process waits for the other.
 
-    A test of real processes runs once more if it fails, since it shares the machine with whatever else runs there.
-    The summary counts these runs: one that is seen twice is a fault.
+    A test of real processes runs up to twice more if it fails: it shares the machine with whatever else runs there.
+    The summary lists these runs, and a name that is seen in two summaries is a fault to be mended.
     """
 
     def rank(item: pytest.Item) -> int:
@@ -108,8 +112,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     items.sort(key=rank)
     for item in items:
-        if any(map(item.path.is_relative_to, (SYSTEM, BROWSER, CLUSTER))):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+        if any(map(item.path.is_relative_to, REAL_PROCESSES)):
+            item.add_marker(pytest.mark.flaky(reruns=2))
         if config.option.quick and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip("slow"))
 
