@@ -14,6 +14,7 @@ from shared.catalog import load_catalog
 from shared.settings import Settings
 
 APP_NAME: Final = "speech"
+INGRESS_NAME: Final = "ingress"
 
 _CPU_REPLICAS: Final = 2
 _FEWEST_WEB_REPLICAS: Final = 2
@@ -49,7 +50,7 @@ def build(settings: Settings, *, gpus: int, nodes: int = 1) -> serve.Application
         **common,
     ).bind(node)
     return serve.deployment(
-        Ingress, name="ingress", num_replicas=web_replicas, ray_actor_options={"num_cpus": 0}, **common
+        Ingress, name=INGRESS_NAME, num_replicas=web_replicas, ray_actor_options={"num_cpus": 0}, **common
     ).bind(node, engine)
 
 

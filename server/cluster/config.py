@@ -21,11 +21,15 @@ _HEAD: Final = (
 
 
 class BuilderArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The `args` of the file: the settings, and how many GPUs and nodes there are; None: as many as the cluster has."""
+    """The `args` of the file: the settings, and how many GPUs and nodes there are; None: as many as the cluster has.
+
+    `revision` is of no use here: Serve replaces the replicas when it changes, as it does for every change of the file.
+    """
 
     settings: NodeSettings
     gpus: int | None = None
     nodes: int | None = None
+    revision: str | int | None = None
 
 
 def serve_config(settings: Settings, *, gpus: int | None = None, nodes: int | None = None) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import ray
 import structlog
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from server.cluster.application import APP_NAME, build
+from server.cluster.application import APP_NAME, INGRESS_NAME, build
 from shared.settings import Settings
 
 _GCS_PORT: Final = 6379
@@ -32,12 +33,16 @@ class DeploymentError(Exception):
 
 
 class Deployment:
-    """The application with `settings`: on the cluster at `address`, or without one on a Ray that lives as long."""
+    """The application with `settings`: on the cluster at `address`, or without one on a Ray that lives as long.
+
+    If the cluster has the application already, Serve replaces its replicas, a part after the other.
+    """
 
     def __init__(self, settings: Settings, address: str | None = None) -> None:
         self._settings = settings
         self._address = address
-        self._connected = self._ready = False
+        self._connected = self._ready = self._replaces = False
+        self._version = ""
 
     def connect(self) -> None:
         """Start Ray, or find the one that runs."""
@@ -57,8 +62,10 @@ class Deployment:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             application = build(self._settings, gpus=int(ray.cluster_resources().get("GPU", 0)), nodes=len(nodes))
             serve.start(proxy_location="EveryNode", http_options=self._http_options())
+            self._replaces = APP_NAME in serve.status().applications
             target = serve.RunTarget(application, name=APP_NAME, route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
+            self._version = _deployed_version()
             self._ready = self._wait_ready(stopping)
         except (RayError, RayServeException, OSError, RuntimeError, ValueError) as error:
             raise DeploymentError(f"the cluster cannot serve: {error}") from error
@@ -88,9 +95,31 @@ class Deployment:
         return options
 
     def stop(self) -> None:
-        """Take no more requests, let the running ones end, and leave the cluster as it was found."""
+        """Take no more requests, let the running ones end, and take the application away, if it is this process's."""
         if not self._connected:
             return
+        if self._is_owner():
+            self._take_away()
+        ray.shutdown()
+
+    def _is_owner(self) -> bool:
+        """Whether the application ends with this process.
+
+        Not if another process has deployed the application since, nor if this process has not yet replaced it.
+        """
+        if self._replaces and not self._ready:
+            log.warning("application_left", reason="its replicas are not all replaced")
+            return False
+        try:
+            is_ours = self._version == _deployed_version()
+        except (RayError, RayServeException) as error:
+            log.warning("application_left", reason=str(error))
+            return False
+        if not is_ours:
+            log.info("application_left", reason="it was deployed anew")
+        return is_ours
+
+    def _take_away(self) -> None:
         try:
             if self._ready:
                 self._drain()
@@ -102,7 +131,6 @@ class Deployment:
                 serve.shutdown()
         except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             log.warning("application_not_deleted", reason=str(error))
-        ray.shutdown()
 
     def _drain(self) -> None:
         """Let the web workers refuse requests, and wait until those that they have are answered.
@@ -118,3 +146,9 @@ class Deployment:
             time.sleep(_POLL_S)
         log.warning("drain_timeout", seconds=self._settings.drain_timeout_s)
         ingress.broadcast("cut_off").results(timeout_s=_ASK_TIMEOUT_S)
+
+
+def _deployed_version() -> str:
+    """What tells the latest deployment of the application from those before; Serve's public status does not have it."""
+    info, _ = _get_global_client().get_deployment_info(INGRESS_NAME, APP_NAME)
+    return str(info.version)

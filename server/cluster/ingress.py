@@ -1,6 +1,7 @@
 """The ingress deployment: the web application of server/app.py behind Serve's HTTP proxies."""
 
 import asyncio
+import time
 from typing import Any, Final
 
 from ray import serve
@@ -10,6 +11,7 @@ from server.app import create_app
 from server.cluster.node_settings import NodeSettings, settings_on_node
 from server.cluster.relayed_application import RelayedApplication
 from server.cluster.replica_port import hide_port
+from server.cluster.replica_stop import on_stop
 from server.cluster.serve_replicas import ServeReplicas
 from server.engine import WebProcess
 from server.engine.ray import RayEngineClient
@@ -30,6 +32,7 @@ class Ingress:
         hide_port()
         self._settings = settings_on_node(node_settings)
         self._engine = engine
+        self._ending: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> RelayedApplication:
         """The web application of this replica."""
@@ -42,14 +45,28 @@ class Ingress:
             )
 
         self._application = create_app(self._settings, open_engine)
+        on_stop(self._end)
         return RelayedApplication(self._application)
 
     async def drain(self) -> None:
-        """Take no more requests. What is being spoken ends, and so do responses that have no end of their own."""
+        """Take no more requests, because the service stops. What is being spoken ends."""
+        self._application.refuses_requests = True
+        self._end()
+
+    def _end(self) -> None:
+        """Let end what has no end of its own: WebSockets, and the responses of /admin/events.
+
+        Requests are taken all the same: a proxy may send one that does not know yet that Serve takes this replica away.
+        """
         self._application.app.state.stopping.set()
-        sockets = self._application.open_sockets
-        sockets.draining = True
-        self._drained = asyncio.create_task(sockets.drain(max(0.0, self._settings.drain_timeout_s - _STOP_MARGIN_S)))
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_in_time())
+
+    async def _end_in_time(self) -> None:
+        began_at = time.monotonic()
+        await self._application.open_sockets.drain(max(0.0, self._settings.drain_timeout_s - _STOP_MARGIN_S))
+        await asyncio.sleep(max(0.0, began_at + self._settings.drain_timeout_s - time.monotonic()))
+        await self.cut_off()
 
     async def cut_off(self) -> None:
         """Break what is still being spoken."""

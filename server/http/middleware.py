@@ -66,6 +66,9 @@ class HttpMiddleware:
         self.open_requests = OpenRequests()
         self.open_sockets: OpenSockets = app.state.open_sockets
         self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB)
+        self.refuses_requests = False
+        """Whether the service stops: it takes no more requests, but those of /health."""
+
         self.closes_connections = False
         """Whether a connection of HTTP/1 ends with the response to its next request."""
         self._unavailable: dict[str, str | None] = {}
@@ -141,7 +144,7 @@ class HttpMiddleware:
     def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
         """What is wrong with a request by its headers alone, or with the number of its client's requests."""
         settings, peer = self.app.state.settings, body.request.peer
-        if self.open_sockets.draining and scope["path"] != "/health":
+        if self.refuses_requests and scope["path"] != "/health":
             return ApiError("shutting_down", "The service is shutting down.", retry_after_s=_BACK_AFTER_S)
         if (
             peer

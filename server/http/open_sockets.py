@@ -1,7 +1,7 @@
-"""The open WebSockets of this web worker, and their end when the service stops.
+"""The open WebSockets of this web worker, and their end when it stops.
 
 Granian closes them at once when it is told to stop. So the web worker drains them first: what is being spoken ends,
-and each socket gets its close (1001). The middleware refuses new requests meanwhile.
+and each socket gets its close (1001).
 """
 
 import asyncio
@@ -22,7 +22,7 @@ class Drainable(Protocol):
 
 
 class OpenSockets:
-    """All sockets that are open. `draining`: the service stops, and takes no more."""
+    """All sockets that are open. `draining`: the web worker stops, and a new socket ends when it has nothing to say."""
 
     def __init__(self) -> None:
         self.draining = False

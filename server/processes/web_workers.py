@@ -371,12 +371,13 @@ def _take_one_sigterm(loop: asyncio.AbstractEventLoop, application: HttpMiddlewa
 
 
 async def _stop(application: HttpMiddleware) -> None:
-    """Let WebSockets end, which granian would close at once; then granian may stop.
+    """Refuse requests, and let WebSockets end, which granian would close at once; then granian may stop.
 
     `stopping` ends responses that have no end of their own: granian waits for them.
     """
     state = application.app.state
     state.stopping.set()
+    application.refuses_requests = True
     try:
         await application.open_sockets.drain(max(0.0, state.settings.drain_timeout_s - _STOP_MARGIN_S))
     finally:

@@ -28,11 +28,7 @@ class Cluster(Service):
 
     def processes(self) -> set[int]:
         """All processes of the cluster but the main one."""
-        found, new = set(), {self.process.pid}
-        while new:
-            new = {child for pid in new for child in children_of(pid)} - found
-            found |= new
-        return found
+        return descendants_of(self.process.pid)
 
     def named(self, *parts: str) -> set[int]:
         """The processes whose command line has all of `parts`."""
@@ -126,6 +122,15 @@ def running_cluster(directory: Path, **settings: object) -> Iterator[Cluster]:
             eventually(lambda: not [pid for pid in processes if _command_of(pid)], 20, "no process left")
         finally:
             cluster.kill()
+
+
+def descendants_of(pid: int) -> set[int]:
+    """The processes that `pid` has started, and those that they have started."""
+    found, new = set(), {pid}
+    while new:
+        new = {child for one in new for child in children_of(one)} - found
+        found |= new
+    return found
 
 
 def _command_of(pid: int) -> str:

@@ -92,6 +92,9 @@ class Service:
     command: tuple[str, ...] = ()
     """The command of `python -m server`, and its arguments."""
 
+    inherited: Mapping[str, str] = {}
+    """Variables that are no settings of the service."""
+
     def __init__(
         self,
         directory: Path,
@@ -109,11 +112,12 @@ class Service:
             "USAGE_FILE": directory / "usage.sqlite",
             "MAX_INPUT_CHARS": 100_000,
         }
+        self.variables = environment(**{**defaults, **settings}) | self.inherited | {"PYTHONPATH": str(root)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "server", *self.command],
                 cwd=directory,
-                env=environment(**{**defaults, **settings}) | {"PYTHONPATH": str(root)},
+                env=self.variables,
                 stdout=log,
                 stderr=log,
                 preexec_fn=preexec_fn,  # noqa: PLW1509 -- no other thread of the tests holds a lock

@@ -78,7 +78,7 @@ class TestConfig:
         built: dict[str, Any] = {}
         monkeypatch.setattr(config, "build", lambda settings, **sizes: built.update(settings=settings, **sizes))
         arguments = yaml.safe_load(printed)["applications"][0]["args"]
-        config.application({**arguments, "nodes": 2})
+        config.application({**arguments, "nodes": 2, "revision": 7})
         assert (built["gpus"], built["nodes"]) == (4, 2)
         settings = built["settings"]
         assert (settings.port, settings.admin_keys) == (9000, [KEY])

@@ -1,5 +1,6 @@
 """The start and the end of the application on a Ray cluster; a fake stands for Ray and Serve."""
 
+import contextlib
 import threading
 import warnings
 from types import SimpleNamespace
@@ -26,11 +27,15 @@ class FakeRay:
     def __init__(self, status: ApplicationStatus, looks: int) -> None:
         self.stopping = threading.Event()
         self.calls: list[str] = []
+        self.served_before = False
+        self.version = "mine"
         self._status = status
         self._looks = looks
 
     def status(self) -> Any:
         """What Serve says of the application."""
+        if "run_many" not in self.calls:
+            return SimpleNamespace(applications={"speech": None} if self.served_before else {})
         self._looks -= 1
         if not self._looks:
             self.stopping.set()
@@ -54,9 +59,10 @@ def deployment(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> Deployment:
     """A deployment that is connected."""
     for name in ("ray", "serve"):
         monkeypatch.setattr(module, name, fake)
+    monkeypatch.setattr(module, "_deployed_version", lambda: fake.version)
     monkeypatch.setattr(module, "_POLL_S", 0.001)
     monkeypatch.setattr(module, "_TELL_S", 0.0)
-    found = Deployment(Settings(replicas=99))
+    found = Deployment(Settings(replicas=99), "auto" if fake.served_before else None)
     found.connect()
     return found
 
@@ -86,3 +92,26 @@ def test_an_application_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The start ends when it runs."""
     fake = FakeRay(ApplicationStatus.RUNNING, looks=3)
     assert deployment(monkeypatch, fake).start(fake.stopping)
+
+
+def test_an_application_that_another_process_has_deployed_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither drained nor deleted."""
+    fake = FakeRay(ApplicationStatus.RUNNING, looks=3)
+    running = deployment(monkeypatch, fake)
+    assert running.start(fake.stopping)
+    fake.version = "another"
+    running.stop()
+    assert not {"get_app_handle", "delete"} & set(fake.calls)
+    assert fake.calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize("status", [ApplicationStatus.DEPLOYING, ApplicationStatus.DEPLOY_FAILED])
+def test_a_replacement_that_does_not_come(monkeypatch: pytest.MonkeyPatch, status: ApplicationStatus) -> None:
+    """The replicas that served before are left to serve."""
+    fake = FakeRay(status, looks=3)
+    fake.served_before = True
+    replacing = deployment(monkeypatch, fake)
+    with contextlib.suppress(DeploymentError):
+        assert not replacing.start(fake.stopping)
+    replacing.stop()
+    assert not {"get_app_handle", "delete"} & set(fake.calls)
