@@ -22,7 +22,7 @@ from shared.settings import Settings
 
 _WEB: Final = Path(__file__).resolve().parent.parent / "web"
 _LIBRARIES: Final = ("preact.js", "preact-hooks.js", "htm.js", "uplot.js", "uplot.css")
-_LATER: Final = ("theme-early", "views/voices", "views/watch", "vendor/uplot")
+_LATER: Final = ("theme-early", "voices/", "watch/", "vendor/uplot")
 """Scripts that are no modules of the first view."""
 
 _MEDIA_TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}

@@ -238,7 +238,7 @@ def test_the_history_is_bounded(tab: OpenTab, open_service: Service) -> None:
     result = page.evaluate(
         """async event => {
             const app = document.querySelector("script[type=module]").src;
-            const {History, SAMPLES} = await import(new URL("views/watch_history.js", app));
+            const {History, SAMPLES} = await import(new URL("watch/history.js", app));
             const history = new History();
             for (let i = 0; i < 5_000; i += 1) {
                 const worker = {...event.stats.worker, boot_id: `boot ${Math.floor(i / 1_000)}`};

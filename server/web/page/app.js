@@ -1,19 +1,19 @@
 // Starts the page: the frame around the views, the dialog for keys, the theme.
 
-import { loadCatalog, loadService, service, pageError } from "./catalog.js";
-import { KeyButton, KeyDialog } from "./key_dialog.js";
-import { Icon } from "./icons.js";
+import { loadCatalog, loadService, service, pageError } from "./service/catalog.js";
+import { KeyButton, KeyDialog } from "./components/key_dialog.js";
+import { Icon } from "./components/icons.js";
 import { route } from "./router.js";
 import { strings } from "./strings.js";
 import { THEMES, theme } from "./theme.js";
-import { urlOf } from "./api.js";
+import { urlOf } from "./service/api.js";
 import { html, render, useEffect, useRef, useShared, useState } from "./ui.js";
 
 /** The views in the order of the tabs; each module exports `View`. */
 const VIEWS = {
-  speak: () => import("./views/speak.js"),
-  voices: () => import("./views/voices.js"),
-  watch: () => import("./views/watch.js"),
+  speak: () => import("./speak/view.js"),
+  voices: () => import("./voices/view.js"),
+  watch: () => import("./watch/view.js"),
 };
 
 function Tabs({ current }) {
