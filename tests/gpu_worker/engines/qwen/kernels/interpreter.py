@@ -9,17 +9,32 @@ import functools
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 VARIABLE = "TRITON_INTERPRET"
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs the package triton, which exists for Linux on x86-64"
 )
+
+
+def each_dtype(names: str, cases: Sequence[object]) -> pytest.MarkDecorator:
+    """Parametrise by `dtype` and by the cases.
+
+    float16 takes the path of bfloat16: `make test` has float16 for the first case alone, `make soak` for all.
+    """
+    made = []
+    for place, case in enumerate(cases):
+        values = case if "," in names and isinstance(case, tuple) else (case,)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            marks = (pytest.mark.soak,) if place and dtype == torch.float16 else ()
+            made.append(pytest.param(dtype, *values, marks=marks, id=f"{dtype}-{case}"))
+    return pytest.mark.parametrize(("dtype", *names.split(",")), made)
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
@@ -46,8 +61,6 @@ def _child() -> ProcessPoolExecutor:
 
 def _interpret() -> None:
     os.environ[VARIABLE] = "1"
-    import torch  # noqa: PLC0415 -- the parent does not need it
-
     torch.set_num_threads(1)
     _make_quick()
     _correct_dot()

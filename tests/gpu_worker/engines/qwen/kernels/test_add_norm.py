@@ -1,16 +1,14 @@
-import pytest
 import torch
 
 from gpu_worker.engines.qwen.kernels.add_norm import add_norm
 from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from tests.gpu_worker.engines.qwen.kernels.comparison import assert_equal
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
 
 @interpreted
-@pytest.mark.parametrize("hidden", [1, 8, 96, 1000, 2048])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("hidden", [1, 8, 96, 1000, 2048])
 def test_equals_torch(dtype: torch.dtype, hidden: int) -> None:
     """Sum and norm, bit for bit, for rows of any size, of zeros, of huge values, and for rows that lie apart."""
     generator = torch.Generator().manual_seed(hidden)

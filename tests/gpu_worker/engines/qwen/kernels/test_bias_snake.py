@@ -1,11 +1,10 @@
-import pytest
 import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.kernels.bias_snake import Snake, bias_snake, random_snake, snake_difference
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from tests.gpu_worker.engines.qwen.kernels.comparison import FLOAT32_ERROR
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
 CPU = torch.device("cpu")
 
@@ -35,8 +34,7 @@ def assert_equal(ours: Tensor, reference: Tensor, x: Tensor, snake: Snake) -> No
 
 
 @interpreted
-@pytest.mark.parametrize(("channels", "time"), [(1, 7), (96, 32), (100, 12), (768, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("channels,time", [(96, 32), (1, 7), (100, 12), (768, 3)])
 def test_the_kernel_equals_torch(dtype: torch.dtype, channels: int, time: int) -> None:
     """Bit for bit in reduced precision, with a bias and without, in one frame and several, for values of every size."""
     generator = torch.Generator().manual_seed(channels)

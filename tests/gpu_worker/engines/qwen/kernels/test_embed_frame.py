@@ -1,17 +1,15 @@
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 from gpu_worker.engines.qwen.kernels.embed_frame import embed_frame
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
 
 @interpreted
-@pytest.mark.parametrize("width", [16, 300, 1024])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("width", [300, 16, 1024])
 def test_the_kernel_equals_torch(dtype: torch.dtype, width: int) -> None:
     """Bit for bit: both round after the codes' sum and after the text. Frames go round in the ring buffer."""
     generator = torch.Generator().manual_seed(width)

@@ -5,13 +5,12 @@ from gpu_worker.engines.qwen.kernels.frame_attention import frame_attention
 from gpu_worker.engines.qwen.kernels.rotation import random_rope, random_rotation
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from tests.gpu_worker.engines.qwen.kernels.comparison import assert_close
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 from tests.gpu_worker.engines.qwen.kernels.test_rotate_and_cache import SHAPES
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("shape", SHAPES)
 def test_equals_torch(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """A whole frame: two tokens, then one at each position, rotated by the kernel or before; results and cache."""
     heads, kv_heads, dim = shape

@@ -14,7 +14,6 @@ from gpu_worker.engines.qwen.runtime.products_trial import Products
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
 
-FRAMES = 2
 PARAMS = [
     SamplingParams(greedy=False, temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.05),
     SamplingParams(greedy=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.05),
@@ -22,9 +21,10 @@ PARAMS = [
 
 
 @interpreted
+@pytest.mark.parametrize("frames", [1, pytest.param(4, marks=pytest.mark.soak)])
 @torch.inference_mode()
-def test_a_model_with_all_kernels_makes_the_same_codes() -> None:
-    """In float32, sampled and greedy, from prompts through several frames: kernels change no code."""
+def test_a_model_with_all_kernels_makes_the_same_codes(frames: int) -> None:
+    """In float32, sampled and greedy, from prompts to the frame behind the last one: kernels change no code."""
     directory = tiny("custom_voice")
     weights = load_weights(directory, "talker.", dtype=torch.float32, device="cpu")
     config, generation = read_config(directory), read_generation_config(directory)
@@ -51,14 +51,14 @@ def test_a_model_with_all_kernels_makes_the_same_codes() -> None:
             slots, lengths = torch.tensor([[slot], [len(embeds)]])
             model.prefill(embeds[None], slots, lengths, full_vocab=False)
         model.state.active.fill_(True)
-        for _ in range(FRAMES):
+        for _ in range(frames):
             model.code_predictor_step(len(PARAMS))
             model.talker_step(len(PARAMS), (), 32, full_vocab=False)
-        made.append((model.state.ring_buffer[:, :FRAMES].clone(), model.state.next_codebook0.clone()))
+        made.append((model.state.ring_buffer[:, :frames].clone(), model.state.next_codebook0.clone()))
     (codes, following), (our_codes, our_following) = made
     assert torch.equal(our_codes, codes)
     assert torch.equal(our_following, following)
-    assert codes.unique().numel() > FRAMES * len(PARAMS)
+    assert codes.unique().numel() > frames * len(PARAMS)
 
 
 def decoded(kernels: Kernels, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,15 +67,15 @@ def decoded(kernels: Kernels, codes: torch.Tensor) -> tuple[torch.Tensor, torch.
         patch.setattr(codec_module, "select_kernels", lambda *_: kernels)
         codec = Codec(tiny("base"), dtype=torch.float32, device=torch.device("cpu"))
     state = codec.new_state(2)
-    codec.prime(codes[:2], 1, state)
+    codec.prime(codes[:1], 1, state)
     slots = torch.tensor([1])
-    waves = [codec.decode(part[None], slots, state) for part in codes[2:].split([1, 2])]
+    waves = [codec.decode(part[None], slots, state) for part in codes[1:].split([1, 2])]
     return torch.cat(waves, 1), state.history[1]
 
 
 @interpreted
 def test_a_codec_with_all_kernels_makes_the_same_waveform() -> None:
     """In float32, through a reference and chunks that are shorter than the history of a convolution."""
-    codes = torch.randint(1024, (5, 16), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(1024, (4, 16), generator=torch.Generator().manual_seed(0))
     for ours, wanted in zip(decoded(fused_kernels(), codes), decoded(Kernels(), codes), strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)

@@ -101,10 +101,10 @@ def test_a_row_is_the_same_in_any_company(dtype: torch.dtype) -> None:
 
 
 @interpreted
-def test_the_check_at_start_passes_in_the_interpreter() -> None:
+@pytest.mark.parametrize("kind", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.soak)], ids=str)
+def test_the_check_at_start_passes_in_the_interpreter(kind: torch.dtype) -> None:
     """For both kinds of weights."""
-    for kind in KINDS:
-        assert selection.quantized_linear_problem(kind, CPU, torch.bfloat16) is None
+    assert selection.quantized_linear_problem(kind, CPU, torch.bfloat16) is None
 
 
 def test_the_check_at_start_finds_what_is_wrong() -> None:

@@ -1,19 +1,17 @@
-import pytest
 import torch
 
 from gpu_worker.engines.qwen.kernels.rotate_and_cache import rotate_and_cache
 from gpu_worker.engines.qwen.kernels.rotation import random_rope, random_rotation
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from tests.gpu_worker.engines.qwen.kernels.comparison import assert_close
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
 SHAPES = [(16, 8, 128), (4, 2, 32), (6, 2, 10), (3, 3, 16), (4, 1, 8)]
 """Heads, KV heads, head_dim: the published ones, those of small checkpoints, and odd ones."""
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("shape", SHAPES)
 def test_equals_torch(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """Queries, keys, values and the cache, for any slots and positions; nothing else in the cache is touched."""
     heads, kv_heads, dim = shape

@@ -6,7 +6,7 @@ from gpu_worker.engines.qwen.kernels.next_codebook0 import sample
 from gpu_worker.engines.qwen.kernels.sample_code import sample_code
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from tests.gpu_worker.engines.qwen.kernels.distributions import inverse, official, parameters
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
 LARGEST = 1 - 2**-22
 """The largest uniform that the engine makes."""
@@ -31,10 +31,7 @@ def by_kernel(logits: Tensor, uniform: Tensor, *, top_k: int = 50, temperature: 
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("vocabulary", "top_k", "step"), [(2048, 50, 0), (2048, 50, 0.5), (100, 1, 0.5), (100, 99, 0), (1, 50, 0)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("vocabulary,top_k,step", [(2048, 50, 0.5), (2048, 50, 0), (100, 1, 0.5), (100, 99, 0), (1, 50, 0)])
 def test_the_kernel_chooses_as_torch(dtype: torch.dtype, vocabulary: int, top_k: int, step: float) -> None:
     """The same ids for equal uniforms. Rows of multiples of `step` have many equal scores, also at the k-th best."""
     rows = 4

@@ -105,7 +105,7 @@ def test_a_kernel_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPatch, na
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.soak)], ids=str)
 def test_the_check_at_start_passes_in_the_interpreter(dtype: torch.dtype) -> None:
     """Every kernel agrees with torch over the values that an engine compares when it is opened."""
     for name in OPERATIONS:

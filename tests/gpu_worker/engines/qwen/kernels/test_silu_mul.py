@@ -1,18 +1,16 @@
-import pytest
 import torch
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
 from gpu_worker.engines.qwen.kernels.silu_mul import silu_mul
 from tests.gpu_worker.engines.qwen.kernels.comparison import assert_equal
-from tests.gpu_worker.engines.qwen.kernels.interpreter import interpreted
+from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
 EXTREMES = [0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 100.0, -100.0, 6e4, -6e4, float("inf"), float("nan")]
 
 
 @interpreted
-@pytest.mark.parametrize("inner", [1, 96, 1000, 3072])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_dtype("inner", [1, 96, 1000, 3072])
 def test_equals_torch(dtype: torch.dtype, inner: int) -> None:
     """Bit for bit in reduced precision, for values of every size, for infinities and NaN."""
     generator = torch.Generator().manual_seed(inner)
