@@ -224,8 +224,11 @@ class TestQwen:
         assert gc.get_freeze_count() > 100_000
         assert {"qwen_tts", "gpu_worker.engines.qwen.build"} <= sys.modules.keys()
 
-    def test_prepare_without_cloning(self) -> None:
-        """A process that speaks with preset voices imports torch, but not the official package: it starts sooner."""
+    def test_what_a_process_imports(self) -> None:
+        """A process that speaks with preset voices imports torch, but not the official package: it starts sooner.
+
+        The import of that package is silent, and leaves the dependencies of its 25 Hz tokenizer out.
+        """
         program = f"""
 import sys
 from gpu_worker.engines.factory import EngineFactory, trial_file
@@ -239,8 +242,14 @@ assert "torch" in sys.modules
 engine = factory.open(next(spec for spec in specs if spec.id == "qwen3-tts-0.6b-customvoice"))
 heavy = {{"transformers", "qwen_tts", "librosa", "scipy", "sklearn", "sympy", "torch._dynamo"}} & set(sys.modules)
 assert not heavy, heavy
+from gpu_worker.engines.qwen.checkpoint.official import load_official
+assert load_official() is load_official()
+assert load_official().TokenizerEncoder.__name__ == "Qwen3TTSTokenizerV2Encoder"
+assert not {{"sox", "onnxruntime", "torchaudio"}} & set(sys.modules)
 """
-        subprocess.run([sys.executable, "-c", program], check=True)
+        command = [sys.executable, "-W", "error", "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     def test_prepare_without_checkpoints(self, catalog: list[ModelSpec]) -> None:
         """Without a checkpoint nothing is imported: the start does not wait for torch."""

@@ -36,7 +36,7 @@ from gpu_worker.engines.qwen.model.attention import Flash
 from gpu_worker.engines.qwen.model.prompt import TEXT_EMBEDDING
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.runner import CudaGraphModelRunner, rows_needed
-from gpu_worker.engines.qwen.runtime import captured_buckets
+from gpu_worker.engines.qwen.runtime import captured_buckets, cuda_products
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_products import PRODUCTS
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products, Quantization
@@ -356,11 +356,17 @@ def load_guard() -> None:
 
 def quantised_launches(quantization: Quantization) -> dict[str, Any]:
     """What one frame of one row launches with quantised weights, the bytes of the weights, and their estimate."""
+    cuda_products.quantize = _shapes_quantised  # fake tensors would take 2 s for the arithmetic of a load
     with recorded(lambda _: None):  # those of the load
         functions, weight_bytes = captured_functions(products=PRODUCTS[quantization], slots=1, with_codec=False)
     keys: list[Key] = [("code_predictor_step", 1, 0), ("talker_step", 1, MAX_MODEL_LEN)]
     launched = {"/".join(map(str, key)): count(functions[key]).as_dict() for key in keys}
     return {"launched": launched, "weight_bytes": weight_bytes, "estimated": estimated_bytes(quantization)}
+
+
+def _shapes_quantised(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights and scales of the shapes and dtypes that `quantize` gives."""
+    return torch.empty_like(weight, dtype=dtype), weight.new_empty(len(weight), dtype=torch.float32)
 
 
 def estimated_bytes(quantization: Quantization) -> int:

@@ -19,15 +19,29 @@ from tests.checkpoints import tiny, wide
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.skipif(not (available("int8") and available("fp16")), reason="no quantised products here")
-def test_errors_of_quantised_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 changes nothing of a bfloat16 checkpoint. int8 has errors of some per cent, in every codebook."""
+@pytest.fixture
+def _tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No trial is made."""
     kernels = ["packed", "fp16", "plain"]
     monkeypatch.setattr(products_trial, "trial", lambda *_: Outcome(kernels, dict.fromkeys(kernels, 4)))
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not available("fp16"), reason="no fp16 products here")
+@pytest.mark.usefixtures("_tried")
+def test_fp16_changes_nothing() -> None:
+    """Of a bfloat16 checkpoint. test_quantization.py compares its speech."""
     exact = compare(wide(), "fp16", ("Hello world",), frames=2)
     assert exact.frames == 2
     assert all(found.error < 1e-4 and found.changed < 1e-3 and found.top1 == 1 for found in exact.codebooks)
+
+
+@pytest.mark.skipif(not available("int8"), reason="no int8 products here")
+@pytest.mark.usefixtures("_tried")
+def test_int8_has_errors_of_some_per_cent() -> None:
+    """In every codebook."""
     rough = compare(wide(), "int8", ("Hello world",), frames=2)
+    assert rough.frames == 2
     assert all(1e-3 < found.error < 0.1 and 1e-4 < found.changed < 0.2 for found in rough.codebooks)
     assert [line.split()[0] for line in rough.lines()] == ["2", "talker,", "code", *["codebook"] * 15]
 

@@ -46,10 +46,11 @@ def counted(function: Function) -> tuple[Function, list[None]]:
 @pytest.mark.parametrize(
     ("size", "backend", "dtype"),
     [
-        (None, "eager", torch.float32),
-        (None, "sdpa", torch.bfloat16),
-        ("1b7", "eager", torch.bfloat16),
+        (None, "eager", torch.bfloat16),
         ("1b7", "sdpa", torch.float32),
+        pytest.param(None, "eager", torch.float32, marks=pytest.mark.soak),
+        pytest.param(None, "sdpa", torch.bfloat16, marks=pytest.mark.soak),
+        pytest.param("1b7", "eager", torch.bfloat16, marks=pytest.mark.soak),
     ],
 )
 def test_a_traced_frame_is_the_same_to_the_last_bit(size: Size | None, backend: Backend, dtype: torch.dtype) -> None:
