@@ -32,11 +32,15 @@ class Norm(TensorHolder):
 
         In float32 only: in other dtypes the official modules round in between, so the matrices come back unchanged.
         """
+        weight = self.leave_weight()
+        return matrices if weight is None else [matrix * weight for matrix in matrices]
+
+    def leave_weight(self) -> Tensor | None:
+        """The weight, which is applied no longer; None if it stays."""
         if self.weight is None or self.weight.dtype != torch.float32:
-            return matrices
-        matrices = [matrix * self.weight for matrix in matrices]
-        self.weight = None
-        return matrices
+            return None
+        weight, self.weight = self.weight, None
+        return weight
 
     def of_part(self, part: Tensor, whole: Tensor, sizes: tuple[int, int]) -> Tensor:
         """The norm of `part`, the first of `sizes` along the second axis of `whole`.

@@ -8,7 +8,7 @@ Its KV cache lasts for one frame; therefore the cache is scratch memory.
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gpu_worker.engines.qwen.checkpoint.model_config import GenerationConfig, Sh
 from gpu_worker.engines.qwen.kernels.rotation import Rope
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
-from gpu_worker.engines.qwen.model.layers import Layer, Linear, RopeTables, Stack, pad_rows, pad_to
+from gpu_worker.engines.qwen.model.layers import Layer, Linear, RopeTables, Stack, matrix, pad_rows, pad_to
 from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
@@ -141,9 +141,10 @@ class CodePredictor(TensorHolder):
         # In other dtypes logits are rounded before the temperature divides them. float16 would round the heads.
         like = weights[f"{prefix}model.norm.weight"]
         folds = like.dtype == torch.float32 and products.quantization == "none"
-        heads = [weights[f"{prefix}lm_head.{i}.weight"] for i in range(self.groups - 1)]
+        names = [f"{prefix}lm_head.{i}.weight" for i in range(self.groups - 1)]
+        heads: Iterable[Tensor] = (matrix(weights, name, products, "sensitive") for name in names)
         if folds:
-            heads = [head / self._temperature for head in self.stack.norm.fold_into(heads)]
+            heads = [head / self._temperature for head in self.stack.norm.fold_into(list(heads))]
             self._temperature = 1.0
         self.heads = [Linear(head, products=products, part="sensitive") for head in heads]
         self.projection: Linear | None = None

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
+from gpu_worker.engines.qwen.checkpoint.tensor_files import LazyTensors
 from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.rotation import Rotation
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
 from gpu_worker.engines.qwen.runtime.cuda_products import CUDA_KERNELS
-from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, by_size
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, by_size, reads_in_parts
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Part, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -32,11 +33,21 @@ class Linear(TensorHolder):
     """y = x Wᵀ + b, by the kernel that `products` name."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, products: Products = PLAIN, *, part: Part = "weights"
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        products: Products = PLAIN,
+        *,
+        part: Part = "weights",
+        columns: Tensor | None = None,
     ) -> None:
-        """`part`: "sensitive" if the matrix is one of those that are quantised less."""
+        """`part`: "sensitive" if the matrix is one of those that are quantised less.
+
+        `columns`: by what a kernel that reads in parts multiplies each column of `weight`.
+        """
         name = products.of(part) or by_size(weight)
-        self._kernel = _KERNELS[name](weight, bias)
+        make = _KERNELS[name]
+        self._kernel = make(weight, bias) if columns is None else make(weight, bias, columns)
         self.packed = name != "plain"
         self._tensors: list[Tensor] = self._kernel.tensors
         self.hidden_bytes: int = self._kernel.hidden_bytes
@@ -70,6 +81,13 @@ def aligned(matrix: Tensor) -> Tensor:
     """On CUDA, `matrix` [out, in] with rows of zeros up to a multiple of ALIGNED_OUTPUTS; elsewhere `matrix`."""
     extra = -matrix.shape[0] % ALIGNED_OUTPUTS
     return functional.pad(matrix, (0, 0, 0, extra)) if matrix.is_cuda and extra else matrix
+
+
+def matrix(weights: Mapping[str, Tensor], name: str, products: Products, part: Part = "weights") -> Tensor:
+    """A matrix of a checkpoint, in the dtype of its file if its kernel reads it in parts."""
+    if isinstance(weights, LazyTensors) and reads_in_parts(products.of(part)):
+        return weights.as_stored(name)
+    return weights[name]
 
 
 class RopeTables(TensorHolder):
@@ -118,9 +136,14 @@ class Layer(TensorHolder):
     ) -> None:
         """`heads_by_group`: the order of the heads that attention returns, see Attention."""
 
+        def one(name: str, part: Part = "weights") -> Tensor:
+            return matrix(weights, f"{prefix}{name}.weight", products, part)
+
         def fused(*names: str, behind: Norm, part: Part = "weights") -> Linear:
-            matrix = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
-            return Linear(behind.fold_into([matrix])[0] if products.folds else matrix, products=products, part=part)
+            whole = torch.cat([one(name, part) for name in names])
+            if reads_in_parts(products.of(part)):
+                return Linear(whole, products=products, part=part, columns=behind.leave_weight())
+            return Linear(behind.fold_into([whole])[0] if products.folds else whole, products=products, part=part)
 
         self.heads = shape.num_attention_heads
         self.kv_heads = shape.num_key_value_heads
@@ -131,12 +154,12 @@ class Layer(TensorHolder):
         query, key = (weights[f"{prefix}self_attn.{name}_norm.weight"] for name in "qk")
         self.rotation = Rotation(query, key, self.heads, self.kv_heads, shape.rms_norm_eps)
         self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", behind=self.input_norm)
-        out = weights[f"{prefix}self_attn.o_proj.weight"]
+        out = one("self_attn.o_proj")
         if heads_by_group:
             out = by_group(out.unflatten(1, (self.heads, self.head_dim)), self.kv_heads).flatten(1)
         self.out = Linear(out, products=products)
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm, part="gate_up")
-        self.down = Linear(weights[f"{prefix}mlp.down_proj.weight"], products=products, part="sensitive")
+        self.down = Linear(one("mlp.down_proj", "sensitive"), products=products, part="sensitive")
 
     def project(self, normed: Tensor) -> Tensor:
         """The layer's input behind `input_norm`, [rows, hidden] -> [rows, heads + 2 * kv_heads, head_dim]."""

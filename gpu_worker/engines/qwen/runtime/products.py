@@ -154,14 +154,21 @@ class _Rowwise:
     levels = 127
     """The largest integer of an activation."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """`weight` may have fewer bits than float32. `columns`: by what each of its columns is multiplied first."""
         self._added = bias
-        self._scale = torch.empty(len(weight))
+        self._scale, self._sums = torch.empty(len(weight)), torch.empty(len(weight))
         self._quantized = torch.empty(weight.shape, dtype=torch.int8)
-        # In parts that stay in the cache: 7 passes over the memory of a whole matrix would take twice as long.
-        for part, scale, quantized in zip(*(x.split(_ROWS_AT_ONCE) for x in (weight, self._scale, self._quantized))):  # noqa: B905 -- they have one length
-            torch.div(part.abs().amax(1).float().clamp_(min=_SMALLEST), 127, out=scale)
-            quantized.copy_((part / scale[:, None]).round_())
+        rows = torch.empty(_ROWS_AT_ONCE, weight.shape[1])
+        # In parts that stay in the cache: 8 passes over the memory of a whole matrix would take twice as long.
+        results = (weight, self._scale, self._sums, self._quantized)
+        for part, scale, sums, quantized in zip(*(x.split(_ROWS_AT_ONCE) for x in results)):  # noqa: B905 -- they have one length
+            integers = rows[: len(part)].copy_(part)
+            if columns is not None:
+                integers.mul_(columns)
+            torch.div(integers.abs().amax(1).clamp_(min=_SMALLEST), 127, out=scale)
+            quantized.copy_(integers.div_(scale[:, None]).round_())
+            torch.sum(integers, 1, out=sums)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._added is not None:
@@ -184,13 +191,13 @@ class Int8(_Rowwise):
     So a guard row is added: with its two values these are always the same.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
+        super().__init__(weight, bias, columns)
         quantized = self._quantized
         del self._quantized
         self.levels = _levels()
         self._packed = torch.fbgemm_pack_quantized_matrix(quantized)
-        self._sums = quantized.sum(1, dtype=torch.int32)
+        self._sums = self._sums.to(torch.int32)
         # fbgemm reads only the shape of this one.
         self._shape = torch.zeros(1, 1, dtype=torch.int8).expand(quantized.shape)
         self._zeros = torch.zeros(len(quantized))
@@ -211,8 +218,8 @@ class Int8(_Rowwise):
 class Int8Portable(_Rowwise):
     """torch's product of integers: for a torch or a processor without the others."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
+        super().__init__(weight, bias, columns)
         self._quantized = self._quantized.t().contiguous()
         self._scale /= self.levels
         self.tensors = [self._scale, self._quantized, *_given(bias)]
@@ -266,6 +273,11 @@ KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
     **{f"{name}{WIDE}": functools.partial(WideActivations, kernel) for name, kernel in _INT8.items()},
 }
 """The kernels by name; each is made of a weight [out, in] and a bias [out] or None."""
+
+
+def reads_in_parts(name: str) -> bool:
+    """Whether this kernel reads a matrix of any dtype in parts, so that it is never whole in memory as float32."""
+    return name.removesuffix(WIDE) in _INT8
 
 
 def by_size(weight: Tensor) -> str:
