@@ -19,13 +19,15 @@ CLIENTS := .cache/clients
 PYTHON_OF_agents = $(PYTHON)
 PYTHON_OF_wyoming ?= python3.12
 
-.PHONY: serve serve-cluster help quick test soak clients bench gpu gpu-full install lint format clean
+.PHONY: serve serve-cluster setup help quick test soak clients bench gpu gpu-full install lint format clean
 
 serve: $(VENV)/.serve$(if $(filter 1,$(WITH_QWEN)),-gpu) ## set up, then serve on 127.0.0.1:8000
 	$(BIN)/python -m server
 
 serve-cluster: $(VENV)/.cluster$(if $(filter 1,$(WITH_QWEN)),-gpu) ## the same with all GPUs of this machine, or two workers on its CPU
 	$(BIN)/python -m server cluster
+
+setup: $(VENV)/.serve$(if $(filter 1,$(WITH_QWEN)),-gpu) ## what serve does before it serves
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' $(firstword $(MAKEFILE_LIST))

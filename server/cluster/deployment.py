@@ -3,6 +3,7 @@
 A Ray of its own listens on the loopback alone: commands/cluster.py sets that.
 """
 
+import os
 import threading
 import time
 from typing import Any, Final
@@ -53,8 +54,14 @@ class Deployment:
                 named = self._address == "auto" or ":" in self._address
                 ray.init(address=self._address if named else f"{self._address}:{_GCS_PORT}", log_to_driver=False)
         except Exception as error:  # Ray raises just that if its node does not start in time
-            raise DeploymentError(f"the cluster cannot serve: {error}") from error
+            raise DeploymentError(f"the cluster cannot serve: {error}{self._token_hint()}") from error
         self._connected = True
+
+    def _token_hint(self) -> str:
+        """For the address of a host, Ray does not look for its own token; for `auto` it does."""
+        if self._address in {None, "auto"} or "RAY_AUTH_MODE" in os.environ:
+            return ""
+        return "; a cluster that was started with a token needs RAY_AUTH_MODE=token here, too"
 
     def start(self, stopping: threading.Event) -> bool:
         """Deploy the application, and return when every replica is ready; False if `stopping` is set before."""

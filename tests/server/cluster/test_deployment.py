@@ -55,6 +55,26 @@ class FakeRay:
         return lambda *_arguments, **_options: self.calls.append(name)
 
 
+@pytest.mark.parametrize(
+    ("address", "mode", "hinted"), [("head", None, True), ("head", "token", False), ("auto", None, False)]
+)
+def test_a_token_that_ray_does_not_look_for(
+    monkeypatch: pytest.MonkeyPatch, address: str, mode: str | None, *, hinted: bool
+) -> None:
+    """With a host's address, Ray takes its token only if a variable says so; the message names it."""
+
+    def refuse(**_options: Any) -> None:
+        raise ConnectionError("no Ray cluster there")
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setattr(module.ray, "init", refuse)
+    with pytest.raises(DeploymentError, match="no Ray cluster there") as raised:
+        Deployment(Settings(), address).connect()
+    assert ("RAY_AUTH_MODE=token" in str(raised.value)) == hinted
+
+
 def deployment(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> Deployment:
     """A deployment that is connected."""
     for name in ("ray", "serve"):
