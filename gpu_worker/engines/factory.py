@@ -305,7 +305,12 @@ class EngineFactory:
             self._start_device()
             dtype = codec_dtype(self._device, self._dtype(), self._settings.codec_dtype)
             self._options = QwenOptions(
-                codecs=SharedCodecs(dtype=dtype, device=torch.device(self._device), kernels=self._settings.kernels),
+                codecs=SharedCodecs(
+                    dtype=dtype,
+                    device=torch.device(self._device),
+                    kernels=self._settings.kernels,
+                    may_quantize=self._settings.codec_dtype == "auto",
+                ),
                 tokenizers=self._tokenizers,
                 device=self._device,
                 dtype=self._dtype(),

@@ -122,7 +122,7 @@ def build_parts(directory: Path, options: QwenOptions) -> Parts:
     torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     stream = options.streams.transfer if options.device == "cuda" else None
     with torch.inference_mode(), torch.cuda.stream(stream):
-        codec = options.codecs.acquire(directory)
+        codec = options.codecs.acquire(directory, quantized=options.quantization == "int8")
         try:
             parts = _build_parts(directory, codec, options)
         except BaseException:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpu_worker.engines.qwen.codec.bfloat16_conv import Bfloat16Conv
 from gpu_worker.engines.qwen.kernels.bias_snake import Snake
 from gpu_worker.engines.qwen.kernels.causal_input import causal_input
 from gpu_worker.engines.qwen.kernels.selection import Kernels
@@ -73,6 +74,11 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (scale.float()[:, None] * weight.float()).to(weight.dtype)
 
 
+def multiplies_in_bfloat16(weight: Tensor, bias: Tensor) -> bool:
+    """Whether the weight alone was rounded to bfloat16: that of a quantized codec."""
+    return weight.dtype is torch.bfloat16 and bias.dtype is torch.float32
+
+
 class CausalConv(TensorHolder):
     """A convolution over time. An output row depends on its input row and the `past_rows` before it.
 
@@ -89,8 +95,13 @@ class CausalConv(TensorHolder):
         self.past_rows = (self.taps - 1) * dilation
         self.lookback_frames = self.past_rows / rate
         self.history_size = self.past_rows * weight.shape[1]
+        self.kernel: Bfloat16Conv | Linear | Tensor
+        if multiplies_in_bfloat16(weight, bias):
+            self.left_bias: Tensor | None = None
+            self.bias: Tensor | None = bias
+            self.kernel = Bfloat16Conv(weight, bias, rate=rate, dilation=dilation)
+            return
         by_tap = weight.transpose(1, 2).contiguous()  # [out, taps, in]
-        self.kernel: Linear | Tensor
         on_cuda = weight.device.type == "cuda"
         product = rate <= UNFOLD_UP_TO_RATE[weight.device.type] or (on_cuda and self.taps == 1)
         self.left_bias = bias if leave_bias and on_cuda and not product else None
@@ -108,6 +119,8 @@ class CausalConv(TensorHolder):
 
     def of_extended(self, x: Tensor) -> Tensor:
         """[batch, past_rows + time, in] -> [batch, time, out]."""
+        if isinstance(self.kernel, Bfloat16Conv):
+            return self.kernel(x)
         if isinstance(self.kernel, Linear):
             if self.past_rows:
                 x = windows(x, self.taps, self.dilation).flatten(2)
@@ -138,7 +151,12 @@ class Upsample(TensorHolder):
         self.history_size = self.past_rows * channels_in
         # [in, out, tap, phase] -> [phase, out, tap, in]. Tap 0 is the newest row; windows begin with the oldest.
         matrix = weight.unflatten(2, (self.taps, stride)).permute(3, 1, 2, 0).flip(2)
-        self.product = Linear(matrix.reshape(stride * self.channels, -1).contiguous(), bias.repeat(stride))
+        matrix = matrix.reshape(stride * self.channels, self.taps, channels_in)
+        self.product: Bfloat16Conv | Linear
+        if multiplies_in_bfloat16(weight, bias):
+            self.product = Bfloat16Conv(matrix.transpose(1, 2), bias.repeat(stride), rate=rate)
+        else:
+            self.product = Linear(matrix.flatten(1), bias.repeat(stride))
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time * stride, out]."""
@@ -150,6 +168,8 @@ class Upsample(TensorHolder):
         """[batch, past_rows + time, in] -> [batch, time * stride, out]."""
         batch, rows, channels_in = x.shape
         time = rows - self.past_rows
+        if isinstance(self.product, Bfloat16Conv):
+            return self.product(x).view(batch, time * self.stride, self.channels)
         if self.past_rows:
             x = windows(x, self.taps, 1)
         y = self.product.batch_invariant(x.reshape(batch * time, self.taps * channels_in))

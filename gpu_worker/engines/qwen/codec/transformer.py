@@ -15,6 +15,7 @@ from gpu_worker.engines.qwen.codec.convolution import scaled
 from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
@@ -86,9 +87,10 @@ class Layer(TensorHolder):
         ring.flatten(0, 1).flatten(1).index_copy_(0, window.ring_rows, new.flatten(0, 1).flatten(1))
         key, value = ring.index_select(0, window.slots).transpose(1, 3).unbind(2)
         query = rotated[:, :, 0].transpose(1, 2)
-        if window.chunk == 1 and x.device.type == "cpu":
+        if x.device.type == "cpu" and (extra := -window.chunk % BATCH_MULTIPLE):
             # For a single query torch splits the keys among threads, into a number of parts that depends on the batch.
-            query, mask = query.expand(-1, -1, 2, -1), mask.expand(-1, -1, 2, -1)
+            # For two, an Intel Xeon with AVX-512 sums in another order than for four.
+            query, mask = (functional.pad(tensor, (0, 0, 0, extra)) for tensor in (query, mask))
         attended = functional.scaled_dot_product_attention(query, key, value, mask)[:, :, : window.chunk]
         y = self.out.batch_invariant(attended.transpose(1, 2).reshape(x.shape[0], -1))
         x, normed = self._add_norm(x, y, self.post_norm)

@@ -19,6 +19,11 @@ from gpu_worker.engines.qwen.kernels.selection import Kernels
 CHUNKS = (1, 2, 5, 3, 9)
 
 
+def reduced_to_bfloat16(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the weight in bfloat16."""
+    return given | {"c.conv.weight": given["c.conv.weight"].bfloat16()}
+
+
 def weights(*shape: int, outputs: int) -> dict[str, Tensor]:
     """A convolution's weight and bias as a checkpoint names them."""
     torch.manual_seed(0)
@@ -55,6 +60,39 @@ def test_transposed_convolutions_continue_across_chunks(kernel: int, stride: int
 
     whole = functional.conv_transpose1d(x.transpose(1, 2), given["c.conv.weight"], given["c.conv.bias"], stride)
     torch.testing.assert_close(y, whole[..., : sum(CHUNKS) * stride].transpose(1, 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize(("rate", "size", "taps", "dilation"), [(4, 64, 7, 1), (32, 768, 7, 9), (160, 384, 1, 1)])
+def test_convolutions_in_bfloat16_do_not_depend_on_split_and_batch(
+    rate: int, size: int, taps: int, dilation: int
+) -> None:
+    """A row has the same bits in each chunk length of the engine, alone and in company, and float32's value nearly."""
+    given = weights(size, size, taps, outputs=size)
+    exact = CausalConv(given, "c", rate=rate, dilation=dilation)
+    reduced = CausalConv(reduced_to_bfloat16(given), "c", rate=rate, dilation=dilation)
+    x = torch.randn(3, exact.past_rows + 8 * rate, size)
+
+    together = reduced.of_extended(x)
+
+    for frames in (1, 2, 4, 8):
+        alone = reduced.of_extended(x[:1, : exact.past_rows + frames * rate])
+        assert torch.equal(alone, together[:1, : frames * rate])
+    wanted = exact.of_extended(x)
+    assert together.dtype == torch.float32
+    assert 0 < float((together - wanted).norm() / wanted.norm()) < 0.005
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+def test_transposed_convolutions_in_bfloat16_give_nearly_the_same() -> None:
+    """Chunks continue each other, and the bias is added once."""
+    given = weights(64, 32, 10, outputs=32)
+    x = torch.randn(2, sum(CHUNKS), 64)
+
+    reduced = in_chunks(Upsample(reduced_to_bfloat16(given), "c", rate=4, stride=5), x)
+
+    wanted = in_chunks(Upsample(given, "c", rate=4, stride=5), x)
+    assert 0 < float((reduced - wanted).norm() / wanted.norm()) < 0.005
 
 
 def test_the_convolution_to_one_channel_continues_across_chunks() -> None:

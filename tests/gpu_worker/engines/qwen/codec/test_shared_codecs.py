@@ -7,6 +7,7 @@ import torch
 
 from gpu_worker.engines.base import Done, JobError
 from gpu_worker.engines.qwen.build import open_engine
+from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import clone, run, shared
@@ -44,6 +45,27 @@ def test_checkpoints_with_equal_tokenizers_share_a_codec(codecs: SharedCodecs, t
     other = codecs.acquire(retrained(copy(tiny("base"), tmp_path / "other")))
     assert other is not first
     assert codecs.bytes == 2 * one
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+def test_a_quantized_codec_is_another_one(codecs: SharedCodecs) -> None:
+    """Its waveform differs slightly, and not with the split. Where the dtype is set, nothing is quantized."""
+    exact, quantized = (codecs.acquire(tiny("base"), quantized=value) for value in (False, True))
+    assert codecs.acquire(tiny("custom_voice"), quantized=True) is quantized
+    codes = torch.randint(0, 96, (1, 8, 16), generator=torch.Generator().manual_seed(0))
+
+    def decoded(codec: Codec, *chunks: int) -> torch.Tensor:
+        state = codec.new_state(1)
+        parts = codes.split_with_sizes(list(chunks), 1)
+        return torch.cat([codec.decode(part, torch.tensor([0]), state) for part in parts], 1)
+
+    wave, wanted = decoded(quantized, 8), decoded(exact, 8)
+    assert 0 < float((wave - wanted).norm() / wanted.norm()) < 0.03
+    assert torch.equal(wave, decoded(quantized, 1, 1, 2, 4))
+    for name, held in (("may_quantize", {"may_quantize": False}), ("dtype", {"dtype": torch.bfloat16})):
+        options = {"dtype": torch.float32, "device": torch.device("cpu")} | held
+        strict = SharedCodecs(**options)
+        assert strict.acquire(tiny("base"), quantized=True) is strict.acquire(tiny("base")), name
 
 
 def test_the_last_user_frees_the_codec(codecs: SharedCodecs) -> None:
