@@ -549,6 +549,7 @@ async def test_the_end_of_the_service(worker: FakeWorker) -> None:
             await speaking.say(text("Hello."), DONE)
             await writing.say(text("Hello"))
             await becomes(lambda: worker.busy == 2)
+            app.refuses_requests = True
             draining = asyncio.create_task(app.open_sockets.drain(1000))
             assert await quiet.end() == ([], 1001, "the service is shutting down")
             assert await responds(client, "/health")
