@@ -10,9 +10,8 @@ from msgspec import Meta
 
 from server.http.errors import documented
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
-from server.http.request_scope import request_id_of
-from server.http.streaming import can_break, cancel_on_disconnect
-from server.routes.speech_response import CaptionedAudio, SpeechResponse, failure_of
+from server.http.streaming import can_break
+from server.routes.speech_response import CaptionedAudio, SpeechResponse, abort_on_failure
 from server.routes.speech_start import SpeechStarterDependency
 from server.schemas import ALIASES, SpeechRequest
 
@@ -54,11 +53,7 @@ async def create_captioned_speech(
     """
     data = msgspec.structs.replace(data, timestamps=data.return_timestamps is not False)
     whole = data.stream is False or not can_break(request)
-    starting = starter.start(data, request_id_of(request.scope))
-    started = await (cancel_on_disconnect(request, starting) if data.ref_audio is not None else starting)
-    try:
+    started = await starter.start_for(request, data)
+    with abort_on_failure(started.speech):
         response = SpeechResponse(request, started, streaming=not whole)
         return await (response.whole_captioned() if whole else response.captioned())
-    except BaseException as error:
-        started.speech.abort(failure_of(error))
-        raise

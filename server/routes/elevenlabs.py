@@ -24,7 +24,7 @@ from server.http.leniency import TRIMMED
 from server.http.request_scope import request_id_of
 from server.http.streaming import can_break
 from server.resolution import unaliased
-from server.routes.speech_response import SpeechResponse, failure_of
+from server.routes.speech_response import SpeechResponse, abort_on_failure
 from server.routes.speech_start import SpeechStarter, SpeechStarterDependency, StartedSpeech
 from server.routes.v1.voices import voices_for
 from server.schemas import MAX_NAME, Name, SpeechRequest, VoiceObject
@@ -303,12 +303,9 @@ def _output(name: str | None) -> tuple[Format, int]:
 
 
 async def _answer(request: Request[Any, Any, Any], started: StartedSpeech, *, streaming: bool) -> Response[Any]:
-    try:
+    with abort_on_failure(started.speech):
         response = SpeechResponse(request, started, streaming=streaming)
         answer: Response[Any] = await (response.audio() if streaming else response.whole())
-    except BaseException as error:
-        started.speech.abort(failure_of(error))
-        raise
     answer.headers["request-id"] = request_id_of(request.scope)
     return answer
 

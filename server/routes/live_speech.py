@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from server.engine import Chunk, Speech
 from server.http.errors import ApiError
-from server.routes.speech_response import failure_of, finished_of
+from server.routes.speech_response import abort_on_failure, finished_of
 from server.routes.speech_start import SpeechPlan, StartedSpeech
 from server.text import GrowingText, Pause, SentenceSplitter, is_ssml, may_become_ssml
 from shared.pcm import bytes_for
@@ -145,16 +145,13 @@ class Utterance:
         while (part := await self._next_part()) is not None:
             started = await part.start(self.plan, f"{self._request_id}-{number}")
             number += 1
-            try:
+            with abort_on_failure(started.speech):
                 yield PartStart(part.text, started)
                 while (chunk := await started.speech.chunk()) is not None:
                     yield chunk
                 for silence in _silence(part.pause_ms):
                     yield silence
                 yield PartEnd(finished_of(started.speech))
-            except BaseException as error:
-                started.speech.abort(failure_of(error))
-                raise
 
     def _kind_of(self, text: str) -> Literal["undecided", "whole", "split", "growing"]:
         form = self.plan.input_format

@@ -8,7 +8,7 @@ from litestar.datastructures import State
 
 from server.http.errors import ApiError, documented
 from server.reload_messages import AskReload
-from shared.live_settings import LIVE_VARIABLES
+from shared.settings_reload import LIVE_VARIABLES
 
 _DESCRIPTION: Final = (
     "Reads `.env`, the file of keys and that of pronunciations again, as the signal SIGHUP does. "

@@ -7,7 +7,8 @@ A failure before the first byte is an HTTP status; after a later one the respons
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import msgspec
@@ -201,7 +202,7 @@ class SpeechResponse:
             if self._keeper is not None:
                 await self._keeper.finish()  # before the end of the stream: its client may ask at once
         except Exception as error:
-            self._failure = failure_of(error)
+            self._failure = _failure_of(error)
             raise
 
     async def _whole_body(self) -> tuple[bytes, Finished]:
@@ -240,13 +241,23 @@ def finished_of(speech: Speech) -> Finished:
     return speech.finished
 
 
-def failure_of(error: BaseException) -> ApiError | None:
+def _failure_of(error: BaseException) -> ApiError | None:
     """Why a response failed that ended with `error`; None if its client has left."""
     if isinstance(error, ApiError):
         return None if error.status == CLIENT_GONE else error
     if isinstance(error, Exception):
         return internal_error()
     return None  # cancelled, or never begun
+
+
+@contextmanager
+def abort_on_failure(speech: Speech) -> Iterator[None]:
+    """Abort `speech` if the block fails or is left early: its client does not get the rest."""
+    try:
+        yield
+    except BaseException as error:
+        speech.abort(_failure_of(error))
+        raise
 
 
 def _nothing(_chunk: Chunk) -> None:

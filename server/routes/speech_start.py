@@ -27,7 +27,9 @@ from server.engine import (
 from server.http.auth import caller_of
 from server.http.errors import ApiError
 from server.http.keys import Caller
+from server.http.request_scope import request_id_of
 from server.http.request_traces import traceparent
+from server.http.streaming import cancel_on_disconnect
 from server.resolution import Resolved, check_input, resolve, sample_rate, saved_voice_name, unaliased
 from server.schemas import SpeechRequest
 from server.text import EVERY_LANGUAGE, InputFormat, PreparedSegment, Pronunciations, load_pronunciations, prepare
@@ -189,6 +191,11 @@ class SpeechStarter:
         """Check `data`, and let the engine speak it. Raises ApiError."""
         check_input(data.input, self.settings.max_input_chars)
         return await (await self.plan(data)).start(data.input, request_id)
+
+    async def start_for(self, request: Request[Any, Any, Any], data: SpeechRequest) -> StartedSpeech:
+        """As `start`, for an HTTP request. The decoding of a recording ends when the client leaves."""
+        starting = self.start(data, request_id_of(request.scope))
+        return await (starting if data.ref_audio is None else cancel_on_disconnect(request, starting))
 
     async def plan(self, data: SpeechRequest) -> SpeechPlan:
         """Check everything of `data` but its input, and decode its recording. Raises ApiError."""

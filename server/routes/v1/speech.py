@@ -13,10 +13,9 @@ from server.dependencies import AudioStoreDependency, SettingsDependency
 from server.http.errors import ApiError, documented
 from server.http.forwarded import client_view
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
-from server.http.request_scope import request_id_of
-from server.http.streaming import can_break, cancel_on_disconnect
+from server.http.streaming import can_break
 from server.routes.audio_keeper import Keeper
-from server.routes.speech_response import SpeechResponse, failure_of
+from server.routes.speech_response import SpeechResponse, abort_on_failure
 from server.routes.speech_start import SpeechStarterDependency
 from server.schemas import ALIASES, SpeechRequest
 
@@ -53,11 +52,10 @@ async def create_speech(
     if data.store and not settings.audio_store_mb:
         raise ApiError("invalid_value", "store: this server keeps no audio (TTS_AUDIO_STORE_MB=0).", param="store")
     whole = data.stream is False or (data.stream_format != "sse" and not can_break(request))
-    starting = starter.start(data, request_id_of(request.scope))
-    started = await (cancel_on_disconnect(request, starting) if data.ref_audio is not None else starting)
+    started = await starter.start_for(request, data)
     if data.timestamps and data.stream_format != "sse":
         started = started.ignoring("timestamps")
-    try:
+    with abort_on_failure(started.speech):
         keeper = None
         if data.store:
             copy = None if whole else started.encoder(streaming=False)
@@ -71,6 +69,3 @@ async def create_speech(
         if whole:
             return await response.whole()
         return await (response.events() if data.stream_format == "sse" else response.audio())
-    except BaseException as error:
-        started.speech.abort(failure_of(error))
-        raise

@@ -20,7 +20,7 @@ from server.http.errors import ApiError, ErrorBody, documented, envelope, intern
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.request_scope import request_id_of
 from server.http.streaming import ClosingStream
-from server.routes.speech_response import KEEPALIVE_S, failure_of, whole_body
+from server.routes.speech_response import KEEPALIVE_S, abort_on_failure, whole_body
 from server.routes.speech_start import SpeechStarter, SpeechStarterDependency
 from server.routes.v1.speech import SpeechJson
 from server.schemas import SpeechRequest, SpeechUsage, TimedWord, usage_of
@@ -186,9 +186,9 @@ class _Batch:
                 captions.feed(chunk)
 
         try:
-            audio, finished = await whole_body(started.speech, started.encoder(streaming=False), hold)
-        except BaseException as error:
-            started.speech.abort(failure_of(error))
+            with abort_on_failure(started.speech):
+                audio, finished = await whole_body(started.speech, started.encoder(streaming=False), hold)
+        except BaseException:
             self._held_bytes -= pcm_bytes
             raise
         self._held_bytes += len(audio) - pcm_bytes
