@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_worker.engines.word_times import find_words, time_words
+from gpu_worker.engines.espeak.word_times import find_words, time_words
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.engines.scripts import voice_runs
+from gpu_worker.engines.espeak.scripts import voice_runs
 
 
 def runs(text: str, voice: str) -> list[tuple[str, str]]:

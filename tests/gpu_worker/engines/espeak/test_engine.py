@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, JobError, Memory, Pcm
-from gpu_worker.engines.espeak import CHUNK_S, MAX_PIECE_CHARS, SLOTS, EspeakEngine
+from gpu_worker.engines.espeak.engine import CHUNK_S, SLOTS, EspeakEngine
+from gpu_worker.engines.espeak.library import MAX_PIECE_CHARS
 from shared.catalog import Voice, load_catalog
 from shared.pcm import EMPTY_S, FRAME_SAMPLES, bytes_for, seconds_of
 from shared.protocol import Sampling, Segment, Word
