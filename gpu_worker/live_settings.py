@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from gpu_worker.engines.base import JobError
-from shared.live_settings import WORKER_LIVE_VARIABLES
 from shared.settings import Settings, SettingsError, load_settings
+from shared.settings_reload import WORKER_LIVE_VARIABLES
 
 log = structlog.get_logger(__name__)
 

@@ -18,8 +18,8 @@ from server.text import PronunciationsError, load_pronunciations, reload_pronunc
 from shared.access import read_bytes
 from shared.catalog import CatalogError
 from shared.environment import environment
-from shared.live_settings import WORKER_LIVE_VARIABLES, reload_settings
 from shared.settings import Settings, SettingsError, is_ours, load_settings, variable_of
+from shared.settings_reload import WORKER_LIVE_VARIABLES, reload_settings
 
 Check = Callable[[Settings], list[str]]
 """Returns problems of settings."""

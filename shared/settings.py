@@ -1,7 +1,7 @@
 """The settings: TTS_* variables become one frozen Struct; all mistakes are reported together.
 
 A field's annotation has its limits; its variable is TTS_ and the field's name without the suffix of a unit.
-`Live` and `WorkerLive` mark the settings that a running service takes anew (see live_settings.py).
+`Live` and `WorkerLive` mark the settings that a running service takes anew (see settings_reload.py).
 The web side and the GPU worker read the same variables, so one file configures both. .env.example explains each.
 """
 

@@ -15,8 +15,8 @@ import soundfile
 
 from server.http.keys import digest_of, read_entries
 from shared.catalog import load_catalog
-from shared.live_settings import LIVE_VARIABLES
 from shared.settings import Settings, load_settings, variable_of
+from shared.settings_reload import LIVE_VARIABLES
 from tests.system.service import Service
 
 ROOT: Final = Path(__file__).resolve().parents[1]

@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from shared.live_settings import LIVE_VARIABLES, WORKER_LIVE_VARIABLES, reload_settings
 from shared.settings import Settings, SettingsError, variable_of
+from shared.settings_reload import LIVE_VARIABLES, WORKER_LIVE_VARIABLES, reload_settings
 
 IN_FORCE = {"TTS_MAX_QUEUE": "8", "TTS_API_KEYS": "a", "TTS_PORT": "8000", "PATH": "/bin"}
 
