@@ -13,7 +13,8 @@ import msgspec
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.voices.checks import OutdatedError, check_recording, checked_name
-from gpu_worker.voices.files import CONSENT_PREFIX, ConsentRecord, VoiceFiles, VoiceWrite, VoiceWritten
+from gpu_worker.voices.files import CONSENT_PREFIX, VoiceFiles
+from gpu_worker.voices.records import ConsentRecord, VoiceWrite, VoiceWritten
 from shared.audit import AuditEntry, EventName
 from shared.pcm import samples_of
 from shared.protocol import ALL_VOICES, VoiceAccess, VoiceConsent

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from gpu_worker.voices.files import ScanFolder
+from gpu_worker.voices.records import ScanFolder
 
 SCAN_INTERVAL_S: Final = 0.5
 """Seconds between two scans. A scan costs two calls of stat; it reads a folder only if that has changed."""

@@ -26,7 +26,8 @@ from gpu_worker.voices.checks import (
     name_taken,
 )
 from gpu_worker.voices.consents import ConsentStore
-from gpu_worker.voices.files import ID_PREFIX, VoiceFiles, VoiceRecord, VoiceWrite, VoiceWritten
+from gpu_worker.voices.files import ID_PREFIX, VoiceFiles
+from gpu_worker.voices.records import VoiceRecord, VoiceWrite, VoiceWritten
 from shared.audit import AuditEntry, EventName
 from shared.pcm import samples_of
 from shared.protocol import ALL_VOICES, CacheStats, SavedVoice, VoiceAccess

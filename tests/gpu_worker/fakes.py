@@ -11,7 +11,7 @@ from gpu_worker.requests import Request, Send, Sink
 from gpu_worker.requests.audio_buffer import AudioBuffer
 from gpu_worker.residency.models import ModelState
 from gpu_worker.voices import VoiceFiles
-from gpu_worker.voices.files import Record
+from gpu_worker.voices.records import Record
 from shared.catalog import ModelSpec
 from shared.protocol import DeviceMemory, HostMemory, Segment
 
