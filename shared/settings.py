@@ -95,6 +95,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # a cluster
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
+    min_replicas: Annotated[int, Meta(ge=0, le=MAX_REPLICAS)] | None = None
+    scale_down_delay_s: Seconds = 300.0
     model_replicas: dict[str, ReplicaBounds] = {}
 
     # requests in the GPU worker
@@ -194,7 +196,7 @@ _USED_BY_WEB_SIDE: Final = {
         "require_consent",
         "keys_file",
     ),
-    *("input_format", "pronunciations", "replicas", "model_replicas"),
+    *("input_format", "pronunciations", "replicas", "min_replicas", "scale_down_delay", "model_replicas"),
     *("audio_store_dir", "audio_store_mb", "audio_store_ttl"),
     *("drain_timeout", "log_level", "log_format", "otlp_endpoint"),
 }
@@ -361,6 +363,8 @@ def _problems(settings: Settings) -> list[str]:
             ipc_path(settings.worker_url)
         except AddressError as error:
             problems.append(f"{variable_of('worker_url')}: {error}")
+    if settings.replicas is not None and (settings.min_replicas or 0) > settings.replicas:
+        problems.append(f"{variable_of('min_replicas')}: is above {variable_of('replicas')}, {settings.replicas}")
     for model, bounds in settings.model_replicas.items():
         if bounds.minimum > bounds.maximum:
             problems.append(f"{variable_of('model_replicas')}: the minimum of {model} is above its maximum, {bounds}")

@@ -21,7 +21,10 @@ _STOP_MARGIN_S: Final = 2.0
 """The part of the drain timeout that is left when WebSockets must close."""
 
 _START_TIMEOUT_S: Final = 120.0
-"""On a first start, the engine replicas start at the same time, and load their models."""
+"""On a first start, the engine replicas start at the same time, and load their models.
+
+A request that starts the first replica of a cluster without any waits no longer either.
+"""
 
 
 @serve.ingress()
@@ -41,7 +44,11 @@ class Ingress:
         def open_engine(web: WebProcess) -> RayEngineClient:
             replicas = ServeReplicas(self._engine)
             return RayEngineClient(
-                replicas, timeout_s=self._settings.worker_timeout_s, start_timeout_s=_START_TIMEOUT_S, web=web
+                replicas,
+                timeout_s=self._settings.worker_timeout_s,
+                start_timeout_s=_START_TIMEOUT_S,
+                max_waiting=self._settings.max_queue if self._settings.min_replicas == 0 else None,
+                web=web,
             )
 
         self._application = create_app(self._settings, open_engine)

@@ -21,10 +21,13 @@ class IngressLeases:
         self._clock = clock
         self._renewed: dict[str, tuple[float, Ping]] = {}
 
-    def renew(self, ingress: str, ping: Ping) -> set[str]:
-        """Begin the lease of `ingress` anew. Returns the web processes whose leases have ended."""
+    def renew(self, ingress: str, ping: Ping) -> None:
+        """Begin the lease of `ingress` anew."""
+        self._renewed[ingress] = self._clock(), ping
+
+    def end(self) -> set[str]:
+        """End the leases that were not renewed in time. Returns their web processes."""
         now = self._clock()
-        self._renewed[ingress] = now, ping
         ended = {name for name, (renewed_at, _) in self._renewed.items() if now - renewed_at > LEASE_S}
         for name in ended:
             del self._renewed[name]

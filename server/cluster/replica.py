@@ -14,10 +14,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import ray
 import structlog
 from ray import serve
 
+from server.cluster.autoscaling import load_of
 from server.cluster.ingress_leases import IngressLeases
 from server.cluster.node_settings import NodeSettings, settings_on_node
 from server.cluster.replica_port import hide_port
@@ -34,6 +36,7 @@ STOP_MARGIN_S: Final = 5.0
 _MOST_DEAD_S: Final = 60.0
 """A replica whose GPU worker is away for longer is unhealthy. A start of published weights takes up to 25 s."""
 
+_LEASES_PERIOD_S: Final = 5.0
 _START_PAUSE_S: Final = 0.05
 
 log = structlog.get_logger(__name__)
@@ -71,6 +74,7 @@ class EngineReplica:
             gpus=gpus,
         )
         await self._engine.__aenter__()
+        self._leases_task = asyncio.create_task(self._end_leases())
         if self._supervisor is not None:
             self._supervisor.start()
         self._seen_at = time.monotonic()
@@ -81,11 +85,17 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Serve calls it once the replica has drained."""
+        self._leases_task.cancel()
         await self._engine.__aexit__()
         if self._supervisor is not None:
             await asyncio.to_thread(self._supervisor.stop)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end_leases(self) -> None:
+        while True:
+            await asyncio.sleep(_LEASES_PERIOD_S)
+            self._gateway.end_leases()
 
     def _require_worker(self) -> None:
         if self._supervisor is not None and self._supervisor.exit_code is not None:
@@ -117,6 +127,13 @@ class EngineReplica:
     async def report(self, request: bytes) -> bytes:
         """What the replica says of itself."""
         return await self._gateway.report(request)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The fields of its ReplicaLoad for Serve's autoscaling; without a GPU worker Serve keeps the last ones."""
+        snapshot = self._engine.snapshot
+        if snapshot is None or self._engine.unavailable() is not None:
+            return {}
+        return msgspec.structs.asdict(load_of(snapshot, self._gateway.streams))
 
     async def check_health(self) -> None:
         """Raise if the GPU worker cannot run, or has been away for too long."""

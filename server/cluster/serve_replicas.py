@@ -30,6 +30,9 @@ class ServeReplicas:
             return []
         return router.replica_names()
 
+    def wake(self) -> None:
+        self._introduce()  # Serve starts a replica for a request that finds none
+
     def _introduce(self) -> None:
         """Send a first request: Serve makes the router for it."""
         if self._introduction is None or self._introduction.done():

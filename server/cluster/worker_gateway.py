@@ -131,15 +131,19 @@ class WorkerGateway:
     async def report(self, request: bytes) -> bytes:
         """The status of the replica, in return for which the ingress renews its lease."""
         asked = msgspec.msgpack.decode(request, type=ReportRequest)
-        gone = self._leases.renew(asked.ingress, asked.ping)
+        self._leases.renew(asked.ingress, asked.ping)
         if asked.ingress == self._leases.usage_source():
             self._engine.tell_use(UsedElsewhere(source=asked.ingress, clients=asked.used_elsewhere))
-        for stream in [stream for stream in self._streams.values() if stream.ingress in gone]:
-            stream.speech.abort()
         if asked.fresh:
             with contextlib.suppress(ApiError):  # the report has the error
                 await self._engine.fresh_snapshot(0)
         return msgspec.msgpack.encode(self.status(asked.boot_id))
+
+    def end_leases(self) -> None:
+        """Abort the streams of web processes that are gone. Call it every few seconds."""
+        gone = self._leases.end()
+        for stream in [stream for stream in self._streams.values() if stream.ingress in gone]:
+            stream.speech.abort()
 
     def status(self, known_boot_id: str = "") -> ReplicaReport:
         """The report; it has the catalogue unless `known_boot_id` is that of the worker."""

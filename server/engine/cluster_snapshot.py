@@ -14,6 +14,7 @@ from shared.performance import sum_of, window_of
 from shared.protocol import (
     CacheStats,
     CleanupPass,
+    Counters,
     DeviceMemory,
     Histogram,
     HostMemory,
@@ -76,6 +77,36 @@ def merge(reports: Sequence[ReplicaReport]) -> Snapshot:
     )
 
 
+def without_workers(last: Snapshot) -> Snapshot:
+    """The snapshot of a cluster that has scaled to zero, after the `last` one with a GPU worker.
+
+    No model is loaded, and each can be. Nothing runs, and nothing is counted. Saved voices are as they were.
+    """
+    return msgspec.structs.replace(
+        last,
+        **dict.fromkeys(_SUMMED, 0),
+        accepting=True,
+        audio_buffer=_zeros(last.audio_buffer),
+        requests=Counters(),
+        device=_zeros(last.device),
+        host=_zeros(last.host),
+        models=[
+            status if status.state == "unavailable" else ModelStatus(id=status.id, state="absent")
+            for status in last.models
+        ],
+        shared_bytes={},
+        preloading=[],
+        model_stats={},
+        performance={},
+        streams=[],
+        caches=[],
+        web_caches={},
+        limit_hits={},
+        key_use=None,
+        performance_counts={},
+    )
+
+
 def sum_of_counts(counts: Iterable[dict[K, int]]) -> dict[K, int]:
     """The sums by key."""
     total: dict[K, int] = {}
@@ -93,6 +124,12 @@ def _sum(parts: Sequence[T]) -> T:
         if isinstance(getattr(parts[0], name), int | float)
     }
     return msgspec.structs.replace(parts[0], **numbers)
+
+
+def _zeros(part: T) -> T:
+    """The part without its numbers."""
+    numbers = [name for name in part.__struct_fields__ if isinstance(getattr(part, name), int | float)]
+    return msgspec.structs.replace(part, **dict.fromkeys(numbers, 0))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -60,7 +60,10 @@ async def health() -> Health:
     responses=documented(500, 503),
 )
 async def ready(engine: EngineDependency) -> Ready:
-    """200 while the GPU worker answers and the default model can be served; else 503 with the reason."""
+    """200 while the GPU worker answers and the default model can be served; else 503 with the reason.
+
+    A cluster that has scaled to zero is ready: the next request starts a GPU worker.
+    """
     error, snapshot = engine.unavailable(), engine.snapshot
     if error is not None or snapshot is None:
         raise error or ApiError("worker_unavailable", "The GPU worker has sent no report yet.")

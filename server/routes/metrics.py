@@ -83,7 +83,8 @@ class _SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every family, in the order of the answer."""
         snapshot = self._snapshot
-        yield _gauge("tts_worker_up", "1 while the GPU worker answers.", [((), snapshot is not None)])
+        help_text = "1 while the GPU worker answers, or a cluster has scaled to zero."
+        yield _gauge("tts_worker_up", help_text, [((), snapshot is not None)])
         if snapshot is not None:
             yield from _worker_families(snapshot)
             yield _open_sockets(snapshot)

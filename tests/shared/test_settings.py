@@ -55,6 +55,8 @@ VALID: list[tuple[str, str, Any]] = [
     ("TTS_CODEC_DTYPE", "float32", "float32"),
     ("TTS_MODELS_DIR", "/data/models", Path("/data/models")),
     ("TTS_MODEL_PATHS", "a=/x/a, b=/x/b", {"a": Path("/x/a"), "b": Path("/x/b")}),
+    ("TTS_MIN_REPLICAS", "0", 0),
+    ("TTS_SCALE_DOWN_DELAY", "60", 60.0),
     ("TTS_MODEL_REPLICAS", "a=2:4, b=3", {"a": ReplicaBounds(2, 4), "b": ReplicaBounds(3, 10_000)}),
     ("TTS_MODEL_ALIASES", "a=tts-1, b/c=x", {"a": "tts-1", "b/c": "x"}),
     ("TTS_UNKNOWN_VOICE", "Default", "default"),
@@ -135,6 +137,8 @@ INVALID: list[tuple[str, str, str]] = [
     ("TTS_QUANTIZATION", "int8,=none", "value or model=value"),
     ("TTS_MODEL_PATHS", "a=,b=/x", "model=path"),
     ("TTS_MODEL_ALIASES", "tts-1", "name=model"),
+    ("TTS_MIN_REPLICAS", "-1", "must be at least 0"),
+    ("TTS_SCALE_DOWN_DELAY", "0", "must be more than 0"),
     ("TTS_MODEL_REPLICAS", "a", "model=min:max"),
     ("TTS_MODEL_REPLICAS", "a=1:2:3", "min:max or min, each from 1 to 10000"),
     ("TTS_MODEL_REPLICAS", "a=many", "min:max or min, each from 1 to 10000"),
@@ -238,6 +242,11 @@ class TestTogether:
         assert sorted(named) == ["TTS_CORS_ORIGINS", "TTS_DTYPE", "TTS_IDLE_TIMOUT", "TTS_PORT", "TTS_WORKER_URL"]
         assert "TTS_IDLE_TIMOUT: there is no such setting" in str(caught.value)
         assert str(caught.value).count("\n") == 5
+
+    def test_more_replicas_at_least_than_at_most(self) -> None:
+        """The message has both."""
+        with pytest.raises(SettingsError, match="TTS_MIN_REPLICAS: is above TTS_REPLICAS, 2"):
+            load_settings({"TTS_MIN_REPLICAS": "3", "TTS_REPLICAS": "2"})
 
 
 class TestSecrets:

@@ -21,7 +21,7 @@ from shared.protocol import (
     decode_from_worker,
 )
 
-_FOR_ALL: Final = (UnloadModel, PinModel, Cleanup, EmptyCache, FindSpeech, FindUsage)
+FOR_ALL: Final = (UnloadModel, PinModel, Cleanup, EmptyCache, FindSpeech, FindUsage)
 """Actions that concern every GPU worker, or the one of which only it knows."""
 
 
@@ -33,7 +33,7 @@ class ReplicaCalls:
 
     async def call(self, action: Action, message: bytes, payload: bytes | None) -> Reply:
         """Actions on one model's place, on caches and on outcomes go to all replicas, the others to one of them."""
-        if isinstance(action, _FOR_ALL):
+        if isinstance(action, FOR_ALL):
             return await self._call_all(action, message, payload)
         return await self._call_one(message, payload, model=getattr(action, "model", ""))
 

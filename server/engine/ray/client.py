@@ -13,10 +13,16 @@ import msgspec
 import structlog
 
 from server.engine.client import Speech
-from server.engine.cluster_snapshot import merge, sum_of_counts
+from server.engine.cluster_snapshot import merge, sum_of_counts, without_workers
 from server.engine.key_use import ClusterUse
-from server.engine.ray.calls import ReplicaCalls
-from server.engine.ray.interface import EngineReplicas, ReplicaLostError, ReportRequest, unavailable_error
+from server.engine.ray.calls import FOR_ALL, ReplicaCalls
+from server.engine.ray.interface import (
+    RETRY_AFTER_S,
+    EngineReplicas,
+    ReplicaLostError,
+    ReportRequest,
+    unavailable_error,
+)
 from server.engine.ray.known_replica import KnownReplica
 from server.engine.ray.outbox import Outboxes
 from server.engine.ray.stream import RelayedStream
@@ -50,6 +56,7 @@ _GATHER_S: Final = 0.05
 
 _FRESH_WITHIN_S: Final = 1.0
 _RELOAD_TIMEOUT_S: Final = 5.0
+_AT_ZERO: Final = "No GPU worker runs, because this cluster scales to zero. A request for speech starts one."
 
 
 class RayEngineClient:
@@ -57,6 +64,8 @@ class RayEngineClient:
 
     The start waits for a replica, so that Serve sends no request to a process that knows of none; after
     `start_timeout_s` it goes on without one.
+    With `max_waiting` the cluster scales to zero: that many requests may wait for the first replica, `start_timeout_s`
+    each, and until it comes the figures are those of a cluster without a GPU worker.
     `clock` gives seconds and never goes back. The other arguments are those of ZmqEngineClient.
     """
 
@@ -69,12 +78,14 @@ class RayEngineClient:
         *,
         timeout_s: float,
         start_timeout_s: float = 0.0,
+        max_waiting: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         web: WebProcess | None = None,
     ) -> None:
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
+        self._max_waiting = max_waiting
         self._clock = clock
         self._web = web or WebProcess()
         self._id = uuid.uuid4().hex
@@ -95,6 +106,9 @@ class RayEngineClient:
         self._awaited = 0
         """Replicas whose reports are under way."""
 
+        self._renewing: set[str] = set()
+        """Draining replicas that are asked for a report now."""
+
         self._gathering: asyncio.TimerHandle | None = None
         self._loss: asyncio.Future[ApiError] | None = None
         self._available = False
@@ -113,7 +127,8 @@ class RayEngineClient:
     @property
     def snapshot(self) -> Snapshot | None:
         if self._snapshot is None and self._alive:
-            self._snapshot = merge(self._alive)
+            merged = merge(self._alive)
+            self._snapshot = without_workers(merged) if self._is_at_zero() else merged
         return self._snapshot
 
     @property
@@ -128,6 +143,8 @@ class RayEngineClient:
 
     def _outage(self, patience_s: float) -> ApiError | None:
         """The error if no replica has a GPU worker that has answered within `patience_s`."""
+        if self._is_at_zero():
+            return None
         errors = []
         for known in self._known.values():
             error = known.outage(self._clock(), patience_s)
@@ -138,6 +155,11 @@ class RayEngineClient:
             return unavailable_error("No GPU worker is there; the cluster is starting, or it has no replica.")
         return min(errors, key=lambda error: error.retry_after_s or 0.0)
 
+    def _is_at_zero(self) -> bool:
+        """True if the cluster has scaled to zero, or its first replica has not reported yet. Requests wait for it."""
+        known = all(replica.is_new for replica in self._known.values())
+        return self._max_waiting is not None and bool(self._alive) and bool(self._catalog) and known
+
     async def worker_loss(self) -> ApiError:
         if self._loss is None:
             self._loss = asyncio.get_running_loop().create_future()
@@ -146,6 +168,8 @@ class RayEngineClient:
     async def fresh_snapshot(self, max_age_s: float) -> Snapshot:
         """A replica that does not answer in time is shown as it was: the others must not wait for it."""
         self._require_worker()
+        if self._is_at_zero() and self.snapshot is not None:
+            return self.snapshot
         oldest = self._clock() - max_age_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FRESH_WITHIN_S):
@@ -160,6 +184,7 @@ class RayEngineClient:
 
     def speak(self, request: Speak, reference: bytes | None = None) -> Speech:
         self._require_worker()
+        self._require_place()
         stream = self._streams[request.id] = RelayedStream(
             request,
             self._replicas,
@@ -167,6 +192,7 @@ class RayEngineClient:
             post=self._outboxes.post,
             on_failed=self._on_failed,
             on_end=lambda: self._forget_stream(request.id),
+            start_timeout_s=None if self._max_waiting is None else self._start_timeout_s,
         )
         self._start(stream.run(reference))
         return stream.speech
@@ -186,12 +212,15 @@ class RayEngineClient:
         timeout_s: float,
     ) -> Reply:
         self._require_worker()
+        if self._is_at_zero() and isinstance(action, FOR_ALL):
+            raise unavailable_error(_AT_ZERO)
         message = encode(Call(id=uuid.uuid4().hex, client=client, access=access, action=action))[0]
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._calls.call(action, message, payload)
         except TimeoutError:
-            raise unavailable_error(f"The GPU worker did not answer within {timeout_s:.0f} s.") from None
+            did_not = "start" if self._is_at_zero() else "answer"
+            raise unavailable_error(f"The GPU worker did not {did_not} within {timeout_s:.0f} s.") from None
 
     async def use_variables(self, variables: dict[str, str]) -> None:
         self._variables = variables
@@ -249,13 +278,20 @@ class RayEngineClient:
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     def _poll_all(self, *, fresh: bool = False) -> None:
-        """Ask each replica for its report, but those whose answer is still awaited."""
+        """Ask each replica for its report, but those whose answer is still awaited.
+
+        One that drains is asked while it has streams of this process: each report renews their lease.
+        """
         ids = set(self._replicas.ids())
         gone = self._known.keys() - ids
         for name in gone:
             self._forget(name)
         if gone:
             self._refresh()
+        if not ids and not self._catalog and self._max_waiting is not None:
+            self._replicas.wake()  # no request can be understood without a catalogue
+        for name in {stream.replica for stream in self._streams.values()} - ids - self._renewing - {""}:
+            self._start(self._renew_lease(name))
         for name in ids:
             known = self._known.setdefault(name, KnownReplica(self._clock()))
             if not known.is_polled:
@@ -289,6 +325,16 @@ class RayEngineClient:
         elif self._gathering is None:
             self._gathering = asyncio.get_running_loop().call_later(_GATHER_S, self._refresh)
 
+    async def _renew_lease(self, replica: str) -> None:
+        self._renewing.add(replica)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._replicas.report(replica, msgspec.msgpack.encode(ReportRequest(ingress=self._id)))
+        except (ReplicaLostError, TimeoutError) as error:
+            log.info("lease_not_renewed", replica=replica, reason=str(error) or type(error).__name__)
+        finally:
+            self._renewing.discard(replica)
+
     def _on_report(self, report: ReplicaReport, known: KnownReplica, asked_at: float) -> None:
         if report.catalog is not None:
             known.boot_id = report.boot_id
@@ -318,6 +364,8 @@ class RayEngineClient:
             self._alive, self._snapshot = reports, None
             self._snapshot_made_at = min(known.made_at for known in alive)
             self._empty_caches(sum_of_counts(report.snapshot.emptied for report in reports if report.snapshot))
+        if self._is_at_zero():
+            self._snapshot = None
         # Replicas that Serve has taken away, to replace them or to save them, let their streams end: they are no loss.
         if self._available and not alive and self._known:
             self._note_loss("The GPU worker went away.")
@@ -349,6 +397,15 @@ class RayEngineClient:
         error = self._outage(self._timeout_s)
         if error is not None:
             raise error
+
+    def _require_place(self) -> None:
+        """Raise if as many requests as may do so wait for the first replica."""
+        if self._max_waiting is None or not self._is_at_zero():
+            return
+        waiting = sum(not stream.replica for stream in self._streams.values())
+        if waiting >= self._max_waiting:
+            message = f"{waiting} requests wait for the first GPU worker to start, as many as may (TTS_MAX_QUEUE)."
+            raise ApiError("queue_full", message, retry_after_s=RETRY_AFTER_S)
 
     def _forget_stream(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

@@ -53,6 +53,9 @@ class EngineReplicas(Protocol):
     def ids(self) -> Sequence[str]:
         """The replicas that take new requests. Never raises."""
 
+    def wake(self) -> None:
+        """Have a replica started if there is none. Never raises, and returns at once."""
+
     def update(self, reports: dict[str, ReplicaReport]) -> None:
         """Take the latest reports, by which replicas are chosen."""
 

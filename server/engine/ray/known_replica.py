@@ -37,6 +37,11 @@ class KnownReplica:
         reason = SpeechError(code=self.lost.code, message=self.lost.message)
         return msgspec.structs.replace(self.report, error=reason, retry_after_s=self.lost.retry_after_s)
 
+    @property
+    def is_new(self) -> bool:
+        """True until its first report, unless it is lost before."""
+        return self.report is None and self.lost is None
+
     def outage(self, now: float, patience_s: float) -> ApiError | None:
         """Why it takes no requests; None if it does."""
         if self.lost is not None:

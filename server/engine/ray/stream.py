@@ -1,5 +1,6 @@
 """One Speak over the replicas: it is tried elsewhere while that costs the client nothing."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -44,8 +45,12 @@ class RelayedStream:
         post: Callable[[str, Message], None],
         on_failed: Callable[[str, ApiError], None],
         on_end: Callable[[], None],
+        start_timeout_s: float | None = None,
     ) -> None:
-        """`post` sends a message to a replica, `on_failed` gets the replica and error of each failed attempt."""
+        """`post` sends a message to a replica, `on_failed` gets the replica and error of each failed attempt.
+
+        `start_timeout_s`: how long the request may wait for a replica that takes it; None: for ever.
+        """
         self._request = request
         self.speech = Speech(request, grant=self._grant, abort=self._abort, write=self._write)
         self._replicas = replicas
@@ -53,6 +58,7 @@ class RelayedStream:
         self._post = post
         self._on_failed = on_failed
         self._on_end = on_end
+        self._start_timeout_s = start_timeout_s
         self._replica = ""
         """The one that has the request; "" while it is being chosen."""
         self._written: list[Append | EndText] = []
@@ -64,6 +70,11 @@ class RelayedStream:
         """Set when the replica lacks a message: without its text, the speech would have a hole."""
         self._answers: ReplicaStream | None = None
         self._cancel: Cancel | None = None
+
+    @property
+    def replica(self) -> str:
+        """The one that has the request; "" while no replica has it."""
+        return self._replica
 
     async def run(self, reference: bytes | None) -> None:
         """Pass the messages on to the speech. A refusal, or a loss before the first sound, is tried elsewhere."""
@@ -99,27 +110,36 @@ class RelayedStream:
             request, reference, ingress=self._ingress, model=self._request.model, avoid=avoid
         )
         try:
-            async for batch in self._answers:
-                if self._lost is not None:
-                    break
-                if not self._replica:
-                    (name,) = batch.pop(0)
-                    self._chosen(name.decode())
-                for frames in batch:
-                    message, payload = decode_from_worker(frames)
-                    if isinstance(message, Failed):
-                        return error_of(message)
-                    problem = self._receive(message, payload)
-                    if problem is not None:
-                        self.speech.abort(ApiError("synthesis_failed", problem))
-                    if isinstance(message, Finished):
-                        self._over = True
-                        return None
+            async with asyncio.timeout(self._start_timeout_s) as limit:
+                return await self._listen(self._answers, limit)
+        except TimeoutError:
+            self._answers.cancel()
+            return unavailable_error(f"No GPU worker has started within {self._start_timeout_s:.0f} s.")
         except ReplicaLostError as lost:
             log.warning("replica_lost", replica=self._replica, reason=str(lost))
             return unavailable_error("The GPU worker went away.")
         except ProtocolError as error:
             return ApiError("synthesis_failed", f"The GPU worker's answer was {error}.")
+
+    async def _listen(self, answers: ReplicaStream, limit: asyncio.Timeout) -> ApiError | None:
+        """Take the answers of one replica; the first one ends the limit."""
+        async for batch in answers:
+            limit.reschedule(None)
+            if self._lost is not None:
+                break
+            if not self._replica:
+                (name,) = batch.pop(0)
+                self._chosen(name.decode())
+            for frames in batch:
+                message, payload = decode_from_worker(frames)
+                if isinstance(message, Failed):
+                    return error_of(message)
+                problem = self._receive(message, payload)
+                if problem is not None:
+                    self.speech.abort(ApiError("synthesis_failed", problem))
+                if isinstance(message, Finished):
+                    self._over = True
+                    return None
         return self._lost or ApiError("synthesis_failed", "The GPU worker sent no final message.")
 
     def lose(self, replica: str) -> None:

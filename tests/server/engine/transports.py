@@ -39,9 +39,13 @@ class LocalReplicas:
     def __init__(self) -> None:
         self.gateways: dict[str, WorkerGateway] = {}
         self.reports: dict[str, ReplicaReport] = {}
+        self.woken = 0
 
     def ids(self) -> Sequence[str]:
         return list(self.gateways)
+
+    def wake(self) -> None:
+        self.woken += 1
 
     def update(self, reports: dict[str, ReplicaReport]) -> None:
         self.reports = reports

@@ -25,7 +25,7 @@ function partsOf({ device, shared, models }) {
 }
 
 function Bar({ label, whole, parts, budget }) {
-  const percent = (size) => `${Math.min(100, (100 * size) / whole)}%`;
+  const percent = (size) => `${Math.min(100, (100 * size) / (whole || 1))}%`;
   const values = parts.map((part) => `${part.label} ${bytes(part.size)}`).join(", ");
   return html`<div class="memory-bar" role="img" aria-label=${`${label}: ${values}, ${words.budget} ${bytes(budget)}`}>
       ${parts.map((part) => html`<span key=${part.label} class=${part.colour} style=${{ width: percent(part.size) }} title=${`${part.label}: ${bytes(part.size)}`}></span>`)}
