@@ -160,6 +160,13 @@ def test_linked_files() -> None:
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_named_files() -> None:
+    """Every file and folder of the project that the text names exists, also in commands."""
+    for document, text in DOCUMENTS.items():
+        for path in re.findall(r"(?<![\w/.])(?:server|gpu_worker|shared|tests|models)/[\w./-]*\w", text):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"
+
+
 def anchors(document: Path) -> set[str]:
     """The links that GitHub makes of the document's headings."""
     headings = re.findall(r"^##+ (.*)", document.read_text(), re.MULTILINE)
