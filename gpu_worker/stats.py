@@ -102,6 +102,10 @@ class Stats:
         if limit is not None:
             self._limit_hits[limit] += 1
 
+    def add_limit_hits(self, counts: Mapping[LimitName, int]) -> None:
+        """Count the requests that a web worker has refused by itself."""
+        self._limit_hits.update(counts)
+
     def first_audio(self, request: Request) -> None:
         """Record the time to first audio: the request's first piece is there now. It counts from the first text."""
         asked_at = request.arrived_at if request.first_text_at is None else request.first_text_at

@@ -241,8 +241,9 @@ class Worker:
         match message:
             case Hello():
                 self._send(peer, self._welcome(), None)
-            case Ping(caches=counts, open_sockets=sockets):
+            case Ping(caches=counts, open_sockets=sockets, limit_hits=hits):
                 self._caches.record(peer, counts)
+                self._stats.add_limit_hits(hits)
                 self._open_sockets[peer] = sockets
                 snapshot = self._snapshot()
                 self._send(peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot), None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -40,6 +41,7 @@ from server.routes import (
 from server.routes.speech_start import speech_starter
 from server.text import load_pronunciations
 from shared.log import set_up_logging
+from shared.protocol import LimitName
 from shared.redaction import keep_secret
 from shared.settings import Settings
 from shared.trace_settings import open_traces
@@ -67,6 +69,7 @@ def create_app(
     keep_secret(settings.secrets())
     load_pronunciations(settings.pronunciations)
     open_sockets = OpenSockets()
+    limit_hits: Counter[LimitName] = Counter()
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
@@ -80,6 +83,7 @@ def create_app(
         web_process = WebProcess(
             cache_counts=web_caches.counts,
             open_sockets=lambda: open_sockets.count,
+            limit_hits=limit_hits,
             on_emptied=web_caches.on_emptied,
         )
         traces = app.state.traces = open_traces(settings, os.environ, "web")
@@ -91,7 +95,7 @@ def create_app(
             app.state.engine = engine
             app.state.audio_store = audio_store
             app.state.caches = web_caches
-            app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls)
+            app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls, limit_hits=limit_hits)
             app.state.event_feed = events.EventFeed(
                 lambda: events.event_of(engine, app.state.settings), app.state.stopping
             )
@@ -117,6 +121,7 @@ def create_app(
                 "ask_reload": ask_reload,
                 "stopping": asyncio.Event(),
                 "open_sockets": open_sockets,
+                "limit_hits": limit_hits,
                 "traces": None,
             }
         ),

@@ -2,6 +2,7 @@
 
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -195,12 +196,18 @@ class FakeWorker:
             self._speak()
         self._router.close()
 
+    def _take_ping(self, peer: bytes, ping: Ping) -> None:
+        if ping.limit_hits:
+            hits = Counter(self.snapshot.limit_hits) + Counter(ping.limit_hits)
+            self.snapshot = msgspec.structs.replace(self.snapshot, limit_hits=dict(hits))
+        if not self.mute:
+            # It knows of one web worker alone, so that one's counts are the sums.
+            snapshot = msgspec.structs.replace(self.snapshot, web_caches=ping.caches)
+            self.pongs.append((peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot)))
+
     def _take(self, peer: bytes, message: FromWeb, payload: bytes | None) -> None:
         if isinstance(message, Ping):
-            if not self.mute:
-                # It knows of one web worker alone, so that one's counts are the sums.
-                snapshot = msgspec.structs.replace(self.snapshot, web_caches=message.caches)
-                self.pongs.append((peer, Pong(boot_id=snapshot.boot_id, snapshot=snapshot)))
+            self._take_ping(peer, message)
             return
         refused = self.fail_with is not None and self.break_after is None
         if isinstance(message, Speak) and not refused:

@@ -10,6 +10,7 @@ import binascii
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -20,6 +21,7 @@ from server.audio.decoder import MAX_REFERENCE_BYTES, REFUSED
 from server.audio.fetching import fetch_reference
 from server.audio.file_kinds import InvalidAudioError
 from server.http.errors import ApiError
+from shared.protocol import LimitName
 
 DECODER: Final = (sys.executable, "-m", "server.audio.decoder")
 MAX_PROCESSES: Final = 2
@@ -46,13 +48,15 @@ class DecoderPool:
         fetch: Callable[[str], Awaitable[bytes]] = fetch_reference,
         command: Sequence[str] = DECODER,
         timeout_s: float = DECODE_TIMEOUT_S,
+        limit_hits: Counter[LimitName] | None = None,
     ) -> None:
-        """`allow_urls`: a recording may be an http(s) URL. The other parameters are for tests."""
+        """`allow_urls`: a recording may be an http(s) URL. `limit_hits` counts refusals. The others are for tests."""
         self.allow_urls = allow_urls
         self._fetch = fetch
         self._command = command
         self._timeout_s = timeout_s
         self._processes = asyncio.Semaphore(MAX_PROCESSES)
+        self._limit_hits = Counter() if limit_hits is None else limit_hits
         self._in_progress = 0
 
     async def decode(self, data: bytes, param: str) -> bytes:
@@ -80,6 +84,7 @@ class DecoderPool:
     def _admit(self, param: str) -> Iterator[None]:
         """Count one recording from its first byte to its PCM; ApiError (`queue_full`) if too many are in progress."""
         if self._in_progress >= MAX_PROCESSES + MAX_WAITING:
+            self._limit_hits["recordings"] += 1
             raise _busy(f"{param}: too many recordings wait to be decoded; try again.")
         self._in_progress += 1
         try:

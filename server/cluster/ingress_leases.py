@@ -1,11 +1,12 @@
 """The leases of the web processes on one replica: each request for a report renews one."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
 from server.engine import WebProcess
-from shared.protocol import CacheCounts, CacheName, Ping
+from shared.protocol import CacheCounts, CacheName, LimitName, Ping
 
 LEASE_S: Final = 30.0
 """A web process that asks for no report for so long is gone, and its requests end."""
@@ -20,10 +21,12 @@ class IngressLeases:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._renewed: dict[str, tuple[float, Ping]] = {}
+        self._limit_hits: Counter[LimitName] = Counter()
 
     def renew(self, ingress: str, ping: Ping) -> None:
         """Begin the lease of `ingress` anew."""
         self._renewed[ingress] = self._clock(), ping
+        self._limit_hits.update(ping.limit_hits)
 
     def end(self) -> set[str]:
         """End the leases that were not renewed in time. Returns their web processes."""
@@ -40,7 +43,7 @@ class IngressLeases:
 
     def as_web_process(self) -> WebProcess:
         """The web processes as one, for the GPU worker of the replica."""
-        return WebProcess(cache_counts=self.cache_counts, open_sockets=self.open_sockets)
+        return WebProcess(cache_counts=self.cache_counts, open_sockets=self.open_sockets, limit_hits=self._limit_hits)
 
     def cache_counts(self) -> dict[CacheName, CacheCounts]:
         """The sums of what the web processes have counted."""

@@ -1,8 +1,9 @@
 """What a web process and the GPU worker tell each other beside requests: figures with each ping, and emptied caches."""
 
+from collections import Counter
 from collections.abc import Callable
 
-from shared.protocol import CacheCounts, CacheName, Ping
+from shared.protocol import CacheCounts, CacheName, LimitName, Ping
 
 
 class WebProcess:
@@ -10,6 +11,7 @@ class WebProcess:
 
     `cache_counts` returns the counts of its caches, without the catalogue's: the engine client counts those here.
     `open_sockets` returns the number of its WebSockets.
+    `limit_hits` counts the requests that it refuses; each ping takes what is in it.
     `on_emptied` gets the name of each cache that an admin has emptied, through this web process or another one.
     """
 
@@ -18,11 +20,13 @@ class WebProcess:
         *,
         cache_counts: Callable[[], dict[CacheName, CacheCounts]] = dict,
         open_sockets: Callable[[], int] = int,
+        limit_hits: Counter[LimitName] | None = None,
         on_emptied: Callable[[CacheName], None] = lambda _name: None,
     ) -> None:
         self.on_emptied = on_emptied
         self._cache_counts = cache_counts
         self._open_sockets = open_sockets
+        self._limit_hits = Counter() if limit_hits is None else limit_hits
         self._catalog = CacheCounts()
 
     def count_catalog(self, *, hit: bool) -> None:
@@ -32,4 +36,10 @@ class WebProcess:
     def ping(self) -> Ping:
         """The next ping."""
         caches = {**self._cache_counts(), "catalog": self._catalog}
-        return Ping(caches=caches, open_sockets=self._open_sockets())
+        ping = Ping(caches=caches, open_sockets=self._open_sockets(), limit_hits=dict(self._limit_hits))
+        self._limit_hits.clear()
+        return ping
+
+    def take_back(self, ping: Ping) -> None:
+        """The ping could not be sent; the next one has its refusals."""
+        self._limit_hits.update(ping.limit_hits)

@@ -276,7 +276,10 @@ class ZmqEngineClient:
     def _ping(self) -> None:
         if not self._ping_out:
             self._pinged_at = self._clock()
-            self._ping_out = self._connection.send(self._web.ping())
+            ping = self._web.ping()
+            self._ping_out = self._connection.send(ping)
+            if not self._ping_out:
+                self._web.take_back(ping)
 
     def _on_lost(self) -> None:
         if self._connected:

@@ -3,19 +3,25 @@
 `BodyBudget` belongs to the event loop; the middleware tells what has arrived, and answers those that are crowded out.
 """
 
+from collections import Counter
 from typing import Final
 
 from server.http.open_requests import OpenRequest
+from shared.protocol import LimitName
 
 SMALL_BODY_BYTES: Final = 65_536
 """Bodies up to this size always fit: 4,096 of them are as large as the default budget."""
 
 
 class BodyBudget:
-    """The large bodies in memory; above `budget_bytes` the slowest of those that still arrive go."""
+    """The large bodies in memory; above `budget_bytes` the slowest of those that still arrive go.
 
-    def __init__(self, budget_bytes: int) -> None:
+    `limit_hits` counts those that go.
+    """
+
+    def __init__(self, budget_bytes: int, limit_hits: Counter[LimitName] | None = None) -> None:
         self.budget_bytes = budget_bytes
+        self._limit_hits = Counter() if limit_hits is None else limit_hits
         self._large: set[OpenRequest] = set()
 
     def check(self, request: OpenRequest, now: float) -> None:
@@ -29,6 +35,7 @@ class BodyBudget:
             slowest = min(arriving, key=lambda one: one.body_bytes / max(now - one.began, 0.001))
             self._large.remove(slowest)
             slowest.crowd_out()
+            self._limit_hits["body_memory"] += 1
 
     def release(self, request: OpenRequest) -> None:
         """The body of `request` is not in memory any more."""

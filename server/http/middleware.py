@@ -8,6 +8,7 @@ It knows no path and no field.
 
 import asyncio
 import http
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from server.http.request_scope import (
 )
 from server.http.request_traces import trace_request
 from server.http.versions import API_VERSION, VERSION_HEADER, refuse_other_version, version_hint
+from shared.protocol import LimitName
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +67,8 @@ class HttpMiddleware:
         self.app = app
         self.open_requests = OpenRequests()
         self.open_sockets: OpenSockets = app.state.open_sockets
-        self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB)
+        self._limit_hits: Counter[LimitName] = app.state.limit_hits
+        self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB, self._limit_hits)
         self.refuses_requests = False
         """Whether the service stops: it takes no more requests, but those of /health."""
 
@@ -151,6 +154,7 @@ class HttpMiddleware:
             and self.open_requests.of_address(peer[0]) > settings.max_connections_per_address
             and not client_view(settings, scope).through_proxy
         ):
+            self._limit_hits["requests_of_address"] += 1
             message = (
                 f"{settings.max_connections_per_address} requests from this address are in progress, as many as this "
                 "server takes from one (TTS_MAX_CONNECTIONS_PER_ADDRESS)."

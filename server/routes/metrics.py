@@ -148,7 +148,12 @@ def _worker_families(snapshot: Snapshot) -> Iterator[Metric]:
         [((), snapshot.waiting_for_text)],
     )
     hits = [((limit,), snapshot.limit_hits.get(limit, 0)) for limit in get_args(LimitName)]
-    yield _counter("tts_limit_hits", "Requests over a limit: of their key, or of the queue.", hits, ["limit"])
+    yield _counter(
+        "tts_limit_hits",
+        "Requests over a limit, by its name.",
+        hits,
+        ["limit"],
+    )
     yield _gauge("tts_slots", "Requests that can run at the same time.", [((), snapshot.slots)])
 
 

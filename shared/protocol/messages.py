@@ -24,6 +24,7 @@ from shared.protocol.parts import (
     FinishReason,
     KeyLimits,
     KeyUse,
+    LimitName,
     Priority,
     RateLimit,
     Sampling,
@@ -39,7 +40,7 @@ from shared.protocol.parts import (
 from shared.protocol.results import ModelStatus, SavedVoice, SpeechOutcome, UsageRow, VoiceConsent
 from shared.protocol.snapshot import CleanupPass, Snapshot
 
-VERSION: Final = 15
+VERSION: Final = 16
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 
@@ -139,11 +140,12 @@ class Ping(Message, frozen=True, kw_only=True):
     """Ask for a Pong. The synthesis loop answers, not the socket's thread, so a Pong proves that the loop is alive.
 
     `caches`: how often the web worker has found something in its own caches since it started, and how often not.
-    `open_sockets` is the number of its WebSockets.
+    `open_sockets` is the number of its WebSockets. `limit_hits`: the requests that it has refused since its last Ping.
     """
 
     caches: dict[CacheName, CacheCounts] = {}
     open_sockets: int = 0
+    limit_hits: dict[LimitName, int] = {}
 
 
 class UsedElsewhere(Message, frozen=True, kw_only=True):

@@ -40,8 +40,18 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     concurrent_requests: int | None = None
 
 
-LimitName = Literal["requests_per_minute", "characters_per_day", "concurrent_requests", "queue"]
-"""A limit that a request can be refused by: the three of its key, and the places of the queue."""
+LimitName = Literal[
+    "requests_per_minute",
+    "characters_per_day",
+    "concurrent_requests",
+    "queue",
+    "requests_of_address",
+    "body_memory",
+    "recordings",
+]
+"""A limit that a request can be refused by: the three of its key and the places of the queue, in the GPU worker;
+those of its address, of the memory for bodies and of the recordings that are being decoded, in a web worker.
+"""
 
 
 class VoiceAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -188,6 +188,14 @@ class TestSnapshot:
         bench.inbox.put(PeerGone(b"web-3"))
         assert bench.snapshot().open_sockets == 2
 
+    def test_what_web_workers_refuse(self, make_bench: MakeBench) -> None:
+        """Each Ping has what is new; what a web worker has refused stays counted when it is gone."""
+        bench = loaded(make_bench({"m": 100}))
+        for peer, count in ((b"web-3", 3), (OTHER, 1), (OTHER, 2)):
+            bench.send(Ping(limit_hits={"requests_of_address": count}), peer=peer)
+        bench.inbox.put(PeerGone(b"web-3"))
+        assert bench.snapshot().limit_hits == {"requests_of_address": 6}
+
     def test_ping(self, make_bench: MakeBench) -> None:
         """The loop itself answers a Ping, with everything that dashboards read."""
         bench = loaded(make_bench({"m": 100, "n": 50}, slots=2))

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from server.audio.decoder_pool import MAX_PROCESSES, MAX_WAITING, DecoderPool
 from server.audio.encoder import Encoder
 from server.http.errors import ApiError
 from shared.pcm import seconds_of
+from shared.protocol import LimitName
 from shared.settings import Settings
 from tests.audio import tone
 from tests.server.running import becomes, listening
@@ -131,13 +133,15 @@ async def test_a_few_at_a_time(gate: Gate) -> None:
 
 async def test_too_many_recordings_are_refused(gate: Gate) -> None:
     """A recording beyond the limit is a 429 at once; when others have ended it is accepted."""
-    pool = DecoderPool(allow_urls=False, command=gate.command)
+    limit_hits: Counter[LimitName] = Counter()
+    pool = DecoderPool(allow_urls=False, command=gate.command, limit_hits=limit_hits)
     work = [asyncio.create_task(pool.decode(b"x", "a")) for _ in range(MAX_PROCESSES + MAX_WAITING)]
     await becomes(lambda: len(gate.events()) == MAX_PROCESSES)
     with pytest.raises(ApiError, match="too many recordings") as refusal:
         await pool.decode(b"x", "a")
     assert (refusal.value.code, refusal.value.status) == ("queue_full", 429)
     assert refusal.value.retry_after_s
+    assert limit_hits == {"recordings": 1}
     for task in work:
         task.cancel()
     await asyncio.gather(*work, return_exceptions=True)

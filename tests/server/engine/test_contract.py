@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from server.engine import WebProcess
 from server.engine.client import PIECE_INTERVAL_S, EngineClient, Speech
 from server.engine.outage import Outage, OutageFile
 from server.http.errors import ApiError
@@ -24,6 +26,7 @@ from shared.protocol import (
     Failed,
     FindVoice,
     Hello,
+    LimitName,
     Reload,
     Reply,
     SavedVoice,
@@ -48,6 +51,16 @@ async def client(worker: FakeWorker, connect: Open) -> AsyncIterator[EngineClien
     async with connect(worker.url, "", timeout_s=TIMEOUT_S) as engine:
         await becomes(lambda: engine.unavailable() is None)
         yield engine
+
+
+async def test_refusals_are_reported_once(worker: FakeWorker, connect: Open) -> None:
+    """The GPU worker learns of what a web process has refused by itself, and adds it up."""
+    refused: Counter[LimitName] = Counter(recordings=2)
+    async with connect(worker.url, "", timeout_s=TIMEOUT_S, web=WebProcess(limit_hits=refused)):
+        await becomes(lambda: worker.snapshot.limit_hits == {"recordings": 2})
+        refused["recordings"] += 1
+        await becomes(lambda: worker.snapshot.limit_hits == {"recordings": 3})
+    assert not refused
 
 
 @pytest.mark.slow

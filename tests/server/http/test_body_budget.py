@@ -1,9 +1,12 @@
 """Which bodies are refused when all of them together are too large."""
 
+from collections import Counter
+
 import pytest
 
 from server.http.body_budget import SMALL_BODY_BYTES, BodyBudget
 from server.http.open_requests import OpenRequest
+from shared.protocol import LimitName
 
 BUDGET = 1_000_000
 NOW = 100.0
@@ -22,8 +25,10 @@ def budget() -> BodyBudget:
     return BodyBudget(BUDGET)
 
 
-def test_the_slowest_goes(budget: BodyBudget) -> None:
-    """Above the budget the slowest large body that still arrives is refused, and as many as needed."""
+def test_the_slowest_goes() -> None:
+    """Above the budget the slowest large body that still arrives is refused, and as many as needed; each is counted."""
+    limit_hits: Counter[LimitName] = Counter()
+    budget = BodyBudget(BUDGET, limit_hits)
     fast = body(budget, 300_000)
     slow = body(budget, 300_000, seconds=10)
     slower = body(budget, 300_000, seconds=20)
@@ -32,6 +37,7 @@ def test_the_slowest_goes(budget: BodyBudget) -> None:
     newcomer = body(budget, 400_000)
     refused = [request.crowded_out for request in (fast, slow, slower, complete, newcomer)]
     assert refused == [False, True, True, False, False]
+    assert limit_hits == {"body_memory": 2}
 
 
 def test_small_bodies_always_fit(budget: BodyBudget) -> None:

@@ -47,6 +47,15 @@ async def _is_limited(client: httpx.AsyncClient) -> bool:
     return int(answer.headers["retry-after"]) >= 1
 
 
+async def _counts_refusals(client: httpx.AsyncClient) -> bool:
+    """Whether /metrics has counted a request of an address that has too many."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    (count,) = (
+        line.split()[1] for line in lines if line.startswith('tts_limit_hits_total{limit="requests_of_address"')
+    )
+    return float(count) > 0
+
+
 async def test_request_ids(client: httpx.AsyncClient) -> None:
     """A sane id of the client's is used, another one is replaced; errors have an id, too."""
     assert (await client.get("/", headers={"x-request-id": "abc-1.2"})).headers["x-request-id"] == "abc-1.2"
@@ -176,6 +185,7 @@ async def test_too_many_requests_of_one_address(serve: Serve) -> None:
     transport = httpx.AsyncHTTPTransport(local_address="127.0.0.2")
     async with httpx.AsyncClient(base_url=client.base_url, transport=transport) as stranger:
         await until(lambda: _is_limited(stranger))
+        await until(lambda: _counts_refusals(client))
         assert not await _is_limited(client)
         for writer in writers:
             writer.close()
