@@ -4,6 +4,7 @@ It knows the service's error envelope and no endpoint.
 """
 
 import argparse
+import http
 import http.client
 import ipaddress
 import json
@@ -140,4 +141,5 @@ def message_of(status: int, body: bytes) -> str:
         message = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = body.decode(errors="replace").strip()[:200]
-    return f"{message} (HTTP {status})"
+    needs_other_key = status in {http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN}
+    return f"{message} (HTTP {status})" + ("; name a key with --key @FILE" if needs_other_key else "")

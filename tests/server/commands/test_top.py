@@ -107,7 +107,7 @@ def test_a_refusal_is_its_message(service: CannedService, capfd: pytest.CaptureF
     """A refusal ends the command with the message of the service."""
     service.answers["/admin/vram"] = (403, {"error": {"message": "an admin key is needed"}})
     assert main(["top", "--once"]) == 1
-    assert capfd.readouterr().err == "an admin key is needed (HTTP 403)\n"
+    assert capfd.readouterr().err == "an admin key is needed (HTTP 403); name a key with --key @FILE\n"
 
 
 @pytest.mark.parametrize("interval", ["0", "x", "1e9", "nan"])
