@@ -163,6 +163,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
             tokenizer,
             model.embed_codes,
             text_embedding=weights.as_stored(TEXT_EMBEDDING) if device.type == "cuda" else weights.rows(TEXT_EMBEDDING),
+            codec_embedding=model.codec_table[: config.talker_config.vocab_size],
             settled=tokenizer.settled,
         )
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)
@@ -297,7 +298,7 @@ def weight_bytes(
     shapes = product_shapes(shape)
     quantised = widths(quantization, device, shapes)
     large = device == "cpu" and are_large(shapes)
-    as_stored = "code_predictor.model.codec_embedding" if large else TEXT_EMBEDDING
+    as_stored = ".codec_embedding." if large else TEXT_EMBEDDING
     on_device = {name: info for name, info in headers.items() if device == "cuda" or name != TEXT_EMBEDDING}
     stored = sum(_stored_bytes(name, info, computed, quantised, as_stored) for name, info in on_device.items())
     if large:

@@ -152,8 +152,8 @@ class CodePredictor(TensorHolder):
             name = f"{prefix}small_to_mtp_projection"
             self.projection = Linear(weights[f"{name}.weight"], weights[f"{name}.bias"], products)
         self._ropes = RopeTables(shape, self.groups, like.dtype, like.device)
-        self.codebook0_embeddings = self._embed(codebook0)
-        """The input for each code of codebook 0, [vocabulary, hidden]."""
+        self.codebook0_embeddings = codebook0 if self.projection is None else self._embed(codebook0)
+        """The input for each code of codebook 0, [vocabulary, hidden], perhaps in the dtype of `codec_table`."""
         self.codebooks = list(others[:-1])
         """The embeddings of the codes of codebooks 1 to 14, each [codes, talker hidden]."""
         self.first_layer_inputs = [
@@ -200,7 +200,7 @@ class CodePredictor(TensorHolder):
         rows = hidden.shape[0]
         if self.projection is not None:
             hidden = self.projection(hidden)
-        embedded = pad_to(self.codebook0_embeddings.index_select(0, code), rows)
+        embedded = pad_to(self.codebook0_embeddings.index_select(0, code).to(hidden.dtype), rows)
         x = torch.stack((hidden, embedded), 1).flatten(0, 1)
         cache.position = 0
         return self.stack.norm(self.stack(x, cache).unflatten(0, (rows, 2))[:, 1]), *levels
@@ -235,7 +235,10 @@ class CodePredictor(TensorHolder):
         """
         if self.projection is not None:
             hidden = self.projection(hidden)
-        codebooks = [self.codebook0_embeddings, *(self._embed(codebook) for codebook in self.codebooks)]
+        codebooks = [
+            self.codebook0_embeddings.to(hidden.dtype),
+            *(self._embed(codebook) for codebook in self.codebooks),
+        ]
         read = [codebook.index_select(0, code) for codebook, code in zip(codebooks, codes[0, :-1, None], strict=True)]
         x = torch.cat((hidden, *read))
 
@@ -251,7 +254,7 @@ class CodePredictor(TensorHolder):
 
     def allocate_scratch(self, rows: int) -> FrameCache:
         """Allocate the scratch memory of a padded batch size. It stays until `release_scratch`."""
-        like = self.codebook0_embeddings
+        like = self._ropes.cos
         cache = self._caches[rows] = FrameCache(
             self._attention, self._shape, self._ropes, rows, like, kernels=self._kernels
         )

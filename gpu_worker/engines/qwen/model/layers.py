@@ -85,9 +85,12 @@ def aligned(matrix: Tensor) -> Tensor:
 
 def matrix(weights: Mapping[str, Tensor], name: str, products: Products, part: Part = "weights") -> Tensor:
     """A matrix of a checkpoint, in the dtype of its file if its kernel reads it in parts."""
-    if isinstance(weights, LazyTensors) and reads_in_parts(products.of(part)):
-        return weights.as_stored(name)
-    return weights[name]
+    return as_stored(weights, name) if reads_in_parts(products.of(part)) else weights[name]
+
+
+def as_stored(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor of a checkpoint in the dtype of its file, if that is known and no larger than that of `weights`."""
+    return weights.as_stored(name) if isinstance(weights, LazyTensors) else weights[name]
 
 
 class RopeTables(TensorHolder):

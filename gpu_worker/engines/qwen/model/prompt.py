@@ -74,12 +74,14 @@ class PromptBuilder(TensorHolder):
         embed_codes: Callable[[Tensor], Tensor],
         *,
         text_embedding: Tensor | TextRows | None = None,
+        codec_embedding: Tensor | None = None,
         settled: Callable[[str], Sequence[int]] = lambda _text: (),
     ) -> None:
         """`weights`: the checkpoint's, on the device. `tokenize`: the checkpoint's processor.
 
         `text_embedding`: that of `weights` in the dtype of the file, or what reads its rows there. It is the largest
         tensor of a checkpoint, 620 MB in bfloat16, and a prompt needs one row of 4 KiB for each token.
+        `codec_embedding`: that of `weights`, perhaps in fewer bits that hold all of its values.
         `settled`: the first tokens of every text that begins with a text.
         `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of each frame's code embeddings.
         """
@@ -89,13 +91,20 @@ class PromptBuilder(TensorHolder):
         self.settled = settled
         self._embed_codes = embed_codes
         self.text_embedding = weights[TEXT_EMBEDDING] if text_embedding is None else text_embedding
-        self.codec_embedding = weights["talker.model.codec_embedding.weight"]
+        if codec_embedding is None:
+            codec_embedding = weights["talker.model.codec_embedding.weight"]
+        self.codec_embedding = codec_embedding
         self.fc1 = [weights[f"{projection}1.weight"], weights[f"{projection}1.bias"]]
         self.fc2 = [weights[f"{projection}2.weight"], weights[f"{projection}2.bias"]]
-        self._invariant = [Linear(weight, bias) for weight, bias in (self.fc1, self.fc2)]
+        self._dtype = self.fc1[0].dtype
         self._prefixes: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._prefix_hits = self._prefix_misses = 0
         self._control_embeddings: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @functools.cached_property
+    def _invariant(self) -> list[Linear]:
+        """The text projection by rows. A CPU keeps a copy of the weights for it, so it is made when it is needed."""
+        return [Linear(weight, bias) for weight, bias in (self.fc1, self.fc2)]
 
     def count(self, text: str) -> int:
         """Tokens of `text`, without those of the chat template."""
@@ -171,9 +180,9 @@ class PromptBuilder(TensorHolder):
         `row_by_row`: a row does not depend on the others, so a text in pieces has the same rows as the whole one.
         Otherwise they are projected at once as in the official package, which may round the last bit differently.
         """
-        first, second = self._invariant
-        rows = self.codec_embedding[:0]
+        rows = self.codec_embedding[:0].to(self._dtype)
         if ids and row_by_row:
+            first, second = self._invariant
             rows = self._embed(ids)
             rows = second.batch_invariant(functional.silu(first.batch_invariant(rows)))
         elif ids:
@@ -277,7 +286,7 @@ class PromptBuilder(TensorHolder):
 
     def _codec(self, *ids: int) -> Tensor:
         """Rows of the codec embedding, [ids, hidden]."""
-        return self.codec_embedding[to_device(ids, self.codec_embedding.device)]
+        return self.codec_embedding[to_device(ids, self.codec_embedding.device)].to(self._dtype)
 
     def _project(self, ids: Sequence[int]) -> Tensor:
         """Text tokens -> embeddings [tokens, hidden].
@@ -292,4 +301,4 @@ class PromptBuilder(TensorHolder):
         """Rows of the text embedding, [ids, text hidden]."""
         table = self.text_embedding
         rows = table[to_device(ids, table.device)] if isinstance(table, Tensor) else table[ids]
-        return rows.to(self.codec_embedding.dtype)
+        return rows.to(self._dtype)

@@ -18,6 +18,7 @@ from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
+from gpu_worker.engines.qwen.model.layers import as_stored
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.model.talker import Talker
 from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
@@ -40,7 +41,7 @@ def product_shapes(shape: TalkerShape) -> list[tuple[int, int]]:
 
 
 def halved(table: Tensor) -> Tensor:
-    """`table` in bfloat16 if it was bfloat16 before it became float32; else as it is."""
+    """`table` in bfloat16 if each of its values is one in bfloat16; else as it is."""
     half = table.bfloat16()
     return half if torch.equal(half.to(table.dtype), table) else table
 
@@ -68,18 +69,21 @@ class Qwen3TTSModel(TensorHolder):
         groups = shape.num_code_groups
         tables = ["talker.model.codec_embedding.weight"]
         tables += [f"talker.code_predictor.model.codec_embedding.{i}.weight" for i in range(groups - 1)]
-        table = torch.cat([weights[name] for name in tables])
-        self.codec_table = halved(table) if table.device.type == "cpu" and products.weights else table
+        like = weights["talker.model.norm.weight"]
+        large = like.device.type == "cpu" and bool(products.weights)
+        read = functools.partial(as_stored, weights) if large else weights.__getitem__
+        table = torch.cat([read(name) for name in tables])
+        self.codec_table = halved(table) if large else table
         """All code embeddings. A CPU with large matrices keeps them in bfloat16 if that loses no bit: 70 MB less."""
         offsets = [0, *(shape.vocab_size + i * shape.code_predictor_config.vocab_size for i in range(groups - 1))]
         self.table_offsets = torch.tensor(offsets, device=self.codec_table.device)
-        cache = KVCache(shape, attention, slots, max_model_len, table, kernels=kernels)
+        cache = KVCache(shape, attention, slots, max_model_len, like, kernels=kernels)
         self.talker = Talker(weights, shape, cache, kernels=kernels, products=products)
         self.code_predictor = CodePredictor(
             weights, shape, generation, attention, self.codec_table, kernels=kernels, products=products
         )
         self._kernels = kernels
-        self.state = SlotState(shape, slots, max_model_len, table)
+        self.state = SlotState(shape, slots, max_model_len, like)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """The sum of each frame's code embeddings: int64 [frames, groups] -> [frames, hidden]."""
