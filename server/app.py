@@ -20,7 +20,7 @@ from server.http.keys import load_keyring
 from server.http.middleware import HttpMiddleware
 from server.http.open_sockets import OpenSockets
 from server.http.origins import cors_config
-from server.reload_messages import AskReload, WebState, no_main_process
+from server.reload import AskReload, WebState, no_main_process
 from server.routes import (
     admin,
     asyncapi,

@@ -21,7 +21,6 @@ from typing import Final, NoReturn
 import structlog
 
 from server.app import web_application
-from server.configuration import Configuration
 from server.engine import OutageFile
 from server.http.keys import KeysError, load_keyring
 from server.processes import (
@@ -36,6 +35,7 @@ from server.processes import (
     terminal_is_gone,
     tls_problems,
 )
+from server.reload import Configuration
 from server.text import PronunciationsError, check_pronunciations
 from shared.access import current_user
 from shared.catalog import CatalogError

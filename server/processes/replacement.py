@@ -14,8 +14,8 @@ from granian._granian import SocketHolder
 from granian.server.common import SocketSpec
 from granian.server.mp import WorkerProcess
 
-from server.processes.main_link import MainLink
 from server.processes.watchdog import Watchdog
+from server.reload import MainLink
 
 RETIRED_S: Final = 3600.0
 """A replaced web worker may go on with its connections for so long. Then it stops as the service does."""

@@ -26,23 +26,19 @@ from granian.log import LogLevels
 from granian.server.common import SocketSpec
 from granian.server.mp import MPServer, WorkerProcess
 
-from server.configuration import TLS
 from server.engine import EngineClient
 from server.http.forwarded import is_trusted_proxy
 from server.http.middleware import HttpMiddleware
-from server.live_state import take_state
 from server.processes.connection_reaper import ConnectionReaper
 from server.processes.descriptors import places_for_connections
 from server.processes.heap_trimmer import HeapTrimmer
-from server.processes.main_link import MainLink
-from server.processes.reloads import Reloads
 from server.processes.replacement import ForkedWorker, Inherited, Listeners, Replacements, RetiredWorkers
 from server.processes.restarts import RestartPauses, death_cause
 from server.processes.retirement import Retirement
 from server.processes.systemd import Systemd
 from server.processes.terminal import terminal_is_gone
 from server.processes.watchdog import BEAT_INTERVAL_S, Watchdog
-from server.reload_messages import AskReload, ReloadOutcome, WebState
+from server.reload import TLS, AskReload, MainLink, ReloadOutcome, Reloads, WebState, take_state
 from shared.log import set_log_level
 from shared.settings import Settings
 from shared.stacks import write_stacks_on_signals

@@ -7,7 +7,7 @@ from litestar import post
 from litestar.datastructures import State
 
 from server.http.errors import ApiError, documented
-from server.reload_messages import AskReload
+from server.reload import AskReload
 from shared.settings_reload import LIVE_VARIABLES
 
 _DESCRIPTION: Final = (

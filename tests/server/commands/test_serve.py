@@ -14,7 +14,7 @@ import pytest
 
 from server.__main__ import main
 from server.commands import serve
-from server.configuration import Configuration
+from server.reload.configuration import Configuration
 from tests.ports import free_port
 from tests.server.commands.conftest import CannedService
 

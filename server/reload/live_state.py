@@ -7,7 +7,7 @@ from server.caches import WebCaches
 from server.engine import EngineClient
 from server.http.middleware import HttpMiddleware
 from server.http.origins import set_cors
-from server.reload_messages import WebState
+from server.reload.messages import WebState
 from shared.log import set_log_level
 from shared.redaction import keep_secret
 

@@ -7,10 +7,10 @@ import pytest
 import pytest_asyncio
 
 from server.http.keys import Caller, Keyring, digest_of
-from server.processes import reloads
-from server.processes.main_link import MainLink
-from server.processes.reloads import Reloads
-from server.reload_messages import ReloadOutcome, WebState
+from server.reload import main_process
+from server.reload.main_link import MainLink
+from server.reload.main_process import Reloads
+from server.reload.messages import ReloadOutcome, WebState
 from shared.settings import Settings, load_settings
 
 
@@ -150,7 +150,7 @@ async def test_a_web_worker_that_dies_is_not_waited_for(bench: Bench) -> None:
 
 async def test_a_web_worker_that_stands_still(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds up the answer for a while, and nothing else; it takes every state when it goes on."""
-    monkeypatch.setattr(reloads, "TAKEN_WITHIN_S", 0.01)
+    monkeypatch.setattr(main_process, "TAKEN_WITHIN_S", 0.01)
     bench.gates[1].clear()
     for number in (1, 2, 3):
         assert (await bench.links[0].reload()).changed == [str(number)]

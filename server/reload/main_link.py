@@ -10,8 +10,8 @@ from typing import Final
 import structlog
 
 from server.http.errors import ApiError
-from server.processes.reloads import TAKEN_WITHIN_S
-from server.reload_messages import (
+from server.reload.main_process import TAKEN_WITHIN_S
+from server.reload.messages import (
     ReloadAnswer,
     ReloadAsked,
     ReloadOutcome,

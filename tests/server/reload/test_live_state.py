@@ -18,8 +18,8 @@ from server.app import create_app
 from server.http.auth import caller_of, require_key
 from server.http.keys import Caller, Keyring, digest_of, load_keyring
 from server.http.middleware import HttpMiddleware
-from server.live_state import take_state
-from server.reload_messages import WebState
+from server.reload.live_state import take_state
+from server.reload.messages import WebState
 from shared.protocol import Call, Reload, Reply, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.configuration import Configuration
 from server.http.keys import digest_of
+from server.reload.configuration import Configuration
 from server.text import load_pronunciations
 
 Write = Callable[..., None]

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from server.reload_messages import (
+from server.reload.messages import (
     FromWorker,
     ReloadAnswer,
     ReloadAsked,

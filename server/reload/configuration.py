@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from server.http.keys import KeysError, load_keyring
-from server.reload_messages import ReloadOutcome, WebState
+from server.reload.messages import ReloadOutcome, WebState
 from server.text import PronunciationsError, load_pronunciations, reload_pronunciations
 from shared.access import read_bytes
 from shared.catalog import CatalogError
