@@ -173,15 +173,20 @@ class _Rowwise:
     def __call__(self, x: Tensor) -> Tensor:
         if self._added is not None:
             return self.add_to(self._added, x)
-        largest = _largest(x)
-        return self._multiply(x, largest).mul_(largest)
+        step = self.step(x)
+        return self.multiply(x / step).mul_(step)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        largest = _largest(x)
-        return torch.addcmul(y, self._multiply(x, largest), largest)
+        step = self.step(x)
+        return torch.addcmul(y, self.multiply(x / step), step)
 
-    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        """The product with each row of `x` divided by its `largest` magnitude."""
+    def step(self, x: Tensor) -> Tensor:
+        """What 1 of the integers of each row of `x` stands for, [rows, 1]; never 0."""
+        # A third of the time of vector_norm. rsub multiplies and adds in one operator.
+        return torch.rsub(x.abs().amax(1, keepdim=True), _SMALLEST, alpha=-1 / self.levels)
+
+    def multiply(self, *parts: Tensor) -> Tensor:
+        """The product with the rows of all parts, whose values up to `levels` are rounded to integers."""
         raise NotImplementedError
 
 
@@ -202,13 +207,13 @@ class Int8(_Rowwise):
         self._shape = torch.zeros(1, 1, dtype=torch.int8).expand(quantized.shape)
         self._zeros = torch.zeros(len(quantized))
         self._guard = torch.zeros(1, quantized.shape[1])
-        self._guard[0, 0], self._guard[0, 1] = -1.0, (255 - self.levels) / self.levels
+        self._guard[0, 0], self._guard[0, 1] = -self.levels, 255 - self.levels
         self.hidden_bytes = quantized.numel()
         self.tensors = [self._scale, self._packed, self._sums, self._shape, self._zeros, self._guard]
         self.tensors += _given(bias)
 
-    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        guarded = torch.cat((x / largest, self._guard))
+    def multiply(self, *parts: Tensor) -> Tensor:
+        guarded = torch.cat((*parts, self._guard))
         product = torch.fbgemm_linear_int8_weight_fp32_activation(
             guarded, self._shape, self._packed, self._sums, 1.0, 0, self._zeros
         )
@@ -221,11 +226,10 @@ class Int8Portable(_Rowwise):
     def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
         super().__init__(weight, bias, columns)
         self._quantized = self._quantized.t().contiguous()
-        self._scale /= self.levels
         self.tensors = [self._scale, self._quantized, *_given(bias)]
 
-    def _multiply(self, x: Tensor, largest: Tensor) -> Tensor:
-        integers = torch.round(x * (self.levels / largest)).to(torch.int8)
+    def multiply(self, *parts: Tensor) -> Tensor:
+        integers = torch.cat(parts).round_().to(torch.int8)
         return torch._int_mm(integers, self._quantized).float().mul_(self._scale)  # noqa: SLF001 -- the only product of integers
 
 
@@ -243,20 +247,21 @@ class WideActivations:
         self.tensors = [*self._kernel.tensors, *_given(bias)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        step, high, low = self._multiply(x)
-        return torch.addcmul(low if self._bias is None else low.add_(self._bias), high, step)
+        if self._bias is not None:
+            return self.add_to(self._bias, x)
+        step = self._kernel.step(x)
+        return self._multiply(x / step).mul_(step)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        step, high, low = self._multiply(x)
-        return torch.addcmul(low.add_(y), high, step)
+        step = self._kernel.step(x)
+        return torch.addcmul(y, self._multiply(x / step), step)
 
-    def _multiply(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The product is `step` times the second plus the third."""
-        step = _largest(x).div_(self._kernel.levels)
-        rounded = torch.div(x, step).round_()
-        product = self._kernel(torch.cat((rounded, torch.addcmul(x, rounded, step, value=-1))))
+    def _multiply(self, x: Tensor) -> Tensor:
+        """The product with rows of values up to `levels`."""
+        rounded, finer = x.round(), 2 * self._kernel.levels
+        product = self._kernel.multiply(rounded, torch.sub(x, rounded).mul_(finer))
         high, low = product.split_with_sizes((x.shape[0], x.shape[0]))
-        return step, high, low
+        return torch.add(high, low, alpha=1 / finer)
 
 
 WIDE: Final = "_wide"
@@ -331,11 +336,6 @@ def _levels() -> int:
 
 def _given(bias: Tensor | None) -> list[Tensor]:
     return [] if bias is None else [bias]
-
-
-def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude of each row, [rows, 1]; never 0."""
-    return torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).clamp_(min=_SMALLEST)
 
 
 @functools.cache
