@@ -4,8 +4,9 @@ This module owns the rules by which fields agree or contradict each other. It do
 saved voice that `saved_voice_name` names, and passes the voice to `resolve`.
 """
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
 import msgspec
@@ -35,6 +36,9 @@ _PART: Final = re.compile(rf"({_NUMBER})(ms|s|m|h)", re.ASCII)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAX_LISTED: Final = 60
 """The most names that an error message lists."""
+
+_SIMILAR: Final = 0.75
+"""A mistyped name is at least so similar to the one that was meant, by difflib's measure."""
 
 _MAX_SHOWN: Final = 60
 """Characters of a client's name that an error message repeats."""
@@ -83,8 +87,9 @@ def find_model(name: str, catalog: list[ModelSpec]) -> ModelSpec:
     for spec in catalog:
         if spec.answers_to(name):
             return spec
-    known = ", ".join(spec.id for spec in catalog)
-    raise ApiError("model_not_found", f"There is no model {_shown(name)}; there are: {known}.", param="model")
+    known = [spec.id for spec in catalog]
+    message = f"There is no model {_shown(name)}{_meant(name, known)}; there are: {', '.join(known)}."
+    raise ApiError("model_not_found", message, param="model")
 
 
 def unaliased(model: str, aliases: Mapping[str, str]) -> str:
@@ -285,9 +290,13 @@ def _voice(
         return voice.id, False
     if unknown_voice == "default" and spec.voices:
         return spec.voices[0].id, True
-    names = ", ".join(voice.name for voice in spec.voices[:_MAX_LISTED])
-    hint = f"its voices: {names}, OpenAI's names and saved voices" if names else "it speaks with saved voices"
-    raise ApiError("voice_not_found", f"voice: {spec.id} has no voice {_shown(name)}; {hint}.", param="voice")
+    names = [voice.name for voice in spec.voices[:_MAX_LISTED]]
+    hint = (
+        f"its voices: {', '.join(names)}, OpenAI's names and saved voices" if names else "it speaks with saved voices"
+    )
+    meant = _meant(name, [*names, *OPENAI_VOICES]) if names else ""
+    message = f"voice: {spec.id} has no voice {_shown(name)}{meant}; {hint}."
+    raise ApiError("voice_not_found", message, param="voice")
 
 
 def _language(name: str | None, spec: ModelSpec) -> str:
@@ -320,6 +329,13 @@ def _sampling(request: SpeechRequest, spec: ModelSpec) -> Sampling:
             if getattr(request, field) is not None:
                 raise _invalid(field, f"has no meaning for {spec.id}; leave it out.")
     return msgspec.convert(request, Sampling, from_attributes=True)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """The known name that was probably meant, for a message."""
+    by_folded = {one.casefold(): one for one in known}
+    meant = difflib.get_close_matches(name[:_MAX_SHOWN].casefold(), by_folded, n=1, cutoff=_SIMILAR)
+    return f" (did you mean {by_folded[meant[0]]}?)" if meant else ""
 
 
 def _shown(name: str) -> str:

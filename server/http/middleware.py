@@ -203,7 +203,7 @@ async def _taken(app: Litestar, scope: Any, receive: Receive, send: Send) -> Api
     if accepted:
         return None
     path = printable_path(scope)
-    hint = version_hint(path) or "/docs lists what there is"
+    hint = version_hint(path) or "/asyncapi.json describes those that do"
     error: ApiError | None = scope["state"].get(SOCKET_ERROR)
     return error or ApiError("not_found", f"{path} takes no WebSocket; {hint}.")
 

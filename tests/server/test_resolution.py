@@ -121,6 +121,23 @@ def test_a_saved_voice_goes_to_a_base_model(fields: dict[str, Any], model: str) 
     assert (resolved.model.id, resolved.voice, resolved.saved_voice) == (model, "v1", True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "meant"),
+    [
+        ({"voice": "aloy"}, "'aloy' (did you mean alloy?); its voices"),
+        ({"voice": "emma2"}, "'emma2' (did you mean Emma?); its voices"),
+        ({"voice": "bella"}, "'bella'; its voices"),
+        ({"model": "espeak_ng"}, "'espeak_ng' (did you mean espeak-ng?); there are"),
+        ({"model": "gpt-5"}, "'gpt-5'; there are"),
+    ],
+)
+def test_a_mistyped_name(fields: dict[str, Any], meant: str) -> None:
+    """The message has the name that was probably meant, if one is similar."""
+    with pytest.raises(ApiError) as caught:
+        resolve(_ask(**fields), CATALOG, ESPEAK)
+    assert meant in caught.value.message
+
+
 def test_a_saved_voice_with_a_model_of_another_task() -> None:
     """A saved voice with a model that cannot clone is an error."""
     with pytest.raises(ApiError) as caught:
