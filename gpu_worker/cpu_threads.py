@@ -1,4 +1,4 @@
-"""How many threads compute on the CPU, and how they wait for each other.
+"""The number of threads that compute on the CPU, and the way they wait for each other.
 
 Both must be in the environment before torch is imported: OpenMP reads it once. This module imports no torch.
 """

@@ -1,4 +1,4 @@
-"""Which model, voice, language and task a request means: pure functions of the request and the catalogue.
+"""The model, voice, language and task of a request: pure functions of the request and the catalogue.
 
 This module owns the rules by which fields agree or contradict each other. It does no I/O: the caller looks up the
 saved voice that `saved_voice_name` names, and passes the voice to `resolve`.

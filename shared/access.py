@@ -1,4 +1,4 @@
-"""What this process may not do with a file or folder, in words for messages: the path, the user, the reason."""
+"""Missing permissions on a file or folder, in words for messages: the path, the user, the reason."""
 
 import errno
 import os

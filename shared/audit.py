@@ -154,7 +154,7 @@ class AuditLog:
         end = Head(int(last[2]), last[3].decode()) if last else Head()
         if end == _read_head(self._path, key):
             return end
-        # A process has died between the line and its head, or somebody has changed the files: this takes reading all.
+        # A process has died between the line and its head, or the files were changed by hand: this takes reading all.
         verdict = verify(self._path, key)
         if verdict.problem:
             raise AuditError(f"{self._path}:{verdict.broken}: {verdict.problem}")

@@ -1,4 +1,4 @@
-"""Which saved voices a client may see and change, and which voice a name means. Pure functions of plain data.
+"""The saved voices that a client may see and change, and the voice that a name means. Pure functions of plain data.
 
 A voice belongs to the API key that made it. Other keys see it only if it is shared. A voice that no key owns is shared.
 So two keys may each have a voice of the same name: a refusal would tell one of them of the other's voice.

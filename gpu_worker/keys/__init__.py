@@ -1,4 +1,4 @@
-"""What API keys may use and have used: the limits of each key, and the usage that is kept on disk.
+"""The limits of each API key, and its usage, which is kept on disk.
 
 Outsiders import from this package only, never from its modules.
 """

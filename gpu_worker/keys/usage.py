@@ -1,4 +1,4 @@
-"""Who has used how much: requests, characters and seconds of audio by day, API key and model, kept in SQLite.
+"""Usage in SQLite: requests, characters and seconds of audio by day, API key and model.
 
 The synthesis thread counts and never waits for the disk: UsageLog adds up, and hands the sums to a thread of its own
 every FLUSH_S. UsageFile belongs to that thread. What a killed process had not handed over is lost: FLUSH_S at most.

@@ -1,4 +1,4 @@
-"""How the latest requests ended, for clients whose stream could not say it. Owned by the synthesis thread.
+"""The outcomes of the latest requests, for clients whose stream broke. Owned by the synthesis thread.
 
 A web worker amends an outcome if the response failed after the last message of the GPU worker.
 """

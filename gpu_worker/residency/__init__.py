@@ -1,4 +1,4 @@
-"""Which model is where: on the device, in host RAM or nowhere; what moves it, and how memory is measured.
+"""The place of each model (device, host RAM or none), the moves between places, and the measurement of memory.
 
 `Residency` decides and keeps account; `Mover` and `Checkpoints` are the threads that carry its decisions out.
 Outsiders import from this package only, never from its modules.

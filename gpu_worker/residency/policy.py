@@ -1,4 +1,4 @@
-"""Which transition is next, who is evicted, and who is refused: pure functions of (entries, memory, now).
+"""The next transition, the models to evict, and the loads to refuse: pure functions of (entries, memory, now).
 
 No function here changes an entry, reads a clock or measures memory, so every rule is testable with plain data.
 `entries` are all models in the catalogue's order, and none of them is in transition.

@@ -1,4 +1,4 @@
-"""Which request speaks next: the queue of those that wait, and the slots of those that speak.
+"""The order of requests: the queue of those that wait, and the slots of those that speak.
 
 Outsiders import from this package only, never from its modules.
 """

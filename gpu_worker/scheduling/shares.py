@@ -1,4 +1,4 @@
-"""How much audio each client has had: the base of turns between clients. Plain arithmetic in seconds of audio.
+"""The audio that each client has had, by which clients take turns. Plain arithmetic in seconds of audio.
 
 The algorithm is start-time fair queueing. The clock of a client advances by the audio that the client gets.
 The client whose clock is furthest behind is next.

@@ -1,4 +1,4 @@
-"""Which request holds a slot: who is parked for another, and who comes back. Plain data in, plain data out.
+"""The policy of slots: which request is parked for another, and which one comes back. Plain data in, plain data out.
 
 A slot belongs to the request that needs it most: the one with the least audio in hand.
 In hand are the seconds of audio that have been made and that the request's listener has not heard yet.

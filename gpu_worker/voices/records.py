@@ -1,4 +1,4 @@
-"""What is kept of a saved voice and of a consent beside the recording, and the work and the reports of their files."""
+"""The record beside the recording of a voice or a consent, and the jobs and reports of the thread that writes both."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What kind of file a recording is, by its first bytes, and where in the file it begins.
+"""The kind of a recording's file, by its first bytes, and the place in the file where the recording begins.
 
 It reads bytes and opens nothing. decoder.py gives FFmpeg no other demuxer than the one that is found here.
 """

@@ -1,7 +1,7 @@
-"""What an audio file says of its origin, in the standard metadata of its container: a label, not a watermark.
+"""The origin of the speech in the standard metadata of an audio file: a label, not a watermark.
 
 It tells that the speech is synthetic, by which model, when, and under which request id: the marking of the EU's
-AI Act, Art. 50 (2). A program can read the label, and anybody can remove it.
+AI Act, Art. 50 (2). A program can read the label, and any program can remove it.
 """
 
 import struct

@@ -198,7 +198,7 @@ class AudioStore:
                 path.unlink(missing_ok=True)
             elif _ID.fullmatch(path.name):
                 status = path.stat()
-                # A file of the future was stored before somebody set the clock back.
+                # A file of the future was stored before the clock was set back.
                 if abs(self._wall() - status.st_mtime) >= self._ttl_s:
                     path.unlink(missing_ok=True)
                 else:

@@ -1,4 +1,4 @@
-"""Which replica a request goes to, by the reports of the replicas and by what this process has sent them.
+"""The choice of a replica for a request, by the reports of the replicas and the requests that this process sent.
 
 Plain data in, names of replicas out; ranking.py has the rules. One thread calls `choose`, `taken` and `ended`;
 `reports` may be replaced by another one.

@@ -1,4 +1,4 @@
-"""Which replica speaks a request: a ranking of replicas for a model. Plain data in, plain data out.
+"""The ranking of replicas for a request of a model. Plain data in, plain data out.
 
 The homes of a model are the replicas where it is resident or loading. The order of precedence:
  1. homes with a free slot, those first where the model is resident;

@@ -1,4 +1,4 @@
-"""What one router knows of the replicas: the figures that they sent, and the requests that it sent them since.
+"""The load of each replica as one router estimates it: the figures in its report, and the requests sent since.
 
 Figures are up to a second old. In a second a router may send a hundred requests.
 Nothing here knows Ray or a clock: the times are passed in.

@@ -1,4 +1,4 @@
-"""What a replica does with the messages of the web processes: it passes them to its GPU worker, and the answers back.
+"""A replica's relay: messages of the web processes go to its GPU worker, and the answers back.
 
 `WorkerGateway` knows streams and credit. It does not know ray: replica.py calls it from a Serve deployment.
 """

@@ -1,4 +1,4 @@
-"""What routes use of the engine: `EngineClient`, and `Speech`, one request while the GPU worker speaks it.
+"""The engine as routes use it: `EngineClient`, and `Speech`, one request while the GPU worker speaks it.
 
 This module knows neither HTTP nor sockets. zmq.py implements the protocol over ZeroMQ; another transport can stand
 beside it.

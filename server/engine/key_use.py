@@ -1,4 +1,4 @@
-"""What each API key has used in the whole cluster: GPU workers report, and learn of each other. Plain data, no ray.
+"""The use of each API key in the whole cluster: GPU workers report, and learn of each other. Plain data, no ray.
 
 Each GPU worker counts the requests that reach it, and decides by that and by `elsewhere`, which a web process sums up
 of the reports of all workers. So a worker is behind by the time of one report and one answer.

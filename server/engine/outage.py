@@ -1,4 +1,4 @@
-"""Why the GPU worker is not there, and when it will be back: a small file from its supervisor to the web workers.
+"""The reason for a missing GPU worker, and the time of its return: a small file from supervisor to web workers.
 
 The file lies beside the GPU worker's socket. A web worker reads it only while it has no connection,
 so what the file says of an older outage is never shown.

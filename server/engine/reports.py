@@ -1,4 +1,4 @@
-"""What a replica of a cluster says of itself: its GPU worker's snapshot, and where it runs."""
+"""The report of a cluster's replica: its GPU worker's snapshot, and its node and GPUs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a web process and the GPU worker tell each other beside requests: figures with each ping, and emptied caches."""
+"""Figures that a web process sends with each ping, and caches that the GPU worker tells it to empty."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -108,7 +108,7 @@ class ZmqEngineClient:
         self._loss: asyncio.Future[ApiError] | None = None
         """What waits for the loss of the worker; None if nothing does."""
         self._variables: dict[str, str] = {}
-        """What each GPU worker is told when it comes."""
+        """The settings for each GPU worker that comes."""
         self._speeches: dict[str, Speech] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
 

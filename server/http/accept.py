@@ -1,4 +1,4 @@
-"""What a client would rather have: its headers Accept and Accept-Encoding."""
+"""The preferences of a client: its headers Accept and Accept-Encoding."""
 
 import re
 from collections.abc import Mapping

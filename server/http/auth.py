@@ -1,4 +1,4 @@
-"""Who sends a request, and whether they may speak or administer; keys.py has the keys that are known.
+"""Authentication and authorisation: the caller of a request, and the guards of routes. keys.py has the known keys.
 
 Without configured keys every client may do everything, except the pages of other sites (see origins.py):
 the server listens on loopback unless it is configured otherwise.

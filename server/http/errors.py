@@ -75,7 +75,7 @@ _DOCUMENTED: Final = {
 
 
 class ApiError(Exception):
-    """A failure that the client is told about: `code` is a key of CODES, `param` the request field at fault.
+    """A failure that the client sees: `code` is a key of CODES, `param` the request field at fault.
 
     `retry_after_s` is the pause after which a retry may succeed; `status` replaces the status of the code.
     `message` may quote what the client sent, but no key.

@@ -1,4 +1,4 @@
-"""What clients write instead of a field's strict value, and the value that they mean: one rule for each type of field.
+"""Values that clients write instead of a field's strict one, and their meaning: one rule for each type of field.
 
 The rules come from the types of a Struct alone, so a new field gets them without a word. The Struct itself, and with
 it the OpenAPI, stays strict: these values are taken, not documented. What no rule knows passes unchanged, for the

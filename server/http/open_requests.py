@@ -1,4 +1,4 @@
-"""The requests in progress of this web worker, by connection: whom the connection reaper must leave alone.
+"""The requests in progress of this web worker, by connection: the connection reaper leaves these alone.
 
 `OpenRequests` belongs to the event loop. The middleware writes it; the reaper and the limits on requests read it.
 Whether a connection is closed is the reaper's decision (server/processes/connection_reaper.py).

@@ -1,6 +1,6 @@
 """The open WebSockets of this web worker, and their end when it stops.
 
-Granian closes them at once when it is told to stop. So the web worker drains them first: what is being spoken ends,
+Granian closes them at once when it stops. So the web worker drains them first: what is being spoken ends,
 and each socket gets its close (1001).
 """
 

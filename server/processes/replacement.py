@@ -89,7 +89,7 @@ class _Retired:
 
 
 class RetiredWorkers:
-    """The processes that others have replaced, until they end. One that is told to stop has `stop_timeout_s` for it."""
+    """The processes that others have replaced, until they end. One that must stop has `stop_timeout_s` for it."""
 
     def __init__(self, stop_timeout_s: float) -> None:
         self._stop_timeout_s = stop_timeout_s

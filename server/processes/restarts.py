@@ -1,4 +1,4 @@
-"""When a dead process is started again: at once after a first death, with growing pauses while it keeps dying early."""
+"""The pauses before a dead process starts again: none after a first death, growing ones while it keeps dying early."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""What a web worker does that another process has replaced: it takes no more connections, and ends with its last one.
+"""The end of a web worker that another process has replaced: it takes no more connections, and ends with its last one.
 
 Granian would close all sockets at once, also those with a handshake or a request on its way, so it is told to stop
 only when no connection is left.

@@ -1,4 +1,4 @@
-"""What SIGHUP means: the terminal of the service was closed, or somebody wants a reload."""
+"""The meaning of SIGHUP: the terminal of the service was closed, or a reload is wanted."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""When a silent process counts as hung, and the end of a web worker that does.
+"""The silence after which a process counts as hung, and the end of a hung web worker.
 
 `Silence` decides for the GPU worker's supervisor and for the watchdogs of the web workers.
 """

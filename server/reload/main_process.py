@@ -2,7 +2,7 @@
 
 SIGHUP and POST /admin/reload come here alike. A reload is over when every web worker has taken the state,
 and only then is it answered. A web worker that starts later is forked from the main process, and has the state.
-The state crosses in a memfd: a message is a few bytes, so a web worker that stands still holds up nobody.
+The state crosses in a memfd: a message is a few bytes, so a web worker that stands still holds up no other.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a client's text means: what to speak, the pauses in it, and where each character stands in the input.
+"""The meaning of a client's text: the words to speak, the pauses, and the place of each character in the input.
 
 Pure functions: no I/O, no model and no audio. Outsiders import the names below, never a module of the package.
 """

@@ -1,4 +1,4 @@
-"""What messages are made of: the terms of a request, of its limits, its voice and its outcome, and of caches."""
+"""The parts of messages: the terms of a request, of its limits, its voice and its outcome, and of caches."""
 
 from typing import Annotated, Final, Literal
 

@@ -1,4 +1,4 @@
-"""What actions give: saved voices, consents, models, outcomes of requests, usage."""
+"""The results of actions: saved voices, consents, models, outcomes of requests, usage."""
 
 from datetime import date
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Which voice of espeak-ng reads which part of a text: a voice spells the letters of most scripts but its own.
+"""The voice of espeak-ng for each part of a text: a voice spells the letters of most scripts but its own.
 
 espeak-ng says "Chinese letter" for each character of Chinese in an English text, in any voice but Chinese ones.
 Digits, signs and white space belong to the letters before them, at the beginning of a text to the first ones.

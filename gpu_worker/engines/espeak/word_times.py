@@ -1,4 +1,4 @@
-"""When each word of a clause is said, from what a synthesizer reports: pure functions of text and sample numbers.
+"""The times of the words of a clause, from the reports of a synthesizer: pure functions of text and sample numbers.
 
 espeak-ng reports the beginning of what it takes for a word: several for a number ("forty", "two"), one for two words
 that it runs together ("of the"), and some at a place beside the word. So its reports only say when the words of

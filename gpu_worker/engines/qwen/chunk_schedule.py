@@ -1,4 +1,4 @@
-"""How many frames the vocoder decodes at once: the first chunk alone, later ones together."""
+"""The frames that the vocoder decodes at once: the first chunk alone, later ones together."""
 
 from typing import Final
 

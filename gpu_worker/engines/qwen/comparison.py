@@ -1,4 +1,4 @@
-"""What quantised weights change: a checkpoint twice, with and without, over the same codes.
+"""The effect of quantised weights: the same codes through a checkpoint with and without them.
 
 The exact model speaks; both read what it said (teacher forcing), so that one other draw does not make all that follows
 another speech. Owns the figures and the table. `python -m gpu_worker compare` prints it.

@@ -1,4 +1,4 @@
-"""What a device cannot compute, known before it is used: dtypes, attention and quantised weights.
+"""Computations that a device does not support, found before its first use: dtypes, attention and quantised weights.
 
 Owns the sentences with which a start is refused. CUDA is not started: what it can is known by its compute capability.
 """

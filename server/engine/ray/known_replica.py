@@ -1,4 +1,4 @@
-"""What a web process knows of one replica: its latest report, and whether it has been lost since."""
+"""One replica as a web process knows it: its latest report, and whether it has been lost since."""
 
 import math
 

@@ -5,7 +5,7 @@ transformers, whose import costs seconds of CPU time at each start of the proces
 
 Building one of the published size (151,643 entries) holds the GIL for 0.5 to 0.7 s, in which no stream gets audio:
 0.2 s of it for the sorted vocabulary, which tells what of an unfinished word is sure.
-SharedTokenizers therefore builds one for all checkpoints with equal files, before anybody speaks.
+SharedTokenizers therefore builds one for all checkpoints with equal files, before the first request.
 """
 
 import bisect
