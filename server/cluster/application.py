@@ -31,7 +31,7 @@ _LONGEST_STREAM_S: Final = 86_400.0
 """No stream lasts longer. So much time a replica has that Serve stops because fewer are wanted.
 
 Serve does not choose one without streams, and a stream may begin while it chooses. TTS_DRAIN_TIMEOUT holds all the same
-where the whole application stops: then the web workers end, and with them their streams.
+where the application stops, by the web workers, and where another version replaces it, by EngineReplica itself.
 """
 
 _HEALTH_PERIOD_S: Final = 5.0

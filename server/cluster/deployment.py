@@ -12,11 +12,11 @@ import ray
 import structlog
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from server.cluster.application import APP_NAME, INGRESS_NAME, build
+from server.cluster.deployed_version import deployed_version
 from shared.settings import Settings
 
 _GCS_PORT: Final = 6379
@@ -156,6 +156,5 @@ class Deployment:
 
 
 def _deployed_version() -> str:
-    """What tells the latest deployment of the application from those before; Serve's public status does not have it."""
-    info, _ = _get_global_client().get_deployment_info(INGRESS_NAME, APP_NAME)
-    return str(info.version)
+    """The version of the application."""
+    return deployed_version(INGRESS_NAME, APP_NAME)

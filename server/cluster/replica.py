@@ -20,9 +20,11 @@ import structlog
 from ray import serve
 
 from server.cluster.autoscaling import load_of
+from server.cluster.deployed_version import deployed_version, until_replaced
 from server.cluster.ingress_leases import IngressLeases
 from server.cluster.node_settings import NodeSettings, settings_on_node
 from server.cluster.replica_port import hide_port
+from server.cluster.replica_stop import on_stop
 from server.cluster.worker_gateway import WorkerGateway
 from server.engine import OutageFile, ZmqEngineClient
 from server.engine.ray import Frames
@@ -50,6 +52,10 @@ class EngineReplica:
         settings = settings_on_node(node_settings)
         set_up_logging(settings.log_level, settings.log_format, "replica")
         context = serve.get_replica_context()
+        self._deployment = context.deployment, context.app_name
+        self._version = await asyncio.to_thread(deployed_version, *self._deployment)
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._ending: asyncio.Task[None] | None = None
         self._folder: Path | None = None
         self._supervisor: Supervisor | None = None
         url = settings.worker_url
@@ -77,6 +83,7 @@ class EngineReplica:
         self._leases_task = asyncio.create_task(self._end_leases())
         if self._supervisor is not None:
             self._supervisor.start()
+        on_stop(self._end)
         self._seen_at = time.monotonic()
         while self._engine.unavailable() is not None:
             self._require_worker()
@@ -86,11 +93,25 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Serve calls it once the replica has drained."""
         self._leases_task.cancel()
+        if self._ending is not None:
+            self._ending.cancel()
         await self._engine.__aexit__()
         if self._supervisor is not None:
             await asyncio.to_thread(self._supervisor.stop)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end(self) -> None:
+        self._ending = asyncio.create_task(self._end_in_time())
+
+    async def _end_in_time(self) -> None:
+        """Break what is spoken beyond TTS_DRAIN_TIMEOUT once another version is to have this replica's place.
+
+        If only fewer replicas are wanted, nothing breaks: the replica ends with its last stream.
+        """
+        await until_replaced(*self._deployment, self._version)
+        await asyncio.sleep(self._drain_timeout_s)
+        self._gateway.abort_all()
 
     async def _end_leases(self) -> None:
         while True:

@@ -145,6 +145,11 @@ class WorkerGateway:
         for stream in [stream for stream in self._streams.values() if stream.ingress in gone]:
             stream.speech.abort()
 
+    def abort_all(self) -> None:
+        """Break every stream, because this replica ends."""
+        for stream in list(self._streams.values()):
+            stream.speech.abort(ApiError("shutting_down", "The GPU worker is being replaced."))
+
     def status(self, known_boot_id: str = "") -> ReplicaReport:
         """The report; it has the catalogue unless `known_boot_id` is that of the worker."""
         error = self._engine.unavailable()

@@ -1,5 +1,6 @@
 """A cluster that scales from zero to two espeak-ng workers and back, with real Ray processes."""
 
+import contextlib
 import json
 import threading
 import time
@@ -10,9 +11,11 @@ from typing import Final
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from tests.cluster.cluster import Cluster, Listener, running_cluster
+from tests.cluster.ray_head import joined_cluster
 from tests.system.service import eventually, stretched
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
@@ -57,19 +60,21 @@ class Talk:
             live.send(json.dumps({"type": "session.config", "response_format": "pcm"}))
             writing = threading.Thread(target=self._write, args=(live,), daemon=True)
             writing.start()
-            for message in live:
-                if isinstance(message, bytes):
-                    self.pcm += message
-                else:
+            with contextlib.suppress(ConnectionClosed):
+                for message in live:
+                    if isinstance(message, bytes):
+                        self.pcm += message
+                        continue
                     self.last = json.loads(message)
                     if self.last["type"] == "session.done":
                         break
             writing.join()
 
     def _write(self, live: ClientConnection) -> None:
-        while not self._ending.wait(POLL_S):
-            live.send(json.dumps({"type": "input.text", "text": "One two three. "}))
-        live.send(json.dumps({"type": "input.done"}))
+        with contextlib.suppress(ConnectionClosed):
+            while not self._ending.wait(POLL_S):
+                live.send(json.dumps({"type": "input.text", "text": "One two three. "}))
+            live.send(json.dumps({"type": "input.done"}))
 
     def end(self) -> None:
         """Write no more, and hear the rest."""
@@ -124,3 +129,18 @@ def test_requests_wake_a_replica(cluster: Cluster) -> None:
     print("woken", time.monotonic() - began)  # noqa: T201
     assert [answer.status_code for answer in answers] == [200] * 4
     assert len(cluster.workers()) == 1
+
+
+def test_a_redeploy_keeps_to_the_drain_timeout(tmp_path: Path) -> None:
+    """A replica that another version replaces does not wait for its last stream; the new one needs its CPU."""
+    settings = {"MIN_REPLICAS": 0, "REPLICAS": 1, "SCALE_DOWN_DELAY": 600, "DRAIN_TIMEOUT": DRAIN_S}
+    with joined_cluster(tmp_path, cpus=1, MAX_CONCURRENCY=2, **settings) as cluster:
+        talk = Talk(cluster)
+        eventually(lambda: talk.pcm, 60, lambda: f"speech; {talk.last}")
+        before = cluster.workers()
+        limit_s = stretched(UP_S)
+        cluster.redeploy(MAX_CONCURRENCY=3)
+        ended_s = eventually(lambda: not before & cluster.workers(), limit_s, "the end of the old one", pause_s=POLL_S)
+        new_s = eventually(lambda: cluster.stats()["slots"] == 3, limit_s, "the new one", pause_s=POLL_S)
+        print("redeployed", ended_s, new_s, talk.last)  # noqa: T201
+        talk.end()

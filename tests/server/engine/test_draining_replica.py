@@ -10,7 +10,7 @@ from server.cluster.ingress_leases import LEASE_S, IngressLeases
 from server.cluster.worker_gateway import WorkerGateway
 from server.engine.ray import REPORT_INTERVAL_S, RayEngineClient, ReportRequest
 from server.engine.zmq import ZmqEngineClient
-from shared.protocol import Cancel, Segment, Speak, encode
+from shared.protocol import Cancel, Failed, Segment, Speak, decode_from_worker, encode
 from tests.fakes import FakeWorker
 from tests.server.engine.transports import LocalReplicas
 from tests.server.running import becomes
@@ -79,3 +79,19 @@ async def test_streams_of_a_web_process_that_is_gone_end(tmp_path: Path) -> None
             await becomes(lambda: [message.id for message in worker.of(Cancel)] == ["gone"])
             for task in listening:
                 task.cancel()
+
+
+async def test_a_replaced_replica_says_why_it_breaks_its_streams(tmp_path: Path) -> None:
+    """Then a web process may try another replica."""
+    with FakeWorker(tmp_path / "w.ipc") as worker:
+        worker.hold = True
+        async with ZmqEngineClient(worker.url, "", timeout_s=20.0) as connection:
+            await becomes(lambda: connection.unavailable() is None)
+            gateway = WorkerGateway("one", connection, IngressLeases())
+            batches = gateway.speak(encode(REQUEST)[0], None, "web")
+            assert await anext(batches) == [[b"one"]]
+            gateway.abort_all()
+            ((frames,),) = [batch async for batch in batches]
+            message, _ = decode_from_worker(frames)
+            assert isinstance(message, Failed)
+            assert message.code == "shutting_down"
