@@ -51,6 +51,10 @@ def load_official() -> Official:
         with warnings.catch_warnings():
             # The deprecation warnings of librosa, numba and transformers are for their authors.
             warnings.simplefilter("ignore")
+            # transformers would import scikit-learn, and that pandas, for a way of generating that is not used here:
+            # 43 MB and a second of CPU time.
+            transformers: Any = importlib.import_module("transformers.utils.import_utils")
+            transformers._sklearn_available = False  # noqa: SLF001 -- no public way
             modeling = importlib.import_module("qwen_tts.core.models.modeling_qwen3_tts")
             configuration = importlib.import_module("qwen_tts.core.models.configuration_qwen3_tts")
             core = importlib.import_module("qwen_tts.core")
