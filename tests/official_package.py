@@ -5,11 +5,12 @@ gpu_worker's `load_official` does the import itself.
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.official import load_official
 
@@ -48,15 +49,25 @@ def official_package() -> OfficialPackage:
 
 @contextmanager
 def quick_masks() -> Iterator[None]:
-    """Let transformers make its attention masks by the function that it uses with torch before 2.6.
+    """Let transformers make its attention masks by broadcasting instead of vmap.
 
-    The masks are the same. The newer function can also be compiled; run as it is, it takes most of the time of a small
-    model: 9 of 16 s for the thirteen runs of test_sampled_parity.py.
+    The masks are the same. With vmap they take most of the time of a small model.
     """
     masking = importlib.import_module("transformers.masking_utils")
-    made = masking.sdpa_mask
-    masking.sdpa_mask = masking.sdpa_mask_older_torch
+    made = masking._vmap_for_bhqkv
+    masking._vmap_for_bhqkv = _by_broadcast
     try:
         yield
     finally:
-        masking.sdpa_mask = made
+        masking._vmap_for_bhqkv = made
+
+
+def _by_broadcast(mask_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`mask_function` of each batch, head, query and key."""
+
+    def mask(*indices: Tensor) -> Tensor:
+        batch, head, queries, keys = indices
+        found = mask_function(batch[:, None, None, None], head[:, None, None], queries[:, None], keys)
+        return found.expand([len(one) for one in indices])
+
+    return mask

@@ -77,7 +77,9 @@ def test_any_text_has_the_official_ids(text: str) -> None:
     assert load_text_tokenizer(directory)(text) == official_tokenizer(directory)(text)
 
 
-@pytest.mark.parametrize("version", ["4.57.3", None, "4.57.2", "4.56.0.dev0", "5.0.0"])
+@pytest.mark.parametrize(
+    "version", ["4.57.3", None, "4.57.2", "5.0.0", pytest.param("4.56.0.dev0", marks=pytest.mark.soak)]
+)
 def test_large_vocabularies_are_split_as_officially(directory: Path, tmp_path: Path, version: str | None) -> None:
     """Transformers splits words in a second way if the vocabulary is large and a version near its own wrote it."""
     large = copied(directory, tmp_path)

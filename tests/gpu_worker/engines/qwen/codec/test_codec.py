@@ -54,9 +54,9 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-@pytest.mark.parametrize(("chunk", "frames"), [(1, 160), (2, 160), (3, 160), (7, 700), (8, 700)])
+@pytest.mark.parametrize(("chunk", "frames"), [(1, 100), (2, 100), (3, 100), (7, 300), (8, 300)])
 def test_any_split_gives_the_official_waveform(chunk: int, frames: int) -> None:
-    """Chunks are exact beyond the window of 72 frames, and beyond the receptive field of all layers together."""
+    """Chunks are exact beyond the window of 72 frames, and beyond what the three layers see together."""
     state = codec().new_state(2)
 
     wave = stream(some_codes(1, frames), 1, state, chunk)
@@ -175,7 +175,7 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
 
     wave = torch.cat([half.decode(part[None], torch.tensor([0]), state)[0] for part in parts])
 
-    expected = one_shot(1, 160)[: wave.shape[0]]
+    expected = one_shot(1, 100)[: wave.shape[0]]
     assert wave.dtype is torch.float32
     assert float((wave - expected).square().mean()) < 0.01 * float(expected.var())
 

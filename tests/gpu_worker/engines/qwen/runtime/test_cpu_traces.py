@@ -232,5 +232,5 @@ def test_cleared_traces_leave_nothing_in_the_process() -> None:
         trim_host(collect=True)
         return read_ram().ours_bytes
 
-    before = cycle(5)
-    assert cycle(10) - before < 4 << 20
+    before = cycle(3)
+    assert cycle(6) - before < 4 << 20
