@@ -13,9 +13,8 @@ import msgspec
 import structlog
 
 from server.engine.client import Speech
-from server.engine.cluster_snapshot import merge, sum_of_counts, without_workers
-from server.engine.key_use import ClusterUse
 from server.engine.ray.calls import FOR_ALL, ReplicaCalls
+from server.engine.ray.cluster_snapshot import merge, sum_of_counts, without_workers
 from server.engine.ray.interface import (
     RETRY_AFTER_S,
     EngineReplicas,
@@ -23,6 +22,7 @@ from server.engine.ray.interface import (
     ReportRequest,
     unavailable_error,
 )
+from server.engine.ray.key_use import ClusterUse
 from server.engine.ray.known_replica import KnownReplica
 from server.engine.ray.outbox import Outboxes
 from server.engine.ray.stream import RelayedStream

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from gpu_worker.performance import Performance
-from server.engine.cluster_snapshot import MAX_STREAMS, merge
+from server.engine.ray.cluster_snapshot import MAX_STREAMS, merge
 from server.engine.reports import ReplicaReport
 from shared.catalog import load_catalog
 from shared.protocol import (

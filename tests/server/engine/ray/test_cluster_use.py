@@ -11,8 +11,8 @@ import pytest_asyncio
 
 from server.cluster.ingress_leases import IngressLeases
 from server.cluster.worker_gateway import WorkerGateway
-from server.engine.key_use import MAX_ROWS
 from server.engine.ray import RayEngineClient
+from server.engine.ray.key_use import MAX_ROWS
 from server.engine.zmq import ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import Call, Failed, FindUsage, KeyUse, Reply, UsageRow, UsedElsewhere, WorkerUse

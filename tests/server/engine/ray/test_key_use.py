@@ -6,7 +6,7 @@ import pytest
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.keys.limits import DAY_S, LimitCounter
-from server.engine.key_use import ClusterUse
+from server.engine.ray.key_use import ClusterUse
 from shared.protocol import KeyLimits
 from tests.gpu_worker.fakes import FakeClock
 

@@ -6,7 +6,7 @@ from gpu_worker.requests import MIN_SLICE_S, RequestState
 from gpu_worker.transport import PeerGone
 from gpu_worker.worker import Drain
 from shared.protocol import Failed
-from tests.gpu_worker.test_worker_slots import _state
+from tests.gpu_worker.lifecycle.test_slots import _state
 from tests.gpu_worker.worker_bench import WEB, MakeBench, loaded
 
 
