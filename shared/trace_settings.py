@@ -44,9 +44,16 @@ def tracing_problems(settings: Settings, environ: Mapping[str, str]) -> list[str
         return [f"{variable}: must be a URL such as http://127.0.0.1:4318"]
     if parts.username is not None or parts.password is not None:
         return [f"{variable}: must have no user and password; OTEL_EXPORTER_OTLP_HEADERS is for them"]
-    if importlib.util.find_spec("opentelemetry.exporter") is None:
+    if not _is_installed():
         return [f"{variable}: OpenTelemetry is not installed; install it with `pip install -e '.[otel]'`"]
     return []
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter") is not None
+    except ModuleNotFoundError:  # it has no parent
+        return False
 
 
 def trace_id_of(traceparent: str) -> str:

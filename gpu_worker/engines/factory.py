@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
     from gpu_worker.engines.qwen.runtime.products_trial import Quantization
 
-DEMO_EXTRA: Final = "espeak-ng is not installed; `make serve` installs it, or `pip install -e '.[demo]'` in this folder"
-GPU_EXTRA: Final = "`make serve WITH_QWEN=1` installs what Qwen3-TTS needs, or `pip install -e '.[gpu]'` in this folder"
+_FOLDER: Final = "in the service's folder"
+DEMO_EXTRA: Final = f"espeak-ng is not installed; `make serve` installs it, or `pip install -e '.[demo]'` {_FOLDER}"
+GPU_EXTRA: Final = f"`make serve WITH_QWEN=1` installs what Qwen3-TTS needs, or `pip install -e '.[gpu]'` {_FOLDER}"
 
 _MODEL_TYPE_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voice_design", "Base": "base"}
 

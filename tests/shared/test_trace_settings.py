@@ -72,6 +72,13 @@ class TestWhetherThereAreAny:
         (problem,) = tracing_problems(Settings(otlp_endpoint="http://c"), {})
         assert "[otel]" in problem
 
+    def test_nothing_of_it_is_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the package above the exporter it is the same."""
+        monkeypatch.setitem(sys.modules, "opentelemetry", None)
+        monkeypatch.delitem(sys.modules, "opentelemetry.exporter", raising=False)
+        (problem,) = tracing_problems(Settings(otlp_endpoint="http://c"), {})
+        assert "[otel]" in problem
+
 
 class TestSpans:
     """Parents, and the context for children in another process."""
