@@ -12,7 +12,7 @@ import msgspec
 from server.commands.client import UsageError
 from server.http.keys import NAME, KeysError, digest_of, key_entry, new_key, read_entries
 from shared.environment import environment
-from shared.settings import load_settings
+from shared.settings import load_settings, variable_of
 
 SUMMARY: Final = "make an API key for the file TTS_KEYS_FILE"
 
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(f"{key}\n")
     sys.stderr.write(f"{path} has its hash. Nothing shows the key again.\n")
+    sys.stderr.write(f"A service with {variable_of('keys_file')}={path} takes it at its start, or at a reload.\n")
     return 0
 
 

@@ -24,7 +24,9 @@ def test_two_keys(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each is in the keyring with what the options say; only its owner can read the file, which has no key."""
     options = "--requests-per-minute 60 --characters-per-day 1000 --concurrent-requests 2 --model espeak-ng"
     assert main(["key", "new", "alice", *options.split(), "--voice", "alloy", "--expires", "2099-12-31"]) == 0
-    alice = capfd.readouterr().out.strip()
+    alice, told = capfd.readouterr()
+    alice = alice.strip()
+    assert f"TTS_KEYS_FILE={path}" in told
     assert main(["key", "new", "the.boss", "--admin"]) == 0
     boss = capfd.readouterr().out.strip()
     assert alice.startswith("sk-tts-")
