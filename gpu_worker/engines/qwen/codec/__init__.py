@@ -3,7 +3,7 @@
 It owns the weights of the speech tokenizer and the arithmetic of its decoder. Nothing else decodes or encodes audio.
 """
 
-from gpu_worker.engines.qwen.codec.codec import Codec, convolves_in_bfloat16
+from gpu_worker.engines.qwen.codec.codec import Codec, can_be_quantized
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState, StreamSnapshot
 
-__all__ = ["Codec", "DecoderState", "StreamSnapshot", "convolves_in_bfloat16"]
+__all__ = ["Codec", "DecoderState", "StreamSnapshot", "can_be_quantized"]

@@ -20,6 +20,8 @@ from gpu_worker.engines.qwen.codec.decoder import Decoder
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.encoder import Encoder
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
+from gpu_worker.engines.qwen.runtime.products import available
+from gpu_worker.engines.qwen.runtime.products_trial import HALF, PLAIN
 
 _STRIDE: Final = 797
 """Between the codes that a trial decodes."""
@@ -27,14 +29,18 @@ _STRIDE: Final = 797
 log = structlog.get_logger(__name__)
 
 
-def convolves_in_bfloat16(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a codec of `dtype` can be quantized here: in float32, on a CPU with AMX.
+def can_be_quantized(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a codec of `dtype` can be quantized here: in float32, on a CPU."""
+    return device.type == "cpu" and dtype == torch.float32 and (_has_amx() or available("fp16_threaded"))
 
-    There products in bfloat16 took a quarter of the time. The noise is 37 dB below the signal on random weights of
-    published size, and 30 dB if all of the codec computes in bfloat16, as on a GPU.
+
+def _has_amx() -> bool:
+    """Whether convolutions of a quantized codec multiply in bfloat16.
+
+    With AMX this took a quarter of the time. The noise is 37 dB below the signal on random weights of published size,
+    and 30 dB if all of the codec computes in bfloat16, as on a GPU.
     """
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # noqa: SLF001 -- no public way
-    return amx and dtype == torch.float32
+    return torch.cpu._is_amx_tile_supported()  # noqa: SLF001 -- no public way
 
 
 class Codec:
@@ -51,7 +57,8 @@ class Codec:
     ) -> None:
         """Load the decoder of a checkpoint in `dtype`. The first `encode` loads the encoder.
 
-        `quantized`: convolutions multiply in bfloat16, and all else stays in `dtype`, where `convolves_in_bfloat16`.
+        `quantized`, where it `can_be_quantized`: convolutions multiply in bfloat16 on a CPU with AMX. Large matrices
+        that read a few rows a frame have float16 weights, half of the memory and of the time for one frame.
 
         Raises:
             JobError: `model_unavailable`, naming the file at fault.
@@ -62,27 +69,30 @@ class Codec:
         path = directory / SPEECH_TOKENIZER / "config.json"
         self._config = read_json(path, CodecConfig)
         self._kernels: KernelSetting = kernels
-        self._decoder = self._load_decoder(path, quantized=quantized)
-        if quantized and not self._splits_exactly():
+        self._products = HALF if quantized else PLAIN
+        bfloat16 = quantized and _has_amx()
+        self._decoder = self._load_decoder(path, bfloat16=bfloat16)
+        if bfloat16 and not self._splits_exactly():
             log.warning("codec_not_quantized", reason="here its sums depend on how a stream is split")
-            self._decoder = self._load_decoder(path, quantized=False)
+            self._decoder = self._load_decoder(path, bfloat16=False)
         self._encoder: Encoder | None = None
         self.bytes = self._count_bytes()
         """Bytes of all weights that are loaded."""
 
-    def _load_decoder(self, path: Path, *, quantized: bool) -> Decoder:
-        """`path`: that of its configuration."""
+    def _load_decoder(self, path: Path, *, bfloat16: bool) -> Decoder:
+        """`path`: that of its configuration. `bfloat16`: whether convolutions multiply in it."""
         directory, dtype, device = self._directory, self.dtype, self.device
         weights = load_codec_weights(directory, "decoder.", dtype=dtype, device=device)
         # A codebook is the quotient of stored sums and counts: divided in float32, then rounded.
         weights |= load_codec_weights(directory, "decoder.quantizer.", dtype=torch.float32, device=device)
-        if quantized:
+        if bfloat16:
             weights |= {name: tensor.bfloat16() for name, tensor in weights.items() if _is_costly(name, tensor)}
         try:
             return Decoder(
                 {name.removeprefix("decoder."): tensor for name, tensor in weights.items()},
                 self._config.decoder_config,
                 select_kernels(self._kernels, device, dtype),
+                self._products,
             )
         except KeyError as error:
             raise unavailable(path.parent, f"its weights have no decoder.{error.args[0]}") from error
@@ -160,7 +170,8 @@ class Codec:
         yield from {id(tensor): tensor for tensor in held}.values()
 
     def _count_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+        visible = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+        return visible + self._decoder.all_hidden_bytes()
 
 
 def _is_costly(name: str, tensor: Tensor) -> bool:

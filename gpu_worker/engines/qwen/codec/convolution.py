@@ -20,6 +20,7 @@ from gpu_worker.engines.qwen.kernels.bias_snake import Snake
 from gpu_worker.engines.qwen.kernels.causal_input import causal_input
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear, aligned
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 UNFOLD_UP_TO_RATE: Final = {"cpu": 160, "cuda": 32}
@@ -86,7 +87,14 @@ class CausalConv(TensorHolder):
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int = 1, leave_bias: bool = False
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        *,
+        rate: int,
+        dilation: int = 1,
+        leave_bias: bool = False,
+        products: Products = PLAIN,
     ) -> None:
         """`leave_bias`: leave the bias to the caller wherever it would be a kernel of its own."""
         weight, bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
@@ -107,7 +115,7 @@ class CausalConv(TensorHolder):
         self.left_bias = bias if leave_bias and on_cuda and not product else None
         self.bias = bias if self.left_bias is None else None
         if product:
-            self.kernel = Linear(by_tap.flatten(1), bias)
+            self.kernel = Linear(by_tap.flatten(1), bias, products)
         else:  # [out, in, 1, taps] with channels innermost, for a two-dimensional convolution of height 1
             self.kernel = by_tap.transpose(1, 2)[:, :, None]
 
@@ -141,7 +149,9 @@ class Upsample(TensorHolder):
     a plain matrix product that adds the bias once.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int, products: Products = PLAIN
+    ) -> None:
         weight, bias = weights[f"{prefix}.conv.weight"], weights[f"{prefix}.conv.bias"]
         channels_in, self.channels, kernel = weight.shape
         self.stride = stride
@@ -156,7 +166,7 @@ class Upsample(TensorHolder):
         if multiplies_in_bfloat16(weight, bias):
             self.product = Bfloat16Conv(matrix.transpose(1, 2), bias.repeat(stride), rate=rate)
         else:
-            self.product = Linear(matrix.flatten(1), bias.repeat(stride))
+            self.product = Linear(matrix.flatten(1), bias.repeat(stride), products)
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, in] -> [batch, time * stride, out]."""
@@ -179,7 +189,7 @@ class Upsample(TensorHolder):
 class ConvNeXt(TensorHolder):
     """A depthwise convolution of 7 rows, then a two-layer perceptron on each row, added to the input."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, products: Products = PLAIN) -> None:
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{name}.bias"]
 
@@ -189,10 +199,10 @@ class ConvNeXt(TensorHolder):
         self.past_rows = self.depthwise.shape[0] - 1
         self.lookback_frames = self.past_rows / rate
         self.history_size = depthwise.numel() // depthwise.shape[2] * self.past_rows
-        self.expand = Linear(*pair("pwconv1"))
+        self.expand = Linear(*pair("pwconv1"), products)
         weight, bias = pair("pwconv2")
         gamma = weights[f"{prefix}.gamma"]
-        self.project = Linear(scaled(weight, gamma), gamma * bias)
+        self.project = Linear(scaled(weight, gamma), gamma * bias, products)
 
     def __call__(self, x: Tensor, history: History) -> Tensor:
         """[batch, time, channels] -> the same."""
@@ -230,9 +240,19 @@ class ResidualUnit(TensorHolder):
 class UpsamplingBlock(TensorHolder):
     """Snake, a transposed convolution, and three residual units of growing dilation."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, stride: int, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        *,
+        rate: int,
+        stride: int,
+        kernels: Kernels,
+        products: Products = PLAIN,
+    ) -> None:
+        """`products`: those of the transposed convolution."""
         self.snake = Snake(weights, f"{prefix}.block.0", rate=rate)
-        self.upsample = Upsample(weights, f"{prefix}.block.1", rate=rate, stride=stride)
+        self.upsample = Upsample(weights, f"{prefix}.block.1", rate=rate, stride=stride, products=products)
         self.units = [
             ResidualUnit(weights, f"{prefix}.block.{index}", rate=rate * stride, dilation=dilation, kernels=kernels)
             for index, dilation in ((2, 1), (3, 3), (4, 9))

@@ -26,32 +26,40 @@ from gpu_worker.engines.qwen.kernels.bias_snake import Snake
 from gpu_worker.engines.qwen.kernels.causal_input import causal_input
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
 class Decoder(TensorHolder):
     """Codebooks, transformer and convolutions, from the checkpoint's "decoder." tensors."""
 
-    def __init__(self, weights: Mapping[str, Tensor], shape: DecoderShape, kernels: Kernels) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], shape: DecoderShape, kernels: Kernels, products: Products = PLAIN
+    ) -> None:
         """weights: by name without the prefix "decoder.", on the device.
 
         All are in the compute dtype, except those of "quantizer.": codebooks are divided in float32.
+        `products`: those of the matrices that read a few rows a frame.
         """
         self.shape = shape
         self._kernels = kernels
         self.pre_conv = CausalConv(weights, "pre_conv", rate=1)
         self.codebooks = Codebooks(weights, "quantizer", shape, weights["pre_conv.conv.bias"].dtype)
-        self.transformer = Transformer(weights, "pre_transformer", shape, kernels)
+        self.transformer = Transformer(weights, "pre_transformer", shape, kernels, products)
         rate = 1
         self.upsamplers: list[Upsample | ConvNeXt] = []
         for index, ratio in enumerate(shape.upsampling_ratios):
-            self.upsamplers.append(Upsample(weights, f"upsample.{index}.0", rate=rate, stride=ratio))
+            upsample = Upsample(weights, f"upsample.{index}.0", rate=rate, stride=ratio, products=products)
             rate *= ratio
-            self.upsamplers.append(ConvNeXt(weights, f"upsample.{index}.1", rate=rate))
-        self.conv_in = CausalConv(weights, "decoder.0", rate=rate)
+            self.upsamplers += [upsample, ConvNeXt(weights, f"upsample.{index}.1", rate=rate, products=products)]
+        self.conv_in = CausalConv(weights, "decoder.0", rate=rate, products=products)
         self.blocks: list[UpsamplingBlock] = []
         for index, stride in enumerate(shape.upsample_rates, 1):
-            self.blocks.append(UpsamplingBlock(weights, f"decoder.{index}", rate=rate, stride=stride, kernels=kernels))
+            ours = products if index == 1 else PLAIN
+            block = UpsamplingBlock(
+                weights, f"decoder.{index}", rate=rate, stride=stride, kernels=kernels, products=ours
+            )
+            self.blocks.append(block)
             rate *= stride
         last = len(shape.upsample_rates) + 1
         self.snake = Snake(weights, f"decoder.{last}", rate=rate)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from gpu_worker.engines.qwen.checkpoint.weights import codec_fingerprint
-from gpu_worker.engines.qwen.codec import Codec, convolves_in_bfloat16
+from gpu_worker.engines.qwen.codec import Codec, can_be_quantized
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting
 from gpu_worker.engines.qwen.offload import release_storage
 
@@ -17,7 +17,7 @@ class SharedCodecs:
         self, *, dtype: torch.dtype, device: torch.device, kernels: KernelSetting = "auto", may_quantize: bool = True
     ) -> None:
         """`may_quantize`: False if all codecs must compute in `dtype` throughout."""
-        self._may_quantize = may_quantize and convolves_in_bfloat16(dtype, device)
+        self._may_quantize = may_quantize and can_be_quantized(dtype, device)
         self._dtype = dtype
         self._device = device
         self._kernels: KernelSetting = kernels

@@ -16,6 +16,7 @@ from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
 
@@ -55,12 +56,21 @@ class Window:
 class Layer(TensorHolder):
     """Attention and SwiGLU. The weights contain the scale of each channel."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        shape: DecoderShape,
+        kernels: Kernels,
+        products: Products = PLAIN,
+    ) -> None:
         def fused(*names: str, behind: Norm) -> Linear:
-            return Linear(behind.fold_into([torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])])[0])
+            (matrix,) = behind.fold_into([torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])])
+            return Linear(matrix, products=products)
 
         def rescaled(name: str, scale: str) -> Linear:
-            return Linear(scaled(weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{scale}.scale"]))
+            matrix = scaled(weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{scale}.scale"])
+            return Linear(matrix, products=products)
 
         self.kernels = kernels
         self.heads, self.head_dim = shape.num_attention_heads, shape.head_dim
@@ -107,13 +117,21 @@ class Layer(TensorHolder):
 class Transformer(TensorHolder):
     """Input projection, layers, norm, output projection."""
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str, shape: DecoderShape, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        shape: DecoderShape,
+        kernels: Kernels,
+        products: Products = PLAIN,
+    ) -> None:
         def projection(name: str) -> Linear:
-            return Linear(weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{name}.bias"])
+            return Linear(weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{name}.bias"], products)
 
         self.sliding_window = shape.sliding_window
         self.input_proj, self.output_proj = projection("input_proj"), projection("output_proj")
-        self.layers = [Layer(weights, f"{prefix}.layers.{i}", shape, kernels) for i in range(shape.num_hidden_layers)]
+        layers = [f"{prefix}.layers.{i}" for i in range(shape.num_hidden_layers)]
+        self.layers = [Layer(weights, layer, shape, kernels, products) for layer in layers]
         self.norm = Norm(weights[f"{prefix}.norm.weight"], shape.rms_norm_eps)
         device = weights[f"{prefix}.norm.weight"].device
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.int64, device=device).float() / shape.head_dim

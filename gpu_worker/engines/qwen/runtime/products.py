@@ -264,6 +264,12 @@ class WideActivations:
         return torch.add(high, low, alpha=1 / finer)
 
 
+def half_if_large(weight: Tensor, bias: Tensor | None = None) -> Kernel:
+    """float16 weights in a matrix of published size, where this machine has such products; else those by size."""
+    half = weight.numel() >= PACK_ELEMENTS and available("fp16_threaded")
+    return KERNELS["fp16_threaded" if half else by_size(weight)](weight, bias)
+
+
 WIDE: Final = "_wide"
 """The end of the name of an int8 kernel with wide activations."""
 
@@ -274,6 +280,7 @@ KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
     "packed": Packed,
     "fp16": Half,
     "fp16_threaded": HalfThreaded,
+    "fp16_if_large": half_if_large,
     **_INT8,
     **{f"{name}{WIDE}": functools.partial(WideActivations, kernel) for name, kernel in _INT8.items()},
 }

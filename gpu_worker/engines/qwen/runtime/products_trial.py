@@ -78,6 +78,10 @@ PLAIN: Final = Products()
 """Nothing is quantised, and no trial is made."""
 
 
+HALF: Final = Products(weights="fp16_if_large", sensitive="fp16_if_large")
+"""Large matrices in float16."""
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """What a trial found: the kernels, the fastest first, and how many rows each needs to be batch invariant."""
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.codec import Codec, DecoderState
+from gpu_worker.engines.qwen.model import layers
+from gpu_worker.engines.qwen.runtime.products import HalfThreaded, available
 from shared.pcm import FRAME_SAMPLES
 from tests.checkpoints import hard_linked_copy, tiny
 from tests.gpu_worker.engines.qwen.parity import official
@@ -104,6 +106,25 @@ def test_the_batch_changes_no_bit(chunk: int) -> None:
     batch = torch.cat([codec().decode(part, torch.arange(5), state) for part in codes.split(chunk, 1)], 1)
 
     assert torch.equal(batch, torch.stack(alone))
+
+
+@pytest.mark.skipif(not available("fp16_threaded"), reason="no fp16 products here")
+def test_large_matrices_of_a_quantized_codec_are_half_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is small, and a stream has in company the samples that it has alone."""
+    monkeypatch.setitem(layers._KERNELS, "fp16_if_large", HalfThreaded)
+    monkeypatch.setattr("gpu_worker.engines.qwen.codec.codec._has_amx", lambda: False)
+    half = Codec(tiny("base"), dtype=torch.float32, device=CPU, quantized=True)
+    codes = torch.stack([some_codes(seed, 16) for seed in range(3)])
+
+    def decoded(streams: int) -> Tensor:
+        state = half.new_state(streams)
+        parts = codes[:streams].split_with_sizes([1, 1, 2, 4, 8], 1)
+        return torch.cat([half.decode(part, torch.arange(streams), state) for part in parts], 1)
+
+    wave, wanted = decoded(1)[0], one_shot(0, 16)
+    assert 0 < float((wave - wanted).norm()) < 0.003 * float(wanted.norm())
+    assert torch.equal(decoded(3)[0], wave)
+    assert half.bytes < 0.95 * codec().bytes
 
 
 def test_a_reset_slot_keeps_nothing() -> None:
