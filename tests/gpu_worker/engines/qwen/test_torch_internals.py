@@ -33,6 +33,9 @@ RELIED_ON = {
     "cpu._is_avx512_bf16_supported": "build.py",
     "ops.aten._flash_attention_forward": "model/attention.py",
     "mkldnn_convolution": "codec/convolution.py",
+    "ops.mkldnn._reorder_convolution_weight": "codec/bfloat16_conv.py",
+    "ops.mkldnn._convolution_pointwise": "codec/bfloat16_conv.py",
+    "cpu._is_amx_tile_supported": "codec/codec.py",
 }
 CUDA_ONLY = {"_C._host_emptyCache"}
 """Interfaces that a CPU build of torch does not have."""
