@@ -7,6 +7,7 @@ A value that decides what is launched, a tensor of another device in a function:
 """
 
 import ctypes
+import gc
 import json
 import math
 import subprocess
@@ -379,6 +380,7 @@ def estimated_bytes(quantization: Quantization) -> int:
 
 def main() -> None:
     """Print what the functions at the batch sizes 1 and 16 launch, and the keys of all functions."""
+    gc.disable()  # a quarter of the time would go into searches for cycles among fake tensors
     load_guard()
     wanted: list[Key] = [
         ("code_predictor_step", 1, 0),

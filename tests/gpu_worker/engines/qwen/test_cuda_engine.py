@@ -95,7 +95,7 @@ def test_quantised_weights_move_and_speak_as_before(monkeypatch: pytest.MonkeyPa
     for chosen in (PRODUCTS["int8"], PLAIN):
         monkeypatch.setattr(build, "choose_products", lambda *_, found=chosen, **__: found)
         speaker = cuda.engine(slots=2, dtype="bfloat16")
-        jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=12)) for number in range(4)]
+        jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=6)) for number in range(3)]
         spoken = run(speaker, jobs)
         weights = speaker.memory().device["weights"]
         speaker.offload()

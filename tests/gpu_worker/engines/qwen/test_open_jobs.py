@@ -157,7 +157,7 @@ def whole_jobs(draw: st.DrawFn) -> list[Job]:
         if not any(is_speakable(segment.text) for segment in segments):
             segments[0] = Segment(text="Hello.")
         fields: dict[str, Any] = {
-            "sampling": Sampling(seed=number, max_new_tokens=draw(st.sampled_from((6, 25, 50)))),
+            "sampling": Sampling(seed=number, max_new_tokens=draw(st.sampled_from((6, 15, 40)))),
             "language": draw(st.sampled_from(("auto", "chinese", "german"))),
             "non_streaming_mode": False,
             "segments": segments,

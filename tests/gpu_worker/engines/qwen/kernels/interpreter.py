@@ -6,6 +6,7 @@ Triton decides on import whether it interprets, so the process of the other test
 import atexit
 import dataclasses
 import functools
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ def _interpret() -> None:
     torch.set_num_threads(1)
     _make_quick()
     _correct_dot()
+    gc.freeze()  # the interpreter makes many objects, and each collection would walk all of torch and Triton
 
 
 def _make_quick() -> None:
