@@ -5,8 +5,8 @@ connected for minutes after its speech is made.
 
 Up: when there are more requests than UP_LOAD of the slots, to as many replicas as hold them; and by one when a model
 finds no room and no replica is idle.
-Up: when there are more requests than UP_LOAD of the slots, to as many replicas as hold them; and by one when a model
-without any request.
+Down: when no request waits, to as many replicas as hold them at DOWN_LOAD of the slots; and by no more than there are
+replicas without any stream.
 
 Serve chooses which replicas it stops. One that has streams ends with its last one: see `server.cluster.application`.
 How long a number must be wanted before Serve follows is the application's, too.

@@ -98,7 +98,7 @@ class Codec:
             raise unavailable(path.parent, f"its weights have no decoder.{error.args[0]}") from error
 
     def _splits_exactly(self) -> bool:
-        """Whether the waveform of a few frames depends on the chunks or on the batch that they are decoded in."""
+        """Whether a few frames have the same waveform in any chunks, and in any batch."""
         codes = torch.arange(2 * MAX_CHUNK_FRAMES * 16).view(2, -1, 16) * _STRIDE % self._decoder.shape.codebook_size
 
         def decoded(streams: int, chunks: Sequence[int]) -> Tensor:
