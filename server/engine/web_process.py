@@ -41,5 +41,5 @@ class WebProcess:
         return ping
 
     def take_back(self, ping: Ping) -> None:
-        """The ping could not be sent; the next one has its refusals."""
+        """The ping was not sent, or not answered; the next one has its refusals."""
         self._limit_hits.update(ping.limit_hits)

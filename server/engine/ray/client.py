@@ -312,6 +312,7 @@ class RayEngineClient:
             report = msgspec.msgpack.decode(answer, type=ReplicaReport)
         except (ReplicaLostError, TimeoutError, msgspec.DecodeError) as error:
             log.warning("replica_silent", replica=name, reason=str(error) or type(error).__name__)
+            self._web.take_back(request.ping)
             known.lose(unavailable_error("The GPU worker went away."), self._clock())
         else:
             if report.catalog is not None and self._variables:

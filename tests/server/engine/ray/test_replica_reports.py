@@ -1,6 +1,7 @@
 """RayEngineClient and the reports of replicas: how they are taken, and what their absence means."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest_asyncio
 from server.cluster.ingress_leases import IngressLeases
 from server.cluster.worker_gateway import WorkerGateway
 from server.engine.client import INITIAL_CREDIT
-from server.engine.ray import RayEngineClient
+from server.engine.ray import RayEngineClient, ReplicaLostError
 from server.engine.reports import ReplicaReport
+from server.engine.web_process import WebProcess
 from server.engine.zmq import ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import Segment, Speak
@@ -96,3 +98,26 @@ async def test_a_replica_that_is_taken_away_is_no_loss(engine: RayEngineClient, 
     await becomes(lambda: engine.unavailable() is None)
     assert not loss.done()
     loss.cancel()
+
+
+class FailingReplicas(LocalReplicas):
+    """The first reports do not come."""
+
+    failures = 2
+
+    async def report(self, replica: str, request: bytes) -> bytes:
+        if self.failures:
+            self.failures -= 1
+            raise ReplicaLostError("the replica is gone")
+        return await super().report(replica, request)
+
+
+async def test_refusals_outlive_a_report_that_fails(tmp_path: Path) -> None:
+    """The next report takes them to the GPU worker."""
+    leases, replicas = IngressLeases(), FailingReplicas()
+    web = WebProcess(limit_hits=Counter(recordings=2))
+    with FakeWorker(tmp_path / "w.ipc") as worker:
+        async with ZmqEngineClient(worker.url, "", timeout_s=20.0, web=leases.as_web_process()) as connection:
+            replicas.gateways["one"] = WorkerGateway("one", connection, leases)
+            async with RayEngineClient(replicas, timeout_s=20.0, web=web):
+                await becomes(lambda: not replicas.failures and worker.snapshot.limit_hits == {"recordings": 2})
