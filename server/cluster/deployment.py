@@ -13,7 +13,7 @@ import structlog
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from server.cluster.application import APP_NAME, INGRESS_NAME, build
 from server.cluster.deployed_version import deployed_version
@@ -85,7 +85,10 @@ class Deployment:
             if application.status == ApplicationStatus.RUNNING:
                 return True
             if application.status == ApplicationStatus.DEPLOY_FAILED:
-                raise RuntimeError(application.message)
+                failed = [
+                    one for one in application.deployments.values() if one.status == DeploymentStatus.DEPLOY_FAILED
+                ]
+                raise RuntimeError("\n".join([application.message, *(one.message for one in failed)]))
             if time.monotonic() - told_at >= _TELL_S:
                 told_at = time.monotonic()
                 replicas = {name: found.replica_states for name, found in application.deployments.items()}
@@ -108,6 +111,19 @@ class Deployment:
         if self._is_owner():
             self._take_away()
         ray.shutdown()
+
+    def remove(self) -> None:
+        """Let the requests of the application end and take it away, whichever process has deployed it."""
+        try:
+            if APP_NAME not in serve.status().applications:
+                raise DeploymentError("the cluster does not have the service")
+            self._ready = True
+            self._take_away()
+        except (RayError, RayServeException) as error:
+            raise DeploymentError(f"the service cannot be taken away: {error}") from error
+        finally:
+            self._connected = False
+            ray.shutdown()
 
     def _is_owner(self) -> bool:
         """Whether the application ends with this process.

@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Ray cluster that runs: of this machine (auto), or of HOST (default: start Ray here, for this machine)",
     )
     parser.add_argument(
+        "--stop",
+        action="store_true",
+        help="with --address: let the running streams of the service end, take it away from the cluster, and exit",
+    )
+    parser.add_argument(
         "--print-config",
         action="store_true",
         help="print the settings as a config of Ray Serve, without secrets, for `serve deploy` or KubeRay, and exit",
@@ -56,6 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends the service, or print the config; returns the exit code."""
     if arguments.print_config:
         return _print_config(arguments)
+    if arguments.stop and arguments.address is None:
+        sys.stderr.write("--stop needs --address: the Ray cluster that has the service\n")
+        return EXIT_WRONG_SETTINGS
     try:
         environ = environment()
         settings = load_settings(environ, *WEB_CHECKS, _worker_problems)
@@ -83,10 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
     deployment = Deployment(settings, arguments.address)
     try:
         deployment.connect()
-        stopping = _stopped_by_signals()
-        if deployment.start(stopping):
-            log.info("serving", url=settings.url(settings.host), address=arguments.address or "local")
-            stopping.wait()
+        if arguments.stop:
+            deployment.remove()
+        else:
+            stopping = _stopped_by_signals()
+            if deployment.start(stopping):
+                log.info("serving", url=settings.url(settings.host), address=arguments.address or "local")
+                stopping.wait()
     except DeploymentError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED

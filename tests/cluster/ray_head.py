@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import yaml
-
 from tests.cluster.cluster import START_TIMEOUT_S, Cluster, descendants_of
 from tests.ports import free_port
 from tests.system.service import environment, eventually, is_running
@@ -99,9 +97,10 @@ class JoinedCluster(Cluster):
         )
         self._deploy(printed.stdout)
 
-    def remove(self) -> None:
-        """Take the application away by a file that has none."""
-        self._deploy(yaml.safe_dump({"applications": []}).encode())
+    def remove(self) -> int:
+        """Take the service away by its command; the exit code."""
+        command = [sys.executable, "-m", "server", *self.command, "--stop"]
+        return subprocess.run(command, cwd=self._directory, env=self.variables, check=False, timeout=300).returncode
 
     def end(self) -> None:
         """Kill the processes that have deployed the service."""

@@ -1,4 +1,4 @@
-"""The service is deployed anew on a Ray cluster that serves: by a second process, by a file, and taken away at last.
+"""The service is deployed anew on a Ray cluster that serves, by a process and by a file, and taken away at last.
 
 The tests run in the order of the file. Streams end whole, and requests are answered meanwhile.
 """
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Final, Self
 
@@ -137,7 +138,9 @@ def assert_rolls(cluster: JoinedCluster, redeploy: Callable[[], object], slots: 
         redeploy()
         waited_s = eventually(lambda: visitors.closes, ROLL_S, "an idle socket closed")
         assert [talk.finish() for talk in talks] == [WORDS] * 2
-        rolled_s = eventually(lambda: _is_whole(cluster, before, slots), ROLL_S, lambda: f"new replicas; {visitors}")
+        rolled_s = eventually(
+            lambda: _is_whole(cluster, before, slots), ROLL_S, lambda: f"new replicas; {visitors}", pause_s=0.5
+        )
     print(f"idle socket closed after {waited_s:.0f} s, rolled {rolled_s:.0f} s after that; {visitors}")  # noqa: T201
     assert len(visitors.answers) == 1, visitors
     assert "200" in next(iter(visitors.answers))
@@ -170,11 +173,24 @@ def test_a_file_deploys_anew(cluster: JoinedCluster) -> None:
     assert cluster.speech("Hello.").status_code == httpx.codes.OK
 
 
-def test_a_file_takes_the_service_away(cluster: JoinedCluster) -> None:
-    """Its streams end whole."""
-    with ExitStack() as stack:
+def test_settings_that_cannot_work(cluster: JoinedCluster) -> None:
+    """The process that deploys them fails. What it has not replaced goes on, and the former settings heal the rest."""
+    cluster.redeploy(DEFAULT_DEVICE="cuda")
+    assert cluster.process.wait(ROLL_S) == 1
+    assert "exit code 2" in cluster.log.read_text()
+    assert cluster.speech("Hello.").status_code == httpx.codes.OK
+    broken = cluster.replicas("engine")
+    cluster.deploy_file(DEFAULT_DEVICE="auto", MAX_CONCURRENCY=5)
+    eventually(lambda: _is_whole(cluster, broken, slots=5), ROLL_S, "new replicas", pause_s=0.5)
+
+
+def test_the_service_is_taken_away(cluster: JoinedCluster) -> None:
+    """New requests are refused, and streams end whole before the replicas do."""
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         talk = Talk(cluster, stack)
-        cluster.remove()
-        eventually(lambda: cluster.speech("Hello.").status_code == httpx.codes.NOT_FOUND, 60, "no service")
+        removed = pool.submit(cluster.remove)
+        eventually(lambda: cluster.speech("Hello.").status_code == httpx.codes.SERVICE_UNAVAILABLE, 60, "a refusal")
         assert talk.finish() == WORDS
-    eventually(lambda: not cluster.replicas("engine") | cluster.replicas("ingress"), 60, "no replica")
+        assert removed.result() == 0
+    eventually(lambda: not cluster.replicas("engine") | cluster.replicas("ingress"), 60, "no replica", pause_s=0.5)
+    assert cluster.speech("Hello.").status_code == httpx.codes.NOT_FOUND

@@ -39,8 +39,9 @@ class FakeRay:
         self._looks -= 1
         if not self._looks:
             self.stopping.set()
-        engine = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 97})
-        found = SimpleNamespace(status=self._status, message="no such package", deployments={"engine": engine})
+        states = {"RUNNING": 2, "STARTING": 97}
+        engine = SimpleNamespace(status=self._status.value, message="no such package", replica_states=states)
+        found = SimpleNamespace(status=self._status, message="see engine", deployments={"engine": engine})
         return SimpleNamespace(applications={"speech": found})
 
     def cluster_resources(self) -> dict[str, float]:
@@ -50,6 +51,11 @@ class FakeRay:
     def nodes(self) -> list[dict[str, bool]]:
         """The one node."""
         return [{"Alive": True}]
+
+    def get_app_handle(self, _name: str) -> Any:
+        """The web workers, which have no request."""
+        self.calls.append("get_app_handle")
+        return SimpleNamespace(broadcast=lambda _method: SimpleNamespace(results=lambda timeout_s: [0 * timeout_s]))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_arguments, **_options: self.calls.append(name)
@@ -102,9 +108,9 @@ def test_replicas_that_find_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_application_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error has Serve's reason."""
+    """The error has Serve's reason, and that of the deployment that failed."""
     fake = FakeRay(ApplicationStatus.DEPLOY_FAILED, looks=3)
-    with pytest.raises(DeploymentError, match="no such package"):
+    with pytest.raises(DeploymentError, match="see engine\nno such package"):
         deployment(monkeypatch, fake).start(fake.stopping)
 
 
@@ -135,3 +141,16 @@ def test_a_replacement_that_does_not_come(monkeypatch: pytest.MonkeyPatch, statu
         assert not replacing.start(fake.stopping)
     replacing.stop()
     assert not {"get_app_handle", "delete"} & set(fake.calls)
+
+
+def test_an_application_that_is_to_be_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is drained and deleted, although another process has deployed it; a cluster without it is a mistake."""
+    fake = FakeRay(ApplicationStatus.RUNNING, looks=3)
+    fake.served_before = True
+    running = deployment(monkeypatch, fake)
+    running.remove()
+    running.stop()
+    assert [call for call in fake.calls if call in {"get_app_handle", "delete"}] == ["get_app_handle", "delete"]
+    fake.served_before = False
+    with pytest.raises(DeploymentError, match="does not have the service"):
+        deployment(monkeypatch, fake).remove()
