@@ -53,8 +53,9 @@ def reword_malformed_json(message: str, body: bytes) -> str:
         return f"a line break or a tab (byte {invalid['position']}) stands in a string as it is; write \\n or \\t"
     if message != _TRUNCATED:
         problem = message.removeprefix("JSON is malformed: ")
-        is_quoted_otherwise = invalid is not None or "must be strings" in problem
-        return f"{problem}; write names and texts in double quotes" if is_quoted_otherwise else problem
+        found = body[int(invalid["position"]) :][:1] if invalid is not None else b""
+        lacks_quotes = "must be strings" in problem or found.isalpha() or found == b"'"
+        return f"{problem}; write names and texts in double quotes" if lacks_quotes else problem
     half = _HALF_CHARACTER.search(body)
     return f"{half[0].decode()} is half of a character" if half else "it ends too early"
 
