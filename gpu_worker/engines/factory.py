@@ -311,6 +311,7 @@ class EngineFactory:
                     device=torch.device(self._device),
                     kernels=self._settings.kernels,
                     may_quantize=self._settings.codec_dtype == "auto",
+                    trial_file=trial_file(os.environ),
                 ),
                 tokenizers=self._tokenizers,
                 device=self._device,

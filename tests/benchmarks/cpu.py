@@ -165,7 +165,7 @@ def _ours(directory: Path, quantization: Any, slots: int) -> Speak:
     from tests.benchmarks.engine import measure  # noqa: PLC0415 -- as above
 
     options = QwenOptions(
-        codecs=SharedCodecs(dtype=torch.float32, device=torch.device("cpu")),
+        codecs=SharedCodecs(dtype=torch.float32, device=torch.device("cpu"), trial_file=trial_file(os.environ)),
         device="cpu",
         dtype="float32",
         slots=slots,

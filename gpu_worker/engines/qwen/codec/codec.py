@@ -21,7 +21,7 @@ from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.encoder import Encoder
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
 from gpu_worker.engines.qwen.runtime.products import available
-from gpu_worker.engines.qwen.runtime.products_trial import HALF, PLAIN
+from gpu_worker.engines.qwen.runtime.products_trial import HALF, PLAIN, Outcome, kept
 
 _STRIDE: Final = 797
 """Between the codes that a trial decodes."""
@@ -54,11 +54,13 @@ class Codec:
         device: torch.device,
         kernels: KernelSetting = "auto",
         quantized: bool = False,
+        trial_file: Path | None = None,
     ) -> None:
         """Load the decoder of a checkpoint in `dtype`. The first `encode` loads the encoder.
 
         `quantized`, where it `can_be_quantized`: convolutions multiply in bfloat16 on a CPU with AMX. Large matrices
         that read a few rows a frame have float16 weights, half of the memory and of the time for one frame.
+        `trial_file`: see QwenOptions.
 
         Raises:
             JobError: `model_unavailable`, naming the file at fault.
@@ -72,7 +74,7 @@ class Codec:
         self._products = HALF if quantized else PLAIN
         bfloat16 = quantized and _has_amx()
         self._decoder = self._load_decoder(path, bfloat16=bfloat16)
-        if bfloat16 and not self._splits_exactly():
+        if bfloat16 and not kept(trial_file, ("codec", repr(self._config)), self._splits).fastest:
             log.warning("codec_not_quantized", reason="here its sums depend on how a stream is split")
             self._decoder = self._load_decoder(path, bfloat16=False)
         self._encoder: Encoder | None = None
@@ -96,6 +98,10 @@ class Codec:
             )
         except KeyError as error:
             raise unavailable(path.parent, f"its weights have no decoder.{error.args[0]}") from error
+
+    def _splits(self) -> Outcome:
+        """A second of CPU time for published sizes."""
+        return Outcome(["bfloat16"] if self._splits_exactly() else [], {})
 
     def _splits_exactly(self) -> bool:
         """Whether a few frames have the same waveform in any chunks, and in any batch."""

@@ -14,9 +14,16 @@ class SharedCodecs:
     """Counts the engines of each codec. One thread at a time may acquire and release; any thread may read `bytes`."""
 
     def __init__(
-        self, *, dtype: torch.dtype, device: torch.device, kernels: KernelSetting = "auto", may_quantize: bool = True
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: KernelSetting = "auto",
+        may_quantize: bool = True,
+        trial_file: Path | None = None,
     ) -> None:
-        """`may_quantize`: False if all codecs must compute in `dtype` throughout."""
+        """`may_quantize`: False if all codecs must compute in `dtype` throughout. `trial_file`: see QwenOptions."""
+        self._trial_file = trial_file
         self._may_quantize = may_quantize and can_be_quantized(dtype, device)
         self._dtype = dtype
         self._device = device
@@ -41,7 +48,12 @@ class SharedCodecs:
         key = codec_fingerprint(directory), quantized
         if key not in self._codecs:
             self._codecs[key] = Codec(
-                directory, dtype=self._dtype, device=self._device, kernels=self._kernels, quantized=quantized
+                directory,
+                dtype=self._dtype,
+                device=self._device,
+                kernels=self._kernels,
+                quantized=quantized,
+                trial_file=self._trial_file,
             )
         self._users[key] = self._users.get(key, 0) + 1
         return self._codecs[key]

@@ -131,13 +131,23 @@ def unsupported(quantization: Quantization, dtype: torch.dtype) -> str | None:
 def _kept(shapes: Shapes, dtype: torch.dtype, path: Path | None) -> Outcome:
     """The outcome of the trial of these shapes, from the file or made now."""
     names = [name for name in _CANDIDATES if _possible(name, dtype)]
-    key = repr((_machine(), torch.__version__, torch.get_num_threads(), str(dtype), sorted(set(shapes)), names))
+
+    def find() -> Outcome:
+        start = time.perf_counter()
+        outcome = trial(shapes, dtype, names, time.perf_counter)
+        took = f"{1000 * (time.perf_counter() - start):.0f}"
+        log.info("products_tried", fastest=outcome.fastest, took_ms=took)
+        return outcome
+
+    return kept(path, (str(dtype), sorted(set(shapes)), names), find)
+
+
+def kept(path: Path | None, question: tuple[object, ...], find: Callable[[], Outcome]) -> Outcome:
+    """The outcome that the file has for this `question` on this machine; else that of `find`, which goes there."""
+    key = repr((_machine(), torch.__version__, torch.get_num_threads(), *question))
     outcomes = _read(path)
     if key not in outcomes:
-        start = time.perf_counter()
-        outcomes[key] = trial(shapes, dtype, names, time.perf_counter)
-        took = f"{1000 * (time.perf_counter() - start):.0f}"
-        log.info("products_tried", fastest=outcomes[key].fastest, took_ms=took)
+        outcomes[key] = find()
         _write(path, dict(list(outcomes.items())[-MAX_KEPT:]))
     return outcomes[key]
 

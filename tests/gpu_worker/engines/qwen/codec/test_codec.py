@@ -127,6 +127,22 @@ def test_large_matrices_of_a_quantized_codec_are_half_as_large(monkeypatch: pyte
     assert half.bytes < 0.95 * codec().bytes
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+def test_the_trial_of_a_quantized_codec_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file keeps both outcomes; without a file each load makes the trial."""
+    trials: list[None] = []
+    for exact in (True, False):
+        monkeypatch.setattr(Codec, "_splits_exactly", lambda _, exact=exact: trials.append(None) or exact)
+        path = tmp_path / f"{exact}.json"
+        options = {"dtype": torch.float32, "device": CPU, "quantized": True}
+        sizes = {Codec(tiny("base"), trial_file=path, **options).bytes for _ in range(2)}
+        assert len(sizes) == 1
+        assert len(trials) == 1
+        Codec(tiny("base"), **options)
+        assert len(trials) == 2
+        trials.clear()
+
+
 def test_a_reset_slot_keeps_nothing() -> None:
     """A reused slot gives the samples of a new one, and its neighbour continues unchanged."""
     state = codec().new_state(2)
