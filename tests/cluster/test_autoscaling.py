@@ -25,6 +25,7 @@ DELAY_S: Final = 15
 
 DRAIN_S: Final = 5
 POLL_S: Final = 0.5
+REPLACED_S: Final = 40.0
 UP_S: Final = 60.0
 DOWN_S: Final = 120.0
 """Serve hears of the end of a load after up to 16 s; the rest is the delay, and the end of a GPU worker."""
@@ -134,13 +135,15 @@ def test_requests_wake_a_replica(cluster: Cluster) -> None:
 def test_a_redeploy_keeps_to_the_drain_timeout(tmp_path: Path) -> None:
     """A replica that another version replaces does not wait for its last stream; the new one needs its CPU."""
     settings = {"MIN_REPLICAS": 0, "REPLICAS": 1, "SCALE_DOWN_DELAY": 600, "DRAIN_TIMEOUT": DRAIN_S}
-    with joined_cluster(tmp_path, cpus=1, MAX_CONCURRENCY=2, **settings) as cluster:
-        talk = Talk(cluster)
-        eventually(lambda: talk.pcm, 60, lambda: f"speech; {talk.last}")
+    with joined_cluster(tmp_path, cpus=1, MAX_CONCURRENCY=4, **settings) as cluster:
+        talks = [Talk(cluster) for _ in range(4)]  # through all web workers: Serve replaces these one after the other
+        for talk in talks:
+            eventually(lambda talk=talk: talk.pcm, 60, lambda talk=talk: f"speech; {talk.last}")
         before = cluster.workers()
-        limit_s = stretched(UP_S)
-        cluster.redeploy(MAX_CONCURRENCY=3)
+        limit_s = stretched(REPLACED_S)
+        cluster.redeploy(MAX_CONCURRENCY=5)
         ended_s = eventually(lambda: not before & cluster.workers(), limit_s, "the end of the old one", pause_s=POLL_S)
-        new_s = eventually(lambda: cluster.stats()["slots"] == 3, limit_s, "the new one", pause_s=POLL_S)
-        print("redeployed", ended_s, new_s, talk.last)  # noqa: T201
-        talk.end()
+        new_s = eventually(lambda: cluster.stats()["slots"] == 5, limit_s, "the new one", pause_s=POLL_S)
+        print("redeployed", ended_s, new_s)  # noqa: T201
+        for talk in talks:
+            talk.end()
