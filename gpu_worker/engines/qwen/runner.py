@@ -25,7 +25,7 @@ from gpu_worker.engines.qwen.runtime.captured_buckets import (
     padded,
     smallest_bucket,
 )
-from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces, Function
+from gpu_worker.engines.qwen.runtime.cpu_traces import NODE_BYTES, CpuTraces, Function, Run, run_untraced
 from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
@@ -157,13 +157,15 @@ class CpuModelRunner:
             self._code_predictor_step(padded_batch)
         finally:
             torch.set_num_threads(threads)
-        self._model.talker_step(batch, slot_lengths, kv_len=0, full_vocab=full_vocab)
+        self._talker_step(batch, slot_lengths, full_vocab=full_vocab)
         return self._traces.untraced_runs == untraced
 
     def prepare(self) -> None:
         for batch in self._batch_sizes:
             if batch not in self._prepared:
                 self._code_predictor_step(batch)
+                if not self._single_thread:  # no row is active yet, so none is kept
+                    self._talker_step(batch, [(slot, 1) for slot in range(batch)], full_vocab=False)
                 self._prepared.add(batch)
 
     def _code_predictor_step(self, batch: int) -> None:
@@ -175,12 +177,23 @@ class CpuModelRunner:
         step = self._model.code_predictor_step
         if self._single_thread:
             self._traces.run((batch, "frame"), functools.partial(step, batch))
-            return
+        else:
+            step(batch, self._run(batch))
 
+    def _talker_step(self, batch: int, slot_lengths: SlotLengths, *, full_vocab: bool) -> None:
+        """Run the step with a trace of what is between the attention of two layers, if it is large.
+
+        One trace serves all layers. It saves a quarter of the time that goes into the talker's small operators.
+        """
+        traced = not self._single_thread and batch in self._batch_sizes
+        run = self._run(batch) if traced else run_untraced
+        self._model.talker_step(batch, slot_lengths, kv_len=0, full_vocab=full_vocab, run=run)
+
+    def _run(self, batch: int) -> Run:
         def run(name: str, function: Function, *arguments: Tensor, varied: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
             return self._traces.run((batch, name), function, *arguments, varied=varied)
 
-        step(batch, run)
+        return run
 
     def release(self) -> None:
         """Free nothing: weights stay where they are, so the traces stay valid."""

@@ -4,6 +4,7 @@ Owns the weights and the arithmetic of a block, with the rounding points of the 
 It holds no caches: keys and values go to the Attend that the caller passes.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Final, Protocol
@@ -18,6 +19,7 @@ from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.rotation import Rotation
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
+from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
 from gpu_worker.engines.qwen.runtime.cuda_products import CUDA_KERNELS
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, by_size, reads_in_parts
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Part, Products
@@ -211,28 +213,48 @@ class Stack(TensorHolder):
             for layer in layers
         ]
         self.norm = Norm(weights[f"{prefix}norm.weight"], shape.rms_norm_eps)
+        self._tensors_between: dict[int, list[Tensor]] = {}
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:
         """`x`: [rows, hidden] -> the last layer's output [rows, hidden]. Apply `norm` to the rows that are needed."""
         x, attended = self._up_to_last(x, self._first_attended(x, attend), attend)
         return self.layers[-1].finish(x, attended)
 
-    def normed(self, x: Tensor, attend: Attend) -> Tensor:
-        """`x`: [rows, hidden] -> the norm of the last layer's output, for callers that need every row."""
-        return self.normed_from(x, self._first_attended(x, attend), attend)
+    def normed(self, x: Tensor, attend: Attend, run: Run = run_untraced) -> Tensor:
+        """`x`: [rows, hidden] -> the norm of the last layer's output, for callers that need every row.
 
-    def normed_from(self, x: Tensor, attended: Tensor, attend: Attend) -> Tensor:
+        `run` runs what is between the attention of two layers; one trace serves all layers.
+        """
+        return self.normed_from(x, self._first_attended(x, attend), attend, run)
+
+    def normed_from(self, x: Tensor, attended: Tensor, attend: Attend, run: Run = run_untraced) -> Tensor:
         """As `normed`, where the output of the first layer's attention is known."""
-        x, attended = self._up_to_last(x, attended, attend)
+        x, attended = self._up_to_last(x, attended, attend, run)
         return self.layers[-1].finish_normed(x, attended, self.norm)[1]
 
     def _first_attended(self, x: Tensor, attend: Attend) -> Tensor:
         first = self.layers[0]
         return attend(0, first, first.project(first.input_norm(x)))
 
-    def _up_to_last(self, x: Tensor, attended: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def _up_to_last(
+        self, x: Tensor, attended: Tensor, attend: Attend, run: Run = run_untraced
+    ) -> tuple[Tensor, Tensor]:
         """From the output of the first layer's attention to the last layer's input and its attention's output."""
         for index, (layer, following) in enumerate(itertools.pairwise(self.layers), 1):
-            x, normed = layer.finish_normed(x, attended, following.input_norm)
-            attended = attend(index, following, following.project(normed))
+            between = functools.partial(_between, layer, following)
+            x, qkv = run("between_layers", between, x, attended, varied=self._varied(index))
+            attended = attend(index, following, qkv)
         return x, attended
+
+    def _varied(self, index: int) -> list[Tensor]:
+        """The tensors between the attention of layer `index` - 1 and that of layer `index`."""
+        if index not in self._tensors_between:
+            held = itertools.chain.from_iterable(layer.tensors() for layer in self.layers[index - 1 : index + 1])
+            self._tensors_between[index] = list({id(tensor): tensor for tensor in held}.values())
+        return self._tensors_between[index]
+
+
+def _between(layer: Layer, following: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's input and its attention's output -> its output, and the queries, keys and values of the next layer."""
+    x, normed = layer.finish_normed(x, attended, following.input_norm)
+    return x, following.project(normed)

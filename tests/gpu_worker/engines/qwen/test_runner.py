@@ -14,6 +14,7 @@ from gpu_worker.engines.qwen.runner import (
 )
 from gpu_worker.engines.qwen.runtime import products
 from gpu_worker.engines.qwen.runtime.captured_buckets import smallest_bucket
+from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces, Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from tests.gpu_worker.engines.qwen.fake_graphs import FakeCapture, FakePool
 from tests.gpu_worker.engines.qwen.parity import CASES, Ours, Request, generate
@@ -76,10 +77,17 @@ def test_on_cpu_the_code_predictor_is_traced_before_the_first_frame() -> None:
 
 
 def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take a third of the memory at most, and give the same codes."""
+    """They take a third of the memory at most, and give the same codes. So do the layers of a large talker."""
     small = Ours("custom_voice", None, slots=1)
     monkeypatch.setattr(products, "PACK_ELEMENTS", 1)
     large = Ours("custom_voice", None, slots=1)
+    run, names = CpuTraces.run, []
+
+    def seen(traces: CpuTraces, key: Key, *arguments: Any, **varied: Any) -> tuple[torch.Tensor, ...]:
+        names.append(key[1])
+        return run(traces, key, *arguments, **varied)
+
+    monkeypatch.setattr(CpuTraces, "run", seen)
     graphs, codes = [], []
     for ours in (small, large):
         runner = CpuModelRunner(ours.model)
@@ -87,7 +95,10 @@ def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest
             runner.prepare()
             graphs.append(runner.memory()["graphs"])
             codes += generate(ours, [Request(prompt=ours.prompt(CASES[0]), join=0, frames=7)], runner)
+            del names[:]
             assert runner.decode_step([(0, 20)], full_vocab=False)
+        layers = len(ours.model.talker.stack.layers) if ours is large else 1
+        assert names.count("between_layers") == layers - 1
         runner.close()
     assert 0 < graphs[1] < graphs[0] / 3
     assert torch.equal(*codes)
