@@ -117,9 +117,9 @@ class Deployment:
         try:
             if APP_NAME not in serve.status().applications:
                 raise DeploymentError("the cluster does not have the service")
-            self._ready = True
-            self._take_away()
-        except (RayError, RayServeException) as error:
+            self._try_to_drain()
+            serve.delete(APP_NAME)
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             raise DeploymentError(f"the service cannot be taken away: {error}") from error
         finally:
             self._connected = False
@@ -143,17 +143,20 @@ class Deployment:
         return is_ours
 
     def _take_away(self) -> None:
-        try:
-            if self._ready:
-                self._drain()
-        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
-            log.warning("cluster_not_drained", reason=str(error))
+        if self._ready:
+            self._try_to_drain()
         try:
             serve.delete(APP_NAME)
             if self._address is None:
                 serve.shutdown()
         except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             log.warning("application_not_deleted", reason=str(error))
+
+    def _try_to_drain(self) -> None:
+        try:
+            self._drain()
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+            log.warning("cluster_not_drained", reason=str(error))
 
     def _drain(self) -> None:
         """Let the web workers refuse requests, and wait until those that they have are answered.

@@ -154,3 +154,17 @@ def test_an_application_that_is_to_be_taken_away(monkeypatch: pytest.MonkeyPatch
     fake.served_before = False
     with pytest.raises(DeploymentError, match="does not have the service"):
         deployment(monkeypatch, fake).remove()
+
+
+def test_an_application_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command says so: Serve has not deleted it in time."""
+    fake = FakeRay(ApplicationStatus.RUNNING, looks=3)
+    fake.served_before = True
+
+    def delete(_name: str) -> None:
+        raise TimeoutError("not deleted within 60 s")
+
+    monkeypatch.setattr(fake, "delete", delete, raising=False)
+    with pytest.raises(DeploymentError, match="cannot be taken away: not deleted"):
+        deployment(monkeypatch, fake).remove()
+    assert fake.calls[-2:] == ["get_app_handle", "shutdown"]
