@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """The voices of one model, then the saved ones that no model speaks with now."""
-    saved = {voice["id"]: voice for voice in answer["uploaded_voices"]}
+    saved = {voice["id"]: voice for voice in answer.get("uploaded_voices", [])}
     rows = [{**voice, **_ownership(saved.pop(voice["id"], None))} for voice in answer["voices"]]
     rows += [{**voice, "kind": _KINDS.get(voice["type"]), **_ownership(voice)} for voice in saved.values()]
     return rows

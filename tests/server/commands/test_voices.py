@@ -50,3 +50,10 @@ def test_json(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None
     service.answers["/v1/audio/voices"] = (200, VOICES)
     assert main(["voices", "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == VOICES
+
+
+def test_a_service_that_tells_of_no_saved_voices(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None:
+    """One of another make: its voices are listed."""
+    service.answers["/v1/audio/voices"] = (200, {"voices": [{"id": "af_heart", "name": "Heart"}]})
+    assert main(["voices"]) == 0
+    assert "af_heart" in capfd.readouterr().out
