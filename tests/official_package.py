@@ -3,6 +3,7 @@
 gpu_worker's `load_official` does the import itself.
 """
 
+import atexit
 import functools
 import gc
 import importlib
@@ -46,6 +47,7 @@ def official_package() -> OfficialPackage:
     finally:
         gc.enable()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else Triton prints at the end what was not freed
     return OfficialPackage(
         Model=package.Qwen3TTSModel,
         ForConditionalGeneration=models.Qwen3TTSForConditionalGeneration,
