@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -12,8 +12,6 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from server.cluster.router_base import RouterBase
 from server.engine import ReplicaReport
 from server.engine.ray import Frames, ReplicaLostError
-
-_ANY_TIMEOUT_S: Final = 5.0
 
 
 class ServeReplicas:
@@ -39,7 +37,7 @@ class ServeReplicas:
             self._introduction = asyncio.create_task(self._ask_any())
 
     async def _ask_any(self) -> None:
-        with _lost():
+        with suppress(ReplicaLostError), _lost():  # the next look asks again
             await self._handle.name.remote()
 
     def update(self, reports: dict[str, ReplicaReport]) -> None:
