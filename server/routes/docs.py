@@ -21,6 +21,7 @@ from server.audio import CONTENT_TYPES
 from server.http.forwarded import client_view
 from server.schemas import ALIASES, SpeechRequest
 from server.version import VERSION
+from shared.settings import Settings
 
 _WEB: Final = Path(__file__).resolve().parent.parent / "web"
 _STATIC_FILES: Final = {
@@ -114,21 +115,24 @@ def openapi_config(title: str) -> OpenAPIConfig:
 
 @get("/openapi.json", include_in_schema=False, sync_to_thread=True)
 def openapi_json(request: Request[Any, Any, Any]) -> dict[str, Any]:
-    """The OpenAPI document, built when it is first asked for, and beside the event loop: that takes 0.3 s."""
+    """The OpenAPI document. It takes 0.3 s to build, beside the event loop, so it is kept until a reload changes it."""
     state = request.app.state
+    settings: Settings = state.settings
     with _BUILDING:
-        if "openapi_document" not in state:
-            state.openapi_document = openapi_document(request.app)
-    view = client_view(state.settings, request.scope)
+        limit, document = state.get("openapi_document", (None, {}))
+        if limit != settings.max_input_chars:
+            document = openapi_document(request.app, settings.max_input_chars)
+            state.openapi_document = settings.max_input_chars, document
+    view = client_view(settings, request.scope)
     # The path is relative to the document's own URL.
-    return {**state.openapi_document, "servers": [{"url": view.url() or "."}]}
+    return {**document, "servers": [{"url": view.url() or "."}]}
 
 
 _BUILDING: Final = threading.Lock()
 _AUDIO_OPERATIONS: Final = {"elevenlabsConvert", "elevenlabsStream", "getStoredAudio"}
 
 
-def openapi_document(app: Litestar) -> dict[str, Any]:
+def openapi_document(app: Litestar, max_input_chars: int) -> dict[str, Any]:
     """Litestar's OpenAPI document, completed.
 
     Litestar's schema of a Struct lacks the limits inside optional fields, which msgspec's schema has.
@@ -138,7 +142,7 @@ def openapi_document(app: Litestar) -> dict[str, Any]:
     document = app.openapi_schema.to_schema()
     _, components = msgspec.json.schema_components([SpeechRequest], ref_template="#/components/schemas/{name}")
     document["components"]["schemas"].update(components)
-    _complete(document["components"]["schemas"]["SpeechRequest"], app.state.settings.max_input_chars)
+    _complete(document["components"]["schemas"]["SpeechRequest"], max_input_chars)
     binary = {"schema": {"type": "string", "format": "binary"}}
     audio = dict.fromkeys(CONTENT_TYPES.values(), binary)
     document["paths"]["/v1/audio/speech"]["post"]["responses"]["200"] = {

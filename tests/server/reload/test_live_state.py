@@ -166,6 +166,14 @@ async def test_other_settings(running: Running, worker: FakeWorker, tmp_path: Pa
     assert worker.of(Speak)[-1].segments[0].text == "nginx"
 
 
+async def test_the_api_document(running: Running) -> None:
+    """It is kept, and has the limit that holds."""
+    for limit in (4096, 200):
+        await running.take(max_input_chars=limit)
+        document = (await running.http.get("/openapi.json")).json()
+        assert document["components"]["schemas"]["SpeechRequest"]["properties"]["input"]["maxLength"] == limit
+
+
 async def test_without_a_main_process(running: Running) -> None:
     """An application that nothing else has started cannot read its settings again, and says so."""
     await running.take(admin_keys=["root"])
