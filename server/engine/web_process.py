@@ -9,7 +9,7 @@ from shared.protocol import CacheCounts, CacheName, LimitName, Ping
 class WebProcess:
     """The web process of an engine client.
 
-    `cache_counts` returns the counts of its caches, without the catalogue's: the engine client counts those here.
+    `cache_counts` returns the counts of its caches; those of the catalogue may be missing: `count_catalog` has them.
     `open_sockets` returns the number of its WebSockets.
     `limit_hits` counts the requests that it refuses; each ping takes what is in it.
     `on_emptied` gets the name of each cache that an admin has emptied, through this web process or another one.
@@ -35,7 +35,7 @@ class WebProcess:
 
     def ping(self) -> Ping:
         """The next ping."""
-        caches = {**self._cache_counts(), "catalog": self._catalog}
+        caches = {"catalog": self._catalog, **self._cache_counts()}
         ping = Ping(caches=caches, open_sockets=self._open_sockets(), limit_hits=dict(self._limit_hits))
         self._limit_hits.clear()
         return ping
