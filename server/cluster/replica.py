@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from contextlib import AsyncExitStack
 from typing import Final
 
 import msgspec
@@ -48,6 +48,7 @@ class EngineReplica:
     """The deployment's class. Serve runs its methods on one event loop."""
 
     async def __init__(self, node_settings: NodeSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._closing = AsyncExitStack()
         hide_port()
         settings = settings_on_node(node_settings)
         set_up_logging(settings.log_level, settings.log_format, "replica")
@@ -55,14 +56,14 @@ class EngineReplica:
         self._deployment = context.deployment, context.app_name
         self._version = await asyncio.to_thread(deployed_version, *self._deployment)
         self._drain_timeout_s = settings.drain_timeout_s
-        self._ending: asyncio.Task[None] | None = None
-        self._folder: Path | None = None
         self._supervisor: Supervisor | None = None
         url = settings.worker_url
         if url is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="tts-"))
-            url = f"ipc://{self._folder}/worker.ipc"
+            folder = tempfile.mkdtemp(prefix="tts-")
+            self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
+            url = f"ipc://{folder}/worker.ipc"
             self._supervisor = _supervisor(settings, url)
+            self._closing.push_async_callback(asyncio.to_thread, self._supervisor.stop)
         self._leases = IngressLeases()
         self._engine = ZmqEngineClient(
             url,
@@ -79,8 +80,8 @@ class EngineReplica:
             node=ray.util.get_node_ip_address(),
             gpus=gpus,
         )
-        await self._engine.__aenter__()
-        self._leases_task = asyncio.create_task(self._end_leases())
+        await self._closing.enter_async_context(self._engine)
+        self._closing.callback(asyncio.create_task(self._end_leases()).cancel)
         if self._supervisor is not None:
             self._supervisor.start()
         on_stop(self._end)
@@ -92,17 +93,10 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Serve calls it once the replica has drained."""
-        self._leases_task.cancel()
-        if self._ending is not None:
-            self._ending.cancel()
-        await self._engine.__aexit__()
-        if self._supervisor is not None:
-            await asyncio.to_thread(self._supervisor.stop)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        await self._closing.aclose()
 
     def _end(self) -> None:
-        self._ending = asyncio.create_task(self._end_in_time())
+        self._closing.callback(asyncio.create_task(self._end_in_time()).cancel)
 
     async def _end_in_time(self) -> None:
         """Break what is spoken beyond TTS_DRAIN_TIMEOUT once another version is to have this replica's place.
