@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("a name has letters, digits, dots, hyphens and underscores, 64 at most")
     try:
         known = read_entries(path) if path.exists() else {}
-    except KeysError as error:
+    except (KeysError, OSError) as error:  # a folder may be closed to this user
         raise UsageError(str(error)) from error
     if arguments.name in known:
         raise UsageError(f"{path} has a key named {arguments.name}; choose another name, or remove its table there")
