@@ -3,15 +3,8 @@
 import pytest
 
 from gpu_worker.engines.qwen import engine as engine_module
-from gpu_worker.engines.qwen.runtime.cpu_traces import CpuTraces
 from shared.protocol import Sampling
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, job, kept_parts, take
-
-
-@pytest.fixture(autouse=True)
-def _untraced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces of twelve slots take a second, for two frames."""
-    monkeypatch.setattr(CpuTraces, "_trace", lambda _, function: function)
 
 
 def first_steps(jobs: int) -> list[int]:
