@@ -134,7 +134,7 @@ def test_killed_web_worker_is_replaced(pair: Service) -> None:
     assert pair.worker_pid() == pid
 
 
-@pytest.mark.parametrize(("name", "web_workers"), [("single", 1), ("pair", 2)])
+@pytest.mark.parametrize(("name", "web_workers"), [pytest.param("single", 1, marks=pytest.mark.soak), ("pair", 2)])
 def test_web_workers_killed_again_and_again_are_replaced(
     request: pytest.FixtureRequest, name: str, web_workers: int
 ) -> None:

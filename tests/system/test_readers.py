@@ -177,6 +177,7 @@ class Peaks(msgspec.Struct):
             await asyncio.sleep(0.1)
 
 
+@pytest.mark.soak
 async def test_slow_readers_share_the_slots(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
     """Readers at a steady speed, twice as many as slots, all get a slot, and newcomers are heard at once.
 
