@@ -159,6 +159,7 @@ def test_without_a_stream(tab: OpenTab, open_service: Service, *, held_back: boo
     page.locator(".tiles").wait_for()
 
 
+@pytest.mark.soak
 def test_many_events_grow_no_memory(tab: OpenTab, open_service: Service) -> None:
     """Events that each change everything, and minutes of samples: nodes and memory stay what they were.
 
