@@ -56,13 +56,20 @@ hypothesis.settings.register_profile("soak", max_examples=1000, deadline=None, d
 hypothesis.settings.load_profile("default")
 
 
-class WithoutLargeModules:
-    """Finds no module; skips whatever imports torch or ray: a test module, or a test that does so as it runs."""
+class SkipImports:
+    """Finds no module; skips whatever imports one of `names`: a test module, or a test that does so as it runs."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name in {"torch", "ray"}:
+        if name in self._names:
             pytest.skip(f"needs {name}", allow_module_level=True)
         return None
+
+
+EXTRAS: Final = SkipImports("opentelemetry", "starlette")
+"""Skips the test modules that need them."""
 
 
 def skip_services(event: str, arguments: tuple[Any, ...]) -> None:
@@ -80,7 +87,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Watch for large modules and for services: no list of their tests has to be kept."""
     if config.option.quick:
-        sys.meta_path.insert(0, WithoutLargeModules())
+        sys.meta_path.insert(0, SkipImports("torch", "ray"))
+        sys.meta_path.append(EXTRAS)  # the last: it is asked only for what is not installed
+
+
+def pytest_collection_finish() -> None:
+    """From now on the code that is tested looks for OpenTelemetry, and does without it."""
+    if EXTRAS in sys.meta_path:
+        sys.meta_path.remove(EXTRAS)
         sys.addaudithook(skip_services)
 
 
