@@ -24,6 +24,7 @@ def spoken() -> dict[str, bytes]:
     return sounds
 
 
+@pytest.mark.slow
 def test_each_sentence_is_recognised(spoken: dict[str, bytes]) -> None:
     """Each of the twenty gives its own words."""
     assert [recognise(pcm) for pcm in spoken.values()] == list(SENTENCES)

@@ -35,6 +35,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built / "unpacked"
 
 
+@pytest.mark.slow
 def test_it_has_the_catalogue(unpacked: Path, tmp_path: Path) -> None:
     """With only the wheel installed, the catalogue is the project's."""
     program = "from shared import catalog; print(catalog.__file__, *(spec.id for spec in catalog.load_catalog()))"

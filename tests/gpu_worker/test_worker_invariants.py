@@ -135,6 +135,7 @@ def test_states_draining(make_bench: MakeBench) -> None:
     _check_snapshot(bench, requests=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "budget_bytes"), [(0, 150), (1, 200), (2, 200)])
 def test_any_mixture(make_bench: MakeBench, seed: int, budget_bytes: int) -> None:
     """No more pieces than credit, no gap, one last message and none behind it, none for a cancelled request.

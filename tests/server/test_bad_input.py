@@ -273,6 +273,7 @@ async def test_a_websocket_without_a_handshake(client: httpx.AsyncClient) -> Non
     assert "connect to it as a WebSocket (ws://)" in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "files", "code", "param"),
     [

@@ -186,6 +186,7 @@ async def test_a_cancelled_request_ends_its_process(gate: Gate) -> None:
     assert not exists(gate.events()[0])
 
 
+@pytest.mark.slow
 async def test_a_disconnect_ends_the_process(gate: Gate, tmp_path: Path) -> None:
     """When an HTTP client disconnects, its decoder is killed."""
     app = create_app(Settings(worker_url=f"ipc://{tmp_path}/nobody.ipc"))

@@ -53,6 +53,7 @@ def test_the_rate_of_a_piece_multiplies_the_speed(speed: float) -> None:
         assert heard.startswith(tone(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("speed", [0.25, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("audio_format", FORMATS)
@@ -123,6 +124,7 @@ def voice(samples: int) -> bytes:
     return sound.astype("<i2").tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [24_000, 24_231, 24_575, 24_900])
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("audio_format", FORMATS)
@@ -278,6 +280,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [150, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 def test_encoders_leave_nothing_behind(rounds: int) -> None:
     """Memory does not grow with the number of encoded answers."""

@@ -53,6 +53,7 @@ async def client(worker: FakeWorker, connect: Open) -> AsyncIterator[EngineClien
         yield engine
 
 
+@pytest.mark.slow
 async def test_refusals_are_reported_once(worker: FakeWorker, connect: Open) -> None:
     """The GPU worker learns of what a web process has refused by itself, and adds it up."""
     refused: Counter[LimitName] = Counter(recordings=2)
@@ -193,6 +194,7 @@ async def test_a_worker_may_start_later(tmp_path: Path, connect: Open) -> None:
             assert engine.worker_settings == fake.settings
 
 
+@pytest.mark.slow
 async def test_a_dead_worker_fails_everything_in_flight(client: EngineClient, worker: FakeWorker) -> None:
     """Speeches and calls fail at once, the catalogue stays known, and the client connects to the next worker."""
     worker.hold = True

@@ -174,6 +174,7 @@ async def test_a_body_that_is_crowded_out(serve: Serve, monkeypatch: pytest.Monk
     assert answer.startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 async def test_too_many_requests_of_one_address(serve: Serve) -> None:
     """A second request of an address that may have one gets a 429; a trusted proxy has any number of them."""
     client = await serve(max_connections_per_address=1, trusted_proxies=["127.0.0.1"])

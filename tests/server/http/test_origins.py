@@ -143,6 +143,7 @@ async def test_the_refusal_says_which_setting_allows_the_page(serve: Serve, orig
     assert load_settings({"TTS_CORS_ORIGINS": "*" if origin == "null" else origin}).cors_origins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("headers", "settings", "allowed"),
     [

@@ -58,6 +58,7 @@ async def test_config(configured_worker: FakeWorker) -> None:
     assert not {"api_keys", "admin_keys", "worker_token"} & config.keys()
 
 
+@pytest.mark.slow
 async def test_config_before_the_first_connection(tmp_path: Path) -> None:
     """Until the worker has reported its settings, ours are shown."""
     async with serving(f"ipc://{tmp_path}/none.ipc", ready=False, idle_timeout_s=9.0) as client:

@@ -87,6 +87,7 @@ async def cluster(
         yield client
 
 
+@pytest.mark.slow
 async def test_stats(cluster: httpx.AsyncClient) -> None:
     """Sums, and each replica with its place."""
     stats = (await cluster.get("/admin/stats")).json()

@@ -86,6 +86,7 @@ def _say(engine: EspeakEngine, job: Job) -> bytes:
     return _speech(events)
 
 
+@pytest.mark.slow
 class TestSpeech:
     """The sound of voices and languages."""
 
@@ -148,6 +149,7 @@ class TestSpeech:
 class TestWholeText:
     """The whole text is spoken."""
 
+    @pytest.mark.slow
     def test_several_sentences(self, engine: EspeakEngine) -> None:
         """Each sentence is spoken, in order."""
         text = " ".join(SENTENCES[:4])
@@ -187,6 +189,7 @@ class TestWholeText:
             assert 8 * once < seconds_of(_say(engine, _job(text * 8, voice))) < 8 * (once + 0.6)
 
 
+@pytest.mark.slow
 class TestStreaming:
     """Chunks, steps and slots."""
 

@@ -88,6 +88,7 @@ async def test_figures_are_those_of_no_worker(tmp_path: Path) -> None:
         assert not replicas.woken
 
 
+@pytest.mark.slow
 async def test_a_request_waits_for_the_first_replica(tmp_path: Path) -> None:
     """It is answered by it. More requests than may wait are refused at once."""
     async with at_zero(tmp_path) as (engine, replicas, worker):
@@ -103,6 +104,7 @@ async def test_a_request_waits_for_the_first_replica(tmp_path: Path) -> None:
         assert engine.snapshot.slots == worker.snapshot.slots
 
 
+@pytest.mark.slow
 async def test_no_replica_comes_in_time(tmp_path: Path) -> None:
     """The request ends with the reason, and the next one may wait."""
     async with at_zero(tmp_path, start_timeout_s=0.5) as (engine, _, _):
@@ -113,6 +115,7 @@ async def test_no_replica_comes_in_time(tmp_path: Path) -> None:
             assert refused.value.retry_after_s
 
 
+@pytest.mark.slow
 async def test_the_limit_is_one_of_the_wait(tmp_path: Path) -> None:
     """A speech that has begun may last longer."""
     async with at_zero(tmp_path, start_timeout_s=3.0) as (engine, replicas, _):
@@ -127,6 +130,7 @@ async def test_the_limit_is_one_of_the_wait(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 async def test_without_a_catalogue_a_replica_is_started(tmp_path: Path) -> None:
     """No request could be understood, so none would ever start one."""
     async with at_zero(tmp_path) as (engine, replicas, _):

@@ -81,6 +81,7 @@ async def test_reports_are_taken_together(engine: RayEngineClient, replicas: Man
     assert 1 <= replicas.updates - before <= 20
 
 
+@pytest.mark.slow
 async def test_a_replica_that_is_taken_away_is_no_loss(engine: RayEngineClient, replicas: ManyReplicas) -> None:
     """Its stream goes on to the end, and no WebSocket hears of a lost GPU worker; new requests are refused."""
     loss = asyncio.create_task(engine.worker_loss())

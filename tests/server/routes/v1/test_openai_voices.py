@@ -170,6 +170,7 @@ async def test_pages_of_consents(sdk: openai.AsyncOpenAI, worker: FakeWorker) ->
     assert caught.value.param == "after"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -126,6 +126,7 @@ async def test_another_web_worker_has_it(keeping: httpx.AsyncClient, serve: Serv
     assert (await other.get(path)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_a_player_needs_no_key(serve: Serve, folder: Path) -> None:
     """The id is enough for the audio, and for nothing else; it is neither the request id nor the speech id."""
     client = await serve(audio_store_dir=folder, api_keys=["user-1"])
