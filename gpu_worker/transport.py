@@ -152,6 +152,8 @@ class Transport:
                 if router in ready:
                     self._receive_all(router)
                 self._end_leases()
+            self._outbox.extend((peer, encode(Probe())) for peer in self._last_heard)
+            self._send_all(router)  # forgets those that have gone: a service stops its web workers first
             if self._last_heard:
                 time.sleep(_LINGER_S)
         except Exception as error:

@@ -294,6 +294,22 @@ class TestEnd:
         assert [message.seq for message in received[:-1]] == list(range(200))
         server.close()
 
+    def test_nothing_waits_for_who_has_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The socket stays open for a web worker that may have to read, not for one that has ended."""
+        pauses: list[float] = []
+        monkeypatch.setattr(transport.time, "sleep", pauses.append)
+        for leaves in (False, True):
+            server = _Server(tmp_path)
+            server.transport.start()
+            web = server.web().hello()
+            server.next()
+            if leaves:
+                web.leave()
+                server.web().hello(version=VERSION + 1).receive()  # the socket has seen the end that came before this
+            server.transport.stop()
+            server.close()
+        assert pauses == [transport._LINGER_S]
+
     def test_bind_fails(self, tmp_path: Path) -> None:
         """An address that cannot be bound is an error of `start`."""
         server = _Server(tmp_path / "nowhere")
