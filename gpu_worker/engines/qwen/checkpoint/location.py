@@ -57,7 +57,12 @@ def locate(
 
 def _cached_snapshot(hf_id: str) -> Path | None:
     """The newest snapshot in the Hugging Face cache, even an incomplete one; None if there is none."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 -- half a second to import
+    from huggingface_hub import constants  # noqa: PLC0415 -- needs the gpu extra
+
+    # Every start asks for every model, and most machines have few in that cache.
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{hf_id.replace('/', '--')}").is_dir():
+        return None
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 -- 0.3 s of CPU time to import
     from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415 -- as above
 
     try:

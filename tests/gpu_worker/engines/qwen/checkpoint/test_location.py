@@ -1,5 +1,6 @@
 """The directory of a model's checkpoint: the documented order, and no silent replacement."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_a_damaged_directory_is_not_passed_over(tmp_path: Path) -> None:
         locate(HF_ID, configured=None, models_dir=tmp_path, allow_download=False)
     with pytest.raises(JobError, match="out of reach"):
         locate(HF_ID, configured=None, models_dir=tmp_path, allow_download=True)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_cache_without_the_model_costs_no_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every start asks for every model, and the Hub's library takes 0.3 s of CPU time to import."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub._snapshot_download", None)
+    with pytest.raises(JobError, match="nor in the Hugging Face cache"):
+        locate(HF_ID, configured=None, models_dir=tmp_path, allow_download=False)
 
 
 @pytest.mark.usefixtures("hub_cache")
