@@ -1,7 +1,8 @@
 """The Qwen3-TTS engine: `step` makes one 80 ms frame for every job, and returns the audio that is complete.
 
 QwenEngine owns the slots and the order of work within a step. The arithmetic belongs to the model and the codec,
-batches and captured functions to the ModelRunner, checks and prompts to the Planner.
+batches and captured functions to the ModelRunner, checks and prompts to the Planner, the frames on the device to
+LaunchedFrames, the chunks in the vocoder to Deliveries.
 
 On CUDA a step launches frame n + 1 before it reads the codes of frame n, so the device never waits for Python.
 It does so as late as is safe, so the prompts of new jobs stand before frame n + 1. Audio is returned when it is done.
@@ -10,8 +11,7 @@ The frame that was launched behind the end of a job is dropped.
 
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 import msgspec
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, EngineStats, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
+from gpu_worker.engines.qwen.deliveries import MAX_PENDING, Deliveries
+from gpu_worker.engines.qwen.launched_frames import LaunchedFrames
 from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
 from gpu_worker.engines.qwen.model.sampling import SamplingParams, uniforms
@@ -31,17 +33,13 @@ from gpu_worker.engines.qwen.passages import OpenText, Passage, WholeText
 from gpu_worker.engines.qwen.planner import Plan, Planner, Utterance
 from gpu_worker.engines.qwen.reference_cache import ReferenceCache
 from gpu_worker.engines.qwen.runner import ModelRunner, PrefillInput
-from gpu_worker.engines.qwen.runtime.transfers import HostCopy
-from gpu_worker.engines.qwen.sequence import RunningJob, by_chunk_length, most_urgent_first
+from gpu_worker.engines.qwen.sequence import RunningJob
 from gpu_worker.engines.qwen.vocoder import Vocoder
-from shared.pcm import EMPTY_S, FRAME_SAMPLES, bytes_for, seconds_of
+from shared.pcm import EMPTY_S, bytes_for, seconds_of
 from shared.protocol import CacheName, Segment
 
 MAX_PREFILL_TOKENS: Final = 1024
 """Prompt tokens of the prefills in one step (but at least one prompt), so that new jobs do not delay the others."""
-
-MAX_PENDING_DELIVERIES: Final = 2
-"""Decoder calls that may still run on the device when a step returns."""
 
 POLL_S: Final = 1e-4
 """Pause between two looks at the device. Waiting for one event would miss another that comes first."""
@@ -49,34 +47,7 @@ POLL_S: Final = 1e-4
 MAX_WAIT_S: Final = 2e-3
 """The longest wait for the device in one step: other models want their steps, too."""
 
-LAUNCH_MARGIN_S: Final = 2e-3
-"""A frame is launched this long before the frame on the device can be done, so the device does not run dry.
-
-The host needs 0.2 to 2 ms for a launch. If it were launched at once, the frame would stand before the prompts of all
-that come in the meantime: 8 ms of first audio at the median of a busy engine, on the clock of test_latency.py.
-"""
-
-FRAME_TIMES: Final = 16
-"""Of this many last frames the shortest time is taken for that of the frame on the device."""
-
-
 log = structlog.get_logger(__name__)
-
-
-class LaunchedFrame(msgspec.Struct, frozen=True):
-    """A frame on the device: its jobs, each with the number of its utterance and the slot that it had then.
-
-    Of the `early` ones only the codes are made: their text has not come. The same frame is made again when it has.
-    """
-
-    members: list[tuple[RunningJob, int, int]]
-    early: list[tuple[RunningJob, int]]
-
-
-class UtteranceEnd(msgspec.Struct, frozen=True):
-    """All PCM of an utterance comes before this entry."""
-
-    sequence: RunningJob
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +86,6 @@ class QwenEngine:
         self._clock = clock
         self._sleep = sleep
         self._interrupted = interrupted
-        self._eos_code = parts.state.eos_code
         self._gap = bytes(bytes_for(pause_s))
         self._run_ahead = run_ahead
         self._cuda = parts.state.active.is_cuda
@@ -124,14 +94,8 @@ class QwenEngine:
         self._parked: dict[str, ParkedJob] = {}
         self._parked_bytes = 0
         self._codec_row_bytes = nbytes(parts.vocoder.state.rows(0))
-        self._active_slots: set[int] = set()
-        self._frames: deque[HostCopy[LaunchedFrame]] = deque()
-        self._frame_started = -math.inf
-        self._frame_times: deque[float] = deque(maxlen=FRAME_TIMES)
-        self._deliveries: deque[HostCopy[list[RunningJob]] | UtteranceEnd] = deque()
-        self._batch_sizes: Counter[int] = Counter()
-        self._steps: Counter[bool] = Counter()
-        """Decode steps, by whether they were captured."""
+        self._frames = LaunchedFrames(parts.state, parts.runner, parts.vocoder, clock)
+        self._deliveries = Deliveries(parts.vocoder, cuda=self._cuda, interrupted=interrupted)
         self._events: list[Event] = []
         """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
 
@@ -152,12 +116,10 @@ class QwenEngine:
             sequence = RunningJob(Job(id="", task="CustomVoice", segments=[]), min(self._free_slots), plan)
             sequence.start_utterance(Utterance(prompt, tokens=1, max_frames=1))
             self._prefill([sequence])
-            self._launch_frame([sequence])
-            self._on_frame_ready(self._frames.pop())
+            self._frames.launch([sequence])
+            self._frames.read_oldest()
             self._parts.vocoder.decode([sequence]).wait()
-        self._frame_times.clear()
-        self._steps.clear()
-        self._batch_sizes.clear()
+        self._frames.reset_statistics()
 
     def capacity(self) -> int:
         return len(self._free_slots)
@@ -238,18 +200,17 @@ class QwenEngine:
             self._write_text(sequences)
             self._prefill(sequences)
             ahead = 0
-            if self._decode_due_chunks(sequences):
+            if self._deliveries.decode_due_chunks(sequences):
                 members = [sequence for sequence in sequences if sequence.can_launch]
                 early = [sequence for sequence in sequences if sequence.can_launch_early]
-                if (members or early) and self._launch_due():
-                    self._launch_frame(members, early)
+                if (members or early) and self._frames.launch_due():
+                    self._frames.launch(members, early)
                 ahead = 1 if self._run_ahead and members else 0
                 self._wait_for_device(ahead)
-                while len(self._frames) > ahead and (not self._cuda or self._frames[0].ready()):
-                    self._on_frame_ready(self._frames[0])
-                    self._frames.popleft()
-                self._decode_due_chunks(sequences)
-            self._deliver(max_pending=MAX_PENDING_DELIVERIES if self._cuda or ahead else 0)
+                while len(self._frames) > ahead and (not self._cuda or self._frames.oldest_ready()):
+                    self._frames.read_oldest()
+                self._deliveries.decode_due_chunks(sequences)
+            self._deliver(max_pending=MAX_PENDING if self._cuda or ahead else 0)
         self._emit_pauses(sequences)
         events, self._events = self._events, []
         return events
@@ -319,7 +280,7 @@ class QwenEngine:
     def restore(self) -> None:
         with torch.inference_mode():
             self._parts.offloader.restore()
-            self._active_slots.clear()
+            self._frames.forget_active_slots()
             self._parts.runner.prepare()
             self._parts.vocoder.prepare()
 
@@ -341,9 +302,9 @@ class QwenEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            batch_sizes=dict(self._batch_sizes),
-            captured_steps=self._steps[True],
-            eager_steps=self._steps[False],
+            batch_sizes=dict(self._frames.batch_sizes),
+            captured_steps=self._frames.steps[True],
+            eager_steps=self._frames.steps[False],
             caches=[self._parts.reference_cache.stats(), *self._parts.prompts.cache_stats()],
         )
 
@@ -503,109 +464,25 @@ class QwenEngine:
         for sequence in chosen:
             sequence.on_prefilled()
 
-    def _launch_due(self) -> bool:
-        """True if the device would be without a frame before long."""
-        if not self._frames or not self._cuda:
-            return True
-        shortest = min(self._frame_times, default=0.0)
-        return len(self._frames) == 1 and self._clock() >= self._frame_started + shortest - LAUNCH_MARGIN_S
-
     def _wait_for_device(self, ahead: int) -> None:
         """Wait until a frame beyond `ahead` ones is ready, or the oldest chunk, or until a frame has to be launched."""
         until = self._clock() + MAX_WAIT_S
         while self._cuda and (self._frames or self._deliveries):
-            if self._deliveries and _is_ready(self._deliveries[0]):
+            if self._deliveries.oldest_ready():
                 return
-            if self._frames[0].ready() if len(self._frames) > ahead else ahead and self._launch_due():
+            if self._frames.oldest_ready() if len(self._frames) > ahead else ahead and self._frames.launch_due():
                 return
             if self._interrupted() or self._clock() >= until:
                 return
             self._sleep(POLL_S)
 
-    def _launch_frame(self, members: list[RunningJob], early: Sequence[RunningJob] = ()) -> None:
-        """Start a frame of `members` on the device. Of the `early` ones it makes the codes, but keeps no state."""
-        self._set_active_slots({sequence.slot for sequence in members})
-        batch = (*members, *early)
-        rows = [(sequence.slot, sequence.prompt_tokens + sequence.frames_launched + 1) for sequence in batch]
-        frame = LaunchedFrame(
-            [(sequence, sequence.utterance, sequence.slot) for sequence in members],
-            [(sequence, sequence.utterance) for sequence in early],
-        )
-        host_copy = HostCopy(self._parts.state.next_codebook0, frame)
-        self._parts.vocoder.wait_for_older_decodes()
-        full_vocab = any(member.plan.sampling.full_vocab for member in batch)
-        captured = self._parts.runner.decode_step(rows, full_vocab=full_vocab)
-        host_copy.start()
-        self._steps[captured] += 1
-        self._batch_sizes[len(members)] += 1
-        if not self._frames:
-            self._frame_started = self._clock()
-        self._frames.append(host_copy)
-        for sequence in members:
-            sequence.frames_launched += 1
-        for sequence in early:
-            sequence.early_launched = True
-
-    def _set_active_slots(self, slots: set[int]) -> None:
-        if slots == self._active_slots:
-            return
-        active = self._parts.state.active
-        mask = torch.zeros(active.shape, dtype=torch.bool, pin_memory=self._cuda)
-        mask[sorted(slots)] = True
-        active.copy_(mask, non_blocking=True)
-        self._active_slots = slots
-
-    def _on_frame_ready(self, host_copy: HostCopy[LaunchedFrame]) -> None:
-        """Count a frame as speech. The codes made with it, those of codebook 0 of the next frame, may be the end."""
-        next_codes = host_copy.wait().tolist()
-        now = self._clock()
-        self._frame_times.append(now - self._frame_started)
-        self._frame_started = now
-        for sequence, utterance, slot in host_copy.record.members:
-            if sequence.alive and sequence.utterance == utterance and not sequence.ended:
-                sequence.on_frame_ready(last=next_codes[slot] == self._eos_code)
-        for sequence, utterance in host_copy.record.early:
-            if sequence.alive and sequence.utterance == utterance and not sequence.ended:
-                sequence.on_early_frame_ready()
-
-    def _decode_due_chunks(self, sequences: Iterable[RunningJob]) -> bool:
-        """Decode due chunks, the most urgent first. Returns False if the rest waits for the next step.
-
-        On a CPU that is so if there is a command: it may be a request for speech, and a decode of all slots takes
-        three times as long as a frame.
-        """
-        while due := [sequence for sequence in sequences if sequence.chunk_due]:
-            for group in most_urgent_first(by_chunk_length(due)):
-                self._deliveries.append(self._parts.vocoder.decode(group))
-                for sequence in group:
-                    sequence.on_chunk_decoded()
-                if not self._cuda and self._interrupted():
-                    return False
-        for sequence in sequences:
-            if sequence.generating and sequence.ended and not sequence.pending_frames:
-                sequence.finish_utterance()
-                self._deliveries.append(UtteranceEnd(sequence))
-        return True
-
     def _deliver(self, max_pending: int) -> None:
         """Turn decoded chunks into events, in order. At most `max_pending` deliveries may stay unfinished."""
-        while self._deliveries:
-            head = self._deliveries[0]
-            if isinstance(head, UtteranceEnd):
-                held = head.sequence.take_held()
-                if held is not None and head.sequence.alive:
-                    self._emit(head.sequence, held.tobytes(), head.sequence.rate)
-                head.sequence.between = True
-                self._deliveries.popleft()
-                self._start_utterances([head.sequence])
-                continue
-            if len(self._deliveries) <= max_pending and not head.ready():
-                return
-            for sequence, samples in zip(head.record, head.wait().numpy(), strict=True):
-                if sequence.alive:
-                    sequence.check_silence(samples, FRAME_SAMPLES)
-                    self._emit(sequence, sequence.faded(samples).tobytes(), sequence.rate)
-            self._deliveries.popleft()
+        while (delivery := self._deliveries.take(max_pending)) is not None:
+            for sequence, pcm in delivery.chunks:
+                self._emit(sequence, pcm, sequence.rate)
+            if delivery.ended is not None:
+                self._start_utterances([delivery.ended])
 
     def _emit_pauses(self, sequences: Iterable[RunningJob]) -> None:
         """Emit the next piece of each pause. A job whose last sound is a pause ends behind it.
@@ -651,10 +528,6 @@ def _encoding_error(error: Exception) -> JobError:
         return JobError("insufficient_vram", f"memory ran out while ref_audio was encoded: {error}", retry_after_s=5)
     log.error("reference_encoding_failed", exc_info=error)
     return JobError("synthesis_failed", f"ref_audio could not be encoded: {error}", param="ref_audio")
-
-
-def _is_ready(delivery: HostCopy[list[RunningJob]] | UtteranceEnd) -> bool:
-    return isinstance(delivery, UtteranceEnd) or delivery.ready()
 
 
 def _reference_done(sequence: RunningJob) -> bool:
