@@ -8,7 +8,7 @@ from typing import Final
 from server.commands.client import ClientError
 from shared.audit import AuditError, default_key_file, head_file, read_key, verify
 from shared.environment import environment
-from shared.settings import load_settings
+from shared.settings import Settings, load_settings
 
 SUMMARY: Final = "check that the audit log of saved voices is unbroken"
 
@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(environment())
     path = arguments.file or settings.audit_path()
     key_file = arguments.key or settings.audit_key_file or default_key_file(path)
-    if not any(file.exists() for file in (path, head_file(path), default_key_file(path))):
-        raise ClientError(f"{path}: there is no audit log; the first voice that is saved begins one (TTS_AUDIT_LOG)")
     try:
+        if not any(file.exists() for file in (path, head_file(path), default_key_file(path))):
+            return _without_log(path, settings, needed=bool(arguments.file or arguments.mac))
         verdict = verify(path, read_key(key_file), arguments.mac.strip().lower())
     except AuditError as error:
         raise ClientError(str(error)) from error
@@ -42,4 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{path}:{verdict.broken}: {verdict.problem}{shown}\n")
         return 1
     sys.stdout.write(f"{path}: {verdict.end.line} lines, unbroken; the last has the MAC {verdict.end.mac}\n")
+    return 0
+
+
+def _without_log(path: Path, settings: Settings, *, needed: bool) -> int:
+    """A service that has never saved a voice has no log, and nothing is wrong with that."""
+    if needed:
+        raise ClientError(f"{path}: there is no audit log")
+    if any(settings.voices_dir.rglob("*.json")):
+        raise ClientError(f"{path}: there is no audit log, but there are saved voices in {settings.voices_dir}")
+    sys.stdout.write(f"{path}: there is no audit log yet; the first voice that is saved begins one (TTS_AUDIT_LOG)\n")
     return 0

@@ -46,6 +46,20 @@ def test_no_log(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     default_key_file(log).unlink()
     assert main(["audit", "verify"]) == 1
     assert "the key of the audit log" in capsys.readouterr().err
-    head_file(log).unlink()
+
+
+def test_before_the_first_voice(log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A service without saved voices has no log, which is no failure. A log that is asked for by name or MAC is."""
+    voices = log.parent / "voices"
+    monkeypatch.setenv("TTS_VOICES_DIR", str(voices))
+    for file in (log, default_key_file(log), head_file(log)):
+        file.unlink()
+    assert main(["audit", "verify"]) == 0
+    assert capsys.readouterr().out.startswith(f"{log}: there is no audit log yet")
+    assert main(["audit", "verify", str(log)]) == 1
+    assert main(["audit", "verify", "--mac", "0" * 64]) == 1
+    capsys.readouterr()
+    (voices / "consents").mkdir(parents=True)
+    (voices / "consents" / "cons_1.json").touch()
     assert main(["audit", "verify"]) == 1
-    assert capsys.readouterr().err.startswith(f"{log}: there is no audit log; the first voice that is saved begins one")
+    assert capsys.readouterr().err.startswith(f"{log}: there is no audit log, but there are saved voices in {voices}")
