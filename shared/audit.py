@@ -36,7 +36,7 @@ _MAX_FIELD: Final = 200
 """Characters of a field; a longer one is cut."""
 
 _GENESIS: Final = "0" * 64
-"""What stands for the MAC before the first line."""
+"""The first line is signed over this, in the place of a line before it."""
 
 _LINE: Final = re.compile(rb'(\{"line":([0-9]{1,18}),.*),"mac":"([0-9a-f]{64})"\}')
 
@@ -86,7 +86,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What `verify` has found: the last line that is sound, and what is wrong with line `broken`, if one is."""
+    """The result of `verify`: the last sound line, and the number, problem and text of the first broken one, if any."""
 
     end: Head
     broken: int = 0
@@ -223,7 +223,7 @@ def head_file(path: Path) -> Path:
 
 
 def _problem_of(raw: bytes, before: Head, key: bytes) -> str:
-    """What is wrong with the line behind `before`; "" for a sound one."""
+    """The problem of the line behind `before`; "" for a sound line."""
     if not raw.endswith(b"\n"):
         return "its end is missing" if len(raw) <= MAX_LINE else f"it has more than {MAX_LINE} bytes"
     match = _LINE.fullmatch(raw[:-1])

@@ -89,7 +89,7 @@ def _problem_of(binding: Binding, defined: set[str]) -> str | None:
 
 
 def _problem_of_value(name: str, value: str, source: str, defined: set[str]) -> str | None:
-    """What is wrong with a setting's value, as far as the file alone tells; `source` is the line."""
+    """The problem of a setting's value that the file alone shows; None if there is none. `source` is the line."""
     if _LINE_END.search(value):
         return f"{name} has a line break in its value; {_FORM}"
     quoted = source.partition("=")[2].lstrip()[:1] in {"'", '"'}

@@ -7,7 +7,7 @@ from typing import IO, Any, Final
 import structlog
 
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-"""What flock says on a file system without locks."""
+"""The errors of flock on a file system without locks."""
 
 log = structlog.get_logger(__name__)
 

@@ -28,7 +28,7 @@ WORKER_LIVE_VARIABLES: Final = _marked(WORKER_LIVE)
 
 
 class NewSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reload has read. `variables` are in force from now on, `settings` is what they say.
+    """Variables and settings after a reload. `variables` are in force from now on, and `settings` is made of them.
 
     `changed` and `needs_restart` are sorted names of variables; the latter keep their old values.
     """

@@ -31,7 +31,7 @@ def open_traces(settings: Settings, environ: Mapping[str, str], process: str) ->
 
 
 def tracing_problems(settings: Settings, environ: Mapping[str, str]) -> list[str]:
-    """What is wrong with the collector's URL, or that the packages to send to it are missing."""
+    """The problems of tracing: a wrong URL of the collector, or missing packages."""
     variable, url = _endpoint(settings, environ)
     if not url:
         return []

@@ -29,7 +29,7 @@ _HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c
 
 
 def reword(message: str, choices: Sequence[str] = (), *, from_text: bool = False) -> str:
-    """What is wrong with a field, to be put behind its name: "must be a string, not a list".
+    """The problem of a field, in words that follow its name: "must be a string, not a list".
 
     `message` is msgspec's, without a path. `choices` are the values of the field's Literal, if it has one.
     `from_text`: the value was sent as text (path, query, form, environment), so its own type says nothing.
@@ -42,7 +42,7 @@ def reword(message: str, choices: Sequence[str] = (), *, from_text: bool = False
 
 
 def reword_malformed_json(message: str, body: bytes) -> str:
-    """What is wrong with `body`, of which msgspec said that it is no JSON.
+    """The problem of a `body` that msgspec cannot read as JSON, in plain words.
 
     msgspec calls half a surrogate pair at the end of a string "truncated", and a line break within a string an
     "invalid character". The latter is the most frequent mistake: a text of several lines put into a JSON template.
@@ -73,7 +73,7 @@ def missing_field(message: str) -> str:
 
 
 def one_of(choices: Sequence[str]) -> str:
-    """What is wrong with a value that is none of `choices`."""
+    """The problem of a value that is none of `choices`."""
     return f"must be one of {', '.join(choices)}"
 
 

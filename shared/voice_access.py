@@ -74,7 +74,7 @@ def find_voice(name: str, voices: Iterable[V], access: VoiceAccess) -> V | None:
 
 
 def folded(name: str) -> str:
-    """What two names have in common that mean the same voice."""
+    """The form of a name in which two names of the same voice are equal."""
     if not name.isascii():
         name = unicodedata.normalize("NFC", name).translate(JOINERS)
     return name.strip().casefold()

@@ -149,7 +149,7 @@ class Ping(Message, frozen=True, kw_only=True):
 
 
 class UsedElsewhere(Message, frozen=True, kw_only=True):
-    """What clients with limits have used at all other GPU workers of a cluster; it has no answer.
+    """The use of clients with limits at all other GPU workers of a cluster. It has no answer.
 
     `minute_s` of a KeyUse never falls in the messages with one `source`. From then on, snapshots have `key_use`.
     """
@@ -159,7 +159,7 @@ class UsedElsewhere(Message, frozen=True, kw_only=True):
 
 
 class Call(Message, frozen=True, kw_only=True):
-    """Do an action that is not speech; the answer is Reply or Failed. What it saves belongs to `access.owner`."""
+    """Do an action that is not speech; the answer is Reply or Failed. Saved voices belong to `access.owner`."""
 
     id: str
     client: str

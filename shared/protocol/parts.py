@@ -72,7 +72,7 @@ ALL_VOICES: Final = VoiceAccess(all=True)
 
 
 class RateLimit(msgspec.Struct, frozen=True, kw_only=True):
-    """What a key has left of its requests a minute: `remaining` now, all `limit` of them after `reset_s` seconds."""
+    """The requests a minute of a key: `remaining` are left now, all `limit` of them after `reset_s` seconds."""
 
     limit: int
     remaining: int
@@ -87,7 +87,7 @@ Its companion `tracestate` is dropped: it is kilobytes of whatever a client like
 
 
 class KeyUse(msgspec.Struct, frozen=True, array_like=True):
-    """What a client with limits has used: at one GPU worker since that started, or at several together.
+    """The use of a client with limits, at one GPU worker since that started, or at several together.
 
     `minute_s` counts 60 s divided by its requests a minute for each request. `characters` are those of `day`, a day
     by date.toordinal, UTC; `running` are its requests now.
@@ -100,7 +100,7 @@ class KeyUse(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What the clients with limits have used at one GPU worker. Workers with one usage file have one `usage_source`."""
+    """The use of all clients with limits at one GPU worker. Workers with one usage file have one `usage_source`."""
 
     usage_source: str
     clients: dict[str, KeyUse]

@@ -29,7 +29,7 @@ class SavedVoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UsageRow(msgspec.Struct, frozen=True):
-    """What one key used of one model on one day, UTC. `key` is its name or digest, "" for all clients without one.
+    """The use of one model by one key on one day, UTC. `key` is its name or digest, "" for all clients without one.
 
     `requests` counts those that were taken, `refused` those that were not.
     `failed` and `cancelled` of the requests did not end well.

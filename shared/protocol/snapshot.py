@@ -138,7 +138,7 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WindowCounts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What WindowPerformance is computed from: histograms by bucket of shared.performance, sizes of batches by size.
+    """The source of a WindowPerformance: histograms by bucket of shared.performance, and batches by their size.
 
     `underruns` are by PLAYER_BUFFERS_S.
     """

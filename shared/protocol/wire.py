@@ -8,7 +8,7 @@ from shared.protocol.messages import VERSION, FromWeb, FromWorker, Message
 
 STARTING: Final = b"s"
 READY: Final = b"r"
-"""What a GPU worker writes into its supervisor's pipe, a byte a second: its loop runs; and its models are preloaded."""
+"""A GPU worker writes one of them into its supervisor's pipe every second: READY once its models are preloaded."""
 
 
 class ProtocolError(Exception):
