@@ -136,7 +136,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine has counted since it was loaded.
+    """The counters of an engine since its load.
 
     `batch_sizes`: frames (or the engine's other units of work) by the number of jobs that shared them.
     `captured_steps`: decode steps that replayed captured functions alone; `eager_steps`: the others.
@@ -246,7 +246,7 @@ class Engine(Protocol):
         """Bytes that the engine holds, by place and purpose. Any thread may call it."""
 
     def stats(self) -> EngineStats:
-        """What the engine has counted. It is called several times a second."""
+        """The engine's counters. The loop calls this several times a second."""
 
     def empty_cache(self, name: CacheName) -> None:
         """Drop what a cache keeps, if the engine has one of that name. Jobs keep what they use."""

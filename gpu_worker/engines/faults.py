@@ -34,7 +34,7 @@ _STICKY: Final = (
     "unknown error",
     "unspecified launch failure",
 )
-"""What cudaGetErrorString says of the errors after which CUDA's documentation has the process ended and started again.
+"""The texts of cudaGetErrorString for errors after which CUDA's documentation wants the process started again.
 
 A library's status (cuBLAS, cuDNN) is none of them: it may mean a lack of memory, or shapes that have no kernel.
 Where such a context was the reason, the very next call says one of these.

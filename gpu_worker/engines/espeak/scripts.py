@@ -92,7 +92,7 @@ class _ForeignScript(NamedTuple):
 
 
 class _Foreign(NamedTuple):
-    """What a language cannot read: any `letter` of `scripts`. `own` is a letter that it can read."""
+    """The letters that a language cannot read: any `letter` of `scripts`. `own` is a letter that it can read."""
 
     letter: re.Pattern[str]
     own: re.Pattern[str]

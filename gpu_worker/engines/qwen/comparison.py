@@ -52,7 +52,7 @@ class Agreement(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """What was compared, and the agreement for each of the 16 codebooks; codebook 0 is the talker's."""
+    """The number of frames compared, and the agreement of each of the 16 codebooks; codebook 0 is the talker's."""
 
     frames: int
     codebooks: list[Agreement]

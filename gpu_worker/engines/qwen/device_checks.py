@@ -34,7 +34,7 @@ class Computation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def problems(wanted: Computation) -> list[str]:
-    """What this device cannot of what is wanted, and what to do about it."""
+    """A message for each part of `wanted` that this device cannot do, with the remedy."""
     found = [_message(check, wanted) for check in (_dtypes, _attention, _quantization)]
     return [problem for problem in dict.fromkeys(found) if problem is not None]
 

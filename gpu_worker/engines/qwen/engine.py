@@ -339,7 +339,7 @@ class QwenEngine:
         return [*self._model_rows(sequence), *self._parts.vocoder.state.rows(sequence.slot)]
 
     def _model_rows(self, sequence: RunningJob) -> list[Tensor]:
-        """What the utterance of a job holds in its slot, but the codec stream: views of a length that a copy knows."""
+        """The rows of a job's utterance in its slot, without the codec stream: views whose lengths a copy knows."""
         tokens = sequence.prompt_tokens + sequence.frames_launched
         return [
             *self._parts.cache.rows(sequence.slot, tokens),

@@ -33,7 +33,7 @@ _LIST_ITEM: Final = re.compile(
     r"|^[^\S\n]*(?:[*+-]|(?:[0-9]+|[a-z]|[ivxlcdmIVXLCDM]+)\.)(?=\s|\Z)",
     re.MULTILINE,
 )
-"""What sentencex takes for the beginning of an item if the paragraph has two of them: `2)` anywhere, `2.` in a line."""
+"""The marks that sentencex reads as items of a list if a paragraph has two: `2)` anywhere, `2.` in a line."""
 
 _LETTER: Final = re.compile(r"\w")
 _SPACE: Final = re.compile(r"\s")

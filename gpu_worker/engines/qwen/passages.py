@@ -18,7 +18,7 @@ from shared.protocol import Segment
 from shared.text import is_speakable
 
 _CONTROL_TOKEN_BEGUN: Final = re.compile(r"<(\|[^<>|]*\|?|t|tt|tts|tts_[a-z_]*)?\Z")
-"""What may become a CONTROL_TOKEN."""
+"""The beginning of a CONTROL_TOKEN at the end of a text."""
 
 Split = Callable[[str], Iterable[str]]
 """A clean text -> its utterances."""

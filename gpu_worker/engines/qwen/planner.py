@@ -201,7 +201,7 @@ class Planner:
         return Utterance(prompt, tokens, frame_cap(tokens, wanted, room))
 
     def more_text(self, open_text: OpenText, tokens: int) -> MoreText | None:
-        """What is sure of the utterance's text behind its first `tokens`; None if that is nothing."""
+        """The sure part of the utterance's text behind its first `tokens`; None if it is empty."""
         open_text.read_on()
         ids = open_text.ids[tokens:]
         if not ids and not open_text.complete:

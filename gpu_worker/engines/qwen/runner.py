@@ -44,7 +44,7 @@ PREFILL_LENGTHS: Final = (16, 32, 64, 128, 256)
 """Prompt lengths that prefills are captured for. Longer prompts run eagerly, padded to a power of 2."""
 
 GRAPH_NODE_BYTES: Final = 10 << 10
-"""What the driver takes for a kernel in a graph: about 10 KB, reported for CUDA 12 (NVIDIA/cccl 3768)."""
+"""The driver's memory for a kernel in a graph: about 10 KB, reported for CUDA 12 (NVIDIA/cccl 3768)."""
 
 GRAPH_NODES: Final = {"frame": 900, "decode": 240, "prefill": 300}
 """Kernels of a decode step, of a vocoder's call and of a prefill of published models: see test_fake_cuda.py.

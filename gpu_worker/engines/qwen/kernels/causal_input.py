@@ -1,4 +1,4 @@
-"""What a causal convolution of the codec reads: its last inputs of the chunk before, and those of this chunk.
+"""The input of a causal convolution of the codec: its last inputs of the chunk before, and those of this chunk.
 
 One kernel instead of three, or of eight if a residual is added and Snake is applied on the way.
 """

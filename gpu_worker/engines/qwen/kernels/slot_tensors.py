@@ -1,4 +1,4 @@
-"""What kernels read and write of the slots' state. model/slot_state.py owns it and describes every tensor."""
+"""The tensors of the slots' state that kernels read and write. model/slot_state.py owns and describes them."""
 
 from typing import Protocol
 

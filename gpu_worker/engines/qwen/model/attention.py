@@ -43,7 +43,7 @@ class Attention(Protocol):
         """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
 
     def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Any:
-        """What makes `decode` read the first `lengths` (int64 [rows]) of `tokens` cached tokens, in its backend's form.
+        """The mask, in its backend's form, for `decode` to read the first `lengths` (int64 [rows]) of `tokens` tokens.
 
         `groups`: query heads of a KV head. It is made once for all layers of a step: 2 kernels less in each layer.
         """
@@ -104,7 +104,7 @@ class Sdpa:
         return by_group(out, key.shape[1]) if self.heads_by_group else out
 
     def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Tensor:
-        """What is added to the scores: 0 within the length, -inf beyond, [rows, 1, 1, tokens].
+        """The summand of the scores: 0 within the length, -inf beyond, [rows, 1, 1, tokens].
 
         Of a bool mask, the attention of every layer would make this with 3 kernels of its own.
         """

@@ -194,7 +194,7 @@ class CodePredictor(TensorHolder):
         return cache.varied[group]
 
     def _first(self, cache: FrameCache, hidden: Tensor, code: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
-        """What the head of codebook 1 reads, and the numbers to sample each code with, [batch, 1] each."""
+        """The input of the head of codebook 1, and the numbers to sample each code with, [batch, 1] each."""
         levels = uniform.t().contiguous().unsqueeze(2).unbind()
         hidden = pad_rows(hidden, self.stack.products.row_multiple)
         rows = hidden.shape[0]
@@ -206,7 +206,7 @@ class CodePredictor(TensorHolder):
         return self.stack.norm(self.stack(x, cache).unflatten(0, (rows, 2))[:, 1]), *levels
 
     def _next(self, cache: FrameCache, group: int, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head of the next codebook reads, and the codes of codebook `group`."""
+        """The input of the head of the next codebook, and the codes of codebook `group`."""
         batch, rows = len(level), len(x)
         cache.position = group + 1
         if self.first_layer_inputs:

@@ -12,7 +12,7 @@ import torch
 from gpu_worker.engines.faults import BrokenDeviceError
 
 Key = tuple[str, int, int]
-"""What a function does, and two sizes."""
+"""The name of a captured function, and two sizes of its input."""
 
 
 class GraphPool:
@@ -27,7 +27,7 @@ class GraphPool:
         self._users = 0
         self._handle: Any = None
         self.captures_given_up = 0
-        """Captures that CUDA has invalidated. What each leaves behind in torch's host allocator stays for good."""
+        """Captures that CUDA has invalidated. Each leaves something in torch's host allocator for good."""
 
     def acquire(self) -> Any:
         """The handle to capture with, for one more user."""

@@ -1,4 +1,4 @@
-"""What the kernels that sample share: the id that a uniform takes from a row of scores.
+"""The part that all sampling kernels share: the id that a uniform takes from a row of scores.
 
 Nothing is sorted. Three bounds are found by bisection: that of top_k, that of top_p, and that at which the cumulative
 distribution passes the uniform. Each is the highest for which a count or a sum over one side still meets a condition.
