@@ -12,7 +12,7 @@ TIMEOUT_S: Final = 4.0
 
 
 def check(url: str, token: str, timeout_s: float = TIMEOUT_S) -> str | None:
-    """What is wrong with the worker at `url`; None if its synthesis loop answers a Hello within `timeout_s`."""
+    """The problem of the worker at `url`; None if its synthesis loop answers a Hello within `timeout_s`."""
     context: zmq.Context[Any] = zmq.Context()
     dealer = connect_dealer(context, url)
     dealer.setsockopt(zmq.SNDTIMEO, int(timeout_s * 1000))

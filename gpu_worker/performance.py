@@ -138,7 +138,7 @@ class Performance:
         return self._report
 
     def counts(self) -> dict[str, list[WindowCounts]]:
-        """What `report` was computed from, as of its latest call."""
+        """The counts from which the latest call of `report` was computed."""
         return self._counts
 
     def _add(self, model: str, column: int, count: int = 1) -> None:

@@ -74,7 +74,7 @@ class TransportFailed(msgspec.Struct, frozen=True):
 
 
 TransportEvent = Incoming | PeerGone | TransportFailed
-"""What the transport delivers to the synthesis loop."""
+"""The transport delivers these to the synthesis loop."""
 
 
 class Transport:

@@ -114,7 +114,7 @@ class ControlHandler:
             caller.answer(reply)
 
     def forget(self, peer: bytes, call_id: str | None = None) -> None:
-        """Never answer that call, or any call of `peer` if there is no `call_id`. What the call started goes on.
+        """Never answer that call, or any call of `peer` if there is no `call_id`. The call's work goes on.
 
         The request that designs a voice has the call's peer and id, so the worker cancels it like any other request.
         """

@@ -25,7 +25,7 @@ DAY_S: Final = 86_400.0
 
 
 class _Use(msgspec.Struct):
-    """What a client has used. `full_at`: when the whole minute is free again; GCRA's theoretical arrival time.
+    """The use of one client. `full_at`: when the whole minute is free again; GCRA's theoretical arrival time.
 
     `characters` are those of `day`, with what the file of usage had at the start. `own` was used at this worker since
     then, `elsewhere` at the others.
@@ -39,7 +39,7 @@ class _Use(msgspec.Struct):
 
 
 class LimitCounter:
-    """What every limited client has used. Clients without limits are not counted."""
+    """Counts the use of each client with limits. Clients without limits are not counted."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class LimitCounter:
         self._uses = {client: _Use(day=day, characters=count) for client, count in characters_today.items()}
 
     def take(self, source: str, elsewhere: Mapping[str, KeyUse]) -> None:
-        """What clients have used at the other GPU workers of a cluster; see shared.protocol.UsedElsewhere.
+        """Count the use of clients at the other GPU workers of a cluster; see shared.protocol.UsedElsewhere.
 
         Only what `source` adds to its earlier news counts for the minute.
         """
@@ -77,7 +77,7 @@ class LimitCounter:
 
     @property
     def worker_use(self) -> WorkerUse | None:
-        """What was used at this worker since it started; None if there are no others to know it."""
+        """The use at this worker since it started; None if no other worker has to know it."""
         if self._source is None:
             return None
         clients = {client: use.own for client, use in self._uses.items() if use.own != KeyUse()}
@@ -126,7 +126,7 @@ class LimitCounter:
         return self.left(client, limits)
 
     def left(self, client: str, limits: KeyLimits) -> RateLimit | None:
-        """What a client has left of its minute; None without such a limit."""
+        """The requests that a client has left in its minute; None without such a limit."""
         if limits.requests_per_minute is None:
             return None
         used_s = max(0.0, self._uses.get(client, _Use()).full_at - self._clock())

@@ -56,7 +56,7 @@ Place = tuple[str, str, str]
 
 
 class Sums(msgspec.Struct):
-    """What was used at one place. `requests` counts those that were taken, `refused` those that were not."""
+    """Sums of usage. `requests` counts the requests that were taken, `refused` the others."""
 
     requests: int = 0
     characters: int = 0

@@ -322,7 +322,7 @@ class Residency:
             overdue = False
 
     def _plan(self, now: float) -> policy.Plan:
-        """What to do now; before a model is refused or waits for lack of room, caches are emptied for it."""
+        """The plan for this turn. Caches are emptied before a model is refused, or waits, for lack of room."""
         self._clear_shortages(now)
         for entry in self._all:
             entry.evict = entry.evict and entry.state is ModelState.RESIDENT and entry.evictable

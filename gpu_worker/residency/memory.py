@@ -23,7 +23,7 @@ RESERVE_SHARE: Final = 0.05
 
 
 MemoryDriver = CpuDriver | NvmlDriver | TorchDriver
-"""What measures one device: its `kind` and `name()`, `start()` and `read()`. Callable from any thread."""
+"""Measures one device. Each has a `kind`, `name()`, `start()` and `read()`, callable from any thread."""
 
 
 class MemoryProbe:

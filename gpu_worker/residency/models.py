@@ -59,7 +59,7 @@ class Transition(msgspec.Struct, frozen=True):
 
 
 class FilesStatus(msgspec.Struct, kw_only=True):
-    """What the last check of a model's files found.
+    """The result of the last check of a model's files, and the file work in flight.
 
     `current`: no load has invalidated that check since. `checking`, `downloading`: a check or download is in flight.
     `problem`: why the model cannot be loaded; empty if it can. `remote`: a load needs a download first.
@@ -250,4 +250,4 @@ class MoverFailed(msgspec.Struct, frozen=True):
 
 
 Report = TransitionDone | TransitionFailed | FilesChecked | Downloaded | Progress
-"""What `Residency.handle` takes."""
+"""The reports of the threads, for `Residency.handle`."""

@@ -49,7 +49,7 @@ class MemoryReading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IdleCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """What a running cleanup pass asks: which of `models` leave.
+    """The question of a running cleanup pass: which of `models` leave.
 
     Idle for `timeout_s`, a model leaves the device for host RAM; there for `host_timeout_s`, it is dropped.
     """
@@ -79,7 +79,7 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do now.
+    """The transition to start, if one is due, and the models to refuse.
 
     `short`: wanted models that found no room even with every idle model gone; those not refused keep waiting.
     `by_cleanup`: the transition is the cleanup pass's.

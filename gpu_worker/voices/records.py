@@ -78,7 +78,7 @@ class VoiceWrite(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def noun(self) -> str:
-        """What is written, for messages."""
+        """The noun for the record in messages."""
         return "consent" if isinstance(self.record, ConsentRecord) else "voice"
 
     @property
