@@ -14,7 +14,7 @@ log = structlog.get_logger(__name__)
 
 
 def deployed_version(deployment: str, application: str) -> str:
-    """What tells the latest version from those before; Serve's public status does not have it. Blocks.
+    """The latest version of a deployment; Serve's public status does not have it. Blocks.
 
     Raises RayError or RayServeException.
     """

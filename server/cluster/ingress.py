@@ -56,7 +56,7 @@ class Ingress:
         return RelayedApplication(self._application)
 
     async def drain(self) -> None:
-        """Take no more requests, because the service stops. What is being spoken ends."""
+        """Take no more requests, because the service stops. Speech under way goes on to its end."""
         self._application.refuses_requests = True
         self._end()
 

@@ -14,7 +14,7 @@ from shared.settings import SECRET, Settings, SettingsError, load_settings, vari
 
 
 class NodeSettings(msgspec.Struct, frozen=True):
-    """What a deployment's argument has: TTS_* variables, and the names of those that each node must have itself."""
+    """A deployment's argument: TTS_* variables, and the names of those that each node must have itself."""
 
     variables: dict[str, str]
     secret: list[str]

@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxy does with a request before its own work.
+"""The middleware of Serve's HTTP proxy: it sees each request before the proxy does.
 
 Serve finds `middlewares` by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the environment of Ray's processes.
 """

@@ -93,7 +93,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def replica_of(replica_id: str, snapshot: Snapshot) -> Replica:
-    """What a router has to know of the GPU worker with this snapshot."""
+    """The figures of a GPU worker's snapshot that a router needs."""
     device = snapshot.device
     held_bytes = sum(sum(status.bytes.values()) for status in snapshot.models)
     # The driver is asked a few times a second: a model that has just come may not be in its figure.

@@ -140,7 +140,7 @@ class EngineReplica:
         self._gateway.post(messages)
 
     async def report(self, request: bytes) -> bytes:
-        """What the replica says of itself."""
+        """The replica's encoded report, for an encoded request."""
         return await self._gateway.report(request)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

@@ -47,7 +47,7 @@ class ReplicaEstimates:
         return list(self._estimates.values())
 
     def needed_bytes(self, model: str) -> int:
-        """What a load of the model takes: the most that it took anywhere, or the estimate."""
+        """The bytes that a load of the model takes: the most that it took anywhere, or the estimate."""
         return self._measured_bytes.get(model) or self._estimated_bytes.get(model, 0)
 
     def update(self, figures: Replica, now: float) -> None:

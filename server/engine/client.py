@@ -242,7 +242,7 @@ def silent_speech(request: Speak, engine: "EngineClient") -> Speech:
 
 
 class EngineClient(Protocol):
-    """What routes may ask of the engine, wherever it runs."""
+    """The engine as routes use it, wherever it runs."""
 
     @property
     def catalog(self) -> list[ModelSpec]:

@@ -9,7 +9,7 @@ from shared.protocol import Snapshot, SpeechError
 
 
 class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica says of itself several times a second.
+    """The state of a replica, sent several times a second.
 
     `error` is the reason why its GPU worker takes no requests, with `retry_after_s`. The report has the catalogue and
     the settings if the web process did not know this life (`boot_id`) of the GPU worker.

@@ -106,7 +106,7 @@ class ZmqEngineClient:
         self._news = asyncio.Event()
         """Set, and replaced, by the next snapshot and by the loss of the worker."""
         self._loss: asyncio.Future[ApiError] | None = None
-        """What waits for the loss of the worker; None if nothing does."""
+        """Set at the loss of the worker; None if nothing waits for that."""
         self._variables: dict[str, str] = {}
         """The settings for each GPU worker that comes."""
         self._speeches: dict[str, Speech] = {}

@@ -99,7 +99,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What allows the closing of a connection."""
+    """The conditions under which a connection may be closed."""
 
     idle_s: float
     """With nothing to be sent: no request and no byte sent for so long."""

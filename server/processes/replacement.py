@@ -59,7 +59,7 @@ class Listeners:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a web worker has of the main process: its watchdog's beat, its link, and listening sockets."""
+    """The things that a web worker has from the main process: its watchdog's beat, its link, and listening sockets."""
 
     beat: ctypes.c_double
     link: MainLink

@@ -8,7 +8,7 @@ from shared.settings import Settings, variable_of
 
 
 def tls_problems(settings: Settings) -> list[str]:
-    """What is wrong with the files that TTS_TLS_CERT and TTS_TLS_KEY name."""
+    """The problems of the files that TTS_TLS_CERT and TTS_TLS_KEY name."""
     cert, key = settings.tls_cert, settings.tls_key
     if cert is None or key is None:
         return [] if cert is key else [f"{variable_of('tls_cert')}, {variable_of('tls_key')}: https needs both"]

@@ -53,7 +53,7 @@ class Silence:
 
 
 class Process(Protocol):
-    """What `Watchdog` needs of multiprocessing's Process."""
+    """The part of multiprocessing's Process that `Watchdog` needs."""
 
     @property
     def pid(self) -> int | None:

@@ -34,7 +34,7 @@ class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str = ""
     ping: Ping = Ping()
     used_elsewhere: dict[str, KeyUse] = {}
-    """What clients with limits have used at the other replicas."""
+    """The use of clients with limits at the other replicas."""
 
 
 class ReplicaStream(Protocol):

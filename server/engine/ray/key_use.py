@@ -25,7 +25,7 @@ class ClusterUse:
     def __init__(self) -> None:
         self._uses: dict[str, WorkerUse] = {}
         self._in_file: dict[str, dict[str, KeyUse]] = {}
-        """What a worker's file of usage had of others when it started: the worker counts that as its own."""
+        """The use at others that a worker's file had at its start: the worker counts that as its own."""
 
         self._totals: dict[str, KeyUse] = {}
         self._ended: list[str] = []
@@ -39,7 +39,7 @@ class ClusterUse:
         self._totals = {}
 
     def end(self, boot_id: str) -> None:
-        """A worker has ended: none of its requests runs any more. What it has counted stays."""
+        """A worker has ended: none of its requests runs any more. Its counts stay."""
         use = self._uses.get(boot_id)
         if use is None or boot_id in self._ended:
             return
@@ -52,7 +52,7 @@ class ClusterUse:
         self._totals = {}
 
     def elsewhere(self, boot_id: str) -> dict[str, KeyUse]:
-        """What clients have used at all other workers; nothing for a worker that has not reported."""
+        """The use of clients at all other workers; empty for a worker that has not reported."""
         if boot_id not in self._uses:
             return {}
         self._totals = self._totals or _sum(self._uses.values())
@@ -85,7 +85,7 @@ def _added(one: UsageRow, other: UsageRow) -> UsageRow:
 
 
 def _sum(uses: Iterable[WorkerUse]) -> dict[str, KeyUse]:
-    """What the workers have counted together; characters are those of the latest day."""
+    """The sums over all workers. Characters are those of the latest day."""
     totals: dict[str, KeyUse] = {}
     for use in uses:
         for client, used in use.clients.items():

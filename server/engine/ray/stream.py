@@ -62,7 +62,7 @@ class RelayedStream:
         self._replica = ""
         """The one that has the request; "" while it is being chosen."""
         self._written: list[Append | EndText] = []
-        """What another replica needs to know of an open request, while this one may still refuse it."""
+        """The text of an open request for another replica, kept while this one may still refuse the request."""
         self._kept_chars = 0
         self._begun = False
         self._over = False
