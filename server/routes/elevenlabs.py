@@ -44,7 +44,7 @@ _BREAK: Final = re.compile(
 
 _LONGEST_BREAK: Final = 60
 _BREAK_BEGUN: Final = re.compile(r"<(?:b(?:r(?:e(?:a(?:k(?:\s[^<>]{0,50})?)?)?)?)?)?\Z")
-"""What may become such a mark."""
+"""The beginning of such a mark at the end of a text."""
 
 _THEIR_NAMES: Final = {"input": "text", "voice": "voice_id", "model": "model_id", "sample_rate": "output_format"}
 
@@ -165,7 +165,7 @@ async def stream(
 async def list_voices(
     request: Request[Any, Any, Any], engine: EngineDependency, settings: SettingsDependency
 ) -> ElevenLabsVoices:
-    """What `voice_id` can be with the default model."""
+    """The voices of the default model, for `voice_id`."""
     return await _list(request, engine, settings)
 
 

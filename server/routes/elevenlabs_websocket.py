@@ -51,7 +51,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """What the messages of both paths may have."""
+    """The fields that messages of both paths may have."""
 
     voice_settings: VoiceSettings | None = None
     generation_config: GenerationConfig | None = None

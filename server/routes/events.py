@@ -149,7 +149,7 @@ def line_of(event: DashboardEvent) -> bytes:
 
 
 def _without_clocks(event: DashboardEvent) -> Any:
-    """What must differ for an event to be sent: everything but clocks that go on by themselves, and memory in steps."""
+    """The part of an event that must differ for it to be sent: no clocks that go on by themselves, memory in steps."""
     stats, vram = event.stats, event.vram
     if stats is not None:
         streams = [msgspec.structs.replace(stream, age_s=0.0) for stream in stats.streams]

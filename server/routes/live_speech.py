@@ -140,7 +140,7 @@ class Utterance:
         self._news.set()
 
     async def speak(self) -> AsyncGenerator[SpeechEvent]:
-        """What is spoken, while it is made. Raises ApiError. Close the iterator to stop the speech at once."""
+        """Yield the speech while it is made. Raises ApiError. Close the iterator to stop the speech at once."""
         number = 0
         while (part := await self._next_part()) is not None:
             started = await part.start(self.plan, f"{self._request_id}-{number}")

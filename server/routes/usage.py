@@ -21,7 +21,7 @@ _TIMEOUT_S: Final = 15.0
 
 
 class UsageEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What one key used of one model on one day, UTC. `key` is "" for all clients without one.
+    """The use of one model by one key on one day, UTC. `key` is "" for all clients without one.
 
     `requests` were taken, `refusals` were not. `failed` and `cancelled` of the requests did not end well.
     """
@@ -62,7 +62,7 @@ async def get_usage(
     since: Annotated[date | None, QueryParameter(name="from", description="The first day, UTC.")] = None,
     until: Annotated[date | None, QueryParameter(name="to", description="The last day, UTC; today if absent.")] = None,
 ) -> Response[UsageList] | Response[str]:
-    """What was used from one day to another, by default in the last 30 days."""
+    """The use from one day to another, by default in the last 30 days."""
     until = until or datetime.now(UTC).date()
     since = since or max(date.min, until - timedelta(days=min(DEFAULT_DAYS - 1, until.toordinal() - 1)))
     if since > until:

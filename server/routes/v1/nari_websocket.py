@@ -24,7 +24,7 @@ _PCM_NAMES: Final = {"pcm16", "pcm_s16le"}
 
 
 class AudioEncoding(msgspec.Struct, frozen=True, kw_only=True):
-    """What the binary frames are."""
+    """The encoding of the binary frames."""
 
     encoding: str = "pcm_s16le"
     sample_rate: int = SAMPLE_RATE

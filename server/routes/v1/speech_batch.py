@@ -49,7 +49,7 @@ class SpeechBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one item: `audio_data` (base64) and what goes with it, or `error`."""
+    """The result of one item: `audio_data` (base64) with its facts, or `error`."""
 
     index: int
     status: Literal["success", "error"]

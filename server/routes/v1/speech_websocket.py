@@ -111,7 +111,7 @@ class InputCancelled(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 
 
 class SocketError(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
-    """What went wrong. `action` is the type of the message at fault, "" if none is."""
+    """An error. `action` is the type of the message at fault, "" if none is."""
 
     message: str
     code: str
@@ -169,7 +169,7 @@ class _StreamSocket(SpeechSocket):
         self._leaving = False
         self._action = ""
         self._part: AudioDone | None = None
-        """What the audio.done of the part under way would say if it ended now."""
+        """The audio.done of the part under way, if that ended now."""
 
     def error_message(self, error: ApiError) -> SocketError:
         """The message for an error."""

@@ -34,7 +34,7 @@ _TIMEOUT_S: Final = 30.0
 
 
 class VoiceFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What the file holds."""
+    """The content of an exported file."""
 
     voice: PortableVoice
     format: Literal["qwen3-tts-voice"] = "qwen3-tts-voice"

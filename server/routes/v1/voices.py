@@ -73,7 +73,7 @@ async def list_voices(
     ] = None,
     legacy: Annotated[bool, QueryParameter(description="Plain strings instead of objects.")] = False,
 ) -> VoiceList | VoiceNames:
-    """What a request can name as its voice: preset voices, OpenAI's names for them, and saved voices.
+    """The voices that a request can name: preset voices, OpenAI's names for them, and saved voices.
 
     With `model`, a request for that model; else one that names no model, or one of OpenAI's.
     A saved voice of another key is there only if it is shared.
