@@ -26,7 +26,7 @@ class WebCaches:
         self._words = self._count_words()
 
     def counts(self) -> dict[CacheName, CacheCounts]:
-        """What this web worker has counted."""
+        """Hits and misses of the caches in this web worker."""
         words = load_pronunciations.cache_info()
         return {
             "pronunciations": CacheCounts(words.hits, words.misses),

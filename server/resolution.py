@@ -45,7 +45,7 @@ _MAX_SHOWN: Final = 60
 
 
 UnknownVoice = Literal["refuse", "default"]
-"""What a request with an unknown voice gets: a refusal, or the model's first voice (TTS_UNKNOWN_VOICE)."""
+"""The answer to an unknown voice: a refusal, or the model's first voice (TTS_UNKNOWN_VOICE)."""
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):

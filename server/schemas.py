@@ -364,7 +364,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Requires(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client must send: a key under /v1, an admin key under /admin, a consent with a recording to clone."""
+    """True for each that a client must send: a key under /v1, an admin key under /admin, a consent to clone a voice."""
 
     key: bool
     admin_key: bool

@@ -58,7 +58,7 @@ _REMEMBERED_PACKETS: Final = 4
 """Packets' worth of speech that is kept, to see at the end whether the last packets have any of it."""
 
 _LOSSES: Final = ((0.001, 32_768), (0.01, 1_311), (1.0, 328))
-"""What a last packet that is left out may hold: so many seconds at most, of samples up to this level.
+"""The limits of a last packet that is left out: so many seconds at most, of samples up to this level.
 
 The last millisecond was faded out. Ten are not missed at 4 % of full scale (-28 dB), behind louder speech.
 Any number at 1 % (-40 dB) passes for silence.
@@ -67,7 +67,7 @@ The length of an answer stays within 3 % of the speech from 2.7 s on, unless tha
 
 
 _SHORTEST_S: Final = 0.1
-"""What packets that are left out never take from an answer: the silence of a text without words lasts so long."""
+"""An answer keeps at least this much if packets are left out: the silence of a text without words lasts so long."""
 
 
 class _Recipe(msgspec.Struct, frozen=True, kw_only=True):

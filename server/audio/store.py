@@ -35,7 +35,7 @@ _LONGEST_HEAD: Final = 200
 
 
 class AudioFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a player must know of stored audio. `designed`: a voice-design model made its voice."""
+    """The facts about stored audio that a player needs. `designed`: a voice-design model made its voice."""
 
     media_type: str
     sample_rate: int

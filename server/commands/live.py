@@ -106,7 +106,7 @@ def _socket(client: Client) -> Iterator[ClientConnection]:
 
 
 def _messages(socket: ClientConnection) -> Iterator[str | bytes]:
-    """What the service says, up to a normal end."""
+    """The service's messages, up to a normal end."""
     try:
         while True:
             yield socket.recv()

@@ -175,7 +175,7 @@ WEB_CHECKS: Final = (
     _tracing_problems,
     unknown_models,
 )
-"""What is wrong with settings beyond their form, wherever the GPU worker runs."""
+"""Checks of settings beyond their form, which hold wherever the GPU worker runs."""
 
 _CHECKS: Final = (*WEB_CHECKS, _worker_problems)
 

@@ -13,7 +13,7 @@ NOT_UTF8: Final = (
 )
 
 _UTF16_MARKS: Final = {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
-"""What PowerShell 5.1 writes before a file's text; no UTF-8 begins with one of them."""
+"""PowerShell 5.1 writes one of them before a file's text; no UTF-8 begins with one."""
 
 _NO_CHARSETS: Final = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "utf-7"}
 """Python's codecs of text that are no charset of a body. Some take quadratic time."""

@@ -137,7 +137,7 @@ def _first_problem(request: Request[Any, Any, Any], error: ValidationException) 
 
 
 def _name_of(request: Request[Any, Any, Any], field: str | None) -> str | None:
-    """What clients call `field`: the name in the query, if the handler's parameter has another one."""
+    """The client's name of `field`: that in the query, if the handler's parameter has another one."""
     found = request.route_handler.parsed_fn_signature.parameters.get(field or "")
     return getattr(found.kwarg_definition, "name", None) or field if found else field
 

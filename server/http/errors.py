@@ -108,7 +108,7 @@ def internal_error() -> ApiError:
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong: `message` is for people, `code` for programs; `param` names the field at fault."""
+    """An error: `message` is for people, `code` for programs; `param` names the field at fault."""
 
     message: str
     type: str
@@ -156,7 +156,7 @@ def headers_of(error: ApiError) -> dict[str, str]:
 
 
 def rate_limit_headers(state: RateLimit | None) -> dict[str, str]:
-    """What a key has left of its requests a minute, in OpenAI's headers; none without such a limit."""
+    """OpenAI's headers for the requests that a key has left in its minute; none without such a limit."""
     if state is None:
         return {}
     return {

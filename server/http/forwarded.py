@@ -99,7 +99,7 @@ def parse_address(text: str | None) -> Address | None:
 
 @lru_cache(maxsize=4_096)
 def client_network(address: str) -> str:
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose addresses one machine can all take.
+    """The network that counts as one client: an IPv4 address, or the /64 of an IPv6 one, which one machine can own.
 
     Link-local addresses of all neighbours are in one /64, so each of them counts for itself.
     """

@@ -158,7 +158,7 @@ def new_key() -> str:
 
 
 def digest_of(key: str) -> str:
-    """What is kept of a key."""
+    """The hash of a key. The key itself is not kept."""
     return _DIGEST + hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 

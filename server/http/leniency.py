@@ -88,7 +88,7 @@ class LenientFields:
 
 
 class _Rule:
-    """What is taken for one field."""
+    """The values that one field takes, beside strict ones."""
 
     def __init__(self, field: mi.Field) -> None:
         kinds, extra = _parts(field.type)

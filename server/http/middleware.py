@@ -145,7 +145,7 @@ class HttpMiddleware:
             self.open_requests.end(request)
 
     def _objection(self, scope: Any, body: "_RequestBody") -> ApiError | None:
-        """What is wrong with a request by its headers alone, or with the number of its client's requests."""
+        """The refusal of a request by its headers alone, or by the number of its client's requests; None to go on."""
         settings, peer = self.app.state.settings, body.request.peer
         if self.refuses_requests and scope["path"] != "/health":
             return ApiError("shutting_down", "The service is shutting down.", retry_after_s=_BACK_AFTER_S)

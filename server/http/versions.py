@@ -28,6 +28,6 @@ def refuse_other_version(headers: Headers) -> ApiError | None:
 
 
 def version_hint(path: str) -> str | None:
-    """What to say of a path that leads nowhere, if it begins with another version."""
+    """The hint for a path that leads nowhere but begins with another version; None for other paths."""
     found = _VERSIONED.match(path)
     return None if found is None or found[1] == API_VERSION else _ONLY

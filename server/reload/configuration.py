@@ -26,7 +26,7 @@ Check = Callable[[Settings], list[str]]
 
 
 class Configuration:
-    """What the service is configured with. Raises SettingsError or CatalogError if that cannot be used."""
+    """The configuration of the service. Raises SettingsError or CatalogError if it cannot be used."""
 
     def __init__(self, checks: Sequence[Check], start_checks: Sequence[Check]) -> None:
         """`start_checks` are made at the start alone, `checks` also at every reload."""
@@ -40,7 +40,7 @@ class Configuration:
         """Variables of the GPU worker that reloads have changed."""
 
         self.state = WebState(settings=settings, keyring=load_keyring(settings))
-        """What web workers work by."""
+        """The configuration in the form that web workers take."""
 
     @property
     def settings(self) -> Settings:

@@ -23,7 +23,7 @@ class WebState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reload has changed, and what it has not, by variables. With `problems` nothing has changed."""
+    """The result of a reload, by variables: changed, or kept until a restart. With `problems` nothing has changed."""
 
     changed: list[str] = []
     needs_restart: list[str] = []

@@ -11,7 +11,7 @@ from server.text.spans import Pause, copied, text_of
 
 _LONGEST_MARK: Final = 60
 _BEGUN_MARK: Final = re.compile(r"\[\s{0,9}(?:p(?:a(?:u(?:s(?:e(?:\s{0,9}(?::[^\]]{0,40})?)?)?)?)?)?)?", re.IGNORECASE)
-"""What may become a pause mark."""
+"""The beginning of a pause mark."""
 
 
 class GrowingText:
@@ -37,7 +37,7 @@ class GrowingText:
         return self._take(certain)
 
     def rest(self) -> list[str | Pause]:
-        """What is left when the text has ended."""
+        """The rest of the text, which has ended."""
         return self._take(len(self._text))
 
     def _take(self, end: int) -> list[str | Pause]:

@@ -110,7 +110,7 @@ def _pauses(items: Iterable[Span | Pause]) -> Iterator[Span | Pause]:
 
 
 def _segments(items: Iterable[Span | Pause]) -> Iterator[PreparedSegment]:
-    """Group `items` by pauses and rates. What has no letter or digit is left out, and its pause goes to the one before.
+    """Group `items` by pauses and rates. One without letter or digit is left out; its pause goes to the one before.
 
     A pause of 0 ms separates nothing.
     """

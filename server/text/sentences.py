@@ -8,7 +8,7 @@ from shared.text import is_speakable
 Granularity = Literal["sentence", "clause"]
 
 _CLOSING: Final = "\"'\u2019\u201d\u00bb)\\]}\u300d\u300f\uff09\u3011"
-"""What may stand between the end of a sentence and the space behind it."""
+"""Quotes and brackets that may stand between the end of a sentence and the space behind it."""
 
 
 def _boundary(spaced: str, unspaced: str) -> re.Pattern[str]:
@@ -56,6 +56,6 @@ class SentenceSplitter:
         return sentences
 
     def rest(self) -> str:
-        """What is left when the text has ended."""
+        """The rest of the text, which has ended."""
         rest, self._text = self._text.strip(), ""
         return rest
