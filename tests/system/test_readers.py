@@ -59,6 +59,7 @@ def body(number: int, frames: int | None) -> dict[str, Any]:
     return {"input": TEXT, "voice": "ryan", "response_format": "pcm", **sampling}
 
 
+@pytest.mark.soak
 def test_stalled_readers_keep_nobody_waiting(service: Service) -> None:
     """24 clients read nothing, on eight slots and with the smallest buffer: another one is answered within seconds.
 
