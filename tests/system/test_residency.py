@@ -71,11 +71,13 @@ KEEP: Final = {"keep_alive": -1}
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Copies of the three checkpoints, with a large text tokenizer: a test may damage one, and must restore it."""
+    """Copies of the three checkpoints, SMALL's with a large text tokenizer.
+
+    A test may damage one, and must restore it.
+    """
     directory = tmp_path_factory.mktemp("checkpoints")
     copies = {model: Path(shutil.copytree(path, directory / model)) for model, path in checkpoints().items()}
-    for copy in copies.values():
-        enlarge_tokenizer(copy)
+    enlarge_tokenizer(copies[SMALL])
     return copies
 
 
@@ -143,20 +145,18 @@ class Listener:
 
 
 def test_loading_does_not_silence_others(service: Service) -> None:
-    """While models are loaded, offloaded, restored and dropped, another model's stream pauses for less than 250 ms.
+    """While a model is loaded, offloaded, restored and dropped, another model's stream pauses for less than 250 ms.
 
     Must be the first test of the file, so that the first load of the process is among them.
     """
     models = ResidencyService(service)
     limit_s = stretched(GAP_S)
     with Listener(service) as listener:
-        for model in (SMALL, LARGE):
-            models.do(model, "load")
-        models.say(DESIGN, **KEEP)
+        models.do(SMALL, "load")
         models.say(SMALL, keep_alive=0)
+        models.wait_for_state(SMALL, "offloaded", stretched(5))
         models.say(SMALL, **KEEP)
-        for model in MODELS:
-            models.do(model, "unload")
+        models.do(SMALL, "unload")
     assert listener.pieces > 200
     assert listener.longest_gap_s < max(limit_s, stretched(GAP_S))
 
@@ -223,6 +223,7 @@ class TestBudget:
         models.do(LARGE, "unpin")
         models.say(SMALL)
 
+    @pytest.mark.soak
     def test_busy_stays(self, models: ResidencyService) -> None:
         """A model with a running request is not evicted: a request that needs its room waits until it ends.
 
@@ -248,6 +249,7 @@ class TestBudget:
         assert (states[SMALL], states[DESIGN]) == ("resident", "resident")
         assert states[LARGE] in {"offloaded", "absent"}  # absent after TTS_HOST_IDLE_TIMEOUT
 
+    @pytest.mark.soak
     def test_two_at_once_beside_a_pinned_model(self, models: ResidencyService) -> None:
         """Simultaneous requests for two models, of which only one fits, are all answered."""
         models.do(DESIGN, "load")
@@ -278,6 +280,7 @@ class TestIdle:
         assert (passes["status"], passes["cleanup_enabled"]) == ("running", True)
         assert time.time() - passes["timestamp"] < CHECK_S + SLACK_S
 
+    @pytest.mark.soak
     def test_keep_alive(self, models: ResidencyService) -> None:
         """A request's keep_alive: evict at once, after a second, or only for another model's load."""
         models.say(SMALL, keep_alive=0)
@@ -341,6 +344,7 @@ def spoil_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer_config.json").write_text("[]")
 
 
+@pytest.mark.soak
 def test_transitions_leave_nothing_behind(models: ResidencyService) -> None:
     """Loads, offloads, restores and drops do not grow the process; test_residency_soak.py is the long version."""
     worker = models.service.worker_pid()
@@ -354,7 +358,7 @@ def test_transitions_leave_nothing_behind(models: ResidencyService) -> None:
 class TestFailedLoad:
     """A load that fails."""
 
-    @pytest.mark.parametrize("damage", [cut_codec, spoil_tokenizer])
+    @pytest.mark.parametrize("damage", [cut_codec, pytest.param(spoil_tokenizer, marks=pytest.mark.soak)])
     def test_changes_nothing(
         self, models: ResidencyService, paths: dict[str, Path], damage: Callable[[Path], None]
     ) -> None:
@@ -389,6 +393,7 @@ class TestFailedLoad:
         assert after_bytes - before_bytes < 12 * 2**20
         assert models.say(SMALL) == said
 
+    @pytest.mark.soak
     def test_memory_runs_out(self, models: ResidencyService) -> None:
         """A load without enough memory is refused as such, frees its memory, and succeeds once there is enough."""
         # In a fresh process: after many transitions the heap has holes into which another model fits.
