@@ -10,8 +10,6 @@ from shared.audit import AuditError, default_key_file, head_file, read_key, veri
 from shared.environment import environment
 from shared.settings import Settings, load_settings
 
-SUMMARY: Final = "check that the audit log of saved voices is unbroken"
-
 _MAX_SHOWN: Final = 500
 """Characters of a broken line that are printed."""
 

@@ -19,8 +19,6 @@ from shared.environment import environment, unknown_models
 from shared.log import set_up_logging
 from shared.settings import PREFIX, Settings, SettingsError, load_settings, variable_of
 
-SUMMARY: Final = "run the service with many GPUs, as a Ray Serve application"
-
 EXIT_FAILED: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
 

@@ -14,8 +14,6 @@ from server.http.keys import NAME, KeysError, digest_of, key_entry, new_key, rea
 from shared.environment import environment
 from shared.settings import load_settings, variable_of
 
-SUMMARY: Final = "make an API key for the file TTS_KEYS_FILE"
-
 _LIMITS: Final = {
     "--requests-per-minute": "requests that the key may send a minute",
     "--characters-per-day": "characters that it may have spoken a day, UTC",

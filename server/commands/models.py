@@ -1,14 +1,11 @@
 """`models`: the models of a running service, as a table or as JSON."""
 
 import argparse
-from typing import Final
 
 from rich.table import Table
 
 from server.commands.client import add_service_arguments, client_of
 from server.commands.output import console, megabytes, print_json
-
-SUMMARY: Final = "list the models of a running service"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

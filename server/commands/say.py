@@ -19,8 +19,6 @@ from server.commands.live import speak_live
 from shared.environment import environment
 from shared.settings import load_settings
 
-SUMMARY: Final = "let a running service speak into a file or a player"
-
 _FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".raw": "pcm"}
 _READ_BYTES: Final = 65_536
 

@@ -45,8 +45,6 @@ from shared.settings import Settings, SettingsError, variable_of
 from shared.sockets import AddressError, ipc_path
 from shared.trace_settings import tracing_problems
 
-SUMMARY: Final = "run the service (the default command)"
-
 EXIT_FAILED: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
 

@@ -16,8 +16,6 @@ from rich.text import Text
 from server.commands.client import Client, ClientError, add_service_arguments, client_of
 from server.commands.output import console, megabytes
 
-SUMMARY: Final = "watch the models, memory, queue and streams of a running service"
-
 _STATE_STYLES: Final = {"resident": "green", "loading": "yellow", "offloaded": "cyan", "unavailable": "red"}
 _STREAM_STYLES: Final = {"generating": "green", "buffered": "cyan", "stalled": "yellow"}
 

@@ -9,7 +9,6 @@ from rich.table import Table
 from server.commands.client import add_service_arguments, client_of
 from server.commands.output import console, print_json
 
-SUMMARY: Final = "list the voices of a running service"
 _COLUMNS: Final = ("id", "name", "model", "language", "kind", "owner", "shared", "description")
 _KINDS: Final = {"audio_sample": "clone", "prompt": "design"}
 

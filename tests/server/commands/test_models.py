@@ -1,6 +1,9 @@
 """`models` as a table and as JSON."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +34,19 @@ def test_json(service: CannedService, capfd: pytest.CaptureFixture[str]) -> None
     service.answers["/v1/models"] = (200, MODELS)
     assert main(["models", "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == MODELS
+
+
+def test_a_client_loads_no_service() -> None:
+    """A command starts within a few hundred milliseconds: it imports neither the web framework nor the web server."""
+    program = """
+import sys
+from server.__main__ import main
+try:
+    main(["models", "--help"])
+except SystemExit:
+    print({"litestar", "granian", "av"} & sys.modules.keys())
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
+    ).stdout
+    assert said.endswith("set()\n")
