@@ -5,8 +5,9 @@ over a deployment handle. What crosses Ray are the encoded messages of shared/pr
 Outsiders import the names below.
 """
 
-from server.engine.ray.client import REPORT_INTERVAL_S, RayEngineClient
+from server.engine.ray.client import RayEngineClient
 from server.engine.ray.interface import EngineReplicas, Frames, ReplicaLostError, ReplicaStream, ReportRequest
+from server.engine.ray.polling import REPORT_INTERVAL_S
 
 __all__ = [
     "REPORT_INTERVAL_S",

@@ -134,6 +134,6 @@ async def test_the_limit_is_one_of_the_wait(tmp_path: Path) -> None:
 async def test_without_a_catalogue_a_replica_is_started(tmp_path: Path) -> None:
     """No request could be understood, so none would ever start one."""
     async with at_zero(tmp_path) as (engine, replicas, _):
-        engine._catalog = []
+        engine._polling.catalog = []
         await becomes(lambda: replicas.woken > 0)
         assert engine.unavailable() is not None

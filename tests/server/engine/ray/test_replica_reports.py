@@ -74,10 +74,10 @@ async def engine(tmp_path: Path, replicas: ManyReplicas) -> AsyncIterator[RayEng
 async def test_reports_are_taken_together(engine: RayEngineClient, replicas: ManyReplicas) -> None:
     """100 reports that come at once do not have all 100 replicas looked at 100 times."""
     replicas.open.clear()
-    await becomes(lambda: engine._awaited == 100)
+    await becomes(lambda: engine._polling._awaited == 100)
     before = replicas.updates
     replicas.open.set()
-    await becomes(lambda: engine._awaited == 0)
+    await becomes(lambda: engine._polling._awaited == 0)
     assert 1 <= replicas.updates - before <= 20
 
 
