@@ -1,14 +1,22 @@
-"""The reason for a missing GPU worker, and the time of its return: a small file from supervisor to web workers.
+"""The reason for a missing GPU worker, and the time of its return: in a file from the supervisor, and in a 503.
 
 The file lies beside the GPU worker's socket. A web worker reads it only while it has no connection,
 so what the file says of an older outage is never shown.
 """
 
 import time
+from typing import Final
 
 import msgspec
 
+from server.http.errors import ApiError
 from shared.sockets import ipc_path
+
+RETRY_AFTER_S: Final = 5.0
+"""When to try again if no supervisor on this machine knows when the GPU worker will be back."""
+
+_LONGEST_RETRY_S: Final = 60.0
+"""OpenAI's clients do not obey a longer Retry-After."""
 
 
 class Outage(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,3 +49,8 @@ class OutageFile:
             return msgspec.json.decode(self._path.read_bytes(), type=Outage)
         except (OSError, msgspec.DecodeError):
             return None
+
+
+def unavailable_error(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
+    """The error of a request that finds no GPU worker."""
+    return ApiError("worker_unavailable", message, retry_after_s=min(max(1.0, retry_after_s), _LONGEST_RETRY_S))

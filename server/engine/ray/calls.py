@@ -4,7 +4,8 @@ import asyncio
 from typing import Final
 
 from server.engine.client import error_of
-from server.engine.ray.interface import ELSEWHERE, EngineReplicas, ReplicaLostError, unavailable_error
+from server.engine.outage import unavailable_error
+from server.engine.ray.interface import ELSEWHERE, EngineReplicas, ReplicaLostError
 from server.engine.ray.key_use import merge_usage
 from server.http.errors import ApiError
 from shared.protocol import (

@@ -11,8 +11,9 @@ from typing import Any, Final, Self
 import structlog
 
 from server.engine.client import Speech
+from server.engine.outage import RETRY_AFTER_S, unavailable_error
 from server.engine.ray.calls import FOR_ALL, ReplicaCalls
-from server.engine.ray.interface import RETRY_AFTER_S, EngineReplicas, unavailable_error
+from server.engine.ray.interface import EngineReplicas
 from server.engine.ray.outbox import Outboxes
 from server.engine.ray.polling import FRESH_WITHIN_S, STALE_AFTER_S, ReplicaPolling
 from server.engine.ray.stream import RelayedStream

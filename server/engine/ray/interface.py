@@ -6,11 +6,7 @@ from typing import Final, Protocol
 import msgspec
 
 from server.engine.reports import ReplicaReport
-from server.http.errors import ApiError
 from shared.protocol import KeyUse, Ping
-
-RETRY_AFTER_S: Final = 5.0
-_LONGEST_RETRY_S: Final = 60.0
 
 ELSEWHERE: Final = frozenset({"queue_full", "worker_unavailable", "shutting_down"})
 """Codes of a refusal that another replica may not repeat."""
@@ -72,8 +68,3 @@ class EngineReplicas(Protocol):
 
     async def report(self, replica: str, request: bytes) -> bytes:
         """Ask a replica for its report."""
-
-
-def unavailable_error(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
-    """The error of a request that finds no GPU worker."""
-    return ApiError("worker_unavailable", message, retry_after_s=min(max(1.0, retry_after_s), _LONGEST_RETRY_S))

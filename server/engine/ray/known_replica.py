@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from server.engine.ray.interface import RETRY_AFTER_S, unavailable_error
+from server.engine.outage import RETRY_AFTER_S, unavailable_error
 from server.engine.reports import ReplicaReport
 from server.http.errors import ApiError
 from shared.protocol import SpeechError

@@ -12,8 +12,9 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from server.engine.outage import unavailable_error
 from server.engine.ray.cluster_snapshot import merge, sum_of_counts, without_workers
-from server.engine.ray.interface import EngineReplicas, ReplicaLostError, ReportRequest, unavailable_error
+from server.engine.ray.interface import EngineReplicas, ReplicaLostError, ReportRequest
 from server.engine.ray.key_use import ClusterUse
 from server.engine.ray.known_replica import KnownReplica
 from server.engine.reports import ReplicaReport

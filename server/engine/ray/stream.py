@@ -7,7 +7,8 @@ from typing import Final
 import structlog
 
 from server.engine.client import Speech, error_of
-from server.engine.ray.interface import ELSEWHERE, EngineReplicas, ReplicaLostError, ReplicaStream, unavailable_error
+from server.engine.outage import unavailable_error
+from server.engine.ray.interface import ELSEWHERE, EngineReplicas, ReplicaLostError, ReplicaStream
 from server.http.errors import ApiError
 from shared.protocol import (
     Append,

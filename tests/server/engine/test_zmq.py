@@ -8,7 +8,8 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from server.engine.zmq import STALE_AFTER_S, ZmqEngineClient
+from server.engine.session import STALE_AFTER_S
+from server.engine.zmq import ZmqEngineClient
 from server.http.errors import ApiError
 from shared.protocol import (
     Cancel,
@@ -117,6 +118,6 @@ async def test_a_pong_to_an_older_ping_is_not_fresh(client: ZmqEngineClient, wor
 
 def _one_more_ping_is_out(client: ZmqEngineClient) -> None:
     deadline = time.monotonic() + 10
-    while not client._ping_out:
+    while not client._session._ping_out:
         assert time.monotonic() < deadline, "no ping was sent"
         time.sleep(0.01)  # the other thread runs meanwhile
