@@ -35,8 +35,9 @@ from gpu_worker.residency.models import (
     TransitionDone,
     TransitionFailed,
 )
+from gpu_worker.residency.statuses import status_of
 from shared.catalog import ModelSpec
-from shared.protocol import CleanupPass, ModelStatus, PublicState
+from shared.protocol import CleanupPass, ModelStatus
 
 FILE_CHECK_S: Final = 5.0
 """How often the files of absent models are checked."""
@@ -46,17 +47,6 @@ SHORTAGE_RECHECK_S: Final = 0.2
 
 RECLAIM_S: Final = 5.0
 """How often at most caches are emptied for a model that finds no room."""
-
-
-_PUBLIC_STATES: Final[dict[ModelState, PublicState]] = {
-    ModelState.ABSENT: "absent",
-    ModelState.LOADING: "loading",
-    ModelState.RESIDENT: "resident",
-    ModelState.OFFLOADING: "offloaded",
-    ModelState.OFFLOADED: "offloaded",
-    ModelState.RESTORING: "loading",
-    ModelState.DROPPING: "absent",
-}
 
 
 class ModelBusyError(Exception):
@@ -238,22 +228,7 @@ class Residency:
 
     def status(self, model: str) -> ModelStatus:
         """The state of one model, and what it holds."""
-        entry = self._entries[model]
-        idle = entry.used_at is not None and not entry.references
-        return ModelStatus(
-            id=entry.id,
-            state=_public_state(entry),
-            detail=entry.progress
-            or (entry.files.problem if entry.state is ModelState.ABSENT else "")
-            or entry.last_error,
-            bytes=entry.memory.device,
-            host_bytes=entry.host_bytes,
-            last_used=entry.used_at,
-            idle_s=self._clock() - entry.last_used if idle else None,
-            references=entry.references,
-            pinned=entry.pinned,
-            keep_alive_s=entry.keep_alive_s,
-        )
+        return status_of(self._entries[model], self._clock())
 
     def statuses(self) -> list[ModelStatus]:
         """The status of every model, in the catalogue's order."""
@@ -473,15 +448,3 @@ class Residency:
     def _touch(self, entry: ModelEntry) -> None:
         entry.last_used = self._clock()
         entry.used_at = self._wall()
-
-
-def _public_state(entry: ModelEntry) -> PublicState:
-    """The state as clients see it. A model that is leaving counts as gone already, so nothing starts on it."""
-    state: PublicState = _PUBLIC_STATES[entry.state]
-    if entry.state in MOVING:
-        return state
-    if entry.broken:
-        return "loading" if entry.references else "absent"
-    if entry.state is ModelState.ABSENT and entry.files.problem:
-        return "unavailable"
-    return "loading" if entry.wanted and entry.files.downloading else state
