@@ -4,6 +4,7 @@ It knows the service's error envelope and no endpoint.
 """
 
 import argparse
+import functools
 import http
 import http.client
 import ipaddress
@@ -41,13 +42,20 @@ class Client:
         """`certificate` is that of a service on this machine: it is taken whatever names it has, and no other is."""
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.authorization = f"Bearer {key}" if key else None
+        self._certificate = certificate
         # A proxy of the environment is not used for this machine.
         proxies = urllib.request.ProxyHandler({}) if is_local(self.url) else urllib.request.ProxyHandler()
-        self.tls = ssl.create_default_context(cafile=certificate)
-        if certificate is not None:
-            self.tls.check_hostname = False
-            self.tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be signed by an authority of its own
-        self._opener = urllib.request.build_opener(proxies, urllib.request.HTTPSHandler(context=self.tls))
+        https = [urllib.request.HTTPSHandler(context=self.tls)] if self.url.startswith("https:") else []
+        self._opener = urllib.request.build_opener(proxies, *https)
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext:
+        """What is trusted; the certificates of this machine are read in 40 ms, so only where they are needed."""
+        tls = ssl.create_default_context(cafile=self._certificate)
+        if self._certificate is not None:
+            tls.check_hostname = False
+            tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it may be signed by an authority of its own
+        return tls
 
     def get(self, path: str, *, listing: str = "") -> dict[str, Any]:
         """The JSON object that `path` answers, with a list of objects under the name `listing`; else ClientError."""
