@@ -11,6 +11,7 @@ from granian.constants import Interfaces
 from granian.server.embed import Server
 
 from server.app import create_app
+from server.http.errors import ApiError
 from server.http.middleware import HttpMiddleware
 from server.processes.web_workers import HTTP1, HTTP2
 from shared.settings import Settings
@@ -36,14 +37,20 @@ Serve = Callable[..., Awaitable[httpx.AsyncClient]]
 @asynccontextmanager
 async def serving(url: str, *, ready: bool = True, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a new application whose GPU worker is at `url`; by default, wait until the application is ready."""
-    app = create_app(Settings(worker_url=url, **settings))
-    # No connection is encrypted: reading the certificates of this machine would take longer than most tests.
-    async with (
-        listening(app) as base_url,
-        httpx.AsyncClient(base_url=base_url, timeout=20, verify=False) as client,  # noqa: S501 -- plain HTTP
-    ):
-        await until(lambda: responds(client, "/ready" if ready else "/health"))
+    async with _client_of(create_app(Settings(worker_url=url, **settings)), "/ready" if ready else "/health") as client:
         yield client
+
+
+@asynccontextmanager
+async def _client_of(app: HttpMiddleware, path: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with listening(app) as base_url, plain_client(base_url) as client:
+        await until(lambda: responds(client, path))
+        yield client
+
+
+def plain_client(base_url: str | httpx.URL, **options: Any) -> httpx.AsyncClient:
+    """A client without TLS: reading the certificates of this machine would take longer than most tests."""
+    return httpx.AsyncClient(base_url=base_url, timeout=20, verify=False, **options)  # noqa: S501 -- plain HTTP
 
 
 class Services:
@@ -52,21 +59,23 @@ class Services:
     def __init__(self, stack: AsyncExitStack, url: str) -> None:
         self._stack = stack
         self._url = url
-        self._clients: dict[str, httpx.AsyncClient] = {}
+        self._running: dict[str, tuple[HttpMiddleware, httpx.AsyncClient]] = {}
 
     async def client(self, **settings: Any) -> httpx.AsyncClient:
         """A client of the application with those settings, which has a snapshot of this moment."""
         name = repr(sorted(settings.items()))
-        if name not in self._clients:
-            self._clients[name] = await self._stack.enter_async_context(serving(self._url, **settings))
-        client = self._clients[name]
-        keys = [*settings.get("admin_keys", []), *settings.get("api_keys", []), "none"]
-        headers = {"authorization": f"Bearer {keys[0]}"}
+        if name not in self._running:
+            app = create_app(Settings(worker_url=self._url, **settings))
+            self._running[name] = app, await self._stack.enter_async_context(_client_of(app, "/ready"))
+        app, client = self._running[name]
+        engine = app.app.state.engine
 
         async def fresh() -> bool:
-            # The list of models makes the application ask for a new snapshot. Until it has one, it may be not ready:
-            # the event loop has stood still since the last test.
-            return await responds(client, "/v1/models", headers=headers) and await responds(client, "/ready")
+            try:
+                await engine.fresh_snapshot(0)
+            except ApiError:  # the event loop has stood still since the last test: the worker seems to be gone
+                return False
+            return engine.unavailable() is None
 
         await until(fresh)
         return client

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from server.app import create_app
@@ -19,7 +18,7 @@ from shared.pcm import seconds_of
 from shared.protocol import LimitName
 from shared.settings import Settings
 from tests.audio import tone
-from tests.server.running import becomes, listening
+from tests.server.running import becomes, listening, plain_client
 
 WAITING_DECODER = """
 import os, sys
@@ -190,7 +189,7 @@ async def test_a_cancelled_request_ends_its_process(gate: Gate) -> None:
 async def test_a_disconnect_ends_the_process(gate: Gate, tmp_path: Path) -> None:
     """When an HTTP client disconnects, its decoder is killed."""
     app = create_app(Settings(worker_url=f"ipc://{tmp_path}/nobody.ipc"))
-    async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
+    async with listening(app) as base_url, plain_client(base_url) as client:
         app.app.state.decoder_pool = DecoderPool(allow_urls=False, command=gate.command)
         form = {"data": {"name": "me"}, "files": {"audio_sample": b"x"}}
         sending = asyncio.create_task(client.post("/v1/audio/voices", **form))

@@ -7,7 +7,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH
+from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, plain_client
 
 pytestmark = SHARED_LOOP
 
@@ -110,7 +110,7 @@ async def test_a_client_that_is_still_sending_reads_its_refusal(
         for _ in range(40):
             yield b" " * 1_000_000
 
-    async with httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as sending:
+    async with plain_client(client.base_url, http1=not http2, http2=http2) as sending:
         answer = await sending.post(path, content=body(), headers=headers)
         assert answer.status_code == status
         assert answer.json()["error"]["code"]

@@ -18,7 +18,7 @@ from server.routes import docs
 from shared.protocol import Failed
 from shared.settings import Settings
 from tests.fakes import FakeWorker
-from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, VOICES, Serve, responds, until
+from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, VOICES, Serve, plain_client, responds, until
 
 pytestmark = SHARED_LOOP
 
@@ -70,7 +70,7 @@ async def test_head_is_get_without_a_body(client: httpx.AsyncClient, *, http2: b
     pages = ("/", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/metrics", "/docs/static/swagger-ui.css")
     lists = ("/v1/models", "/v1/models/espeak-ng", "/v1/audio/models", VOICES, "/v1/test", "/nothing")
     administration = ("/admin/config", "/admin/stats", "/admin/vram")
-    async with httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as asking:
+    async with plain_client(client.base_url, http1=not http2, http2=http2) as asking:
         for path in (*pages, *lists, *administration):
             head, get = await asking.head(path), await asking.get(path)
             assert head.status_code == get.status_code, path

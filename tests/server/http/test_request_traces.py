@@ -13,7 +13,7 @@ from server.http.middleware import HttpMiddleware
 from shared.protocol import Failed, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker
-from tests.server.running import SHARED_LOOP, SPEECH, VOICES, becomes, listening, responds, until
+from tests.server.running import SHARED_LOOP, SPEECH, VOICES, becomes, listening, plain_client, responds, until
 from tests.server.sockets import STREAM, talk
 from tests.spans import CLIENT, TRACE, TRACEPARENT, KeptTraces, attributes, parent_id, span_id, trace_id
 
@@ -34,7 +34,7 @@ async def app(shared_worker: FakeWorker) -> HttpMiddleware:
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
 async def running(app: HttpMiddleware) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the running application."""
-    async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=20, headers=HEADERS) as client:
+    async with listening(app) as url, plain_client(url, headers=HEADERS) as client:
         await until(lambda: responds(client, "/ready"))
         yield client
 

@@ -23,7 +23,7 @@ from server.reload.messages import WebState
 from shared.protocol import Call, Reload, Reply, Speak
 from shared.settings import Settings
 from tests.fakes import FakeWorker
-from tests.server.running import SPEECH, listening, responds, until
+from tests.server.running import SPEECH, listening, plain_client, responds, until
 
 PAGE = "http://page.example"
 
@@ -33,7 +33,7 @@ class Running:
 
     def __init__(self, app: HttpMiddleware, base_url: str, url: str) -> None:
         self.app = app
-        self.http = httpx.AsyncClient(base_url=base_url, timeout=20)
+        self.http = plain_client(base_url)
         self.socket_url = base_url.replace("http", "ws")
         self._url = url
 

@@ -21,7 +21,7 @@ from shared.protocol import CacheStats, Counters, ModelStats, WindowCounts
 from shared.settings import Settings
 from tests.fakes import FakeWorker
 from tests.server.engine.transports import LocalReplicas
-from tests.server.running import SHARED_LOOP, listening, until
+from tests.server.running import SHARED_LOOP, listening, plain_client, until
 
 pytestmark = SHARED_LOOP
 
@@ -77,7 +77,7 @@ async def cluster(
 
     settings = Settings(audio_store_dir=Path(tmp_path_factory.mktemp("audio")))
     app = create_app(settings, open_engine)
-    async with listening(app) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+    async with listening(app) as url, plain_client(url) as client:
 
         async def both() -> bool:
             replicas = (await client.get("/admin/stats")).json().get("replicas", [])

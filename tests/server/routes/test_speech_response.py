@@ -18,7 +18,7 @@ from shared.pcm import seconds_of
 from shared.protocol import Cancel, Credit, Failed, Segment, Speak
 from tests.audio import decode, peak
 from tests.fakes import FakeWorker, tone
-from tests.server.running import SHARED_LOOP, SPEECH, becomes, exchange, responds, serving, until
+from tests.server.running import SHARED_LOOP, SPEECH, becomes, exchange, plain_client, responds, serving, until
 from tests.system.service import stretched
 
 pytestmark = SHARED_LOOP
@@ -202,7 +202,7 @@ async def test_a_failure_after_the_first_byte_breaks_the_transfer(
     """A client that reads bytes cannot take half a speech for a whole one; HTTP/2 resets the stream."""
     worker.chunks, worker.break_after = 10, 2
     worker.fail_with = Failed(id="", code="synthesis_failed", message="broke")
-    async with httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as speaking:
+    async with plain_client(client.base_url, http1=not http2, http2=http2) as speaking:
         with pytest.raises(httpx.RemoteProtocolError, match="StreamReset" if http2 else "incomplete"):
             await speaking.post(SPEECH, json={"input": "hello", "response_format": "pcm"})
         # Only the one stream is broken: HTTP/2 keeps the connection.
@@ -228,7 +228,7 @@ async def test_a_failure_after_the_first_event_is_an_event_and_breaks_the_transf
     body = {"input": "hello", "response_format": "pcm", "stream_format": "sse"}
     parts: list[str] = []
     async with (
-        httpx.AsyncClient(base_url=client.base_url, http1=not http2, http2=http2, timeout=20) as speaking,
+        plain_client(client.base_url, http1=not http2, http2=http2) as speaking,
         speaking.stream("POST", SPEECH, json=body) as answer,
     ):
         with pytest.raises(httpx.RemoteProtocolError if http2 else httpx.ReadError):  # a reset of stream or connection

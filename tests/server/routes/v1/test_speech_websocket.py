@@ -18,7 +18,7 @@ from shared.protocol import Cancel, Failed, Speak
 from shared.settings import Settings
 from tests.audio import decode
 from tests.fakes import FakeWorker, tone
-from tests.server.running import HANDSHAKE, SHARED_LOOP, Serve, becomes, listening, responds, until
+from tests.server.running import HANDSHAKE, SHARED_LOOP, Serve, becomes, listening, plain_client, responds, until
 from tests.server.sockets import STREAM, Talk, audio, is_a, said, talk
 
 pytestmark = SHARED_LOOP
@@ -540,7 +540,7 @@ async def test_no_task_and_no_socket_is_left(client: httpx.AsyncClient, worker: 
 async def test_the_end_of_the_service(worker: FakeWorker) -> None:
     """Quiet sockets close at once, speech ends first, and what is still being written is cut off in the end."""
     app = create_app(Settings(worker_url=worker.url))
-    async with listening(app) as base_url, httpx.AsyncClient(base_url=base_url) as client:
+    async with listening(app) as base_url, plain_client(base_url) as client:
         await until(lambda: responds(client, "/ready"))
         async with talk(client) as quiet, talk(client) as speaking, talk(client) as writing:
             for socket in (quiet, speaking, writing):
