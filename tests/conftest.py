@@ -1,5 +1,8 @@
 """Settings of the whole suite: compute threads, Hypothesis profiles, the groups for parallel runs, and `--quick`."""
 
+import atexit
+import functools
+import gc
 import os
 import signal
 import sys
@@ -91,13 +94,25 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.meta_path.append(EXTRAS)  # the last: it is asked only for what is not installed
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the folders in which nearly every test starts a service: to collect them takes a second."""
+    return (config.option.quick and collection_path in {SYSTEM, BROWSER, CLUSTER}) or None
+
+
 def pytest_collection_finish() -> None:
-    """From now on the code that is tested looks for OpenTelemetry, and does without it."""
+    """From now on the code that is tested looks for OpenTelemetry, and does without it.
+
+    What the collection has made stays until the end. The garbage collector need not look at these 250,000 objects.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else Triton prints at the end what was not freed
     if EXTRAS in sys.meta_path:
         sys.meta_path.remove(EXTRAS)
         sys.addaudithook(skip_services)
 
 
+@functools.cache
 def group_of(path: Path) -> str:
     """The tests of a group run in one process.
 
@@ -120,13 +135,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     The summary lists these runs, and a name that is seen in two summaries is a fault to be mended.
     """
 
-    def rank(item: pytest.Item) -> int:
-        group = group_of(item.path)
+    @functools.cache
+    def rank(path: Path) -> int:
+        group = group_of(path)
         return next((place for place, name in enumerate(LONGEST) if group.startswith(name)), len(LONGEST))
 
-    items.sort(key=rank)
+    @functools.cache
+    def has_processes(path: Path) -> bool:
+        return any(map(path.is_relative_to, REAL_PROCESSES))
+
+    items.sort(key=lambda item: rank(item.path))
     for item in items:
-        if any(map(item.path.is_relative_to, REAL_PROCESSES)):
+        if has_processes(item.path):
             item.add_marker(pytest.mark.flaky(reruns=2))
         if config.option.quick and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip("slow"))

@@ -9,6 +9,8 @@ from shared.catalog import load_catalog
 from shared.protocol import Segment
 from tests.recogniser import SENTENCES, recognise
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def spoken() -> dict[str, bytes]:
@@ -24,7 +26,6 @@ def spoken() -> dict[str, bytes]:
     return sounds
 
 
-@pytest.mark.slow
 def test_each_sentence_is_recognised(spoken: dict[str, bytes]) -> None:
     """Each of the twenty gives its own words."""
     assert [recognise(pcm) for pcm in spoken.values()] == list(SENTENCES)

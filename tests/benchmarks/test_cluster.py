@@ -1,5 +1,6 @@
 """The simulated cluster: what the table shows holds at a small size."""
 
+import functools
 import statistics
 
 import pytest
@@ -7,11 +8,15 @@ import pytest
 from tests.benchmarks.cluster import DAY_S, Cluster, Figures, Policy
 
 
-def simulated(policy: Policy, gpus: int) -> Figures:
+def simulate(policy: Policy, gpus: int) -> Figures:
     """A sixth of a day."""
     return Cluster(gpus, policy, seconds=DAY_S / 6).run()
 
 
+simulated = functools.cache(simulate)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [2, 6])
 def test_chosen_beats_random_and_least_loaded(gpus: int) -> None:
     """In every figure; with two GPUs there is room for four of the five models, with six for all."""
@@ -32,7 +37,7 @@ def test_a_model_does_not_spread() -> None:
 
 def test_same_seed_same_figures() -> None:
     """The table can be made again."""
-    assert simulated("chosen", 2) == simulated("chosen", 2)
+    assert simulated("chosen", 2) == simulate("chosen", 2)
 
 
 def _p95(figures: Figures) -> float:

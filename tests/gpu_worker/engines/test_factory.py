@@ -91,10 +91,10 @@ class TestQwen:
 
     @pytest.fixture(autouse=True)
     def _unfrozen(self) -> Iterator[None]:
-        """Undo the freeze of `prepare`."""
+        """Undo the freeze of the whole suite for a test, and that of `prepare` before it."""
         gc.unfreeze()
         yield
-        gc.unfreeze()
+        gc.freeze()
 
     def test_not_installed(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         """The problem names the missing package and what to install, before the disk is searched."""
