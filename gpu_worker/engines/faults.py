@@ -48,7 +48,7 @@ class BrokenDeviceError(Exception):
 
 
 def is_broken_device(error: BaseException) -> bool:
-    """Whether a CUDA error has ended the context for good: after one, every further call fails with it.
+    """True if a CUDA error has ended the context for good: after one, every further call fails with it.
 
     True for a BrokenDeviceError, too: a method further down has recognised such an error already.
     """
@@ -66,7 +66,7 @@ def raise_if_broken(error: Exception) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: Python's, CUDA's or the CPU allocator's of torch."""
+    """True if `error` says that memory ran out: Python's, CUDA's or the CPU allocator's of torch."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")

@@ -163,7 +163,7 @@ class Admission:
         return True
 
     def _takes_jobs(self, model: str) -> bool:
-        """Whether the model's engine may take a job into a slot, if there is one.
+        """True if the model's engine may take a job into a slot, if there is one.
 
         While memory is being freed for a step, a job would take that memory.
         """

@@ -37,7 +37,7 @@ class EngineSteps:
         self._retried: set[str] = set()  # models that ran out of memory: their next step is the second try
 
     def have_work(self) -> bool:
-        """Whether an engine can make a step now."""
+        """True if an engine can make a step now."""
         return bool(self._runnable(self._left_out()))
 
     def step(self) -> None:
@@ -54,7 +54,7 @@ class EngineSteps:
                 self._deliver(event)
 
     def retries(self, model: str) -> bool:
-        """Whether the next step of the model is a second try; a model without a job in a slot has no next step."""
+        """True if the next step of the model is a second try; a model without a job in a slot has no next step."""
         if not _of_model(model, self._slots.running.values()):
             self._retried.discard(model)
         return model in self._retried

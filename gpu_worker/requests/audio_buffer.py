@@ -42,7 +42,7 @@ class AudioBuffer:
 
 
 def may_grow(waiting_bytes: int, free_bytes: int, *, in_utterance: bool) -> bool:
-    """Whether a request with a slot may make more audio.
+    """True if a request with a slot may make more audio.
 
     Within an utterance it may keep twice as much: most requests so stop between two utterances, where to park one
     takes no memory.
@@ -51,7 +51,7 @@ def may_grow(waiting_bytes: int, free_bytes: int, *, in_utterance: bool) -> bool
 
 
 def may_park(parked_bytes: int, free_bytes: int) -> bool:
-    """Whether there is room for a job that is parked in about `parked_bytes`: as much must stay free.
+    """True if there is room for a job that is parked in about `parked_bytes`: as much must stay free.
 
     An engine may keep more than it said, up to twice as much: host memory is allocated in powers of two.
     """

@@ -184,12 +184,12 @@ class Request:
             self.held_text.append(message)
 
     def yields(self, now: float) -> bool:
-        """Whether others come first: a batch request does, unless it has waited for BATCH_PATIENCE_S."""
+        """True if others come first: a batch request does, unless it has waited for BATCH_PATIENCE_S."""
         until = self._slot_since if self.state is RequestState.RUNNING else now
         return self.is_batch and until - self._waiting_since < BATCH_PATIENCE_S
 
     def is_late(self, now: float) -> bool:
-        """Whether it has a deadline, and the deadline has passed before its first audio."""
+        """True if it has a deadline, and the deadline has passed before its first audio."""
         is_silent = self.first_audio_at is None
         return self.deadline_s is not None and is_silent and now - self.arrived_at >= self.deadline_s
 

@@ -43,12 +43,12 @@ class Sink:
 
     @property
     def stalled(self) -> bool:
-        """Whether the credit is used up."""
+        """True if the credit is used up."""
         return self._credit <= 0
 
     @property
     def drained(self) -> bool:
-        """Whether everything has been sent."""
+        """True if everything has been sent."""
         return not self._waiting
 
     def grant(self, chunks: int) -> int:

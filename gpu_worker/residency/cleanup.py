@@ -60,7 +60,7 @@ class Cleanup:
 
     @property
     def running(self) -> bool:
-        """Whether a pass is requested or under way."""
+        """True if a pass is requested or under way."""
         return self._requested or self._pass is not None
 
     def begin_if_due(self, entries: Sequence[ModelEntry]) -> bool:

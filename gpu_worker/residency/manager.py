@@ -54,7 +54,7 @@ class ModelBusyError(Exception):
 
 
 class Residency:
-    """Which of `specs` is on the device, in host RAM, or nowhere.
+    """The place of each of `specs`: on the device, in host RAM, or nowhere.
 
     `move` starts a transition, `see_to_files` a check or a download; both return at once.
     `clock` gives monotonic seconds, `wall` Unix seconds.
@@ -185,7 +185,7 @@ class Residency:
 
     @property
     def cleanup_running(self) -> bool:
-        """Whether a cleanup pass is requested or under way."""
+        """True if a cleanup pass is requested or under way."""
         return self._cleanup.running
 
     @property
@@ -217,7 +217,7 @@ class Residency:
 
     @property
     def evicting(self) -> bool:
-        """Whether models marked by `evict_idle` are still on the device.
+        """True if models marked by `evict_idle` are still on the device.
 
         False while another model arrives: an arrival takes seconds, and running streams must not wait for it.
         """
@@ -235,7 +235,7 @@ class Residency:
         return [self.status(model) for model in self._entries]
 
     def is_settled(self, model: str) -> bool:
-        """Whether the model's status will stay: no transition under way, and no broken engine about to be dropped."""
+        """True if the model's status will stay: no transition under way, and no broken engine about to be dropped."""
         entry = self._entries[model]
         return not entry.broken and entry.state not in MOVING
 

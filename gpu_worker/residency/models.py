@@ -75,7 +75,7 @@ class FilesStatus(msgspec.Struct, kw_only=True):
 
     @property
     def blocks_load(self) -> bool:
-        """Whether a load has to wait for a check or a download."""
+        """True if a load has to wait for a check or a download."""
         return not self.current or self.downloading or (self.remote and not self.problem)
 
 
@@ -153,17 +153,17 @@ class ModelEntry(msgspec.Struct, kw_only=True):
 
     @property
     def wanted(self) -> bool:
-        """Whether a request or an admin waits for the model to become resident."""
+        """True if a request or an admin waits for the model to become resident."""
         return self.state is not ModelState.RESIDENT and (self.references > 0 or self.requested == "load")
 
     @property
     def evictable(self) -> bool:
-        """Whether the model may be taken away for the sake of others."""
+        """True if the model may be taken away for the sake of others."""
         return self.references == 0 and not self.pinned and self.requested != "load"
 
     @property
     def only_for_start(self) -> bool:
-        """Whether only the start waits for the model."""
+        """True if only the start waits for the model."""
         return self.preload_pending and self.references == 0
 
 

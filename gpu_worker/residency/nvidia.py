@@ -46,7 +46,7 @@ class NvmlDriver:
 
     @property
     def partitioned(self) -> bool:
-        """Whether CUDA will use one instance of the device (MIG): NVML's figures are then those of the whole device."""
+        """True if CUDA will use one instance of the device (MIG): NVML's figures are then those of the whole device."""
         try:
             current, _pending = self._nvml.nvmlDeviceGetMigMode(self._handle)
         except self._nvml.NVMLError:
@@ -143,7 +143,7 @@ class TorchDriver:
 
 
 def cuda_present() -> bool:
-    """Whether this process may use a GPU, according to NVML, or else to torch.
+    """True if this process may use a GPU, according to NVML, or else to torch.
 
     NVML does not say whether torch was built for CUDA. torch is imported only if CUDA's driver is there without NVML.
     """

@@ -219,7 +219,7 @@ def reload_fits(
 
 
 def fits_again(entry: ModelEntry, entries: Sequence[ModelEntry], device: DeviceMemory) -> bool:
-    """Whether a model that was refused for lack of room would find room now."""
+    """True if a model that was refused for lack of room would find room now."""
     shortage = find_shortage(entry, entries, device)
     return shortage is None or shortage.fits_after_eviction or reload_fits(entry, shortage, entries, device)
 

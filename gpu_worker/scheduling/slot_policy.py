@@ -62,7 +62,7 @@ class Holding(msgspec.Struct, frozen=True):
 
     @property
     def is_hungry(self) -> bool:
-        """Whether its listener, if it has one, will soon have nothing to hear."""
+        """True if its listener, if it has one, will soon have nothing to hear."""
         return self.in_hand_s < HUNGRY_BELOW_S and not self.yields
 
 

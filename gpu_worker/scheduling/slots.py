@@ -59,7 +59,7 @@ class Slots:
         return min(unknown if engine is None else engine.capacity(), self._max_concurrency - len(self.running))
 
     def has_spare(self, model: str) -> bool:
-        """Whether a request that does not run dry could have a slot: a free one, or that of a request without text."""
+        """True if a request that does not run dry could have a slot: a free one, or that of a request without text."""
         return self.free(model, unknown=0) > 0 or any(self.waits_for_text(request) for request in self.running.values())
 
     def __iter__(self) -> Iterator[Request]:
@@ -122,11 +122,11 @@ class Slots:
         return held_back
 
     def waits_for_text(self, request: Request) -> bool:
-        """Whether the running or parked request is an open one that can go on only with more text."""
+        """True if the running or parked request is an open one that can go on only with more text."""
         return request.job.open and self._engines()[request.model].waits_for_text(request.job.id)
 
     def is_hungry(self, request: Request) -> bool:
-        """Whether the listener of the running or parked request will soon have nothing to hear."""
+        """True if the listener of the running or parked request will soon have nothing to hear."""
         return self._holding(request, self._clock()).is_hungry
 
     def longest_stalled(self, requests: Iterable[Request]) -> Request | None:
@@ -143,7 +143,7 @@ class Slots:
                 yield request.in_hand_s(now)
 
     def _newcomer_can_speak(self, models: Collection[str]) -> bool:
-        """Whether a step can bring a request nearer to its first audio, and sooner without the others."""
+        """True if a step can bring a request nearer to its first audio, and sooner without the others."""
         engines = self._engines()
         for job_id, request in self.running.items():
             if request.first_audio_at is not None or request.model not in models:

@@ -1,4 +1,4 @@
-"""Which version of a deployment Serve is to run."""
+"""The version of a deployment that Serve is to run."""
 
 import asyncio
 from typing import Final

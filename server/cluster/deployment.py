@@ -126,7 +126,7 @@ class Deployment:
             ray.shutdown()
 
     def _is_owner(self) -> bool:
-        """Whether the application ends with this process.
+        """True if the application ends with this process.
 
         Not if another process has deployed the application since, nor if this process has not yet replaced it.
         """

@@ -83,7 +83,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_free_slot(self) -> bool:
-        """Whether a request would get a slot at once."""
+        """True if a request would get a slot at once."""
         return self.running + self.queued < self.slots
 
     def residence(self, model: str) -> Residence | None:
@@ -156,7 +156,7 @@ def _packed(model: str, free: list[Replica], homes: list[Replica], minimum: int)
 
 
 def _another_is_wanted(homes: Sequence[Replica], bounds: ReplicaBounds, avoid: Collection[str]) -> bool:
-    """Whether the model is to have another home; no home has a free slot, or there are too few of them."""
+    """True if the model is to have another home; no home has a free slot, or there are too few of them."""
     if len(homes) < bounds.minimum or len(homes) >= bounds.maximum:
         return len(homes) < bounds.minimum
     queued = sum(home.queued for home in homes)
@@ -192,7 +192,7 @@ def _new_homes(
 
 
 def _lets_in(model: str, replica: Replica, needed_bytes: int, unused_since: float) -> bool:
-    """Whether a load of the model begins at once."""
+    """True if a load of the model begins at once."""
     is_unavailable = replica.residence(model) == "unavailable"
     return not is_unavailable and _victims(replica, needed_bytes, unused_since) is not None
 

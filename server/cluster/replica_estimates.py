@@ -25,7 +25,7 @@ class _Sent(msgspec.Struct):
     at: float
     confirmed: bool
     counted: bool
-    """Whether the figures of the replica have the request."""
+    """True if the figures of the replica have the request."""
 
 
 class ReplicaEstimates:

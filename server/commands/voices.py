@@ -14,7 +14,7 @@ _KINDS: Final = {"audio_sample": "clone", "prompt": "design"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which voices to show, and how."""
+    """The voices to show, and the form of the list."""
     parser.add_argument("--model", help="list the voices of this model, not of the default one")
     parser.add_argument("--json", action="store_true", help="print the service's own answer")
     add_service_arguments(parser)
@@ -43,5 +43,5 @@ def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ownership(saved: dict[str, Any] | None) -> dict[str, str]:
-    """Whose a saved voice is, as far as the service tells this key, and whether every key may use it."""
+    """The owner of a saved voice, as far as the service tells this key, and whether every key may use it."""
     return {} if saved is None else {"owner": saved.get("owner", ""), "shared": "yes" if saved["shared"] else "no"}

@@ -50,7 +50,7 @@ def require_admin(connection: ASGIConnection[Any, Any, Any, Any], _handler: Base
 
 
 def admit_socket(connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> bool:
-    """Whether the client of a WebSocket may speak; False: it has not sent a key yet, and its first message may.
+    """True if the client of a WebSocket may speak; False: it has not sent a key yet, and its first message may.
 
     `key` is that of the first message. Raises ApiError: the key is unknown, or the page that asks is foreign.
     """
@@ -70,7 +70,7 @@ def subprotocol_for(offered: list[str]) -> str | None:
 
 
 def caller_of(settings: Settings, connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> Caller:
-    """Who sends this request: by the key, else by the address.
+    """The sender of this request, by its key or else by its address.
 
     Without configured keys the address counts: many clients then send the same made-up API key.
     Behind a trusted proxy it is the address that the proxy has forwarded. `key` is one that no header has.
@@ -97,7 +97,7 @@ def keyring_of(connection: ASGIConnection[Any, Any, Any, Any]) -> Keyring:
 
 
 def _known(connection: ASGIConnection[Any, Any, Any, Any], key: str = "") -> Caller | None:
-    """Whose key the request has, or else `key`; None without a known one. Raises ApiError if the key has expired.
+    """The caller by the request's key, or else by `key`; None if neither is known. ApiError if the key has expired.
 
     A request that was admitted stays its caller's to the end, also if a reload takes the key away meanwhile.
     A WebSocket may outlive many reloads, so its key is looked up each time.

@@ -66,7 +66,7 @@ def client_view(settings: Settings, scope: Any) -> ClientView:
 
 
 def is_trusted_proxy(settings: Settings, peer: str | None) -> bool:
-    """Whether TTS_TRUSTED_PROXIES has `peer`, the address at the other end: many clients may stand behind it."""
+    """True if TTS_TRUSTED_PROXIES has `peer`, the address at the other end: many clients may stand behind it."""
     return _is_trusted(parse_address(peer), _networks(tuple(settings.trusted_proxies)))
 
 

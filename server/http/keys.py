@@ -57,9 +57,9 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """Who sends a request, and what they may do. `client` is the fairness key of their requests.
+    """The sender of a request, and their rights. `client` is the fairness key of their requests.
 
-    `access`: which saved voices there are for them. Only a key of the file has a name, and can own voices.
+    `access`: the saved voices that exist for them. Only a key of the file has a name, and can own voices.
     `models` and `voices` are in lower case; an empty set allows all.
     """
 
@@ -95,11 +95,11 @@ class Keyring(msgspec.Struct, frozen=True):
 
     @property
     def guards_admin(self) -> bool:
-        """Whether the admin routes need a key."""
+        """True if the admin routes need a key."""
         return self.guards_speech or bool(self.keys)
 
     def find(self, key: str) -> Caller | None:
-        """Whose key it is, expired or not; None for an unknown key."""
+        """The caller with that key, expired or not; None for an unknown key."""
         return self.keys.get(digest_of(key))
 
 

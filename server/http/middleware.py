@@ -70,10 +70,10 @@ class HttpMiddleware:
         self._limit_hits: Counter[LimitName] = app.state.limit_hits
         self.body_budget = BodyBudget(app.state.settings.body_buffer_mb * _MIB, self._limit_hits)
         self.refuses_requests = False
-        """Whether the service stops: it takes no more requests, but those of /health."""
+        """True if the service stops: it takes no more requests, but those of /health."""
 
         self.closes_connections = False
-        """Whether a connection of HTTP/1 ends with the response to its next request."""
+        """True if a connection of HTTP/1 ends with the response to its next request."""
         self._unavailable: dict[str, str | None] = {}
         """By route: the error code of the 503 that was the last answer to a reading request."""
 
@@ -338,7 +338,7 @@ class _ResponseSender:
 
 
 def _expects_body(scope: Any) -> bool:
-    """Whether a body may follow the headers. HTTP/2 has no chunks, so no header announces a body without a length."""
+    """True if a body may follow the headers. HTTP/2 has no chunks, so no header announces a body without a length."""
     headers = Headers.from_scope(scope)
     default = "unknown" if scope["http_version"] == "2" else "0"
     return headers.get("content-length", default) != "0" or "transfer-encoding" in headers

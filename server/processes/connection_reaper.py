@@ -334,7 +334,7 @@ class ConnectionReaper:
             del self._connections[one.inode]
 
     def _allows(self, rule: _Rule, one: Connection, own: socket.socket) -> bool:
-        """Whether the connection is idle, or its client takes nothing of its response, for as long as `rule` says."""
+        """True if the connection is idle, or its client takes nothing of its response, for as long as `rule` says."""
         now, idle_s = self._requests.clock(), self._idle_s(one)
         info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         unacked, sent_ms, received_ms, acked, received, unsent = _TCP_INFO.unpack(info)

@@ -68,7 +68,7 @@ class Inherited:
     foreign_listeners: list[int]
     """Those of others, which would stay open in this process."""
     is_successor: bool
-    """Whether it takes the place of another one, which serves until then."""
+    """True if it takes the place of another one, which serves until then."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RetiredWorkers:
 
 
 class Replacements:
-    """Which web workers are to be replaced, and the process that is to take the place of the next one."""
+    """The web workers that are to be replaced, and the process that is to take the place of the next one."""
 
     def __init__(self) -> None:
         self._waiting: list[int] = []
@@ -136,7 +136,7 @@ class Replacements:
 
     @property
     def finished(self) -> bool:
-        """Whether all have been replaced."""
+        """True if all have been replaced."""
         return not self._waiting and self.successor is None
 
     def begin(self, workers: int) -> None:

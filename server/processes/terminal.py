@@ -6,7 +6,7 @@ _TERMINAL = "/dev/tty"
 
 
 def has_terminal() -> bool:
-    """Whether this process has a controlling terminal. The kernel takes it away before it sends SIGHUP."""
+    """True if this process has a controlling terminal. The kernel takes it away before it sends SIGHUP."""
     try:
         os.close(os.open(_TERMINAL, os.O_RDONLY | os.O_NOCTTY))
     except OSError:

@@ -43,7 +43,7 @@ class Silence:
         self._heard_at = at if self._heard_at is None else max(self._heard_at, at)
 
     def exceeds(self, timeout_s: float, now: float) -> bool:
-        """Whether the silence is too long. After a pause of this process, it counts from now."""
+        """True if the silence is too long. After a pause of this process, it counts from now."""
         paused, self._looked_at = now - self._looked_at > PAUSED_AFTER_S, now
         if self._heard_at is None:
             return False
@@ -83,7 +83,7 @@ class Watchdog:
 
     @property
     def has_served(self) -> bool:
-        """Whether the web worker got as far as to serve."""
+        """True if the web worker got as far as to serve."""
         return self.beat.value > 0
 
     def check(self, process: Process, now: float) -> None:

@@ -55,7 +55,7 @@ those of its address, of the memory for bodies and of the recordings that are be
 
 
 class VoiceAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Which saved voices and consents a client may use beside those of all: those of the key `owner`, or `all`.
+    """The saved voices and consents that a client may use beside those of all: those of the key `owner`, or `all`.
 
     `owner` is the key's name in the file of keys; "" for a client that can own no voice: all that it makes is shared.
     """

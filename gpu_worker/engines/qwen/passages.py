@@ -206,7 +206,7 @@ class _OpenSegment:
 
     @property
     def closed(self) -> bool:
-        """Whether no more text comes."""
+        """True if no more text comes."""
         return self._closed
 
     @closed.setter

@@ -43,7 +43,7 @@ LANGUAGE_TAG: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8}){0,8}")
 
 
 class ConsentForm(msgspec.Struct, kw_only=True):
-    """Who consents, in which language (a BCP 47 tag), and the recording: 1 to 60 s, at most 10 MiB."""
+    """The speaker's name, the language (a BCP 47 tag), and the recording: 1 to 60 s, at most 10 MiB."""
 
     name: Name
     language: Annotated[str, Meta(max_length=MAX_NAME, extra=TRIMMED)]

@@ -246,7 +246,7 @@ def _saved_in_list(voice: SavedVoice, base: ModelSpec) -> VoiceObject:
 
 
 def may_share(access: VoiceAccess, *, shared: bool | None) -> bool:
-    """Whether a new voice is to be shared, by its field `shared`; ApiError if the client can own no private voice."""
+    """True if a new voice is to be shared, by its field `shared`; ApiError if the client can own no private voice."""
     if shared is False and not access.owner:
         message = "shared: only a key of the file TTS_KEYS_FILE can have voices of its own; leave it out."
         raise ApiError("invalid_value", message, param="shared")

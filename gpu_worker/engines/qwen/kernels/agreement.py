@@ -1,4 +1,4 @@
-"""Whether two functions computed the same, in units in the last place.
+"""The agreement of two functions' results, in units in the last place.
 
 Owns the measure. The operations own the inputs and the limits.
 """

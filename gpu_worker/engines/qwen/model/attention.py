@@ -194,7 +194,7 @@ def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Att
 
 @functools.cache
 def _flash_agrees(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention 2 runs on the device, and gives what SDPA gives. One trial for the process."""
+    """True if FlashAttention 2 runs on the device, and gives what SDPA gives. One trial for the process."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     if torch.cuda.get_device_capability() < FLASH_CAPABILITY:

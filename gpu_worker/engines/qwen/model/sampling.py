@@ -26,7 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def full_vocab(self) -> bool:
-        """Whether sampling has to sort the full vocabulary instead of its best CANDIDATES."""
+        """True if sampling has to sort the full vocabulary instead of its best CANDIDATES."""
         return not self.greedy and not 1 <= self.top_k <= CANDIDATES
 
 

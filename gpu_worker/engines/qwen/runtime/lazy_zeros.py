@@ -39,7 +39,7 @@ def zero_lazily(memory: Tensor) -> None:
 
 
 def _give_back(address: int, size: int) -> bool:
-    """Whether the system took these pages; they are zeros then."""
+    """True if the system took these pages; they are zeros then."""
     if _FORGET is None or _SMALL_PAGES is None:  # not Linux, whose promise of zeros this needs
         return False
     advise = ctypes.CDLL(None).madvise

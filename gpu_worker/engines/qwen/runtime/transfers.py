@@ -38,7 +38,7 @@ class HostCopy(Generic[T]):
             self._event.record()
 
     def ready(self) -> bool:
-        """Whether `wait` returns at once."""
+        """True if `wait` returns at once."""
         return self._event is None or self._event.query()
 
     def wait(self) -> Tensor:
