@@ -1,11 +1,7 @@
 """The admin endpoints over the real service: the shapes that API clients rely on, and true figures."""
 
-import contextlib
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import httpx
@@ -26,12 +22,9 @@ from tests.system.residency_service import (
     model_paths,
 )
 from tests.system.service import (
-    START_TIMEOUT_S,
-    Service,
     eventually,
     resident_bytes,
     running_service,
-    running_worker,
     slow_reader,
 )
 
@@ -390,21 +383,6 @@ class TestConfig:
         assert config["model_paths"] == {model: str(path) for model, path in checkpoints().items()}
         assert config["default_model"] == ESPEAK
 
-    def test_of_the_worker(self, tmp_path: Path, start: Callable[..., Service]) -> None:
-        """If server and worker run apart, the worker's settings are shown as the worker has them."""
-        theirs = {"IDLE_TIMEOUT": 7, "CLEANUP_INTERVAL": 3, "CLEANUP_ENABLED": "false", "DEFAULT_DEVICE": "cpu"}
-        with running_worker(tmp_path, **theirs) as (url, _):
-            service = start(WORKER_URL=url, IDLE_TIMEOUT=9, MAX_INPUT_CHARS=50)
-            config = service.http.get("/admin/config").json()
-            assert (config["idle_timeout"], config["cleanup_interval"], config["cleanup_enabled"]) == (7, 3, False)
-            # "auto" in both environments: the worker has resolved it.
-            assert (config["default_device"], config["default_model"]) == ("cpu", ESPEAK)
-            assert (config["max_input_chars"], config["port"]) == (50, service.port)
-            last = service.http.post("/admin/cleanup").json()
-            assert (last["idle_timeout"], last["cleanup_interval"], last["status"]) == (7, 3, "disabled")
-            assert service.stats()["worker"]["restarts"] == 0
-            assert service.stop() == 0
-
 
 class TestStats:
     """GET /admin/stats."""
@@ -428,28 +406,6 @@ class TestStats:
         assert 0 < stream["age_s"] < 120
         assert SENTENCES[0] not in stats.text
         eventually(lambda: not models.service.stats()["streams"], 10, "the end of the stream")
-
-    def test_restarts(self, start: Callable[..., Service]) -> None:
-        """Every web worker reports the same number, even one that started after the GPU worker's death."""
-        service = start(WEB_WORKERS=2)
-        os.kill(service.worker_pid(), signal.SIGKILL)
-        eventually(service.is_ready, START_TIMEOUT_S, "ready again")
-        witness, *_ = service.wait_serving(2)
-        os.kill(witness, signal.SIGKILL)
-        reported: dict[int, list[int]] = {}
-
-        def two_others_report() -> bool:
-            with contextlib.suppress(httpx.TransportError):
-                stats = httpx.get(f"{service.url}/admin/stats", timeout=2, trust_env=False)
-                if stats.status_code == httpx.codes.OK:
-                    figures = httpx.get(f"{service.url}/metrics", timeout=2, trust_env=False).text
-                    seen = [line for line in figures.splitlines() if line.startswith("tts_worker_restarts_total")]
-                    assert seen in ([], ["tts_worker_restarts_total 1.0"])
-                    reported.setdefault(stats.json()["web_pid"], []).append(stats.json()["worker"]["restarts"])
-            return len(reported.keys() - {witness}) == 2
-
-        eventually(two_others_report, START_TIMEOUT_S, "two web workers")
-        assert {restarts for counts in reported.values() for restarts in counts} == {1}
 
 
 class TestMetrics:

@@ -117,7 +117,7 @@ def test_sdk_lists_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_first_bytes_come_before_the_end_and_decode_alone(shared_service: Service, audio_format: str) -> None:
     """The first bytes arrive while the request is still running, and they decode to audio by themselves."""
-    with shared_service.stream(LONG, response_format=audio_format) as answer:
+    with shared_service.stream(" ".join(SENTENCES * 3), response_format=audio_format) as answer:
         first = b""
         chunks = answer.iter_raw()
         while len(first) < 400 or not decode(first, audio_format):

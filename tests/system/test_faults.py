@@ -16,6 +16,7 @@ import pytest
 
 from tests.recogniser import SENTENCES
 from tests.system.service import (
+    START_TIMEOUT_S,
     Service,
     children_of,
     eventually,
@@ -135,6 +136,30 @@ def test_killed_web_worker_is_replaced(pair: Service) -> None:
     assert pair.speech("Hello.").status_code == httpx.codes.OK
     assert victim not in pair.wait_serving(2)
     assert pair.worker_pid() == pid
+
+
+def test_every_web_worker_tells_of_the_restarts(pair: Service) -> None:
+    """Also one that started after the GPU worker's death."""
+    restarts = pair.stats()["worker"]["restarts"] + 1
+    os.kill(killed := pair.worker_pid(), signal.SIGKILL)
+    eventually(lambda: not is_running(killed), 5, "the worker's death")
+    eventually(pair.is_ready, START_TIMEOUT_S, "ready again")
+    witness, *_ = pair.wait_serving(2)
+    os.kill(witness, signal.SIGKILL)
+    reported: dict[int, int] = {}
+
+    def two_others_report() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            stats = httpx.get(f"{pair.url}/admin/stats", timeout=2, trust_env=False)
+            if stats.status_code == httpx.codes.OK:
+                figures = httpx.get(f"{pair.url}/metrics", timeout=2, trust_env=False).text
+                seen = [line for line in figures.splitlines() if line.startswith("tts_worker_restarts_total")]
+                assert seen in ([], [f"tts_worker_restarts_total {restarts}.0"])
+                reported[stats.json()["web_pid"]] = stats.json()["worker"]["restarts"]
+        return len(reported.keys() - {witness}) == 2
+
+    eventually(two_others_report, START_TIMEOUT_S, "two web workers")
+    assert set(reported.values()) == {restarts}
 
 
 @pytest.mark.parametrize(("name", "web_workers"), [pytest.param("single", 1, marks=pytest.mark.soak), ("pair", 2)])

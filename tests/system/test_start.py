@@ -62,7 +62,7 @@ def test_wrong_settings_are_named_all_at_once(tmp_path: Path, module: str) -> No
     ("module", "command", "content", "problem"),
     [
         ("server", [], b"TTS_API_KEYS: secret\n", ".env line 1: TTS_API_KEYS cannot be read"),
-        ("server", [], "TTS_API_TITLE=Bücherei\n".encode("latin-1"), ".env line 1: this line is not UTF-8"),
+        ("server", ["models"], "TTS_API_TITLE=Bücherei\n".encode("latin-1"), ".env line 1: this line is not UTF-8"),
         ("server", ["say", "Hello."], b"TTS_API_KEYS 'secret'\n", ".env line 1: TTS_API_KEYS cannot be read"),
         ("gpu_worker", ["health"], b"tts_worker_token=secret\n", "did you mean TTS_WORKER_TOKEN?"),
     ],
@@ -151,24 +151,6 @@ def test_what_may_not_be_read_is_named_with_the_user(tmp_path: Path) -> None:
     assert f".env cannot be read by {user}: Permission denied" in ended.stderr
 
 
-def test_espeak_speaks_without_the_folder_of_models(tmp_path: Path) -> None:
-    """A TTS_MODELS_DIR that may not be read is one line of the log; espeak-ng speaks, and the GPU worker lives."""
-    closed = closed_folder(tmp_path / "closed")
-    service = Service(tmp_path, MODELS_DIR=closed, preexec_fn=drop_privileges)
-    try:
-        assert service.wait_ready().speech("Hello.").status_code == httpx.codes.OK
-        qwen = next(model for model in service.http.get("/v1/models").json()["data"] if model["id"].startswith("qwen"))
-        stats = service.stats()
-        assert service.stop() == 0
-    finally:
-        service.kill()
-    log = service.log.read_text()
-    assert log.count(f"TTS_MODELS_DIR: {closed} cannot be read by ") == 1
-    assert "Traceback" not in log
-    assert f"{closed} cannot be read by " in qwen["detail"]
-    assert stats["worker"]["restarts"] == 0
-
-
 def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:
     """An unknown default model ends the whole service with exit code 2; the GPU worker is not restarted for ever."""
     ended = run("server", tmp_path, PORT=free_port(), DEFAULT_MODEL="no-such-model")
@@ -176,28 +158,50 @@ def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:
     assert "no-such-model" in ended.stderr
 
 
-def test_dotenv_is_read_and_the_environment_wins(tmp_path: Path) -> None:
-    """Settings come from .env unless the environment has them as well."""
+def test_dotenv_and_a_closed_folder_of_models(tmp_path: Path) -> None:
+    """Settings come from .env unless the environment has them as well.
+
+    A TTS_MODELS_DIR that may not be read is one line of the log; espeak-ng speaks, and the GPU worker lives.
+    """
     (tmp_path / ".env").write_text(f"TTS_PORT={free_port()}\nTTS_API_TITLE=From the file\nTTS_MAX_QUEUE=7\n")
-    service = Service(tmp_path, MAX_QUEUE=9)
+    closed = closed_folder(tmp_path / "closed")
+    service = Service(tmp_path, MAX_QUEUE=9, MODELS_DIR=closed, preexec_fn=drop_privileges)
     try:
-        config = service.wait_ready().http.get("/admin/config").json()
+        assert service.wait_ready().speech("Hello.").status_code == httpx.codes.OK
+        config = service.http.get("/admin/config").json()
+        qwen = next(model for model in service.http.get("/v1/models").json()["data"] if model["id"].startswith("qwen"))
+        stats = service.stats()
+        assert service.stop() == 0
     finally:
         service.kill()
+    log = service.log.read_text()
     assert (config["api_title"], config["max_queue"], config["port"]) == ("From the file", 9, service.port)
+    assert log.count(f"TTS_MODELS_DIR: {closed} cannot be read by ") == 1
+    assert "Traceback" not in log
+    assert f"{closed} cannot be read by " in qwen["detail"]
+    assert stats["worker"]["restarts"] == 0
 
 
 def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Service]) -> None:
     """With TTS_WORKER_URL the server starts no worker of its own and uses the one at that address.
 
+    Settings of the worker are shown as the worker has them.
     A second GPU worker at the same address ends with exit code 3, and the first goes on.
     """
-    with running_worker(tmp_path) as (url, worker):
-        assert run("gpu_worker", tmp_path, "health", WORKER_URL=url).returncode == 0
+    theirs = {"IDLE_TIMEOUT": 7, "CLEANUP_INTERVAL": 3, "CLEANUP_ENABLED": "false", "DEFAULT_DEVICE": "cpu"}
+    with running_worker(tmp_path, **theirs) as (url, worker):
         assert run("gpu_worker", tmp_path, WORKER_URL=url).returncode == 3
-        service = start(WORKER_URL=url)
+        service = start(WORKER_URL=url, IDLE_TIMEOUT=9, MAX_INPUT_CHARS=50)
         assert service.worker_pid() == worker.pid
         assert service.speech("Hello.").status_code == 200
+        config = service.http.get("/admin/config").json()
+        assert (config["idle_timeout"], config["cleanup_interval"], config["cleanup_enabled"]) == (7, 3, False)
+        # "auto" in both environments: the worker has resolved it.
+        assert (config["default_device"], config["default_model"]) == ("cpu", "espeak-ng")
+        assert (config["max_input_chars"], config["port"]) == (50, service.port)
+        last = service.http.post("/admin/cleanup").json()
+        assert (last["idle_timeout"], last["cleanup_interval"], last["status"]) == (7, 3, "disabled")
+        assert service.stats()["worker"]["restarts"] == 0
         assert service.stop() == 0
         assert worker.poll() is None
 

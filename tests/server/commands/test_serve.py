@@ -178,7 +178,7 @@ def test_everything_is_gone_after_sigterm(tmp_path: Path) -> None:
     assert list(tmp_path.glob("tts-*")) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
     """A signal while the processes start ends the service at once, and nothing is left."""
     port = free_port()

@@ -59,7 +59,7 @@ def serve(directory: Path, application: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("web_workers", [1, 2])
+@pytest.mark.parametrize("web_workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_web_workers_that_can_never_start_end_the_service(
     tmp_path: Path, web_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
