@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import TIMEOUT_MS, OpenTab
-from tests.system.service import Service, eventually, stretched
+from tests.system.service import Service, eventually
 
 TEXT = "The harbour was quiet before the ferries came."
 LONG = "Somebody had left a radio on, and it played to the gulls. " * 1600
@@ -96,7 +96,7 @@ def test_it_plays_while_it_is_made(tab: OpenTab, open_service: Service) -> None:
     page.get_by_role("button", name="Stop").click()
     phase(page, "stopped")
     expect(page.get_by_role("button", name="Speak", exact=True)).to_be_visible()
-    eventually(lambda: open_service.open_requests() == 0, stretched(20), "the slot is free")
+    eventually(lambda: open_service.open_requests() == 0, 60, "the slot is free")
     assert open_service.stats()["requests"]["cancelled"] >= 1
 
 
@@ -221,4 +221,4 @@ def test_live(tab: OpenTab, open_service: Service) -> None:
     assert float(page.locator(".wave").get_attribute("aria-valuemax") or 0) > heard
     expect(page.get_by_role("button", name="Speak", exact=True)).to_be_visible()
     expect(page.get_by_role("button", name="Download", exact=True)).to_be_enabled()
-    eventually(lambda: open_service.open_requests() == 0, stretched(20), "all is said")
+    eventually(lambda: open_service.open_requests() == 0, 60, "all is said")

@@ -80,7 +80,7 @@ class Talk:
     def end(self) -> None:
         """Write no more, and hear the rest."""
         self._ending.set()
-        self._thread.join(stretched(60))
+        self._thread.join(90)
 
 
 def test_up_with_a_queue_and_down_without_a_cut(cluster: Cluster) -> None:
@@ -104,7 +104,7 @@ def test_up_with_a_queue_and_down_without_a_cut(cluster: Cluster) -> None:
     talk.end()
     assert talk.last["type"] == "session.done"
     assert "error" not in talk.last
-    eventually(lambda: worker not in cluster.workers(), stretched(60), "the end of the replica", pause_s=POLL_S)
+    eventually(lambda: worker not in cluster.workers(), 90, "the end of the replica", pause_s=POLL_S)
 
 
 def test_at_zero_the_catalogue_is_there(cluster: Cluster) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from server.http.keys import digest_of
-from tests.system.service import Service, eventually, stretched
+from tests.system.service import Service, eventually
 
 SPEECH = "/v1/audio/speech"
 ROOT = {"authorization": "Bearer root"}
@@ -58,7 +58,7 @@ class Configured:
                     answers[stats.json()["web_pid"]] = http.get(path, headers=bearer(key))
             return len(answers) == 2
 
-        eventually(both, stretched(30), "both web workers have answered")
+        eventually(both, 90, "both web workers have answered")
         return list(answers.values())
 
     def statuses(self, key: str) -> set[int]:
@@ -122,12 +122,12 @@ def test_every_process_has_the_new_settings(configured: Configured) -> None:
             return False
         return now.is_success and now.json()["worker"]["pid"] != stats["worker"]["pid"]
 
-    eventually(back, stretched(30), "the processes are back")
+    eventually(back, 90, "the processes are back")
     check()
     configured.write(keys=["bob", "dave"])
     assert configured.reload(bearer("bob")).status_code == httpx.codes.FORBIDDEN
     os.kill(service.process.pid, signal.SIGHUP)
-    eventually(lambda: configured.statuses("dave") == {200}, stretched(30), "SIGHUP has the same effect")
+    eventually(lambda: configured.statuses("dave") == {200}, 90, "SIGHUP has the same effect")
     assert {settings["max_queue"] for settings in configured.settings()} == {64}
 
 

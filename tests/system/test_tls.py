@@ -14,7 +14,7 @@ import pytest
 import trustme
 from websockets.sync.client import connect
 
-from tests.system.service import Service, environment, eventually, stretched
+from tests.system.service import Service, environment, eventually
 
 
 class Secure(NamedTuple):
@@ -41,7 +41,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
     authority.configure_trust(context)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, pytest.MonkeyPatch.context() as patch:
         systemd.bind(str(folder / "notify"))
-        systemd.settimeout(stretched(30))
+        systemd.settimeout(90)
         patch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
         service = Service(folder, TLS_CERT=cert, TLS_KEY=key)
         service.url = service.url.replace("http:", "https:")
@@ -104,4 +104,4 @@ def test_systemd_learns_that_it_stops(secure: Secure) -> None:
     """STOPPING=1, and then the process ends."""
     secure.service.process.terminate()
     assert secure.systemd.recv(100) == b"STOPPING=1"
-    eventually(lambda: secure.service.process.poll() is not None, stretched(20), "the end")
+    eventually(lambda: secure.service.process.poll() is not None, 60, "the end")
