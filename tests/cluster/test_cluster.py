@@ -24,7 +24,7 @@ from tests.audio import decode
 from tests.cluster.cluster import LONG, Cluster, Listener
 from tests.cluster.conftest import QUEUE, SLOTS
 from tests.recogniser import SENTENCES, recognise
-from tests.system.service import eventually, stretched
+from tests.system.service import NO_TLS, eventually, stretched
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -133,7 +133,7 @@ def test_saved_voices_are_those_of_the_cluster(cluster: Cluster) -> None:
     def found() -> set[int]:
         # Each on a connection of its own, so that all web workers have their turn.
         addresses = [f"{cluster.url}/v1/audio/voices/{name}" for name in ("Ada", "ada") * 4]
-        return {httpx.get(address, timeout=60, trust_env=False).status_code for address in addresses}
+        return {httpx.get(address, timeout=60, trust_env=False, verify=NO_TLS).status_code for address in addresses}
 
     assert found() == {200}
     assert cluster.http.delete("/v1/audio/voices/Ada").is_success

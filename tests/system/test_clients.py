@@ -16,7 +16,7 @@ import soundfile
 from shared.pcm import SAMPLE_RATE
 from tests.audio import decode
 from tests.recogniser import SENTENCES, recognise
-from tests.system.service import Service, eventually
+from tests.system.service import NO_TLS, Service, eventually
 
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 LONG = " ".join(SENTENCES * 5)
@@ -162,7 +162,7 @@ def test_how_a_stream_ended(shared_service: Service) -> None:
 
     def outcome(name: str) -> Any:
         # The kernel hands each new connection to either web worker.
-        with httpx.Client(base_url=shared_service.url, trust_env=False) as http:
+        with httpx.Client(base_url=shared_service.url, trust_env=False, verify=NO_TLS) as http:
             return http.get(f"/v1/audio/speech/{name}").json()
 
     body = {"input": SENTENCES[4], "response_format": "pcm"}
@@ -229,12 +229,13 @@ def test_stored_audio_is_played_from_any_web_worker(shared_service: Service) -> 
     """A player without a header of ours reads a whole MP3 in two ranges, each from whichever web worker answers."""
     said = shared_service.speech(SENTENCES[2], response_format="mp3", store=True)
     url = shared_service.url + said.headers["x-audio-url"]
+    plain: dict[str, Any] = {"trust_env": False, "verify": NO_TLS}
     for _ in range(4):
-        first = httpx.get(url, headers={"range": "bytes=0-1999"}, trust_env=False)
-        rest = httpx.get(url, headers={"range": "bytes=2000-", "if-range": first.headers["etag"]}, trust_env=False)
+        first = httpx.get(url, headers={"range": "bytes=0-1999"}, **plain)
+        rest = httpx.get(url, headers={"range": "bytes=2000-", "if-range": first.headers["etag"]}, **plain)
         assert (first.status_code, rest.status_code) == (206, 206)
         data = first.content + rest.content
-        assert len(data) == int(httpx.head(url, trust_env=False).headers["content-length"])
+        assert len(data) == int(httpx.head(url, **plain).headers["content-length"])
     assert recognise(decode(data, "mp3")) == SENTENCES[2]
 
 
@@ -245,7 +246,7 @@ def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
 
     def both_answered() -> bool:
         # The kernel hands each new connection to either of them.
-        with httpx.Client(base_url=shared_service.url, trust_env=False) as http:
+        with httpx.Client(base_url=shared_service.url, trust_env=False, verify=NO_TLS) as http:
             answer = http.get("/admin/stats").json()
         workers.add(answer["worker"]["pid"])
         web_pids.add(answer["web_pid"])

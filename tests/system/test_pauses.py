@@ -15,7 +15,7 @@ import pytest
 
 from tests.checkpoints import tiny
 from tests.recogniser import SENTENCES
-from tests.system.service import Service, eventually, is_running, running_service, stretched
+from tests.system.service import NO_TLS, Service, eventually, is_running, running_service, stretched
 
 MODEL: Final = "qwen3-tts-0.6b-customvoice"
 QWEN: Final = {
@@ -177,7 +177,8 @@ def client_of_each_web_worker(service: Service, stack: contextlib.ExitStack) -> 
     found: dict[int, httpx.Client] = {}
 
     def both() -> bool:
-        client = stack.enter_context(httpx.Client(base_url=service.url, timeout=30, trust_env=False))
+        options = {"timeout": 30, "trust_env": False, "verify": NO_TLS}
+        client = stack.enter_context(httpx.Client(base_url=service.url, **options))  # type: ignore[arg-type]
         found[client.get("/admin/stats").json()["web_pid"]] = client
         return len(found) == 2
 

@@ -23,7 +23,7 @@ from shared.pcm import seconds_of
 from tests.audio import decode
 from tests.ports import free_port
 from tests.system.browser import CHROMIUM, Browser, running_browser
-from tests.system.service import ROOT, Service, eventually, running_service
+from tests.system.service import NO_TLS, ROOT, Service, eventually, running_service
 
 NGINX: Final = shutil.which("nginx")
 CADDY: Final = shutil.which("caddy")
@@ -73,7 +73,7 @@ def running_proxy(command: list[str], config: str, suffix: str, directory: Path,
     def serves() -> bool:
         assert process.poll() is None, (directory / "proxy.log").read_text()
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{proxy.url}/health", trust_env=False).status_code == httpx.codes.OK
+            return httpx.get(f"{proxy.url}/health", trust_env=False, verify=NO_TLS).status_code == httpx.codes.OK
         return False
 
     try:
@@ -223,13 +223,14 @@ def test_events_break_too(bare: Proxy, service: Service) -> None:
 
 def test_what_a_page_fetches_is_there(proxy: Proxy) -> None:
     """The pages work below a path that the service does not know."""
-    for page in ("docs", "docs/", "redoc"):
-        url = httpx.URL(f"{proxy.below}/{page}")
-        text = httpx.get(url, trust_env=False).raise_for_status().text
-        named = re.findall(r'(?:src|href|spec-url)="(?!data:)([^"]+)"', text)
-        assert named
-        for name in named:
-            assert httpx.get(url.join(name), trust_env=False).status_code == 200, name
+    with httpx.Client(trust_env=False, verify=NO_TLS) as client:
+        for page in ("docs", "docs/", "redoc"):
+            url = httpx.URL(f"{proxy.below}/{page}")
+            text = client.get(url).raise_for_status().text
+            named = re.findall(r'(?:src|href|spec-url)="(?!data:)([^"]+)"', text)
+            assert named
+            for name in named:
+                assert client.get(url.join(name)).status_code == 200, name
 
 
 def test_pages_in_a_browser(bare: Proxy, browser: Browser, tmp_path: Path) -> None:

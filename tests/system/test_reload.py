@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from server.http.keys import digest_of
-from tests.system.service import Service, eventually
+from tests.system.service import NO_TLS, Service, eventually
 
 SPEECH = "/v1/audio/speech"
 ROOT = {"authorization": "Bearer root"}
@@ -51,7 +51,7 @@ class Configured:
         def both() -> bool:
             with (
                 contextlib.suppress(httpx.TransportError),  # a web worker that starts anew
-                httpx.Client(base_url=self.service.url, timeout=30, trust_env=False) as http,
+                httpx.Client(base_url=self.service.url, timeout=30, trust_env=False, verify=NO_TLS) as http,
             ):
                 stats = http.get("/admin/stats", headers=ROOT)
                 if stats.is_success:  # it has found the GPU worker
