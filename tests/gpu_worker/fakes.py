@@ -180,7 +180,7 @@ class FakeFiles:
         self.threads: dict[str, set[str]] = {}
 
     def problem_of(self, spec: ModelSpec) -> str | None:
-        """What is missing."""
+        """The missing part of the model's files; None if none is."""
         self._record_thread("problem_of")
         return self.problems.get(spec.id)
 

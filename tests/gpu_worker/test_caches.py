@@ -35,7 +35,7 @@ def test_emptied_recordings(bench: WorkerBench) -> None:
 
 
 def test_of_web_workers(bench: WorkerBench) -> None:
-    """What web workers count is summed up, each with its latest figures, until it is gone."""
+    """The counts of web workers are summed up, each with its latest figures, until it is gone."""
     for peer, counts in (
         (WEB, {"catalog": CacheCounts(1, 1)}),
         (WEB, {"catalog": CacheCounts(5, 1), "stored_audio": CacheCounts(2, 3)}),

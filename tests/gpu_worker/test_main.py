@@ -191,7 +191,7 @@ class TestRefusesToStart:
 
 
 class TestStart:
-    """What the log says at the start."""
+    """The log of a start."""
 
     def test_missing_weights(self, process: _Process) -> None:
         """Without the weights of the default model the service is not ready; the log says so, and what to do."""

@@ -256,7 +256,7 @@ class TestRequests:
 
 
 class TestEngines:
-    """What the engines count of their work."""
+    """The counters of engines in the figures."""
 
     def test_batches(self, stats: Stats) -> None:
         """Each batch counts once, however often the engine is asked; the steps are told apart."""

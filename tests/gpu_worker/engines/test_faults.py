@@ -9,11 +9,11 @@ from gpu_worker.engines.faults import BrokenDeviceError, is_broken_device, is_ou
 from tests.gpu_worker.residency.fake_drivers import FakeTorch
 
 SUFFIX = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
-"""What torch puts behind every CUDA error."""
+"""The text that torch puts behind every CUDA error."""
 
 
 class AcceleratorError(RuntimeError):
-    """What torch raises for an error of a CUDA call."""
+    """The exception that torch raises for an error of a CUDA call."""
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_out_of_memory(error: Exception) -> None:
 
 
 def test_torch_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch raises itself is known whatever it says."""
+    """An exception of torch's own types is known, whatever its text."""
     monkeypatch.setitem(sys.modules, "torch", FakeTorch())  # type: ignore[arg-type] -- stands in for the module
     assert is_out_of_memory(FakeTorch.OutOfMemoryError("CUDA out of memory."))
 

@@ -21,7 +21,7 @@ NOON = 1_795_953_600.0
 
 
 def rows(file: UsageFile, since: date = date.min, until: date = date.max) -> list[UsageRow]:
-    """What the file has."""
+    """The rows of the file."""
     found = file.handle(FindUsage(since=since, until=until))
     assert isinstance(found, UsageFound)
     assert not found.problem
@@ -29,7 +29,7 @@ def rows(file: UsageFile, since: date = date.min, until: date = date.max) -> lis
 
 
 class TestLog:
-    """What waits for the file."""
+    """The usage that waits for the file."""
 
     @pytest.fixture(autouse=True)
     def _log(self) -> None:
@@ -71,7 +71,7 @@ class TestLog:
 
 
 class TestFile:
-    """What lasts."""
+    """The usage in the file."""
 
     def test_sums_add_up(self, tmp_path: Path) -> None:
         """Over writes, and over processes; the latest day comes first."""

@@ -1,4 +1,4 @@
-"""What the loop counts of speech and models."""
+"""The figures that the loop counts of speech and models."""
 
 import pytest
 

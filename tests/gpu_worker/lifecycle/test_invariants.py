@@ -1,4 +1,4 @@
-"""What holds after every turn, through any mixture of requests, credit, cancels, faults and departures."""
+"""Invariants after every turn, through any mixture of requests, credit, cancels, faults and departures."""
 
 import random
 from collections import Counter

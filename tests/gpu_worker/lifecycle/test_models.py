@@ -18,7 +18,7 @@ from tests.gpu_worker.worker_bench import MakeBench, WorkerBench, loaded
 
 
 class TestModels:
-    """What happens to the requests of a model that comes or goes."""
+    """The requests of a model that comes or goes."""
 
     def test_load_fails(self, bench: WorkerBench) -> None:
         """All requests that wait for a failed load get its error; the next request tries again."""
@@ -281,7 +281,7 @@ class TestModels:
         assert bench.words("r") == "a b"
 
     def test_a_stalled_reader_keeps_no_model(self, make_bench: MakeBench) -> None:
-        """What is said in full needs no model any more, however long its reader takes."""
+        """A speech that is said in full needs no model any more, however long its reader takes."""
         bench = loaded(make_bench(idle_timeout_s=10, cleanup_interval_s=1, cleanup_enabled=True, stall_timeout_s=1_000))
         bench.speak("r", "a b", credit=0)
         bench.settle()

@@ -17,7 +17,7 @@ LONG = " ".join(f"w{number}" for number in range(200))
 """A text of 200 words, a second each in these tests."""
 
 TURN_S = 0.3
-"""What a turn takes here: longer than the shortest slice, and less than a word lasts."""
+"""The duration of a turn: longer than the shortest slice, and less than a word lasts."""
 
 
 def _bench(make_bench: MakeBench, **options: object) -> WorkerBench:

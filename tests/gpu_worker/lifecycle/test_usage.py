@@ -1,4 +1,4 @@
-"""What the loop counts of every request, however it ends."""
+"""The usage that the loop counts of every request, however it ends."""
 
 from datetime import date
 

@@ -106,7 +106,7 @@ class TestWorker:
         assert "gone" in message.speech.error.message
 
     def test_answered_by_a_web_worker(self, bench: WorkerBench) -> None:
-        """What a web worker has answered by itself is kept as well."""
+        """An outcome of a request that a web worker has answered by itself is kept as well."""
         outcome = an_outcome("r.1", finish_reason="empty")
         bench.send(Spoken(outcome=outcome))
         bench.turn()
@@ -147,7 +147,7 @@ class TestOutcomes:
         assert latest.id == "r.2"
 
     def test_only_a_done_request_is_amended(self) -> None:
-        """What the GPU worker knows of a failure is not replaced; a Cancel for an unknown request is nothing."""
+        """The GPU worker's own account of a failure is not replaced; a Cancel for an unknown request has no effect."""
         outcomes = Outcomes()
         failed = an_outcome(status="failed", error=SpeechError(code="synthesis_failed", message="broke"))
         outcomes.record(failed)

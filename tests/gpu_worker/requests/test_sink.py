@@ -63,7 +63,7 @@ class TestSink:
         assert not sink.stalled
 
     def test_bytes(self) -> None:
-        """What waits for credit and what is sent but not granted back are counted; the buffer counts what waits."""
+        """Bytes that wait for credit, and those sent but not granted back, are counted; the buffer counts the first."""
         sink, _ = a_recorded_sink(2)
         sent = [sink.audio(piece) for piece in (b"a", b"bb", b"ccc", b"dddd")]
         assert (sent, sink.waiting_bytes, sink.unread_bytes) == ([1, 2, 0, 0], 7, 3)

@@ -89,7 +89,7 @@ class FakeEngine:
         self._call("close", ModelState.ABSENT)
 
     def memory(self) -> Memory:
-        """What it holds."""
+        """The memory that it holds."""
         return self._memory
 
     def stats(self) -> EngineStats:

@@ -35,7 +35,7 @@ class FakeNvml:
     """
 
     class NVMLError(Exception):
-        """What pynvml raises."""
+        """The error of pynvml."""
 
     def __init__(self, pid: int = 1, used_by_pid: int | None = 1, *, trouble: str = "", mig: bool = False) -> None:
         self.process = SimpleNamespace(pid=pid, usedGpuMemory=used_by_pid)
@@ -108,7 +108,7 @@ class FakeNvml:
 
 
 class FakeTorch:
-    """What the probe uses of torch, with one reading.
+    """The part of torch that the probe uses, with one reading.
 
     Starting it makes a context on the device of `nvml`.
     """
@@ -116,7 +116,7 @@ class FakeTorch:
     CONTEXT = 44
 
     class OutOfMemoryError(RuntimeError):
-        """What torch raises."""
+        """The error of torch."""
 
     def __init__(self, nvml: FakeNvml | None = None) -> None:
         self.cuda = self
@@ -140,7 +140,7 @@ class FakeTorch:
             self._nvml = None
 
     def memory_reserved(self) -> int:
-        """What the allocator holds."""
+        """The bytes that the allocator holds."""
         return self.reserved
 
     def mem_get_info(self) -> tuple[int, int]:

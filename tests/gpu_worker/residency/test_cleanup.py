@@ -131,7 +131,7 @@ class TestIdle:
 
 
 class TestOtherOptions:
-    """What a reload changes."""
+    """Options that a reload changes."""
 
     def test_idle_times(self) -> None:
         """A shorter time counts for a model that is idle already, from the next pass on, which comes sooner too."""

@@ -75,7 +75,7 @@ class TestLoading:
 
 
 class TestCost:
-    """What a turn of the loop costs while nothing changes."""
+    """The cost of a turn of the loop while nothing changes."""
 
     def test_no_reading_without_a_change(self) -> None:
         """Memory is read after a change and not again before the next one: a reading of NVML takes a millisecond."""

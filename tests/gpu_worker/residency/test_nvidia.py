@@ -138,7 +138,7 @@ class TestDrivers:
 
 
 class TestCudaProblem:
-    """What keeps an installed torch from a GPU that NVML shows."""
+    """Reasons why an installed torch cannot use a GPU that NVML shows."""
 
     def problem(
         self, monkeypatch: pytest.MonkeyPatch, folder: Path, cuda: str | None, nvml: FakeNvml | None

@@ -54,7 +54,7 @@ def a_reading(
     host_free: int = 1_000,
     host_budget: int = 1_000,
 ) -> MemoryReading:
-    """What a probe would read of a device that holds `entries`, and `others` bytes of other processes."""
+    """The reading of a device that holds `entries`, and `others` bytes of other processes."""
     on_device = sum(entry.device_bytes for entry in entries)
     on_host = sum(entry.host_bytes for entry in entries)
     ours = on_device + (on_host if kind == "cpu" else 0)
@@ -77,7 +77,7 @@ def a_reading(
 
 
 def a_plan(entries: list[ModelEntry], idle: IdleCheck = IDLE, now: float = NOW, **memory: Any) -> Plan:
-    """What to do with `entries`."""
+    """The plan for `entries`."""
     return next_transition(entries, a_reading(entries, **memory), now, idle)
 
 
@@ -185,7 +185,7 @@ class TestEviction:
         assert a_plan([entries[0], entries[2]], kind="cpu", total=150).transition == Transition("a", "drop")
 
     def test_over_budget(self) -> None:
-        """What a budget has no room for leaves, on the device and in host RAM."""
+        """A model for which a budget has no room leaves, on the device and in host RAM."""
         entries = [an_entry("a", last_used=2.0), an_entry("b", last_used=1.0)]
         assert a_plan(entries, budget=150).transition == Transition("b", "offload")
         entries = [an_entry("a", OFFLOADED, last_used=2.0), an_entry("b", OFFLOADED, last_used=1.0)]
@@ -324,7 +324,7 @@ MEMORIES = st.fixed_dictionaries(
 
 
 class TestProperties:
-    """What holds for any models and any memory."""
+    """Properties of the policy for any models and any memory."""
 
     @given(entries=any_entries(), memory=MEMORIES, checked=st.sets(st.sampled_from("abcd")))
     def test_pure(self, entries: list[ModelEntry], memory: dict[str, Any], checked: set[str]) -> None:

@@ -257,7 +257,7 @@ class TestEstimate:
     """When a refused client should try again."""
 
     def retry_after_s(self, scheduler: Scheduler, slots: int = 1) -> float:
-        """What a refused client reads."""
+        """The time to retry that a refused client reads."""
         with pytest.raises(JobError, match="queue is full") as caught:
             scheduler.submit(a_request("refused"), slots)
         assert caught.value.retry_after_s is not None

@@ -151,7 +151,7 @@ def test_limits(tmp_path: Path, clock: FakeClock) -> None:
 
 
 def test_a_disk_that_refuses(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the disk does not take does not happen; the message is about a consent."""
+    """A change that the disk does not take does not happen; the message is about a consent."""
     consent = shelf.save("Ada")
     shelf.store.rename(consent.id, "Eva")
 

@@ -74,7 +74,7 @@ def stores(tmp_path: Path) -> tuple[Store, Store]:
 
 
 class TestTwoWorkers:
-    """What one of them changes, the other one sees at its next scan."""
+    """A change of one of them is seen by the other one at its next scan."""
 
     def test_save_rename_delete(self, stores: tuple[Store, Store]) -> None:
         """A voice is seen, has its new name, and is gone, its recording from memory as well."""

@@ -19,7 +19,7 @@ def names(bench: WorkerBench) -> list[str]:
 
 
 def test_a_miss_scans_the_folder(benches: tuple[WorkerBench, WorkerBench]) -> None:
-    """What was saved through one worker is found through the other one at once, without waiting for its next scan."""
+    """A voice saved through one worker is found through the other one at once, without waiting for its next scan."""
     one, other = benches
     voice = one.save_voice("Ada")
     assert other.result_of(FindVoice(name="ada"), call_id="f").voice == voice
