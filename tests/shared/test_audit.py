@@ -135,7 +135,7 @@ class TestChain:
 
 
 class TestWriter:
-    """What `append` refuses, and what it mends."""
+    """The logs to which `append` adds no line, and the one that it mends."""
 
     @pytest.mark.parametrize("keep", [0, 3, 4])
     def test_a_truncated_log_gets_no_line(self, path: Path, log: AuditLog, keep: int) -> None:

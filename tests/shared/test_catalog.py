@@ -164,7 +164,7 @@ class TestMistakes:
             load_catalog(tmp_path)
 
     def test_unreadable(self, tmp_path: Path) -> None:
-        """What cannot be read in the place of a description, or of their folder, is an error that names it."""
+        """A description that cannot be read, or their folder, is an error that names it."""
         (tmp_path / "bad.toml").mkdir()
         with pytest.raises(CatalogError, match=r"bad\.toml cannot be read by .*: Is a directory"):
             load_catalog(tmp_path)

@@ -1,4 +1,4 @@
-"""What is taken out of texts for others."""
+"""The secrets that are taken out of texts for others."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a reload takes, what needs a restart, and that a mistake changes nothing."""
+"""The settings that a reload takes, those that need a restart, and a mistake, which changes nothing."""
 
 import msgspec
 import pytest

@@ -29,7 +29,7 @@ class Body(msgspec.Struct):
 
 
 def _message(value: Any, kind: Any, *, from_text: bool = False) -> str:
-    """What msgspec says of `value` where a `kind` is wanted."""
+    """The message of msgspec about `value` where a `kind` is wanted."""
     with pytest.raises(msgspec.ValidationError) as caught:
         msgspec.convert(value, kind, strict=not from_text)
     return str(caught.value)
@@ -118,7 +118,7 @@ def test_missing_fields() -> None:
     ],
 )
 def test_malformed_json(body: bytes, words: str) -> None:
-    """What is no JSON has plain words, too."""
+    """The message for a body that is no JSON is in plain words, too."""
     with pytest.raises(msgspec.DecodeError) as caught:
         msgspec.json.decode(body)
     assert reword_malformed_json(str(caught.value), body) == words, _changed(str(caught.value))

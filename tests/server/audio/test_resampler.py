@@ -98,7 +98,7 @@ def test_nothing_above_half_the_rate_folds_back(rate: int) -> None:
 
 
 def test_loud_speech_does_not_wrap_around() -> None:
-    """What overshoots full scale after resampling is clipped: a square wave keeps its sign."""
+    """A sample that overshoots full scale after resampling is clipped: a square wave keeps its sign."""
     square = np.where(np.arange(4_800) // 60 % 2 == 0, 32_767, -32_768).astype("<i2")
     got = np.frombuffer(encoded(square.tobytes(), "pcm", 48_000, streaming=True), "<i2")
     halves = got.reshape(-1, 120)[:, 30:90].astype(int)

@@ -133,7 +133,7 @@ async def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
 
 
 async def test_left_overs_of_a_killed_process(tmp_path: Path) -> None:
-    """What was half written goes at the start; files that are not the store's stay."""
+    """Half-written files go at the start; files that are not the store's stay."""
     left_over = tmp_path / f"{an_id(1)}.part"
     left_over.write_bytes(b"half")
     (tmp_path / "notes.txt").write_bytes(b"somebody's")

@@ -49,7 +49,7 @@ def test_the_bounds_of_the_number() -> None:
 
 
 class TestPolicy:
-    """What Serve calls to have the number."""
+    """The policy that Serve asks for the number."""
 
     def wanted(self, *replicas: dict[str, list[float]], target: int, queued: float = 0.0) -> int:
         """The number for replicas that have noted these figures; a figure that is not named is 0, slots are 10."""

@@ -74,7 +74,7 @@ class TestConfig:
     def test_the_application_has_the_settings(
         self, printed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        """What Serve builds of the file is what the command would have built, with the secrets of the node."""
+        """Serve builds of the file what the command would have built, with the secrets of the node."""
         built: dict[str, Any] = {}
         monkeypatch.setattr(config, "build", lambda settings, **sizes: built.update(settings=settings, **sizes))
         arguments = yaml.safe_load(printed)["applications"][0]["args"]

@@ -1,4 +1,4 @@
-"""What Serve is to run, as a replica sees it that Serve takes away."""
+"""The version that Serve is to run, as a replica sees it that Serve takes away."""
 
 import asyncio
 import warnings

@@ -33,7 +33,7 @@ class FakeRay:
         self._looks = looks
 
     def status(self) -> Any:
-        """What Serve says of the application."""
+        """Serve's status of the application."""
         if "run_many" not in self.calls:
             return SimpleNamespace(applications={"speech": None} if self.served_before else {})
         self._looks -= 1
@@ -45,7 +45,7 @@ class FakeRay:
         return SimpleNamespace(applications={"speech": found})
 
     def cluster_resources(self) -> dict[str, float]:
-        """What the node has."""
+        """The resources of the node."""
         return {"CPU": 2.0}
 
     def nodes(self) -> list[dict[str, bool]]:

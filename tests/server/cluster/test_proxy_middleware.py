@@ -1,4 +1,4 @@
-"""What Serve's proxy does before its own work; tests/cluster has it within a real one."""
+"""The middleware of Serve's proxy; tests/cluster has it within a real one."""
 
 from typing import Any
 

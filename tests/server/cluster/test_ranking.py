@@ -170,7 +170,7 @@ class TestHomes:
 
 
 class TestFigures:
-    """What a router takes from a snapshot."""
+    """The figures that a router takes from a snapshot."""
 
     @pytest.mark.parametrize(
         ("kind", "ours_bytes", "free_bytes"), [("cuda", 100, 100), ("cuda", 0, 150), ("cpu", 100, 150)]

@@ -24,7 +24,7 @@ End = Callable[[EngineReplica], Awaitable[None]]
 
 
 class FakeReplicaParts:
-    """What a replica opens. `events` tells what was done with it; each event says whether the folder was there."""
+    """The supervisor and the client of a replica. Each of `events` says whether the folder was still there."""
 
     def __init__(self, folder: Path) -> None:
         self.events: list[tuple[str, bool]] = []
@@ -79,7 +79,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeReplicaParts:
 
 @pytest.fixture
 def end(monkeypatch: pytest.MonkeyPatch) -> Iterator[End]:
-    """What Serve calls after a start, also after one that failed. Python would call it, too, and not await it."""
+    """Serve's call after a start, also after one that failed. Python would call it, too, and not await it."""
     end: Any = EngineReplica.__del__
     with monkeypatch.context() as patch:
         patch.delattr(EngineReplica, "__del__")

@@ -1,4 +1,4 @@
-"""What a router knows of the replicas: figures, and what it has sent since."""
+"""A router's estimate of the replicas: their figures, and its own requests since."""
 
 from server.cluster.ranking import Replica, ReplicaModel
 from server.cluster.replica_estimates import ON_THE_WAY_S, UNCONFIRMED_S, ReplicaEstimates
@@ -15,7 +15,7 @@ def resident(requests: int = 0, device_bytes: int = 60) -> ReplicaModel:
 
 
 def estimates_of(*replicas: Replica) -> ReplicaEstimates:
-    """What a router knows of these replicas at 0."""
+    """The router's estimates of these replicas at time 0."""
     known = ReplicaEstimates({"a": 40, "b": 70})
     for replica in replicas:
         known.update(replica, 0.0)

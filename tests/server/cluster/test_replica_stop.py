@@ -1,4 +1,4 @@
-"""What a replica hears of its end."""
+"""The moment at which a replica hears of its end."""
 
 import asyncio
 import warnings

@@ -67,7 +67,7 @@ async def test_serve_took_another_replica(router: EngineRouter) -> None:
 
 
 async def test_calls_take_no_slot(router: EngineRouter) -> None:
-    """What is not speech changes no choice."""
+    """A request that is not speech changes no choice."""
     first = await choice(router, request(0, method="call"))
     assert await choice(router, request(1, method="name", model="")) is not None
     assert await choice(router, request(2)) is first

@@ -71,7 +71,7 @@ def _alerts() -> list[dict[str, Any]]:
 
 
 def _expressions() -> Iterator[tuple[str, str]]:
-    """What asks, and the expression."""
+    """The name of each alert or panel, and its expression."""
     for rule in _alerts():
         yield rule["alert"], rule["expr"]
     for panel in PANELS:
@@ -81,7 +81,7 @@ def _expressions() -> Iterator[tuple[str, str]]:
 
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
 async def served(shared_worker: FakeWorker, services: Any) -> Served:
-    """What /metrics serves of a worker that has done everything."""
+    """The answer of /metrics for a worker that has done everything."""
     shared_worker.reset()
     cache = CacheStats(name="tokens", model="m", entries=1, bytes=1, hits=1, misses=1)
     held = [msgspec.structs.replace(model, bytes={"weights": 1}) for model in shared_worker.snapshot.models]
@@ -97,7 +97,7 @@ async def served(shared_worker: FakeWorker, services: Any) -> Served:
 
 
 def _problems(expression: str, served: Served) -> Iterator[str]:
-    """What an expression asks for in vain."""
+    """The metrics and labels in an expression that are not served."""
     labels: set[str] = set(OF_PROMETHEUS)
     for name, matchers in _SELECTOR.findall(expression):
         if name not in served:

@@ -1,4 +1,4 @@
-"""What holds for every EngineClient, against a fake GPU worker on a real socket: speech, calls, pings and losses."""
+"""The contract of every EngineClient, with a fake GPU worker on a real socket: speech, calls, pings and losses."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""What a client would rather have."""
+"""The order in which a client prefers media types."""
 
 import pytest
 

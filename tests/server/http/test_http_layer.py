@@ -1,4 +1,4 @@
-"""What granian refuses before the application sees it, as the API's description names it, and what it lets pass."""
+"""Requests that granian refuses before the application sees them, as the API's description names them, and others."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ async def test_what_the_http_layer_refuses(client: httpx.AsyncClient, status: in
 async def test_odd_requests_get_the_usual_error(
     client: httpx.AsyncClient, status: int, code: str, request_: bytes
 ) -> None:
-    """What reaches the application is refused in the shape of every error."""
+    """A bad request that reaches the application is refused in the shape of every error."""
     got, headers, body = await _answer(client, request_)
     assert (got, headers[b"content-type"]) == (status, b"application/json")
     assert json.loads(body)["error"]["code"] == code

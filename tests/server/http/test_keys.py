@@ -68,7 +68,7 @@ def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestFile:
-    """What the file may say."""
+    """The fields of a key in the file, and mistakes in them."""
 
     def test_a_key_has_what_its_table_says(self, keys_file: Path) -> None:
         """The key itself is nowhere; an absent limit is none."""
@@ -132,7 +132,7 @@ class TestFile:
 
 @pytest.mark.asyncio(loop_scope="session")
 class TestService:
-    """What the keys of FILE may do. The service has an admin key of the settings as well."""
+    """The rights of the keys of FILE. The service has an admin key of the settings as well."""
 
     async def test_who_may_what(self, serve: Serve, keys_file: Path) -> None:
         """Every key may speak, an admin may administer, an expired or unknown key may nothing."""

@@ -1,4 +1,4 @@
-"""What clients write instead of a strict value: the rules for each type, on every field of the real requests."""
+"""Values that clients write instead of strict ones: the rules for each type, on every field of the real requests."""
 
 from typing import Annotated, Any, Final, Literal
 

@@ -136,7 +136,7 @@ async def test_a_page_at_an_address_of_this_machine_is_our_own(serve: Serve) -> 
     ],
 )
 async def test_the_refusal_says_which_setting_allows_the_page(serve: Serve, origin: str, advice: str) -> None:
-    """What the message advises is a value that the settings take."""
+    """The settings take the value that the message advises."""
     client = await serve()
     answer = await client.post(SPEECH, json={"input": "x"}, headers={"origin": origin})
     assert advice in answer.json()["error"]["message"]

@@ -124,7 +124,7 @@ async def test_a_signal(bench: Bench) -> None:
 
 
 async def test_asks_during_a_reload_are_answered_by_the_next(bench: Bench) -> None:
-    """What was written after the first one has read its files is not missed."""
+    """A change that was written after the first one has read its files is not missed."""
     bench.gates[1].clear()
     first = asyncio.create_task(bench.links[0].reload())
     await becomes(lambda: bool(bench.taken[0]))
@@ -159,7 +159,7 @@ async def test_a_web_worker_that_stands_still(bench: Bench, monkeypatch: pytest.
 
 
 async def test_the_answer_waits_for_the_rest_of_the_reload(bench: Bench) -> None:
-    """What the reload has begun beside the state must be over; a reload that changes nothing does not wait for it."""
+    """Work that the reload has begun beside the state must be over; one that changes nothing does not wait for it."""
     bench.is_over = False
     asking = asyncio.create_task(bench.links[0].reload())
     await becomes(lambda: len(bench.taken[0]) == 1)

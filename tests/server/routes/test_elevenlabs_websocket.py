@@ -92,7 +92,7 @@ async def test_when_a_generation_begins(client: httpx.AsyncClient, worker: FakeW
 
 
 async def test_a_flush_ends_a_sentence(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """What has come is spoken, although its sentence has no end, and the text goes on."""
+    """The text so far is spoken, although its sentence has no end, and the text goes on."""
     async with talk(client, PATH) as socket:
         await socket.say(BEGIN, {"text": "Well then ", "flush": True})
         await becomes(lambda: worker.of(Speak))

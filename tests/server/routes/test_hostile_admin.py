@@ -1,4 +1,4 @@
-"""What hostile clients send to /admin: each request is refused with the envelope, and none reaches the GPU worker."""
+"""Hostile requests to /admin: each is refused with the envelope, and none reaches the GPU worker."""
 
 from typing import Any, Final
 

@@ -85,7 +85,7 @@ async def test_wrong_days(client: httpx.AsyncClient, worker: FakeWorker, query: 
 
 
 async def test_admins_only(serve: Serve) -> None:
-    """What others have used is nobody else's business."""
+    """Only admins see the usage of all keys."""
     client = await serve(api_keys=["user-1", "user-2"], admin_keys=["boss"])
     for key, status in (("user-1", 403), ("wrong", 401), ("boss", 200)):
         answer = await client.get("/admin/usage", headers={"authorization": f"Bearer {key}"})

@@ -74,7 +74,7 @@ def test_the_first_table_counts() -> None:
 
 @given(st.lists(st.sampled_from([*ENTRIES, " ", "x", "++", "s", ".", "\n", "日"])).map("".join) | st.text())
 def test_no_text_is_lost(text: str) -> None:
-    """What is not replaced is copied, and the spans cover the whole text in order."""
+    """Other words are copied, and the spans cover the whole text in order."""
     position = 0
     for span in respell([copied(text, 0, len(text))], [Pronunciations(ENTRIES)]):
         assert span.start == position

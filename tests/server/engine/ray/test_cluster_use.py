@@ -24,7 +24,7 @@ FIND = FindUsage(since=date(2026, 1, 1), until=date(2026, 1, 2))
 
 
 def a_row(day: int, key: str, requests: int) -> UsageRow:
-    """What a key used on a day of January 2026."""
+    """The use of a key on a day of January 2026."""
     return UsageRow(date(2026, 1, day), key, "m", requests, 10 * requests, 0.5 * requests, 1, 2, 3)
 
 
@@ -61,14 +61,14 @@ async def engine(workers: list[FakeWorker], replicas: LocalReplicas) -> AsyncIte
 
 
 def told(worker: FakeWorker, client: str) -> KeyUse | None:
-    """What the worker was last told of the client."""
+    """The last use of the client elsewhere that was sent to the worker."""
     news = worker.of(UsedElsewhere)
     return news[-1].clients.get(client) if news else None
 
 
 @pytest.mark.usefixtures("engine")
 async def test_each_worker_learns_of_the_others(workers: list[FakeWorker]) -> None:
-    """What a key has used at one worker reaches the other one, and its own use does not come back."""
+    """The use of a key at one worker reaches the other one, and its own use does not come back."""
     await becomes(lambda: told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 1))
     await becomes(lambda: told(workers[1], "key:0") == KeyUse(3.0, 9, 70, 1))
     assert told(workers[0], "key:0") == KeyUse(0.0, 9, 0, 0)

@@ -110,7 +110,7 @@ class TestCharactersADay:
     LIMITS = KeyLimits(characters_per_day=1000)
 
     def test_over_all_workers(self) -> None:
-        """What was used at one worker is used up at the others, until midnight."""
+        """Characters used at one worker are used up at the others, until midnight."""
         cluster = Cluster(3)
         assert cluster.request(0, self.LIMITS, 600)
         assert cluster.request(1, self.LIMITS, 300)

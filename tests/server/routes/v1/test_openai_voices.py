@@ -275,7 +275,7 @@ ANSWERS: Final[list[tuple[str, str, dict[str, str], set[str]]]] = [
         set(),
     ),
 ]
-"""What OpenAI's published schema says of these paths."""
+"""OpenAI's published schema of these paths."""
 
 
 @pytest.mark.parametrize(("path", "method", "media_type", "required", "fields"), BODIES)

@@ -125,7 +125,7 @@ async def test_bad_items(client: httpx.AsyncClient, worker: FakeWorker, items: A
     "body", ["", "{", "[]", '"x"', '{"items": [{]}', '{"items": ' + "[" * 100_000, '{"items": [{"input": "\\x"}]}']
 )
 async def test_bad_bodies(client: httpx.AsyncClient, body: str) -> None:
-    """What is no JSON object is a 400 in the usual shape."""
+    """A body that is no JSON object is a 400 in the usual shape."""
     answer = await client.post(BATCH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_json"

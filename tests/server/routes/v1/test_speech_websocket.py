@@ -475,7 +475,7 @@ async def test_foreign_pages(serve: Serve, settings: dict[str, Any], origin: str
 
 @pytest.mark.slow
 async def test_a_slow_reader_holds_back_itself_alone(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """What it does not read is not asked for: the worker has no credit left, and other sockets are served."""
+    """Audio that it does not read is not asked for: the worker has no credit left, and other sockets are served."""
     worker.chunks = 4000
     small = socket.socket()
     small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -64,7 +64,7 @@ def several_keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def as_key(key: str) -> dict[str, Any]:
-    """What a request of that key has."""
+    """The headers of a request with that key."""
     return {"headers": {"authorization": f"Bearer {key}"}}
 
 
