@@ -89,7 +89,7 @@ class Request(msgspec.Struct):
 
 
 class Figures(msgspec.Struct):
-    """What is counted behind the warm-up."""
+    """The figures behind the warm-up."""
 
     requests: int = 0
     hits: int = 0
@@ -126,7 +126,7 @@ class Gpu:
         return ROOM_BYTES - held * MODEL_BYTES
 
     def figures(self) -> Replica:
-        """What the replica of this worker sends its routers."""
+        """The figures that this worker's replica sends its routers."""
         models = {
             name: ReplicaModel(
                 residence="waiting" if model.requests and model.residence in {None, "offloaded"} else model.residence,

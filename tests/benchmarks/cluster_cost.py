@@ -1,4 +1,4 @@
-"""What Ray costs over ZeroMQ, in one run: `python -m tests.benchmarks.cluster_cost`.
+"""The cost of Ray over ZeroMQ, in one run: `python -m tests.benchmarks.cluster_cost`.
 
 The same GPU worker, which sends recorded speech in real time, speaks to `python -m server` and to
 `python -m server cluster` with one replica, with two web workers each, one after the other.

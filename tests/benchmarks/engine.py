@@ -96,7 +96,7 @@ def _open(arguments: argparse.Namespace, directory: Path) -> QwenEngine:
 
 
 def _codec_dtype(arguments: argparse.Namespace) -> torch.dtype:
-    """What the service chooses."""
+    """The dtype that the service chooses for the codec."""
     return codec_dtype(arguments.device, arguments.dtype, arguments.codec_dtype)
 
 

@@ -1,4 +1,4 @@
-"""What leniency costs a request: `python -m tests.benchmarks.leniency`.
+"""The cost of leniency for a request: `python -m tests.benchmarks.leniency`.
 
 Each body is decoded by msgspec alone, strictly and with known fields only, and by the server's own decoder.
 The figures are processor time, the best of several rounds: nothing else is measured but the decoding.

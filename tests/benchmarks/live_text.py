@@ -97,7 +97,7 @@ async def measure(service: Service, sockets: int, whole: int, utterances: int) -
 
 
 async def socket_bytes(service: Service) -> float:
-    """What an idle socket takes in a web worker."""
+    """The bytes that an idle socket takes in a web worker."""
     (web,) = service.web_pids()
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(IDLE // 4):  # the first ones take what all of them share

@@ -1,4 +1,4 @@
-"""What a request costs the front end, beside an older commit: `python -m tests.benchmarks.request_cost COMMIT`.
+"""The cost of a request in the front end, beside an older commit: `python -m tests.benchmarks.request_cost COMMIT`.
 
 Three services run at once: the older commit, this one without keys, and this one with everything on (twenty keys with
 limits, usage, a dashboard). Each gets a batch of the same short requests in turn, so a busy machine is busy for all.

@@ -1,4 +1,4 @@
-"""What a newcomer's first audio takes of a CPU, as the benchmark measures it."""
+"""The CPU time of a newcomer's first audio, as the benchmark measures it."""
 
 from tests.benchmarks import first_audio
 from tests.gpu_worker.engines.qwen.driving import engine

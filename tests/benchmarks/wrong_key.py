@@ -1,4 +1,4 @@
-"""What the time of a look-up tells of a wrong key: `python -m tests.benchmarks.wrong_key`.
+"""The time of a look-up, and how much of a wrong key it betrays: `python -m tests.benchmarks.wrong_key`.
 
 Wrong keys that share the form (sk-tts-), half, or all but the last character with a known one are looked up in turns,
 among 10,000 keys.
