@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import msgspec
 
-from server.processes import HUGE_PAGES
 from tests.benchmarks import machine
 
 TEXT: Final = "Hello world, good morning to the speech of today."
@@ -103,6 +102,8 @@ def _run(engine: str, directory: Path, arguments: argparse.Namespace) -> list[Tu
     command = [sys.executable, "-m", "tests.benchmarks.cpu", "--turn", engine, *lists]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(arguments.threads))}
     if engine in OURS:  # as the service starts its GPU worker
+        from server.processes import HUGE_PAGES  # noqa: PLC0415 -- 28 MB that a GPU worker does not hold
+
         environment = HUGE_PAGES | {"GOMP_SPINCOUNT": "1000"} | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
