@@ -16,7 +16,7 @@ from gpu_worker.engines.qwen.checkpoint.json_files import read_json, unavailable
 from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, load_codec_weights
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_SCHEDULE, MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec.codec_config import CodecConfig
-from gpu_worker.engines.qwen.codec.decoder import Decoder
+from gpu_worker.engines.qwen.codec.decoder import PIECE_BYTES, Decoder
 from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
 from gpu_worker.engines.qwen.codec.encoder import Encoder
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
@@ -76,7 +76,7 @@ class Codec:
         self._products = HALF if quantized else PLAIN
         bfloat16 = quantized and _has_amx()
         self._decoder = self._load_decoder(path, bfloat16=bfloat16)
-        if bfloat16 and not kept(trial_file, ("codec", repr(self._config)), self._splits).fastest:
+        if bfloat16 and not kept(trial_file, ("codec", PIECE_BYTES, repr(self._config)), self._splits).fastest:
             log.warning("codec_not_quantized", reason="here its sums depend on how a stream is split")
             self._decoder = self._load_decoder(path, bfloat16=False)
         self._encoder: Encoder | None = None

@@ -6,6 +6,7 @@ but decoding some left context again would never be.
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
+
+LARGE_RATE: Final = 160
+"""From this many rows a frame on, a block has little weight and large activations."""
+
+PIECE_BYTES: Final = 1 << 21
+"""On a CPU, the blocks of a large rate compute so many bytes of activations at once, or a frame if that is more."""
 
 
 class Decoder(TensorHolder):
@@ -54,19 +61,24 @@ class Decoder(TensorHolder):
             self.upsamplers += [upsample, ConvNeXt(weights, f"upsample.{index}.1", rate=rate, products=products)]
         self.conv_in = CausalConv(weights, "decoder.0", rate=rate, products=products)
         self.blocks: list[UpsamplingBlock] = []
+        self._large_blocks: list[UpsamplingBlock] = []
+        self._frame_bytes = 1
         for index, stride in enumerate(shape.upsample_rates, 1):
             ours = products if index == 1 else PLAIN
             block = UpsamplingBlock(
                 weights, f"decoder.{index}", rate=rate, stride=stride, kernels=kernels, products=ours
             )
-            self.blocks.append(block)
+            (self.blocks if rate < LARGE_RATE else self._large_blocks).append(block)
             rate *= stride
+            self._frame_bytes = max(self._frame_bytes, 4 * rate * block.upsample.channels)
         last = len(shape.upsample_rates) + 1
         self.snake = Snake(weights, f"decoder.{last}", rate=rate)
         self.to_mono = ToMono(weights, f"decoder.{last + 1}", rate=rate)
-        pieces = (*self.upsamplers, self.conv_in, *self.blocks, self.to_mono)
+        pieces = (*self.upsamplers, self.conv_in, *self.blocks, *self._large_blocks, self.to_mono)
         self.receptive_frames = receptive_frames([piece.lookback_frames for piece in pieces])
         self.history_size = self.pre_conv.history_size + sum(piece.history_size for piece in pieces)
+        large = self.to_mono.history_size + sum(block.history_size for block in self._large_blocks)
+        self._large_history = self.history_size - large
 
     def __call__(self, codes: Tensor, slots: Tensor, state: DecoderState) -> Tensor:
         """codes: int64 [batch, chunk, 16]; slots: int64 [batch], each once -> waveform float32 [batch, chunk * 1920].
@@ -115,14 +127,38 @@ class Decoder(TensorHolder):
 
     def _waveform(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """[batch, chunk, latent_dim] -> float32 [batch, chunk * 1920]. Reads and writes the rest of the histories."""
-        start = self.pre_conv.history_size
+        start, frames = self.pre_conv.history_size, x.shape[1]
         rest = History(old[:, start:], new[:, start:], self._kernels)
         for upsampler in self.upsamplers:
             x = upsampler(x, rest)
         x, added = self.conv_in(x, rest), None
         for block in self.blocks:
             x, added = block(x, added, rest)
-        _, extended = rest.extend(x, self.to_mono.past_rows, added=added, snake=self.snake)
+        old, new = old[:, self._large_history :], new[:, self._large_history :]
+        if added is None and x.device.type == "cpu":
+            return self._in_pieces(x, frames, old, new)
+        return self._at_large_rate(x, added, History(old, new, self._kernels))
+
+    def _in_pieces(self, x: Tensor, frames: int, old: Tensor, new: Tensor) -> Tensor:
+        """As _at_large_rate, a few frames of a few streams at a time, whose activations take little memory.
+
+        Those of 8 frames of 4 streams took 0.25 GB at published sizes; in pieces they take 0.09 GB and as much time.
+        """
+        at_once = max(1, PIECE_BYTES // self._frame_bytes)
+        streams, rows = max(1, at_once // frames), min(frames, at_once) * (x.shape[1] // frames)
+        waves = []
+        for some, past, kept in zip(x.split(streams), old.split(streams), new.split(streams), strict=True):
+            pieces = some.split(rows, 1)
+            waves.append(
+                torch.cat([self._at_large_rate(piece, None, History(past, kept, self._kernels)) for piece in pieces], 1)
+            )
+        return torch.cat(waves)
+
+    def _at_large_rate(self, x: Tensor, added: Tensor | None, history: History) -> Tensor:
+        """From what the first blocks computed to the waveform."""
+        for block in self._large_blocks:
+            x, added = block(x, added, history)
+        _, extended = history.extend(x, self.to_mono.past_rows, added=added, snake=self.snake)
         return self.to_mono.of_extended(extended).float().clamp_(-1, 1)
 
 

@@ -19,6 +19,8 @@ from tests.gpu_worker.engines.qwen.parity import official
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 """In float32. The standard deviation of the waveform is 0.1."""
+FRAME_BYTES = 4 * 4 * FRAME_SAMPLES
+"""Of the last block's activations: four channels in float32."""
 
 
 @functools.cache
@@ -106,6 +108,23 @@ def test_the_batch_changes_no_bit(chunk: int) -> None:
     batch = torch.cat([codec().decode(part, torch.arange(5), state) for part in codes.split(chunk, 1)], 1)
 
     assert torch.equal(batch, torch.stack(alone))
+
+
+@pytest.mark.parametrize("frames_at_once", [1, 3, 8])
+def test_large_rates_in_pieces_change_no_bit(frames_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published sizes take a few frames of a few streams at a time where activations are large; histories included."""
+    codes = torch.stack([some_codes(seed, 16) for seed in range(3)])
+
+    def decoded() -> tuple[Tensor, DecoderState]:
+        state = codec().new_state(3)
+        return torch.cat([codec().decode(part, torch.arange(3), state) for part in codes.split(8, 1)], 1), state
+
+    whole, state = decoded()
+    monkeypatch.setattr("gpu_worker.engines.qwen.codec.decoder.PIECE_BYTES", frames_at_once * FRAME_BYTES)
+    pieces, other = decoded()
+
+    assert torch.equal(pieces, whole)
+    assert torch.equal(other.history, state.history)
 
 
 @pytest.mark.skipif(not available("fp16_threaded"), reason="no fp16 products here")
