@@ -47,7 +47,7 @@ from gpu_worker.engines.qwen.runner import (
 )
 from gpu_worker.engines.qwen.runtime.captured_buckets import BATCH_SIZES
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
-from gpu_worker.engines.qwen.runtime.products_trial import Quantization, are_large
+from gpu_worker.engines.qwen.runtime.products_trial import HALF, PLAIN, Quantization, are_large
 from gpu_worker.engines.qwen.runtime.quantization import choose as choose_products
 from gpu_worker.engines.qwen.runtime.quantization import widths
 from gpu_worker.engines.qwen.vocoder import Vocoder
@@ -164,6 +164,7 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
             model.embed_codes,
             text_embedding=weights.as_stored(TEXT_EMBEDDING) if device.type == "cuda" else weights.rows(TEXT_EMBEDDING),
             codec_embedding=model.codec_table[: config.talker_config.vocab_size],
+            products=HALF if device.type == "cpu" and products.quantization == "int8" else PLAIN,
             settled=tokenizer.settled,
         )
     vocoder = Vocoder(codec, model.state.ring_buffer, slots, options.streams)

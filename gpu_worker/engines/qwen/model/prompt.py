@@ -12,11 +12,11 @@ from typing import Final, Protocol
 import msgspec
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.checkpoint.model_config import ModelConfig
-from gpu_worker.engines.qwen.model.layers import Linear
+from gpu_worker.engines.qwen.model.text_projection import TextProjection
+from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.runtime.transfers import to_device
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 from shared.protocol import CacheStats
@@ -75,6 +75,7 @@ class PromptBuilder(TensorHolder):
         *,
         text_embedding: Tensor | TextRows | None = None,
         codec_embedding: Tensor | None = None,
+        products: Products = PLAIN,
         settled: Callable[[str], Sequence[int]] = lambda _text: (),
     ) -> None:
         """`weights`: the checkpoint's, on the device. `tokenize`: the checkpoint's processor.
@@ -82,10 +83,10 @@ class PromptBuilder(TensorHolder):
         `text_embedding`: that of `weights` in the dtype of the file, or what reads its rows there. It is the largest
         tensor of a checkpoint, 620 MB in bfloat16, and a prompt needs one row of 4 KiB for each token.
         `codec_embedding`: that of `weights`, perhaps in fewer bits that hold all of its values.
+        `products`: of the text projection.
         `settled`: the first tokens of every text that begins with a text.
         `embed_codes`: int64 [frames, groups] -> [frames, hidden], the sum of each frame's code embeddings.
         """
-        projection = "talker.text_projection.linear_fc"
         self._config = config
         self._tokenize = functools.lru_cache(maxsize=LAST_TEXTS)(tokenize)
         self.settled = settled
@@ -94,17 +95,11 @@ class PromptBuilder(TensorHolder):
         if codec_embedding is None:
             codec_embedding = weights["talker.model.codec_embedding.weight"]
         self.codec_embedding = codec_embedding
-        self.fc1 = [weights[f"{projection}1.weight"], weights[f"{projection}1.bias"]]
-        self.fc2 = [weights[f"{projection}2.weight"], weights[f"{projection}2.bias"]]
-        self._dtype = self.fc1[0].dtype
+        self._projection = TextProjection(weights, products)
+        self._dtype = self._projection.dtype
         self._prefixes: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._prefix_hits = self._prefix_misses = 0
         self._control_embeddings: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @functools.cached_property
-    def _invariant(self) -> list[Linear]:
-        """The text projection by rows. A CPU keeps a copy of the weights for it, so it is made when it is needed."""
-        return [Linear(weight, bias) for weight, bias in (self.fc1, self.fc2)]
 
     def count(self, text: str) -> int:
         """Tokens of `text`, without those of the chat template."""
@@ -182,9 +177,7 @@ class PromptBuilder(TensorHolder):
         """
         rows = self.codec_embedding[:0].to(self._dtype)
         if ids and row_by_row:
-            first, second = self._invariant
-            rows = self._embed(ids)
-            rows = second.batch_invariant(functional.silu(first.batch_invariant(rows)))
+            rows = self._projection.row_by_row(self._embed(ids))
         elif ids:
             rows = self._project(ids)
         return torch.cat((rows, self._controls()[1])) if complete else rows
@@ -294,8 +287,7 @@ class PromptBuilder(TensorHolder):
         It is called for the same runs of tokens as in the official package:
         a matrix product with another number of rows may round differently.
         """
-        rows = self._embed(ids)[None]
-        return functional.linear(functional.silu(functional.linear(rows, *self.fc1)), *self.fc2)[0]
+        return self._projection.at_once(self._embed(ids))
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """Rows of the text embedding, [ids, text hidden]."""
