@@ -8,26 +8,11 @@ from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.transformer import Layer, Window
 from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.selection import Kernels
+from tests.checkpoints import codec_config
 
 SPAN, CHUNK, ROWS = 72, 8, 80
-PUBLISHED_HEADS = {
-    "codebook_size": 2048,
-    "codebook_dim": 512,
-    "num_quantizers": 16,
-    "latent_dim": 1024,
-    "decoder_dim": 1536,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "head_dim": 64,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_hidden_layers": 1,
-    "sliding_window": SPAN,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10_000,
-    "upsample_rates": [8, 5, 4, 3],
-    "upsampling_ratios": [2, 2],
-}
+ONE_LAYER = codec_config(full=True)["decoder_config"] | {"num_hidden_layers": 1}
+"""One layer of published size."""
 
 
 @pytest.mark.parametrize("position", [0, 1, 64, 70, 71, 72, 79, 80, 81, 640, 12_345])
@@ -50,7 +35,7 @@ def test_a_frame_attends_to_itself_and_the_71_before_it(position: int) -> None:
 
 def test_a_frame_has_the_same_bits_in_a_chunk_of_any_length() -> None:
     """Heads of the published width: there torch's attention sums one or two queries in another order than four."""
-    shape = msgspec.convert(PUBLISHED_HEADS, DecoderShape)
+    shape = msgspec.convert(ONE_LAYER, DecoderShape)
     generator = torch.Generator().manual_seed(0)
     layer = Layer(layer_weights(generator), "l", shape, Kernels())
     norm = Norm(torch.ones(shape.hidden_size), 1e-5)
@@ -73,7 +58,7 @@ def test_a_frame_has_the_same_bits_in_a_chunk_of_any_length() -> None:
 
 
 def layer_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random weights of one layer of PUBLISHED_HEADS, under the names of a checkpoint."""
+    """Random weights of one layer of ONE_LAYER, under the names of a checkpoint."""
     hidden, inner, width = 512, 1024, 1024
     shapes = {f"self_attn.{name}_proj.weight": (width, hidden) for name in "qkv"}
     shapes |= {"self_attn.o_proj.weight": (hidden, width), "mlp.down_proj.weight": (hidden, inner)}
