@@ -213,7 +213,7 @@ def read_key(path: Path) -> bytes:
 
 
 def default_key_file(path: Path) -> Path:
-    """Where the key of a log is made."""
+    """The file in which the key of a log is made."""
     return path.with_name(f"{path.name}.key")
 
 

@@ -34,7 +34,7 @@ _MODEL_TYPE_OF_TASK: Final = {"CustomVoice": "custom_voice", "VoiceDesign": "voi
 
 
 def trial_file(environ: Mapping[str, str]) -> Path | None:
-    """Where the outcomes of trials on this machine are kept; None if the user has no home folder."""
+    """The file that keeps the outcomes of trials on this machine; None if the user has no home folder."""
     try:
         return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3-tts-server" / "products.json"
     except RuntimeError:
@@ -150,7 +150,7 @@ class EngineFactory:
         return dtype_on(self._device, self._settings.dtype, self._capability)
 
     def _quantization_of(self, spec: ModelSpec) -> "Quantization":
-        """How the weights of this model are kept: its own value of TTS_QUANTIZATION, or that of all models."""
+        """The form of this model's weights: its own value of TTS_QUANTIZATION, or that of all models."""
         values = self._settings.quantization
         own = next((value for name, value in values.items() if spec.answers_to(name)), None)
         return own or values.get(EVERY_MODEL, "auto")

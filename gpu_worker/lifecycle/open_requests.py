@@ -87,7 +87,7 @@ class OpenRequests:
         )
 
     def find(self, wanted: FindSpeech) -> SpeechOutcome:
-        """How a request ended, or how far it is; JobError (`not_found`) if it is not known."""
+        """The outcome of a request, or its progress; JobError (`not_found`) if it is not known."""
         for request in reversed(self._requests.values()):
             if is_known_as(request.id, wanted.id) and wanted.client in ("", request.client):
                 position = self._scheduler.position(request)

@@ -74,7 +74,7 @@ class Cancelled(msgspec.Struct, frozen=True):
 
 
 Outcome = Done | JobError | Cancelled
-"""How a request ends: said in full, failed, or cancelled."""
+"""The end of a request: said in full, failed, or cancelled."""
 
 Ending = Literal["finished", "failed", "cancelled"]
 """The kind of an outcome, once the last message is sent."""
@@ -294,7 +294,7 @@ class Request:
         return 0.0 if self.started_at is None else now - self.started_at - idle_s
 
     def timings(self, now: float) -> Timings:
-        """Where the time went, in seconds, up to `now`."""
+        """The seconds that each stage has taken, up to `now`."""
         started_at = self.started_at if self.started_at is not None else now
         return Timings(
             queue_s=started_at - self.arrived_at,
@@ -316,7 +316,7 @@ class Request:
         )
 
     def to_outcome(self) -> SpeechOutcome:
-        """How the request ended, or how far it is."""
+        """The outcome of the request, or its progress."""
         status: SpeechStatus = "queued" if self.state is RequestState.QUEUED else "speaking"
         plain = SpeechOutcome(id=self.id, client=self.client, status=status, model=self.model, voice=self.voice)
         if self.state is not RequestState.DONE:

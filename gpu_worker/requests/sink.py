@@ -1,4 +1,4 @@
-"""Where the messages of one request go: audio leaves as credit allows, and the rest waits in host RAM."""
+"""The way of one request's messages out: audio leaves as credit allows, and the rest waits in host RAM."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Send = Callable[[Message, bytes | None], None]
 
 
 class Sink:
-    """Where one request's speech goes: `send` gets its messages, never more audio than there is credit for.
+    """Sends one request's speech: `send` gets its messages, never more audio than there is credit for.
 
     Audio without credit waits here: `waiting_bytes`, which are counted in `buffer`.
     `unread_bytes` of the audio that was sent were not granted back: the web worker has not passed them on yet.

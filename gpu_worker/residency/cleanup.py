@@ -14,7 +14,7 @@ from shared.protocol import CleanupPass
 
 
 class ResidencyOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """When idle models leave; byte budgets belong to the probe.
+    """The times after which idle models leave; byte budgets belong to the probe.
 
     Idle for `idle_timeout_s`, a model leaves the device for host RAM; there for `host_idle_timeout_s`, it is dropped.
     A cleanup pass checks both every `cleanup_interval_s`, unless `cleanup_enabled` is false.

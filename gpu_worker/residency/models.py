@@ -14,7 +14,7 @@ from gpu_worker.engines.base import Engine, JobError, Memory
 
 
 class ModelState(enum.Enum):
-    """Where a model's weights are, or on their way to. At most one model is in a state that ends in ING.
+    """The place of a model's weights, or the move that they are in. At most one model is in a state that ends in ING.
 
     ABSENT -> LOADING -> RESIDENT -> OFFLOADING -> OFFLOADED -> RESTORING -> RESIDENT; DROPPING -> ABSENT from anywhere.
     RESIDENT: on the device, ready to speak. OFFLOADED: weights in host RAM, the device's memory given back.

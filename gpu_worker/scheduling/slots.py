@@ -86,11 +86,11 @@ class Slots:
         return self.buffer.budget_bytes - self.buffer.used_bytes - set_aside
 
     def place_for_newcomer(self, model: str, *, yields: bool = False) -> Place | None:
-        """Where a request of the queue can start; None if it has to wait. `yields`: it is a batch request."""
+        """The place where a request of the queue can start; None if it has to wait. `yields`: it is a batch request."""
         return self._place(model, None, self.buffer.set_aside(0), yields=yields)
 
     def place_for_parked(self, request: Request, *, its_turn: bool) -> Place | None:
-        """Where a parked request can go on; None if it has to stay parked. `its_turn`: newcomers went before it."""
+        """The place where a parked request can go on; None if there is none. `its_turn`: newcomers went before it."""
         if not self._may_grow(request, self.free_bytes()):
             return None
         needed_bytes = self.buffer.set_aside(request.sink.waiting_bytes) - request.parked_bytes

@@ -37,7 +37,7 @@ from shared.protocol import PortableConsent, PortableVoice
 
 ID_PREFIX: Final = "voice_"
 CONSENT_PREFIX: Final = "cons_"
-"""How the ids of consents begin; their files have a folder of their own."""
+"""The ids of consents begin with it; their files have a folder of their own."""
 
 _CONSENTS: Final = "consents"
 _TENSOR: Final = "pcm"

@@ -87,7 +87,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
         return self.running + self.queued < self.slots
 
     def residence(self, model: str) -> Residence | None:
-        """Where the model is on this replica; None if it is absent."""
+        """The place of the model on this replica; None if it is absent."""
         held = self.models.get(model)
         return held.residence if held else None
 

@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where Ray runs."""
+    """The options that say where Ray runs."""
     parser.add_argument(
         "--address",
         metavar="auto|HOST[:PORT]",

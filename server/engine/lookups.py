@@ -66,7 +66,7 @@ async def find_saved_voice(name: str, engine: EngineClient, client: str, access:
 
 
 async def find_speech(name: str, engine: EngineClient, client: str, owner: str) -> SpeechOutcome:
-    """How the request with that request id or speech id ended; ApiError (`not_found`) if it is not kept.
+    """The outcome of the request with that request id or speech id; ApiError (`not_found`) if it is not kept.
 
     With an `owner`, only if the request is that client's.
     """

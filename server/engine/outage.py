@@ -13,7 +13,7 @@ from server.http.errors import ApiError
 from shared.sockets import ipc_path
 
 RETRY_AFTER_S: Final = 5.0
-"""When to try again if no supervisor on this machine knows when the GPU worker will be back."""
+"""Seconds until the next try if no supervisor on this machine knows when the GPU worker will be back."""
 
 _LONGEST_RETRY_S: Final = 60.0
 """OpenAI's clients do not obey a longer Retry-After."""

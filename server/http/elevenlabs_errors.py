@@ -14,7 +14,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from server.http.errors import ApiError, headers_of
 
 KEY_HEADER: Final = "xi-api-key"
-"""Where ElevenLabs' clients send their key; no other client sends it."""
+"""The header in which ElevenLabs' clients send their key; no other client sends it."""
 
 _PATHS: Final = ("/v1/text-to-speech", "/v1/voices", "/v2/voices")
 _FIELD_CODES: Final = {"invalid_value", "invalid_json", "invalid_body"}

@@ -140,7 +140,7 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Re
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """When the client may retry, or that a retry does not help; and what its key has left."""
+    """The headers that say when to retry, or that a retry does not help, and how many requests the key has left."""
     headers = rate_limit_headers(error.rate_limit)
     if error.status in {429, 503}:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))

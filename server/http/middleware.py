@@ -50,10 +50,10 @@ _UNREADABLE: Final = 1002
 """The code of a close after a frame that breaks the protocol: text that is no UTF-8, or more than granian takes."""
 
 _CROWDED_OUT_FOR_S: Final = 5.0
-"""When a client may send a body again that was crowded out."""
+"""Seconds until a client may send a body again that was crowded out."""
 
 _BACK_AFTER_S: Final = 5.0
-"""When a client may try again that met the end of the service."""
+"""Seconds until a client may try again that met the end of the service."""
 
 _MIB: Final = 1024 * 1024
 _MAX_DRAINED_BYTES: Final = 256 * _MIB

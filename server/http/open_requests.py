@@ -96,11 +96,11 @@ class OpenRequests:
         return self._of_network[client_network(address)]
 
     def last_end(self, peer: Peer) -> float:
-        """When the connection's last request ended, if that was after the last call of `take_ended`; else 0."""
+        """The end of the connection's last request, if that was after the last call of `take_ended`; else 0."""
         return self._ended.get(peer, 0.0)
 
     def take_ended(self) -> dict[Peer, float]:
-        """When the last request of each connection ended that has become idle since the last call."""
+        """The end of the last request of each connection that has become idle since the last call."""
         ended, self._ended = self._ended, {}
         return ended
 

@@ -123,11 +123,11 @@ class Connection:
     fd: int
     peer: Peer
     idle_since: float
-    """When its last request ended, or when it was first seen."""
+    """The time at which its last request ended, or at which it was first seen."""
     has_asked: bool = False
     """True if there has been a request on it."""
     asking_since: float | None = None
-    """When it was first seen that bytes had come which have no answer yet."""
+    """The time at which bytes without an answer were first seen."""
     acked: int = -1
     """The bytes that the client had taken at the last look; -1 if nothing was left to be sent."""
     acked_since: float = 0.0

@@ -80,7 +80,7 @@ class _WorkerState:
     pauses: RestartPauses = field(default_factory=RestartPauses)
     failed_starts: int = 0
     start_at: float | None = None
-    """When the next process starts; None while one runs."""
+    """The time at which the next process starts; None while one runs."""
 
 
 class WebServer(MPServer):

@@ -57,7 +57,7 @@ class Reloads:
     """
 
     outbox: socket.socket
-    """Where web workers send their messages; there from `start` on."""
+    """The socket to which web workers send their messages; there from `start` on."""
 
     def __init__(
         self,

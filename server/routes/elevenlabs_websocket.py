@@ -45,7 +45,7 @@ class StreamInputQuery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """When a generation begins."""
+    """The lengths of text at which a generation begins."""
 
     chunk_length_schedule: Annotated[list[float], Meta(max_length=100)] | None = None
 

@@ -86,7 +86,7 @@ class StartedSpeech:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechPlan:
-    """How one client's texts are to be spoken: everything of a request but its text."""
+    """The plan of one client's speech: everything of a request but its text."""
 
     starter: "SpeechStarter"
     data: SpeechRequest
@@ -97,7 +97,7 @@ class SpeechPlan:
 
     @property
     def input_format(self) -> InputFormat:
-        """How its texts are read."""
+        """The format in which its texts are read."""
         return self.data.input_format or self.starter.settings.input_format
 
     def pronunciations(self) -> list[Pronunciations]:

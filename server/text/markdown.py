@@ -88,7 +88,7 @@ class _Reader:
         return self._spans
 
     _cursor = 0
-    """Where the text that was read last ends, in the text without thoughts."""
+    """The end of the text that was read last, in the text without thoughts."""
 
     def _inline(self, tokens: Iterable[Token], places: Places, base: int = 0) -> None:
         cursor = 0  # the characters of one run of marks have one place

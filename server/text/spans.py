@@ -67,7 +67,7 @@ def split(spans: Iterable[Span], borders: Iterable[int]) -> Iterator[list[Span]]
 
 
 def begins_of(spans: Iterable[Span]) -> list[int]:
-    """Where each span begins in the text of all, and the length of that text."""
+    """The place where each span begins in the text of all, and the length of that text."""
     return [0, *itertools.accumulate(len(span.text) for span in spans)]
 
 

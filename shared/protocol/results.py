@@ -81,7 +81,7 @@ failed: `error` says why. cancelled: the client left.
 
 
 class SpeechOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a Speak ended, or how far it is; only one that is done has `finish_reason` and `usage`.
+    """The outcome of a Speak, or its progress; only one that is done has `finish_reason` and `usage`.
 
     `queue_position` counts from 1, in the order in which queued requests get a slot; None for one that is not queued.
 

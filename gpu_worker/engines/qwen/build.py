@@ -69,7 +69,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How engines are opened; one value serves all models of a process.
+    """The options with which engines are opened; one value serves all models of a process.
 
     `codecs` (speech tokenizers on the same device), `tokenizers` and `streams` are shared by all engines.
     `dtype` "auto": bfloat16 on CUDA, float32 on CPU. `slots` None: as many as fit.

@@ -40,7 +40,7 @@ _INSTRUCTIONS: Final = "a calm voice"
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """How two models agree over many draws of one codebook.
+    """The agreement of two models over many draws of one codebook.
 
     `error`: of the logits, relative. `changed`: the share of draws that must change (total variation of the two
     distributions that are sampled). `top1`: the share of draws whose most likely code is the same.

@@ -22,7 +22,7 @@ BFLOAT16_CAPABILITY: Final = (8, 0)
 
 
 class Computation(msgspec.Struct, frozen=True, kw_only=True):
-    """How engines are to compute, in terms of the settings. `capability`: that of the GPU, if it is known."""
+    """The settings by which engines are to compute. `capability`: that of the GPU, if it is known."""
 
     device: Device
     capability: Capability | None = None

@@ -159,7 +159,7 @@ class IncrementalSplitter:
         return next((end for end in self._sentence_ends if end > start), None)
 
     def _end_of_part(self, sentence: int, start: int, sentence_end: int | None) -> int | None:
-        """Where the word or clause at `start` ends, in the sentence that begins at `sentence`; None if that is open."""
+        """The end of the word or clause at `start`, in the sentence that begins at `sentence`; None if that is open."""
         known = self._text[sentence : self._unsure_end if sentence_end is None else sentence_end]
         for match in CLAUSE_END.finditer(known):
             end = sentence + match.end()
@@ -204,7 +204,7 @@ class SingleUtteranceSplitter:
 
 
 def _places(parts: Sequence[str]) -> list[int]:
-    """Where each part ends."""
+    """The end of each part."""
     ends, end = [], 0
     for part in parts:
         end += len(part)

@@ -18,7 +18,7 @@ class KnownReplica:
         """True while a request for its report is under way."""
 
         self.made_at = -math.inf
-        """When its snapshot was made, or earlier."""
+        """The time of its snapshot, or an earlier one."""
 
         self.heard_at = now
         self.boot_id = ""

@@ -1,4 +1,4 @@
-"""How an utterance is sampled, and its uniforms. The kernels sample_code and next_codebook0 have the arithmetic."""
+"""The parameters and the uniforms of sampling. The kernels sample_code and next_codebook0 have the arithmetic."""
 
 from typing import Final
 
@@ -12,7 +12,7 @@ _BELOW_ONE: Final = np.float32(1 - 2**-22)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How one utterance is sampled. `top_k` 0 means no limit.
+    """The parameters by which one utterance is sampled. `top_k` 0 means no limit.
 
     `greedy` takes the best candidate in talker and code predictor, `greedy_codes` in the code predictor alone.
     """

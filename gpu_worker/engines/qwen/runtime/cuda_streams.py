@@ -34,27 +34,27 @@ class CudaStreams:
 
     @functools.cached_property
     def transfer(self) -> torch.cuda.Stream:
-        """Where models are loaded, moved and warmed up while others run."""
+        """The stream on which models are loaded, moved and warmed up while others run."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def codec(self) -> torch.cuda.Stream:
-        """Where every engine's vocoder decodes, beside the decode steps on the default stream."""
+        """The stream on which every engine's vocoder decodes, beside the decode steps on the default stream."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def encode(self) -> torch.cuda.Stream:
-        """Where reference recordings are encoded. All engines share it: memory freed on a stream stays with it."""
+        """The stream on which recordings are encoded. All engines share it: memory freed on a stream stays with it."""
         return torch.cuda.Stream()
 
     @functools.cached_property
     def frame_capture(self) -> torch.cuda.Stream:
-        """Where the graphs of prefills and decode steps are captured."""
+        """The stream on which the graphs of prefills and decode steps are captured."""
         return _capture_stream(_FRAME_PRIORITY)
 
     @functools.cached_property
     def codec_capture(self) -> torch.cuda.Stream:
-        """Where the graphs of the codec are captured."""
+        """The stream on which the graphs of the codec are captured."""
         return _capture_stream(_CODEC_PRIORITY)
 
     @functools.cached_property
