@@ -7,7 +7,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, plain_client
+from tests.server.running import HANDSHAKE, SHARED_LOOP, SPEECH, Serve, plain_client
 
 pytestmark = SHARED_LOOP
 
@@ -102,12 +102,13 @@ async def test_a_malformed_handshake(client: httpx.AsyncClient, missing: str) ->
     ],
 )
 async def test_a_client_that_is_still_sending_reads_its_refusal(
-    client: httpx.AsyncClient, path: str, headers: dict[str, str], status: int, *, http2: bool
+    serve: Serve, path: str, headers: dict[str, str], status: int, *, http2: bool
 ) -> None:
-    """A body of 40 MB to a request that is refused by its head: the answer arrives, and no reset."""
+    """A body of 12 MB to a request that is refused by its head: the answer arrives, and no reset."""
+    client = await serve(max_body_mb=1)
 
     async def body() -> Any:
-        for _ in range(40):
+        for _ in range(12):
             yield b" " * 1_000_000
 
     async with plain_client(client.base_url, http1=not http2, http2=http2) as sending:

@@ -171,7 +171,7 @@ def whole_jobs(draw: st.DrawFn) -> list[Job]:
     return made
 
 
-@settings(max_examples=settings().max_examples // 4)
+@settings(max_examples=settings().max_examples // 8)
 @given(jobs=st.composite(whole_jobs)(), seed=st.integers(0, 2**32))
 def test_pieces_are_spoken_as_the_whole_text(speakers: Speakers, jobs: list[Job], seed: int) -> None:
     """Codes and sound are equal, for all pieces and delays, while jobs join, leave, wait, are parked and come back."""

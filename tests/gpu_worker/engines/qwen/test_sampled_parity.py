@@ -48,6 +48,11 @@ RUNS = [
 ]
 """The case and the parameters of each run. The index of a run is its seed."""
 
+SOAK = pytest.mark.soak
+
+QUICK = (0, 1, 2, 4, 6, 9, 11, 12)
+"""The runs of `make test`: each kind of checkpoint, and each set of parameters. The others are left to the soak."""
+
 LAYOUT = CASES[1]
 """The case of the tests of parameters. Its speech is longer than the tests read."""
 
@@ -74,7 +79,7 @@ def request(ours: Ours, run: int, join: int = 0) -> Request:
     return Request(prompt=ours.prompt(CASES[index]), join=join, frames=FRAMES, params=params, seed=run)
 
 
-@pytest.mark.parametrize("run", range(len(RUNS)))
+@pytest.mark.parametrize("run", [run if run in QUICK else pytest.param(run, marks=SOAK) for run in range(len(RUNS))])
 def test_sampled_codes_equal_the_official_ones(run: int) -> None:
     """For every layout, with and without a projection, the codes are the same and end at the same frame."""
     case = CASES[RUNS[run][0]]
@@ -83,7 +88,7 @@ def test_sampled_codes_equal_the_official_ones(run: int) -> None:
     assert torch.equal(codes, wanted(run))
 
 
-@pytest.mark.parametrize("run", [0, pytest.param(11, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("run", [2, pytest.param(11, marks=SOAK)])
 def test_quick_masks_change_no_code(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The official runs give the same codes with the masks that transformers makes by default."""
     quick = wanted(run)
@@ -98,14 +103,15 @@ def test_quick_masks_change_no_code(run: int, monkeypatch: pytest.MonkeyPatch) -
 def test_a_mixed_batch_equals_the_official_runs(kind: Kind, size: Size | None) -> None:
     """Requests with different parameters join, end and reuse slots. The codes of each are the official ones."""
     ours = our_model(kind, size)
-    numbers = [run for run, (index, _) in enumerate(RUNS) if (CASES[index].kind, CASES[index].size) == (kind, size)]
+    cases = {run: CASES[RUNS[run][0]] for run in QUICK}
+    numbers = [run for run, case in cases.items() if (case.kind, case.size) == (kind, size)]
     runs = (numbers * 10)[:6]
     requests = [request(ours, run, join=2 * place) for place, run in enumerate(runs)]
     for codes, run in zip(generate(ours, requests), runs, strict=True):
         assert torch.equal(codes, wanted(run))
 
 
-@pytest.mark.parametrize("seed", [11, 14])
+@pytest.mark.parametrize("seed", [11, pytest.param(14, marks=SOAK)])
 def test_speech_has_at_least_two_frames(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the end of speech is sampled earlier, the model continues as the official one does."""
     ours = our_model(LAYOUT.kind, LAYOUT.size)
@@ -119,7 +125,15 @@ def test_speech_has_at_least_two_frames(seed: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(codes, official.codes)
 
 
-@pytest.mark.parametrize("generation", ["published", "odd", "greedy talker", "greedy predictor", "greedy"])
+@pytest.mark.parametrize(
+    "generation",
+    [
+        "odd",
+        "greedy talker",
+        "greedy predictor",
+        *(pytest.param(generation, marks=SOAK) for generation in ("published", "greedy")),
+    ],
+)
 def test_the_checkpoints_sampling_is_the_default(generation: Generation) -> None:
     """A request without parameters is sampled by generation_config.json, in the talker and the code predictor."""
     assert torch.equal(*spoken(generation, Sampling(seed=5)))

@@ -11,12 +11,16 @@ from tests.gpu_worker.engines.qwen import parity
 from tests.gpu_worker.engines.qwen.model.test_attention import plain_flash
 from tests.gpu_worker.engines.qwen.parity import (
     CASES,
+    FEW_FRAMES,
     FRAMES,
     GREEDY,
+    LONG_RUNS,
+    Expected,
     Ours,
     Request,
     expected,
     generate,
+    greedy_run,
     official,
     our_model,
 )
@@ -33,19 +37,35 @@ def _inference() -> object:
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_prompts_and_codes_equal_the_official_ones(index: int) -> None:
     """In every layout, prompt and trailing text are equal to the last bit, and the greedy codes are the same."""
-    case, wanted = CASES[index], expected(index)
+    check_greedy(index, expected(index))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("index", sorted(set(range(len(CASES))) - set(LONG_RUNS)))
+def test_long_runs_equal_the_official_ones(index: int) -> None:
+    """So are the codes of the other layouts, beyond the end of their texts."""
+    check_greedy(index, greedy_run(index, FRAMES))
+
+
+def check_greedy(index: int, wanted: Expected) -> None:
+    """Compare our greedy run of a case with the official one."""
+    case = CASES[index]
     ours = our_model(case.kind, case.size)
     prompt = ours.prompt(case)
     assert torch.equal(prompt.embeds, wanted.embeds)
     assert torch.equal(prompt.trailing, wanted.trailing)
     (codes,) = generate(ours, [Request(prompt=prompt)])
-    assert torch.equal(codes, wanted.codes[: len(codes)])
-    assert len(codes) >= min(FRAMES, len(wanted.codes))
+    compared = min(len(codes), len(wanted.codes))
+    assert torch.equal(codes[:compared], wanted.codes[:compared])
+    assert compared >= min(FEW_FRAMES, len(wanted.codes))
 
 
 @pytest.mark.parametrize("kind", ["custom_voice", "base"])
 def test_a_mixed_batch_gives_the_official_codes(kind: str) -> None:
-    """Requests of all layouts join, leave early and take over slots; each one's codes stay the official ones."""
+    """Requests of all layouts join, leave early and take over slots; each one's codes stay those of it alone.
+
+    Alone they are the official ones, as the tests above show.
+    """
     numbers = [i for i, case in enumerate(CASES) if case.kind == kind and case.size is None]
     ours = our_model(CASES[numbers[0]].kind)
     requests = [
@@ -53,9 +73,11 @@ def test_a_mixed_batch_gives_the_official_codes(kind: str) -> None:
         for round_ in range(3)
         for place, number in enumerate(numbers)
     ]
-    for request, codes, number in zip(requests, generate(ours, requests), numbers * 3, strict=True):
-        wanted = expected(number).codes[: request.frames]
-        assert torch.equal(codes[: len(wanted)], wanted)
+    together = generate(ours, requests)
+    for place in range(len(numbers)):
+        (alone,) = generate(ours, [requests[place]])
+        for codes in together[place :: len(numbers)]:
+            assert torch.equal(codes, alone[: len(codes)])
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
