@@ -1,6 +1,7 @@
 """ARCHITECTURE.md and CONTRIBUTING.md agree with the code: what they name exists, and the map leaves nothing out."""
 
 import ast
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -42,6 +43,12 @@ def section(heading: str, text: str = MAP) -> str:
     return re.split(rf"^#+ {re.escape(heading)}\n", text, flags=re.MULTILINE)[1].partition("\n## ")[0]
 
 
+@functools.cache
+def names_of(path: Path) -> dict[str, list[ast.stmt]]:
+    """The names that a module defines; it is read, not imported, so torch is not needed."""
+    return names_in(ast.parse(path.read_text()).body)
+
+
 def names_in(body: list[ast.stmt]) -> dict[str, list[ast.stmt]]:
     """The names that a module or class defines, each with its own body."""
     found: dict[str, list[ast.stmt]] = {}
@@ -57,13 +64,12 @@ def names_in(body: list[ast.stmt]) -> dict[str, list[ast.stmt]]:
 
 
 def defined(path: Path, name: str) -> bool:
-    """Whether the module defines `Name` or `Class.member`; it is read, not imported, so torch is not needed."""
-    body = ast.parse(path.read_text()).body
+    """Whether the module defines `Name` or `Class.member`."""
+    names = names_of(path)
     for part in name.split("."):
-        names = names_in(body)
         if part not in names:
             return False
-        body = names[part]
+        names = names_in(names[part])
     return True
 
 
@@ -72,7 +78,7 @@ def types() -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for folder in CODE:
         for path in (ROOT / folder).rglob("*.py"):
-            for name in names_in(ast.parse(path.read_text()).body):
+            for name in names_of(path):
                 found.setdefault(name, []).append(path)
     return found
 

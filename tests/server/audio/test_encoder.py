@@ -3,10 +3,10 @@
 import array
 import gc
 import io
+import itertools
 import resource
 import struct
 import wave
-from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -35,7 +35,7 @@ def encoded(
 
 def rising_zero_crossings(pcm: bytes) -> int:
     """The number of periods of a tone."""
-    return sum(before < 0 <= after for before, after in pairwise(array.array("h", pcm)))
+    return sum(before < 0 <= after for before, after in itertools.pairwise(array.array("h", pcm)))
 
 
 @pytest.mark.parametrize("speed", [0.25, 1.0, 4.0])
@@ -55,7 +55,7 @@ def test_the_rate_of_a_piece_multiplies_the_speed(speed: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("speed", [0.25, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("speed", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_length_is_kept(audio_format: Format, speed: float, *, streaming: bool) -> None:
     """The decoded length is that of the speech divided by the speed; of MP3 streams and AAC within two packets."""
@@ -125,7 +125,7 @@ def voice(samples: int) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", [24_000, 24_231, 24_575, 24_900])
+@pytest.mark.parametrize("samples", [24_231, 24_900])
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_the_end_is_the_speech(audio_format: Format, samples: int, *, streaming: bool) -> None:
@@ -168,17 +168,15 @@ def test_tiny_answers_are_complete(milliseconds: int, speed: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("silent", [True, False])
-@pytest.mark.parametrize("samples", [0, 1, 24, 216, 480, 960, 2400])
 @pytest.mark.parametrize("audio_format", FORMATS)
-def test_tiny_answers_decode(audio_format: Format, samples: int, *, silent: bool, streaming: bool) -> None:
+def test_tiny_answers_decode(audio_format: Format, *, streaming: bool) -> None:
     """Answers of up to 100 ms can be decoded in each format and keep their length, even if they are silent."""
-    pcm = bytes(samples * 2) if silent else tone(0.5)[: samples * 2]
-    heard = samples_of(decode(encoded(pcm, audio_format, streaming=streaming), audio_format))
-    if audio_format in {"wav", "pcm"}:
-        assert heard == samples
-    elif samples >= 24:
-        assert heard >= samples - (4 if audio_format == "opus" else 0)  # Opus is four samples short of so little
+    for samples, sound in itertools.product((0, 1, 24, 480, 2400), (bytes(4800), tone(0.5))):
+        heard = samples_of(decode(encoded(sound[: samples * 2], audio_format, streaming=streaming), audio_format))
+        if audio_format in {"wav", "pcm"}:
+            assert heard == samples
+        elif samples >= 24:
+            assert heard >= samples - (4 if audio_format == "opus" else 0)  # Opus is four samples short of so little
 
 
 @pytest.mark.parametrize("streaming", [True, False])

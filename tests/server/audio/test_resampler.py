@@ -50,8 +50,10 @@ def hertz_of(samples: Samples, rate: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "whole"])
-@pytest.mark.parametrize(("audio_format", "rate"), PAIRS)
+@pytest.mark.parametrize(
+    ("audio_format", "rate", "streaming"),
+    [*((*pair, True) for pair in PAIRS), *((*pair, False) for pair in PAIRS if pair[1] in {8_000, 24_000, 48_000})],
+)
 def test_every_format_at_every_rate(audio_format: Format, rate: int, *, streaming: bool) -> None:
     """Another program finds the rate, the length, the pitch and the last 300 ms; a whole file is exact but for AAC."""
     samples, found = heard(encoded(SPEECH, audio_format, rate, streaming=streaming), audio_format, rate)

@@ -491,10 +491,10 @@ class TestLife:
 
     @pytest.mark.slow
     def test_memory_is_flat(self, engine: EspeakEngine) -> None:
-        """Hundreds of jobs in all voices, some of them cancelled, leave no memory behind."""
+        """Many jobs in all voices, some of them cancelled, leave no memory behind."""
 
         def work() -> int:
-            for index in range(300):
+            for index in range(150):
                 engine.admit(job := _job("One, two, three. Four!", SPEC.voices[index % len(SPEC.voices)].id))
                 engine.step(())
                 if index % 3 == 0:
