@@ -11,7 +11,6 @@ from tests.browser.conftest import ADMIN_KEY, KEY, OpenTab
 from tests.browser.test_speak import phase, speak
 
 FIRST_LOAD_BYTES = 300_000
-VIEWS = {"speak": "Speak", "voices": "Voices"}
 
 STORED = """async () => {
     const rows = [];
@@ -159,7 +158,7 @@ def test_accessibility(tab: OpenTab, theme: str) -> None:
     assert faults(page) == []
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", ["speak", pytest.param("voices", marks=pytest.mark.soak)])
 def test_a_phone(tab: OpenTab, view: str) -> None:
     """Nothing is wider than the screen, and the tabs are at the bottom of it."""
     page = tab(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True).open(view)

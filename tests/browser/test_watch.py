@@ -143,7 +143,7 @@ def test_requests_are_listed(tab: OpenTab, open_service: Service) -> None:
     expect(page.get_by_role("img", name=re.compile("^Throughput: speech per second"))).to_be_visible()
 
 
-@pytest.mark.parametrize("held_back", [False, True])
+@pytest.mark.parametrize("held_back", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_without_a_stream(tab: OpenTab, open_service: Service, *, held_back: bool) -> None:
     """Where nothing but short answers comes through, the view asks again and again.
 
