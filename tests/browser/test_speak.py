@@ -101,8 +101,15 @@ def test_it_plays_while_it_is_made(tab: OpenTab, open_service: Service) -> None:
 
 
 def test_a_refusal_is_shown_at_its_field(tab: OpenTab) -> None:
-    """In words, with the field marked and focused; a field under "more" is opened. The next try clears it."""
+    """In words, with the field marked and focused; a field under "more" is opened. The next try clears it.
+
+    Characters are counted as the service counts them: an emoji is one.
+    """
     page = tab().open()
+    page.locator("[name=input]").fill("a😀b")
+    expect(page.locator(".count .figures")).to_have_text("3 / 100,000")
+    page.locator("[name=input]").fill("x" * 100_001)
+    expect(page.locator(".count.over")).to_contain_text("1 characters too many")
     speak(page, "   ")
     text = page.locator("[name=input]")
     expect(text).to_have_attribute("aria-invalid", "true")
@@ -123,15 +130,6 @@ def test_a_refusal_is_shown_at_its_field(tab: OpenTab) -> None:
     speak(page)
     phase(page, "done")
     expect(page.locator("[aria-invalid]")).to_have_count(0)
-
-
-def test_the_count_and_the_limit(tab: OpenTab) -> None:
-    """Characters are counted as the service counts them: an emoji is one."""
-    page = tab().open()
-    page.locator("[name=input]").fill("a😀b")
-    expect(page.locator(".count .figures")).to_have_text("3 / 100,000")
-    page.locator("[name=input]").fill("x" * 100_001)
-    expect(page.locator(".count.over")).to_contain_text("1 characters too many")
 
 
 def test_history_survives_a_reload(tab: OpenTab) -> None:

@@ -91,17 +91,15 @@ def test_from_a_file_to_another_name(tab: OpenTab, open_service: Service, record
     open_service.http.delete("/v1/audio/voices/Nonna Maria").raise_for_status()
 
 
-def test_from_the_microphone(tab: OpenTab, open_service: Service) -> None:
-    """A recording of the browser is one that the service takes, and as long as it was shown."""
+def test_recordings(tab: OpenTab, open_service: Service, tmp_path: Path, recording: Path) -> None:
+    """One of the microphone is one that the service takes, and as long as it was shown.
+
+    The page says that one is too short before anything is sent; a file without sound is refused at its field.
+    """
     page = tab().open("voices")
     _, seconds = clone(page, "Beep")
     assert saved(open_service)["Beep"]["seconds"] == pytest.approx(seconds, abs=1.5)
     open_service.http.delete("/v1/audio/voices/Beep").raise_for_status()
-
-
-def test_a_recording_that_is_too_short(tab: OpenTab, tmp_path: Path, recording: Path) -> None:
-    """The page says so before anything is sent; a file without sound is refused at its field."""
-    page = tab().open("voices")
     page.get_by_role("button", name="Clone a voice").click()
     dialog = page.get_by_role("dialog")
     short = tmp_path / "short.wav"

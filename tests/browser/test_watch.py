@@ -114,22 +114,11 @@ def test_a_load_and_an_offload(tab: OpenTab, watched: Service) -> None:
     expect(dialog.get_by_label("Admin key")).to_be_visible()
 
 
-def test_a_death(tab: OpenTab, open_service: Service) -> None:
-    """A GPU worker that was killed, and the one that follows it, show by themselves."""
-    page = tab().page
-    watch(page, open_service.url + "/")
-    pid = open_service.worker_pid()
-    expect(page.locator(".connection")).to_have_attribute("data-worker", str(pid))
-    os.kill(pid, signal.SIGKILL)
-    happened(page, "restarted")
-    eventually(open_service.is_ready, START_TIMEOUT_S, "ready again")
-    expect(page.locator(".connection")).to_have_attribute("data-worker", str(open_service.worker_pid()))
-    expect(page.locator("[data-problem]")).to_have_count(0)
-    expect(page.locator(".connection")).to_contain_text("started again")
+def test_requests_and_a_death(tab: OpenTab, open_service: Service) -> None:
+    """A running request shows with its audio, which grows, and without its text; charts have their values in words.
 
-
-def test_requests_are_listed(tab: OpenTab, open_service: Service) -> None:
-    """A running request shows with its audio, which grows, and without its text; charts have their values in words."""
+    A GPU worker that was killed, and the one that follows it, show by themselves.
+    """
     page = tab().page
     watch(page, open_service.url + "/")
     with open_service.stream("Nobody may read this here. " * 400, response_format="pcm") as answer:
@@ -141,6 +130,14 @@ def test_requests_are_listed(tab: OpenTab, open_service: Service) -> None:
         assert "Nobody may" not in page.content()
     expect(page.locator("tr[data-stream]")).to_have_count(0)
     expect(page.get_by_role("img", name=re.compile("^Throughput: speech per second"))).to_be_visible()
+    pid = open_service.worker_pid()
+    expect(page.locator(".connection")).to_have_attribute("data-worker", str(pid))
+    os.kill(pid, signal.SIGKILL)
+    happened(page, "restarted")
+    eventually(open_service.is_ready, START_TIMEOUT_S, "ready again")
+    expect(page.locator(".connection")).to_have_attribute("data-worker", str(open_service.worker_pid()))
+    expect(page.locator("[data-problem]")).to_have_count(0)
+    expect(page.locator(".connection")).to_contain_text("started again")
 
 
 @pytest.mark.parametrize("held_back", [pytest.param(False, marks=pytest.mark.soak), True])

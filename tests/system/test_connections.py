@@ -93,7 +93,7 @@ def slow_upload(service: Service) -> Iterator[socket.socket]:
         yield upload
 
 
-@pytest.mark.parametrize("kind", FIRST_BYTES)
+@pytest.mark.parametrize("kind", ["idle", pytest.param("body", marks=pytest.mark.soak)])
 def test_a_crowd_shuts_nobody_out(shared_service: Service, kind: str) -> None:
     """Among more connections than there are places a new one is answered; afterwards none is left.
 

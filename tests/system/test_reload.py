@@ -169,7 +169,7 @@ class _Load:
 
 
 @pytest.mark.parametrize(
-    ("streams", "reloads"), [(6, 6), pytest.param(100, 50, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    ("streams", "reloads"), [(4, 4), pytest.param(100, 50, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
 async def test_reload_under_load(configured: Configured, streams: int, reloads: int) -> None:
     """No stream is cut, no request with a key that stays is refused, and a key that goes is refused at once.

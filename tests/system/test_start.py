@@ -151,13 +151,6 @@ def test_what_may_not_be_read_is_named_with_the_user(tmp_path: Path) -> None:
     assert f".env cannot be read by {user}: Permission denied" in ended.stderr
 
 
-def test_unknown_default_model_stops_the_start(tmp_path: Path) -> None:
-    """An unknown default model ends the whole service with exit code 2; the GPU worker is not restarted for ever."""
-    ended = run("server", tmp_path, PORT=free_port(), DEFAULT_MODEL="no-such-model")
-    assert ended.returncode == 2
-    assert "no-such-model" in ended.stderr
-
-
 def test_dotenv_and_a_closed_folder_of_models(tmp_path: Path) -> None:
     """Settings come from .env unless the environment has them as well.
 
@@ -187,9 +180,11 @@ def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Servi
 
     Settings of the worker are shown as the worker has them.
     A second GPU worker at the same address ends with exit code 3, and the first goes on.
+    SIGHUP ends a GPU worker that runs alone, as SIGTERM does.
     """
     theirs = {"IDLE_TIMEOUT": 7, "CLEANUP_INTERVAL": 3, "CLEANUP_ENABLED": "false", "DEFAULT_DEVICE": "cpu"}
     with running_worker(tmp_path, **theirs) as (url, worker):
+        assert run("gpu_worker", tmp_path, "health", WORKER_URL=url).returncode == 0
         assert run("gpu_worker", tmp_path, WORKER_URL=url).returncode == 3
         service = start(WORKER_URL=url, IDLE_TIMEOUT=9, MAX_INPUT_CHARS=50)
         assert service.worker_pid() == worker.pid
@@ -204,6 +199,8 @@ def test_worker_apart_from_the_server(tmp_path: Path, start: Callable[..., Servi
         assert service.stats()["worker"]["restarts"] == 0
         assert service.stop() == 0
         assert worker.poll() is None
+        worker.send_signal(signal.SIGHUP)
+        assert worker.wait(30) == 0
 
 
 def test_a_closed_terminal_ends_the_service(tmp_path: Path) -> None:
@@ -228,14 +225,6 @@ def test_a_closed_terminal_ends_the_service(tmp_path: Path) -> None:
         assert not [pid for pid in children if is_running(pid)]
     finally:
         service.kill()
-
-
-def test_hangup_ends_a_gpu_worker(tmp_path: Path) -> None:
-    """SIGHUP ends a GPU worker that runs alone, as SIGTERM does."""
-    with running_worker(tmp_path) as (url, worker):
-        assert run("gpu_worker", tmp_path, "health", WORKER_URL=url).returncode == 0
-        worker.send_signal(signal.SIGHUP)
-        assert worker.wait(30) == 0
 
 
 def test_nohup_keeps_the_service(tmp_path: Path) -> None:
