@@ -6,7 +6,7 @@ It holds no caches: keys and values go to the Attend that the caller passes.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -36,7 +36,7 @@ class Linear(TensorHolder):
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Sequence[Tensor],
         bias: Tensor | None = None,
         products: Products = PLAIN,
         *,
@@ -45,9 +45,10 @@ class Linear(TensorHolder):
     ) -> None:
         """`part`: "sensitive" if the matrix is one of those that are quantised less.
 
-        `columns`: by what a kernel that reads in parts multiplies each column of `weight`.
+        A kernel that reads in parts takes several matrices, whose outputs follow each other, as one `weight`.
+        `columns`: by what such a kernel multiplies each column.
         """
-        name = products.of(part) or by_size(weight)
+        name = products.of(part) or by_size(weight if isinstance(weight, Tensor) else weight[0])
         make = _KERNELS[name]
         self._kernel = make(weight, bias) if columns is None else make(weight, bias, columns)
         self.packed = name != "plain"
@@ -145,9 +146,10 @@ class Layer(TensorHolder):
             return matrix(weights, f"{prefix}{name}.weight", products, part)
 
         def fused(*names: str, behind: Norm, part: Part = "weights") -> Linear:
-            whole = torch.cat([one(name, part) for name in names])
+            matrices = [one(name, part) for name in names]
             if reads_in_parts(products.of(part)):
-                return Linear(whole, products=products, part=part, columns=behind.leave_weight())
+                return Linear(matrices, products=products, part=part, columns=behind.leave_weight())
+            whole = torch.cat(matrices)
             return Linear(behind.fold_into([whole])[0] if products.folds else whole, products=products, part=part)
 
         self.heads = shape.num_attention_heads

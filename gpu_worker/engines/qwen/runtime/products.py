@@ -4,11 +4,12 @@ Owns the layouts and what is known of each kernel's bits. products_trial.py choo
 On CUDA there is one kernel, Plain.
 """
 
+import contextlib
 import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -154,21 +155,33 @@ class _Rowwise:
     levels = 127
     """The largest integer of an activation."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
-        """`weight` may have fewer bits than float32. `columns`: by what each of its columns is multiplied first."""
+    def __init__(
+        self, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
+        """`weight` may have fewer bits than float32, and may be matrices whose outputs follow each other.
+
+        `columns`: by what each of its columns is multiplied first.
+        """
+        matrices = [weight] if isinstance(weight, Tensor) else weight
+        shape = sum(map(len, matrices)), matrices[0].shape[1]
         self._added = bias
-        self._scale, self._sums = torch.empty(len(weight)), torch.empty(len(weight))
-        self._quantized = torch.empty(weight.shape, dtype=torch.int8)
-        rows = torch.empty(_ROWS_AT_ONCE, weight.shape[1])
+        self._scale, self._sums = torch.empty(shape[0]), torch.empty(shape[0])
+        self._quantized = torch.empty(shape, dtype=torch.int8)
+        rows = torch.empty(_ROWS_AT_ONCE, shape[1])
         # In parts that stay in the cache: 8 passes over the memory of a whole matrix would take twice as long.
-        results = (weight, self._scale, self._sums, self._quantized)
-        for part, scale, sums, quantized in zip(*(x.split(_ROWS_AT_ONCE) for x in results)):  # noqa: B905 -- they have one length
-            integers = rows[: len(part)].copy_(part)
-            if columns is not None:
-                integers.mul_(columns)
-            torch.div(integers.abs().amax(1).clamp_(min=_SMALLEST), 127, out=scale)
-            quantized.copy_(integers.div_(scale[:, None]).round_())
-            torch.sum(integers, 1, out=sums)
+        # For so few rows, several threads take twice the CPU time of one.
+        with one_thread():
+            begin = 0
+            for part in itertools.chain.from_iterable(matrix.split(_ROWS_AT_ONCE) for matrix in matrices):
+                end = begin + len(part)
+                integers = rows[: len(part)].copy_(part)
+                if columns is not None:
+                    integers.mul_(columns)
+                scale = self._scale[begin:end]
+                torch.div(integers.abs().amax(1).clamp_(min=_SMALLEST), 127, out=scale)
+                self._quantized[begin:end] = integers.div_(scale[:, None]).round_()
+                torch.sum(integers, 1, out=self._sums[begin:end])
+                begin = end
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._added is not None:
@@ -196,7 +209,9 @@ class Int8(_Rowwise):
     So a guard row is added: with its two values these are always the same.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
         super().__init__(weight, bias, columns)
         quantized = self._quantized
         del self._quantized
@@ -223,7 +238,9 @@ class Int8(_Rowwise):
 class Int8Portable(_Rowwise):
     """torch's product of integers: for a torch or a processor without the others."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
         super().__init__(weight, bias, columns)
         self._quantized = self._quantized.t().contiguous()
         self.tensors = [self._scale, self._quantized, *_given(bias)]
@@ -262,6 +279,17 @@ class WideActivations:
         product = self._kernel.multiply(rounded, torch.sub(x, rounded).mul_(finer))
         high, low = product.split_with_sizes((x.shape[0], x.shape[0]))
         return torch.add(high, low, alpha=1 / finer)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def half_if_large(weight: Tensor, bias: Tensor | None = None) -> Kernel:
