@@ -99,12 +99,12 @@ def recording(case: Case) -> tuple[Tensor, Tensor | None]:
     return torch.randn(hidden, generator=generator), codes
 
 
-@functools.cache
 def expected(index: int) -> Expected:
     """The official package's greedy run of CASES[index], long or not."""
     return greedy_run(index, FRAMES if index in LONG_RUNS else FEW_FRAMES)
 
 
+@functools.cache
 def greedy_run(index: int, frames: int) -> Expected:
     """The official package's greedy run of CASES[index] over so many frames."""
     case = CASES[index]

@@ -32,7 +32,7 @@ def tokens_of(text: str) -> int:
     return len(official("custom_voice", None).processor.tokenizer(text)["input_ids"])
 
 
-@pytest.mark.parametrize("index", [0, 9])
+@pytest.mark.parametrize("index", [0, 8])
 def test_greedy_speech_equals_the_official_waveform(index: int) -> None:
     """The samples are those that the official package decodes from its codes, to one part in 32767.
 
