@@ -152,7 +152,7 @@ def test_speech_beside_moves_is_the_same(device: Device, loader: ThreadPoolExecu
     """No sample changes while another engine is offloaded, restored, closed and opened: they share no memory."""
 
     def opened() -> QwenEngine:
-        return engine("custom_voice", device=device)
+        return engine("custom_voice", device=device, slots=slots)
 
     def disturb() -> None:
         nonlocal other
@@ -162,9 +162,9 @@ def test_speech_beside_moves_is_the_same(device: Device, loader: ThreadPoolExecu
             other.close()
             other = opened()
 
+    frames, slots = (60, 4) if device == "cuda" else (20, 1)
     speaker, other = (loader.submit(opened).result() for _ in range(2))
-    frames = 60 if device == "cuda" else 20
-    jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=frames)) for number in range(4)]
+    jobs = [job(number, sampling=Sampling(seed=number, max_new_tokens=frames)) for number in range(slots + 1)]
     alone = run(speaker, jobs)
     moving = loader.submit(disturb)
     beside = []
@@ -181,7 +181,7 @@ def test_speech_beside_moves_is_the_same(device: Device, loader: ThreadPoolExecu
 @on_both
 def test_cycles_do_not_grow(device: Device, loader: ThreadPoolExecutor) -> None:
     """An engine moves to the host and back, and others are opened and closed: the memory in use does not grow."""
-    cycles, engines, slots = (10, 5, 4) if device == "cuda" else (4, 3, 1)
+    cycles, engines, slots = (10, 5, 4) if device == "cuda" else (3, 2, 1)
     made = loader.submit(engine, "custom_voice", device=device, slots=slots).result()
     offloaded, closed = [], []
     for _ in range(cycles):
@@ -192,8 +192,9 @@ def test_cycles_do_not_grow(device: Device, loader: ThreadPoolExecutor) -> None:
     for _ in range(engines):
         loader.submit(lambda: engine("base", device=device, slots=slots).close()).result()
         closed.append(used(device))
-    assert offloaded[-1] - offloaded[2] <= 16 * MIB
-    assert closed[-1] - closed[1] <= 16 * MIB
+    # The first ones on a GPU bring in kernels and workspaces, which stay.
+    assert offloaded[-1] - offloaded[min(2, cycles - 2)] <= 16 * MIB
+    assert closed[-1] - closed[min(1, engines - 2)] <= 16 * MIB
 
 
 @on_cuda

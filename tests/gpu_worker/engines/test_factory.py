@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pytest
 
@@ -31,6 +31,10 @@ def catalog() -> list[ModelSpec]:
 
 def _factory(catalog: list[ModelSpec], device: Literal["cuda", "cpu"] = "cpu", **variables: str) -> EngineFactory:
     return EngineFactory(load_settings({f"TTS_{name}": value for name, value in variables.items()}), catalog, device)
+
+
+ONE_SLOT: Final = {"MAX_CONCURRENCY": "1"}
+"""An engine with one slot is opened in half the time."""
 
 
 def _espeak(catalog: list[ModelSpec]) -> ModelSpec:
@@ -112,7 +116,7 @@ class TestQwen:
         """The local checkpoint's size is known before it is opened; without one the catalogue's figure stays."""
         here = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
         elsewhere = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
-        factory = _factory(catalog, MODEL_PATHS=f"{here.id}={tiny('custom_voice', '0b6')}")
+        factory = _factory(catalog, MODEL_PATHS=f"{here.id}={tiny('custom_voice', '0b6')}", **ONE_SLOT)
         factory.prepare()
         engine = factory.open(here)
         held = sum(engine.memory().device.values())
@@ -190,7 +194,9 @@ class TestQwen:
         """
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
         started: list[dict[str, int]] = []
-        settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}"})
+        settings = load_settings(
+            {"TTS_MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}", "TTS_MAX_CONCURRENCY": "1"}
+        )
         factory = EngineFactory(settings, catalog, "cpu", start_device=lambda: started.append(factory.shared_bytes()))
         factory.prepare()
         assert started == []
@@ -206,7 +212,7 @@ class TestQwen:
     def test_wakes(self, catalog: list[ModelSpec]) -> None:
         """`wake` is called when a recording is encoded and its job has become runnable."""
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")
-        settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('base', '0b6')}"})
+        settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('base', '0b6')}", "TTS_MAX_CONCURRENCY": "1"})
         woken = threading.Event()
         engine = EngineFactory(settings, catalog, "cpu", wake=woken.set).open(spec)
         engine.admit(clone(1))
@@ -230,12 +236,13 @@ class TestQwen:
         The import of that package is silent. It leaves out what only its 25 Hz tokenizer needs, and other ways of
         generating.
         """
+        paths = f"qwen3-tts-0.6b-customvoice={tiny('custom_voice', '0b6')}"
         program = f"""
 import sys
 from gpu_worker.engines.factory import EngineFactory, trial_file
 from shared.catalog import load_catalog
 from shared.settings import load_settings
-settings = load_settings({{"TTS_MODEL_PATHS": "qwen3-tts-0.6b-customvoice={tiny("custom_voice", "0b6")}"}})
+settings = load_settings({{"TTS_MODEL_PATHS": "{paths}", "TTS_MAX_CONCURRENCY": "1"}})
 specs = load_catalog()
 factory = EngineFactory(settings, specs, "cpu")
 factory.prepare()

@@ -85,7 +85,6 @@ def test_fp16_says_what_the_weights_say(exact: QwenEngine, trial_file: Path) -> 
     try:
         spoken, wanted = speeches(half), speeches(exact)
         assert alone(half) == spoken
-        assert alone(exact) == wanted
     finally:
         half.close()
     frames = [pair for pairs in zip(spoken, wanted, strict=True) for pair in zip(*map(framed, pairs), strict=True)]

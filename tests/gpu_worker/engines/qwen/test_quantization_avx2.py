@@ -21,20 +21,18 @@ AVX2 = {
 }
 FORCED = all(os.environ.get(name) == value for name, value in AVX2.items())
 HERE = Path(__file__).parent
-TESTS = (
-    "test_quantization_avx2.py",
-    "runtime/test_products.py",
-    "test_quantization.py::test_int8_alone_is_int8_in_company",
-)
+TESTS = ("test_quantization_avx2.py", "runtime/test_products.py")
+SPEECH = "test_quantization.py::test_int8_alone_is_int8_in_company"
 
 
 @pytest.mark.skipif(FORCED, reason="this is the other process")
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="this processor has no more than AVX2 anyway")
 @pytest.mark.timeout(600)
-def test_quantised_products_hold_on_avx2() -> None:
+@pytest.mark.parametrize("tests", [TESTS, pytest.param((SPEECH,), marks=pytest.mark.soak)], ids=["products", "speech"])
+def test_quantised_products_hold_on_avx2(tests: tuple[str, ...]) -> None:
     """A row is the same in any company, nothing overflows, and a seed gives the same speech."""
     pytest_options = ("-q", "-x", "-p", "no:cacheprovider")
-    command = [sys.executable, "-m", "pytest", *pytest_options, *(f"{HERE}/{one}" for one in TESTS)]
+    command = [sys.executable, "-m", "pytest", *pytest_options, *(f"{HERE}/{one}" for one in tests)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | AVX2
     done = subprocess.run(command, env=environment, cwd=HERE.parents[3], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
