@@ -22,6 +22,7 @@ class CacheReport(msgspec.Struct, frozen=True, kw_only=True):
     """Every cache. `model` is "" for one that belongs to no model, `bytes` null where they cannot be measured.
 
     `references`: encoded recordings of cloned voices. `prompts`: their constant parts, by voice and language.
+    `prefixes`: what a CPU has computed of these and of instructions, so that the next such prompt begins sooner.
     `tokens`: of the last texts. `recordings`: of saved voices, in host RAM. `catalog`: the models, as each web worker
     knows them. `pronunciations`: those of the service. `stored_audio`: finished audio on disk.
     A model counts from its load on; the last three are sums over all web workers.

@@ -148,9 +148,11 @@ class Word(msgspec.Struct, frozen=True, array_like=True):
     end_s: float
 
 
-CacheName = Literal["references", "prompts", "tokens", "recordings", "catalog", "pronunciations", "stored_audio"]
-"""Of engines: encoded recordings, constant parts of prompts, tokens of texts. Of the GPU worker: recordings of saved
-voices. Of web workers: the models' catalogue, the service's pronunciations, finished audio on disk.
+CacheName = Literal[
+    "references", "prompts", "prefixes", "tokens", "recordings", "catalog", "pronunciations", "stored_audio"
+]
+"""Of engines: encoded recordings, constant parts of prompts, their keys and values, tokens of texts. Of the GPU worker:
+recordings of saved voices. Of web workers: the models' catalogue, the service's pronunciations, finished audio on disk.
 """
 
 

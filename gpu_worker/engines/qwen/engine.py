@@ -305,7 +305,11 @@ class QwenEngine:
             batch_sizes=dict(self._frames.batch_sizes),
             captured_steps=self._frames.steps[True],
             eager_steps=self._frames.steps[False],
-            caches=[self._parts.reference_cache.stats(), *self._parts.prompts.cache_stats()],
+            caches=[
+                self._parts.reference_cache.stats(),
+                *self._parts.prompts.cache_stats(),
+                *([] if self._parts.runner.prefixes is None else [self._parts.runner.prefixes.stats()]),
+            ],
         )
 
     def empty_cache(self, name: CacheName) -> None:
@@ -316,6 +320,9 @@ class QwenEngine:
                 self._parts.prompts.clear_cache()
             case "tokens":
                 self._parts.prompts.clear_tokens()
+            case "prefixes":
+                if self._parts.runner.prefixes is not None:
+                    self._parts.runner.prefixes.clear()
 
     def _drop_launched_work(self) -> None:
         """Drop the frames and chunks of jobs that are gone, and wait until the device has finished them."""

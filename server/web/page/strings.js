@@ -317,7 +317,7 @@ export const strings = {
       references: (n) => (n === 1 ? "1 request" : `${n} requests`),
       purposes: {
         weights: "weights", kv: "keys and values", state: "slots", codec_state: "codec streams", references: "references",
-        graphs: "graphs", workspace: "workspace", parked: "parked", host: "in host RAM",
+        graphs: "graphs", workspace: "workspace", prefixes: "prompt beginnings", parked: "parked", host: "in host RAM",
       },
       idle: (time) => `Idle for ${time}; stays.`,
       idleOf: (time, limit) => `idle ${time} of ${limit}`,
@@ -390,8 +390,8 @@ export const strings = {
         heading: "Caches",
         columns: { name: "Cache", model: "Model", entries: "Entries", bytes: "Size", hits: "Hits", misses: "Misses" },
         names: {
-          references: "encoded references", prompts: "prompts", tokens: "tokens", recordings: "recordings",
-          catalog: "catalogue", pronunciations: "pronunciations", stored_audio: "stored audio",
+          references: "encoded references", prompts: "prompts", prefixes: "computed prompt beginnings", tokens: "tokens",
+          recordings: "recordings", catalog: "catalogue", pronunciations: "pronunciations", stored_audio: "stored audio",
         },
         empty: "Empty",
         emptyOne: (name, model) => `Empty: ${name}${model ? ` of ${model}` : ""}`,

@@ -1,6 +1,7 @@
 """silu(gate) * up, of a product that holds both: one kernel instead of two."""
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -8,12 +9,24 @@ from torch.nn import functional
 
 from gpu_worker.engines.qwen.kernels.agreement import difference
 
+ROWS_AT_ONCE: Final = 16
+"""Rows that a CPU computes in one call. Of more, torch gives each thread a share that may begin within a vector.
+
+It computes what does not fill a vector with another exponential function: bits of a row would depend on the others.
+"""
+
 SiluMul = Callable[[Tensor], Tensor]
 """[rows, 2 * inner], the gate first -> [rows, inner]."""
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """The reference. It rounds after the silu and after the product."""
+    if len(gate_up) > ROWS_AT_ONCE and not gate_up.is_cuda:
+        return torch.cat([_silu_mul(rows) for rows in gate_up.split(ROWS_AT_ONCE)])
+    return _silu_mul(gate_up)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
     inner = gate_up.shape[1] // 2
     gate, up = gate_up.split_with_sizes((inner, inner), 1)
     return functional.silu(gate).mul_(up)

@@ -40,7 +40,10 @@ class Attention(Protocol):
     heads_by_group: bool
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[batch, tokens, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, tokens, heads, dim]."""
+        """[batch, queries, heads, dim] over [batch, tokens, kv_heads, dim], causal -> [batch, queries, heads, dim].
+
+        The queries are those of the last tokens, or of all.
+        """
 
     def length_mask(self, lengths: Tensor, tokens: int, groups: int) -> Any:
         """The mask, in its backend's form, for `decode` to read the first `lengths` (int64 [rows]) of `tokens` tokens.
@@ -65,9 +68,9 @@ class Eager:
     queries_by_group = False
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens, groups = query.shape[1], query.shape[2] // key.shape[2]
+        queries, tokens, groups = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (key, value))
-        future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
+        future = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).triu(1 + tokens - queries)
         scores = torch.matmul(query.transpose(1, 2), key.transpose(2, 3)) * query.shape[-1] ** -0.5
         weights = functional.softmax(scores.masked_fill(future, float("-inf")), dim=-1, dtype=torch.float32)
         return torch.matmul(weights.to(query.dtype), value).transpose(1, 2)
@@ -99,7 +102,11 @@ class Sdpa:
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        queries, tokens = query.shape[2], key.shape[2]
+        mask = None
+        if queries < tokens:  # is_causal would take them for the first ones
+            mask = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
+        out = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
         out = out.transpose(1, 2)
         return by_group(out, key.shape[1]) if self.heads_by_group else out
 

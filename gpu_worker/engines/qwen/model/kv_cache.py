@@ -54,19 +54,29 @@ class KVCache(TensorHolder):
         """Bytes of one position of a slot."""
         return 2 * len(self.keys) * self.keys[0][0, 0].nbytes
 
-    def prefill_attend(self, slots: Tensor, tokens: int, rope: Rope) -> Attend:
-        """The Attend of prompts: writes them to the cache from position 0 on, and attends causally among their tokens.
+    def prefill_attend(self, slots: Tensor, tokens: int, rope: Rope, *, prefix: int = 0, start: int = 0) -> Attend:
+        """The Attend of prompts: writes them to the cache, and attends causally among their tokens.
 
-        `slots`: int64 [prompts]. `tokens`: the length that the prompts are padded to. Its rows are [prompts * tokens].
+        `slots`: int64 [prompts]. `tokens`: the length that the prompts are padded to.
+        Its rows are [prompts * (tokens - start)], those of the positions from `start` on; the cache holds the others.
+        `prefix`: of a single prompt, as many first positions attend in a call of their own. What follows them attends
+        over the cache, so its bits do not depend on whether `start` is 0 or `prefix`.
         """
-        positions = torch.arange(tokens, device=slots.device).repeat(len(slots))
-        places = slots[:, None].repeat(1, tokens).flatten(), positions
+        positions = torch.arange(start, tokens, device=slots.device).repeat(len(slots))
+        places = slots[:, None].repeat(1, tokens - start).flatten(), positions
+        slot = int(slots[0]) if prefix else 0
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             cache = self.keys[index], self.values[index]
             query, key, value = self._rotate_and_cache(qkv, layer.rotation, rope, cache, places, by_group=False)
-            query, key, value = (x.unflatten(0, (-1, tokens)) for x in (query.flatten(1, 2), key, value))
-            return self._attention.prefill(query, key, value).flatten(2).flatten(0, 1)
+            query, key, value = (x.unflatten(0, (-1, tokens - start)) for x in (query.flatten(1, 2), key, value))
+            if not prefix:
+                return self._attention.prefill(query, key, value).flatten(2).flatten(0, 1)
+            cached = (x[slot : slot + 1, :tokens] for x in cache)
+            attended = [self._attention.prefill(query[:, prefix - start :], *cached)]
+            if start < prefix:
+                attended.insert(0, self._attention.prefill(*(x[:, :prefix] for x in (query, key, value))))
+            return torch.cat([x.flatten(2).flatten(0, 1) for x in attended])
 
         return attend
 

@@ -38,10 +38,14 @@ _REFERENCE_TAIL_TOKENS: Final = 2
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """`embeds` [tokens, hidden] are read at once, `trailing` [frames, hidden] one a frame, padding after them."""
+    """`embeds` [tokens, hidden] are read at once, `trailing` [frames, hidden] one a frame, padding after them.
+
+    The first `constant` of `embeds` depend on voice, language and instructions, and not on the text.
+    """
 
     embeds: Tensor
     trailing: Tensor
+    constant: int = 0
 
 
 class Voice(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +128,7 @@ class PromptBuilder(TensorHolder):
                 row_by_row=False,
             )
         parts = self._before_text(voice, language, instructions)
+        constant = sum(map(len, parts))
         _, eos, pad = self._controls()
         if voice.codes is not None:
             texts = torch.cat((self._project([*self._transcript_ids(voice), *self.ids(text)]), eos))
@@ -133,7 +138,7 @@ class PromptBuilder(TensorHolder):
             shape = self._config.talker_config
             texts = torch.cat((self._project(self.ids(text)), eos))
             parts += [texts + self._codec(shape.codec_pad_id), pad + self._codec(shape.codec_bos_id)]
-        return Prompt(torch.cat(parts), pad)
+        return Prompt(torch.cat(parts), pad, constant)
 
     def begin(
         self,
@@ -151,17 +156,21 @@ class PromptBuilder(TensorHolder):
         `row_by_row`: see `text_rows`.
         """
         parts = self._before_text(voice, language, instructions)
+        constant = sum(map(len, parts))
         if voice.codes is not None:
             _, _, pad = self._controls()
-            texts = self.text_rows([*self._transcript_ids(voice), *ids], complete=complete, row_by_row=row_by_row)
+            transcript = self._transcript_ids(voice)
+            texts = self.text_rows([*transcript, *ids], complete=complete, row_by_row=row_by_row)
             frames = self._reference_frames(voice.codes)
+            if row_by_row:  # otherwise the number of text tokens may change the bits of the transcript's
+                constant += min(len(transcript), len(frames) - 1)  # the last position is always read
             padding = pad.expand(max(0, len(frames) - len(texts)), -1)
             parts.append(torch.cat((texts[: len(frames)], padding)) + frames)
             trailing = texts[len(frames) :] if len(texts) > len(frames) or not complete else pad
         else:
             parts.append(self._project(ids[:1]) + self._codec(self._config.talker_config.codec_bos_id))
             trailing = self.text_rows(ids[1:], complete=complete, row_by_row=row_by_row)
-        return Prompt(torch.cat(parts), trailing)
+        return Prompt(torch.cat(parts), trailing, constant)
 
     def least_ids(self, voice: Voice) -> int:
         """How many tokens of its text the prompt of an utterance has if it reads its text frame by frame."""

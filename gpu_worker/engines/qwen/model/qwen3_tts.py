@@ -89,13 +89,22 @@ class Qwen3TTSModel(TensorHolder):
         """The sum of each frame's code embeddings: int64 [frames, groups] -> [frames, hidden]."""
         return embed_codes(codes, self.codec_table, self.table_offsets, self.state.talker_input.dtype)
 
-    def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor, *, full_vocab: bool) -> None:
+    def prefill(
+        self,
+        embeds: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        *,
+        full_vocab: bool,
+        prefix: int = 0,
+        cached: bool = False,
+    ) -> None:
         """Read prompts into their slots and sample their first codebook 0; the tensors are as for Talker.prefill.
 
         `full_vocab`: whether the sampling parameters of any of them need the full vocabulary (SamplingParams).
         On CUDA the full vocabulary is sorted in any case.
         """
-        hidden, logits = self.talker.prefill(embeds, slots, lengths)
+        hidden, logits = self.talker.prefill(embeds, slots, lengths, prefix=prefix, cached=cached)
         self._sample(logits, hidden, slots, full_vocab=full_vocab)
 
     def code_predictor_step(self, batch: int, run: Run = run_untraced) -> None:

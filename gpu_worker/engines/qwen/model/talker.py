@@ -42,16 +42,22 @@ class Talker(TensorHolder):
         self.ropes = RopeTables(shape, cache.max_model_len, head.dtype, head.device)
         self.cache = cache
 
-    def prefill(self, embeds: Tensor, slots: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, embeds: Tensor, slots: Tensor, lengths: Tensor, *, prefix: int = 0, cached: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Read prompts: embeds [prompts, tokens, hidden], padded at the end; slots, lengths: int64 [prompts].
+
+        `prefix`: see KVCache.prefill_attend. If it is `cached`, its keys and values are there, and it is not computed.
 
         Returns the last token's normed hidden state [prompts, hidden] and its logits [prompts, codes + 1].
         Padding writes to the cache behind `lengths`; decode steps overwrite those positions before they read them.
         """
         prompts, tokens, _ = embeds.shape
-        attend = self.cache.prefill_attend(slots, tokens, self.ropes.span(0, tokens, prompts))
-        x = self.stack(embeds.flatten(0, 1), attend)
-        last = torch.arange(prompts, device=slots.device) * tokens + lengths - 1
+        start = prefix if cached else 0
+        rope = self.ropes.span(start, tokens, prompts)
+        attend = self.cache.prefill_attend(slots, tokens, rope, prefix=prefix, start=start)
+        x = self.stack(embeds[:, start:].flatten(0, 1), attend)
+        last = torch.arange(prompts, device=slots.device) * (tokens - start) + lengths - (1 + start)
         hidden = self.stack.norm(x.index_select(0, last))
         return hidden, self._logits(hidden)
 

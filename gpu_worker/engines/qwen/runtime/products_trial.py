@@ -41,6 +41,8 @@ _MAX_FILE_BYTES: Final = 1 << 16
 _COPIES: Final = 3
 _ROUNDS: Final = 5
 _ROWS: Final = 8
+_PROMPT_ROWS: Final = (37, 9)
+"""Rows of a product as a prompt has them, and of its first part."""
 _CANDIDATES: Final = ("plain", "packed", "fp16", "fp16_threaded")
 
 log = structlog.get_logger(__name__)
@@ -139,7 +141,7 @@ def _kept(shapes: Shapes, dtype: torch.dtype, path: Path | None) -> Outcome:
         log.info("products_tried", fastest=outcome.fastest, took_ms=took)
         return outcome
 
-    return kept(path, (str(dtype), sorted(set(shapes)), names), find)
+    return kept(path, (str(dtype), sorted(set(shapes)), names, _PROMPT_ROWS), find)
 
 
 def kept(path: Path | None, question: tuple[object, ...], find: Callable[[], Outcome]) -> Outcome:
@@ -177,6 +179,10 @@ def _row_multiple(name: str, shapes: Shapes, dtype: torch.dtype) -> int:
         x = _values(_ROWS, inputs, dtype)
         alone = torch.cat([kernel(row[None]) for row in x[:4]])
         if not all(torch.equal(kernel(x[:rows])[:4], alone[:rows]) for rows in (2, 3, 4, _ROWS)):
+            return BATCH_MULTIPLE
+        rows, first = _PROMPT_ROWS
+        x = _values(rows, inputs, dtype)
+        if not torch.equal(kernel(x), torch.cat((kernel(x[:first]), kernel(x[first:])))):
             return BATCH_MULTIPLE
     return 1
 

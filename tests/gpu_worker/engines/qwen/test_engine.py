@@ -106,7 +106,7 @@ def test_emptied_caches_change_no_sample(speaker: QwenEngine) -> None:
     assert before["prompts"].bytes
     spoken.append(run(speaker, [job(1, sampling=Sampling(seed=1, max_new_tokens=3))])["job 1"].pcm)
     assert {cache.name: cache.hits for cache in speaker.stats().caches}["prompts"] == before["prompts"].hits + 1
-    for name in ("references", "prompts", "tokens", "recordings"):
+    for name in ("references", "prompts", "prefixes", "tokens", "recordings"):
         speaker.empty_cache(name)  # type: ignore[arg-type] # a word of the protocol
     assert [cache.entries for cache in speaker.stats().caches] == [0, 0, 0]
     spoken.append(run(speaker, [job(1, sampling=Sampling(seed=1, max_new_tokens=3))])["job 1"].pcm)

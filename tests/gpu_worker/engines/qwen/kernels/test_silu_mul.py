@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch.nn import functional
 
@@ -18,3 +21,19 @@ def test_equals_torch(dtype: torch.dtype, inner: int) -> None:
         gate_up = (6 * torch.randn(rows, 2 * inner, generator=generator)).to(dtype)
         gate_up[0, : min(inner, len(EXTREMES))] = torch.tensor(EXTREMES[:inner]).to(dtype)
         assert_equal(fused_kernels().silu_mul(gate_up), silu_mul(gate_up), functional.silu(gate_up[:, :inner].double()))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """So many that a thread's share of the values begins within a vector."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_row_has_the_bits_on_a_cpu_that_it_has_alone() -> None:
+    """However many rows and threads there are."""
+    gate_up = 4 * torch.randn(49, 2 * 3072, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(silu_mul(gate_up), torch.cat([silu_mul(row[None]) for row in gate_up]))

@@ -25,6 +25,15 @@ def test_backends_agree_on_prompts() -> None:
     torch.testing.assert_close(eager, sdpa)
 
 
+def test_the_last_tokens_of_a_prompt_attend_as_in_the_whole() -> None:
+    """Where the tokens before them were computed earlier."""
+    query, key, value = torch.randn(1, 9, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
+    for kernel in kernels():
+        whole = kernel.prefill(query, key, value)
+        for last in (1, 4):
+            torch.testing.assert_close(kernel.prefill(query[:, -last:], key, value), whole[:, -last:])
+
+
 def test_a_row_reads_its_own_length_and_no_further() -> None:
     """Under a mask, each row gives what it gives alone, without one, at its own length."""
     query, key, value = torch.randn(3, 2, 2, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)

@@ -135,6 +135,12 @@ def test_rows_are_padded_where_their_bits_depend_on_the_batch(monkeypatch: pytes
     def multiples(names: Sequence[str]) -> dict[str, int]:
         return trial([(64, 64)], torch.float32, names, itertools.count().__next__).row_multiples
 
+    class OfPrompts(products.Int8Portable):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x) + (len(x) > 32)
+
     monkeypatch.setitem(products.KERNELS, "packed", Dependent)
     monkeypatch.setitem(products.KERNELS, "fp16", products.Int8Portable)
     assert multiples(["packed", "fp16"]) == {"packed": products.BATCH_MULTIPLE, "fp16": 1}
+    monkeypatch.setitem(products.KERNELS, "fp16", OfPrompts)
+    assert multiples(["fp16"]) == {"fp16": products.BATCH_MULTIPLE}
