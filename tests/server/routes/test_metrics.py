@@ -80,7 +80,9 @@ def worker(worker: FakeWorker) -> FakeWorker:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def samples(client: httpx.AsyncClient) -> Samples:
-    """Every sample by its name and labels."""
+    """Every sample by its name and labels, after two requests that read the catalog."""
+    for _ in range(2):
+        await client.get("/v1/audio/voices")
     return _parsed((await client.get("/metrics")).text)
 
 
