@@ -64,7 +64,7 @@ def test_keys_below_a_path(tab: OpenTab, below_a_path: str) -> None:
 
 def test_first_load(tab: OpenTab) -> None:
     """What a browser fetches before the page can be used, compressed; a second visit fetches no file again."""
-    opened = tab()
+    opened = tab(own={})
     sizes: list[int] = []
     opened.page.on("requestfinished", lambda request: sizes.append(request.sizes()["responseBodySize"]))
     opened.open()
@@ -110,7 +110,9 @@ def test_by_keyboard(tab: OpenTab) -> None:
 
 def test_themes(tab: OpenTab) -> None:
     """As the system has it, and as the person has chosen, which a reload keeps."""
-    page = tab(color_scheme="dark").open()
+    opened = tab()
+    opened.page.emulate_media(color_scheme="dark")
+    page = opened.open()
 
     def background() -> Any:
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -135,9 +137,11 @@ def faults(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_accessibility(tab: OpenTab, theme: str) -> None:
+def test_accessibility(tab: OpenTab, theme: Any) -> None:
     """Each view with something in it, and the dialogs; what looks alike in both themes is looked at in one."""
-    page = tab(color_scheme=theme, reduced_motion="reduce").open()
+    opened = tab()
+    opened.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    page = opened.open()
     speak(page, "Hello.")
     expect(page.locator(".history li")).to_have_count(1)
     page.get_by_text("More", exact=True).click()
@@ -161,7 +165,7 @@ def test_accessibility(tab: OpenTab, theme: str) -> None:
 @pytest.mark.parametrize("view", ["speak", pytest.param("voices", marks=pytest.mark.soak)])
 def test_a_phone(tab: OpenTab, view: str) -> None:
     """Nothing is wider than the screen, and the tabs are at the bottom of it."""
-    page = tab(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True).open(view)
+    page = tab(own={"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}).open(view)
     if view == "speak":
         speak(page, "Hello.")
         expect(page.locator(".history li")).to_have_count(1)

@@ -146,7 +146,7 @@ def test_without_a_stream(tab: OpenTab, open_service: Service, *, held_back: boo
 
     A proxy may refuse the stream, or hold it back until it ends.
     """
-    page = tab().page
+    page = tab(own={}).page  # a clock belongs to the whole profile
     if held_back:
         page.add_init_script(FED)
         page.clock.install()
@@ -166,7 +166,7 @@ def test_many_events_grow_no_memory(tab: OpenTab, open_service: Service) -> None
 
     Of a thousand events that come at once, because the reader was slow, the last one counts.
     """
-    opened = tab()
+    opened = tab(own={})
     page = opened.page
     page.add_init_script(FED)
     page.clock.install()
@@ -258,9 +258,11 @@ def test_the_history_is_bounded(tab: OpenTab, open_service: Service) -> None:
 
 
 @pytest.mark.parametrize(("theme", "width"), [pytest.param("light", 1280, marks=pytest.mark.soak), ("dark", 360)])
-def test_everybody_can_read_it(tab: OpenTab, open_service: Service, theme: str, width: int) -> None:
+def test_everybody_can_read_it(tab: OpenTab, open_service: Service, theme: Any, width: int) -> None:
     """Axe finds no serious fault, with everything open; nothing is wider than the screen."""
-    page = tab(color_scheme=theme, viewport={"width": width, "height": 800}, reduced_motion="reduce").page
+    page = tab().page
+    page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    page.set_viewport_size({"width": width, "height": 800})
     watch(page, open_service.url + "/")
     for name in ("caches", "settings"):
         page.locator(f".watch-{name} summary").click()

@@ -30,7 +30,7 @@ SPIN_S: Final = 0.1
 
 
 def eventually(
-    condition: Callable[[], object], timeout_s: float, what: str | Callable[[], str], *, pause_s: float = 0.01
+    condition: Callable[[], object], timeout_s: float, what: str | Callable[[], str], *, pause_s: float = 0.02
 ) -> float:
     """Check `condition` every `pause_s` until it is true; the seconds that took. AssertionError after `timeout_s`.
 
