@@ -54,6 +54,13 @@ def load_codec_weights(
     return load_tensors(find_tensor_files(directory / SPEECH_TOKENIZER), prefix, dtype=dtype, device=device)
 
 
+def open_codec_weights(
+    directory: Path, prefix: str, *, dtype: "torch.dtype | None", device: "torch.device | str" = "cpu"
+) -> contextlib.AbstractContextManager[LazyTensors]:
+    """As `load_codec_weights`, but a tensor is read when it is looked up."""
+    return open_tensors(find_tensor_files(directory / SPEECH_TOKENIZER), prefix, dtype=dtype, device=device)
+
+
 def codec_fingerprint(directory: Path) -> bytes:
     """Bytes that are equal for two checkpoints with the same speech tokenizer. Raises as `load_weights` does."""
     codec = directory / SPEECH_TOKENIZER

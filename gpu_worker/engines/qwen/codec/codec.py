@@ -4,7 +4,8 @@ Codec owns the weights. The streams are in a DecoderState, which each engine mak
 It schedules nothing, and knows neither jobs nor sample formats.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.json_files import read_json, unavailable
-from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, load_codec_weights
+from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, open_codec_weights
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_SCHEDULE, MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec.codec_config import CodecConfig
 from gpu_worker.engines.qwen.codec.decoder import PIECE_BYTES, Decoder
@@ -86,20 +87,15 @@ class Codec:
     def _load_decoder(self, path: Path, *, bfloat16: bool) -> Decoder:
         """`path`: that of its configuration. `bfloat16`: whether convolutions multiply in it."""
         directory, dtype, device = self._directory, self.dtype, self.device
-        weights = load_codec_weights(directory, "decoder.", dtype=dtype, device=device)
+        read = functools.partial(open_codec_weights, directory, device=device)
         # A codebook is the quotient of stored sums and counts: divided in float32, then rounded.
-        weights |= load_codec_weights(directory, "decoder.quantizer.", dtype=torch.float32, device=device)
-        if bfloat16:
-            weights |= {name: tensor.bfloat16() for name, tensor in weights.items() if _is_costly(name, tensor)}
-        try:
-            return Decoder(
-                {name.removeprefix("decoder."): tensor for name, tensor in weights.items()},
-                self._config.decoder_config,
-                select_kernels(self._kernels, device, dtype),
-                self._products,
-            )
-        except KeyError as error:
-            raise unavailable(path.parent, f"its weights have no decoder.{error.args[0]}") from error
+        with read("decoder.", dtype=dtype) as others, read("decoder.quantizer.", dtype=torch.float32) as codebooks:
+            weights = _DecoderWeights(codebooks, others, bfloat16=bfloat16)
+            kernels = select_kernels(self._kernels, device, dtype)
+            try:
+                return Decoder(weights, self._config.decoder_config, kernels, self._products)
+            except KeyError as error:
+                raise unavailable(path.parent, f"its weights have no {error.args[0]}") from error
 
     def _splits(self) -> Outcome:
         """A second of CPU time for published sizes."""
@@ -180,6 +176,26 @@ class Codec:
     def _count_bytes(self) -> int:
         visible = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
         return visible + self._decoder.all_hidden_bytes()
+
+
+class _DecoderWeights(Mapping[str, Tensor]):
+    """The decoder's weights by their names in it. Each is read when it is looked up: no two copies of all."""
+
+    def __init__(self, codebooks: Mapping[str, Tensor], others: Mapping[str, Tensor], *, bfloat16: bool) -> None:
+        """Both by their full names. `bfloat16`: round the weights of costly convolutions to it."""
+        self._codebooks, self._others = codebooks, others
+        self._bfloat16 = bfloat16
+
+    def __getitem__(self, name: str) -> Tensor:
+        full = f"decoder.{name}"
+        tensor = (self._codebooks if name.startswith("quantizer.") else self._others)[full]
+        return tensor.bfloat16() if self._bfloat16 and _is_costly(full, tensor) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return (full.removeprefix("decoder.") for full in self._others)
+
+    def __len__(self) -> int:
+        return len(self._others)
 
 
 def _is_costly(name: str, tensor: Tensor) -> bool:
