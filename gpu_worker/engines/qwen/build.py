@@ -5,14 +5,12 @@ Owns the choice of the dtype and of the number of slots. Importing it imports to
 
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 import numpy as np
-import structlog
 import torch
 
 from gpu_worker.engines.base import JobError
@@ -28,10 +26,6 @@ from gpu_worker.engines.qwen.checkpoint.weights import open_weights
 from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
-from gpu_worker.engines.qwen.codec_thread import CodecThread
-from gpu_worker.engines.qwen.codec_thread_trial import EngineRehearsal
-from gpu_worker.engines.qwen.codec_thread_trial import choose as choose_split
-from gpu_worker.engines.qwen.deliveries import DecoderThread
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
 from gpu_worker.engines.qwen.model.attention import Backend, attention
@@ -73,8 +67,6 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 Device = Literal["cuda", "cpu"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-log = structlog.get_logger(__name__)
-
 
 class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options with which engines are opened; one value serves all models of a process.
@@ -112,32 +104,8 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
 def open_engine(directory: Path, options: QwenOptions) -> QwenEngine:
     """Load a verified checkpoint (see checkpoint.verification), ready to speak. Raises as `build_parts` does."""
     parts = build_parts(directory, options)
-    return QwenEngine(
-        parts,
-        pause_s=options.pause_s,
-        run_ahead=options.device == "cuda",
-        interrupted=options.interrupted,
-        codec_thread=_codec_thread(directory, parts, options),
-    )
-
-
-def _codec_thread(directory: Path, parts: Parts, options: QwenOptions) -> DecoderThread | None:
-    """A thread for the codec, on a CPU where a trial has shown that it pays. Small models are not tried."""
-    shapes = product_shapes(read_config(directory).talker_config)
-    if options.device == "cuda" or not are_large(shapes):
-        return None
-    dtypes = (str(parts.state.hidden.dtype), str(parts.vocoder.state.history.dtype))
-    question = (sorted(set(shapes)), options.quantization, dtypes)
-    try:
-        with torch.inference_mode():
-            split = choose_split(EngineRehearsal(parts), question, time.perf_counter, options.trial_file)
-    except Exception as error:
-        log.warning("codec_thread_not_tried", exc_info=error)
-        return None
-    if split is None:
-        return None
-    threads = torch.get_num_threads()
-    return CodecThread(threads=threads, codec_threads=split.codec_threads, streams=split.streams, wake=options.wake)
+    run_ahead = options.device == "cuda"
+    return QwenEngine(parts, pause_s=options.pause_s, run_ahead=run_ahead, interrupted=options.interrupted)
 
 
 def build_parts(directory: Path, options: QwenOptions) -> Parts:

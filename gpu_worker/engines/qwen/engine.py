@@ -12,7 +12,6 @@ The frame that was launched behind the end of a job is dropped.
 import math
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import nullcontext
 from typing import Final
 
 import msgspec
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, EngineStats, Event, Fault, Job, JobError, Memory, Pcm
 from gpu_worker.engines.faults import is_broken_device, is_out_of_memory
-from gpu_worker.engines.qwen.deliveries import MAX_PENDING, DecoderThread, Deliveries
+from gpu_worker.engines.qwen.deliveries import MAX_PENDING, Deliveries
 from gpu_worker.engines.qwen.launched_frames import LaunchedFrames
 from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.prompt import PromptBuilder, Voice
@@ -77,13 +76,11 @@ class QwenEngine:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         interrupted: Callable[[], bool] = lambda: False,
-        codec_thread: DecoderThread | None = None,
     ) -> None:
         """`pause_s`: silence between the utterances of a job. `clock` returns seconds.
 
         `run_ahead`: launch a frame before the one before it is read, for a device that computes beside Python.
         `interrupted` returns True if a step should end early, because there is a command.
-        `codec_thread`: decodes chunks beside the steps, on a CPU. The engine closes it.
         """
         self._parts = parts
         self._clock = clock
@@ -98,8 +95,7 @@ class QwenEngine:
         self._parked_bytes = 0
         self._codec_row_bytes = nbytes(parts.vocoder.state.rows(0))
         self._frames = LaunchedFrames(parts.state, parts.runner, parts.vocoder, clock)
-        self._deliveries = Deliveries(parts.vocoder, cuda=self._cuda, interrupted=interrupted, thread=codec_thread)
-        self._codec_thread = codec_thread
+        self._deliveries = Deliveries(parts.vocoder, cuda=self._cuda, interrupted=interrupted)
         self._events: list[Event] = []
         """Events that no step has returned yet: a step that runs out of memory leaves them for the next one."""
 
@@ -144,10 +140,9 @@ class QwenEngine:
 
         There a frame takes longer the higher the highest slot of its jobs, and a newcomer's first frame is its own.
         """
-        slot = self._lowest_free_slot()
+        slot = min(self._free_slots)
         lower = [one for one in self._sequences.values() if one.slot < slot and one.underrun_at > -math.inf]
-        lower = [one for one in lower if not self._deliveries.uses(one.slot)]
-        if self._cuda or not lower or self._deliveries.uses(slot):
+        if self._cuda or not lower:
             return slot
         moved = min(lower, key=lambda one: one.slot)
         with torch.inference_mode():
@@ -157,11 +152,7 @@ class QwenEngine:
             moved.slot = slot
             for row, target in zip(rows, self._rows(moved) if rows else [], strict=True):
                 target.copy_(row)
-        return self._lowest_free_slot()
-
-    def _lowest_free_slot(self) -> int:
-        """One whose codec stream the codec's thread still uses comes last: a job that is gone had it."""
-        return min(self._free_slots, key=lambda slot: (self._deliveries.uses(slot), slot))
+        return min(self._free_slots)
 
     def append(self, job_id: str, text: str, *, flush: bool) -> None:
         open_text = self._open_text(job_id)
@@ -192,11 +183,10 @@ class QwenEngine:
             sequence.prompt is not None
             or sequence.pause_left
             or sequence.can_launch
-            or self._deliveries.can_decode(sequence)
+            or sequence.chunk_due
             or (sequence.between and not sequence.waits_for_text)
             or (sequence.needs_text and (sequence.can_launch_early or sequence.has_new_text))
-            or (sequence.ended and sequence.generating and not sequence.pending_frames)
-            or (sequence.ended and _reference_done(sequence))
+            or (sequence.ended and (sequence.generating or _reference_done(sequence)))
             for sequence in self._sequences.values()
             if sequence.job.id not in held_back
         )
@@ -204,13 +194,12 @@ class QwenEngine:
     def step(self, held_back: Collection[str]) -> list[Event]:
         """After any exception the step can be repeated: each part is complete, or as if not begun."""
         sequences = [sequence for sequence in self._sequences.values() if sequence.job.id not in held_back]
-        with torch.inference_mode(), self._codec_thread.sharing() if self._codec_thread else nullcontext():
+        with torch.inference_mode():
             self._take_references(sequences)
             self._start_utterances(sequences)
             self._write_text(sequences)
             self._prefill(sequences)
             ahead = 0
-            self._take_from_codec_thread()
             if self._deliveries.decode_due_chunks(sequences):
                 members = [sequence for sequence in sequences if sequence.can_launch]
                 early = [sequence for sequence in sequences if sequence.can_launch_early]
@@ -220,7 +209,6 @@ class QwenEngine:
                 self._wait_for_device(ahead)
                 while len(self._frames) > ahead and (not self._cuda or self._frames.oldest_ready()):
                     self._frames.read_oldest()
-                self._take_from_codec_thread()
                 self._deliveries.decode_due_chunks(sequences)
             self._deliver(max_pending=MAX_PENDING if self._cuda or ahead else 0)
         self._emit_pauses(sequences)
@@ -229,7 +217,7 @@ class QwenEngine:
 
     def park(self, job_id: str) -> int:
         """Frames and chunks on their way are not waited for. The next steps count and deliver them:
-        their records hold the job itself, and the slot that it had. The exception is a chunk on the codec's thread.
+        their records hold the job itself, and the slot that it had.
         """
         if job_id in self._parked:
             return self._parked[job_id].bytes
@@ -237,7 +225,6 @@ class QwenEngine:
         if sequence is None:
             return 0
         vocoder = self._parts.vocoder
-        self._deliveries.wait_for(sequence.slot)
         with torch.inference_mode():
             vocoder.wait_for_decodes()
             if sequence.generating:
@@ -265,8 +252,7 @@ class QwenEngine:
         if parked is None:
             return
         sequence = parked.sequence
-        sequence.slot = self._lowest_free_slot()
-        self._deliveries.wait_for(sequence.slot)
+        sequence.slot = min(self._free_slots)
         if parked.bytes:
             with torch.inference_mode():
                 rows_to_device(parked.model_rows, self._model_rows(sequence))
@@ -302,8 +288,6 @@ class QwenEngine:
         for job_id in [*self._sequences, *self._parked]:
             self.cancel(job_id)
         self._drop_launched_work()
-        if self._codec_thread is not None:
-            self._codec_thread.close()
         self._parts.reference_cache.close()
         self._parts.runner.close()
         self._parts.vocoder.release()
@@ -480,7 +464,6 @@ class QwenEngine:
             plan, state = sequence.plan, self._parts.state
             randomness = uniforms(plan.seed, sequence.utterance, sequence.max_frames, state.ring_buffer.shape[2])
             state.write(sequence.slot, sequence.prompt, self._parts.prompts.padding(), plan.sampling, randomness)
-            self._deliveries.wait_for(sequence.slot)
             self._parts.vocoder.begin(sequence.slot, sequence.encoded.primed if sequence.encoded else None)
             inputs.append(PrefillInput(sequence.slot, sequence.prompt, plan.sampling.full_vocab))
         if inputs:
@@ -499,11 +482,6 @@ class QwenEngine:
             if self._interrupted() or self._clock() >= until:
                 return
             self._sleep(POLL_S)
-
-    def _take_from_codec_thread(self) -> None:
-        """Turn what it has decoded into events before more is decoded: an utterance that went silent ends there."""
-        if self._deliveries.take_from_thread():
-            self._deliver(max_pending=0)
 
     def _deliver(self, max_pending: int) -> None:
         """Turn decoded chunks into events, in order. At most `max_pending` deliveries may stay unfinished."""

@@ -14,7 +14,6 @@ from gpu_worker.engines.base import FinishReason, Job
 from gpu_worker.engines.fades import FADE_OUT_S, Samples, fade_in, fade_out
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS, chunk_frames
 from gpu_worker.engines.qwen.model.prompt import Prompt
-from gpu_worker.engines.qwen.model.slot_state import RING_FRAMES
 from gpu_worker.engines.qwen.passages import Passage
 from gpu_worker.engines.qwen.planner import MoreText, Plan, Utterance, frame_cap
 from gpu_worker.engines.qwen.reference_cache import EncodedReference
@@ -167,18 +166,13 @@ class RunningJob:
     def can_launch_early(self) -> bool:
         """True if the codes of the frame that needs text can be made before that text comes."""
         wanted = self.needs_text and not self.early_frame and self.frames_launched < self.max_frames
-        return wanted and not self.frames_on_device and self.ring_has_room
-
-    @property
-    def ring_has_room(self) -> bool:
-        """True if the next frame's codes overwrite none that still have to be decoded."""
-        return self.pending_frames < RING_FRAMES
+        return wanted and not self.frames_on_device
 
     @property
     def can_launch(self) -> bool:
         """True if the utterance may start another frame."""
         unlimited = self.generating and not self.ended and self.frames_launched < self.max_frames
-        return unlimited and not self.needs_text and self.ring_has_room
+        return unlimited and not self.needs_text
 
     @property
     def chunk_due(self) -> bool:
@@ -230,9 +224,9 @@ class RunningJob:
         self.on_frame_ready(last=False)
         self.early_frame = True
 
-    def on_chunk_decoded(self, frames: int) -> None:
-        """The vocoder has taken the next chunk, of so many frames."""
-        self.pending_frames -= frames
+    def on_chunk_decoded(self) -> None:
+        """The next chunk went to the vocoder."""
+        self.pending_frames -= self.next_chunk
         self.chunks += 1
 
     def finish_utterance(self) -> None:
@@ -266,17 +260,6 @@ class RunningJob:
         for peak in np.abs(pcm.reshape(-1, frame_samples).astype(np.int32)).max(axis=1):
             self.silent_frames = self.silent_frames + 1 if peak <= SILENCE_PEAK else 0
         if self.silent_frames >= MAX_SILENT_FRAMES and not self.ended:
-            self._end_at_length()
-
-    def drop_frames_behind_silence(self) -> None:
-        """Count no frame that was made while the last chunk of a silent utterance was being decoded.
-
-        Its end, even if the model has said one, does not depend on how long that took.
-        """
-        if self.silent_frames >= MAX_SILENT_FRAMES and self.pending_frames:
-            self.frames_ready -= self.pending_frames
-            self.output_frames -= self.pending_frames
-            self.pending_frames = 0
             self._end_at_length()
 
     def on_delivered(self, seconds: float, now: float) -> None:

@@ -4,7 +4,6 @@ The Vocoder owns the codec streams of this engine's slots. The weights belong to
 sequence.py decides when a chunk is due.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -30,9 +29,6 @@ from gpu_worker.engines.qwen.sequence import RunningJob
 from shared.pcm import FRAME_SAMPLES
 
 _PEAK: Final = 32767
-_CODES: Final = 1024
-_STRIDE: Final = 797
-"""The made-up codes of a rehearsal are below the one and apart by the other."""
 
 
 class Vocoder:
@@ -98,11 +94,16 @@ class Vocoder:
 
         The PCM is int16 [len(group), samples]. If `decode` raises, the slots' codec streams are as before the call.
         """
-        if self._stream is None:
-            return self.decode_later(group)()
         chunk = group[0].next_chunk
         slots = [sequence.slot for sequence in group]
         starts = [sequence.frames_ready - sequence.pending_frames for sequence in group]
+        if self._stream is None:
+            where, pcm = self._new_inputs(len(group), chunk)
+            where.copy_(torch.tensor([slots, starts]))
+            host_copy = HostCopy(pcm, group)
+            self._decode_or_restore(where, chunk, pcm)
+            host_copy.start()
+            return host_copy
         # The frames are ready, so the device has finished them: decoding need not wait for the frame that it makes now.
         with torch.cuda.stream(self._stream):
             batch = smallest_bucket(len(group), self._batch_sizes)
@@ -114,35 +115,6 @@ class Vocoder:
             self._buckets.run(bucket, functools.partial(self._decode_or_restore, where, chunk, pcm))
             host_copy.start()
             return host_copy
-
-    def decode_later(self, group: list[RunningJob]) -> Callable[[], HostCopy[list[RunningJob]]]:
-        """`decode` on a CPU, as a call that any thread may make once, beside calls for other slots.
-
-        The codes are read now. Until the call is over, no other method may touch the slots.
-        """
-        chunk = group[0].next_chunk
-        where, pcm = self._new_inputs(len(group), chunk)
-        starts = [sequence.frames_ready - sequence.pending_frames for sequence in group]
-        where.copy_(torch.tensor([[sequence.slot for sequence in group], starts]))
-        host_copy = HostCopy(pcm, group)
-        codes = self._codes(where, chunk)
-
-        @torch.inference_mode()
-        def decode() -> HostCopy[list[RunningJob]]:
-            with self._restoring(where[0]):
-                self._decode_codes(codes, where[0], pcm)
-            host_copy.start()
-            return host_copy
-
-        return decode
-
-    @torch.inference_mode()
-    def rehearse(self) -> Tensor:
-        """Decode a chunk of the largest size of made-up codes, always the same ones, in no job's slot."""
-        slot = self.state.scratch
-        self.state.reset(slot)
-        codes = torch.arange(MAX_CHUNK_FRAMES * self._ring_buffer.shape[2]).view(1, MAX_CHUNK_FRAMES, -1)
-        return self._codec.decode(codes * _STRIDE % _CODES, torch.tensor([slot]), self.state)
 
     def prepare(self) -> None:
         """Capture the graphs on CUDA, the largest first."""
@@ -170,33 +142,19 @@ class Vocoder:
         self._buckets.release()
 
     def _decode_or_restore(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
-        with self._restoring(where[0]):
-            self._decode_into(where, chunk, pcm)
-
-    @contextlib.contextmanager
-    def _restoring(self, slots: Tensor) -> Iterator[None]:
-        """Within it, an error leaves the codec streams of the slots as they were.
-
-        The history is written last, the key-value rings again at the same place.
-        """
-        before = self.state.positions.index_select(0, slots)
+        before = self.state.positions.clone()
         try:
-            yield
+            self._decode_into(where, chunk, pcm)
         except BaseException:
-            self.state.positions.index_copy_(0, slots, before)
+            self.state.positions.copy_(
+                before
+            )  # the history is written last, the key-value rings again at the same place
             raise
 
     def _decode_into(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
-        self._decode_codes(self._codes(where, chunk), where[0], pcm)
-
-    def _codes(self, where: Tensor, chunk: int) -> Tensor:
-        """A copy of the chunk's codes, int64 [batch, chunk, groups]."""
         slots, starts = where
         frames = (starts[:, None] + torch.arange(chunk, device=starts.device)) % RING_FRAMES
-        return self._ring_buffer[slots[:, None], frames]
-
-    def _decode_codes(self, codes: Tensor, slots: Tensor, pcm: Tensor) -> None:
-        waveform = self._codec.decode(codes, slots, self.state)
+        waveform = self._codec.decode(self._ring_buffer[slots[:, None], frames], slots, self.state)
         pcm.copy_((waveform * _PEAK).round_())
 
     def _new_inputs(self, batch: int, chunk: int) -> tuple[Tensor, Tensor]:

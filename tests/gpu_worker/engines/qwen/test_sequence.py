@@ -40,7 +40,7 @@ def test_chunks_grow_from_one_frame_to_eight() -> None:
         sequence.on_frame_ready(last=frame == 30)
         while sequence.chunk_due:
             sizes.append(sequence.next_chunk)
-            sequence.on_chunk_decoded(sequence.next_chunk)
+            sequence.on_chunk_decoded()
     assert sizes == [1, 1, 2, 4, 8, 8, 4, 2, 1]
     assert sequence.ended
     assert (sequence.reason, sequence.usage.output_tokens, sequence.usage.input_tokens) == ("stop", 31, 7)
@@ -54,7 +54,7 @@ def test_only_the_edges_of_an_utterance_are_faded(frames: int, chunks: int) -> N
     for frame in range(frames):
         sequence.on_frame_ready(last=frame == frames - 1)
     while sequence.chunk_due:
-        sequence.on_chunk_decoded(sequence.next_chunk)
+        sequence.on_chunk_decoded()
     faded = [sequence.faded(loud) for _ in range(sequence.chunks)]
     assert [chunk[0] < 100 for chunk in faded] == [True, *[False] * (chunks - 1)]
     assert [chunk[-1] < 100 for chunk in faded] == [*[False] * (chunks - 1), True]
@@ -78,7 +78,7 @@ def test_the_requests_limit_counts_the_frames_of_all_utterances(frames: int, end
     sequence = running_job(max_new_tokens=frames)
     for frame in range(3):
         sequence.on_frame_ready(last=frame == 2)
-    sequence.on_chunk_decoded(sequence.next_chunk)
+    sequence.on_chunk_decoded()
     sequence.finish_utterance()
     passage = sequence.look_ahead()
     assert passage is not None
