@@ -46,7 +46,8 @@ def usage(service: Service) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows}
 
 
-@pytest.mark.parametrize("requests", [300, pytest.param(2000, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("requests", [300, 2000])
 async def test_twenty_keys_and_two_web_workers(tmp_path: Path, start: Callable[..., Service], requests: int) -> None:
     """Each key's count in /admin/usage is exactly what its client counted, and none gets more than its limit."""
     write_keys(tmp_path / "keys.toml")

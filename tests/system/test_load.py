@@ -13,7 +13,8 @@ from tests.system.service import Service
 TEXTS = [f"{one} {other}" for one in SENTENCES for other in SENTENCES[:10]]
 
 
-@pytest.mark.parametrize(("clients", "every"), [(100, 20), pytest.param(200, 1, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize(("clients", "every"), [(100, 20), (200, 1)])
 async def test_many_at_once(start: Callable[..., Service], clients: int, every: int) -> None:
     """Of many requests at once, each with its own text, every answer says that text or is a 429 with Retry-After.
 
