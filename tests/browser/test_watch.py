@@ -140,22 +140,14 @@ def test_requests_and_a_death(tab: OpenTab, open_service: Service) -> None:
     expect(page.locator(".connection")).to_contain_text("started again")
 
 
-@pytest.mark.parametrize("held_back", [pytest.param(False, marks=pytest.mark.soak), True])
-def test_without_a_stream(tab: OpenTab, open_service: Service, *, held_back: bool) -> None:
-    """Where nothing but short answers comes through, the view asks again and again.
-
-    A proxy may refuse the stream, or hold it back until it ends.
-    """
+def test_a_stream_that_is_held_back(tab: OpenTab, open_service: Service) -> None:
+    """Where a proxy holds the stream back until it ends, the view asks again and again."""
     page = tab(own={}).page  # a clock belongs to the whole profile
-    if held_back:
-        page.add_init_script(FED)
-        page.clock.install()
-        page.goto(f"{open_service.url}/#/watch")
-        page.locator("main h1").wait_for()
-        page.clock.run_for(7_000)
-    else:
-        page.route("**/admin/events", lambda route: route.abort())
-        watch(page, open_service.url + "/")
+    page.add_init_script(FED)
+    page.clock.install()
+    page.goto(f"{open_service.url}/#/watch")
+    page.locator("main h1").wait_for()
+    page.clock.run_for(7_000)
     expect(page.locator(".connection")).to_have_attribute("data-how", "polling")
     page.locator(".tiles").wait_for()
 
@@ -232,10 +224,16 @@ def test_a_cluster(tab: OpenTab, open_service: Service) -> None:
     expect(page.locator(".connection")).to_contain_text("2 of 3 GPU workers")
 
 
-def test_the_history_is_bounded(tab: OpenTab, open_service: Service) -> None:
-    """Hours of samples keep ten minutes; counters of a new GPU worker begin anew, and no figure is negative."""
+def test_a_refused_stream_and_the_history(tab: OpenTab, open_service: Service) -> None:
+    """Where a proxy refuses the stream, the view asks again and again.
+
+    Hours of samples keep ten minutes; counters of a new GPU worker begin anew, and no figure is negative.
+    """
     page = tab().page
+    page.route("**/admin/events", lambda route: route.abort())
     watch(page, open_service.url + "/")
+    expect(page.locator(".connection")).to_have_attribute("data-how", "polling")
+    page.locator(".tiles").wait_for()
     event: Any = json.loads(open_service.http.get("/admin/events", params={"once": "true"}).text.removeprefix("data: "))
     result = page.evaluate(
         """async event => {
@@ -257,16 +255,18 @@ def test_the_history_is_bounded(tab: OpenTab, open_service: Service) -> None:
     assert (result["least"], result["most"]) == (3, 3)
 
 
-@pytest.mark.parametrize(("theme", "width"), [pytest.param("light", 1280, marks=pytest.mark.soak), ("dark", 360)])
-def test_everybody_can_read_it(tab: OpenTab, open_service: Service, theme: Any, width: int) -> None:
-    """Axe finds no serious fault, with everything open; nothing is wider than the screen."""
+def test_everybody_can_read_it(tab: OpenTab, open_service: Service) -> None:
+    """Axe finds no serious fault in either theme, with everything open; nothing is wider than the screen."""
     page = tab().page
-    page.emulate_media(color_scheme=theme, reduced_motion="reduce")
-    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(reduced_motion="reduce")
     watch(page, open_service.url + "/")
     for name in ("caches", "settings"):
         page.locator(f".watch-{name} summary").click()
     expect(page.locator(".watch-caches tbody tr").first).to_be_visible()
     expect(page.locator(".settings-list div").first).to_be_visible()
-    assert faults(page) == []
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    looks: list[tuple[Any, int]] = [("light", 1280), ("dark", 360)]
+    for theme, width in looks:
+        page.emulate_media(color_scheme=theme)
+        page.set_viewport_size({"width": width, "height": 800})
+        assert faults(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
