@@ -24,7 +24,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder: Path = tmp_path_factory.mktemp("cluster")
     with running_cluster(folder, MAX_CONCURRENCY=SLOTS, MAX_QUEUE=QUEUE, DRAIN_TIMEOUT=STOP_TIMEOUT_S) as running:
         yield running
-        listener = Listener(running, " ".join(SENTENCES * 3))
+        listener = Listener(running, " ".join(SENTENCES * 5))
         eventually(lambda: listener.received, 60, lambda: f"speech; {listener.ended}")
         running.process.send_signal(signal.SIGTERM)
         eventually(lambda: _refuses(running), 30, "a refusal")

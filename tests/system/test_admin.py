@@ -213,7 +213,11 @@ class TestVram:
         assert resident_bytes(worker) - before < 3 * MIB
 
     def test_offloaded(self, models: ResidencyService) -> None:
-        """An offloaded model's bytes are counted as host memory, in its entry and in the total."""
+        """An offloaded model's bytes are counted as host memory, in its entry and in the total.
+
+        A restore and an unload leave nothing of them.
+        """
+        models.say(SMALL)  # allocates everything that only the first speech allocates
         held = models.do(SMALL, "load")["bytes"]
         stays = sum(held[purpose] for purpose in STAYS)
         wait_idle(models, SMALL)
@@ -222,6 +226,11 @@ class TestVram:
         entry = next(entry for entry in found["models"] if entry["id"] == SMALL)
         assert (entry["state"], entry["bytes"], entry["host_bytes"]) == ("offloaded", {}, stays)
         assert found["host"]["offloaded_bytes"] == stays
+        worker = models.service.worker_pid()
+        offloaded = resident_bytes(worker)
+        models.say(SMALL)
+        models.do(SMALL, "unload")
+        assert offloaded - resident_bytes(worker) > stays / 2
 
     def test_speaking(self, models: ResidencyService) -> None:
         """A model with a running request has references and is not idle; afterwards its entry shows the keep_alive."""
