@@ -115,9 +115,12 @@ class EngineFactory:
         if not specs:
             return
         self._refuse_unsupported(specs)
+        import torch  # noqa: PLC0415 -- takes a second
+
         from gpu_worker.engines.qwen import build, codec  # noqa: F401, PLC0415 -- imports torch
         from gpu_worker.engines.qwen.checkpoint import official  # noqa: PLC0415 -- imports torch
 
+        torch.get_num_threads()  # now this thread has its number: later it would take what another one has set last
         if any(spec.task == "Base" for spec in specs):
             official.load_official()
         for spec in specs:

@@ -154,13 +154,14 @@ class CpuModelRunner:
             embeds = one.prompt.embeds
             device = embeds.device
             slot, length = (torch.tensor([number], device=device) for number in (one.slot, len(embeds)))
-            prefix = embeds[: 0 if self.prefixes is None else one.prompt.constant]
-            cached = self.prefixes is not None and self.prefixes.load(one.slot, prefix)
+            prefixes = self.prefixes if one.prompt.constant else None
+            prefix = embeds[: 0 if prefixes is None else one.prompt.constant]
+            cached = prefixes is not None and prefixes.load(one.slot, prefix)
             self._model.prefill(
                 embeds[None], slot, length, full_vocab=one.full_vocab, prefix=len(prefix), cached=cached
             )
-            if self.prefixes is not None and not cached:
-                self.prefixes.keep(one.slot, prefix)
+            if prefixes is not None and not cached:
+                prefixes.keep(one.slot, prefix)
 
     def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> bool:
         batch = max(slot for slot, _ in slot_lengths) + 1

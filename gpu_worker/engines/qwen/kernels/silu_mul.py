@@ -19,17 +19,18 @@ SiluMul = Callable[[Tensor], Tensor]
 """[rows, 2 * inner], the gate first -> [rows, inner]."""
 
 
+def silu(x: Tensor) -> Tensor:
+    """Silu of [rows, values], in which a row does not depend on the others."""
+    if len(x) > ROWS_AT_ONCE and not x.is_cuda:
+        return torch.cat([functional.silu(rows) for rows in x.split(ROWS_AT_ONCE)])
+    return functional.silu(x)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """The reference. It rounds after the silu and after the product."""
-    if len(gate_up) > ROWS_AT_ONCE and not gate_up.is_cuda:
-        return torch.cat([_silu_mul(rows) for rows in gate_up.split(ROWS_AT_ONCE)])
-    return _silu_mul(gate_up)
-
-
-def _silu_mul(gate_up: Tensor) -> Tensor:
     inner = gate_up.shape[1] // 2
     gate, up = gate_up.split_with_sizes((inner, inner), 1)
-    return functional.silu(gate).mul_(up)
+    return silu(gate).mul_(up)
 
 
 def disagreement(fused: SiluMul, device: torch.device, dtype: torch.dtype) -> str | None:

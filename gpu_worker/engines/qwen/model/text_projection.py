@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional
 
+from gpu_worker.engines.qwen.kernels.silu_mul import silu
 from gpu_worker.engines.qwen.model.layers import Linear
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
@@ -46,4 +47,4 @@ class TextProjection(TensorHolder):
     def row_by_row(self, rows: Tensor) -> Tensor:
         """The projection in which a row does not depend on the others."""
         first, second = self._by_row
-        return second.batch_invariant(functional.silu(first.batch_invariant(rows)))
+        return second.batch_invariant(silu(first.batch_invariant(rows)))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.kernels.selection import fused_kernels
-from gpu_worker.engines.qwen.kernels.silu_mul import silu_mul
+from gpu_worker.engines.qwen.kernels.silu_mul import silu, silu_mul
 from tests.gpu_worker.engines.qwen.kernels.comparison import assert_equal
 from tests.gpu_worker.engines.qwen.kernels.interpreter import each_dtype, interpreted
 
@@ -37,3 +37,4 @@ def test_a_row_has_the_bits_on_a_cpu_that_it_has_alone() -> None:
     """However many rows and threads there are."""
     gate_up = 4 * torch.randn(49, 2 * 3072, generator=torch.Generator().manual_seed(0))
     assert torch.equal(silu_mul(gate_up), torch.cat([silu_mul(row[None]) for row in gate_up]))
+    assert torch.equal(silu(gate_up), torch.cat([silu(row[None]) for row in gate_up]))
