@@ -1,5 +1,6 @@
 """What an engine speaks: the official waveform, the same in any batch, utterance by utterance."""
 
+import gc
 import itertools
 
 import numpy as np
@@ -218,6 +219,23 @@ def test_a_cancelled_job_frees_its_slot_at_once(speaker: QwenEngine) -> None:
     assert outcomes["job 1"].chunks == delivered
     assert outcomes["job 2"].pcm == outcomes["job 0"].pcm
     assert outcomes[late.id].pcm == run(speaker, [late])[late.id].pcm
+
+
+def test_nothing_is_kept_of_a_job(speaker: QwenEngine) -> None:
+    """Neither of one that has ended nor of one that was cancelled: the number of objects stays the same."""
+
+    def objects_after(first: int) -> int:
+        for number in range(first, first + 4, 2):
+            cancelled, spoken = (job(one, sampling=Sampling(seed=1, max_new_tokens=3)) for one in (number, number + 1))
+            speaker.admit(cancelled)
+            take(speaker, {cancelled.id: Outcome()}, 0)
+            speaker.cancel(cancelled.id)
+            run(speaker, [spoken])
+        gc.collect()
+        return len(gc.get_objects())
+
+    counts = [objects_after(first) for first in range(100, 112, 4)]
+    assert counts[2] - counts[1] < 4, counts
 
 
 def test_a_job_that_is_held_back_pauses_and_loses_nothing(speaker: QwenEngine) -> None:
