@@ -16,6 +16,7 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
     """
     few = {"MAX_CONNECTIONS": 64, "MAX_CONNECTIONS_PER_ADDRESS": 4, "TRUSTED_PROXIES": "127.0.0.1"}
     with running_service(tmp_path_factory.mktemp("service"), WEB_WORKERS=2, **few) as service:
+        service.wait_serving(2)  # /ready is answered before the second one has opened its files, which tests count
         yield service
 
 
