@@ -42,7 +42,7 @@ PROCESS_OF: Final[dict[str, str]] = {}
 # torch reads the variable when it is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The tests start some eighty services. Without bytecode each of them would compile our sources anew.
+# The tests start many services. Without bytecode each of them would compile our sources anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 

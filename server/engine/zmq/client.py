@@ -12,11 +12,11 @@ from typing import Any, Final, Self
 import structlog
 
 from server.engine.client import Speech, error_of
-from server.engine.connection import Connection, SmallMessage
 from server.engine.outage import unavailable_error
 from server.engine.reports import ReplicaReport
-from server.engine.session import PING_INTERVAL_S, STALE_AFTER_S, WorkerSession
 from server.engine.web_process import WebProcess
+from server.engine.zmq.connection import Connection, SmallMessage
+from server.engine.zmq.session import PING_INTERVAL_S, STALE_AFTER_S, WorkerSession
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
 from shared.protocol import (

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from server.engine.session import STALE_AFTER_S
 from server.engine.zmq import ZmqEngineClient
+from server.engine.zmq.session import STALE_AFTER_S
 from server.http.errors import ApiError
 from shared.protocol import (
     Cancel,

@@ -5,7 +5,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from server.engine.connection import Connection
+from server.engine.zmq.connection import Connection
 from shared.protocol import Cancel, Ping, encode
 from shared.sockets import connect_dealer
 from tests.fakes import FakeWorker
