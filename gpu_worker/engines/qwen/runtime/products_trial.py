@@ -41,8 +41,8 @@ _MAX_FILE_BYTES: Final = 1 << 16
 _COPIES: Final = 3
 _ROUNDS: Final = 5
 _ROWS: Final = 8
-_PROMPT_ROWS: Final = (37, 9)
-"""Rows of a product as a prompt has them, and of its first part."""
+_PROMPT_ROWS: Final = ((37, 9), (150, 53))
+"""Rows of a product as prompts have them, and of their first parts."""
 _CANDIDATES: Final = ("plain", "packed", "fp16", "fp16_threaded")
 
 log = structlog.get_logger(__name__)
@@ -180,10 +180,10 @@ def _row_multiple(name: str, shapes: Shapes, dtype: torch.dtype) -> int:
         alone = torch.cat([kernel(row[None]) for row in x[:4]])
         if not all(torch.equal(kernel(x[:rows])[:4], alone[:rows]) for rows in (2, 3, 4, _ROWS)):
             return BATCH_MULTIPLE
-        rows, first = _PROMPT_ROWS
-        x = _values(rows, inputs, dtype)
-        if not torch.equal(kernel(x), torch.cat((kernel(x[:first]), kernel(x[first:])))):
-            return BATCH_MULTIPLE
+        for rows, first in _PROMPT_ROWS:
+            x = _values(rows, inputs, dtype)
+            if not torch.equal(kernel(x), torch.cat((kernel(x[:first]), kernel(x[first:])))):
+                return BATCH_MULTIPLE
     return 1
 
 
