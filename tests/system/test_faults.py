@@ -255,6 +255,7 @@ def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
     Every process gets the signal, as systemd sends it; the web workers get a second one from the main process.
     """
     service = start(WEB_WORKERS=2)
+    service.wait_serving(2)
     processes = children_of(service.process.pid)
     text = " ".join(SENTENCES * 3)
     expected = len(service.speech(text, response_format="pcm", stream=False).content)

@@ -22,6 +22,7 @@ async def test_many_at_once(start: Callable[..., Service], clients: int, every: 
     """
     texts = TEXTS[:: len(TEXTS) // clients]
     service = start(WEB_WORKERS=2)
+    service.wait_serving(2)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=service.url, timeout=60, limits=limits, trust_env=False) as http:
 

@@ -141,6 +141,7 @@ def refusal(service: Service) -> dict[str, object]:
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two web workers, and a short timeout. Each test leaves a service that has recovered."""
     with running_service(tmp_path_factory.mktemp("impatient"), WORKER_TIMEOUT=3, WEB_WORKERS=2) as service:
+        service.wait_serving(2)
         yield service
 
 
