@@ -79,6 +79,7 @@ class Codec:
         self._decoder = self._load_decoder(path, bfloat16=bfloat16)
         if bfloat16 and not kept(trial_file, ("codec", PIECE_BYTES, repr(self._config)), self._splits).fastest:
             log.warning("codec_not_quantized", reason="here its sums depend on how a stream is split")
+            del self._decoder  # before its successor is in memory, too
             self._decoder = self._load_decoder(path, bfloat16=False)
         self._encoder: Encoder | None = None
         self.bytes = self._count_bytes()
