@@ -49,6 +49,9 @@ log = structlog.get_logger(__name__)
 
 _RELOAD_TIMEOUT_S: Final = 5.0
 
+_WELCOME_S: Final = 0.5
+"""Time for the GPU worker's Welcome before the first request: two ticks, if the first Hello found no room."""
+
 
 class ZmqEngineClient:
     """EngineClient over ZeroMQ: an async context manager, used on one event loop.
@@ -180,6 +183,8 @@ class ZmqEngineClient:
             self._url, on_connected=self._session.hello, on_lost=self._on_lost, on_message=self._handle
         )
         self._ticking = asyncio.create_task(self._tick_forever())
+        # A web worker that has just started must not refuse requests while a GPU worker is there.
+        await self._session.wait_connected(_WELCOME_S)
         return self
 
     async def __aexit__(self, *_exception: object) -> None:

@@ -4,6 +4,7 @@ WorkerSession knows whether the GPU worker is there, and what it was last like. 
 """
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -129,6 +130,13 @@ class WorkerSession:
         error = self.outage(self._timeout_s)
         if error is not None:
             raise error
+
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Wait for the GPU worker's Welcome, but no longer than `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.connected:
+                    await self._news.wait()
 
     async def loss(self) -> ApiError:
         """Wait until the GPU worker is lost."""

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -45,6 +46,20 @@ async def client(worker: FakeWorker, clock: Clock) -> AsyncIterator[ZmqEngineCli
     async with ZmqEngineClient(worker.url, "", timeout_s=TIMEOUT_S, clock=clock) as engine:
         await becomes(lambda: engine.unavailable() is None)
         yield engine
+
+
+async def test_the_first_request_finds_the_worker(worker: FakeWorker) -> None:
+    """A web worker that has just started refuses nothing while a GPU worker is there."""
+    async with ZmqEngineClient(worker.url, "", timeout_s=TIMEOUT_S) as engine:
+        assert engine.unavailable() is None
+        engine.speak(a_speak())
+        await becomes(lambda: worker.of(Speak))
+
+
+async def test_without_a_worker_a_web_process_starts(tmp_path: Path) -> None:
+    """It refuses requests, and says why."""
+    async with ZmqEngineClient(f"ipc://{tmp_path}/nobody.ipc", "", timeout_s=TIMEOUT_S) as engine:
+        assert "it is starting, or it has died" in reason(engine)
 
 
 async def test_a_pause_of_the_worker_costs_no_request(
