@@ -39,7 +39,7 @@ class Traces:
     @classmethod
     def to_collector(cls, url: str, process: str) -> Self:
         """Traces that go to the collector at `url`."""
-        return cls([BatchSpanProcessor(OTLPSpanExporter(endpoint=url))], process)
+        return cls([_Batches(OTLPSpanExporter(endpoint=url))], process)
 
     def begin(
         self,
@@ -62,9 +62,19 @@ class Traces:
 
     def close(self) -> None:
         """Send what is there, for _CLOSE_S at most."""
-        closing = threading.Thread(target=self._provider.shutdown, name="close-traces", daemon=True)
+        self._provider.shutdown()
+
+
+class _Batches(BatchSpanProcessor):
+    """Sends spans in batches from a thread, which ends in time."""
+
+    def shutdown(self) -> None:
+        """Wait for the last batches for _CLOSE_S, then give up those that are left."""
+        closing = threading.Thread(target=super().shutdown, name="close-traces", daemon=True)
         closing.start()
         closing.join(_CLOSE_S)
+        if closing.is_alive():
+            self.span_exporter.shutdown()
 
 
 def context_of(span: Span) -> str:

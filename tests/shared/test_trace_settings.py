@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -131,6 +132,10 @@ def test_a_dead_collector_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> N
     traces.close()
     # The SDK would try each of the six batches again for ten seconds.
     assert time.monotonic() - began < stretched(10)
+    for thread in threading.enumerate():
+        if thread.name in {"OtelBatchSpanRecordProcessor", "close-traces"}:
+            thread.join(stretched(10))
+            assert not thread.is_alive()
 
 
 def _one_span() -> str:
