@@ -34,6 +34,11 @@ LOOPBACK: Final = {"0100007F", "0000000000000000FFFF00000100007F", "000000000000
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 
 
+def seen_by_all(cluster: Cluster, running: int) -> bool:
+    """True if each web worker knows of so many running requests by the latest reports. They answer in turn."""
+    return all(cluster.running() == running for _ in range(8))
+
+
 @contextlib.contextmanager
 def listeners(cluster: Cluster, count: int) -> Iterator[list[Listener]]:
     """So many listeners, all of which hear something; at the end all leave, and their slots are free."""
@@ -44,7 +49,7 @@ def listeners(cluster: Cluster, count: int) -> Iterator[list[Listener]]:
             found.append(Listener(cluster))
             # One after the other, so that each is seen when the next one is placed.
             eventually(lambda: found[-1].received, 60, lambda: f"speech for all; {found[-1].ended}")
-            time.sleep(2 * REPORT_INTERVAL_S)
+            eventually(lambda: seen_by_all(cluster, len(found)), 60, lambda: f"{len(found)} running")
         yield found
     finally:
         for one in found:
@@ -180,6 +185,7 @@ def test_few_requests_stay_at_one_worker(cluster: Cluster) -> None:
         body = {"input": "One."}
         answer = httpx.post(f"{cluster.url}/v1/audio/speech", json=body, timeout=60, trust_env=False)
         assert answer.status_code == httpx.codes.OK
+        eventually(lambda: seen_by_all(cluster, 0), 30, "its slot free")
 
     def more() -> list[int]:
         return sorted(now - then for now, then in zip(finished(), before, strict=True))
