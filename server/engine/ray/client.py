@@ -174,10 +174,15 @@ class RayEngineClient:
     async def __aenter__(self) -> Self:
         self._context = contextvars.copy_context()
         self._polling_task = asyncio.create_task(self._polling.poll_forever())
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(self._start_timeout_s):
                 while not self._polling.available:
                     await self._polling.next_report()
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_exception: object) -> None:

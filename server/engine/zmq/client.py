@@ -183,8 +183,12 @@ class ZmqEngineClient:
             self._url, on_connected=self._session.hello, on_lost=self._on_lost, on_message=self._handle
         )
         self._ticking = asyncio.create_task(self._tick_forever())
-        # A web worker that has just started must not refuse requests while a GPU worker is there.
-        await self._session.wait_connected(_WELCOME_S)
+        try:
+            # A web worker that has just started must not refuse requests while a GPU worker is there.
+            await self._session.wait_connected(_WELCOME_S)
+        except asyncio.CancelledError:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_exception: object) -> None:

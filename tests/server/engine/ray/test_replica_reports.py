@@ -122,3 +122,12 @@ async def test_refusals_outlive_a_report_that_fails(tmp_path: Path) -> None:
             replicas.gateways["one"] = WorkerGateway("one", connection, leases)
             async with RayEngineClient(replicas, timeout_s=20.0, web=web):
                 await becomes(lambda: not replicas.failures and worker.snapshot.limit_hits == {"recordings": 2})
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing_running() -> None:
+    """While it waits for the first replica."""
+    starting = asyncio.create_task(RayEngineClient(LocalReplicas(), timeout_s=20.0, start_timeout_s=60.0).__aenter__())
+    await becomes(lambda: len(asyncio.all_tasks()) > len({starting, asyncio.current_task()}))
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -48,6 +48,11 @@ async def client(worker: FakeWorker, clock: Clock) -> AsyncIterator[ZmqEngineCli
         yield engine
 
 
+def open_descriptors() -> int:
+    """The number of open files and sockets of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def test_the_first_request_finds_the_worker(worker: FakeWorker) -> None:
     """A web worker that has just started refuses nothing while a GPU worker is there."""
     async with ZmqEngineClient(worker.url, "", timeout_s=TIMEOUT_S) as engine:
@@ -60,6 +65,19 @@ async def test_without_a_worker_a_web_process_starts(tmp_path: Path) -> None:
     """It refuses requests, and says why."""
     async with ZmqEngineClient(f"ipc://{tmp_path}/nobody.ipc", "", timeout_s=TIMEOUT_S) as engine:
         assert "it is starting, or it has died" in reason(engine)
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for a GPU worker: no task goes on, and the socket is closed."""
+    monkeypatch.setattr("server.engine.zmq.client._WELCOME_S", 60.0)
+    descriptors = open_descriptors()
+    client = ZmqEngineClient(f"ipc://{tmp_path}/nobody.ipc", "", timeout_s=TIMEOUT_S)
+    starting = asyncio.create_task(client.__aenter__())
+    await becomes(lambda: len(asyncio.all_tasks()) > len({starting, asyncio.current_task()}))
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert open_descriptors() <= descriptors
 
 
 async def test_a_pause_of_the_worker_costs_no_request(
