@@ -130,11 +130,11 @@ class OpenRequests:
 
         Only a request that held a slot decides how long the model stays.
         """
+        self._scheduler.settle(request, request.audio_s)
         if request.state is RequestState.QUEUED:
             self._scheduler.remove(request)
             self._residency.abandon(request.model)
             return
-        self._scheduler.settle(request, request.audio_s)
         if not isinstance(outcome, Cancelled):
             self._scheduler.record_slot_time(request.synthesis_s(self._clock()))
         self._slots.remove(request)

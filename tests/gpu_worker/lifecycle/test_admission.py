@@ -129,6 +129,19 @@ class TestRefusals:
 class TestQueue:
     """Which request starts next."""
 
+    def test_a_refused_text_costs_its_client_no_turn(self, make_bench: MakeBench) -> None:
+        """The engine has said nothing of it, however long it is."""
+        bench = loaded(make_bench(slots=1))
+        bench.engines["m"].admit_errors.append(JobError("voice_not_found", "no such voice", param="voice"))
+        bench.speak("a1", "word " * 1000, client="alice")
+        bench.turn()
+        assert bench.kinds("a1") == ["Failed"]
+        for name, client in (("c1", "carol"), ("a2", "alice"), ("b1", "bob")):
+            bench.speak(name, "word", client=client)
+        bench.settle()
+        order = [message.id for _, message, _ in bench.sent if isinstance(message, Started)]
+        assert order == ["c1", "a2", "b1"]
+
     def test_clients_take_turns(self, make_bench: MakeBench) -> None:
         """A client with many requests delays another client by the one that speaks."""
         bench = loaded(make_bench(slots=1))
