@@ -35,6 +35,8 @@ class ClusterUse:
         if boot_id not in self._uses:
             siblings = [other for other in self._uses.values() if other.usage_source == use.usage_source]
             self._in_file[boot_id] = _sum(siblings)
+        if boot_id in self._ended:  # Serve had taken its replica away for a moment
+            self._ended.remove(boot_id)
         self._uses[boot_id] = use
         self._totals = {}
 

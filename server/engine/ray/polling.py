@@ -223,9 +223,8 @@ class ReplicaPolling:
             self._web.take_back(request.ping)
             known.lose(unavailable_error("The GPU worker went away."), self._clock())
         else:
-            if report.catalog is not None:
-                self._on_new_worker(name)
-            self._on_report(report, known, asked_at)
+            if self._known.get(name) is known:  # Serve may have taken the replica away meanwhile
+                self._on_report(name, report, known, asked_at)
         finally:
             known.is_polled = False
             self._awaited -= 1
@@ -244,8 +243,9 @@ class ReplicaPolling:
         finally:
             self._renewing.discard(replica)
 
-    def _on_report(self, report: ReplicaReport, known: KnownReplica, asked_at: float) -> None:
+    def _on_report(self, name: str, report: ReplicaReport, known: KnownReplica, asked_at: float) -> None:
         if report.catalog is not None:
+            self._on_new_worker(name)
             known.boot_id = report.boot_id
             self.catalog, self.settings = report.catalog, report.settings
         if known.report is not None and known.report.boot_id != report.boot_id:

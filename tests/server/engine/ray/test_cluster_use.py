@@ -1,5 +1,6 @@
 """Limits and usage over two replicas: what crosses from worker to worker, and how usage is added up."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from datetime import date
@@ -81,6 +82,27 @@ async def test_a_replica_that_leaves(replicas: LocalReplicas, workers: list[Fake
     await becomes(lambda: told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 1))
     del replicas.gateways["1"]
     await becomes(lambda: told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 0))
+
+
+@pytest.mark.usefixtures("engine")
+async def test_the_last_report_of_a_replica_that_leaves(replicas: LocalReplicas, workers: list[FakeWorker]) -> None:
+    """It was asked for before, and comes behind the replica's end: the requests in it are over all the same."""
+    leaving, asked, answered = replicas.gateways["1"], asyncio.Event(), asyncio.Event()
+    report = leaving.report
+
+    async def late(request: bytes) -> bytes:
+        asked.set()
+        await answered.wait()
+        return await report(request)
+
+    leaving.report = late  # type: ignore[method-assign]
+    await asyncio.wait_for(asked.wait(), 20)
+    del replicas.gateways["1"]
+    await becomes(lambda: told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 0))
+    answered.set()
+    heard = len(workers[0].of(UsedElsewhere))
+    await becomes(lambda: len(workers[0].of(UsedElsewhere)) > heard + 1)
+    assert told(workers[0], "key:1") == KeyUse(3.0, 9, 70, 0)
 
 
 class TestUsage:

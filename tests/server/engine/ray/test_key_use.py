@@ -164,6 +164,18 @@ def test_requests_at_once() -> None:
     assert [cluster.request(1, limits) for _ in range(2)] == [True, False]
 
 
+def test_requests_of_a_worker_that_comes_back() -> None:
+    """They count again, and no longer than it is there."""
+    limits = KeyLimits(concurrent_requests=2)
+    cluster = Cluster(2)
+    assert cluster.request(0, limits)
+    for _ in range(2):
+        cluster.exchange()
+        assert [used.running for used in cluster.use.elsewhere("1").values()] == [1]
+        cluster.use.end("0")
+        assert [used.running for used in cluster.use.elsewhere("1").values()] == [0]
+
+
 def test_a_worker_alone_reports_nothing() -> None:
     """Without a cluster, snapshots carry no keys."""
     worker = LimitCounter(FakeClock(), FakeClock())
