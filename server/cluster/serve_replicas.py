@@ -48,7 +48,8 @@ class ServeReplicas:
         self, request: bytes, reference: bytes | None, *, ingress: str, model: str, avoid: Sequence[str]
     ) -> "ServeStream":
         handle = self._handle.options(stream=True, multiplexed_model_id=model)
-        return ServeStream(handle.speak.remote(request, reference, ingress, avoid=list(avoid)))
+        with _lost():
+            return ServeStream(handle.speak.remote(request, reference, ingress, avoid=list(avoid)))
 
     async def call(self, replica: str, call: bytes, payload: bytes | None, *, model: str) -> Frames:
         with _lost():

@@ -9,7 +9,7 @@ import structlog
 from server.engine.client import Speech, error_of
 from server.engine.outage import unavailable_error
 from server.engine.ray.interface import ELSEWHERE, EngineReplicas, ReplicaLostError, ReplicaStream
-from server.http.errors import ApiError
+from server.http.errors import ApiError, internal_error
 from shared.protocol import (
     Append,
     Audio,
@@ -92,8 +92,10 @@ class RelayedStream:
             if error is not None and not self._over:
                 self.speech.fail(error)
         finally:
-            if self._answers is not None and not self._over:
-                self._answers.cancel()
+            if not self._over:
+                self.speech.fail(internal_error())  # unless it has failed already
+                if self._answers is not None:
+                    self._answers.cancel()
             self._over = True
             self._on_end()
 
@@ -107,14 +109,14 @@ class RelayedStream:
     async def _attempt(self, reference: bytes | None, avoid: list[str]) -> ApiError | None:
         """Let one replica speak; None when the speech is complete, else why it failed."""
         request = encode(self._request)[0]
-        self._answers = self._replicas.speak(
-            request, reference, ingress=self._ingress, model=self._request.model, avoid=avoid
-        )
         try:
+            answers = self._answers = self._replicas.speak(
+                request, reference, ingress=self._ingress, model=self._request.model, avoid=avoid
+            )
             async with asyncio.timeout(self._start_timeout_s) as limit:
-                return await self._listen(self._answers, limit)
+                return await self._listen(answers, limit)
         except TimeoutError:
-            self._answers.cancel()
+            answers.cancel()
             return unavailable_error(f"No GPU worker has started within {self._start_timeout_s:.0f} s.")
         except ReplicaLostError as lost:
             log.warning("replica_lost", replica=self._replica, reason=str(lost))

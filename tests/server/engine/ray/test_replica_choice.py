@@ -53,6 +53,17 @@ async def test_a_refusal_of_the_only_home_is_final(tmp_path: Path) -> None:
             assert replicas.tries == 2
 
 
+class Unsendable(LocalReplicas):
+    """No request can be sent, by `failure`."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__()
+        self._failure = failure
+
+    def speak(self, *_request: object, **_options: object) -> LocalStream:
+        raise self._failure
+
+
 class Deaf(LocalReplicas):
     """From `deaf` on, no message arrives at a replica that has a request, and the request goes on."""
 
@@ -91,3 +102,19 @@ async def test_text_that_a_replica_does_not_get(tmp_path: Path) -> None:
                     await asyncio.wait_for(heard_to_the_end(speech), 20)
                 assert broken.value.code == "worker_unavailable"
                 assert [message.text for message in worker.of(Append)][:1] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"), [(ReplicaLostError("it is gone"), "worker_unavailable"), (KeyError("x"), "internal_error")]
+)
+async def test_a_request_that_cannot_be_sent(tmp_path: Path, failure: Exception, code: str) -> None:
+    """Its client hears so, and waits for nothing."""
+    with FakeWorker(tmp_path / "w.ipc") as worker:
+        async with ZmqEngineClient(worker.url, "", timeout_s=20.0) as client:
+            replicas = Unsendable(failure)
+            replicas.gateways["one"] = WorkerGateway("one", client, IngressLeases())
+            async with RayEngineClient(replicas, timeout_s=20.0) as engine:
+                await becomes(lambda: engine.unavailable() is None)
+                with pytest.raises(ApiError) as failed:
+                    await asyncio.wait_for(engine.speak(REQUEST).chunk(), 20)
+                assert failed.value.code == code
