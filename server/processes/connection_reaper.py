@@ -6,7 +6,8 @@ Measured with granian 2.8.7:
 - An idle connection costs 23 kB in HTTP/1.1, so 4,096 places cost 94 MB. Places for every connection that an attacker
   can open would cost more memory than speech does.
 - Granian closes an HTTP/1.1 connection whose next request is not complete within `header_read_timeout`.
-  It never closes one that sends nothing, one that drips the 24 bytes of HTTP/2's preface, or an idle one of HTTP/2.
+  It never closes one that sends nothing, one that drips the 24 bytes of HTTP/2's preface, or an idle one of HTTP/2:
+  when granian stops, it waits for that one to answer, and a client that reads nothing between two requests does not.
 - At the limit of file descriptors it spins: a core is busy, and nothing is accepted.
 
 Granian has no hook for its connections, so the reaper reads them from /proc/self/fd.
@@ -138,6 +139,7 @@ class ConnectionReaper:
 
     `limit` is the number of places, `address_limit()` that of one client address unless `is_exempt` of it is true.
     `read_timeout_s()` is how long a client may read nothing of a response that its handler has finished.
+    `is_stopping()`: the service stops, and an idle connection would hold that up.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class ConnectionReaper:
         address_limit: Callable[[], int],
         is_exempt: Callable[[str], bool],
         read_timeout_s: Callable[[], float],
+        is_stopping: Callable[[], bool],
     ) -> None:
         self._requests = requests
         self._port = port
@@ -156,6 +159,7 @@ class ConnectionReaper:
         self._address_limit = address_limit
         self._is_exempt = is_exempt
         self._read_timeout_s = read_timeout_s
+        self._is_stopping = is_stopping
         self._connections: dict[int, Connection] = {}
         self._short = False
         self._shut: set[int] = set()
@@ -197,8 +201,9 @@ class ConnectionReaper:
         self._swept_at = now
         await self._find()
         idle = self._idle()
-        overdue = [one for one in idle if self._idle_s(one) >= IDLE_TIMEOUT_S]
-        await self._close("idle", overdue, len(overdue), _Rule(IDLE_TIMEOUT_S, self._read_timeout_s()))
+        timeout_s = MIN_IDLE_S if self._is_stopping() else IDLE_TIMEOUT_S
+        overdue = [one for one in idle if self._idle_s(one) >= timeout_s]
+        await self._close("idle", overdue, len(overdue), _Rule(timeout_s, self._read_timeout_s()))
         await self._close_for_addresses(idle)
         await self._close_for_room(idle)
         self._log()

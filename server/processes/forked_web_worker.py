@@ -48,6 +48,7 @@ def reaper_of(port: int, places: int, application: HttpMiddleware) -> Connection
         address_limit=lambda: state.settings.max_connections_per_address,
         is_exempt=lambda address: is_trusted_proxy(state.settings, address),
         read_timeout_s=lambda: state.settings.stall_timeout_s,
+        is_stopping=lambda: application.refuses_requests,
     )
 
 

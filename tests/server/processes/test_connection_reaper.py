@@ -14,6 +14,7 @@ import websockets
 from server.app import create_app
 from server.http.open_requests import OpenRequest, OpenRequests
 from server.processes.connection_reaper import ConnectionReaper
+from server.processes.forked_web_worker import reaper_of
 from shared.settings import Settings
 from tests.ports import free_port
 from tests.server.running import listening, responds, until
@@ -53,6 +54,7 @@ class Bench:
             "address_limit": lambda: 100,
             "is_exempt": lambda _address: False,
             "read_timeout_s": lambda: 300.0,
+            "is_stopping": lambda: False,
         }
         self.reaper = ConnectionReaper(self.requests, **{**defaults, **options})
         return self.reaper
@@ -122,6 +124,21 @@ async def test_an_idle_connection_is_closed(bench: Bench) -> None:
     assert not closed(busy)
     await bench.after(2)
     assert closed(busy)
+
+
+async def test_an_idle_connection_does_not_hold_up_the_end(bench: Bench, tmp_path: Path) -> None:
+    """When the service stops, it is closed after a second. One with a request is not."""
+    application = create_app(Settings(worker_url=f"ipc://{tmp_path}/none"))
+    application.open_requests = bench.requests
+    bench.reaper = reaper_of(bench.listener.getsockname()[1], LIMIT, application)
+    (idle, _), (busy, _) = bench.connect(), bench.connect()
+    bench.request(busy)
+    await bench.after(2)
+    assert not closed(idle)
+    application.refuses_requests = True
+    await bench.after(0)
+    assert closed(idle)
+    assert not closed(busy)
 
 
 async def test_other_sockets_are_left_alone(bench: Bench) -> None:
@@ -327,6 +344,7 @@ async def crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         address_limit=lambda: 1000,
         is_exempt=lambda _: True,
         read_timeout_s=lambda: 300.0,
+        is_stopping=lambda: False,
     )
     app.app.on_startup.append(reaper.start)
     limits = httpx.Limits(max_keepalive_connections=0)
@@ -370,6 +388,7 @@ async def test_an_idle_websocket_stays(tmp_path: Path, monkeypatch: pytest.Monke
     url = f"ws://127.0.0.1:{port}/v1/audio/speech/stream"
     async with listening(app, port), websockets.connect(url, proxy=None) as one:
         options: dict[str, Any] = {"is_exempt": lambda _address: False, "read_timeout_s": lambda: 300.0}
+        options["is_stopping"] = lambda: False
         reaper = ConnectionReaper(app.open_requests, port=port, limit=1, address_limit=lambda: 1, **options)
         for _ in range(20):
             await reaper.sweep()
