@@ -2,16 +2,20 @@
 
 It knows no dialect and no audio. Granian answers pings, but only while a message is awaited, so a message always is.
 Granian shows no ping and sends none: whether a silent client is still there is read from the kernel.
+It closes a connection right behind a close, also one on which messages arrive: `JsonSocket.close` reads these first.
 """
 
 import asyncio
+import contextlib
+import socket
+import sys
 from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
 from litestar import WebSocket
 
-from server.http.connections import seconds_since_received
+from server.http.connections import connection_of, read_to_end, seconds_since_received
 from server.http.errors import ApiError
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
@@ -30,6 +34,12 @@ CLOSE_S: Final = 2.0
 
 _LONGEST_REASON: Final = 123
 """Bytes of a close's reason that the protocol allows."""
+
+_refusals: Final = asyncio.Semaphore(32)
+"""Sockets that are closed with an error at the same time, and whose clients are read to their end.
+
+More of them (a GPU worker is lost) are closed at once: to find the connections of thousands would take seconds.
+"""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -86,11 +96,27 @@ class JsonSocket:
         while len(reason.encode()) > _LONGEST_REASON:
             reason = reason[:-1]
         close: Any = {"type": "websocket.close", "code": code, "reason": reason}
-        try:
+        if code in {NORMAL, GOING_AWAY} or _refusals.locked():
+            await self._send_close(close)
+            return
+        async with _refusals:  # the client may be sending: it knows of no error yet
+            connection = await asyncio.to_thread(self._connection)
+            try:
+                await self._send_close(close, connection)
+            finally:
+                if connection is not None:
+                    connection.close()
+
+    async def _send_close(self, close: Any, connection: socket.socket | None = None) -> None:
+        with contextlib.suppress(Exception):  # there is no more to be said
             async with asyncio.timeout(CLOSE_S), self._sending:
                 await self.websocket.send(close)
-        except Exception:  # noqa: BLE001, S110 - there is no more to be said
-            pass
+                if connection is not None:
+                    await read_to_end(connection)
+
+    def _connection(self) -> socket.socket | None:
+        scope = self.websocket.scope
+        return connection_of(scope) if sys.platform == "linux" and scope.get("client") else None
 
     async def silent_s(self) -> float:
         """For how many seconds not a byte has come from the client: pings count as signs of life."""
