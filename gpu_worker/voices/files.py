@@ -121,7 +121,7 @@ class VoiceFiles:
         except AuditError as error:
             log.error("audit_log_not_written", voice=write.record.id, kind=write.kind, reason=str(error))  # noqa: TRY400 -- no traceback helps
             message = f"the {write.noun} could not be {write.participle}: the audit log cannot be written ({error})"
-            return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
+            return VoiceWritten(write=write, error=JobError("internal_error", message))
         written = self._carry_out(write)
         if written.error is not None:
             failed = [msgspec.structs.replace(entry, failed=written.error.message) for entry in write.audit]
@@ -151,7 +151,7 @@ class VoiceFiles:
                 "voice_write_failed", voice=write.record.id, kind=write.kind, reason=reason, exc_info=defect
             )
             message = f"the {write.noun} could not be {write.participle}: {reason}"
-            return VoiceWritten(write=write, error=JobError("synthesis_failed", message))
+            return VoiceWritten(write=write, error=JobError("internal_error", message))
         return VoiceWritten(write=write, error=None, exported=exported)
 
     def export(self, record: VoiceRecord, consent: ConsentRecord | None) -> PortableVoice:

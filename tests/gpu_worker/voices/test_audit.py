@@ -100,8 +100,9 @@ def test_without_a_line_there_is_no_change(archive: Archive, tmp_path: Path) -> 
     archive.voices.export(voice.id, archive.consents)
     archive.voices.delete(voice.id)
     for _ in range(4):
-        with pytest.raises(JobError, match=r"the audit log cannot be written \(the disk is full\)"):
+        with pytest.raises(JobError, match=r"the audit log cannot be written \(the disk is full\)") as refused:
             archive.write()
+        assert refused.value.code == "internal_error"
     assert archive.voices.list() == [voice]
     assert sorted((path.name, path.read_bytes()) for path in tmp_path.glob("*.*")) == before
     assert not archive.voices.writing

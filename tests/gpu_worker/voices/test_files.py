@@ -86,7 +86,7 @@ def test_an_error_is_reported(
     writer.submit(ada)
     writer.submit(a_delete(ada))
     assert isinstance(raised, JobError)
-    assert (raised.code, raised.param) == ("synthesis_failed", None)
+    assert (raised.code, raised.param) == ("internal_error", None)
     assert raised.message.startswith("the voice could not be saved: ")
     assert reason in raised.message
     assert reason in logged[0]["reason"]

@@ -313,7 +313,7 @@ def test_disk_that_is_full(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(JobError, match="No space left") as caught:
         shelf.save("Ada", SECOND, kind="clone")
-    assert caught.value.code == "synthesis_failed"
+    assert caught.value.code == "internal_error"
     assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == []
     assert files(tmp_path) == set()
     monkeypatch.undo()
@@ -410,7 +410,7 @@ class TestPendingWrites:
         with pytest.raises(JobError, match="could not be deleted: Read-only file system") as caught:
             shelf.delete(voice.id)
         monkeypatch.undo()
-        assert caught.value.code == "synthesis_failed"
+        assert caught.value.code == "internal_error"
         assert shelf.store.list() == Shelf(tmp_path, clock).store.list() == [voice]
         assert shelf.store.load(voice.id).pcm == SECOND
         assert shelf.delete(voice.id) == voice
