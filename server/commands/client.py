@@ -86,9 +86,7 @@ class Client:
             with error:
                 raise ClientError(message_of(error.code, error.read(_MAX_ERROR_BYTES))) from None
         except urllib.error.URLError as error:
-            raise ClientError(
-                f"{self.url} cannot be reached: {error.reason}. Is it running (python -m server)?"
-            ) from None
+            raise unreachable(self.url, error.reason) from None
         except (OSError, http.client.HTTPException) as error:
             raise ClientError(f"{self.url} does not answer: {error or type(error).__name__}") from None
         except ValueError as error:
@@ -129,6 +127,14 @@ def client_of(arguments: argparse.Namespace, *, admin: bool = False) -> Client:
         return Client(arguments.url, arguments.key or (keys[0] if keys and is_local(arguments.url) else ""))
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}.get(settings.host, settings.host)  # noqa: S104 -- nothing is bound
     return Client(settings.url(host), arguments.key or (keys[0] if keys else ""), settings.tls_cert)
+
+
+def unreachable(url: str, reason: object) -> ClientError:
+    """The error where no connection was made."""
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        why = f"its certificate is not trusted here ({reason.verify_message})"
+        return ClientError(f"{url} cannot be reached: {why}. SSL_CERT_FILE names a file of certificates to trust.")
+    return ClientError(f"{url} cannot be reached: {reason}. Is it running (python -m server)?")
 
 
 def is_local(url: str) -> bool:

@@ -5,7 +5,6 @@ The service sends pcm. This module encodes all of it as one stream.
 """
 
 import codecs
-import contextlib
 import json
 import os
 import select
@@ -18,7 +17,7 @@ import websockets
 from websockets.sync.client import ClientConnection, connect
 
 from server.audio import Encoder, Provenance, default_rate
-from server.commands.client import Client, ClientError, is_local, message_of
+from server.commands.client import Client, ClientError, is_local, message_of, unreachable
 from server.text import end_of_last_sentence
 
 QUIET_S: Final = 5.0
@@ -80,29 +79,25 @@ def _label_of(configured: Mapping[str, Any]) -> Provenance:
     return Provenance(model=configured["model"], request_id=configured["session_id"], made_at=datetime.now(UTC))
 
 
-@contextlib.contextmanager
-def _socket(client: Client) -> Iterator[ClientConnection]:
+def _socket(client: Client) -> ClientConnection:
     url = client.url.replace("http", "ws", 1) + "/v1/audio/speech/stream"
     headers = {"Authorization": client.authorization} if client.authorization else None
     try:
-        with connect(
+        return connect(
             url,
             additional_headers=headers,
             proxy=None if is_local(client.url) else True,
             ssl=client.tls if url.startswith("wss:") else None,
             max_size=None,
-        ) as ws:
-            yield ws
+        )
     except websockets.InvalidStatus as error:
         raise ClientError(message_of(error.response.status_code, bytes(error.response.body or b""))) from None
     except (websockets.InvalidURI, websockets.InvalidHandshake, websockets.InvalidMessage) as error:
         raise ClientError(f"{client.url} does not take a WebSocket: {error}") from None
     except TimeoutError as error:
         raise ClientError(f"{client.url} does not answer: {error}") from None
-    except ConnectionError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise ClientError(f"{client.url} cannot be reached: {error}. Is it running (python -m server)?") from None
+    except OSError as error:
+        raise unreachable(client.url, error) from None
 
 
 def _messages(socket: ClientConnection) -> Iterator[str | bytes]:

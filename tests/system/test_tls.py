@@ -1,6 +1,7 @@
 """https: a service with a certificate of its own speaks over HTTP/1.1, HTTP/2 and a secure WebSocket."""
 
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import trustme
 from websockets.sync.client import connect
 
+from server.__main__ import main
 from tests.system.service import Service, environment, eventually
 
 
@@ -98,6 +100,20 @@ def test_the_commands_trust_the_certificate_of_the_settings(secure: Secure, tmp_
         assert (said.returncode, said.stdout) == (0, ""), said.stderr
         assert (tmp_path / "out.wav").stat().st_size > 10_000
         (tmp_path / "out.wav").unlink()
+
+
+@pytest.mark.parametrize("more", [["Good morning."], ["--live"]], ids=["say", "live"])
+def test_a_certificate_that_is_not_trusted(
+    secure: Secure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """A service that the settings do not name: the commands say how to trust it."""
+    monkeypatch.chdir(tmp_path)
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert main(["say", *more, "-o", "out.wav", "--url", secure.service.url, "--key", "k"]) == 1
+    error = capfd.readouterr().err
+    assert "its certificate is not trusted here" in error
+    assert "SSL_CERT_FILE" in error
 
 
 def test_systemd_learns_that_it_stops(secure: Secure) -> None:
