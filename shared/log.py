@@ -5,11 +5,14 @@ Log lines tell events and their values. They never have the text of a request, a
 
 import logging
 import sys
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
 from shared.redaction import redact
+
+_in_every_line: Final[dict[str, str]] = {}
+"""The name of the process. Structlog's own context would be that of one thread."""
 
 
 def set_log_level(level: str) -> None:
@@ -22,6 +25,7 @@ def set_up_logging(level: str, log_format: str, process: str) -> None:
     """Write the log lines of this process and of its libraries to stderr, as text ("console") or JSON ("json")."""
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _name_process,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
@@ -56,7 +60,12 @@ def set_up_logging(level: str, log_format: str, process: str) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(process=process)
+    _in_every_line["process"] = process
+
+
+def _name_process(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    event.update(_in_every_line)
+    return event
 
 
 def _redact(_logger: Any, _method: str, line: Any) -> str:

@@ -332,7 +332,7 @@ class _ResponseSender:
             request_id=request_id_of(self._scope),
             method=self.method,
             path=printable_path(self._scope),
-            status=status,
+            status=int(status),  # an HTTPStatus prints its name
             code=code,
         )
 

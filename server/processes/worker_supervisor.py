@@ -5,7 +5,6 @@ a second through a pipe: STARTING from the first turn of the synthesis loop on, 
 """
 
 import contextlib
-import contextvars
 import os
 import select
 import signal
@@ -81,9 +80,7 @@ class Supervisor:
         self._pid: int | None = None
         self._stopping = threading.Event()
         self._exit_code: int | None = None
-        # The thread gets the caller's context, which names the process in each log line.
-        in_context = contextvars.copy_context().run
-        self._thread = threading.Thread(target=in_context, args=(self._watch,), name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     @property
     def pid(self) -> int | None:

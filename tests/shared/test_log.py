@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,9 +48,12 @@ class TestJson:
     """The format for programs."""
 
     def test_one_line_each(self, stderr: _Stderr) -> None:
-        """Our line and a library's have event, time, level and process."""
+        """Our line and a library's have event, time, level and process, whatever thread writes them."""
         set_up_logging("info", "json", "gpu_worker")
-        structlog.get_logger("ours").info("model_loaded", model="m")
+        log = structlog.get_logger("ours")
+        writer = threading.Thread(target=log.info, args=["model_loaded"], kwargs={"model": "m"})
+        writer.start()
+        writer.join()
         logging.getLogger("library").warning("%d things", 3)
         ours, theirs = _json_lines(stderr)
         assert (ours["event"], ours["level"], ours["process"], ours["model"]) == (

@@ -8,6 +8,7 @@ import elevenlabs
 import httpx
 import msgspec
 import pytest
+import structlog
 from elevenlabs.core import ApiError
 from elevenlabs.errors import UnprocessableEntityError
 
@@ -183,8 +184,10 @@ async def test_errors_are_the_sdks(serve: Serve, worker: FakeWorker) -> None:
             await read(by.text_to_speech.convert(voice, **{"text": "hello", **fields}))
         return caught.value.status_code, caught.value.body["detail"]
 
-    status, detail = await refused("21m00Tcm4TlvDq8ikWAM")
+    with structlog.testing.capture_logs() as logs:
+        status, detail = await refused("21m00Tcm4TlvDq8ikWAM")
     assert (status, detail["status"], detail["param"]) == (404, "voice_not_found", "voice_id")
+    assert [repr(line["status"]) for line in logs if line["event"] == "request_refused"] == ["404"]
     assert "21m00Tcm4TlvDq8ikWAM" in detail["message"]
     status, detail = await refused("nova", model_id="no-such-model")
     assert (status, detail["status"]) == (404, "model_not_found")
