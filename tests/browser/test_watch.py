@@ -52,9 +52,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with an admin key and a small model."""
     paths = model_paths({SMALL: checkpoints()[SMALL]})
     settings = {"MODEL_PATHS": paths, "ADMIN_KEYS": ADMIN_KEY, "CLEANUP_INTERVAL": 0.2, "IDLE_TIMEOUT": 600}
-    with running_service(
-        tmp_path_factory.mktemp("watched"), start_timeout_s=2 * START_TIMEOUT_S, **settings
-    ) as service:
+    with running_service(tmp_path_factory.mktemp("watched"), **settings) as service:
         service.http.headers["authorization"] = f"Bearer {ADMIN_KEY}"
         yield service
 

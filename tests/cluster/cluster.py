@@ -119,7 +119,7 @@ def running_cluster(directory: Path, **settings: object) -> Iterator[Cluster]:
             yield cluster
             processes = cluster.processes()
             assert cluster.stop(STOP_TIMEOUT_S) == 0
-            eventually(lambda: not [pid for pid in processes if _command_of(pid)], 20, "no process left")
+            eventually(lambda: not [pid for pid in processes if _command_of(pid)], 60, "no process left")
         finally:
             cluster.kill()
 

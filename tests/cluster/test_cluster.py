@@ -24,7 +24,7 @@ from tests.audio import decode
 from tests.cluster.cluster import LONG, Cluster, Listener
 from tests.cluster.conftest import QUEUE, SLOTS
 from tests.recogniser import SENTENCES, recognise
-from tests.system.service import NO_TLS, eventually, stretched
+from tests.system.service import NO_TLS, eventually, soon, stretched
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -223,9 +223,8 @@ def test_full_queues_refuse_before_an_answer_begins(cluster: Cluster) -> None:
 def test_a_client_that_leaves_frees_its_slot(cluster: Cluster) -> None:
     """Within a second."""
     with listeners(cluster, 1) as (listener,):
-        limit_s = stretched(1.0)
         listener.leave()
-        eventually(lambda: cluster.running() == 0, limit_s, "the slot freed")
+        soon(lambda: cluster.running() == 0, 1.0, "the slot freed")
 
 
 def test_clients_that_leave_cost_others_nothing(cluster: Cluster) -> None:
@@ -256,7 +255,7 @@ def test_a_dead_worker_speaks_again_within_five_seconds(cluster: Cluster) -> Non
     eventually(lambda: cluster.stats()["slots"] == REPLICAS * SLOTS, 60, "all slots")
     limit_s = stretched(5.0)
     os.kill(next(iter(cluster.workers())), signal.SIGKILL)
-    eventually(lambda: cluster.stats()["slots"] < REPLICAS * SLOTS, 10, "fewer slots")
+    eventually(lambda: cluster.stats()["slots"] < REPLICAS * SLOTS, 60, "fewer slots")
     print(eventually(lambda: cluster.stats()["slots"] == REPLICAS * SLOTS, limit_s, "all slots"))  # noqa: T201
 
 

@@ -119,7 +119,7 @@ class ResidencyService:
 
     def unload_all(self) -> None:
         """Unpin and unload the three models as soon as no request is running or queued."""
-        eventually(lambda: self.service.running() + self.service.queued() == 0, 20, "no requests")
+        eventually(lambda: self.service.running() + self.service.queued() == 0, 60, "no requests")
         for model in MODELS:
             self.do(model, "unpin")
             self.do(model, "unload")

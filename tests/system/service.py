@@ -18,15 +18,22 @@ import httpx
 from tests.ports import free_port
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S: Final = 30.0
+START_TIMEOUT_S: Final = 90.0
 START_PAUSE_S: Final = 0.05
 """Between two looks at a service that starts: each look takes CPU from the start, which takes seconds."""
 
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """For `verify` of a client that speaks plain http: by default httpx reads all authorities, which takes 27 ms."""
 
-SPIN_S: Final = 0.1
-"""CPU time that `stretched` uses to measure how busy the machine is."""
+STEPS: Final = 2_000_000
+STEPS_S: Final = 0.07
+"""How long an idle machine takes for that many empty steps; `stretched` measures how long this one takes now."""
+
+BURST: Final = 4
+"""How much more time `in_time` gives: what kept the machine busy may be over before that is measured."""
+
+PATIENCE_S: Final = 60.0
+"""How long a test waits for what must come, where it claims nothing about time."""
 
 
 def eventually(
@@ -45,11 +52,22 @@ def eventually(
 
 
 def stretched(limit_s: float) -> float:
-    """`limit_s`, or more if the machine is busy: multiplied by wall time over CPU time of a short computation."""
-    wall, own = time.monotonic(), time.process_time()
-    while time.process_time() - own < SPIN_S:
+    """`limit_s`, or more if the machine is slow or busy: by how much longer a short computation takes here and now."""
+    began = time.monotonic()
+    for _ in range(STEPS):
         pass
-    return limit_s * max(1.0, (time.monotonic() - wall) / SPIN_S)
+    return limit_s * max(1.0, (time.monotonic() - began) / STEPS_S)
+
+
+def in_time(took_s: float, limit_s: float) -> bool:
+    """Whether `took_s` is less than `limit_s`, or as long as a slow or busy machine may take for that."""
+    return took_s < limit_s or took_s < BURST * stretched(limit_s)
+
+
+def soon(condition: Callable[[], object], limit_s: float, what: str | Callable[[], str]) -> None:
+    """Wait until `condition` is true. AssertionError if that was not `in_time`."""
+    took_s = eventually(condition, PATIENCE_S, what)
+    assert in_time(took_s, limit_s), f"{took_s:.2f} s, and not {limit_s} s: {what if isinstance(what, str) else what()}"
 
 
 def children_of(pid: int) -> set[int]:

@@ -75,8 +75,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResidencyServic
     with pytest.MonkeyPatch.context() as variables:
         for name, value in EXACT_MALLOC.items():
             variables.setenv(name, value)
-        # Importing torch takes long on a busy machine.
-        with running_service(tmp_path_factory.mktemp("admin"), start_timeout_s=90, **settings) as service:
+        with running_service(tmp_path_factory.mktemp("admin"), **settings) as service:
             yield ResidencyService(service)
 
 
@@ -95,7 +94,7 @@ def cleanup(models: ResidencyService, **query: str) -> dict[str, Any]:
 
 def wait_idle(models: ResidencyService, model: str) -> None:
     """Wait until the model has been idle for longer than TTS_IDLE_TIMEOUT."""
-    models.wait_for(lambda entries: entries[model]["idle_s"] > IDLE_S, 5, "idle")
+    models.wait_for(lambda entries: entries[model]["idle_s"] > IDLE_S, 60, "idle")
 
 
 class TestCleanup:
@@ -152,7 +151,7 @@ class TestCleanup:
     def test_not_on_its_own(self, models: ResidencyService) -> None:
         """With cleanup disabled, an idle model stays until a pass is triggered."""
         models.do(SMALL, "load")
-        models.wait_for(lambda entries: entries[SMALL]["idle_s"] > 5 * IDLE_S, 5, "idle for long")
+        models.wait_for(lambda entries: entries[SMALL]["idle_s"] > 5 * IDLE_S, 60, "idle for long")
         assert models.states()[SMALL] == "resident"
         assert SMALL in cleanup(models, trigger="true")["models_unloaded"]
         assert models.states()[SMALL] == "offloaded"
@@ -196,8 +195,8 @@ class TestVram:
             assert {"weights", "kv"} <= entries[model]["bytes"].keys()
             assert min(entries[model]["bytes"].values()) > 0
         assert entries[LARGE]["bytes"]["weights"] > entries[SMALL]["bytes"]["weights"]
-        assert entries[SMALL]["last_used"] == pytest.approx(time.time(), abs=10)
-        assert 0 <= entries[SMALL]["idle_s"] < 10
+        assert entries[SMALL]["last_used"] == pytest.approx(time.time(), abs=60)
+        assert 0 <= entries[SMALL]["idle_s"] < 60
         assert entries[ESPEAK]["bytes"] == {}
 
     def test_loading_is_measured(self, models: ResidencyService) -> None:
@@ -305,7 +304,7 @@ class TestModels:
         fields = models.fields(SMALL, stream=True, max_new_tokens=None)
         readers = [slow_reader(models.service, " ".join(SENTENCES), **fields) for _ in range(SLOTS + 1)]
         try:
-            eventually(lambda: models.service.open_requests() == SLOTS + 1, 20, "more requests than slots")
+            eventually(lambda: models.service.open_requests() == SLOTS + 1, 60, "more requests than slots")
             assert f"{SLOTS + 1} request" in models.post(SMALL, "unload").json()["error"]["message"]
         finally:
             for reader in readers:
@@ -344,7 +343,7 @@ class TestListed:
 
     def listed_as(self, models: ResidencyService, state: str) -> dict[str, Any]:
         """The entry, as soon as the list has the model in that state."""
-        eventually(lambda: self.listed(models)["state"] == state, 2, state)
+        eventually(lambda: self.listed(models)["state"] == state, 60, state)
         return self.listed(models)
 
     def test_states(self, models: ResidencyService) -> None:
@@ -404,7 +403,7 @@ class TestStats:
             pieces = answer.iter_raw()  # keep the iterator: its deletion closes the connection
             next(pieces)
             # A snapshot is as old as the last Pong: in it the stream may still be queued.
-            eventually(lambda: any(one["audio_s"] for one in models.service.stats()["streams"]), 5, "a stream")
+            eventually(lambda: any(one["audio_s"] for one in models.service.stats()["streams"]), 60, "a stream")
             stats = models.service.http.get("/admin/stats")
             [stream] = stats.json()["streams"]
         assert stream.keys() == {"id", "model", "client", "state", "age_s", "audio_s", "buffered_s"}
@@ -414,7 +413,7 @@ class TestStats:
         assert stream["audio_s"] > 0
         assert 0 < stream["age_s"] < 120
         assert SENTENCES[0] not in stats.text
-        eventually(lambda: not models.service.stats()["streams"], 10, "the end of the stream")
+        eventually(lambda: not models.service.stats()["streams"], 60, "the end of the stream")
 
 
 class TestMetrics:

@@ -123,7 +123,7 @@ def test_first_bytes_come_before_the_end_and_decode_alone(shared_service: Servic
         while len(first) < 400 or not decode(first, audio_format):
             first += next(chunks)
         # The request is open until its last piece is sent.
-        eventually(lambda: shared_service.open_requests() >= 1, 1, "an open request")
+        eventually(lambda: shared_service.open_requests() >= 1, 60, "an open request")
         assert len(decode(first, audio_format)) / 2 / SAMPLE_RATE < 2.0
         rest = first + b"".join(chunks)
     assert len(decode(rest, audio_format)) / 2 / SAMPLE_RATE > 60
@@ -177,7 +177,7 @@ def test_how_a_stream_ended(shared_service: Service) -> None:
         pieces = answer.iter_raw()
         next(pieces)
         assert outcome(name)["status"] == "speaking"
-    eventually(lambda: outcome(name)["status"] == "cancelled", 20, "a cancelled request")
+    eventually(lambda: outcome(name)["status"] == "cancelled", 60, "a cancelled request")
     assert outcome("no-such-request")["error"]["code"] == "not_found"
 
 
@@ -252,7 +252,7 @@ def test_two_web_workers_share_one_gpu_worker(shared_service: Service) -> None:
         web_pids.add(answer["web_pid"])
         return len(web_pids) == 2
 
-    eventually(both_answered, 20, "answers of both web workers")
+    eventually(both_answered, 60, "answers of both web workers")
     assert len(workers) == 1
     assert workers.isdisjoint(web_pids)
 
@@ -283,7 +283,7 @@ def test_an_admin_sees_what_was_spoken(shared_service: Service) -> None:
         models = http.get("/admin/performance").json()["models"]
         return next((model["windows"][-1] for model in models if model["id"] == "espeak-ng"), None)
 
-    eventually(lambda: (spoken() or {}).get("streams"), 20, "figures of the speech")
+    eventually(lambda: (spoken() or {}).get("streams"), 60, "figures of the speech")
     window = spoken()
     assert window is not None
     for figures in ("first_audio_s", "queue_wait_s", "real_time_factor", "batch_size"):

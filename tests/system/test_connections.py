@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.server.running import HANDSHAKE
-from tests.system.service import ROOT, Service, eventually, resident_bytes, running_service, stretched
+from tests.system.service import ROOT, Service, eventually, resident_bytes, running_service
 
 FIRST_BYTES: Final = {
     "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -78,7 +78,7 @@ def wait_for_descriptors(service: Service, before: int) -> None:
 
 def answers(service: Service) -> None:
     """A new connection is answered."""
-    assert httpx.get(f"{service.url}/health", timeout=stretched(10), trust_env=False).status_code == httpx.codes.OK
+    assert httpx.get(f"{service.url}/health", timeout=60, trust_env=False).status_code == httpx.codes.OK
 
 
 @contextlib.contextmanager

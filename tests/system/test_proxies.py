@@ -77,7 +77,7 @@ def running_proxy(command: list[str], config: str, suffix: str, directory: Path,
         return False
 
     try:
-        eventually(serves, 20, "the proxy serves")
+        eventually(serves, 60, "the proxy serves")
         yield proxy
     finally:
         process.terminate()

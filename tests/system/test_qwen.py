@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE
 from tests.audio import decode
 from tests.checkpoints import tiny
-from tests.system.service import Service, eventually, running_service, stretched
+from tests.system.service import Service, eventually, running_service, soon
 
 CUSTOM_SMALL: Final = "qwen3-tts-0.6b-customvoice"
 CUSTOM: Final = "qwen3-tts-1.7b-customvoice"
@@ -56,7 +56,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, voices_dir: Path) -> Itera
         "WEB_WORKERS": 2,
         "VOICES_DIR": voices_dir,
     }
-    with running_service(tmp_path_factory.mktemp("qwen"), start_timeout_s=60, **settings) as service:
+    with running_service(tmp_path_factory.mktemp("qwen"), **settings) as service:
         yield service
 
 
@@ -157,9 +157,8 @@ def test_first_chunk_is_one_frame_and_does_not_wait_for_the_text(service: Servic
     with service.stream(text, response_format="pcm", seed=1) as answer:
         chunks = answer.iter_raw()
         assert len(next(chunks)) == FRAME_BYTES
-        eventually(lambda: service.running() == 1, 1, "a running request")
-        limit_s = stretched(0.5)
-    eventually(lambda: service.running() == 0, limit_s, "the slot freed")
+        eventually(lambda: service.running() == 1, 60, "a running request")
+    soon(lambda: service.running() == 0, 0.5, "the slot freed")
 
 
 GROWING: Final = (
@@ -251,10 +250,10 @@ def test_clients_that_leave_free_their_slots(service: Service) -> None:
     with ThreadPoolExecutor(4) as pool, contextlib.ExitStack() as listeners:
         for _ in range(SLOTS):
             listeners.enter_context(service.stream(long_text, response_format="pcm"))
-        eventually(lambda: service.running() == SLOTS, 5, "every slot taken")
+        eventually(lambda: service.running() == SLOTS, 60, "every slot taken")
         others = [pool.submit(speak, service, seed=3) for _ in range(4)]
-        assert [answer.result(20).content for answer in others] == [expected] * 4
-    eventually(lambda: service.open_requests() == 0, stretched(1), "no requests")
+        assert [answer.result(60).content for answer in others] == [expected] * 4
+    soon(lambda: service.open_requests() == 0, 1, "no requests")
 
 
 REFUSED: Final[dict[str, tuple[dict[str, Any], int, str, str | None]]] = {

@@ -42,7 +42,7 @@ def qwen_service(directory: Path, **settings: object) -> Iterator[Service]:
         "MAX_QUEUE": 1_000,
         "LOG_LEVEL": "warning",
     }
-    with running_service(directory, start_timeout_s=60, **(plain | settings)) as service:
+    with running_service(directory, **(plain | settings)) as service:
         yield service
 
 
@@ -81,7 +81,7 @@ def test_stalled_readers_keep_nobody_waiting(service: Service) -> None:
         assert (stats["slots"], stats["queued"]) == (SLOTS, 0)
         assert stats["buffered"] >= STALLED - SLOTS
         assert stats["audio_buffer"]["used_bytes"] <= stats["audio_buffer"]["budget_bytes"] == 16 * 2**20
-    eventually(lambda: service.running() == 0 == service.stats()["buffered"], 10, "every reader gone")
+    eventually(lambda: service.running() == 0 == service.stats()["buffered"], 60, "every reader gone")
 
 
 class Reader(msgspec.Struct):

@@ -37,10 +37,11 @@ from tests.system.service import (
     START_TIMEOUT_S,
     Service,
     eventually,
+    in_time,
     resident_bytes,
     running_service,
     slow_reader,
-    stretched,
+    soon,
 )
 from tests.system.worker_client import WorkerClient
 
@@ -97,8 +98,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) ->
     with pytest.MonkeyPatch.context() as variables:
         for name, value in EXACT_MALLOC.items():
             variables.setenv(name, value)
-        # Importing torch takes long on a busy machine.
-        with running_service(tmp_path_factory.mktemp("residency"), start_timeout_s=90, **settings) as service:
+        with running_service(tmp_path_factory.mktemp("residency"), **settings) as service:
             yield service
 
 
@@ -122,7 +122,7 @@ class Listener:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        eventually(lambda: self.pieces > 100, 20, "speech")
+        eventually(lambda: self.pieces > 100, 60, "speech")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,15 +150,14 @@ def test_loading_does_not_silence_others(service: Service) -> None:
     Must be the first test of the file, so that the first load of the process is among them.
     """
     models = ResidencyService(service)
-    limit_s = stretched(GAP_S)
     with Listener(service) as listener:
         models.do(SMALL, "load")
         models.say(SMALL, keep_alive=0)
-        models.wait_for_state(SMALL, "offloaded", stretched(5))
+        models.wait_for_state(SMALL, "offloaded", 60)
         models.say(SMALL, **KEEP)
         models.do(SMALL, "unload")
     assert listener.pieces > 200
-    assert listener.longest_gap_s < max(limit_s, stretched(GAP_S))
+    assert in_time(listener.longest_gap_s, GAP_S)
 
 
 def test_two_engines_speak_at_once(models: ResidencyService) -> None:
@@ -234,14 +233,14 @@ class TestBudget:
         fields = models.fields(LARGE, stream=True, max_new_tokens=None)
         with ThreadPoolExecutor(1) as pool:
             with slow_reader(models.service, MINUTES, **fields):
-                eventually(lambda: models.service.running() == 1, 20, "a stream")
+                eventually(lambda: models.service.running() == 1, 60, "a stream")
                 for form in ({}, {"stream": True}, {"stream": True, "stream_format": "sse"}):
                     leaving = slow_reader(models.service, "Hello.", **models.fields(SMALL, **form))
-                    eventually(lambda: models.service.queued() == 1, 5, "a request in the queue")
+                    eventually(lambda: models.service.queued() == 1, 60, "a request in the queue")
                     leaving.close()
-                    eventually(lambda: models.service.queued() == 0, stretched(0.5), "an empty queue")
+                    soon(lambda: models.service.queued() == 0, 0.5, "an empty queue")
                 waiting = pool.submit(models.say, SMALL, **KEEP)
-                eventually(lambda: models.service.queued() == 1, 5, "another request")
+                eventually(lambda: models.service.queued() == 1, 60, "another request")
                 assert models.post(LARGE, "unload").status_code == httpx.codes.CONFLICT
                 assert models.states() == {SMALL: "absent", LARGE: "resident", DESIGN: "resident"}
             assert waiting.result(20)
@@ -268,17 +267,17 @@ class TestIdle:
         held = models.entries()[SMALL]["bytes"]
         stays = sum(held[purpose] for purpose in STAYS)
         # The state changes as soon as the model begins to leave, and its bytes when it has left.
-        took_s = models.wait_for_state(SMALL, "offloaded", 10)
+        took_s = models.wait_for_state(SMALL, "offloaded", 60)
         models.wait_for(
-            lambda entries: (entries[SMALL]["bytes"], entries[SMALL]["host_bytes"]) == ({}, stays), 5, "RAM"
+            lambda entries: (entries[SMALL]["bytes"], entries[SMALL]["host_bytes"]) == ({}, stays), 60, "RAM"
         )
-        assert took_s < IDLE_S + CHECK_S + SLACK_S
-        took_s = models.wait_for_state(SMALL, "absent", 10)
-        models.wait_for(lambda entries: entries[SMALL]["host_bytes"] == 0, 5, "RAM given back")
-        assert took_s < HOST_IDLE_S + CHECK_S + SLACK_S
+        assert in_time(took_s, IDLE_S + CHECK_S + SLACK_S)
+        took_s = models.wait_for_state(SMALL, "absent", 60)
+        models.wait_for(lambda entries: entries[SMALL]["host_bytes"] == 0, 60, "RAM given back")
+        assert in_time(took_s, HOST_IDLE_S + CHECK_S + SLACK_S)
         passes = models.service.http.post("/admin/cleanup").json()
         assert (passes["status"], passes["cleanup_enabled"]) == ("running", True)
-        assert time.time() - passes["timestamp"] < CHECK_S + SLACK_S
+        assert in_time(time.time() - passes["timestamp"], CHECK_S + SLACK_S)
 
     @pytest.mark.soak
     def test_keep_alive(self, models: ResidencyService) -> None:
@@ -311,7 +310,7 @@ class TestIdle:
             while not isinstance(client.receive(), Audio):
                 pass
             # The credit is used up: the worker sends nothing more.
-            models.wait_for_state(SMALL, "offloaded", IDLE_S + CHECK_S + SLACK_S)
+            models.wait_for_state(SMALL, "offloaded", 60)
             assert models.entries()[SMALL]["references"] == 0
             while client.wait_for_message(0):
                 assert isinstance(client.receive(), Probe)
@@ -428,7 +427,7 @@ class TestFailedLoad:
     def test_offloaded_weights_need_no_files(self, models: ResidencyService, paths: dict[str, Path]) -> None:
         """A restore succeeds without the checkpoint's files."""
         said = models.say(SMALL, keep_alive=0)
-        models.wait_for_state(SMALL, "offloaded", 5)
+        models.wait_for_state(SMALL, "offloaded", 60)
         away = paths[SMALL].with_name("away")
         paths[SMALL].rename(away)
         try:

@@ -25,7 +25,6 @@ from tests.system.service import (
     eventually,
     is_running,
     running_worker,
-    stretched,
 )
 
 
@@ -106,7 +105,7 @@ def test_of_two_starts_at_once_one_serves(tmp_path: Path) -> None:
         for start in starts:
             start.kill()
             start.wait()
-    eventually(lambda: is_free(port), stretched(10), "the port is free again")
+    eventually(lambda: is_free(port), 60, "the port is free again")
 
 
 def answers(url: str) -> bool:

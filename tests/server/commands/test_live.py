@@ -58,7 +58,7 @@ def written(data: bytes, *, room: bool = True) -> tuple[Socket, _Writer]:
         writer.start()
         pipe.write(data)
         pipe.close()
-        eventually(lambda: socket.ended or not room, 20, "the end")
+        eventually(lambda: socket.ended or not room, 60, "the end")
     return socket, writer
 
 
@@ -91,9 +91,9 @@ def test_what_has_come_is_spoken_when_nothing_more_comes(monkeypatch: pytest.Mon
         writer = _Writer(socket, reading)  # type: ignore[arg-type] # it needs no more of a socket
         writer.start()
         pipe.write(b"Well, I")
-        eventually(lambda: socket.utterances() == ["Well, I"], 20, "an utterance")
+        eventually(lambda: socket.utterances() == ["Well, I"], 60, "an utterance")
         pipe.close()
-        eventually(lambda: socket.ended, 20, "the end")
+        eventually(lambda: socket.ended, 60, "the end")
 
 
 def test_wrong_arguments(

@@ -180,7 +180,7 @@ def test_an_outage_lasts_as_long_as_the_last_start(start: Callable[..., Supervis
     assert worker.outages[0].retry_after_s() == pytest.approx(FIRST_START_S, abs=1)
     worker.now += 17
     os.kill(first, signal.SIGTERM)
-    eventually(lambda: worker.supervisor.start_s == 17.0, 10, "the start measured")
+    eventually(lambda: worker.supervisor.start_s == 17.0, 60, "the start measured")
     os.kill(first, signal.SIGKILL)
     worker.next_number()
     assert worker.outages[-1].reason == "The GPU worker has died (SIGKILL) and is being restarted."
