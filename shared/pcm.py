@@ -10,6 +10,9 @@ BYTES_PER_SAMPLE: Final = 2
 FRAME_SAMPLES: Final = 1_920
 """Samples of one Qwen3-TTS frame: 80 ms, 12.5 frames a second."""
 
+SILENCE_PIECE_S: Final = 0.64
+"""The longest piece of `silence`."""
+
 EMPTY_S: Final = 0.1
 """The silence for a text without anything speakable: the shortest that players open in every format."""
 
@@ -30,3 +33,10 @@ def seconds_of(data: bytes | memoryview) -> float:
 def bytes_for(seconds: float) -> int:
     """The number of bytes of `seconds` of sound, rounded to a whole sample."""
     return round(seconds * SAMPLE_RATE) * BYTES_PER_SAMPLE
+
+
+def silence(seconds: float) -> list[bytes]:
+    """So much silence in pieces, whose whole ones are one object."""
+    piece = bytes(bytes_for(SILENCE_PIECE_S))
+    whole, rest = divmod(bytes_for(seconds), len(piece))
+    return [piece] * whole + [piece[:rest]] * bool(rest)

@@ -1,7 +1,7 @@
 """The engine as routes use it: `EngineClient`, and `Speech`, one request while the GPU worker speaks it.
 
-This module knows neither HTTP nor sockets. zmq.py implements the protocol over ZeroMQ; another transport can stand
-beside it.
+This module knows neither HTTP nor sockets. The package zmq beside it implements the protocol over ZeroMQ, the package
+ray over the replicas of a cluster.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import msgspec
 from server.engine.reports import ReplicaReport
 from server.http.errors import ApiError
 from shared.catalog import ModelSpec
-from shared.pcm import EMPTY_S, bytes_for
+from shared.pcm import EMPTY_S, silence
 from shared.protocol import (
     SHARED_VOICES,
     Action,
@@ -40,9 +40,6 @@ INITIAL_CREDIT: Final = 16
 
 Abort = Callable[[str, ApiError | None], None]
 """Takes the id of a request whose client does not get the rest, and why its response failed; None: the client left."""
-
-_SILENCE_BYTES: Final = bytes_for(0.64)
-"""The pieces of silence for such a text; its chunks share one object."""
 
 PIECE_INTERVAL_S: Final = 0.01
 """The shortest time between two Append messages of a request: pieces that come faster are sent together."""
@@ -215,9 +212,7 @@ def silent_speech(request: Speak, engine: "EngineClient") -> Speech:
     `engine` learns of the outcome.
     """
     pause_s = sum(segment.pause_ms for segment in request.segments) / 1000
-    whole, rest = divmod(bytes_for(max(EMPTY_S, pause_s)), _SILENCE_BYTES)
-    silence = bytes(_SILENCE_BYTES)
-    chunks = [silence] * whole + [silence[:rest]] * bool(rest)
+    chunks = silence(max(EMPTY_S, pause_s))
     enough = msgspec.structs.replace(request, credit=len(chunks))
     speech = Speech(enough, grant=lambda _id, _chunks: None, abort=lambda _id, _error: None)
     for seq, chunk in enumerate(chunks):

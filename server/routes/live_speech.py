@@ -14,7 +14,7 @@ from server.http.errors import ApiError
 from server.routes.speech_response import abort_on_failure, finished_of
 from server.routes.speech_start import SpeechPlan, StartedSpeech
 from server.text import GrowingText, Pause, SentenceSplitter, is_ssml, may_become_ssml
-from shared.pcm import bytes_for
+from shared.pcm import silence
 from shared.protocol import Finished
 from shared.text import MAX_RESPELLED, is_speakable
 
@@ -22,9 +22,6 @@ SplitGranularity = Literal["none", "sentence", "clause"]
 
 MAX_WAITING: Final = 256
 """Utterances of one queue that wait while another one is spoken."""
-
-_SILENCE_S: Final = 0.64
-"""The longest piece of a pause."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,8 @@ class Utterance:
                 yield PartStart(part.text, started)
                 while (chunk := await started.speech.chunk()) is not None:
                     yield chunk
-                for silence in _silence(part.pause_ms):
-                    yield silence
+                for pcm in silence(part.pause_ms / 1000):
+                    yield Chunk(pcm, None)
                 yield PartEnd(finished_of(started.speech))
 
     def _kind_of(self, text: str) -> Literal["undecided", "whole", "split", "growing"]:
@@ -272,9 +269,3 @@ class UtteranceQueue:
             self._current = None
         self._task = None
         self._on_empty()
-
-
-def _silence(pause_ms: int) -> list[Chunk]:
-    whole, rest = divmod(bytes_for(pause_ms / 1000), bytes_for(_SILENCE_S))
-    silence = bytes(bytes_for(_SILENCE_S))
-    return [Chunk(silence, None)] * whole + [Chunk(silence[:rest], None)] * bool(rest)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE, bytes_for, samples_of, seconds_of
+from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE, SILENCE_PIECE_S, bytes_for, samples_of, seconds_of, silence
 
 
 def test_one_second() -> None:
@@ -35,3 +35,12 @@ def test_half_a_sample() -> None:
         samples_of(b"abc")
     with pytest.raises(ValueError, match="1 bytes"):
         seconds_of(b"a")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.64, 30.1])
+def test_silence(seconds: float) -> None:
+    """It comes to a sample, in pieces that are short enough to be sent one by one."""
+    pieces = silence(seconds)
+    assert b"".join(pieces) == bytes(bytes_for(seconds))
+    assert max(map(len, pieces), default=0) <= bytes_for(SILENCE_PIECE_S)
+    assert all(pieces)
