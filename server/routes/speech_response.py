@@ -40,6 +40,9 @@ ERROR_FLUSH_S: Final = 0.25
 MAX_WHOLE_BYTES: Final = 512 * 1024 * 1024
 """PCM that one whole body may hold in memory: three hours."""
 
+Form = Callable[[asyncio.Task[Chunk | None]], AsyncIterator[bytes]]
+"""The bytes of a stream, from its first chunk on."""
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -107,34 +110,26 @@ class SpeechResponse:
 
     async def captioned(self) -> ClosingStream:
         """A stream of JSON lines, audio and words; a failure before the first of them is raised here."""
-        first = self._first_chunk()
-        await wait_while_connected(self._request, first)
-        first.result()
-        return self._stream(self._as_captioned(first), first, "application/x-ndjson", of_lines=True)
+        return await self._stream(self._as_captioned, "application/x-ndjson", of_lines=True)
 
     async def audio(self) -> ClosingStream:
         """A stream of audio bytes; a failure before the first of them is raised here."""
-        first = self._first_chunk()
-        await wait_while_connected(self._request, first)
-        first.result()
-        return self._stream(self._as_audio(first), first, self._media_type, of_lines=False)
+        return await self._stream(self._as_audio, self._media_type, of_lines=False)
 
     async def events(self) -> ClosingStream:
         """A stream of server-sent events; a failure within SSE_GRACE_S is raised here, a later one is an event."""
-        first = self._first_chunk()
-        if await wait_while_connected(self._request, first, SSE_GRACE_S):
-            first.result()
-        return self._stream(self._as_events(first), first, "text/event-stream", of_lines=True)
+        return await self._stream(self._as_events, "text/event-stream", of_lines=True, grace_s=SSE_GRACE_S)
 
-    def _first_chunk(self) -> asyncio.Task[Chunk | None]:
+    async def _stream(
+        self, form: Form, media_type: str, *, of_lines: bool, grace_s: float | None = None
+    ) -> ClosingStream:
+        """The stream, once its first chunk has come or failed, or `grace_s` are over."""
         first = asyncio.create_task(self._speech.chunk())
         # Retrieves the error of a task whose client disconnects before its result is used; asyncio would log it.
         first.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return first
+        if await wait_while_connected(self._request, first, grace_s):
+            first.result()
 
-    def _stream(
-        self, content: AsyncIterator[bytes], first: asyncio.Task[Chunk | None], media_type: str, *, of_lines: bool
-    ) -> ClosingStream:
         def close() -> None:
             first.cancel()
             if not self._complete:
@@ -146,7 +141,7 @@ class SpeechResponse:
 
         headers = self._headers | rate_limit_headers(self._speech.rate_limit)
         return ClosingStream(
-            content, on_close=close, of_lines=of_lines, media_type=media_type, headers=headers, status_code=200
+            form(first), on_close=close, of_lines=of_lines, media_type=media_type, headers=headers, status_code=200
         )
 
     async def _as_audio(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
