@@ -6,7 +6,6 @@ ones, and name those: each node has keys and token in its own environment, or in
 
 import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -22,7 +21,8 @@ class NodeSettings(msgspec.Struct, frozen=True):
 
 def settings_for_nodes(settings: Settings) -> NodeSettings:
     """The settings without secrets. Paths are those of this process's folder: on each node they must be the same."""
-    paths = {name: value.absolute() for name, value in _values(settings).items() if isinstance(value, Path)}
+    values = msgspec.structs.asdict(settings)
+    paths = {name: value.absolute() for name, value in values.items() if isinstance(value, Path)}
     model_paths = {name: path.absolute() for name, path in settings.model_paths.items()}
     variables = variables_of(msgspec.structs.replace(settings, **paths, model_paths=model_paths))
     secret = sorted(variable_of(name) for name in SECRET if variable_of(name) in variables)
@@ -36,7 +36,3 @@ def settings_on_node(node: NodeSettings) -> Settings:
         reason = "is set where the application was deployed, but not in the environment of Ray on this node"
         raise SettingsError([f"{name}: {reason}" for name in missing])
     return load_settings(node.variables | {name: os.environ[name] for name in node.secret})
-
-
-def _values(settings: Settings) -> dict[str, Any]:
-    return {field.name: getattr(settings, field.name) for field in msgspec.structs.fields(Settings)}

@@ -14,6 +14,7 @@ from server.cluster.ingress_leases import IngressLeases
 from server.engine import ReplicaReport, Speech, ZmqEngineClient
 from server.engine.ray import Frames, ReportRequest
 from server.http.errors import ApiError
+from shared.pcm import SAMPLE_RATE
 from shared.protocol import (
     Append,
     Audio,
@@ -37,7 +38,6 @@ log = structlog.get_logger(__name__)
 
 M = TypeVar("M", bound=Message)
 
-_SAMPLE_RATE: Final = 24_000
 _CALL_TIMEOUT_S: Final = 3600.0
 """The web process has a limit of its own, and cancels the call after it."""
 
@@ -198,7 +198,7 @@ class _Stream:
         return Started(
             id=self._request.id,
             model=self._request.model,
-            sample_rate=_SAMPLE_RATE,
+            sample_rate=SAMPLE_RATE,
             rate_limit=self.speech.rate_limit,
         )
 

@@ -70,11 +70,4 @@ class ReplicaCalls:
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
         if not replies or (errors and isinstance(action, FindUsage)):  # a sum without one of its parts would be wrong
             raise errors[0] if errors else unavailable_error("No GPU worker is there.")
-        return _merge_replies(action, replies)
-
-
-def _merge_replies(action: Action, replies: list[Reply]) -> Reply:
-    """One reply of those that several replicas gave to the same action."""
-    if isinstance(action, FindUsage):
-        return merge_usage(replies)
-    return replies[0]
+        return merge_usage(replies) if isinstance(action, FindUsage) else replies[0]

@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 
 
 class Outboxes:
-    """An outbox for each replica. `start` runs a coroutine as a task.
+    """An outbox for each replica to which messages are on their way. `start` runs a coroutine as a task.
 
     `on_lost` gets the id of each request of which a replica may lack a message, and the replica.
     """
@@ -37,10 +37,8 @@ class Outboxes:
         outbox = self._by_replica.get(replica)
         if outbox is None:
             outbox = self._by_replica[replica] = _Outbox(replica, self._replicas, self._timeout_s)
-        outbox.messages.append(message)
-        if outbox.idle:
-            outbox.idle = False
             self._start(self._empty(outbox))
+        outbox.messages.append(message)
 
     async def flush(self) -> None:
         """Wait until all messages are sent, or lost."""
@@ -61,7 +59,6 @@ class _Outbox:
     def __init__(self, replica: str, replicas: EngineReplicas, timeout_s: float) -> None:
         self.replica = replica
         self.messages: list[Message] = []
-        self.idle = True
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._empty = asyncio.Event()

@@ -168,8 +168,8 @@ async def _heard_design(audio_id: str, audio_store: AudioStore) -> bytes:
         if audio.size > MAX_REFERENCE_BYTES:
             raise ApiError("invalid_value", "audio_id: this speech is too long for a voice.", param="audio_id")
         content = b""
-        while len(content) < audio.size:
-            content += await audio.read(len(content), audio.size - len(content))
+        while piece := await audio.read(len(content), audio.size):
+            content += piece
         return content
     finally:
         audio.close()
