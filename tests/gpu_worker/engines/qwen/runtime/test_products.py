@@ -80,7 +80,7 @@ def test_sums_of_int8_do_not_overflow() -> None:
 
 
 def test_int8_without_vnni_uses_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the guard row leaves the largest activations half of the range. Wide activations know that."""
+    """Then an activation has half as many integers. Wide activations know that."""
     if not available("int8"):
         pytest.skip("no int8 products here")
     monkeypatch.setattr(products, "_levels", lambda: 63)
