@@ -3,39 +3,21 @@
 Pure functions: no I/O, no model and no audio. Outsiders import the names below, never a module of the package.
 """
 
-from server.text.growing import GrowingText
-from server.text.preparation import InputFormat, PreparedSegment, prepare
-from server.text.pronunciations import (
-    EVERY_LANGUAGE,
-    Pronunciations,
-    PronunciationsError,
-    Respelling,
-    Word,
-    check_pronunciations,
-    load_pronunciations,
-    reload_pronunciations,
-)
-from server.text.sentences import Granularity, SentenceSplitter, end_of_last_sentence
-from server.text.spans import Pause
-from server.text.ssml import is_ssml, may_become_ssml
-
-__all__ = [
-    "EVERY_LANGUAGE",
-    "Granularity",
-    "GrowingText",
-    "InputFormat",
-    "Pause",
-    "PreparedSegment",
-    "Pronunciations",
-    "PronunciationsError",
-    "Respelling",
-    "SentenceSplitter",
-    "Word",
-    "check_pronunciations",
-    "end_of_last_sentence",
-    "is_ssml",
-    "load_pronunciations",
-    "may_become_ssml",
-    "prepare",
-    "reload_pronunciations",
-]
+from server.text.growing import GrowingText as GrowingText
+from server.text.preparation import InputFormat as InputFormat
+from server.text.preparation import PreparedSegment as PreparedSegment
+from server.text.preparation import prepare as prepare
+from server.text.pronunciations import EVERY_LANGUAGE as EVERY_LANGUAGE
+from server.text.pronunciations import Pronunciations as Pronunciations
+from server.text.pronunciations import PronunciationsError as PronunciationsError
+from server.text.pronunciations import Respelling as Respelling
+from server.text.pronunciations import Word as Word
+from server.text.pronunciations import check_pronunciations as check_pronunciations
+from server.text.pronunciations import load_pronunciations as load_pronunciations
+from server.text.pronunciations import reload_pronunciations as reload_pronunciations
+from server.text.sentences import Granularity as Granularity
+from server.text.sentences import SentenceSplitter as SentenceSplitter
+from server.text.sentences import end_of_last_sentence as end_of_last_sentence
+from server.text.spans import Pause as Pause
+from server.text.ssml import is_ssml as is_ssml
+from server.text.ssml import may_become_ssml as may_become_ssml

@@ -3,232 +3,109 @@
 Others import from this package, not from its modules.
 """
 
-from shared.protocol.actions import (
-    MAX_PORTABLE_PCM,
-    Action,
-    Cleanup,
-    CloneVoice,
-    ConsentAction,
-    CreateConsent,
-    DeleteConsent,
-    DeleteVoice,
-    DesignVoice,
-    EmptyCache,
-    ExportVoice,
-    FindConsent,
-    FindSpeech,
-    FindUsage,
-    FindVoice,
-    ImportVoice,
-    ListConsents,
-    LoadModel,
-    PinModel,
-    PortableConsent,
-    PortableVoice,
-    Reload,
-    RenameConsent,
-    UnloadModel,
-    UpdateVoice,
-    VoiceAction,
-)
-from shared.protocol.messages import (
-    VERSION,
-    Append,
-    Audio,
-    Call,
-    Cancel,
-    Credit,
-    EndText,
-    Failed,
-    Finished,
-    FromWeb,
-    FromWorker,
-    Hello,
-    Message,
-    Ping,
-    Pong,
-    Probe,
-    Reply,
-    Speak,
-    Spoken,
-    Started,
-    UsedElsewhere,
-    Welcome,
-)
-from shared.protocol.parts import (
-    ALL_VOICES,
-    SHARED_VOICES,
-    CacheCounts,
-    CacheName,
-    CacheStats,
-    FinishReason,
-    KeyLimits,
-    KeyUse,
-    LimitName,
-    Priority,
-    PublicState,
-    RateLimit,
-    Sampling,
-    Segment,
-    SpeechError,
-    Task,
-    Timings,
-    Usage,
-    VoiceAccess,
-    Word,
-    WorkerUse,
-)
-from shared.protocol.results import (
-    ModelStatus,
-    SavedVoice,
-    SpeechOutcome,
-    SpeechStatus,
-    UsageRow,
-    VoiceConsent,
-)
-from shared.protocol.snapshot import (
-    BATCH_SIZE_BOUNDS,
-    FIRST_AUDIO_BOUNDS_S,
-    PERFORMANCE_MINUTES,
-    PLAYER_BUFFERS_S,
-    REAL_TIME_FACTOR_BOUNDS,
-    TRANSITION_BOUNDS_S,
-    UNDERRUN_BOUNDS_S,
-    BufferMemory,
-    CleanupPass,
-    Counters,
-    DeviceMemory,
-    Distribution,
-    Exemplar,
-    Histogram,
-    HostMemory,
-    ModelStats,
-    ShownState,
-    Snapshot,
-    StreamState,
-    WindowCounts,
-    WindowPerformance,
-)
-from shared.protocol.speak_ids import (
-    is_known_as,
-    new_speak_id,
-    request_id_in,
-    speech_id_of,
-)
-from shared.protocol.wire import (
-    READY,
-    STARTING,
-    ProtocolError,
-    decode_from_web,
-    decode_from_worker,
-    encode,
-)
-
-__all__ = [
-    "ALL_VOICES",
-    "BATCH_SIZE_BOUNDS",
-    "FIRST_AUDIO_BOUNDS_S",
-    "MAX_PORTABLE_PCM",
-    "PERFORMANCE_MINUTES",
-    "PLAYER_BUFFERS_S",
-    "READY",
-    "REAL_TIME_FACTOR_BOUNDS",
-    "SHARED_VOICES",
-    "STARTING",
-    "TRANSITION_BOUNDS_S",
-    "UNDERRUN_BOUNDS_S",
-    "VERSION",
-    "Action",
-    "Append",
-    "Audio",
-    "BufferMemory",
-    "CacheCounts",
-    "CacheName",
-    "CacheStats",
-    "Call",
-    "Cancel",
-    "Cleanup",
-    "CleanupPass",
-    "CloneVoice",
-    "ConsentAction",
-    "Counters",
-    "CreateConsent",
-    "Credit",
-    "DeleteConsent",
-    "DeleteVoice",
-    "DesignVoice",
-    "DeviceMemory",
-    "Distribution",
-    "EmptyCache",
-    "EndText",
-    "Exemplar",
-    "ExportVoice",
-    "Failed",
-    "FindConsent",
-    "FindSpeech",
-    "FindUsage",
-    "FindVoice",
-    "FinishReason",
-    "Finished",
-    "FromWeb",
-    "FromWorker",
-    "Hello",
-    "Histogram",
-    "HostMemory",
-    "ImportVoice",
-    "KeyLimits",
-    "KeyUse",
-    "LimitName",
-    "ListConsents",
-    "LoadModel",
-    "Message",
-    "ModelStats",
-    "ModelStatus",
-    "PinModel",
-    "Ping",
-    "Pong",
-    "PortableConsent",
-    "PortableVoice",
-    "Priority",
-    "Probe",
-    "ProtocolError",
-    "PublicState",
-    "RateLimit",
-    "Reload",
-    "RenameConsent",
-    "Reply",
-    "Sampling",
-    "SavedVoice",
-    "Segment",
-    "ShownState",
-    "Snapshot",
-    "Speak",
-    "SpeechError",
-    "SpeechOutcome",
-    "SpeechStatus",
-    "Spoken",
-    "Started",
-    "StreamState",
-    "Task",
-    "Timings",
-    "UnloadModel",
-    "UpdateVoice",
-    "Usage",
-    "UsageRow",
-    "UsedElsewhere",
-    "VoiceAccess",
-    "VoiceAction",
-    "VoiceConsent",
-    "Welcome",
-    "WindowCounts",
-    "WindowPerformance",
-    "Word",
-    "WorkerUse",
-    "decode_from_web",
-    "decode_from_worker",
-    "encode",
-    "is_known_as",
-    "new_speak_id",
-    "request_id_in",
-    "speech_id_of",
-]
+from shared.protocol.actions import MAX_PORTABLE_PCM as MAX_PORTABLE_PCM
+from shared.protocol.actions import Action as Action
+from shared.protocol.actions import Cleanup as Cleanup
+from shared.protocol.actions import CloneVoice as CloneVoice
+from shared.protocol.actions import ConsentAction as ConsentAction
+from shared.protocol.actions import CreateConsent as CreateConsent
+from shared.protocol.actions import DeleteConsent as DeleteConsent
+from shared.protocol.actions import DeleteVoice as DeleteVoice
+from shared.protocol.actions import DesignVoice as DesignVoice
+from shared.protocol.actions import EmptyCache as EmptyCache
+from shared.protocol.actions import ExportVoice as ExportVoice
+from shared.protocol.actions import FindConsent as FindConsent
+from shared.protocol.actions import FindSpeech as FindSpeech
+from shared.protocol.actions import FindUsage as FindUsage
+from shared.protocol.actions import FindVoice as FindVoice
+from shared.protocol.actions import ImportVoice as ImportVoice
+from shared.protocol.actions import ListConsents as ListConsents
+from shared.protocol.actions import LoadModel as LoadModel
+from shared.protocol.actions import PinModel as PinModel
+from shared.protocol.actions import PortableConsent as PortableConsent
+from shared.protocol.actions import PortableVoice as PortableVoice
+from shared.protocol.actions import Reload as Reload
+from shared.protocol.actions import RenameConsent as RenameConsent
+from shared.protocol.actions import UnloadModel as UnloadModel
+from shared.protocol.actions import UpdateVoice as UpdateVoice
+from shared.protocol.actions import VoiceAction as VoiceAction
+from shared.protocol.messages import VERSION as VERSION
+from shared.protocol.messages import Append as Append
+from shared.protocol.messages import Audio as Audio
+from shared.protocol.messages import Call as Call
+from shared.protocol.messages import Cancel as Cancel
+from shared.protocol.messages import Credit as Credit
+from shared.protocol.messages import EndText as EndText
+from shared.protocol.messages import Failed as Failed
+from shared.protocol.messages import Finished as Finished
+from shared.protocol.messages import FromWeb as FromWeb
+from shared.protocol.messages import FromWorker as FromWorker
+from shared.protocol.messages import Hello as Hello
+from shared.protocol.messages import Message as Message
+from shared.protocol.messages import Ping as Ping
+from shared.protocol.messages import Pong as Pong
+from shared.protocol.messages import Probe as Probe
+from shared.protocol.messages import Reply as Reply
+from shared.protocol.messages import Speak as Speak
+from shared.protocol.messages import Spoken as Spoken
+from shared.protocol.messages import Started as Started
+from shared.protocol.messages import UsedElsewhere as UsedElsewhere
+from shared.protocol.messages import Welcome as Welcome
+from shared.protocol.parts import ALL_VOICES as ALL_VOICES
+from shared.protocol.parts import SHARED_VOICES as SHARED_VOICES
+from shared.protocol.parts import CacheCounts as CacheCounts
+from shared.protocol.parts import CacheName as CacheName
+from shared.protocol.parts import CacheStats as CacheStats
+from shared.protocol.parts import FinishReason as FinishReason
+from shared.protocol.parts import KeyLimits as KeyLimits
+from shared.protocol.parts import KeyUse as KeyUse
+from shared.protocol.parts import LimitName as LimitName
+from shared.protocol.parts import Priority as Priority
+from shared.protocol.parts import PublicState as PublicState
+from shared.protocol.parts import RateLimit as RateLimit
+from shared.protocol.parts import Sampling as Sampling
+from shared.protocol.parts import Segment as Segment
+from shared.protocol.parts import SpeechError as SpeechError
+from shared.protocol.parts import Task as Task
+from shared.protocol.parts import Timings as Timings
+from shared.protocol.parts import Usage as Usage
+from shared.protocol.parts import VoiceAccess as VoiceAccess
+from shared.protocol.parts import Word as Word
+from shared.protocol.parts import WorkerUse as WorkerUse
+from shared.protocol.results import ModelStatus as ModelStatus
+from shared.protocol.results import SavedVoice as SavedVoice
+from shared.protocol.results import SpeechOutcome as SpeechOutcome
+from shared.protocol.results import SpeechStatus as SpeechStatus
+from shared.protocol.results import UsageRow as UsageRow
+from shared.protocol.results import VoiceConsent as VoiceConsent
+from shared.protocol.snapshot import BATCH_SIZE_BOUNDS as BATCH_SIZE_BOUNDS
+from shared.protocol.snapshot import FIRST_AUDIO_BOUNDS_S as FIRST_AUDIO_BOUNDS_S
+from shared.protocol.snapshot import PERFORMANCE_MINUTES as PERFORMANCE_MINUTES
+from shared.protocol.snapshot import PLAYER_BUFFERS_S as PLAYER_BUFFERS_S
+from shared.protocol.snapshot import REAL_TIME_FACTOR_BOUNDS as REAL_TIME_FACTOR_BOUNDS
+from shared.protocol.snapshot import TRANSITION_BOUNDS_S as TRANSITION_BOUNDS_S
+from shared.protocol.snapshot import UNDERRUN_BOUNDS_S as UNDERRUN_BOUNDS_S
+from shared.protocol.snapshot import BufferMemory as BufferMemory
+from shared.protocol.snapshot import CleanupPass as CleanupPass
+from shared.protocol.snapshot import Counters as Counters
+from shared.protocol.snapshot import DeviceMemory as DeviceMemory
+from shared.protocol.snapshot import Distribution as Distribution
+from shared.protocol.snapshot import Exemplar as Exemplar
+from shared.protocol.snapshot import Histogram as Histogram
+from shared.protocol.snapshot import HostMemory as HostMemory
+from shared.protocol.snapshot import ModelStats as ModelStats
+from shared.protocol.snapshot import ShownState as ShownState
+from shared.protocol.snapshot import Snapshot as Snapshot
+from shared.protocol.snapshot import StreamState as StreamState
+from shared.protocol.snapshot import WindowCounts as WindowCounts
+from shared.protocol.snapshot import WindowPerformance as WindowPerformance
+from shared.protocol.speak_ids import is_known_as as is_known_as
+from shared.protocol.speak_ids import new_speak_id as new_speak_id
+from shared.protocol.speak_ids import request_id_in as request_id_in
+from shared.protocol.speak_ids import speech_id_of as speech_id_of
+from shared.protocol.wire import READY as READY
+from shared.protocol.wire import STARTING as STARTING
+from shared.protocol.wire import ProtocolError as ProtocolError
+from shared.protocol.wire import decode_from_web as decode_from_web
+from shared.protocol.wire import decode_from_worker as decode_from_worker
+from shared.protocol.wire import encode as encode

@@ -5,16 +5,10 @@ over a deployment handle. What crosses Ray are the encoded messages of shared/pr
 Outsiders import the names below.
 """
 
-from server.engine.ray.client import RayEngineClient
-from server.engine.ray.interface import EngineReplicas, Frames, ReplicaLostError, ReplicaStream, ReportRequest
-from server.engine.ray.polling import REPORT_INTERVAL_S
-
-__all__ = [
-    "REPORT_INTERVAL_S",
-    "EngineReplicas",
-    "Frames",
-    "RayEngineClient",
-    "ReplicaLostError",
-    "ReplicaStream",
-    "ReportRequest",
-]
+from server.engine.ray.client import RayEngineClient as RayEngineClient
+from server.engine.ray.interface import EngineReplicas as EngineReplicas
+from server.engine.ray.interface import Frames as Frames
+from server.engine.ray.interface import ReplicaLostError as ReplicaLostError
+from server.engine.ray.interface import ReplicaStream as ReplicaStream
+from server.engine.ray.interface import ReportRequest as ReportRequest
+from server.engine.ray.polling import REPORT_INTERVAL_S as REPORT_INTERVAL_S

@@ -3,6 +3,4 @@
 Outsiders import the name below.
 """
 
-from server.engine.zmq.client import ZmqEngineClient
-
-__all__ = ["ZmqEngineClient"]
+from server.engine.zmq.client import ZmqEngineClient as ZmqEngineClient

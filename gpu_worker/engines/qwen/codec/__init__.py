@@ -3,7 +3,7 @@
 It owns the weights of the speech tokenizer and the arithmetic of its decoder. Nothing else decodes or encodes audio.
 """
 
-from gpu_worker.engines.qwen.codec.codec import Codec, can_be_quantized
-from gpu_worker.engines.qwen.codec.decoder_state import DecoderState, StreamSnapshot
-
-__all__ = ["Codec", "DecoderState", "StreamSnapshot", "can_be_quantized"]
+from gpu_worker.engines.qwen.codec.codec import Codec as Codec
+from gpu_worker.engines.qwen.codec.codec import can_be_quantized as can_be_quantized
+from gpu_worker.engines.qwen.codec.decoder_state import DecoderState as DecoderState
+from gpu_worker.engines.qwen.codec.decoder_state import StreamSnapshot as StreamSnapshot
