@@ -190,7 +190,7 @@ def test_many_events_grow_no_memory(tab: OpenTab, open_service: Service) -> None
 
 def test_a_cluster(tab: OpenTab, open_service: Service) -> None:
     """Each GPU worker of a cluster has a row, also one that is gone, and each GPU a bar of its memory."""
-    page = tab().page
+    page = tab(own={}).page
     page.add_init_script(FED)
     text = open_service.http.get("/admin/events", params={"once": "true"}).text.removeprefix("data: ")
     event = json.loads(text)
