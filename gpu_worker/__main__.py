@@ -250,4 +250,7 @@ def _die_with_parent(inbox: "queue.SimpleQueue[Command]", parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    # Python's own end would take torch apart, and triton would write a list of what it leaks into the log.
+    os._exit(exit_code)

@@ -42,7 +42,7 @@ def voices_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, voices_dir: Path) -> Iterator[Service]:
-    """A service whose Qwen3-TTS models are small random checkpoints, with four slots each."""
+    """A service whose Qwen3-TTS models are small random checkpoints, with four slots each. Its end is quiet."""
     paths = {
         CUSTOM_SMALL: tiny("custom_voice", "0b6"),
         CUSTOM: tiny("custom_voice", "1b7"),
@@ -58,6 +58,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, voices_dir: Path) -> Itera
     }
     with running_service(tmp_path_factory.mktemp("qwen"), **settings) as service:
         yield service
+    assert "leaked" not in service.log.read_text()
 
 
 def recording(seconds: float, *, rate: int = SAMPLE_RATE, silent: bool = False, audio_format: str = "WAV") -> bytes:
