@@ -4,7 +4,6 @@ from collections import deque
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import sentencex
 import soxr
 from numpy.typing import NDArray
 
@@ -13,6 +12,7 @@ from gpu_worker.engines.espeak.library import MAX_PIECE_CHARS, EspeakLibrary
 from gpu_worker.engines.espeak.scripts import voice_runs
 from gpu_worker.engines.espeak.word_times import time_words
 from gpu_worker.engines.fades import fade_at_silences
+from gpu_worker.engines.sentences import sentences_of
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Word
 from shared.text import is_speakable
@@ -52,7 +52,7 @@ class _OpenSegment:
             return []
         # Behind white space, the letter shows whether the next sentence can begin there.
         next_word = "A" if self._text[-1:].isspace() else ""
-        *sentences, rest = sentencex.segment(self._rules, self._text + next_word) or [""]
+        *sentences, rest = sentences_of(self._text + next_word, self._rules) or [""]
         self._text = rest.removesuffix(next_word)
         return [self._next(sentence) for sentence in sentences]
 

@@ -1,6 +1,6 @@
 """Text of requests: control characters removed, and long texts split into utterances.
 
-Sentence ends are found by the sentencex library. Token counts come from the caller: this module knows no tokenizer.
+Token counts come from the caller: this module knows no tokenizer.
 """
 
 import itertools
@@ -9,8 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import sentencex
-
+from gpu_worker.engines.sentences import sentences_of
 from shared.text import CONTROL_TOKEN, is_speakable
 
 _LANGUAGE_CODES: Final = {
@@ -108,8 +107,7 @@ class UtterancePacker:
 
 def split_sentences(text: str, language: str) -> list[str]:
     """The sentences of a text, with the white space behind them."""
-    sentences: list[str] = sentencex.segment(_LANGUAGE_CODES.get(language, "en"), text)
-    return sentences
+    return sentences_of(text, _LANGUAGE_CODES.get(language, "en"))
 
 
 def part_chars(limit: int) -> int:
