@@ -77,7 +77,10 @@ def test_on_cpu_the_code_predictor_is_traced_before_the_first_frame() -> None:
 
 
 def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take a third of the memory at most, and give the same codes. So do the layers of a large talker."""
+    """They take a third of the memory at most, and give the same codes. So do the layers of a large talker.
+
+    A load runs each of the functions once.
+    """
     small = Ours("custom_voice", None, slots=1)
     monkeypatch.setattr(products, "PACK_ELEMENTS", 1)
     large = Ours("custom_voice", None, slots=1)
@@ -92,7 +95,9 @@ def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest
     for ours in (small, large):
         runner = CpuModelRunner(ours.model)
         with torch.inference_mode():
+            del names[:]
             runner.prepare()
+            assert len(set(names)) == len(names)
             graphs.append(runner.memory()["graphs"])
             codes += generate(ours, [Request(prompt=ours.prompt(CASES[0]), join=0, frames=7)], runner)
             del names[:]
