@@ -1,27 +1,22 @@
 """`python -m tests.gpu_worker.engines.qwen.fake_cuda`: what the captured functions launch at published sizes, as JSON.
 
-It builds model and codec of 1.7B in bfloat16 of fake CUDA tensors, which have shapes, strides and devices but no
-memory, and calls one function of each kind. No GPU is needed, only a C++ compiler: fake tensors ask CUDA's device
-guard, which a CPU build of torch lacks. The guard stays in its process, so this runs in a process of its own.
-A value that decides what is launched, a tensor of another device in a function: torch raises.
+It builds model and codec of 1.7B in bfloat16 of tensors on torch's meta device, which have shapes and strides but no
+memory, and calls one function of each kind. The code sees them as CUDA tensors (MetaAsCuda), so no GPU is needed.
+torch raises where a value decides what is launched: a tensor on the meta device has none.
 """
 
-import ctypes
-import gc
 import json
 import math
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,22 +37,21 @@ from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_products import PRODUCTS
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products, Quantization
 from gpu_worker.engines.qwen.vocoder import Vocoder
-from tests.checkpoints import CACHE, codec_config, model_config
+from tests.checkpoints import codec_config, model_config
 from tests.gpu_worker.engines.qwen.triton_launches import Launch, recorded
 
 SLOTS = 64
 MAX_MODEL_LEN = 2048
 TEXT_VOCAB = 151_936
-GUARD = """
-#include <c10/core/impl/FakeGuardImpl.h>
-namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>) }
-"""
 FREE = {"device", "empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "_unsafe_view"}
 """Operators that launch nothing. Views launch nothing either."""
 GATHERS = {"index", "index_select", "embedding", "gather"}
 """Operators that read no more of a tensor than they return."""
 SCATTERS = {"index_put", "index_copy"}
 """Operators that write no more of a tensor than they are given."""
+CUDA = torch.device("cuda")
+IS_CUDA = Tensor.is_cuda.__get__
+DEVICE = Tensor.device.__get__
 WEIGHTS_OF = {"mm": [1], "addmm": [2]}
 """Where products have their weights."""
 SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2}
@@ -108,7 +102,7 @@ class CountedOperators(TorchDispatchMode):
         full_name = func._schema.name.rpartition("::")[2]
         name = full_name.rstrip("_")
         tensors = [item for item in _flat((args, kwargs, result)) if isinstance(item, Tensor)]
-        if any(tensor.device.type != "cuda" and tensor.ndim for tensor in tensors):  # single numbers are arguments
+        if any(not tensor.is_meta and tensor.ndim for tensor in tensors):  # single numbers are arguments
             self._launches.crossings.append(name)
         is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
         if name == "_flash_attention_forward":
@@ -122,8 +116,24 @@ class CountedOperators(TorchDispatchMode):
         return result
 
 
+class MetaAsCuda(TorchFunctionMode):
+    """Shows the code tensors on the meta device as CUDA tensors, and makes them where it wants CUDA tensors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func == IS_CUDA:
+            return args[0].is_meta
+        if func == DEVICE:
+            return CUDA if args[0].is_meta else args[0].device
+        if kwargs and kwargs.get("device") in {CUDA, "cuda"}:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+
 class WholeKernels(TorchFunctionMode):
-    """Counts functions as one kernel each that are one on CUDA, and that fake tensors would take to pieces."""
+    """Counts functions as one kernel each that are one on CUDA, and that the meta device would take to pieces."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
@@ -146,7 +156,7 @@ class WholeKernels(TorchFunctionMode):
 
 
 def count(function: Callable[[], None]) -> Launches:
-    """Call the function, under a FakeTensorMode."""
+    """Call the function, under MetaAsCuda."""
     launches = Launches()
 
     def launched(launch: Launch) -> None:
@@ -154,7 +164,7 @@ def count(function: Callable[[], None]) -> Launches:
         launches.triton.setdefault(launch.name, launch)
         if launch.name == "quantized_linear":
             launches.product_bytes += launch.arguments[1].nbytes
-        if any(isinstance(item, Tensor) and item.device.type != "cuda" for item in launch.arguments):
+        if any(isinstance(item, Tensor) and not item.is_meta for item in launch.arguments):
             launches.crossings.append(launch.name)
 
     with CountedOperators(launches), WholeKernels(launches), recorded(launched):
@@ -179,7 +189,7 @@ def captured_functions(
 ) -> tuple[dict[Key, Callable[[], None]], int]:
     """The functions that an engine captures, and the bytes of its weights. Fewer slots take less time.
 
-    Call it and them under a FakeTensorMode.
+    Call it and them under MetaAsCuda.
     """
     functions: dict[Key, Callable[[], None]] = {}
 
@@ -187,14 +197,11 @@ def captured_functions(
         functions.update(new)
         return {}, 0
 
-    captured_buckets.capture_graphs = capture  # type: ignore[assignment]
-    captured_buckets.warm_up = lambda *_: None
     streams: Any = SimpleNamespace(
         frame_capture=None, codec_capture=None, transfer=None, codec=None, frame_pool=None, codec_pool=None
     )
-    device = torch.device("cuda")
     config = msgspec.convert(model_config("custom_voice", "1b7", full=True), ModelConfig)
-    rows = rows_needed(slots, device)
+    rows = rows_needed(slots, CUDA)
     model = Qwen3TTSModel(
         FakeWeights(_model_shapes(config)),
         config,
@@ -205,13 +212,16 @@ def captured_functions(
         max_model_len=max_model_len,
         products=products,
     )
-    CudaGraphModelRunner(model, streams).prepare()
+    vocoders: list[Vocoder] = []
     if with_codec:
         shape = msgspec.convert(codec_config(full=True)["decoder_config"], DecoderShape)
         codec = Codec.__new__(Codec)
-        codec.device, codec.dtype = device, torch.bfloat16
+        codec.device, codec.dtype = CUDA, torch.bfloat16
         codec._decoder = Decoder(FakeWeights(_codec_shapes(shape)), shape, fused_kernels())
-        Vocoder(codec, model.state.ring_buffer, SLOTS, streams).prepare()
+        vocoders.append(Vocoder(codec, model.state.ring_buffer, SLOTS, streams))
+    with patch.multiple(captured_buckets, capture_graphs=capture, warm_up=lambda *_: None):
+        for captured in (CudaGraphModelRunner(model, streams), *vocoders):
+            captured.prepare()
     scratch = _storages((*model.state.tensors(), *model.talker.cache.tensors(), *model.code_predictor.scratch()))
     weights = _storages(model.tensors())
     text_embedding = 2 * TEXT_VOCAB * config.talker_config.text_hidden_size
@@ -232,7 +242,7 @@ class FakeWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         dtype = torch.float32 if "_codebook" in name else torch.bfloat16
-        return torch.empty(self._shapes[name], dtype=dtype, device="cuda")
+        return torch.empty(self._shapes[name], dtype=dtype, device=CUDA)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -341,24 +351,9 @@ def _flat(values: Any) -> Iterator[Any]:
         yield from _flat(value)
 
 
-def load_guard() -> None:
-    """Compile a device guard for CUDA that does nothing, once for each version of torch, and load it."""
-    library = CACHE.parent / f"fake_guard-{torch.__version__}.so"
-    if not library.exists():
-        root = Path(torch.__path__[0])
-        library.parent.mkdir(exist_ok=True)
-        source, new = library.with_suffix(".cpp"), library.with_suffix(".new")
-        source.write_text(GUARD)
-        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
-        subprocess.run(["g++", str(source), *flags, "-o", str(new)], check=True)  # noqa: S607 -- whichever is installed
-        new.replace(library)
-    ctypes.CDLL(str(library))
-
-
 def quantised_launches(quantization: Quantization) -> dict[str, Any]:
     """What one frame of one row launches with quantised weights, the bytes of the weights, and their estimate."""
-    cuda_products.quantize = _shapes_quantised  # fake tensors would take 2 s for the arithmetic of a load
-    with recorded(lambda _: None):  # those of the load
+    with patch.object(cuda_products, "quantize", _shapes_quantised), recorded(lambda _: None):  # those of the load
         functions, weight_bytes = captured_functions(products=PRODUCTS[quantization], slots=1, with_codec=False)
     keys: list[Key] = [("code_predictor_step", 1, 0), ("talker_step", 1, MAX_MODEL_LEN)]
     launched = {"/".join(map(str, key)): count(functions[key]).as_dict() for key in keys}
@@ -378,10 +373,8 @@ def estimated_bytes(quantization: Quantization) -> int:
     return build.weight_bytes(config.talker_config, headers, "cuda", torch.bfloat16, quantization)
 
 
-def main() -> None:
-    """Print what the functions at the batch sizes 1 and 16 launch, and the keys of all functions."""
-    gc.disable()  # a quarter of the time would go into searches for cycles among fake tensors
-    load_guard()
+def counts() -> dict[str, Any]:
+    """What the functions at the batch sizes 1 and 16 launch, and the keys of all functions."""
     wanted: list[Key] = [
         ("code_predictor_step", 1, 0),
         ("code_predictor_step", 16, 0),
@@ -392,14 +385,14 @@ def main() -> None:
         ("decode", 1, 1),
         ("decode", 16, 8),
     ]
-    with FakeTensorMode(), torch.no_grad():
+    with MetaAsCuda(), torch.no_grad():
         functions, weight_bytes = captured_functions()
         launches = {"/".join(map(str, key)): count(functions[key]) for key in wanted if key in functions}
         longer, _ = captured_functions(2 * MAX_MODEL_LEN, slots=16, with_codec=False)
         twice_as_long = count(longer["talker_step", 16, 2 * MAX_MODEL_LEN]).as_dict()
         quantised = {name: quantised_launches(name) for name in PRODUCTS}
     kernels = {name: launch for one in launches.values() for name, launch in one.triton.items()}
-    printed = {
+    return {
         "functions": ["/".join(map(str, key)) for key in functions],
         "launched": {key: one.as_dict() for key, one in launches.items()},
         "twice_as_long": twice_as_long,
@@ -408,8 +401,7 @@ def main() -> None:
         "quantised": quantised,
         "compiled": {name: launch.compile() for name, launch in kernels.items()},
     }
-    json.dump(printed, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    json.dump(counts(), sys.stdout)

@@ -3,21 +3,14 @@
 A change may only lower a budget. A CUDA kernel in a graph takes about 2 µs, however little it computes.
 """
 
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gpu_worker.engines.qwen.kernels.selection import OPERATIONS
 from gpu_worker.engines.qwen.runner import GRAPH_NODE_BYTES, graph_bytes
 from tests.checkpoints import CACHE
+from tests.gpu_worker.engines.qwen.kernels.interpreter import needs_triton
 
 KERNELS = {
     "code_predictor_step/1/0": 627,
@@ -62,7 +55,7 @@ TALKER_BYTES = 2_860_308_260
 LARGE = {key.split("/")[0]: key for key in KERNELS}
 """Of each name the key with the larger batch."""
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = needs_triton
 
 ATTENTION_SHAPES = 6
 """Different shapes and strides of attention in the functions of KERNELS: a kernel may be chosen or planned for each."""
@@ -71,16 +64,11 @@ ATTENTION_SHAPES = 6
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
     """What fake_cuda.py prints."""
-    if torch.version.cuda is not None:
-        pytest.skip("this build of torch has a device guard for CUDA, which fake tensors would ask")
-    if shutil.which("g++") is None or importlib.util.find_spec("triton") is None:
-        pytest.skip("needs g++ and the package triton")
-    root = Path(__file__).parents[4]
-    command = [sys.executable, "-m", "tests.gpu_worker.engines.qwen.fake_cuda"]
-    environ = {**os.environ, "TRITON_CACHE_DIR": str(CACHE.parent / "triton"), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=root, env=environ, check=True, stdout=subprocess.PIPE)
-    printed: dict[str, Any] = json.loads(done.stdout)
-    return printed
+    from tests.gpu_worker.engines.qwen import fake_cuda  # noqa: PLC0415 -- it needs triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(CACHE.parent / "triton"))  # what was compiled is kept between runs
+        return fake_cuda.counts()
 
 
 def test_captured_functions_stay_on_the_device(counted: dict[str, Any]) -> None:
