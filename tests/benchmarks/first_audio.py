@@ -55,7 +55,7 @@ def on_virtual_device() -> None:
 def on_cpu(repeat: int) -> None:
     """CPU milliseconds with the small checkpoint."""
     torch.set_num_threads(1)
-    speaker = engine("custom_voice", slots=SLOTS, max_model_len=2048)
+    speaker = engine("custom_voice", slots=SLOTS, max_model_len=2048, traced=True)
     print("\n".join(f"- {line}" for line in machine.describe()))
     print(f"- {SLOTS} slots of the small checkpoint, CPU time of one thread\n")
     print("| CPU ms | p50 | p95 | most |\n|---|---|---|---|")

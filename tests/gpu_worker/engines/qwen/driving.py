@@ -1,9 +1,11 @@
 """Driving an engine in tests: building one on a small checkpoint, and running jobs to their ends."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -14,6 +16,7 @@ from gpu_worker.engines.fades import FADE_IN_S, FADE_OUT_S
 from gpu_worker.engines.qwen.build import QwenOptions, build_parts
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
+from gpu_worker.engines.qwen.runtime import cpu_traces
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import Sampling, Segment
 from tests.checkpoints import Kind, Size, tiny
@@ -46,19 +49,42 @@ def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
     return QwenOptions(codecs=codecs, device=device, wake=_woken.set)
 
 
-def parts(kind: Kind, size: Size | None = None, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> Parts:
-    """The parts of a new engine, in float32 by default. A test may replace some of them."""
+def untraced() -> contextlib.AbstractContextManager[object]:
+    """Engines that are opened here call the code predictor as it is, without traces, and give the same samples.
+
+    A trace takes 0.2 s of CPU time, which 70 frames of a small model give back.
+    """
+
+    def as_it_is(_: object, function: cpu_traces.Function, arguments: Sequence[Any], _varied: object) -> Any:
+        return cpu_traces._Untraced(function, len(arguments))
+
+    return patch.object(cpu_traces.CpuTraces, "_trace", as_it_is)
+
+
+def parts(
+    kind: Kind,
+    size: Size | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    *,
+    traced: bool = False,
+    **options: Any,
+) -> Parts:
+    """The parts of a new engine, in float32 by default. A test may replace some of them. `traced`: see `untraced`."""
     options = {"slots": 4, "max_model_len": 512, "dtype": "float32", **options}
-    return build_parts(options.pop("directory", tiny(kind, size)), msgspec.structs.replace(shared(device), **options))
+    with contextlib.nullcontext() if traced else untraced():
+        directory = options.pop("directory", tiny(kind, size))
+        return build_parts(directory, msgspec.structs.replace(shared(device), **options))
 
 
-@functools.cache
-def kept_parts(kind: Kind, size: Size | None = None, **options: Any) -> Parts:
+def kept_parts(kind: Kind, size: Size | None = None, *, traced: bool = True, **options: Any) -> Parts:
     """Parts that are loaded once for all tests of a process: a load takes half a second.
 
     A new engine of them begins without jobs, whatever an earlier one left. None of them may be closed.
     """
-    return parts(kind, size, **options)
+    return _kept_parts(kind, size, traced=traced, **options)
+
+
+_kept_parts = functools.cache(parts)
 
 
 def kept_engine(

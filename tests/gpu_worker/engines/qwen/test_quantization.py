@@ -37,7 +37,7 @@ def trial_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(quantization: str, trial_file: Path) -> QwenEngine:
     """An engine at published width."""
     options = {"directory": wide(), "slots": SLOTS, "max_model_len": 96, "trial_file": trial_file}
-    return engine("custom_voice", **options, quantization=quantization)
+    return engine("custom_voice", **options, quantization=quantization, traced=True)
 
 
 @pytest.fixture(scope="module")

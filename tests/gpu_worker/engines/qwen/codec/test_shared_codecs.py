@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,9 +11,15 @@ from gpu_worker.engines.qwen.build import open_engine
 from gpu_worker.engines.qwen.codec import Codec
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import clone, run, shared
+from tests.gpu_worker.engines.qwen.driving import clone, run, shared, untraced
 
 DECODER = "speech_tokenizer/model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _untraced() -> Iterator[None]:
+    with untraced():
+        yield
 
 
 @pytest.fixture
