@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Serve's proxy would take the client's address from X-Forwarded-For; TTS_TRUSTED_PROXIES says who may tell it.
         os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
+        # It starts within 5 s or not at all: a busy machine takes longer, and three such proxies end the start.
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         # It would also put any x-request-id of a client into its log and its answers.
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", _PROXY_MIDDLEWARES)
     try:
