@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -258,18 +259,22 @@ def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
     service = start(WEB_WORKERS=2)
     service.wait_serving(2)
     processes = children_of(service.process.pid)
-    text = " ".join(SENTENCES * 3)
+    text = " ".join(SENTENCES * 3)  # 7 MB are more than the kernel's buffers hold
     expected = len(service.speech(text, response_format="pcm", stream=False).content)
     heard: list[int] = []
+    stopping = threading.Event()
 
     def listen() -> None:
         request = {"input": text, "response_format": "pcm"}
-        with httpx.stream("POST", service.url + "/v1/audio/speech", json=request, timeout=30) as answer:
-            count = 0
-            for piece in answer.iter_raw(48_000):
-                count += len(piece)
-                time.sleep(0.01)  # slower than the worker
-            heard.append(count)
+        transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)])
+        with (
+            httpx.Client(transport=transport, timeout=60) as http,
+            http.stream("POST", service.url + "/v1/audio/speech", json=request) as answer,
+        ):
+            pieces = answer.iter_raw(48_000)
+            count = len(next(pieces))
+            stopping.wait(60)
+            heard.append(count + sum(map(len, pieces)))
 
     watched: list[str] = []
     listeners = [threading.Thread(target=_watch, args=(service, watched))]
@@ -291,9 +296,10 @@ def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
         return False
 
     eventually(refused, 60, "new connections refused")
-    assert service.process.wait(40) == 0
+    stopping.set()
+    assert service.process.wait(60) == 0
     for listener in listeners:
-        listener.join(5)
+        listener.join(60)
     assert heard == pytest.approx([expected] * 3, rel=0.001)
     assert watched[-1] == "the end"
     assert any('"problem":null' in line for line in watched)
