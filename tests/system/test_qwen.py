@@ -16,6 +16,7 @@ import pytest
 import soundfile
 from websockets.sync.client import connect
 
+from gpu_worker.voices import VoiceFiles, VoiceRecord
 from shared.pcm import FRAME_SAMPLES, SAMPLE_RATE
 from tests.audio import decode
 from tests.checkpoints import tiny
@@ -32,12 +33,12 @@ SLOTS: Final = 4
 
 @pytest.fixture(scope="module")
 def voices_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of voices of a service that has ended. It had no model that clones, so it started quickly."""
-    directory = tmp_path_factory.mktemp("earlier")
-    with running_service(directory, VOICES_DIR=directory / "saved") as earlier:
-        upload = {"audio_sample": ("a.flac", BERTA, "audio/flac")}
-        assert earlier.http.post("/v1/audio/voices", data={"name": "Berta"}, files=upload).is_success
-    return directory / "saved"
+    """A folder with a voice as a GPU worker leaves it at its end."""
+    directory = tmp_path_factory.mktemp("saved")
+    pcm = soundfile.read(io.BytesIO(BERTA), dtype="int16")[0].astype("<i2").tobytes()
+    record = VoiceRecord(id="voice_berta", name="Berta", kind="clone", created_at=1, samples=len(pcm) // 2)
+    VoiceFiles(directory).save(record, pcm)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def recording(seconds: float, *, rate: int = SAMPLE_RATE, silent: bool = False, 
 
 
 BERTA: Final = recording(2.0, audio_format="FLAC")
-"""The recording of a voice that an earlier service saved."""
+"""The recording of a voice that was saved before the service began."""
 
 
 def data_url(data: bytes, kind: str = "audio/wav") -> str:
@@ -118,9 +119,11 @@ def test_a_stream_equals_its_whole_answer_at_any_rate(service: Service, sample_r
     assert speak(service, **fields).content == whole.content
 
 
-@pytest.mark.parametrize("audio_format", ["mp3", "opus", "aac", "flac", "wav"])
+@pytest.mark.parametrize(
+    "audio_format", ["mp3", *(pytest.param(name, marks=pytest.mark.soak) for name in ("opus", "aac", "flac", "wav"))]
+)
 def test_every_format(service: Service, audio_format: str) -> None:
-    """Every format gives as much audio as pcm."""
+    """Every format gives as much audio as pcm. The encoder knows no engine, and test_clients.py hears each format."""
     pcm = speak(service, max_new_tokens=30).content
     data = speak(service, max_new_tokens=30, response_format=audio_format).content
     # AAC and MP3 have frames of up to 1,152 samples, and only whole ones.
@@ -346,7 +349,7 @@ def test_designed_voice(service: Service) -> None:
 
 
 def test_saved_voices_survive_a_restart(service: Service) -> None:
-    """A voice that was saved through an earlier service speaks as its recording does."""
+    """A voice that was saved before the service began speaks as its recording does."""
     recorded = {"ref_audio": data_url(BERTA, "audio/flac"), "x_vector_only_mode": True}
     inline = speak(service, model=BASE, **recorded).content
     assert inline

@@ -50,6 +50,10 @@ HEADERS: Final = (
 FIELDS: Final = ("model", "voice", "response_format", "language", "speed", "seed", "input_format", "ref_audio")
 
 
+SILENCE_S: Final = 0.3
+"""After so long without a message a test takes a WebSocket to have said all."""
+
+
 class Driver:
     """Sends requests, and keeps all that comes back. `asked` counts them."""
 
@@ -66,7 +70,7 @@ class Driver:
         self.heard.write(f"{dict(answer.headers)}\n{answer.content.decode('latin-1')}\n")
 
     def talk(self, path: str, *messages: Any, **options: Any) -> None:
-        """Open a WebSocket, say something, and listen until it is closed."""
+        """Open a WebSocket, say something, and listen until it is closed or silent."""
         url = f"ws://127.0.0.1:{self._port}{path}"
         with contextlib.suppress(websockets.InvalidStatus), connect(url, proxy=None, **options) as socket:
             # A socket whose first message has a wrong key is closed while the others are still being sent.
@@ -74,7 +78,7 @@ class Driver:
                 for message in messages:
                     socket.send(message if isinstance(message, str) else json.dumps(message))
                 while True:
-                    self.heard.write(f"{socket.recv(1)!r}\n")
+                    self.heard.write(f"{socket.recv(SILENCE_S)!r}\n")
             socket.close()
             self.heard.write(f"{socket.close_reason}\n")
 
