@@ -64,7 +64,7 @@ class AuditError(Exception):
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A change. `by` is the client: `key:` and the name of its key, or else `peer:` and its address (of IPv6: its /64).
 
-    `id` and `name` are those of the voice or consent; `was` is the name before. `consent` is the consent of the voice.
+    `id` and `name` are those of the voice or consent; `was` is the name before. `consent` is as it was given.
     `failed`: the change did not happen, for this reason.
     """
 

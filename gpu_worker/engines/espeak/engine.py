@@ -58,17 +58,17 @@ class EspeakEngine:
         self._sequences[job.id] = RunningJob(job, voice, self._library.rate, _sentence_rules(voice))
 
     def append(self, job_id: str, text: str, *, flush: bool) -> None:
-        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        sequence = self._find(job_id)
         if sequence is not None:
             sequence.append(text, flush=flush)
 
     def end_text(self, job_id: str) -> None:
-        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        sequence = self._find(job_id)
         if sequence is not None:
             sequence.end_text()
 
     def waits_for_text(self, job_id: str) -> bool:
-        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        sequence = self._find(job_id)
         return sequence is not None and sequence.waits
 
     def is_faster_alone(self) -> bool:
@@ -99,7 +99,7 @@ class EspeakEngine:
         return len(self._parked[job_id].pcm) if job_id in self._parked else 0
 
     def park_bytes(self, job_id: str) -> int:
-        sequence = self._sequences.get(job_id) or self._parked.get(job_id)
+        sequence = self._find(job_id)
         return len(sequence.pcm) if sequence is not None else 0
 
     def unpark(self, job_id: str) -> None:
@@ -171,6 +171,9 @@ class EspeakEngine:
         """espeak-ng has no tokens: the input counts in words, the output in frames of 80 ms."""
         frame_bytes = FRAME_SAMPLES * BYTES_PER_SAMPLE
         return Usage(input_tokens=sequence.input_words, output_tokens=-(-sequence.speech_bytes // frame_bytes))
+
+    def _find(self, job_id: str) -> RunningJob | None:
+        return self._sequences.get(job_id) or self._parked.get(job_id)
 
     def _voice_of(self, job: Job) -> str:
         """The voice's name for espeak-ng: a language, "+", and the variant that makes the voice.

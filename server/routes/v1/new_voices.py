@@ -60,7 +60,9 @@ class VoiceForm(msgspec.Struct, kw_only=True):
         ]
         | None
     ) = None
-    consent: Name | None = None
+    consent: (
+        Annotated[Name, Meta(description="The id of a consent. It is checked if the server requires consents.")] | None
+    ) = None
     description: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None = None
     shared: (
         Annotated[bool, Meta(description="true: every key may speak with the voice. By default its own key alone may.")]

@@ -141,7 +141,7 @@ class Transformer(TensorHolder):
         self.signs[: shape.head_dim // 2] = -1
 
     def __call__(self, x: Tensor, window: Window) -> Tensor:
-        """X: [batch * chunk, latent] -> the same."""
+        """`x` is [batch * chunk, latent], and so is what is returned."""
         x = self.input_proj.batch_invariant(x)
         mask = window.mask(self.sliding_window)
         normed = self.layers[0].input_norm(x)
