@@ -148,14 +148,6 @@ class TestCleanup:
         assert done["models_unloaded"] == []
         assert done["vram_freed_mb"] == pytest.approx(0, abs=0.5)
 
-    def test_not_on_its_own(self, models: ResidencyService) -> None:
-        """With cleanup disabled, an idle model stays until a pass is triggered."""
-        models.do(SMALL, "load")
-        models.wait_for(lambda entries: entries[SMALL]["idle_s"] > 5 * IDLE_S, 60, "idle for long")
-        assert models.states()[SMALL] == "resident"
-        assert SMALL in cleanup(models, trigger="true")["models_unloaded"]
-        assert models.states()[SMALL] == "offloaded"
-
     def test_wrong_trigger(self, models: ResidencyService) -> None:
         """A trigger that is neither true nor false is a 400 in OpenAI's shape."""
         answer = models.service.http.post("/admin/cleanup", params={"trigger": "perhaps"})
@@ -231,53 +223,37 @@ class TestVram:
         models.do(SMALL, "unload")
         assert offloaded - resident_bytes(worker) > stays / 2
 
-    def test_speaking(self, models: ResidencyService) -> None:
-        """A model with a running request has references and is not idle; afterwards its entry shows the keep_alive."""
-        text = " ".join(SENTENCES * 20)
-        with models.service.stream(text, **models.fields(SMALL, stream=True, max_new_tokens=None)) as answer:
-            pieces = answer.iter_raw()
-            next(pieces)
-            entry = models.entries()[SMALL]
-            assert (entry["references"], entry["idle_s"], entry["keep_alive_s"]) == (1, None, None)
-        models.say(SMALL, keep_alive="5m")
-        entry = models.entries()[SMALL]
-        assert (entry["references"], entry["keep_alive_s"]) == (0, 300)
-
 
 class TestModels:
     """POST /admin/models/{id}/load, unload, pin, unpin."""
 
     def test_each(self, models: ResidencyService) -> None:
-        """Each action returns the model's entry, and may be repeated."""
-        for _ in range(2):
-            loaded = models.do(SMALL, "load")
+        """Each action returns the model's entry, and may be repeated, by any name that a request may use.
+
+        A pin prevents evictions, not an explicit unload.
+        """
+        hugging_face = "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice"
+        for name in (SMALL, SMALL, SMALL.upper(), hugging_face, hugging_face.replace("/", "%2F")):
+            loaded = models.do(name, "load")
             assert loaded.keys() == ENTRY
             assert (loaded["id"], loaded["state"], loaded["pinned"]) == (SMALL, "resident", False)
         for _ in range(2):
             assert models.do(SMALL, "pin")["pinned"]
         for _ in range(2):
-            assert not models.do(SMALL, "unpin")["pinned"]
+            assert models.do(SMALL, "unload")["state"] == "absent"
         for _ in range(2):
-            assert (models.do(SMALL, "unload"))["state"] == "absent"
-
-    @pytest.mark.parametrize(
-        "name", [SMALL.upper(), "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice", "qwen%2FQwen3-TTS-12Hz-0.6B-CustomVoice"]
-    )
-    def test_names(self, models: ResidencyService, name: str) -> None:
-        """A model may have any name that a request may use, its Hugging Face id with the slash included."""
-        assert models.do(name, "load")["id"] == SMALL
-
-    def test_pinned_may_be_unloaded(self, models: ResidencyService) -> None:
-        """A pin prevents evictions, not an explicit unload."""
-        models.do(SMALL, "load")
-        models.do(SMALL, "pin")
-        assert models.do(SMALL, "unload")["state"] == "absent"
+            assert not models.do(SMALL, "unpin")["pinned"]
 
     def test_offloaded_comes_back(self, models: ResidencyService) -> None:
-        """Load restores an offloaded model; unload drops it from host RAM."""
+        """With cleanup disabled, an idle model stays until a pass is triggered.
+
+        Load restores an offloaded model; unload drops it from host RAM.
+        """
         models.do(SMALL, "load")
-        wait_idle(models, SMALL)
-        cleanup(models, trigger="true")
+        models.wait_for(lambda entries: entries[SMALL]["idle_s"] > 5 * IDLE_S, 60, "idle for long")
+        assert models.states()[SMALL] == "resident"
+        assert SMALL in cleanup(models, trigger="true")["models_unloaded"]
+        assert models.states()[SMALL] == "offloaded"
         assert models.do(SMALL, "load")["state"] == "resident"
         wait_idle(models, SMALL)
         cleanup(models, trigger="true")
@@ -396,7 +372,10 @@ class TestStats:
     """GET /admin/stats."""
 
     def test_streams(self, models: ResidencyService) -> None:
-        """Each stream is listed while it runs, with its progress and without its text."""
+        """Each stream is listed while it runs, with its progress and without its text.
+
+        Its model has references in /admin/vram and is not idle; afterwards the entry shows the keep_alive.
+        """
         assert models.service.stats()["streams"] == []
         text, fields = " ".join(SENTENCES * 20), models.fields(SMALL, stream=True, max_new_tokens=None)
         with models.service.stream(text, **fields) as answer:
@@ -406,6 +385,8 @@ class TestStats:
             eventually(lambda: any(one["audio_s"] for one in models.service.stats()["streams"]), 60, "a stream")
             stats = models.service.http.get("/admin/stats")
             [stream] = stats.json()["streams"]
+            entry = models.entries()[SMALL]
+            assert (entry["references"], entry["idle_s"], entry["keep_alive_s"]) == (1, None, None)
         assert stream.keys() == {"id", "model", "client", "state", "age_s", "audio_s", "buffered_s"}
         assert stream["id"].startswith(answer.headers["x-request-id"])
         assert (stream["model"], stream["client"]) == (SMALL, "peer:127.0.0.1")
@@ -414,6 +395,9 @@ class TestStats:
         assert 0 < stream["age_s"] < 120
         assert SENTENCES[0] not in stats.text
         eventually(lambda: not models.service.stats()["streams"], 60, "the end of the stream")
+        models.say(SMALL, keep_alive="5m")
+        entry = models.entries()[SMALL]
+        assert (entry["references"], entry["keep_alive_s"]) == (0, 300)
 
 
 class TestMetrics:
