@@ -57,23 +57,12 @@ def test_wrong_settings_are_named_all_at_once(tmp_path: Path, module: str) -> No
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@pytest.mark.parametrize(
-    ("module", "command", "content", "problem"),
-    [
-        ("server", [], b"TTS_API_KEYS: secret\n", ".env line 1: TTS_API_KEYS cannot be read"),
-        ("server", ["models"], "TTS_API_TITLE=Bücherei\n".encode("latin-1"), ".env line 1: this line is not UTF-8"),
-        ("server", ["say", "Hello."], b"TTS_API_KEYS 'secret'\n", ".env line 1: TTS_API_KEYS cannot be read"),
-        ("gpu_worker", ["health"], b"tts_worker_token=secret\n", "did you mean TTS_WORKER_TOKEN?"),
-    ],
-)
-def test_a_wrong_dotenv_is_one_sentence(
-    tmp_path: Path, module: str, command: list[str], content: bytes, problem: str
-) -> None:
-    """A line of .env that cannot be read ends each program with exit code 2 and a sentence that names the line."""
-    (tmp_path / ".env").write_bytes(content)
-    ended = run(module, tmp_path, *command, WORKER_URL=f"ipc://{tmp_path}/worker.ipc")
+def test_a_wrong_dotenv_is_one_sentence(tmp_path: Path) -> None:
+    """The GPU worker's commands as well end with exit code 2 and a sentence, without the secret in the line."""
+    (tmp_path / ".env").write_text("tts_worker_token=secret\n")
+    ended = run("gpu_worker", tmp_path, "health", WORKER_URL=f"ipc://{tmp_path}/worker.ipc")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert problem in ended.stderr
+    assert "did you mean TTS_WORKER_TOKEN?" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "secret" not in ended.stderr
 

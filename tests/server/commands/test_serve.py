@@ -46,6 +46,34 @@ def test_wrong_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: 
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "content", "problem"),
+    [
+        ([], b"TTS_API_KEYS: secret\n", ".env line 1: TTS_API_KEYS cannot be read"),
+        (["models"], "TTS_API_TITLE=B\u00fccherei\n".encode("latin-1"), ".env line 1: this line is not UTF-8"),
+        (["say", "Hello."], b"TTS_API_KEYS 'secret'\n", ".env line 1: TTS_API_KEYS cannot be read"),
+    ],
+    ids=["serve", "models", "say"],
+)
+def test_a_wrong_dotenv(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    command: list[str],
+    content: bytes,
+    problem: str,
+) -> None:
+    """A line of .env that cannot be read ends each command with exit code 2 and a sentence that names the line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(content)
+    assert main(command) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert problem in err
+    assert "Traceback" not in err
+    assert "secret" not in err
+
+
 def test_a_worker_elsewhere_needs_no_gpu_here(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
