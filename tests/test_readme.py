@@ -120,7 +120,7 @@ def test_every_command_is_tested() -> None:
 
 
 def test_every_setting_with_a_value_is_valid() -> None:
-    """What the README sets, in a command or in its text, the service takes."""
+    """The service takes each setting that the README sets, in a command or in its text."""
     named = re.findall(r"(TTS_\w+)=([^\s`,]\S*?)(?=[\s`])", README)
     assert {"TTS_MODEL_REPLICAS", "TTS_QUANTIZATION"} <= {name for name, _ in named}
     for name, value in named:

@@ -1,4 +1,4 @@
-"""What holds for the whole page: keys, themes, paths, accessibility, and what it costs to load."""
+"""The whole page: keys, themes, paths, accessibility, and the size of a first visit."""
 
 import re
 from typing import Any
@@ -63,7 +63,7 @@ def test_keys_below_a_path(tab: OpenTab, below_a_path: str) -> None:
 
 
 def test_first_load(tab: OpenTab) -> None:
-    """What a browser fetches before the page can be used, compressed; a second visit fetches no file again."""
+    """A browser fetches few bytes before the page can be used; a second visit fetches no file again."""
     opened = tab(own={})
     sizes: list[int] = []
     opened.page.on("requestfinished", lambda request: sizes.append(request.sizes()["responseBodySize"]))

@@ -39,7 +39,7 @@ def phase(page: Page, name: str) -> None:
 
 
 def position_of(page: Page) -> float:
-    """Where the player stands, in seconds."""
+    """The place of the player, in seconds."""
     return float(page.locator(".wave").get_attribute("aria-valuenow") or 0)
 
 
@@ -133,7 +133,7 @@ def test_a_refusal_is_shown_at_its_field(tab: OpenTab) -> None:
 
 
 def test_history_survives_a_reload(tab: OpenTab) -> None:
-    """What was heard can be heard again, used again, deleted; the draft and the settings are there, too."""
+    """Speech can be heard again, used again and deleted; the draft and the settings are there, too."""
     page = tab().open()
     speak(page, "First words.")
     expect(page.locator(".history li")).to_have_count(1)

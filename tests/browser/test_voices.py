@@ -118,7 +118,7 @@ def test_recordings(tab: OpenTab, open_service: Service, tmp_path: Path, recordi
 
 
 def test_consents(tab: OpenTab, keyed_service: Service, recording: Path) -> None:
-    """Where a consent is required, it is recorded in the dialog, and the clone names it.
+    """A service that requires a consent has it recorded in the dialog, and the clone names it.
 
     The voice is for its key alone, until its owner lets every key speak with it.
     """

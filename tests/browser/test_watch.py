@@ -139,7 +139,7 @@ def test_requests_and_a_death(tab: OpenTab, open_service: Service) -> None:
 
 
 def test_a_stream_that_is_held_back(tab: OpenTab, open_service: Service) -> None:
-    """Where a proxy holds the stream back until it ends, the view asks again and again."""
+    """If a proxy holds the stream back until it ends, the view asks again and again."""
     page = tab(own={}).page  # a clock belongs to the whole profile
     page.add_init_script(FED)
     page.clock.install()
@@ -223,7 +223,7 @@ def test_a_cluster(tab: OpenTab, open_service: Service) -> None:
 
 
 def test_a_refused_stream_and_the_history(tab: OpenTab, open_service: Service) -> None:
-    """Where a proxy refuses the stream, the view asks again and again.
+    """If a proxy refuses the stream, the view asks again and again.
 
     Hours of samples keep ten minutes; counters of a new GPU worker begin anew, and no figure is negative.
     """

@@ -26,7 +26,7 @@ Speak = Callable[..., "Speaking"]
 
 
 class Heard(msgspec.Struct):
-    """What a client got: 16-bit mono PCM at `rate`, an error if it saw one, and the voices if it lists them."""
+    """The result of a client: 16-bit mono PCM at `rate`, an error if it saw one, and the voices if it lists them."""
 
     pcm: bytes
     rate: int
@@ -48,7 +48,7 @@ class Speaking:
         assert self._lines.readline() == "speaking\n", self._log.read_text()
 
     def result(self) -> Heard:
-        """What the client got, at its end."""
+        """The client's result, at its end."""
         lines = list(self._lines)
         assert self._process.wait() == 0, self._log.read_text()
         return msgspec.json.decode(lines[-1], type=Heard)

@@ -16,7 +16,7 @@ from tests.ports import free_port
 from tests.system.service import environment, eventually, is_running
 
 TOKEN: Final = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-"""What each process needs that is to reach a Ray that asks for a token."""
+"""The variables of each process that is to reach a Ray that asks for a token."""
 
 _BIN: Final = Path(sys.executable).parent
 

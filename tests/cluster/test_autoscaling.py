@@ -21,7 +21,7 @@ from tests.system.service import eventually, stretched
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 DELAY_S: Final = 15
-"""How long fewer replicas must be wanted."""
+"""The time for which fewer replicas must be wanted."""
 
 DRAIN_S: Final = 5
 POLL_S: Final = 0.5
@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def replicas(cluster: Cluster) -> int:
-    """How many there are for new requests."""
+    """The number of replicas for new requests."""
     return len(cluster.stats().get("replicas", []))
 
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 
 def _pcm(service: Service) -> list[bytes]:
-    """What the service says to TEXTS, each with a seed of its own."""
+    """The service's speech of TEXTS, each with a seed of its own."""
     answers = []
     for seed, text in enumerate(TEXTS):
         body = {"model": MODEL, "response_format": "pcm", "seed": seed, "max_new_tokens": 40}

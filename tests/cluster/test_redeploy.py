@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 REPLICAS: Final = 2
 GOING_AWAY: Final = 1001
 ROLL_S: Final = 300.0
-"""How long the replacement of all replicas may take."""
+"""The longest time for the replacement of all replicas."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ CONFIG: Final = json.dumps({"type": "session.config", "response_format": "pcm"})
 
 
 def stream_url(cluster: JoinedCluster) -> str:
-    """Where WebSockets speak a text that is being written."""
+    """The address at which a WebSocket speaks a text that is being written."""
     return f"{cluster.url.replace('http', 'ws')}/v1/audio/speech/stream"
 
 

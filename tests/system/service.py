@@ -27,13 +27,13 @@ NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 STEPS: Final = 2_000_000
 STEPS_S: Final = 0.07
-"""How long an idle machine takes for that many empty steps; `stretched` measures how long this one takes now."""
+"""The time of that many empty steps on an idle machine; `stretched` compares it with the time of now."""
 
 BURST: Final = 4
-"""How much more time `in_time` gives: what kept the machine busy may be over before that is measured."""
+"""`in_time` gives so much more time: the load of the machine may be over before it is measured."""
 
 PATIENCE_S: Final = 60.0
-"""How long a test waits for what must come, where it claims nothing about time."""
+"""The wait for an event that must come, in a test that claims nothing about time."""
 
 
 def eventually(
@@ -60,7 +60,7 @@ def stretched(limit_s: float) -> float:
 
 
 def in_time(took_s: float, limit_s: float) -> bool:
-    """Whether `took_s` is less than `limit_s`, or as long as a slow or busy machine may take for that."""
+    """True if `took_s` is less than `limit_s`, or as long as a slow or busy machine may take for that."""
     return took_s < limit_s or took_s < BURST * stretched(limit_s)
 
 
@@ -87,7 +87,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is not a zombie."""
+    """True if the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -157,7 +157,7 @@ class Service:
         return self
 
     def is_ready(self) -> bool:
-        """Whether /ready answers 200 now."""
+        """True if /ready answers 200 now."""
         with contextlib.suppress(httpx.TransportError):
             return self.http.get("/ready", timeout=2).status_code == httpx.codes.OK
         return False

@@ -23,7 +23,7 @@ FIRST_BYTES: Final = {
     "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "body": b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n{",
 }
-"""What a connection of each kind sends; tests/server/processes/test_connection_reaper.py has more kinds."""
+"""The first bytes of a connection of each kind; tests/server/processes/test_connection_reaper.py has more kinds."""
 
 PLACES: Final = 64
 """TTS_MAX_CONNECTIONS of the shared service."""
@@ -34,7 +34,7 @@ ADDRESS_LIMIT: Final = 4
 """TTS_MAX_CONNECTIONS_PER_ADDRESS of the shared service, which trusts 127.0.0.1 as a proxy."""
 
 MOST_BYTES_HELD: Final = 200_000_000
-"""What a web worker may hold of the memory that a crowd has cost: the C library keeps some for the next one."""
+"""A web worker may hold so much of the memory that a crowd has cost: the C library keeps some for the next one."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def connections(
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the server has not closed the connection; what it has sent is read."""
+    """True if the server has not closed the connection. Reads all that the server has sent."""
     try:
         while connection.recv(4096):
             pass

@@ -45,7 +45,7 @@ def whole(qwen: Service) -> bytes:
 
 
 def processes(service: Service) -> dict[str, list[int]]:
-    """Whom a test may stop."""
+    """The processes that a test may stop."""
     worker, web = service.worker_pid(), list(service.web_pids())
     return {"GPU worker": [worker], "web worker": web, "both": [worker, *web]}
 
@@ -89,7 +89,7 @@ def speak_through_a_pause(service: Service, whole: bytes, pids: list[int], after
 @pytest.mark.parametrize("stopped", ["GPU worker", "web worker", "both"])
 @pytest.mark.parametrize("pause_s", [2.0, 10.0])
 def test_a_pause_costs_no_stream(qwen: Service, whole: bytes, stopped: str, pause_s: float) -> None:
-    """Whoever stands still in the middle of a stream: every sample arrives, and the process is the same."""
+    """Any process may stand still in the middle of a stream: every sample arrives, and the process is the same."""
     worker = qwen.worker_pid()
     speak_through_a_pause(qwen, whole, processes(qwen)[stopped], 0.1, pause_s)
     assert qwen.worker_pid() == worker

@@ -39,7 +39,7 @@ http {
   server { listen 127.0.0.1:81; location /tts/ { proxy_pass http://127.0.0.1:8000/; } location / { return 404; } }
 }
 """
-"""What a beginner writes: nginx speaks HTTP/1.0 to its upstream and sends its own Host."""
+"""The file of a beginner: nginx speaks HTTP/1.0 to its upstream and sends its own Host."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ PLAYED: Final = """(async () => {
   await played;
   return audio.currentTime;
 })()"""
-"""How long the answer to a request is for a player that plays it to its end."""
+"""The seconds of an answer for a player that plays it to its end."""
 
 
 def test_a_browser_plays_every_format(service: Service, browser: Browser) -> None:

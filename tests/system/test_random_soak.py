@@ -228,13 +228,13 @@ def calm(service: Service) -> None:
 
 
 def counters(service: Service) -> dict[str, int]:
-    """How many requests have started, and how they ended."""
+    """The numbers of requests that have started, and by how they ended."""
     found: dict[str, int] = service.stats()["requests"]
     return found
 
 
 def idle(service: Service) -> bool:
-    """Whether no request is left in any state."""
+    """True if no request is left in any state."""
     stats: dict[str, Any] = service.stats()
     return bool(stats["running"] == stats["queued"] == 0 and not stats["streams"])
 

@@ -85,7 +85,7 @@ def test_stalled_readers_keep_nobody_waiting(service: Service) -> None:
 
 
 class Reader(msgspec.Struct):
-    """What one client has read. `speed` is in seconds of speech a second; None: as fast as it comes."""
+    """The audio that one client has read. `speed` is in seconds of speech a second; None: as fast as it comes."""
 
     number: int
     speed: float | None

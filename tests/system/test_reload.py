@@ -62,7 +62,7 @@ class Configured:
         return list(answers.values())
 
     def statuses(self, key: str) -> set[int]:
-        """What the web workers say to a key."""
+        """The statuses of the web workers' answers to a key."""
         return {answer.status_code for answer in self.everywhere("/v1/models", key)}
 
     def settings(self) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ IDLE_S: Final = 0.6
 HOST_IDLE_S: Final = 1.0
 CHECK_S: Final = 0.1
 SLACK_S: Final = 1.5
-"""How much later a test may see a transition on a busy machine."""
+"""A test may see a transition so much later on a busy machine."""
 
 GAP_S: Final = 0.25
 
@@ -294,7 +294,7 @@ class TestIdle:
         assert (large["state"], large["keep_alive_s"]) == ("resident", -1)
 
     def test_idle_while_its_reader_takes_its_time(self, models: ResidencyService) -> None:
-        """What is said in full waits for its reader in the audio buffer: the model leaves, and the rest arrives."""
+        """Speech that is complete waits for its reader in the audio buffer: the model leaves, and the rest arrives."""
         with client_of(models.service.worker_pid()) as client:
             client.send(
                 Speak(

@@ -83,7 +83,7 @@ class Driver:
             self.heard.write(f"{socket.close_reason}\n")
 
     def where_keys_belong(self, key: str) -> None:
-        """Every way to send a key."""
+        """Send the key in every way there is."""
         for headers in ({"authorization": f"Bearer {key}"}, {"authorization": f"bearer  {key}"}, {"xi-api-key": key}):
             self.ask("POST", SPEECH, json=BODY, headers=headers)
             self.ask("POST", "/v1/text-to-speech/alloy", json={"text": "Hello."}, headers=headers)
@@ -97,7 +97,7 @@ class Driver:
         self.talk("/v1/text-to-speech/alloy/stream-input", {"text": " ", "xi_api_key": key}, {"text": ""})
 
     def where_none_belongs(self, key: str) -> None:
-        """What clients, proxies and people get wrong."""
+        """Put the key where clients, proxies and people put it by mistake."""
         right = {"authorization": f"Bearer {SHORT}"}
         quoted = urllib.parse.quote(key)
         for path in (f"/{key}", f"/v1/models/{key}", f"/v1/audio/voices/{key}", f"{SPEECH}/{key}", f"/admin/{key}"):
@@ -123,7 +123,7 @@ class Driver:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """Where the traces go."""
+    """A collector for the traces."""
     with running_collector() as collector:
         yield collector
 
@@ -135,7 +135,7 @@ def _command_lines(service: Service) -> str:
 
 @pytest.mark.timeout(300)
 def test_a_key_appears_nowhere(tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in answers, the log, files, metrics, traces and lists of processes."""
+    """Answers, the log, files, metrics, traces and lists of processes have no key."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
     keys_file = tmp_path / "keys.toml"
     keys_file.write_text(f'[alice]\nhash = "{digest_of(OF_FILE)}"\nrole = "admin"\n')

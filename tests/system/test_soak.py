@@ -42,7 +42,7 @@ OPEN_REQUESTS: Final = 24
 
 CancelAt = Literal["never", "at once", "Started", "Audio"]
 CANCEL_AT: Final[Sequence[CancelAt]] = ("never", "never", "never", "at once", "Started", "Audio")
-"""When the client cancels a request; drawn for each request."""
+"""The moment at which the client cancels a request; drawn for each request."""
 
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 FORMS: Final[Sequence[dict[str, object]]] = ({}, {"stream": False}, {"stream_format": "sse"})
@@ -51,7 +51,7 @@ ROUNDS: Final = 12
 
 
 class Tally(msgspec.Struct):
-    """How many requests ended in which way, as the client counts them."""
+    """The numbers of requests by how they ended, as the client counts them."""
 
     finished: int = 0
     cancelled: int = 0
@@ -228,7 +228,7 @@ async def visit(service: Service, requests: int, random_: random.Random, tally: 
 
 
 def idle(service: Service) -> bool:
-    """Whether no request is running or queued."""
+    """True if no request is running or queued."""
     stats = service.stats()
     return bool(stats["running"] == stats["queued"] == 0)
 

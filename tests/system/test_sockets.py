@@ -96,7 +96,7 @@ def test_a_killed_worker_ends_every_socket(service: Service, stack: ExitStack) -
 
 
 def test_a_client_that_goes_on_sending_hears_why_its_socket_ends(service: Service) -> None:
-    """What it sends meanwhile is read to its end: unread bytes would make a reset of the close."""
+    """The service reads all that it sends meanwhile: unread bytes would make a reset of the close."""
     handshake = f"GET {STREAM} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     handshake += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     frame = b"\x81\xfe\x03\xe8" + bytes(4) + b"{" * 1000  # its mask is zeros
@@ -109,7 +109,7 @@ def test_a_client_that_goes_on_sending_hears_why_its_socket_ends(service: Servic
 
 
 def test_say_live(service: Service, tmp_path: Path) -> None:
-    """What is piped in is spoken before its end has come; into a player or a file, as one stream of its format."""
+    """A text that is piped in is spoken before its end comes, into a player or a file, as one stream of its format."""
     command = [sys.executable, "-m", "server", "say", "--stdin", "--live", "--url", service.url, "--key", "none"]
     with subprocess.Popen(
         [*command, "--format", "pcm"], cwd=tmp_path, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""How the service starts, and which settings it refuses to start with."""
+"""Starts of the service, and the settings with which it refuses to start."""
 
 import contextlib
 import fcntl
@@ -98,7 +98,7 @@ def test_of_two_starts_at_once_one_serves(tmp_path: Path) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether the URL answers 200 now."""
+    """True if the URL answers 200 now."""
     try:
         return httpx.get(url, timeout=2, trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
@@ -106,7 +106,7 @@ def answers(url: str) -> bool:
 
 
 def is_free(port: int) -> bool:
-    """Whether a service could take the port now."""
+    """True if a service could take the port now."""
     try:
         hold_port(["127.0.0.1"], port).close()
     except PortError:

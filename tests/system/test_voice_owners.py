@@ -13,7 +13,7 @@ from tests.system.service import environment, running_service
 
 
 def as_key(name: str) -> dict[str, Any]:
-    """What a request of that key has."""
+    """The options of a request with that key."""
     return {"headers": {"authorization": f"Bearer {name}"}}
 
 

@@ -42,5 +42,5 @@ class WorkerClient:
         return message
 
     def wait_for_message(self, timeout_s: float) -> bool:
-        """Whether a message arrives within that time; `receive` then returns it."""
+        """True if a message arrives within that time; `receive` then returns it."""
         return bool(self._dealer.poll(timeout_s * 1000))

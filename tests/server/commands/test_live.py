@@ -35,7 +35,7 @@ class Socket:
 
     @property
     def ended(self) -> bool:
-        """Whether the text was complete."""
+        """True if the text was complete."""
         return self.closed or (bool(self.sent) and self.sent[-1]["type"] == "session.close")
 
     def utterances(self) -> list[str]:

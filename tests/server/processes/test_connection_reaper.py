@@ -81,7 +81,7 @@ class Bench:
 
 
 def closed(client: socket.socket) -> bool:
-    """Whether the other end has closed the connection."""
+    """True if the other end has closed the connection."""
     try:
         return client.recv(1) == b""
     except BlockingIOError:
@@ -89,7 +89,7 @@ def closed(client: socket.socket) -> bool:
 
 
 def shut(accepted: socket.socket) -> bool:
-    """Whether this process may send no more on the connection."""
+    """True if this process may send no more on the connection."""
     try:
         accepted.send(b"x")
     except BrokenPipeError:
@@ -127,7 +127,7 @@ async def test_an_idle_connection_is_closed(bench: Bench) -> None:
 
 
 async def test_an_idle_connection_does_not_hold_up_the_end(bench: Bench, tmp_path: Path) -> None:
-    """When the service stops, it is closed after a second. One with a request is not."""
+    """A stop of the service closes it after a second. One with a request stays open."""
     application = create_app(Settings(worker_url=f"ipc://{tmp_path}/none"))
     application.open_requests = bench.requests
     bench.reaper = reaper_of(bench.listener.getsockname()[1], LIMIT, application)
@@ -231,7 +231,7 @@ async def test_who_never_asked_counts_as_longer_idle(bench: Bench) -> None:
 
 
 async def test_a_request_is_never_closed_for_room(bench: Bench) -> None:
-    """Where all places are taken by requests that wait for this server, none is closed."""
+    """If all places are taken by requests that wait for this server, none is closed."""
     clients = [bench.connect()[0] for _ in range(LIMIT)]
     for client in clients:
         bench.request(client)
@@ -240,7 +240,7 @@ async def test_a_request_is_never_closed_for_room(bench: Bench) -> None:
 
 
 async def test_the_slowest_bodies_make_room(bench: Bench) -> None:
-    """Where requests take the places, those go whose bodies arrive slowest, and no whole one."""
+    """If requests take the places, those go whose bodies arrive slowest, and no whole one."""
     clients = [bench.connect()[0] for _ in range(LIMIT)]
     requests = [bench.request(client, body=True) for client in clients]
     for number, request in enumerate(requests):
@@ -328,7 +328,7 @@ async def test_a_network_of_ipv6_has_the_limit_of_an_address(bench: Bench) -> No
 
 PLACES = 16
 FASTER = 5
-"""How much faster than the clock the reaper's time runs, so that the tests need not wait."""
+"""The reaper's time runs so much faster than the clock, so that the tests need not wait."""
 
 
 @pytest.fixture

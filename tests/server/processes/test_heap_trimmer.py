@@ -1,4 +1,4 @@
-"""When a web worker gives the memory of its requests back."""
+"""A web worker gives the memory of its requests back to the kernel."""
 
 import pytest
 

@@ -15,7 +15,7 @@ ANY = "0.0.0.0"  # noqa: S104 -- only its port is taken
 
 
 def has_ipv6() -> bool:
-    """Whether this machine has the loopback of IPv6."""
+    """True if this machine has the loopback of IPv6."""
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
@@ -28,7 +28,7 @@ with_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 
 
 class TestHost:
-    """What TTS_HOST means."""
+    """The addresses that TTS_HOST means."""
 
     @pytest.mark.parametrize("host", ["127.0.0.1", ANY])
     def test_an_address_means_itself(self, host: str) -> None:

@@ -31,7 +31,7 @@ class FakeProcess:
         self.exitcode = 0
 
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """True if the process has not ended."""
         return self.alive
 
     def terminate(self) -> None:

@@ -1,4 +1,4 @@
-"""What systemd is told, and the unit of the repository."""
+"""The messages to systemd, and the unit of the repository."""
 
 import shutil
 import socket
@@ -14,7 +14,7 @@ UNIT = Path(__file__).parents[3] / ".github" / "systemd" / "tts.service"
 
 
 def told(address: str, **environ: str) -> list[str]:
-    """What a whole life of the service sends to the socket of systemd."""
+    """The messages of a whole life of the service to the socket of systemd."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
         systemd.setblocking(False)

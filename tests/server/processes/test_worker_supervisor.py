@@ -84,7 +84,7 @@ def start() -> Iterator[Callable[..., Supervised]]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of that number exists."""
+    """True if a process of that number exists."""
     return Path(f"/proc/{pid}").exists()
 
 
