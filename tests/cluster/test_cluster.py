@@ -230,9 +230,9 @@ def test_a_client_that_leaves_frees_its_slot(cluster: Cluster) -> None:
 def test_clients_that_leave_cost_others_nothing(cluster: Cluster) -> None:
     """Many leave in the middle of their answers: the credit of other streams, sent beside theirs, is not lost."""
     for _ in range(6):
-        with cluster.stream(LONG, response_format="pcm") as answer:
+        with cluster.stream(LONG[:20_000], response_format="pcm") as answer:
             next(answer.iter_raw())
-    text = " ".join(SENTENCES * 2)
+    text = " ".join(SENTENCES)
     assert len({len(cluster.speech(text, response_format="pcm").content) // 48_000 for _ in range(2 * REPLICAS)}) == 1
 
 

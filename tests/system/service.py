@@ -196,7 +196,9 @@ class Service:
         """The service's child processes but the GPU worker."""
         return children_of(self.process.pid) - {self.worker_pid()}
 
-    def wait_serving(self, web_workers: int, timeout_s: float = START_TIMEOUT_S) -> set[int]:
+    def wait_serving(
+        self, web_workers: int, timeout_s: float = START_TIMEOUT_S, headers: Mapping[str, str] | None = None
+    ) -> set[int]:
         """Wait until `web_workers` different web workers have answered; their process ids.
 
         The kernel hands every new connection to one of them.
@@ -206,7 +208,8 @@ class Service:
         def all_answer() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(f"{self.url}/admin/stats", timeout=2, trust_env=False, verify=NO_TLS)
+                url = f"{self.url}/admin/stats"
+                answer = httpx.get(url, headers=headers, timeout=2, trust_env=False, verify=NO_TLS)
                 if answer.status_code == httpx.codes.OK:
                     seen.add(answer.json()["web_pid"])
             return len(seen) == web_workers

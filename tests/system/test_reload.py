@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,22 @@ def bearer(key: str) -> dict[str, str]:
 class Configured:
     """A service of two web workers with a .env and a file of keys beside it."""
 
-    def __init__(self, directory: Path, start: Callable[..., Service]) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.write(keys=["alice"])
-        self.service = start(WEB_WORKERS=2, AUDIO_BUFFER_MB=1000, STALL_TIMEOUT=3000)
+        self.service = Service(directory, WEB_WORKERS=2, AUDIO_BUFFER_MB=1000, STALL_TIMEOUT=3000)
+        self._read = 0
+
+    def begin(self) -> None:
+        """Have the settings and the keys of the start in force, and forget what the log says."""
+        self.service.wait_serving(2, headers=ROOT)
+        self.write(keys=["alice"])
+        assert self.reload().is_success
+        self._read = len(self.service.log.read_text())
+
+    def said(self) -> str:
+        """The log from `begin` on."""
+        return self.service.log.read_text()[self._read :]
 
     def write(self, *, keys: list[str], **variables: object) -> None:
         """Write .env and the keys; nothing is read yet."""
@@ -70,10 +82,22 @@ class Configured:
         return [answer.json() for answer in self.everywhere("/admin/config")]
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Configured]:
+    """The service of this file."""
+    running = Configured(tmp_path_factory.mktemp("reload"))
+    try:
+        running.service.wait_ready()
+        yield running
+    finally:
+        running.service.kill()
+
+
 @pytest.fixture
-def configured(tmp_path: Path, start: Callable[..., Service]) -> Configured:
-    """A running service."""
-    return Configured(tmp_path, start)
+def configured(running: Configured) -> Configured:
+    """The service as it was at its start; a test may kill its processes."""
+    running.begin()
+    return running
 
 
 def test_every_process_has_the_new_settings(configured: Configured) -> None:
@@ -210,6 +234,5 @@ async def test_reload_under_load(configured: Configured, streams: int, reloads: 
     lengths = await asyncio.gather(*reading)  # a transfer that breaks raises here
     assert all(abs(n_bytes - len(alone.content)) < len(alone.content) / 100 for n_bytes in lengths), lengths
     await load.http.aclose()
-    said = configured.service.log.read_text()
-    assert "web_worker_died" not in said
-    assert "reload_not_taken" not in said
+    assert "web_worker_died" not in configured.said()
+    assert "reload_not_taken" not in configured.said()
