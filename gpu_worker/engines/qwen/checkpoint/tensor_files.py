@@ -187,7 +187,7 @@ class LazyTensors(Mapping[str, "Tensor"]):
 
 class StoredRows:
     """A matrix [rows, values] that stays in its file. A lookup reads the rows that it names, 1 µs each if the system
-    has them in its cache.
+    has them in its cache. `split` reads all of them once.
 
     This holds the file open, so it may be deleted, or replaced by another one.
     """
@@ -218,6 +218,35 @@ class StoredRows:
             raise RuntimeError(f"{self._place.path} was changed while its model is in use")
         dtype = getattr(torch, _DTYPES[info.dtype][0])
         return torch.frombuffer(data, dtype=dtype).view(-1, values) if data else torch.empty(0, values, dtype=dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and values."""
+        return self._place.info.shape
+
+    def split(self, count: int) -> "Iterator[Tensor]":
+        """All rows in order, `count` at a time, in the dtype of the file. Each part is read over the one before it.
+
+        So the parts stay in the processor's cache, and no matrix is written to memory that the system must clear first.
+
+        Raises:
+            JobError: `model_unavailable`: the file cannot be read, or was cut short.
+        """
+        import torch  # noqa: PLC0415 -- as in _read_tensor
+
+        info, (rows, values) = self._place.info, self._place.info.shape
+        part = torch.empty(min(count, rows), values, dtype=getattr(torch, _DTYPES[info.dtype][0]))
+        offset = self._place.data_start + info.data_offsets[0]
+        for begin in range(0, rows, count):
+            read = part[: rows - begin]
+            try:
+                size = os.preadv(self._file, [read.view(torch.uint8).numpy().data], offset)
+            except OSError as error:
+                raise unavailable(self._place.path, f"cannot be read: {error.strerror}") from error
+            if size != read.nbytes:
+                raise unavailable(self._place.path, "was cut short while it was read")
+            offset += size
+            yield read
 
     def _read_stamp(self) -> tuple[int, int]:
         status = os.fstat(self._file)

@@ -19,6 +19,7 @@ from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import Layer, Linear, RopeTables, Stack, matrix, pad_rows, pad_to
 from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
+from gpu_worker.engines.qwen.runtime.products import Rows
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -142,9 +143,10 @@ class CodePredictor(TensorHolder):
         like = weights[f"{prefix}model.norm.weight"]
         folds = like.dtype == torch.float32 and products.quantization == "none"
         names = [f"{prefix}lm_head.{i}.weight" for i in range(self.groups - 1)]
-        heads: Iterable[Tensor] = (matrix(weights, name, products, "sensitive") for name in names)
+        heads: Iterable[Rows] = (matrix(weights, name, products, "sensitive") for name in names)
         if folds:
-            heads = [head / self._temperature for head in self.stack.norm.fold_into(list(heads))]
+            whole = self.stack.norm.fold_into([weights[name] for name in names])
+            heads = [head / self._temperature for head in whole]
             self._temperature = 1.0
         self.heads = [Linear(head, products=products, part="sensitive") for head in heads]
         self.projection: Linear | None = None

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
-from gpu_worker.engines.qwen.checkpoint.tensor_files import LazyTensors
+from gpu_worker.engines.qwen.checkpoint.tensor_files import LazyTensors, StoredRows
 from gpu_worker.engines.qwen.kernels.norm import Norm
 from gpu_worker.engines.qwen.kernels.rotation import Rotation
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import by_group
 from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
 from gpu_worker.engines.qwen.runtime.cuda_products import CUDA_KERNELS
-from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, by_size, reads_in_parts
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, Rows, by_size, reads_in_parts
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Part, Products
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
 
@@ -36,7 +36,7 @@ class Linear(TensorHolder):
 
     def __init__(
         self,
-        weight: Tensor | Sequence[Tensor],
+        weight: Rows | Sequence[Rows],
         bias: Tensor | None = None,
         products: Products = PLAIN,
         *,
@@ -48,7 +48,7 @@ class Linear(TensorHolder):
         A kernel that reads in parts takes several matrices, whose outputs follow each other, as one `weight`.
         `columns`: by what such a kernel multiplies each column.
         """
-        name = products.of(part) or by_size(weight if isinstance(weight, Tensor) else weight[0])
+        name = products.of(part) or by_size(weight)  # type: ignore[arg-type]  # parts are for kernels with a name
         make = _KERNELS[name]
         self._kernel = make(weight, bias) if columns is None else make(weight, bias, columns)
         self.packed = name != "plain"
@@ -86,9 +86,11 @@ def aligned(matrix: Tensor) -> Tensor:
     return functional.pad(matrix, (0, 0, 0, extra)) if matrix.is_cuda and extra else matrix
 
 
-def matrix(weights: Mapping[str, Tensor], name: str, products: Products, part: Part = "weights") -> Tensor:
-    """A matrix of a checkpoint, in the dtype of its file if its kernel reads it in parts."""
-    return as_stored(weights, name) if reads_in_parts(products.of(part)) else weights[name]
+def matrix(weights: Mapping[str, Tensor], name: str, products: Products, part: Part = "weights") -> Tensor | StoredRows:
+    """A matrix of a checkpoint. It stays in its file if its kernel reads it in parts."""
+    if isinstance(weights, LazyTensors) and reads_in_parts(products.of(part)):
+        return weights.rows(name)
+    return weights[name]
 
 
 def as_stored(weights: Mapping[str, Tensor], name: str) -> Tensor:
@@ -142,14 +144,14 @@ class Layer(TensorHolder):
     ) -> None:
         """`heads_by_group`: the order of the heads that attention returns, see Attention."""
 
-        def one(name: str, part: Part = "weights") -> Tensor:
+        def one(name: str, part: Part = "weights") -> Tensor | StoredRows:
             return matrix(weights, f"{prefix}{name}.weight", products, part)
 
         def fused(*names: str, behind: Norm, part: Part = "weights") -> Linear:
-            matrices = [one(name, part) for name in names]
             if reads_in_parts(products.of(part)):
+                matrices = [one(name, part) for name in names]
                 return Linear(matrices, products=products, part=part, columns=behind.leave_weight())
-            whole = torch.cat(matrices)
+            whole = torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
             return Linear(behind.fold_into([whole])[0] if products.folds else whole, products=products, part=part)
 
         self.heads = shape.num_attention_heads
@@ -163,7 +165,8 @@ class Layer(TensorHolder):
         self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", behind=self.input_norm)
         out = one("self_attn.o_proj")
         if heads_by_group:
-            out = by_group(out.unflatten(1, (self.heads, self.head_dim)), self.kv_heads).flatten(1)
+            out = weights[f"{prefix}self_attn.o_proj.weight"].unflatten(1, (self.heads, self.head_dim))
+            out = by_group(out, self.kv_heads).flatten(1)
         self.out = Linear(out, products=products)
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm, part="gate_up")
         self.down = Linear(one("mlp.down_proj", "sensitive"), products=products, part="sensitive")

@@ -9,7 +9,7 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -38,6 +38,17 @@ _SMALLEST: Final = 1e-30
 _BELOW_LEVELS: Final = 1.0001
 """A step is larger by this, so that rounding brings no value of a row above `levels`."""
 _TOLERANCE: Final = 0.02
+
+
+class Rows(Protocol):
+    """A matrix that can be read in parts, perhaps from a file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Outputs and inputs."""
+
+    def split(self, rows: int, /) -> Iterable[Tensor]:
+        """Parts of so many rows, in order. Each is read before the next one is asked for."""
 
 
 class Kernel(Protocol):
@@ -158,14 +169,14 @@ class _Rowwise:
     """The largest integer of an activation."""
 
     def __init__(
-        self, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, columns: Tensor | None = None
+        self, weight: Rows | Sequence[Rows], bias: Tensor | None = None, columns: Tensor | None = None
     ) -> None:
         """`weight` may have fewer bits than float32, and may be matrices whose outputs follow each other.
 
         `columns`: by what each of its columns is multiplied first.
         """
-        matrices = [weight] if isinstance(weight, Tensor) else weight
-        shape = sum(map(len, matrices)), matrices[0].shape[1]
+        matrices = weight if isinstance(weight, Sequence) else [weight]
+        shape = sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1]
         self._added = bias
         self._scale, self._sums = torch.empty(shape[0]), torch.empty(shape[0])
         self._quantized = torch.empty(shape, dtype=torch.int8)
@@ -213,7 +224,7 @@ class Int8(_Rowwise):
     """
 
     def __init__(
-        self, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, columns: Tensor | None = None
+        self, weight: Rows | Sequence[Rows], bias: Tensor | None = None, columns: Tensor | None = None
     ) -> None:
         super().__init__(weight, bias, columns)
         quantized = self._quantized
@@ -244,7 +255,7 @@ class Int8Portable(_Rowwise):
     """torch's product of integers: for a torch or a processor without the others."""
 
     def __init__(
-        self, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, columns: Tensor | None = None
+        self, weight: Rows | Sequence[Rows], bias: Tensor | None = None, columns: Tensor | None = None
     ) -> None:
         super().__init__(weight, bias, columns)
         self._quantized = self._quantized.t().contiguous()
@@ -262,7 +273,7 @@ class WideActivations:
     these to nothing. Twice the rows cost a tenth of the time, since reading the weights takes most of it.
     """
 
-    def __init__(self, kernel: Callable[..., _Rowwise], weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, kernel: Callable[..., _Rowwise], weight: Rows, bias: Tensor | None = None) -> None:
         self._kernel = kernel(weight)
         self._bias = bias
         self.hidden_bytes = self._kernel.hidden_bytes

@@ -90,6 +90,23 @@ def test_rows_are_read_from_the_file_when_they_are_looked_up(tmp_path: Path) -> 
             rows[[0, wrong]]
 
 
+def test_a_matrix_is_read_in_parts(tmp_path: Path) -> None:
+    """In the dtype of the file, each part over the one before it; a file that ends too soon is named."""
+    path = tmp_path / "model.safetensors"
+    matrix = torch.arange(30.0).view(10, 3).bfloat16()
+    save_file({"before": torch.ones(5), "x": matrix}, path)
+    with open_tensors([path], "", dtype=torch.float32) as tensors:
+        rows = tensors.rows("x")
+        assert rows.shape == (10, 3)
+        parts = [(part.data_ptr(), part.clone()) for part in rows.split(4)]
+        assert len({place for place, _ in parts}) == 1
+        assert [len(part) for _, part in parts] == [4, 4, 2]
+        assert torch.equal(torch.cat([part for _, part in parts]), matrix)
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(JobError, match=r"model\.safetensors: was cut short"):
+            list(rows.split(4))
+
+
 @pytest.mark.parametrize("change", [lambda raw: raw[:-4], lambda raw: raw[:-4] + b"\xff" * 4])
 def test_rows_of_a_file_that_was_written_to_are_refused(file: Path, change: Any) -> None:
     """A model must not speak with the weights of another one."""
