@@ -68,7 +68,7 @@ class Kernel(Protocol):
 
 
 class Plain:
-    """What torch's own product takes: on CUDA cuBLAS, on CPU MKL."""
+    """A matrix for torch's own product: on CUDA by cuBLAS, on CPU by MKL."""
 
     hidden_bytes = 0
 
@@ -146,7 +146,7 @@ class HalfThreaded:
 
 
 _objects: dict[int, Any] = {}
-"""What `quantized.linear_prepack_fp16` made, by number: a trace takes tensors, but no such objects."""
+"""Results of `quantized.linear_prepack_fp16`, by number: a trace takes tensors, but no such objects."""
 
 _keys = itertools.count()
 _library = torch.library.Library("qwen3_tts_server", "DEF")
@@ -207,7 +207,7 @@ class _Rowwise:
         return torch.addcmul(y, self.multiply(x / step), step)
 
     def step(self, x: Tensor) -> Tensor:
-        """What 1 of the integers of each row of `x` stands for, [rows, 1]; never 0."""
+        """The value of the integer 1 in each row of `x`, [rows, 1]; never 0."""
         # A third of the time of vector_norm. rsub multiplies and adds in one operator.
         return torch.rsub(x.abs().amax(1, keepdim=True), _SMALLEST, alpha=-_BELOW_LEVELS / self.levels)
 
@@ -332,7 +332,7 @@ KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
 
 
 def reads_in_parts(name: str) -> bool:
-    """Whether this kernel reads a matrix of any dtype in parts, so that it is never whole in memory as float32."""
+    """True if this kernel reads a matrix of any dtype in parts, so that it is never whole in memory as float32."""
     return name.removesuffix(WIDE) in _INT8
 
 
@@ -348,18 +348,18 @@ def by_size(weight: Tensor) -> str:
 
 
 def plain_is_batch_invariant(dtype: torch.dtype) -> bool:
-    """Whether on this CPU a row of a plain product depends on its group of BATCH_MULTIPLE alone; known of float32."""
+    """True if on this CPU a row of a plain product depends on its group of BATCH_MULTIPLE alone; known of float32."""
     return dtype != torch.float32 or _invariant_layout() is not None
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of this dtype on this processor: of bfloat16 not without AVX-512."""
+    """True if oneDNN packs weights of this dtype on this processor: of bfloat16 not without AVX-512."""
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 -- no public way
 
 
 @functools.cache
 def available(name: str) -> bool:
-    """Whether a quantised kernel works here. Some are deprecated, and some need fbgemm, which is for x86."""
+    """True if a quantised kernel works here. Some are deprecated, and some need fbgemm, which is for x86."""
     weight, x = (torch.sin(torch.arange(rows * 64).float()).view(rows, 64) for rows in (32, 3))
     try:
         with warnings.catch_warnings():
@@ -391,7 +391,7 @@ def _given(bias: Tensor | None) -> list[Tensor]:
 
 @functools.cache
 def _invariant_layout() -> Literal["view", "contiguous"] | None:
-    """How Wᵀ must lie for MKL's float32 products x Wᵀ of full groups to be batch invariant on this processor.
+    """The layout of Wᵀ with which MKL's float32 products x Wᵀ of full groups are batch invariant on this processor.
 
     As a view of W on an AMD EPYC (Zen 4). Contiguous, which is as fast, on an Intel Xeon with AVX-512. Neither helps on
     an Intel with AVX2 alone, whose groups have 6 rows, and whose larger batches are computed in another way.

@@ -23,7 +23,7 @@ from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE, KERNELS, PA
 
 Quantization = Literal["auto", "none", "fp16", "int8", "fp8"]
 Part = Literal["weights", "gate_up", "sensitive"]
-"""Which of the kernels of Products a matrix has."""
+"""The part of a model that a matrix belongs to: it chooses among the kernels of Products."""
 
 Shapes = Sequence[tuple[int, int]]
 """Outputs and inputs of a model's products."""
@@ -62,7 +62,7 @@ class Products(msgspec.Struct, frozen=True):
 
     @property
     def quantization(self) -> Quantization:
-        """What these kernels are in terms of the setting."""
+        """The value of the setting that stands for these kernels."""
         kinds: tuple[Quantization, ...] = ("int8", "fp16", "fp8")
         return next((kind for kind in kinds if (self.gate_up or self.weights).startswith(kind)), "none")
 
@@ -72,7 +72,7 @@ class Products(msgspec.Struct, frozen=True):
 
     @property
     def folds(self) -> bool:
-        """Whether a norm's weight may be multiplied into the matrices behind that norm; float16 would round them."""
+        """True if a norm's weight may be multiplied into the matrices behind that norm; float16 would round them."""
         return self.quantization != "fp16"
 
 
@@ -85,7 +85,7 @@ HALF: Final = Products(weights="fp16_if_large", sensitive="fp16_if_large")
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a trial found: the kernels, the fastest first, and how many rows each needs to be batch invariant."""
+    """The outcome of a trial: the kernels, the fastest first, and the rows that each needs to be batch invariant."""
 
     fastest: list[str]
     row_multiples: dict[str, int]
@@ -111,7 +111,7 @@ def choose(quantization: Quantization, shapes: Shapes, dtype: torch.dtype, kept_
 
 
 def are_large(shapes: Shapes) -> bool:
-    """Whether all products are large enough for layouts of their own, as those of published models are."""
+    """True if all products are large enough for layouts of their own, as those of published models are."""
     return min(outputs * inputs for outputs, inputs in shapes) >= PACK_ELEMENTS
 
 
@@ -208,7 +208,7 @@ def _values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _machine() -> str:
-    """What identifies the processor: two with the same name may have other instructions in a virtual machine."""
+    """The identity of the processor: two with one name may have other instructions in a virtual machine."""
     wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features")
     lines: list[str] = []
     with contextlib.suppress(OSError):

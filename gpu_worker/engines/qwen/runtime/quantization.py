@@ -1,4 +1,4 @@
-"""What TTS_QUANTIZATION means for a device: which kernels multiply, what is refused, and the bytes of a weight.
+"""TTS_QUANTIZATION on a device: the kernels that multiply, the refusals, and the bytes of a weight.
 
 Owns what both devices share. products_trial.py chooses for a CPU, cuda_products.py for a GPU.
 """

@@ -29,7 +29,7 @@ _woken = threading.Event()
 
 
 class Outcome(msgspec.Struct):
-    """What an engine returned for a job: its PCM chunks, its end, and the number of the step of each chunk."""
+    """The events of a job: its PCM chunks, the number of the step of each, and its end."""
 
     chunks: list[bytes] = []
     steps: list[int] = []

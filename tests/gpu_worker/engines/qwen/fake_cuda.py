@@ -1,4 +1,4 @@
-"""`python -m tests.gpu_worker.engines.qwen.fake_cuda`: what the captured functions launch at published sizes, as JSON.
+"""`python -m tests.gpu_worker.engines.qwen.fake_cuda`: launches of the captured functions at published sizes, as JSON.
 
 It builds model and codec of 1.7B in bfloat16 of tensors on torch's meta device, which have shapes and strides but no
 memory, and calls one function of each kind. The code sees them as CUDA tensors (MetaAsCuda), so no GPU is needed.
@@ -53,13 +53,13 @@ CUDA = torch.device("cuda")
 IS_CUDA = Tensor.is_cuda.__get__
 DEVICE = Tensor.device.__get__
 WEIGHTS_OF = {"mm": [1], "addmm": [2]}
-"""Where products have their weights."""
+"""The places of the weights among the arguments of products."""
 SEVERAL = {"topk": 2, "sort": 4, "masked_fill": 2}
 """Operators of several kernels in torch 2.13: with copies, indices or fills of their own."""
 
 
 class Launches(msgspec.Struct):
-    """What one call of a function launches."""
+    """The launches of one call of a function."""
 
     kernels: Counter[str] = msgspec.field(default_factory=Counter)
     attention: set[str] = msgspec.field(default_factory=set)
@@ -68,7 +68,7 @@ class Launches(msgspec.Struct):
     triton: dict[str, Launch] = {}
     """One launch of each Triton kernel."""
     bytes: int = 0
-    """What operators read and write, but Triton kernels, and but the keys and values of attention over lengths."""
+    """Bytes that torch's operators read and write, without the keys and values of attention over lengths."""
     product_bytes: int = 0
     """Weights that products read, plain and quantised."""
     attention_reads_all: int = 0
@@ -352,7 +352,7 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 def quantised_launches(quantization: Quantization) -> dict[str, Any]:
-    """What one frame of one row launches with quantised weights, the bytes of the weights, and their estimate."""
+    """The launches of one frame of one row with quantised weights, the bytes of the weights, and their estimate."""
     with patch.object(cuda_products, "quantize", _shapes_quantised), recorded(lambda _: None):  # those of the load
         functions, weight_bytes = captured_functions(products=PRODUCTS[quantization], slots=1, with_codec=False)
     keys: list[Key] = [("code_predictor_step", 1, 0), ("talker_step", 1, MAX_MODEL_LEN)]
@@ -366,7 +366,7 @@ def _shapes_quantised(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def estimated_bytes(quantization: Quantization) -> int:
-    """What build.weight_bytes estimates for a checkpoint of these shapes."""
+    """The estimate of build.weight_bytes for a checkpoint of these shapes."""
     config = msgspec.convert(model_config("custom_voice", "1b7", full=True), ModelConfig)
     shapes = {**_model_shapes(config), TEXT_EMBEDDING: (TEXT_VOCAB, config.talker_config.text_hidden_size)}
     headers = {name: TensorInfo("BF16", list(shape), [0, 2 * math.prod(shape)]) for name, shape in shapes.items()}
@@ -374,7 +374,7 @@ def estimated_bytes(quantization: Quantization) -> int:
 
 
 def counts() -> dict[str, Any]:
-    """What the functions at the batch sizes 1 and 16 launch, and the keys of all functions."""
+    """The launches of the functions at the batch sizes 1 and 16, and the keys of all functions."""
     wanted: list[Key] = [
         ("code_predictor_step", 1, 0),
         ("code_predictor_step", 16, 0),

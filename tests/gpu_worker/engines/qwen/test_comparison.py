@@ -1,4 +1,4 @@
-"""What `python -m gpu_worker compare` prints: the agreement of a quantised model with the exact one."""
+"""`python -m gpu_worker compare` prints the agreement of a quantised model with the exact one."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a start is refused for, each in one sentence, with what to do. No device is used."""
+"""Each reason to refuse a start is one sentence, with advice. No device is used."""
 
 import importlib.util
 import re
@@ -66,7 +66,7 @@ def test_a_combination_is_refused(wanted: dict[str, Any], advice: str) -> None:
     ],
 )
 def test_other_combinations_are_not(wanted: dict[str, Any]) -> None:
-    """Where the capability is not known, the load says what is wrong."""
+    """A capability that is not known is no problem yet: the load will fail with the reason."""
     assert problems(Computation(**wanted)) == []
 
 

@@ -1,4 +1,4 @@
-"""What an engine speaks: the official waveform, the same in any batch, utterance by utterance."""
+"""An engine speaks the official waveform, the same in any batch, utterance by utterance."""
 
 import gc
 import itertools

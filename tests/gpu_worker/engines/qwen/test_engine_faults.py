@@ -20,7 +20,7 @@ JOBS = [job(17, sampling=Sampling(seed=17, max_new_tokens=14)), job(3, LONG, sam
 
 @functools.cache
 def _undisturbed() -> dict[str, Outcome]:
-    """What JOBS speak without errors."""
+    """The speech of JOBS without errors."""
     return run(kept_engine("custom_voice"), JOBS)
 
 

@@ -1,4 +1,4 @@
-"""What a published 1.7B model in bfloat16 launches on a GPU, counted without one: see fake_cuda.py.
+"""Budgets for the launches of a published 1.7B model in bfloat16 on a GPU, counted without one: see fake_cuda.py.
 
 A change may only lower a budget. A CUDA kernel in a graph takes about 2 µs, however little it computes.
 """
@@ -31,7 +31,7 @@ NODES = 17_723
 """Kernels of all those graphs: each takes about 10 KB of the driver's memory, and its share of a restore."""
 
 NODE_MS = 0.008 + 0.003
-"""What a kernel costs a restore, derived: an operator from Python 5 to 8 µs, its part of an instantiation 2 to 3."""
+"""The cost of a kernel in a restore, derived: an operator from Python 5 to 8 µs, an instantiation 2 to 3 a kernel."""
 
 PCIE_BYTES_MS = 25e6
 """Bytes a millisecond from pinned memory: 25 GB/s through PCIe 4, twice that through PCIe 5."""
@@ -50,7 +50,7 @@ QUANTISED = {"none": (4114, 5136), "int8": (2994, 3192), "fp8": (3379, 3960)}
 """MB at most: of the weights, and of what the products of one frame of one stream read of them."""
 
 TALKER_BYTES = 2_860_308_260
-"""What the operators of a talker step of 16 rows read and write, without keys and values."""
+"""Bytes that the operators of a talker step of 16 rows read and write, without keys and values."""
 
 LARGE = {key.split("/")[0]: key for key in KERNELS}
 """Of each name the key with the larger batch."""
@@ -63,7 +63,7 @@ ATTENTION_SHAPES = 6
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    """What fake_cuda.py prints."""
+    """The counts of fake_cuda.py."""
     from tests.gpu_worker.engines.qwen import fake_cuda  # noqa: PLC0415 -- it needs triton
 
     with pytest.MonkeyPatch.context() as patch:

@@ -34,7 +34,7 @@ _WRITTEN = (
     "|मैं हूँ।|อรุณสวัสดิ์|\n|\n\n|\t|1.|2)|iv.|- |e\u0301|\U0001f469\u200d\U0001f52c|1234"
 )
 WORDS = [*_WRITTEN.split("|"), "x" * 40, "好" * 30]
-"""What sentencex treats in ways of its own, and words of many scripts."""
+"""Characters that sentencex treats in ways of its own, and words of many scripts."""
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""What brings a newcomer's first audio sooner on a CPU: a low slot, and steps that end early. No sample changes."""
+"""A low slot, and steps that end early, bring a newcomer's first audio sooner on a CPU. No sample changes."""
 
 import itertools
 

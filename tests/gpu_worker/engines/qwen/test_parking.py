@@ -75,7 +75,7 @@ def jobs_of(kind: Kind) -> list[Job]:
 
 @functools.cache
 def alone(kind: Kind) -> dict[str, Outcome]:
-    """What each job speaks if nothing disturbs it."""
+    """The undisturbed speech of each job."""
     speaker = kept_engine(kind)
     return {one.id: run(speaker, [one])[one.id] for one in jobs_of(kind)}
 

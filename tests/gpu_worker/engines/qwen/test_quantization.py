@@ -59,7 +59,7 @@ def int8(trial_file: Path) -> Iterator[QwenEngine]:
 
 
 def speeches(speaker: QwenEngine, every: int = 0) -> list[bytes]:
-    """What the jobs say together; with `every`, one joins after so many steps."""
+    """The speech of the jobs together; with `every`, one joins after so many steps."""
     return [outcome.pcm for outcome in run(speaker, JOBS, every=every).values()]
 
 
@@ -69,7 +69,7 @@ def framed(pcm: bytes) -> list[bytes]:
 
 
 def alone(speaker: QwenEngine) -> list[bytes]:
-    """What each job says alone."""
+    """The speech of each job alone."""
     return [run(speaker, [one])[one.id].pcm for one in JOBS]
 
 
@@ -108,7 +108,7 @@ def test_int8_alone_is_int8_in_company(int8: QwenEngine) -> None:
 
 
 def parked_midway(speaker: QwenEngine) -> bytes:
-    """What the first job says if it is parked, and another one has taken its slot when it goes on."""
+    """The speech of the first job, which is parked, and goes on when another job has taken its slot."""
     first, other = JOBS[0], job(90, sampling=Sampling(seed=1, max_new_tokens=30))
     outcomes = {one.id: Outcome() for one in (first, other)}
     speaker.admit(first)

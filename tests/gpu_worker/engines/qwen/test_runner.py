@@ -111,7 +111,7 @@ def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest
 
 @pytest.fixture
 def threads() -> Iterator[int]:
-    """How many torch computes with during the test."""
+    """The number of torch's threads during the test."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield 3

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MAX_GRID = (1 << 31, 1 << 16, 1 << 16)
-"""What CUDA allows of a grid."""
+"""The largest grid that CUDA allows."""
 
 TYPES = {
     torch.float32: "fp32",

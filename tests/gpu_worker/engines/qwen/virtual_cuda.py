@@ -30,7 +30,7 @@ from tests.gpu_worker.engines.qwen.driving import parts
 _run = CapturedBuckets.run
 
 SHORTEST_SLEEP_S = 2e-4
-"""How long the shortest sleep of the host takes: the kernel wakes a thread late."""
+"""The duration of the host's shortest sleep: the kernel wakes a thread late."""
 
 
 class VirtualStream:
@@ -125,7 +125,7 @@ class VirtualCuda:
         self.capture_priorities: set[tuple[str, int]] = set()
         self.streams = CudaStreams()
         self.arrivals: list[float] = []
-        """When commands for the engine will come."""
+        """The times at which commands for the engine will come."""
 
     def new_stream(self, priority: int = 0) -> VirtualStream:
         """In the place of torch.cuda.Stream."""

@@ -1,4 +1,4 @@
-"""What sampling is compared with: Transformers' processors, and the inverse of their distribution."""
+"""The reference for sampling: Transformers' processors, and the inverse of their distribution."""
 
 import functools
 import importlib

@@ -17,7 +17,7 @@ pytestmark = needs_triton
 
 @pytest.fixture(autouse=True)
 def _kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compiled is kept between runs."""
+    """Keep compiled kernels between runs."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE.parent / "triton"))
 
 

@@ -26,7 +26,7 @@ def test_ids_are_those_of_transformers_processors(dtype: torch.dtype) -> None:
 
 
 def by_kernel(logits: Tensor, uniform: Tensor, *, top_k: int = 50, temperature: float = 0.9) -> Tensor:
-    """What the kernel samples."""
+    """The codes that the kernel samples."""
     return fused_kernels().sample_code(logits, uniform, None, None, top_k=top_k, temperature=temperature)
 
 

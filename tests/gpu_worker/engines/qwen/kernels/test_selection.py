@@ -1,4 +1,4 @@
-"""Which kernels an engine gets, on a device that is only said to be CUDA."""
+"""The choice of an engine's kernels, on a device that only claims to be CUDA."""
 
 import functools
 import importlib.util

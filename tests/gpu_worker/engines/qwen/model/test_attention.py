@@ -26,7 +26,7 @@ def test_backends_agree_on_prompts() -> None:
 
 
 def test_the_last_tokens_of_a_prompt_attend_as_in_the_whole() -> None:
-    """Where the tokens before them were computed earlier."""
+    """The tokens before them were computed earlier, and their keys and values come from the cache."""
     query, key, value = torch.randn(1, 9, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
     for kernel in kernels():
         whole = kernel.prefill(query, key, value)
@@ -68,7 +68,7 @@ def test_a_backend_that_cannot_run_here_is_refused(backend: str, device: str, dt
 def plain_flash(
     tensors: tuple[Tensor, Tensor, Tensor], mask: tuple[Tensor, Tensor, Tensor], queries: int, keys: int
 ) -> Tensor:
-    """What `flash_kernel` promises, in plain torch: the kernel itself needs a GPU."""
+    """A `flash_kernel` in plain torch: the kernel itself needs a GPU."""
     query, key, value = tensors
     out = torch.empty_like(query)
     lengths, queries_begin, keys_begin = (numbers.tolist() for numbers in mask)

@@ -11,7 +11,7 @@ from gpu_worker.engines.qwen.runtime.lazy_zeros import lazy_zeros, zero_lazily
 
 
 def resident_bytes() -> int:
-    """What this process holds."""
+    """The host RAM of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 

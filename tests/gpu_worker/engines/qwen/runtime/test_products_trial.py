@@ -24,7 +24,7 @@ class Trials:
         self.fastest = list(fastest or ("fp16", "packed", "plain"))
 
     def __call__(self, *_: object) -> Outcome:
-        """What a trial would have found."""
+        """The outcome of a trial that was not made."""
         self.calls += 1
         return Outcome(self.fastest, dict.fromkeys(NAMES, 1))
 

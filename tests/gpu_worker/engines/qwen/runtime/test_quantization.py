@@ -1,4 +1,4 @@
-"""What TTS_QUANTIZATION means for each device, and what is refused in one sentence, with what to do."""
+"""TTS_QUANTIZATION on each device: the kernels, and refusals of one sentence, with advice."""
 
 import importlib.util
 import re
@@ -48,7 +48,7 @@ def test_what_a_device_cannot_is_refused(
 
 @pytest.mark.usefixtures("triton")
 def test_what_a_device_can_is_not_refused() -> None:
-    """Where the capability is not known, the load will say so."""
+    """A capability that is not known is no reason: the load will fail with the reason."""
     for quantization in ("auto", "none"):
         assert unsupported(quantization, "cuda", torch.float32, kernels="torch", capability=(7, 5)) is None
         assert unsupported(quantization, "cpu", BF16) is None
