@@ -8,6 +8,7 @@ from server.text import pauses
 from server.text.pronunciations import Pronunciations, respell
 from server.text.sentences import end_of_last_sentence
 from server.text.spans import Pause, copied, text_of
+from shared.composition import compose
 
 _LONGEST_MARK: Final = 60
 _BEGUN_MARK: Final = re.compile(r"\[\s{0,9}(?:p(?:a(?:u(?:s(?:e(?:\s{0,9}(?::[^\]]{0,40})?)?)?)?)?)?)?", re.IGNORECASE)
@@ -55,4 +56,7 @@ class GrowingText:
         return items
 
     def _respelled(self, text: str) -> str:
-        return text_of(respell([copied(text, 0, len(text))], self._tables)) if self._tables else text
+        if not self._tables:
+            return text
+        text = compose(text)
+        return text_of(respell([copied(text, 0, len(text))], self._tables))

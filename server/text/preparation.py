@@ -16,6 +16,7 @@ from server.text.markdown import read_markdown
 from server.text.pronunciations import Pronunciations, respell
 from server.text.spans import Pause, Span, begins_of, copied, source_range, split, text_of
 from server.text.ssml import is_ssml, read_ssml
+from shared.composition import compose, is_composed, letters
 from shared.protocol import Segment
 from shared.text import is_speakable
 
@@ -62,7 +63,7 @@ def prepare(
     `max_chars` limits the text to speak: pronunciations may make it longer than the input.
     Raises ApiError (`invalid_value`): SSML is broken, or the text or its pauses are too long.
     """
-    items = _pauses(_read(text, input_format))
+    items = _pauses(_composed(_read(text, input_format)))
     segments = list(_segments(_respelled(items, pronunciations) if pronunciations else items))
     length = sum(len(segment.text) for segment in segments)
     if length > max_chars:
@@ -81,6 +82,26 @@ def _read(text: str, input_format: InputFormat) -> Sequence[Span | Pause]:
             return read_ssml(text)
         case _:
             return [copied(text, 0, len(text))]
+
+
+def _composed(items: Iterable[Span | Pause]) -> Iterator[Span | Pause]:
+    """Compose letters. A new span stands for a whole letter; all else keeps its places."""
+    for item in items:
+        if isinstance(item, Pause) or is_composed(item.text):
+            yield item
+        elif not item.copied:
+            yield msgspec.structs.replace(item, text=compose(item.text))
+        else:
+            kept = 0
+            for start, end in letters(item.text):
+                letter = item.text[start:end]
+                if (one := compose(letter)) != letter:
+                    if start > kept:
+                        yield item.part(kept, start)
+                    yield Span(one, item.start + start, item.start + end, rate=item.rate)
+                    kept = end
+            if kept < len(item.text):
+                yield item.part(kept, len(item.text))
 
 
 def _respelled(items: Iterable[Span | Pause], pronunciations: Sequence[Pronunciations]) -> Iterator[Span | Pause]:

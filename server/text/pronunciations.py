@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from server.text.spans import Span, split, text_of
 from shared.access import read_file
+from shared.composition import compose
 
 MAX_FILE_BYTES: Final = 1_000_000
 MAX_ENTRIES_OF_A_LANGUAGE: Final = 10_000
@@ -51,9 +52,9 @@ class Pronunciations:
         self.count = len(entries)
         for word, respelling in entries.items():
             node = self._trie
-            for _, _, spelling in _tokens(word.strip()):
+            for _, _, spelling in _tokens(compose(word.strip())):
                 node = node.setdefault(spelling, {})
-            node[None] = respelling
+            node[None] = compose(respelling)
 
     def find(self, tokens: Sequence[_Token], first: int, text: str) -> tuple[int, str] | None:
         """The longest word that begins with the token `first`: the token behind it, and its respelling."""

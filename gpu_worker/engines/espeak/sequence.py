@@ -13,6 +13,7 @@ from gpu_worker.engines.espeak.scripts import voice_runs
 from gpu_worker.engines.espeak.word_times import time_words
 from gpu_worker.engines.fades import fade_at_silences
 from gpu_worker.engines.sentences import sentences_of
+from shared.composition import compose
 from shared.pcm import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import Word
 from shared.text import is_speakable
@@ -117,7 +118,8 @@ class RunningJob:
 
     def _add(self, parts: list[_Part]) -> None:
         self.input_words += sum(len(part.text.split()) for part in parts)
-        self._parts.extend(parts)
+        # What is still being written comes as it was typed: of a decomposed é espeak-ng would speak both parts.
+        self._parts.extend(part._replace(text=compose(part.text)) for part in parts)
         if self.waits:
             self._next_part()
 

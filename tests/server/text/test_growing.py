@@ -50,6 +50,11 @@ def test_respellings_come_with_their_sentence() -> None:
     assert GrowingText([]).feed("I lik") == ["I lik"]
 
 
+def test_decomposed_words_are_respelled() -> None:
+    """Also where an accent comes in the next piece."""
+    assert read(["A cafe", "\u0301."], [Pronunciations({"café": "bar"})]) == ["A bar."]
+
+
 def test_pauses_have_limits() -> None:
     """As in a whole text: each, and their sum."""
     with pytest.raises(ApiError):

@@ -1,6 +1,7 @@
 """From an input to segments: pauses, offsets, and what is left out."""
 
 import re
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from server.http.errors import ApiError
 from server.text import InputFormat, PreparedSegment, Pronunciations, prepare
+from shared.composition import compose
 from shared.protocol import Segment
 from shared.text import is_speakable
 
@@ -50,6 +52,22 @@ def spoken(segments: list[PreparedSegment]) -> list[tuple[str, int]]:
 def test_pauses(text: str, expected: list[tuple[str, int]]) -> None:
     """A pause mark is silence behind the segment before it; what has no letter or digit is left out."""
     assert spoken(prepare(text, "text", max_chars=10_000)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u0301", "Müller hört", "Tiếng Việt đẹp", "한국어 음성", "ガギグ", "\u0995\u09c7\u09be"]
+)
+@pytest.mark.parametrize("input_format", ["text", "markdown", "ssml"])
+def test_decomposed_letters_are_composed(text: str, input_format: InputFormat) -> None:
+    """Each keeps its place in the input, with all of its marks."""
+    composed, decomposed = (unicodedata.normalize(form, f"x {text} y") for form in ("NFC", "NFD"))
+    before, behind = ("<speak>", "</speak>") if input_format == "ssml" else ("", "")
+    (segment,) = prepare(before + decomposed + behind, input_format, max_chars=100)
+    assert segment.text == composed
+    for index, letter in enumerate(composed):
+        start, end = segment.source_range(index, index + 1)
+        assert letter in unicodedata.normalize("NFC", (before + decomposed)[start:end])
+        assert end - start <= 4
 
 
 @pytest.mark.parametrize("text", ["a[pause:30.1s]", "a[pause:30001ms]", "a[pause:999999s]", "a[pause:30s]" * 21])
@@ -113,7 +131,7 @@ PIECES = st.lists(
 )
 
 
-@given(PIECES.map("".join) | st.text())
+@given(PIECES.map("".join) | st.text().map(compose))
 def test_no_text_is_lost_and_offsets_are_exact(text: str) -> None:
     """Every letter outside the marks is spoken once, in order, and each character knows its place in the input."""
     segments = prepare(text, "text", max_chars=10_000)

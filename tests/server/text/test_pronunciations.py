@@ -55,6 +55,12 @@ def test_whole_words(text: str, expected: str) -> None:
     assert respelled(text) == expected
 
 
+def test_a_decomposed_word_is_the_same_word() -> None:
+    """In the table and in the respelling; `prepare` composes the text."""
+    table = Pronunciations({"Cafe\u0301": "cafe\u0301 bar"})
+    assert text_of(respell([copied("Café", 0, 4)], [table])) == "café bar"
+
+
 def test_the_place_of_a_respelled_word() -> None:
     """It is that of the whole old word, also if that was in two spans; the words around it keep their own."""
     source = "a **ng**inx b"

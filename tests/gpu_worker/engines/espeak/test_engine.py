@@ -607,6 +607,16 @@ class TestOpenJobs:
         assert _alike(heard[2], one)
         assert _alike(heard[4], two)
 
+    def test_decomposed_letters(self, engine: EspeakEngine) -> None:
+        """An accent that comes behind its letter is no letter of its own."""
+        job = msgspec.structs.replace(_job("A cafe"), open=True)
+        engine.admit(job)
+        engine.append(job.id, "\u0301 a la cre\u0300me.", flush=False)
+        engine.end_text(job.id)
+        heard = _step_until_it_waits(engine, job)
+        composed = _job("A café a la crème.")
+        assert _alike(heard, _speech(_run(engine, [composed])[composed.id]))
+
     def test_white_space_shows_the_end_of_a_sentence(self, engine: EspeakEngine) -> None:
         """So a client that sends whole sentences need not send the next one, or flush."""
         job = msgspec.structs.replace(_job(""), open=True)
