@@ -6,6 +6,7 @@ Digits, signs and white space belong to the letters before them, at the beginnin
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
@@ -57,6 +58,22 @@ _CLOSER: Final = {
     "ar": (re.compile("[پچژگکی]"), "fa"),
 }
 """Letters that only a neighbour of a script's language has, and that neighbour."""
+
+_STYLED: Final = re.compile(r"(?![0-9])\d|[\uff21-\uff3a\uff41-\uff5a\u2460-\u2468\u24b6-\u24e9\U0001d400-\U0001d7cb]")
+"""Digits of other scripts, and letters and digits that are wide, in circles or of mathematics: one character each."""
+
+
+def readable(text: str) -> str:
+    """The text, as long as it was, with plain letters and digits for what espeak-ng is silent at or spells.
+
+    No voice says a wide digit, though Chinese and Japanese write them, and few voices those of other scripts.
+    """
+    return text if text.isascii() else _STYLED.sub(lambda found: _plain(found[0]), text)
+
+
+def _plain(character: str) -> str:
+    digit = unicodedata.decimal(character, None)
+    return unicodedata.normalize("NFKC", character) if digit is None else str(digit)
 
 
 def voice_runs(text: str, voice: str) -> Iterator[tuple[int, str]]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Job
 from gpu_worker.engines.espeak.library import MAX_PIECE_CHARS, EspeakLibrary
-from gpu_worker.engines.espeak.scripts import voice_runs
+from gpu_worker.engines.espeak.scripts import readable, voice_runs
 from gpu_worker.engines.espeak.word_times import time_words
 from gpu_worker.engines.fades import fade_at_silences
 from gpu_worker.engines.sentences import sentences_of
@@ -119,7 +119,7 @@ class RunningJob:
     def _add(self, parts: list[_Part]) -> None:
         self.input_words += sum(len(part.text.split()) for part in parts)
         # What is still being written comes as it was typed: of a decomposed é espeak-ng would speak both parts.
-        self._parts.extend(part._replace(text=compose(part.text)) for part in parts)
+        self._parts.extend(part._replace(text=readable(compose(part.text))) for part in parts)
         if self.waits:
             self._next_part()
 

@@ -586,6 +586,11 @@ def _step_until_it_waits(engine: EspeakEngine, job: Job) -> bytes:
     return _speech(events)
 
 
+def test_wide_digits_are_spoken(engine: EspeakEngine) -> None:
+    """espeak-ng itself is silent at them, in every voice."""
+    assert _alike(_say(engine, _job("\uff11\uff12\uff13")), _say(engine, _job("123")))
+
+
 class TestOpenJobs:
     """Text that is still being written."""
 

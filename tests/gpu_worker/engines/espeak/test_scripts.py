@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.engines.espeak.scripts import voice_runs
+from gpu_worker.engines.espeak.scripts import readable, voice_runs
 
 
 def runs(text: str, voice: str) -> list[tuple[str, str]]:
@@ -65,3 +65,19 @@ def test_runs_cover_the_text(text: str, voice: str) -> None:
     assert all(part for part, _ in parts)
     if voice != "cmn+m1":
         assert not any(re.search("[你好]", part) for part, reader in parts if not reader.startswith("cmn"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("第\uff11\uff12章、\uff21\uff22\uff23\uff01", "第12章、ABC\uff01"),
+        ("\u0663\u0664 \u06f5 \u0969", "34 5 3"),
+        ("\u2460\u24b6\u24e9", "1Az"),
+        ("\U0001d401\U0001d4be\U0001d7d9", "Bi1"),
+        ("x\u00b2 \u00bd \u2469 é 日本 1", "x\u00b2 \u00bd \u2469 é 日本 1"),
+    ],
+)
+def test_letters_and_digits_become_plain(text: str, expected: str) -> None:
+    """Each is one character, as before: words keep their places."""
+    assert readable(text) == expected
+    assert len(readable(text)) == len(text)
