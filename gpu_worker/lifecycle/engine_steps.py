@@ -115,13 +115,33 @@ class EngineSteps:
         return held_back
 
     def _left_out(self) -> set[str]:
-        """The jobs that a step leaves out if it is the next one."""
-        return self._slots.held_back(self._held_back, self._stepped_models())
+        """The jobs that a step leaves out if it is the next one. Requests end here that an engine cannot judge."""
+        held_back = self._slots.held_back(self._held_back, self._stepped_models())
+        while self._slots.faults:
+            job_id, error = self._slots.faults.popitem()
+            self._fail_one(job_id, error)
+        return held_back
+
+    def _fail_one(self, job_id: str, error: Exception) -> None:
+        """An engine failed at one job alone: fail its request, if that is still open."""
+        request = self._slots.get(job_id)
+        if request is None:
+            return
+        log.error("request_failed_in_engine", model=request.model, request_id=request.id, exc_info=error)
+        raise_if_broken(error)
+        message = f"{request.model} failed while it was speaking: {error}"
+        self._requests.finish(request, JobError("synthesis_failed", message))
 
     def _runnable(self, held_back: set[str]) -> list[str]:
         """The models whose engine has work."""
-        engines = self._residency.engines
-        return [model for model in self._stepped_models() if engines[model].runnable(held_back)]
+        return [model for model in self._stepped_models() if self._is_runnable(model, held_back)]
+
+    def _is_runnable(self, model: str, held_back: set[str]) -> bool:
+        try:
+            return self._residency.engines[model].runnable(held_back)
+        except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
+            self.recover(model, error)
+            return False
 
     def _stepped_models(self) -> list[str]:
         """The resident models; one that ran out of memory waits while idle models are evicted."""

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import structlog
+
 from gpu_worker.engines.base import JobError
+from gpu_worker.engines.faults import raise_if_broken
 from gpu_worker.keys import LimitCounter
 from gpu_worker.lifecycle.bounds import RequestBounds
 from gpu_worker.lifecycle.open_requests import OpenRequests
@@ -11,6 +14,8 @@ from gpu_worker.residency import Residency
 from gpu_worker.scheduling import Slots
 from gpu_worker.stats import Stats
 from shared.protocol import Append, EndText
+
+log = structlog.get_logger(__name__)
 
 
 class OpenText:
@@ -53,9 +58,10 @@ class OpenText:
 
     def write_held(self, request: Request) -> None:
         """Give the engine what has come before the request had a slot."""
-        for message in request.held_text:
-            self._write(request, message)
-        request.held_text.clear()
+        held, request.held_text = request.held_text, []
+        for message in held:
+            if request.state is RequestState.RUNNING:  # still: the engine has taken what came before
+                self._write(request, message)
 
     def cut_all(self, error: JobError) -> None:
         """End the text of all requests with a slot or parked: what has come is said, and `error` comes behind it."""
@@ -84,8 +90,15 @@ class OpenText:
         self._limits.add_characters(request.client, request.limits, characters)
 
     def _write(self, request: Request, message: Append | EndText) -> None:
+        """Give the text to the engine. If that fails, the request fails, and no other one."""
         engine = self._residency.engines[request.model]
-        if isinstance(message, EndText):
-            engine.end_text(request.job.id)
-        else:
-            engine.append(request.job.id, message.text, flush=message.flush)
+        try:
+            if isinstance(message, EndText):
+                engine.end_text(request.job.id)
+            else:
+                engine.append(request.job.id, message.text, flush=message.flush)
+        except Exception as error:
+            log.exception("text_rejected_by_engine", model=request.model, request_id=request.id)
+            raise_if_broken(error)
+            reason = f"{request.model} could not take the text: {error}"
+            self._requests.finish(request, JobError("synthesis_failed", reason))

@@ -28,6 +28,7 @@ class Slots:
     """The slots of all engines. `engines` gives those of the resident models, by model.
 
     `out_of_room` becomes true if a request could have had a slot, had the buffer been emptier; the Worker clears it.
+    `faults` are the errors that engines raised when they were asked about a job, by its id; the Worker takes them.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Slots:
         self.running: dict[str, Request] = {}  # by job id
         self.parked: dict[str, Request] = {}  # by job id, those first that were parked first
         self.out_of_room = False
+        self.faults: dict[str, Exception] = {}
         self._parks_again_at = -math.inf
 
     def __len__(self) -> int:
@@ -122,8 +124,17 @@ class Slots:
         return held_back
 
     def waits_for_text(self, request: Request) -> bool:
-        """True if the running or parked request is an open one that can go on only with more text."""
-        return request.job.open and self._engines()[request.model].waits_for_text(request.job.id)
+        """True if the running or parked request is an open one that can go on only with more text.
+
+        An engine looks at the text to answer. If that fails, the request waits, and its error is in `faults`.
+        """
+        if not request.job.open:
+            return False
+        try:
+            return self._engines()[request.model].waits_for_text(request.job.id)
+        except Exception as error:  # noqa: BLE001 -- no error of an engine may end the service
+            self.faults[request.job.id] = error
+            return True
 
     def is_hungry(self, request: Request) -> bool:
         """True if the listener of the running or parked request will soon have nothing to hear."""
@@ -148,8 +159,7 @@ class Slots:
         for job_id, request in self.running.items():
             if request.first_audio_at is not None or request.model not in models:
                 continue
-            engine = engines[request.model]
-            if engine.is_faster_alone() and engine.runnable(self.running.keys() - {job_id}):
+            if _is_faster_alone(engines[request.model], self.running.keys() - {job_id}):
                 return True
         return False
 
@@ -210,3 +220,11 @@ class Slots:
 
     def _park_bytes(self, request: Request) -> int:
         return self._engines()[request.model].park_bytes(request.job.id)
+
+
+def _is_faster_alone(engine: Engine, others: Collection[str]) -> bool:
+    """True if the engine can make a step without `others`, in less time."""
+    try:
+        return engine.is_faster_alone() and engine.runnable(others)
+    except Exception:  # noqa: BLE001 -- `runnable` is asked again before the step, where its error counts
+        return False

@@ -80,6 +80,7 @@ class SpeakingEngine:
     """An engine that speaks `words_per_step` words of every job's text in every step, one unless a test sets it.
 
     The next calls of `admit`, `step`, `park` and `unpark` raise their errors, one each; None raises nothing.
+    `text_errors` and `waits_errors` are those of the text of open jobs, and `runnable_errors` of `runnable`.
     A word lasts at least `word_s`.
     A step takes `step_s` on `clock`. `admitted` are the jobs that got a slot, in order.
     Jobs of a text in `muted` make no progress.
@@ -103,6 +104,9 @@ class SpeakingEngine:
         self.unpark_errors: deque[Exception | None] = deque()
         self.admit_errors: deque[Exception | None] = deque()
         self.step_errors: deque[Exception | None] = deque()
+        self.text_errors: deque[Exception | None] = deque()
+        self.waits_errors: deque[Exception | None] = deque()
+        self.runnable_errors: deque[Exception | None] = deque()
         self.step_s = 0.0
         self.words_per_step = 1
         self.muted: set[str] = set()
@@ -151,20 +155,26 @@ class SpeakingEngine:
         self._words[job.id] = deque(() if job.open else job.text.split())
         if job.open:
             self._unfinished[job.id] = ""
-            self.append(job.id, job.text, flush=False)
+            self._add_text(job.id, job.text)
 
     def append(self, job_id: str, text: str, *, flush: bool) -> None:
         """Add text to an open job; its last word may still grow."""
+        _raise_next(self.text_errors)
         if job_id in self._unfinished:
-            *words, self._unfinished[job_id] = (self._unfinished[job_id] + text + " " * flush).split(" ")
-            self._words_of(job_id).extend(word for word in words if word)
+            self._add_text(job_id, text + " " * flush)
+
+    def _add_text(self, job_id: str, text: str) -> None:
+        *words, self._unfinished[job_id] = (self._unfinished[job_id] + text).split(" ")
+        self._words_of(job_id).extend(word for word in words if word)
 
     def end_text(self, job_id: str) -> None:
         """The last word of an open job is complete."""
+        _raise_next(self.text_errors)
         self._words_of(job_id).extend(self._unfinished.pop(job_id, "").split())
 
     def waits_for_text(self, job_id: str) -> bool:
         """Whether all words of an open job are spoken."""
+        _raise_next(self.waits_errors)
         return job_id in self._unfinished and not self._words_of(job_id)
 
     def _words_of(self, job_id: str) -> deque[str]:
@@ -176,6 +186,7 @@ class SpeakingEngine:
 
     def runnable(self, stalled: Collection[str]) -> bool:
         """Whether any job is neither stalled nor muted."""
+        _raise_next(self.runnable_errors)
         return bool(self._able(stalled))
 
     def step(self, stalled: Collection[str]) -> list[Event]:

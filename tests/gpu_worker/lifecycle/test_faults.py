@@ -53,6 +53,63 @@ class TestFaults:
         assert bench.words("r") == "a"
         assert bench.words("s") == "x y z"
 
+    @pytest.mark.parametrize("more", ["", " c d"])
+    def test_text_fails(self, bench: WorkerBench, more: str) -> None:
+        """Text that an engine cannot take, or its end, fails its own request; the others go on."""
+        loaded(bench)
+        bench.speak("s", "x y z", open=True)
+        bench.speak("r", "a b", open=True)
+        bench.settle()
+        bench.engines["m"].text_errors.append(ValueError("what a text"))
+        if more:
+            bench.append("r", more)
+        bench.end_text("r")
+        bench.end_text("s")
+        bench.settle()
+        assert bench.kinds("r").count("Failed") == 1
+        assert bench.last_message("r").code == "synthesis_failed"
+        assert bench.words("s") == "x y z"
+        assert (bench.references(), len(bench.opened)) == ({"m": 0}, 1)
+
+    def test_text_fails_that_came_before_the_slot(self, make_bench: MakeBench) -> None:
+        """The same for text that came while the request was in the queue; none of it follows."""
+        bench = loaded(make_bench(slots=1))
+        bench.engines["m"].text_errors.append(ValueError("what a text"))
+        bench.speak("s", "x y z")
+        bench.speak("r", "a", open=True)
+        for text in (" b", " c"):
+            bench.append("r", text)
+        bench.end_text("r")
+        bench.settle()
+        assert bench.kinds("r") == ["Started", "Failed"]
+        assert bench.words("s") == "x y z"
+        assert (bench.references(), len(bench.opened)) == ({"m": 0}, 1)
+
+    def test_engine_cannot_judge_a_job(self, bench: WorkerBench) -> None:
+        """An error about one job's text fails its own request; the others go on."""
+        loaded(bench)
+        bench.speak("r", "a b", open=True)
+        bench.settle()
+        bench.engines["m"].waits_errors.append(ValueError("what a text"))
+        bench.speak("s", "x y z")
+        bench.settle()
+        assert bench.last_message("r").code == "synthesis_failed"
+        assert "what a text" in bench.last_message("r").message
+        assert bench.words("s") == "x y z"
+        assert (bench.references(), len(bench.opened)) == ({"m": 0}, 1)
+
+    def test_engine_fails_before_its_step(self, bench: WorkerBench) -> None:
+        """An error about no certain job costs the requests of the engine, as one of its step does."""
+        loaded(bench)
+        bench.speak("r", "a b c")
+        bench.turn()
+        bench.engines["m"].runnable_errors.extend([ValueError("lost my place")] * 2)
+        bench.settle()
+        assert bench.last_message("r").code == "synthesis_failed"
+        bench.speak("s", "again")
+        bench.settle()
+        assert (bench.words("s"), len(bench.opened)) == ("again", 2)
+
     def test_engine_fails(self, make_bench: MakeBench) -> None:
         """A failed engine fails its own requests; other models go on, and the next request gets a new engine."""
         bench = loaded(make_bench({"m": 100, "n": 100}), "m", "n")
