@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gpu_worker.engines.base import PAUSE_CHUNK_BYTES, Done, Event, Fault, Job, JobError, Memory, Pcm
-from gpu_worker.engines.espeak.engine import CHUNK_S, SLOTS, EspeakEngine
-from gpu_worker.engines.espeak.library import MAX_PIECE_CHARS
+from gpu_worker.engines.espeak.engine import CHUNK_S, MAX_STEP_S, SLOTS, EspeakEngine
+from gpu_worker.engines.espeak.library import MAX_PIECE_CHARS, Clause, EspeakLibrary
 from shared.catalog import Voice, load_catalog
 from shared.pcm import EMPTY_S, FRAME_SAMPLES, bytes_for, seconds_of
 from shared.protocol import Sampling, Segment, Word
@@ -26,8 +26,8 @@ AUDIBLE = 1_000
 
 @pytest.fixture(scope="module")
 def engine() -> EspeakEngine:
-    """One engine for all tests, as a process has only one. Each test leaves it without jobs."""
-    return EspeakEngine(SPEC)
+    """One engine for all tests, as a process has only one. Each test leaves it without jobs. No step takes long."""
+    return EspeakEngine(SPEC, clock=lambda: 0.0)
 
 
 _ids = itertools.count()
@@ -116,7 +116,7 @@ class TestSpeech:
     def test_another_language_keeps_the_voice(self, engine: EspeakEngine) -> None:
         """A voice in another language is that language with the variant of the voice."""
         voices = [*SPEC.voices, Voice(id="de+f2", name="Emma's German", language="german")]
-        wider = EspeakEngine(msgspec.structs.replace(SPEC, voices=voices))
+        wider = EspeakEngine(msgspec.structs.replace(SPEC, voices=voices), clock=lambda: 0.0)
         expected = _say(wider, _job("Guten Morgen, wie geht es Ihnen heute?", "de+f2"))
         assert _alike(_say(engine, _job("Guten Morgen, wie geht es Ihnen heute?", "en-us+f2", "german")), expected)
         assert not _alike(_say(engine, _job("Guten Morgen, wie geht es Ihnen heute?", "de+f3")), expected)
@@ -436,6 +436,37 @@ class TestOddText:
         grins = "One. " + "😀. " * 5
         parts = [seconds_of(_say(engine, _job(part))) for part in (grins, text)]
         assert seconds_of(_say(engine, _job(grins + text))) == pytest.approx(sum(parts) + 0.4, rel=0.05)
+
+
+def test_long_clauses_do_not_make_a_long_step() -> None:
+    """A step that takes long leaves the other jobs to the next ones, and none of them waits for a second turn."""
+    times = itertools.count(step=MAX_STEP_S)
+    engine = EspeakEngine(SPEC, clock=lambda: next(times))
+    jobs = [_job("word " * 100) for _ in range(3)]
+    for job in jobs:
+        engine.admit(job)
+    firsts = [event.job_id for _ in range(6) for event in engine.step(())]
+    assert firsts == [job.id for job in jobs] * 2
+    assert engine.stats().batch_sizes == {1: 6}
+    engine.close()
+
+
+def test_an_unexpected_error_fails_its_own_job(engine: EspeakEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other jobs speak on."""
+    bad, good = _job("Tell me the odd word."), _job(SENTENCES[0])
+    clause = EspeakLibrary.synthesize_clause
+
+    def fail(self: EspeakLibrary, voice: str, text: str) -> Clause:
+        if "odd" in text:
+            raise ValueError("too odd")
+        return clause(self, voice, text)
+
+    monkeypatch.setattr(EspeakLibrary, "synthesize_clause", fail)
+    events = _run(engine, [bad, good])
+    (fault,) = events[bad.id]
+    assert isinstance(fault, Fault)
+    assert (fault.error.code, fault.error.message) == ("synthesis_failed", "espeak-ng failed: too odd")
+    assert isinstance(events[good.id][-1], Done)
 
 
 class TestRefusals:
