@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, metavar="N", help=text)
     parser.add_argument("--model", action="append", default=[], help="a model that it may use (default: all)")
     parser.add_argument("--voice", action="append", default=[], help="a voice that it may use (default: all)")
-    parser.add_argument("--expires", type=_day, metavar="YYYY-MM-DD", help="the day it ends, UTC")
+    parser.add_argument("--expires", type=_day, metavar="YYYY-MM-DD", help="the first day on which it is refused, UTC")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,9 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _day(text: str) -> date:
     try:
-        return date.fromisoformat(text)
+        day = date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2027-12-31") from None
+    if day <= datetime.now(UTC).date():
+        raise argparse.ArgumentTypeError(f"{text} is not in the future; the key would never work")
+    return day
 
 
 def _table(arguments: argparse.Namespace, key: str) -> str:

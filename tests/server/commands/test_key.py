@@ -83,11 +83,15 @@ def test_a_folder_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture
     assert err == f"{tmp_path}/none/keys.toml cannot be written: No such file or directory\n"
 
 
-def test_a_day_that_is_none(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The message shows how a date is written."""
+@pytest.mark.parametrize(
+    ("day", "problem"),
+    [("tomorrow", "'tomorrow' is no date such as 2027-12-31"), ("2020-12-31", "2020-12-31 is not in the future")],
+)
+def test_a_day_that_is_none(path: Path, capfd: pytest.CaptureFixture[str], day: str, problem: str) -> None:
+    """The message shows how a date is written. A key that would never work is not made."""
     with pytest.raises(SystemExit):
-        main(["key", "new", "bob", "--expires", "tomorrow"])
-    assert "'tomorrow' is no date such as 2027-12-31" in capfd.readouterr().err
+        main(["key", "new", "bob", "--expires", day])
+    assert problem in capfd.readouterr().err
     assert not path.exists()
 
 
