@@ -175,7 +175,7 @@ class TestSlowDisk:
         bench.voice_files.errors = [OSError(28, "No space left on device")]
         failed = bench.result_of(CloneVoice(name="Ada"), VOICE)
         assert (failed.code, failed.message) == (
-            "synthesis_failed",
+            "internal_error",
             "the voice could not be saved: No space left on device",
         )
         assert bench.snapshot().voices == []
@@ -331,7 +331,7 @@ class TestDesign:
         bench.voice_files.errors = [OSError(28, "No space left on device")]
         failed = bench.result_of(DesignVoice(name="Ada", prompt="p"))
         assert (failed.code, failed.message) == (
-            "synthesis_failed",
+            "internal_error",
             "the voice could not be saved: No space left on device",
         )
         assert len(bench.voices.list()) == 0
