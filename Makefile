@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # How many processes run tests; tests/conftest.py says which tests stay in one process.
-JOBS ?= 2
+# Tests of real processes wait for a quarter of their time, so that two cores have work for three.
+quick: JOBS ?= 2
+test: JOBS ?= 3
 PYTEST = $(BIN)/python -m pytest
-PARALLEL := -n $(JOBS) --no-loadscope-reorder
+PARALLEL = -n $(JOBS) --no-loadscope-reorder
 
 # The gpu extra (torch, transformers, qwen-tts: several GB with CUDA) is for machines that can use it.
 WITH_QWEN ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 1)
