@@ -7,11 +7,12 @@ Owns the trial, the file, and what TTS_QUANTIZATION means for a CPU.
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 import structlog
@@ -40,6 +41,12 @@ _ISA_VARIABLES: Final = (
 _MAX_FILE_BYTES: Final = 1 << 16
 _COPIES: Final = 3
 _ROUNDS: Final = 5
+_MOST_ROUNDS: Final = 15
+"""Rounds that time a kernel; the most, if other processes use the processor in the fastest of them."""
+
+_QUIET: Final = 0.75
+"""A round is quiet if its thread computed for this share of the time. It waits for the other threads of a product."""
+
 _ROWS: Final = 8
 _PROMPT_ROWS: Final = ((37, 9), (150, 53))
 """Rows of a product as prompts have them, and of their first parts."""
@@ -84,11 +91,22 @@ HALF: Final = Products(weights="fp16_if_large", sensitive="fp16_if_large")
 """Large matrices in float16."""
 
 
+class Clocks(NamedTuple):
+    """The seconds that pass, and those for which this thread computes."""
+
+    wall: Callable[[], float] = time.perf_counter
+    cpu: Callable[[], float] = time.thread_time
+
+
 class Outcome(msgspec.Struct, frozen=True):
-    """The outcome of a trial: the kernels, the fastest first, and the rows that each needs to be batch invariant."""
+    """The outcome of a trial: the kernels, the fastest first, and the rows that each needs to be batch invariant.
+
+    `quiet`: False if other processes used the processor in the fastest round of any kernel.
+    """
 
     fastest: list[str]
     row_multiples: dict[str, int]
+    quiet: bool = True
 
 
 def choose(quantization: Quantization, shapes: Shapes, dtype: torch.dtype, kept_in: Path | None = None) -> Products:
@@ -134,24 +152,33 @@ def _kept(shapes: Shapes, dtype: torch.dtype, path: Path | None) -> Outcome:
     """The outcome of the trial of these shapes, from the file or made now."""
     names = [name for name in _CANDIDATES if _possible(name, dtype)]
 
-    def find() -> Outcome:
+    def find(before: Outcome | None) -> Outcome:
         start = time.perf_counter()
-        outcome = trial(shapes, dtype, names, time.perf_counter)
+        outcome = trial(shapes, dtype, names, Clocks(), before)
         took = f"{1000 * (time.perf_counter() - start):.0f}"
-        log.info("products_tried", fastest=outcome.fastest, took_ms=took)
+        log.info("products_tried", fastest=outcome.fastest, quiet=outcome.quiet, took_ms=took)
         return outcome
 
     return kept(path, (str(dtype), sorted(set(shapes)), names, _PROMPT_ROWS), find)
 
 
-def kept(path: Path | None, question: tuple[object, ...], find: Callable[[], Outcome]) -> Outcome:
-    """The outcome that the file has for this `question` on this machine; else that of `find`, which goes there."""
+def kept(path: Path | None, question: tuple[object, ...], find: Callable[[Outcome | None], Outcome]) -> Outcome:
+    """The outcome that the file has for this `question` on this machine; else that of `find`, which goes there.
+
+    The file's outcome is given to `find` if it is not quiet, and stays until a trial is: an order that changes at each
+    load would change samples.
+    """
     key = repr((_machine(), torch.__version__, torch.get_num_threads(), *question))
     outcomes = _read(path)
-    if key not in outcomes:
-        outcomes[key] = find()
-        _write(path, dict(list(outcomes.items())[-MAX_KEPT:]))
-    return outcomes[key]
+    before = outcomes.get(key)
+    if before is not None and before.quiet:
+        return before
+    found = find(before)
+    if before is not None and not found.quiet:
+        return before
+    outcomes[key] = found
+    _write(path, dict(list(outcomes.items())[-MAX_KEPT:]))
+    return found
 
 
 def _possible(name: str, dtype: torch.dtype) -> bool:
@@ -163,13 +190,24 @@ def _possible(name: str, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def trial(shapes: Shapes, dtype: torch.dtype, names: Sequence[str], clock: Callable[[], float]) -> Outcome:
-    """Try the kernels on weights of these shapes: their bits on each shape, their time on one of them."""
-    tried = {name: _row_multiple(name, shapes, dtype) for name in names if name in ("packed", "fp16")}
-    multiples = {name: tried.get(name.removesuffix("_threaded"), BATCH_MULTIPLE) for name in names}
+def trial(
+    shapes: Shapes, dtype: torch.dtype, names: Sequence[str], clocks: Clocks, before: Outcome | None = None
+) -> Outcome:
+    """Try the kernels on weights of these shapes: their bits on each shape, their time on one of them.
+
+    `before`: an earlier outcome, whose bits need no trial.
+    """
+    multiples = before.row_multiples if before else _row_multiples(names, shapes, dtype)
     middle = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
-    times = {name: _seconds(name, multiples[name], middle, dtype, clock) for name in names}
-    return Outcome(sorted(names, key=lambda name: times[name]), multiples)
+    times = {name: _seconds(name, multiples[name], middle, dtype, clocks) for name in names}
+    quiet = all(alone for _, alone in times.values())
+    return Outcome(sorted(names, key=lambda name: times[name][0]), multiples, quiet)
+
+
+def _row_multiples(names: Sequence[str], shapes: Shapes, dtype: torch.dtype) -> dict[str, int]:
+    """For each kernel, how many rows it needs to be batch invariant."""
+    tried = {name: _row_multiple(name, shapes, dtype) for name in names if name in ("packed", "fp16")}
+    return {name: tried.get(name.removesuffix("_threaded"), BATCH_MULTIPLE) for name in names}
 
 
 def _row_multiple(name: str, shapes: Shapes, dtype: torch.dtype) -> int:
@@ -187,18 +225,25 @@ def _row_multiple(name: str, shapes: Shapes, dtype: torch.dtype) -> int:
     return 1
 
 
-def _seconds(name: str, rows: int, shape: tuple[int, int], dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """Of `_COPIES` products with different weights, so that few of them are in the cache; the least of some rounds."""
+def _seconds(name: str, rows: int, shape: tuple[int, int], dtype: torch.dtype, clocks: Clocks) -> tuple[float, bool]:
+    """The least time of some rounds, and whether that round was quiet.
+
+    A round has `_COPIES` products with different weights, so that few of them are in the cache.
+    """
     weight = torch.ones(shape, dtype=dtype)
     kernels = [KERNELS[name](weight.clone()) for _ in range(_COPIES)]
     x = _values(rows, shape[1], dtype)
-    times = []
-    for _ in range(_ROUNDS):
-        start = clock()
+    least, quiet = math.inf, False
+    for number in range(1, _MOST_ROUNDS + 1):
+        start, cpu_start = clocks.wall(), clocks.cpu()
         for kernel in kernels:
             kernel(x)
-        times.append(clock() - start)
-    return min(times)
+        took, computed = clocks.wall() - start, clocks.cpu() - cpu_start
+        if took < least:
+            least, quiet = took, computed >= _QUIET * took
+        if quiet and number >= _ROUNDS:
+            break
+    return least, quiet
 
 
 def _values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

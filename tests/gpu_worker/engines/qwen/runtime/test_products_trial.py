@@ -10,7 +10,7 @@ import torch
 from structlog.testing import capture_logs
 
 from gpu_worker.engines.qwen.runtime import products, products_trial
-from gpu_worker.engines.qwen.runtime.products_trial import MAX_KEPT, PLAIN, Outcome, Products, choose, trial
+from gpu_worker.engines.qwen.runtime.products_trial import MAX_KEPT, PLAIN, Clocks, Outcome, Products, choose, trial
 
 LARGE = [(1024, 512), (512, 1024)]
 NAMES = ["plain", "packed", "fp16", "fp16_threaded"]
@@ -22,11 +22,14 @@ class Trials:
     def __init__(self, *fastest: str) -> None:
         self.calls = 0
         self.fastest = list(fastest or ("fp16", "packed", "plain"))
+        self.quiet = True
+        self.before: object = None
 
-    def __call__(self, *_: object) -> Outcome:
+    def __call__(self, *arguments: object) -> Outcome:
         """The outcome of a trial that was not made."""
         self.calls += 1
-        return Outcome(self.fastest, dict.fromkeys(NAMES, 1))
+        self.before = arguments[-1]
+        return Outcome(self.fastest, dict.fromkeys(NAMES, 1), self.quiet)
 
 
 @pytest.fixture
@@ -69,6 +72,21 @@ def test_an_outcome_is_kept(tmp_path: Path, trials: Trials) -> None:
     choose("none", LARGE[:1], torch.float32, file)
     assert trials.calls == 3
     assert [path.name for path in file.parent.iterdir()] == ["products.json"]
+
+
+def test_the_outcome_of_a_busy_moment_stays_until_a_quiet_one(tmp_path: Path, trials: Trials) -> None:
+    """Each load times the kernels again until then. It does not try their bits again, which takes most of the time."""
+    file = tmp_path / "products.json"
+    trials.quiet = False
+    assert kernels("auto", file=file).weights == "fp16"
+    assert trials.before is None
+    trials.fastest = ["packed", "plain"]
+    assert kernels("auto", file=file).weights == "fp16"
+    trials.quiet = True
+    for _ in range(2):
+        assert kernels("auto", file=file).weights == "packed"
+    assert trials.calls == 3
+    assert trials.before == Outcome(["fp16", "packed", "plain"], dict.fromkeys(NAMES, 1), quiet=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1}', b"\xff", b'{"a": {"fastest": 1, "row_multiples": {}}}'])
@@ -119,10 +137,22 @@ def test_int8_without_fbgemm_takes_the_product_of_integers(monkeypatch: pytest.M
 
 def test_a_trial_finds_the_fastest_by_the_clock() -> None:
     """Each kernel is timed alike, so the order follows the clock; plain products need groups of rows."""
-    ticks = iter(itertools.chain.from_iterable((n, n + cost) for cost in (3, 1) for n in range(0, 50, 10)))
-    found = trial([(512, 512)], torch.float32, ["plain", "packed"], lambda: float(next(ticks)))
+    ticks = itertools.chain.from_iterable((n, n + cost) for cost in (3, 1) for n in range(0, 50, 10))
+    clocks = Clocks(ticks.__next__, itertools.count(0, 3).__next__)
+    found = trial([(512, 512)], torch.float32, ["plain", "packed"], clocks)
     assert found.fastest == ["packed", "plain"]
+    assert found.quiet
     assert found.row_multiples["plain"] == products.BATCH_MULTIPLE
+
+
+@pytest.mark.parametrize(("rounds", "quiet"), [([3, 3, 3, 3, 3, 3, 2], True), ([3] * 15, False)])
+def test_a_trial_that_others_disturb_goes_on(rounds: Sequence[int], *, quiet: bool) -> None:
+    """Until the fastest round has the processor to itself, up to a bound. Here each round computes for 2 s."""
+    ticks = itertools.chain.from_iterable((n * 10, n * 10 + took) for n, took in enumerate(rounds))
+    found = trial([(64, 64)], torch.float32, ["plain"], Clocks(ticks.__next__, itertools.count(0, 2).__next__))
+    assert found.quiet is quiet
+    assert trial([(64, 64)], torch.float32, ["plain"], Clocks(), found).row_multiples is found.row_multiples
+    assert next(ticks, None) is None
 
 
 def test_rows_are_padded_where_their_bits_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +163,7 @@ def test_rows_are_padded_where_their_bits_depend_on_the_batch(monkeypatch: pytes
             return super().__call__(x) + len(x) % products.BATCH_MULTIPLE
 
     def multiples(names: Sequence[str]) -> dict[str, int]:
-        return trial([(64, 64)], torch.float32, names, itertools.count().__next__).row_multiples
+        return trial([(64, 64)], torch.float32, names, Clocks()).row_multiples
 
     class OfPrompts(products.Int8Portable):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
