@@ -29,29 +29,30 @@ class PrefixCache:
         self.bytes = 0
         """Bytes of the kept keys and values."""
 
-    def load(self, slot: int, embeds: Tensor) -> bool:
-        """Copy the keys and values of a prefix into a slot, from its first position on. Returns False if none are kept.
+    @staticmethod
+    def key(embeds: Tensor) -> bytes:
+        """What a prefix is found by. `embeds`: those of the prefix, [tokens, hidden]."""
+        return hashlib.sha256(embeds.contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
-        `embeds`: those of the prefix, [tokens, hidden].
-        """
-        key = _key(embeds)
+    def load(self, slot: int, key: bytes) -> bool:
+        """Copy the keys and values of a prefix to the first positions of a slot. Returns False if none are kept."""
         kept = self._kept.get(key)
         if kept is None:
             self._misses += 1
             return False
         self._hits += 1
         self._kept.move_to_end(key)
-        for row, copy in zip(self._cache.rows(slot, len(embeds)), kept, strict=True):
+        for row, copy in zip(self._cache.rows(slot, len(kept[0])), kept, strict=True):
             row.copy_(copy)
         return True
 
-    def keep(self, slot: int, embeds: Tensor) -> None:
-        """Keep the keys and values that a slot holds of a prefix which `load` did not find."""
-        size = len(embeds) * self._cache.token_bytes
+    def keep(self, slot: int, key: bytes, tokens: int) -> None:
+        """Keep the keys and values that a slot holds of a prefix of so many tokens, which `load` did not find."""
+        size = tokens * self._cache.token_bytes
         if size > self._max_bytes:
             return
         # One tensor for all layers: its memory goes back to the system when it is dropped.
-        self._kept[_key(embeds)] = list(torch.stack(self._cache.rows(slot, len(embeds))))
+        self._kept[key] = list(torch.stack(self._cache.rows(slot, tokens)))
         self.bytes += size
         while self.bytes > self._max_bytes:
             _, oldest = self._kept.popitem(last=False)
@@ -67,7 +68,3 @@ class PrefixCache:
         """Free all."""
         self._kept.clear()
         self.bytes = 0
-
-
-def _key(embeds: Tensor) -> bytes:
-    return hashlib.sha256(embeds.contiguous().view(torch.uint8).numpy().tobytes()).digest()

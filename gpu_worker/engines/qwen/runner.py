@@ -156,12 +156,13 @@ class CpuModelRunner:
             slot, length = (torch.tensor([number], device=device) for number in (one.slot, len(embeds)))
             prefixes = self.prefixes if one.prompt.constant else None
             prefix = embeds[: 0 if prefixes is None else one.prompt.constant]
-            cached = prefixes is not None and prefixes.load(one.slot, prefix)
+            key = b"" if prefixes is None else prefixes.key(prefix)
+            cached = prefixes is not None and prefixes.load(one.slot, key)
             self._model.prefill(
                 embeds[None], slot, length, full_vocab=one.full_vocab, prefix=len(prefix), cached=cached
             )
             if prefixes is not None and not cached:
-                prefixes.keep(one.slot, prefix)
+                prefixes.keep(one.slot, key, len(prefix))
 
     def decode_step(self, slot_lengths: SlotLengths, *, full_vocab: bool) -> bool:
         batch = max(slot for slot, _ in slot_lengths) + 1

@@ -118,15 +118,15 @@ def test_the_least_recently_used_goes_first(made: Parts) -> None:
     """Within the bound. A beginning above it is not kept."""
     token = made.cache.token_bytes
     cache = PrefixCache(made.cache, max_bytes=9 * token)
-    beginnings = [torch.full((4, 2), float(number)) for number in range(3)]
-    for beginning in beginnings[:2]:
-        assert not cache.load(0, beginning)
-        cache.keep(0, beginning)
-    assert cache.load(1, beginnings[0])
-    cache.keep(0, beginnings[2])
+    keys = [cache.key(torch.full((4, 2), float(number))) for number in range(3)]
+    for key in keys[:2]:
+        assert not cache.load(0, key)
+        cache.keep(0, key, 4)
+    assert cache.load(1, keys[0])
+    cache.keep(0, keys[2], 4)
     assert cache.bytes == cache.stats().bytes == 8 * token
-    assert [cache.load(1, beginning) for beginning in beginnings] == [True, False, True]
-    cache.keep(0, torch.zeros(10, 2))
+    assert [cache.load(1, key) for key in keys] == [True, False, True]
+    cache.keep(0, b"another", 10)
     assert cache.stats().entries == 2
 
 
