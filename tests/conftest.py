@@ -32,13 +32,16 @@ ENGINE: Final = (
 )
 """Tests with the official package, whose import takes 4 s of CPU time in each process."""
 
+KERNELS: Final = ENGINE[0] / "kernels"
+"""Most wait for one process of Triton's interpreter. test_norm.py alone needs the official package."""
+
 BROWSER: Final = Path(__file__).parent / "browser"
 CLUSTER: Final = Path(__file__).parent / "cluster"
 REAL_PROCESSES: Final = (
     *(SYSTEM, BROWSER, CLUSTER, Path(__file__).parent / "test_readme.py"),
     *(Path(__file__).parent / "server" / "commands", Path(__file__).parent / "server" / "processes"),
 )
-LONGEST: Final = ("system", "engine", "browser", "cluster", str(SYSTEM))
+LONGEST: Final = ("system", "engine", "browser", "cluster", "kernels", str(SYSTEM))
 """The order of the groups that take minutes, and of the files that take half a minute."""
 
 PROCESS_OF: Final[dict[str, str]] = {}
@@ -131,6 +134,8 @@ def group_of(path: Path) -> str:
         return "browser"
     if path.is_relative_to(CLUSTER):
         return "cluster"
+    if path.is_relative_to(KERNELS) and path.name != "test_norm.py":
+        return "kernels"
     return "engine" if any(map(path.is_relative_to, ENGINE)) else str(path)
 
 
