@@ -35,6 +35,7 @@ def test_keys_below_a_path(tab: OpenTab, below_a_path: str) -> None:
     page = opened.page
     page.goto(below_a_path)
     dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_label("API key")).to_be_focused()
     dialog.get_by_label("API key").fill("wrong")
     dialog.get_by_role("button", name="Use this key").click()
     expect(dialog.get_by_role("alert")).to_contain_text("does not know this API key")

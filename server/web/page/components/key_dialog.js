@@ -20,7 +20,7 @@ export function KeyDialog() {
       <p>${words.text}</p>
       ${open.message && html`<p class="problem" role="alert">${open.message}</p>`}
       <label class="field"><span>${words.label}</span>
-        <input name="key" type="password" autocomplete="off" spellcheck=${false} required /></label>
+        <input name="key" type="password" autofocus autocomplete="off" spellcheck=${false} required /></label>
       <p class="hint">${strings.keys.kept}</p>
       <div class="actions">
         <button type="button" class="quiet" onClick=${() => answer(null)}>${strings.cancel}</button>

@@ -31,7 +31,7 @@ export function RenameDialog({ voice, onClose }) {
   return html`<${Dialog} title=${words.renameTitle(voice.name)} onClose=${onClose}>
     <form onSubmit=${rename}>
       <${Field} label=${words.name} problem=${problems.name ?? problems[""]}>
-        <input name="name" required maxlength="64" value=${name} onInput=${(event) => setName(event.target.value)} />
+        <input name="name" autofocus required maxlength="64" value=${name} onInput=${(event) => setName(event.target.value)} />
       </${Field}>
       ${voice.owner && html`<label class="choice"><input type="checkbox" name="shared" checked=${shared}
         onChange=${(event) => setShared(event.target.checked)} /><span>${words.shareWithAll}</span></label>`}
