@@ -21,6 +21,10 @@ LONG: Final = " ".join(SENTENCES * 100)[:99_000]
 """Two hours of speech: it is still being spoken when its test ends."""
 
 
+READING_PAUSE_S: Final = 0.02
+"""The rest of a listener after each piece of speech."""
+
+
 class Cluster(Service):
     """One running cluster."""
 
@@ -62,18 +66,22 @@ class Cluster(Service):
 
 
 class Listener:
-    """A client that reads the speech of a text until it is complete or breaks, or until it leaves."""
+    """A client that reads the speech of a text until it is complete or breaks, or until it leaves.
+
+    It reads slower than espeak-ng speaks, and so leaves CPU time to the reports of the replicas.
+    """
 
     def __init__(self, cluster: Cluster, text: str = LONG) -> None:
         self._text = text
         self.received = 0
         self.ended = ""
+        self.pause_s = READING_PAUSE_S
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._listen, args=(cluster.url,), daemon=True)
         self._thread.start()
 
     def _listen(self, url: str) -> None:
-        body = {"input": self._text, "response_format": "opus"}
+        body = {"input": self._text, "response_format": "pcm"}
         try:
             with httpx.stream("POST", f"{url}/v1/audio/speech", json=body, timeout=60, trust_env=False) as answer:
                 if answer.status_code != httpx.codes.OK:
@@ -81,7 +89,7 @@ class Listener:
                     return
                 for piece in answer.iter_raw():
                     self.received += len(piece)
-                    if self._leave.is_set():
+                    if self._leave.wait(self.pause_s):
                         self.ended = "left"
                         return
                 self.ended = "complete"

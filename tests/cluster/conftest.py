@@ -27,8 +27,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         listener = Listener(running, " ".join(SENTENCES * 5))
         eventually(lambda: listener.received, 60, lambda: f"speech; {listener.ended}")
         running.process.send_signal(signal.SIGTERM)
-        eventually(lambda: _refuses(running), 30, "a refusal")
+        eventually(lambda: _refuses(running), 60, "a refusal")
         assert not listener.ended, "the speech was too short to be running still"
+        listener.pause_s = 0.0
     listener.wait(STOP_TIMEOUT_S)
     assert listener.ended == "complete"
 
