@@ -196,6 +196,7 @@ class WebServer(MPServer):
             self.main_loop_interrupt.wait(self._seconds_to_next_turn())
             self.main_loop_interrupt.clear()
             if self.interrupt_signal:
+                log.info("stopping", streams_may_take_s=self.workers_kill_timeout)
                 self._systemd.stopping()
                 return
             if any(state.current.watchdog.has_served for state in self._states.values()):

@@ -222,3 +222,4 @@ def test_a_stop_lets_speech_end(tmp_path: Path, stack: ExitStack) -> None:
         heard, code = rest_of(speaking)
         assert ([message["type"] for message in heard], code) == (["audio.done", "session.done"], 1001)
         assert heard[0]["finish_reason"] == "stop"
+        assert "streams_may_take_s=60" in service.log.read_text()  # else the service seems to hang
