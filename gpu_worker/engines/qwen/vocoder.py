@@ -146,16 +146,16 @@ class Vocoder:
         try:
             self._decode_into(where, chunk, pcm)
         except BaseException:
-            self.state.positions.copy_(
-                before
-            )  # the history is written last, the key-value rings again at the same place
+            # The codec writes the history last. It writes the key-value rings again at the same place.
+            self.state.positions.copy_(before)
             raise
 
     def _decode_into(self, where: Tensor, chunk: int, pcm: Tensor) -> None:
         slots, starts = where
         frames = (starts[:, None] + torch.arange(chunk, device=starts.device)) % RING_FRAMES
         waveform = self._codec.decode(self._ring_buffer[slots[:, None], frames], slots, self.state)
-        pcm.copy_((waveform * _PEAK).round_())
+        # In place: the history of the streams is written, so from here on nothing may run out of memory.
+        pcm.copy_(waveform.mul_(_PEAK).round_())
 
     def _new_inputs(self, batch: int, chunk: int) -> tuple[Tensor, Tensor]:
         """Slots and first frames int64 [2, batch], all of them padding, and PCM int16 [batch, samples]."""

@@ -104,3 +104,30 @@ class SilentCodec:
     def decode(self, *args: Any) -> Tensor:
         """Zeros in the shape of the decoded waveform."""
         return torch.zeros_like(self._codec.decode(*args))
+
+
+class LastMemoryCodec(TorchFunctionMode):
+    """A codec whose waveforms take the last memory: within the context, operators with new results fail after them."""
+
+    def __init__(self, codec: Any) -> None:
+        super().__init__()
+        self._codec = codec
+        self._full = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
+
+    def decode(self, *args: Any) -> Tensor:
+        """The decoded waveform."""
+        waveform: Tensor = self._codec.decode(*args)
+        self._full = True
+        return waveform
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        if self._full and isinstance(result, Tensor) and not any(result is argument for argument in args):
+            raise torch.OutOfMemoryError("made up")
+        return result

@@ -2,6 +2,8 @@
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import torch
@@ -12,7 +14,12 @@ from gpu_worker.engines.qwen.vocoder import Vocoder
 from shared.protocol import Sampling
 from tests.checkpoints import tiny
 from tests.gpu_worker.engines.qwen.driving import Outcome, assemble, job, kept_engine, kept_parts, run, shared, take
-from tests.gpu_worker.engines.qwen.faulty_parts import OutOfMemoryOperators, SilentCodec, out_of_memory_parts
+from tests.gpu_worker.engines.qwen.faulty_parts import (
+    LastMemoryCodec,
+    OutOfMemoryOperators,
+    SilentCodec,
+    out_of_memory_parts,
+)
 from tests.gpu_worker.engines.qwen.test_engine import LONG, end_of
 
 JOBS = [job(17, sampling=Sampling(seed=17, max_new_tokens=14)), job(3, LONG, sampling=Sampling(seed=3)), job(6)]
@@ -53,6 +60,20 @@ def test_a_step_can_be_repeated_after_a_part_ran_out_of_memory() -> None:
 def test_a_step_can_be_repeated_after_an_operator_ran_out_of_memory() -> None:
     """Operators in the midst of all parts fail now and then."""
     _check_repetition(kept_engine("custom_voice"), OutOfMemoryOperators(every=97))
+
+
+def test_a_chunk_needs_no_memory_once_its_codec_stream_has_advanced() -> None:
+    """Not all of the stream can be taken back: a step that is repeated would decode other samples."""
+    made = kept_parts("custom_voice")
+    codecs = shared().codecs
+    codec = codecs.acquire(tiny("custom_voice"))
+    faulty = LastMemoryCodec(codec)
+    vocoder = Vocoder(faulty, made.state.ring_buffer, made.slots, CudaStreams())  # type: ignore[arg-type]
+    chunk: Any = SimpleNamespace(next_chunk=2, slot=0, frames_ready=2, pending_frames=2)
+    with torch.inference_mode(), faulty:
+        pcm = vocoder.decode([chunk]).wait()
+    assert pcm.numpy().any()
+    codecs.release(codec)
 
 
 def test_a_silent_model_is_stopped() -> None:
