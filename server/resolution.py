@@ -75,7 +75,7 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 def check_input(text: str, max_chars: int) -> None:
     """Raise ApiError if `text` is too long, contains a null character or is blank."""
     if len(text) > max_chars:
-        raise _invalid("input", f"must have at most {max_chars} characters, not {len(text)}.")
+        raise _invalid("input", f"must have at most {max_chars} characters (TTS_MAX_INPUT_CHARS), not {len(text)}.")
     if "\0" in text:
         raise _invalid("input", "contains a null character.")
     if is_blank(text):

@@ -111,7 +111,8 @@ class Utterance:
         limit = self.plan.starter.settings.max_input_chars
         self.length += len(text)
         if self.length > limit:
-            raise ApiError("invalid_value", f"text: an utterance has at most {limit} characters.", param="text")
+            message = f"text: an utterance has at most {limit} characters (TTS_MAX_INPUT_CHARS)."
+            raise ApiError("invalid_value", message, param="text")
         if "\0" in text:
             raise ApiError("invalid_value", "text: contains a null character.", param="text")
         if self._kind == "undecided":

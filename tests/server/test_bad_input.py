@@ -377,6 +377,11 @@ async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_ty
         (SPEECH, {"json": {"input": "x", "top_p": 0}}, "top_p: must be more than 0."),
         (SPEECH, {"json": {"input": "x", "seed": 1.5}}, "seed: must be a whole number."),
         (SPEECH, {"json": {"input": "x", "model": "m" * 201}}, "model: must have at most 200 characters."),
+        (
+            SPEECH,
+            {"json": {"input": "x" * 4097}},
+            "input: must have at most 4096 characters (TTS_MAX_INPUT_CHARS), not 4097.",
+        ),
         (SPEECH, {"content": b'{"input": "x'}, "The body is not valid JSON: it ends too early."),
         (
             SPEECH,
