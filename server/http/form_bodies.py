@@ -36,12 +36,12 @@ async def read_upload(upload: UploadFile | None, param: str, max_bytes: int) -> 
 
 def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
-    if isinstance(error, UnicodeDecodeError) or type(error) is LookupError:
+    if isinstance(error, UnicodeError) or type(error) is LookupError:
         return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
     return handle_unexpected(request, error)
 
 
-BROKEN_FORM: Final[ExceptionHandlersMap] = {UnicodeDecodeError: _broken_form, LookupError: _broken_form}
+BROKEN_FORM: Final[ExceptionHandlersMap] = {UnicodeError: _broken_form, LookupError: _broken_form}
 """The exception handlers of a handler that takes a form."""
 
 

@@ -343,12 +343,21 @@ async def test_bad_voice_in_json(
             b"--x\r\nContent-Disposition: form-data; name=name\r\n\r\n\xff\xfe\r\n--x--\r\n",
             "multipart/form-data; boundary=x",
         ),
-        (
-            b"\r\n".join(
-                [b"--x", b"Content-Disposition: form-data; name=a", b"Content-Type: text/plain; charset=no", b"", b"a"]
+        *(
+            (
+                b"\r\n".join(
+                    [
+                        b"--x",
+                        b"Content-Disposition: form-data; name=a",
+                        b"Content-Type: text/plain; charset=" + charset,
+                        b"",
+                        b"a\\ud800",
+                    ]
+                )
+                + b"\r\n--x--\r\n",
+                "multipart/form-data; boundary=x",
             )
-            + b"\r\n--x--\r\n",
-            "multipart/form-data; boundary=x",
+            for charset in (b"no", b"undefined", b"punycode")
         ),
         (b"--x\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
     ],
