@@ -108,7 +108,7 @@ class Listener:
     def goes_on(self) -> None:
         """Wait for more of the speech."""
         before = self.received
-        eventually(lambda: self.received > before, 30, f"more after {before} bytes; {self.ended}")
+        eventually(lambda: self.received > before, 60, f"more after {before} bytes; {self.ended}")
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def running_cluster(directory: Path, **settings: object) -> Iterator[Cluster]:
             del os.environ["RAY_TMPDIR"]
         try:
             cluster.wait_ready(START_TIMEOUT_S)
-            eventually(lambda: cluster.stats()["slots"], 30, "replicas")
+            eventually(lambda: cluster.stats()["slots"], 60, "replicas")
             yield cluster
             processes = cluster.processes()
             assert cluster.stop(STOP_TIMEOUT_S) == 0

@@ -54,7 +54,7 @@ def listeners(cluster: Cluster, count: int) -> Iterator[list[Listener]]:
     finally:
         for one in found:
             one.leave()
-    eventually(lambda: cluster.open_requests() == 0, 30, "all slots free")
+    eventually(lambda: cluster.open_requests() == 0, 60, "all slots free")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_saved_voices_are_those_of_the_cluster(cluster: Cluster) -> None:
 
     assert found() == {200}
     assert cluster.http.delete("/v1/audio/voices/Ada").is_success
-    eventually(lambda: found() == {404}, 30, found)
+    eventually(lambda: found() == {404}, 60, found)
 
 
 def test_figures_are_those_of_all_workers(cluster: Cluster) -> None:
@@ -160,7 +160,7 @@ def test_figures_are_those_of_all_workers(cluster: Cluster) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: cluster.speech("One."), range(4)))
     assert [answer.status_code for answer in answers] == [200] * 4
-    eventually(lambda: [now - then for now, then in zip(figures(), before, strict=True)] == [4, 4, 4], 30, figures)
+    eventually(lambda: [now - then for now, then in zip(figures(), before, strict=True)] == [4, 4, 4], 60, figures)
     stats, vram = cluster.stats(), cluster.http.get("/admin/vram").json()
     assert sum(one["requests"]["started"] for one in stats["replicas"]) == stats["requests"]["started"]
     assert vram["device"]["total_bytes"] == vram["replicas"][0]["device"]["total_bytes"]  # the RAM of one machine
@@ -179,18 +179,18 @@ def test_few_requests_stay_at_one_worker(cluster: Cluster) -> None:
         # Web processes answer in turn, and each has heard of the last requests at another moment.
         return cluster.open_requests() == 0 and all(finished() == before for _ in range(8))
 
-    eventually(settled, 30, "no request", pause_s=REPORT_INTERVAL_S)
+    eventually(settled, 60, "no request", pause_s=REPORT_INTERVAL_S)
     for _ in range(6):
         # Each on a connection of its own, so that all web workers have their turn.
         body = {"input": "One."}
         answer = httpx.post(f"{cluster.url}/v1/audio/speech", json=body, timeout=60, trust_env=False)
         assert answer.status_code == httpx.codes.OK
-        eventually(lambda: seen_by_all(cluster, 0), 30, "its slot free")
+        eventually(lambda: seen_by_all(cluster, 0), 60, "its slot free")
 
     def more() -> list[int]:
         return sorted(now - then for now, then in zip(finished(), before, strict=True))
 
-    eventually(lambda: more() == [0, 6], 30, lambda: f"six more at one: {more()}")
+    eventually(lambda: more() == [0, 6], 60, lambda: f"six more at one: {more()}")
 
 
 def test_full_queues_refuse_before_an_answer_begins(cluster: Cluster) -> None:

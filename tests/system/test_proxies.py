@@ -81,7 +81,7 @@ def running_proxy(command: list[str], config: str, suffix: str, directory: Path,
         yield proxy
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         output.close()
 
 

@@ -243,7 +243,7 @@ class TestBudget:
                 eventually(lambda: models.service.queued() == 1, 60, "another request")
                 assert models.post(LARGE, "unload").status_code == httpx.codes.CONFLICT
                 assert models.states() == {SMALL: "absent", LARGE: "resident", DESIGN: "resident"}
-            assert waiting.result(20)
+            assert waiting.result(60)
         states = models.states()
         assert (states[SMALL], states[DESIGN]) == ("resident", "resident")
         assert states[LARGE] in {"offloaded", "absent"}  # absent after TTS_HOST_IDLE_TIMEOUT

@@ -64,7 +64,7 @@ def test_attributes_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = WorkerProcess(Parent(), 3, int, ())
     worker.start()
     assert isinstance(worker.birth, float)
-    assert Parent.main_loop_interrupt.wait(10)
+    assert Parent.main_loop_interrupt.wait(60)
     assert Parent.interrupt_children == [3]
     assert worker.inner.exitcode == 0
     assert not worker.is_alive()
