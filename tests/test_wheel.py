@@ -11,6 +11,8 @@ import pytest
 
 from shared.catalog import load_catalog
 
+pytestmark = pytest.mark.slow  # the wheel is built
+
 ROOT = Path(__file__).resolve().parents[1]
 
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"

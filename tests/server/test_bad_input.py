@@ -432,6 +432,7 @@ async def test_the_refusal_of_a_huge_body_arrives(client: httpx.AsyncClient, chu
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
+@pytest.mark.slow
 @SHARED_LOOP
 async def test_disconnecting_within_the_body(client: httpx.AsyncClient) -> None:
     """A client that disconnects within its body causes no error in the log, and the next client is served."""

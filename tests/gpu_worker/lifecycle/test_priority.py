@@ -49,6 +49,7 @@ def test_its_frames_are_not_lost(bench: WorkerBench) -> None:
     assert bench.words("b") == " ".join(f"w{number}" for number in range(50))
 
 
+@pytest.mark.slow
 def test_it_is_not_starved(make_bench: MakeBench) -> None:
     """Listeners come without a pause: a batch request speaks after BATCH_PATIENCE_S, and goes on then."""
     bench = loaded(make_bench(slots=1))

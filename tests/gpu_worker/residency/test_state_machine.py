@@ -385,7 +385,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.used_at[model] = self.bench.clock.now
 
 
-TestResidencyMachine = ResidencyMachine.TestCase
+TestResidencyMachine = pytest.mark.slow(ResidencyMachine.TestCase)
 TestResidencyMachine.settings = settings(
     stateful_step_count=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )

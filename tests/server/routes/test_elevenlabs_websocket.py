@@ -205,6 +205,7 @@ async def test_a_key(serve: Serve, options: dict[str, Any], first: dict[str, str
     assert (error["error"], code) == ("invalid_api_key", 1008)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ConnectionClosed.:DeprecationWarning")  # in the SDK
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate: the SDK speaks TLS alone")
 async def test_the_sdk_converts_in_real_time(

@@ -170,6 +170,7 @@ class TestWholeText:
         text = separator.join(["seventeen brown foxes"] * 6)
         assert 6 * once * 0.8 < seconds_of(_say(engine, _job(text))) < 6 * once * 1.5
 
+    @pytest.mark.slow
     def test_without_punctuation(self, engine: EspeakEngine) -> None:
         """A text without a full stop is spoken to its end, even if espeak-ng needs several calls."""
         words = ["seven", "green", "bottles"] * 200
@@ -429,6 +430,7 @@ class TestOddText:
         """The text behind a NUL is spoken, too."""
         assert recognise(_say(engine, _job(SENTENCES[0].replace(" ", "\0")))) == SENTENCES[0]
 
+    @pytest.mark.slow
     def test_characters_that_are_not_said(self, engine: EspeakEngine) -> None:
         """Zero-width characters and emoji before a text move no clause border into a word."""
         text = " ".join(SENTENCES[:3])
@@ -594,6 +596,7 @@ class TestWords:
         number = words[2]
         assert number.end_s - number.start_s > 2
 
+    @pytest.mark.slow
     def test_long_texts(self, engine: EspeakEngine) -> None:
         """Through clauses and pieces, each word once and in order."""
         text = " ".join(SENTENCES * 3)

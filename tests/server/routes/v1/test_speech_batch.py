@@ -150,6 +150,7 @@ async def test_few_at_a_time(client: httpx.AsyncClient, worker: FakeWorker) -> N
     assert (await asking)["succeeded"] == 32
 
 
+@pytest.mark.slow
 async def test_memory_is_bounded(
     client: httpx.AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
