@@ -18,7 +18,7 @@ from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.residency import open_probe
 from shared.protocol import Sampling, Segment
 from tests.checkpoints import tiny, write
-from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take
+from tests.gpu_worker.engines.qwen.driving import Outcome, engine, job, run, shared, take, untraced
 
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 on_cuda = pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
@@ -241,6 +241,7 @@ def test_a_failed_capture_leaves_everything_as_before(
 
 
 @on_both
+@untraced()
 def test_the_codec_goes_with_the_last_engine(device: Device) -> None:
     """Its bytes are counted with none of the engines."""
     codecs = SharedCodecs(dtype=torch.float32, device=torch.device(device))

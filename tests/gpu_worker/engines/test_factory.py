@@ -20,7 +20,7 @@ from gpu_worker.engines.qwen.checkpoint import text_tokenizer
 from shared.catalog import ModelSpec, load_catalog
 from shared.settings import SettingsError, load_settings
 from tests.checkpoints import tiny
-from tests.gpu_worker.engines.qwen.driving import clone
+from tests.gpu_worker.engines.qwen.driving import clone, untraced
 
 
 @pytest.fixture
@@ -187,6 +187,7 @@ class TestQwen:
         assert trial_file({"XDG_CACHE_HOME": "/var/cache"}) == Path("/var/cache/qwen3-tts-server/products.json")
         assert asked[0].trial_file == trial_file(os.environ)
 
+    @untraced()
     def test_shared_parts(self, catalog: list[ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         """The device is started once, before the first engine; the codec lives as long as any engine.
 
@@ -209,6 +210,7 @@ class TestQwen:
         engines[1].close()
         assert factory.shared_bytes()["codec"] == 0
 
+    @untraced()
     def test_wakes(self, catalog: list[ModelSpec]) -> None:
         """`wake` is called when a recording is encoded and its job has become runnable."""
         spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-base")

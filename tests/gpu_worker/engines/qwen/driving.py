@@ -49,9 +49,10 @@ def shared(device: Literal["cpu", "cuda"] = "cpu") -> QwenOptions:
     return QwenOptions(codecs=codecs, device=device, wake=_woken.set)
 
 
-def untraced() -> contextlib.AbstractContextManager[object]:
+def untraced() -> Any:
     """Engines that are opened here call the code predictor as it is, without traces, and give the same samples.
 
+    For a with statement, and a decorator of tests.
     A trace takes 0.2 s of CPU time, which 70 frames of a small model give back.
     """
 
