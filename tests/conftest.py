@@ -125,8 +125,8 @@ def pytest_collection_finish() -> None:
 def group_of(path: Path) -> str:
     """The tests of a group run in one process.
 
-    No service may run beside one that is measured. The tests of the engine share models and official runs,
-    those of the page a browser and its services.
+    Services that are measured run one at a time; what else runs beside them, `in_time` allows for. The tests of the
+    engine share models and official runs, those of the page a browser and its services.
     """
     if path.is_relative_to(SYSTEM) and path.name not in BESIDE_OTHERS:
         return "system"

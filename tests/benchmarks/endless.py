@@ -6,6 +6,7 @@ Prints the directory, which is kept under `.cache/checkpoints/`.
 
 import argparse
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -20,19 +21,24 @@ _HEAD: Final = "talker.codec_head.weight"
 def endless(size: str) -> Path:
     """The directory of a CustomVoice checkpoint of `size`, a key of SIZES; made on first use."""
     source = tiny("custom_voice") if size == "tiny" else None
-    # The name of a small checkpoint's parent identifies the code that made it.
-    key = source.parent.name if source else f"full-{size}"
+    # The folder of small checkpoints is named after the code that made them.
+    key = source.parents[1].name if source else f"full-{size}"
     target = CACHE / "endless" / key / checkpoint_name("custom_voice", SIZES[size])
     if target.is_dir():
         return target
-    scratch = target.with_name(target.name + ".partial")
+    scratch = target.with_name(f"{target.name}.{os.getpid()}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     if source:
         shutil.copytree(source, scratch)
     else:
         write(scratch, "custom_voice", SIZES[size], full=True)
     silence_end(scratch / "model.safetensors")
-    scratch.rename(target)
+    try:
+        scratch.rename(target)
+    except OSError:  # another process has made it
+        shutil.rmtree(scratch)
+        if not target.is_dir():
+            raise
     return target
 
 

@@ -80,11 +80,21 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="package")
-def shared_page(browser: Browser) -> Iterator[Page]:
-    """A page that the tests have one after the other: the process of a new one takes 0.8 s of CPU time."""
-    context = new_context(browser)
-    yield context.new_page()
-    context.close()
+def shared_page(browser: Browser) -> Iterator[Callable[[], Page]]:
+    """Return a page that the tests have one after the other: the process of a new one takes 0.8 s of CPU time.
+
+    There is a new one after a page that was closed.
+    """
+    pages: list[Page] = []
+
+    def page() -> Page:
+        if not pages or pages[-1].is_closed():
+            pages.append(new_context(browser).new_page())
+        return pages[-1]
+
+    yield page
+    if pages:
+        pages[-1].context.close()
 
 
 def new_context(browser: Browser, **options: Any) -> BrowserContext:
@@ -136,42 +146,42 @@ class Tab:
         assert [url for url in self.requested if not url.startswith((self.url, "blob:" + self.url, "data:"))] == []
 
     def leave(self) -> None:
-        """Leave the page as it was before; what its `add_init_script` has set stays."""
+        """Leave the page as it was before; what its `add_init_script` has set stays. A broken page is closed."""
         self.page.remove_listener("pageerror", self._note_error)
         self.page.remove_listener("console", self._note)
         self.page.remove_listener("request", self._note_request)
-        self.page.goto("about:blank")
-        self.page.unroute_all(behavior="ignoreErrors")
-        self.page.emulate_media(color_scheme="null", reduced_motion="null")
-        self.page.set_viewport_size(VIEWPORT)
+        try:
+            self.page.goto("about:blank")
+            self.page.unroute_all(behavior="ignoreErrors")
+            self.page.emulate_media(color_scheme="null", reduced_motion="null")
+            self.page.set_viewport_size(VIEWPORT)
+        except Error:
+            self.context.close()
+            raise
 
 
 OpenTab = Callable[..., Tab]
 
 
 @pytest.fixture
-def tab(open_service: Service, browser: Browser, shared_page: Page) -> Iterator[OpenTab]:
+def tab(open_service: Service, browser: Browser, shared_page: Callable[[], Page]) -> Iterator[OpenTab]:
     """Open a tab; at the end each is checked. `own` options are those of a page in a profile of its own."""
     tabs: list[Tab] = []
-    contexts: list[BrowserContext] = []
+    contexts = contextlib.ExitStack()
 
     def opened(url: str | None = None, *, own: dict[str, Any] | None = None) -> Tab:
-        page = shared_page
-        if own is not None:
-            contexts.append(new_context(browser, **own))
-            page = contexts[-1].new_page()
-        tabs.append(Tab(page, url or open_service.url + "/"))
+        if own is None:
+            tabs.append(Tab(shared_page(), url or open_service.url + "/"))
+            contexts.callback(tabs[-1].leave)
+        else:
+            context = contexts.enter_context(new_context(browser, **own))
+            tabs.append(Tab(context.new_page(), url or open_service.url + "/"))
         return tabs[-1]
 
-    yield opened
-    try:
+    with contexts:
+        yield opened
         for each in tabs:
             each.check()
-    finally:
-        for each in tabs:
-            each.leave()
-        for context in contexts:
-            context.close()
 
 
 class _Forwarding(BaseHTTPRequestHandler):

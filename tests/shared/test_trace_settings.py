@@ -125,6 +125,7 @@ class TestSpans:
 def test_a_dead_collector_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans beyond those that may wait are dropped at once, and the end of the process waits for a moment alone."""
     monkeypatch.setattr(traces_module, "_CLOSE_S", 0.05)
+    threads = set(threading.enumerate())
     traces = Traces.to_collector(f"http://127.0.0.1:{free_port()}/v1/traces", "web")
     began = time.monotonic()
     for _ in range(3_000):
@@ -132,10 +133,9 @@ def test_a_dead_collector_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> N
     traces.close()
     # The SDK would try each of the six batches again for ten seconds.
     assert time.monotonic() - began < stretched(10)
-    for thread in threading.enumerate():
-        if thread.name in {"OtelBatchSpanRecordProcessor", "close-traces"}:
-            thread.join(stretched(10))
-            assert not thread.is_alive()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(stretched(10))
+        assert not thread.is_alive(), thread.name
 
 
 def _one_span() -> str:

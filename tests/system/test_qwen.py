@@ -59,7 +59,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, voices_dir: Path) -> Itera
     }
     with running_service(tmp_path_factory.mktemp("qwen"), **settings) as service:
         yield service
-    assert "leaked" not in service.log.read_text()
+    log = service.log.read_text()
+    assert "leaked" not in log
+    assert "function_not_traced" not in log
 
 
 def recording(seconds: float, *, rate: int = SAMPLE_RATE, silent: bool = False, audio_format: str = "WAV") -> bytes:

@@ -50,10 +50,6 @@ HEADERS: Final = (
 FIELDS: Final = ("model", "voice", "response_format", "language", "speed", "seed", "input_format", "ref_audio")
 
 
-SILENCE_S: Final = 0.3
-"""After so long without a message a test takes a WebSocket to have said all."""
-
-
 class Driver:
     """Sends requests, and keeps all that comes back. `asked` counts them."""
 
@@ -70,15 +66,15 @@ class Driver:
         self.heard.write(f"{dict(answer.headers)}\n{answer.content.decode('latin-1')}\n")
 
     def talk(self, path: str, *messages: Any, **options: Any) -> None:
-        """Open a WebSocket, say something, and listen until it is closed or silent."""
+        """Open a WebSocket, say something, and listen until the service closes it."""
         url = f"ws://127.0.0.1:{self._port}{path}"
         with contextlib.suppress(websockets.InvalidStatus), connect(url, proxy=None, **options) as socket:
             # A socket whose first message has a wrong key is closed while the others are still being sent.
-            with contextlib.suppress(TimeoutError, websockets.ConnectionClosed):
+            with contextlib.suppress(websockets.ConnectionClosed):
                 for message in messages:
                     socket.send(message if isinstance(message, str) else json.dumps(message))
                 while True:
-                    self.heard.write(f"{socket.recv(SILENCE_S)!r}\n")
+                    self.heard.write(f"{socket.recv(60)!r}\n")
             socket.close()
             self.heard.write(f"{socket.close_reason}\n")
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 
+from gpu_worker.voices import VoiceFiles
 from server.http.keys import digest_of
+from shared.pcm import bytes_for
 from tests.audio import tone, wav
 from tests.system.service import environment, running_service
 
@@ -34,6 +36,10 @@ def test_two_keys_and_the_audit_log(tmp_path: Path) -> None:
         refused = service.http.delete(f"/v1/audio/voices/{voices['alice']}", **as_key("bob"))
         assert refused.json()["error"]["code"] == "insufficient_permissions"
         assert service.http.delete("/v1/audio/voices/ada", **as_key("bob")).json()["id"] == voices["bob"]
+    kept = VoiceFiles(tmp_path / "voices")  # as the next GPU worker finds them
+    (record,) = kept.records()
+    assert (record.id, record.name, record.owner) == (voices["alice"], "Ada", "alice")
+    assert len(kept.recording(record.id)) == bytes_for(2.0)
     log = tmp_path / "voices" / "audit.jsonl"
     entries = [msgspec.json.decode(line) for line in log.read_bytes().splitlines()]
     assert [(entry["event"], entry["by"], entry["id"]) for entry in entries] == [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from gpu_worker.keys.usage import FLUSH_S, AddUsage, Sums, UsageFile, UsageFound, UsageLog
+from gpu_worker.keys.usage import AddUsage, Sums, UsageFile, UsageFound, UsageLog
 from shared.protocol import FindUsage, UsageRow
 from tests.gpu_worker.fakes import FakeClock
 
@@ -46,7 +46,7 @@ class TestLog:
         self.log.add("key:a", "m", Sums(refused=1))
         self.log.flush_if_due()
         assert self.work == []
-        self.clock.advance(FLUSH_S)
+        self.clock.advance(0.5)
         self.log.flush_if_due()
         one = Sums(requests=1, characters=5, audio_s=0.5)
         assert self.work == [
