@@ -142,7 +142,7 @@ class _Forced:
         trailing = prompt.trailing[frame : frame + 1] if frame < len(prompt.trailing) else self._prompts.padding()
         x = self.model.embed_codes(codes) + trailing
         position, self._length = self._slot + self._length, self._length + 1
-        return self.model.talker.decode(x, position, position + 1, [(0, self._length)], kv_len=0)
+        return self.model.talker.decode(x, position, position + 1, kv_len=0)
 
     def draw(self, state: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         """A frame that the model says, int64 [1, 16]; the end of speech is never drawn."""

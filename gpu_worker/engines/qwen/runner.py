@@ -175,7 +175,7 @@ class CpuModelRunner:
             self._code_predictor_step(padded_batch, self._run(padded_batch))
         finally:
             torch.set_num_threads(threads)
-        self._talker_step(batch, slot_lengths, self._run(batch), full_vocab=full_vocab)
+        self._talker_step(batch, self._run(batch), full_vocab=full_vocab)
         return self._traces.untraced_runs == untraced
 
     def prepare(self) -> None:
@@ -184,7 +184,7 @@ class CpuModelRunner:
                 run = _once(self._run(batch))  # no row is active yet, so no result is kept
                 self._code_predictor_step(batch, run)
                 if not self._single_thread:
-                    self._talker_step(batch, [(slot, 1) for slot in range(batch)], run, full_vocab=False)
+                    self._talker_step(batch, run, full_vocab=False)
                 self._prepared.add(batch)
 
     def _code_predictor_step(self, batch: int, run: Run) -> None:
@@ -199,14 +199,14 @@ class CpuModelRunner:
         else:
             step(batch, run)
 
-    def _talker_step(self, batch: int, slot_lengths: SlotLengths, run: Run, *, full_vocab: bool) -> None:
-        """Run the step with a trace of what is between the attention of two layers, by `run`, if it is large.
+    def _talker_step(self, batch: int, run: Run, *, full_vocab: bool) -> None:
+        """Run the step with a trace of one layer, by `run`, if it is large.
 
         One trace serves all layers. It saves a quarter of the time that goes into the talker's small operators.
         """
         traced = not self._single_thread and batch in self._batch_sizes
         run = run if traced else run_untraced
-        self._model.talker_step(batch, slot_lengths, kv_len=0, full_vocab=full_vocab, run=run)
+        self._model.talker_step(batch, 0, full_vocab=full_vocab, run=run)
 
     def _run(self, batch: int) -> Run:
         def run(name: str, function: Function, *arguments: Tensor, varied: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
@@ -285,7 +285,7 @@ class CudaGraphModelRunner:
         model = self._model
         code_predictor_step = functools.partial(model.code_predictor_step, batch)
         predicted = self._buckets.run(("code_predictor_step", batch, 0), code_predictor_step)
-        talker_step = functools.partial(model.talker_step, batch, (), kv_len, full_vocab=full_vocab)
+        talker_step = functools.partial(model.talker_step, batch, kv_len, full_vocab=full_vocab)
         return self._buckets.run(("talker_step", batch, kv_len), talker_step) and predicted
 
     def prepare(self) -> None:
@@ -297,7 +297,7 @@ class CudaGraphModelRunner:
         for batch, kv_len in largest_first(self._batch_sizes, self._kv_lengths):
             step = functools.partial(model.code_predictor_step, batch)
             functions.setdefault(("code_predictor_step", batch, 0), step)
-            step = functools.partial(model.talker_step, batch, (), kv_len, full_vocab=False)
+            step = functools.partial(model.talker_step, batch, kv_len, full_vocab=False)
             functions["talker_step", batch, kv_len] = step
         for batch, length in largest_first(self._prefill_batch_sizes, self._prefill_lengths):
             bucket = ("prefill", batch, length)

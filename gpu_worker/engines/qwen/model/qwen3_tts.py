@@ -17,7 +17,7 @@ from gpu_worker.engines.qwen.kernels.embed_frame import embed_codes
 from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.code_predictor import CodePredictor
-from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
+from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.layers import as_stored
 from gpu_worker.engines.qwen.model.slot_state import SlotState
 from gpu_worker.engines.qwen.model.talker import Talker
@@ -126,18 +126,16 @@ class Qwen3TTSModel(TensorHolder):
     def _embed_frame(self, codes: Tensor) -> None:
         self._kernels.embed_frame(self.state, codes, self.codec_table, self.table_offsets)
 
-    def talker_step(
-        self, batch: int, slot_lengths: SlotLengths, kv_len: int, *, full_vocab: bool, run: Run = run_untraced
-    ) -> None:
+    def talker_step(self, batch: int, kv_len: int, *, full_vocab: bool, run: Run = run_untraced) -> None:
         """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.
 
-        `slot_lengths`, `kv_len`: see KVCache.decode_attend; `full_vocab`: see `prefill`; `run`: see Stack.normed.
+        `kv_len`: see DecodeAttend; `full_vocab`: see `prefill`; `run`: see Stack.normed.
         Rows that are not active are computed and not kept, so a frame that failed midway can be made again.
         """
         state, part = self.state, slice(0, batch)
         positions = state.prompt_len[part] + state.frame[part]
         lengths = positions * state.active[part] + 1  # of a row whose result is not kept, one token is enough
-        hidden, logits = self.talker.decode(state.talker_input[part], positions, lengths, slot_lengths, kv_len, run=run)
+        hidden, logits = self.talker.decode(state.talker_input[part], positions, lengths, kv_len, run=run)
         self._sample(logits, hidden, None, full_vocab=full_vocab)
 
     def _sample(self, logits: Tensor, hidden: Tensor, prompts: Tensor | None, *, full_vocab: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import TalkerShape
 from gpu_worker.engines.qwen.kernels.selection import Kernels
-from gpu_worker.engines.qwen.model.kv_cache import KVCache, SlotLengths
+from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from gpu_worker.engines.qwen.model.layers import Linear, RopeTables, Stack, aligned, pad_rows
 from gpu_worker.engines.qwen.runtime.cpu_traces import Run, run_untraced
 from gpu_worker.engines.qwen.runtime.products_trial import PLAIN, Products
@@ -66,19 +66,18 @@ class Talker(TensorHolder):
         x: Tensor,
         positions: Tensor,
         lengths: Tensor,
-        slot_lengths: SlotLengths,
         kv_len: int,
         *,
         run: Run = run_untraced,
     ) -> tuple[Tensor, Tensor]:
         """Read one token of each of the first slots: x [batch, hidden]; positions, lengths int64 [batch].
 
-        Returns hidden states and logits as `prefill` does. See KVCache.decode_attend for the other arguments.
+        Returns hidden states and logits as `prefill` does. See DecodeAttend for the other arguments.
         `run`: see Stack.normed.
         """
         batch = x.shape[0]
-        attend = self.cache.decode_attend(positions, lengths, slot_lengths, kv_len, self.ropes.at(positions))
-        hidden = self.stack.normed(pad_rows(x, self.stack.products.row_multiple), attend, run)
+        attend = self.cache.decode_attend(positions, lengths, kv_len, self.ropes.at(positions))
+        hidden = self.stack.normed(pad_rows(x, self.stack.products.row_multiple), attend, run, attend.tensors)
         return hidden[:batch], self._logits(hidden)[:batch]
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_a_model_with_all_kernels_makes_the_same_codes(frames: int, groups: int)
         model.state.active.fill_(True)
         for _ in range(frames):
             model.code_predictor_step(len(PARAMS))
-            model.talker_step(len(PARAMS), (), 32, full_vocab=False)
+            model.talker_step(len(PARAMS), 32, full_vocab=False)
         made.append((model.state.ring_buffer[:, :frames].clone(), model.state.next_codebook0.clone()))
     (codes, following), (our_codes, our_following) = made
     assert torch.equal(our_codes, codes)
