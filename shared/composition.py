@@ -1,6 +1,8 @@
-"""Composed letters (NFC): é as one character, not as e and an accent, which macOS and PDF files have.
+"""Composed letters: é as one character, not as e and an accent, which macOS and PDF files have.
 
-Engines and tables of pronunciations know the composed form. espeak-ng reads the other one letter by letter.
+Tables of pronunciations know the composed form. espeak-ng speaks both parts of the other one.
+Unicode's NFC does more, and espeak-ng then misreads vowels: it sorts the marks of Arabic and Hebrew, and takes some
+letters of Bengali apart. So only what becomes fewer characters is composed.
 To compose a run of n marks takes n² steps, so texts are composed letter by letter, and a letter has a limit.
 """
 
@@ -16,7 +18,7 @@ _CHECKED_CHARS: Final = 512
 
 
 def is_composed(text: str) -> bool:
-    """True if `compose` would change nothing."""
+    """True if `compose` would change nothing. It may be False where it would change nothing either."""
     return text.isascii() or all(
         unicodedata.is_normalized("NFC", text[start : start + _CHECKED_CHARS + 1])  # one more: the mark of the last
         for start in range(0, len(text), _CHECKED_CHARS)
@@ -27,7 +29,13 @@ def compose(text: str) -> str:
     """The text with composed letters."""
     if is_composed(text):
         return text
-    return "".join(unicodedata.normalize("NFC", text[start:end]) for start, end in letters(text))
+    return "".join(compose_letter(text[start:end]) for start, end in letters(text))
+
+
+def compose_letter(letter: str) -> str:
+    """The letter with its marks in fewer characters, or in another one; as it is if there is no such form."""
+    composed = unicodedata.normalize("NFC", letter)
+    return composed if len(composed) <= max(len(letter) - 1, 1) else letter
 
 
 def letters(text: str) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from server.text.markdown import read_markdown
 from server.text.pronunciations import Pronunciations, respell
 from server.text.spans import Pause, Span, begins_of, copied, source_range, split, text_of
 from server.text.ssml import is_ssml, read_ssml
-from shared.composition import compose, is_composed, letters
+from shared.composition import compose, compose_letter, is_composed, letters
 from shared.protocol import Segment
 from shared.text import is_speakable
 
@@ -95,7 +95,7 @@ def _composed(items: Iterable[Span | Pause]) -> Iterator[Span | Pause]:
             kept = 0
             for start, end in letters(item.text):
                 letter = item.text[start:end]
-                if (one := compose(letter)) != letter:
+                if (one := compose_letter(letter)) != letter:
                     if start > kept:
                         yield item.part(kept, start)
                     yield Span(one, item.start + start, item.start + end, rate=item.rate)

@@ -59,8 +59,14 @@ _CLOSER: Final = {
 }
 """Letters that only a neighbour of a script's language has, and that neighbour."""
 
-_STYLED: Final = re.compile(r"(?![0-9])\d|[\uff21-\uff3a\uff41-\uff5a\u2460-\u2468\u24b6-\u24e9\U0001d400-\U0001d7cb]")
-"""Digits of other scripts, and letters and digits that are wide, in circles or of mathematics: one character each."""
+_STYLED: Final = re.compile(
+    r"(?![0-9])\d|(?<=\d)[\uff0c\uff0e\uff1a](?=\d)"
+    r"|[\uff21-\uff3a\uff41-\uff5a\u2460-\u2468\u24b6-\u24e9\U0001d400-\U0001d7cb]"
+)
+"""Digits of other scripts, and letters and digits that are wide, in circles or of mathematics: one character each.
+
+So are wide commas, stops and colons within a number.
+"""
 
 
 def readable(text: str) -> str:

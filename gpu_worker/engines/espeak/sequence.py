@@ -118,8 +118,9 @@ class RunningJob:
 
     def _add(self, parts: list[_Part]) -> None:
         self.input_words += sum(len(part.text.split()) for part in parts)
-        # What is still being written comes as it was typed: of a decomposed é espeak-ng would speak both parts.
-        self._parts.extend(part._replace(text=readable(compose(part.text))) for part in parts)
+        if self.job.open:  # such a text comes as it was typed: of a decomposed é espeak-ng would speak both parts
+            parts = [part._replace(text=compose(part.text)) for part in parts]
+        self._parts.extend(part._replace(text=readable(part.text)) for part in parts)
         if self.waits:
             self._next_part()
 

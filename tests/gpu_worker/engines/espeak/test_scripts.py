@@ -72,6 +72,7 @@ def test_runs_cover_the_text(text: str, voice: str) -> None:
     [
         ("第\uff11\uff12章、\uff21\uff22\uff23\uff01", "第12章、ABC\uff01"),
         ("\u0663\u0664 \u06f5 \u0969", "34 5 3"),
+        ("\uff11\uff0c\uff10\uff10\uff10\uff1a\uff11\uff12\uff0e\uff15\uff0c", "1,000:12.5\uff0c"),
         ("\u2460\u24b6\u24e9", "1Az"),
         ("\U0001d401\U0001d4be\U0001d7d9", "Bi1"),
         ("x\u00b2 \u00bd \u2469 é 日本 1", "x\u00b2 \u00bd \u2469 é 日本 1"),
