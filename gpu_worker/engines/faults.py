@@ -3,6 +3,8 @@
 import sys
 from typing import Final
 
+from gpu_worker.engines.base import JobError
+
 _OUT_OF_MEMORY: Final = (
     "DefaultCPUAllocator",
     "CUDA error: out of memory",
@@ -63,6 +65,18 @@ def raise_if_broken(error: Exception) -> None:
     """Raise BrokenDeviceError if `error` means that the device is broken."""
     if is_broken_device(error):
         raise BrokenDeviceError(str(error)) from error
+
+
+def failure_of_job(message: str, error: Exception) -> JobError:
+    """The failure of a request alone whose job raised `error`, with that `message`.
+
+    Raises:
+        BrokenDeviceError: `error` means that the device is broken.
+    """
+    raise_if_broken(error)
+    if is_out_of_memory(error):
+        return JobError("insufficient_vram", message, retry_after_s=5)
+    return JobError("synthesis_failed", message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.faults import is_out_of_memory, raise_if_broken
+from gpu_worker.engines.faults import failure_of_job, is_out_of_memory
 from gpu_worker.keys import LimitCounter
 from gpu_worker.lifecycle.engine_steps import EngineSteps
 from gpu_worker.lifecycle.open_requests import OpenRequests
@@ -181,7 +181,7 @@ class Admission:
         if is_out_of_memory(error):
             self._stats.out_of_memory(request.model)
             if request.retried:
-                self._requests.finish(request, JobError("insufficient_vram", message, retry_after_s=5))
+                self._requests.finish(request, failure_of_job(message, error))
                 return
             log.warning("out_of_memory_evicting_idle_models", model=request.model)
             request.retried = True
@@ -189,5 +189,4 @@ class Admission:
             self._scheduler.put_back(request)
             return
         log.error("request_rejected_by_engine", model=request.model, request_id=request.id, exc_info=error)
-        raise_if_broken(error)
-        self._requests.finish(request, JobError("synthesis_failed", message))
+        self._requests.finish(request, failure_of_job(message, error))

@@ -6,7 +6,7 @@ from typing import assert_never
 import structlog
 
 from gpu_worker.engines.base import Done, Event, Fault, JobError, Pcm
-from gpu_worker.engines.faults import is_out_of_memory, raise_if_broken
+from gpu_worker.engines.faults import failure_of_job, is_out_of_memory, raise_if_broken
 from gpu_worker.lifecycle.open_requests import OpenRequests
 from gpu_worker.requests import Request
 from gpu_worker.residency import Residency
@@ -128,9 +128,8 @@ class EngineSteps:
         if request is None:
             return
         log.error("request_failed_in_engine", model=request.model, request_id=request.id, exc_info=error)
-        raise_if_broken(error)
         message = f"{request.model} failed while it was speaking: {error}"
-        self._requests.finish(request, JobError("synthesis_failed", message))
+        self._requests.finish(request, failure_of_job(message, error))
 
     def _runnable(self, held_back: set[str]) -> list[str]:
         """The models whose engine has work."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import structlog
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.engines.faults import raise_if_broken
+from gpu_worker.engines.faults import failure_of_job
 from gpu_worker.keys import LimitCounter
 from gpu_worker.lifecycle.bounds import RequestBounds
 from gpu_worker.lifecycle.open_requests import OpenRequests
@@ -99,6 +99,4 @@ class OpenText:
                 engine.append(request.job.id, message.text, flush=message.flush)
         except Exception as error:
             log.exception("text_rejected_by_engine", model=request.model, request_id=request.id)
-            raise_if_broken(error)
-            reason = f"{request.model} could not take the text: {error}"
-            self._requests.finish(request, JobError("synthesis_failed", reason))
+            self._requests.finish(request, failure_of_job(f"{request.model} could not take the text: {error}", error))

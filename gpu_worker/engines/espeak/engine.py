@@ -26,6 +26,7 @@ from gpu_worker.engines.base import (
 from gpu_worker.engines.espeak.library import EspeakLibrary
 from gpu_worker.engines.espeak.sequence import RunningJob
 from gpu_worker.engines.fades import fade_out
+from gpu_worker.engines.faults import is_out_of_memory
 from shared.catalog import ModelSpec
 from shared.pcm import BYTES_PER_SAMPLE, EMPTY_S, FRAME_SAMPLES, SAMPLE_RATE, bytes_for
 from shared.protocol import CacheName, Usage
@@ -99,6 +100,8 @@ class EspeakEngine:
             except JobError as error:
                 events.append(self._fault(job_id, error))
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 log.exception("job_failed", job_id=job_id)
                 events.append(self._fault(job_id, JobError("synthesis_failed", f"espeak-ng failed: {error}")))
             if self._clock() >= until:
