@@ -20,7 +20,7 @@ _LAST_DATA_RECEIVED: Final = struct.Struct("=52xI")
 """tcpi_last_data_recv (ms) of the kernel's tcp_info (include/uapi/linux/tcp.h)."""
 
 _DROPPED_BYTES: Final = 65_536
-"""That `read_to_end` reads at once."""
+"""Bytes that `read_to_end` reads at once."""
 
 
 def connection_of(scope: Any) -> socket.socket | None:
@@ -48,8 +48,8 @@ async def read_to_end(connection: socket.socket) -> None:
     """
     connection.shutdown(socket.SHUT_WR)
     loop = asyncio.get_running_loop()
-    while await loop.sock_recv(connection, _DROPPED_BYTES):
-        pass
+    while await loop.sock_recv(connection, _DROPPED_BYTES):  # noqa: ASYNC110 -- it polls nothing
+        await asyncio.sleep(0)  # asyncio's own loop reads on without a pause while there is something
 
 
 def seconds_since_received(scope: Any) -> float:

@@ -36,7 +36,8 @@ async def read_upload(upload: UploadFile | None, param: str, max_bytes: int) -> 
 
 def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
-    if isinstance(error, UnicodeError) or type(error) is LookupError:
+    of_parser = isinstance(error, UnicodeError) and not isinstance(error, UnicodeEncodeError)
+    if of_parser or type(error) is LookupError:
         return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
     return handle_unexpected(request, error)
 

@@ -71,9 +71,11 @@ class _Outbox:
                 messages, self.messages = self.messages, []
                 async with asyncio.timeout(self._timeout_s):
                     await self._replicas.post(self.replica, [encode(message)[0] for message in messages])
-        except (ReplicaLostError, TimeoutError) as error:
+        except Exception as error:
             lost = [*messages, *self.messages]
-            log.info("messages_lost", replica=self.replica, messages=len(lost), reason=str(error))
+            is_expected = isinstance(error, ReplicaLostError | TimeoutError)
+            unexpected = None if is_expected else error
+            log.info("messages_lost", replica=self.replica, messages=len(lost), reason=str(error), exc_info=unexpected)
             return lost
         finally:
             self._empty.set()

@@ -116,7 +116,8 @@ class RelayedStream:
             async with asyncio.timeout(self._start_timeout_s) as limit:
                 return await self._listen(answers, limit)
         except TimeoutError:
-            answers.cancel()
+            if self._answers is not None:
+                self._answers.cancel()
             return unavailable_error(f"No GPU worker has started within {self._start_timeout_s:.0f} s.")
         except ReplicaLostError as lost:
             log.warning("replica_lost", replica=self._replica, reason=str(lost))

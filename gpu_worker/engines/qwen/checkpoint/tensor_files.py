@@ -230,7 +230,7 @@ class StoredRows:
         So the parts stay in the processor's cache, and no matrix is written to memory that the system must clear first.
 
         Raises:
-            JobError: `model_unavailable`: the file cannot be read, or was cut short.
+            JobError: `model_unavailable`: the file cannot be read, or was changed meanwhile.
         """
         import torch  # noqa: PLC0415 -- as in _read_tensor
 
@@ -247,6 +247,8 @@ class StoredRows:
                 raise unavailable(self._place.path, "was cut short while it was read")
             offset += size
             yield read
+        if self._read_stamp() != self._stamp:
+            raise unavailable(self._place.path, "was changed while it was read")
 
     def _read_stamp(self) -> tuple[int, int]:
         status = os.fstat(self._file)

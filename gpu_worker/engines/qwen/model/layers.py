@@ -167,11 +167,11 @@ class Layer(TensorHolder):
         query, key = (weights[f"{prefix}self_attn.{name}_norm.weight"] for name in "qk")
         self.rotation = Rotation(query, key, self.heads, self.kv_heads, shape.rms_norm_eps)
         self.qkv = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", behind=self.input_norm)
-        out = one("self_attn.o_proj")
         if heads_by_group:
-            out = weights[f"{prefix}self_attn.o_proj.weight"].unflatten(1, (self.heads, self.head_dim))
-            out = by_group(out, self.kv_heads).flatten(1)
-        self.out = Linear(out, products=products)
+            by_head = weights[f"{prefix}self_attn.o_proj.weight"].unflatten(1, (self.heads, self.head_dim))
+            self.out = Linear(by_group(by_head, self.kv_heads).flatten(1), products=products)
+        else:
+            self.out = Linear(one("self_attn.o_proj"), products=products)
         self.gate_up = fused("mlp.gate_proj", "mlp.up_proj", behind=self.post_norm, part="gate_up")
         self.down = Linear(one("mlp.down_proj", "sensitive"), products=products, part="sensitive")
 
