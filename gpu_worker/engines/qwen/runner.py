@@ -200,7 +200,7 @@ class CpuModelRunner:
             step(batch, run)
 
     def _talker_step(self, batch: int, run: Run, *, full_vocab: bool) -> None:
-        """Run the step with a trace of one layer, by `run`, if it is large.
+        """Run the step with a trace of what is between the attention of two layers, by `run`, if it is large.
 
         One trace serves all layers. It saves a quarter of the time that goes into the talker's small operators.
         """

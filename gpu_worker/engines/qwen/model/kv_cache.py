@@ -92,7 +92,7 @@ class DecodeAttend:
         """`positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
 
         Each slot reads its first `lengths` (int64 [batch]) of `kv_len` positions: as graphs need, shapes are fixed.
-        With a `kv_len` of 0, each slot is computed by itself at its own length. A trace takes that as a tensor.
+        With a `kv_len` of 0, each slot is computed by itself at its own length.
         """
         self._cache = cache
         self._lengths = lengths
@@ -100,10 +100,6 @@ class DecodeAttend:
         self._rope = rope
         self._mask = cache.attention.length_mask(lengths, kv_len, cache.groups) if kv_len else None
         self._places = torch.arange(len(positions), device=positions.device), positions
-
-    def tensors(self, index: int) -> list[Tensor]:
-        """What a call for layer `index` uses, besides the layer."""
-        return [self._cache.keys[index], self._cache.values[index], *self._places, *self._rope, self._lengths]
 
     def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
         batch = len(self._lengths)

@@ -6,7 +6,7 @@ It holds no caches: keys and values go to the Attend that the caller passes.
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -129,10 +129,6 @@ class Attend(Protocol):
         """
 
 
-Used = Callable[[int], Sequence[Tensor]]
-"""What an Attend uses in a layer, besides the layer: for traces."""
-
-
 class Layer(TensorHolder):
     """One pre-norm block: attention with a norm of each head's query and key, then SwiGLU."""
 
@@ -229,18 +225,16 @@ class Stack(TensorHolder):
         x, attended = self._up_to_last(x, self._first_attended(x, attend), attend)
         return self.layers[-1].finish(x, attended)
 
-    def normed(self, x: Tensor, attend: Attend, run: Run = run_untraced, used: Used | None = None) -> Tensor:
+    def normed(self, x: Tensor, attend: Attend, run: Run = run_untraced) -> Tensor:
         """`x`: [rows, hidden] -> the norm of the last layer's output, for callers that need every row.
 
-        `run` runs what is from behind the attention of a layer to that of the next; one trace serves all layers.
+        `run` runs what is between the attention of two layers; one trace serves all layers.
         """
-        return self.normed_from(x, self._first_attended(x, attend), attend, run, used)
+        return self.normed_from(x, self._first_attended(x, attend), attend, run)
 
-    def normed_from(
-        self, x: Tensor, attended: Tensor, attend: Attend, run: Run = run_untraced, used: Used | None = None
-    ) -> Tensor:
+    def normed_from(self, x: Tensor, attended: Tensor, attend: Attend, run: Run = run_untraced) -> Tensor:
         """As `normed`, where the output of the first layer's attention is known."""
-        x, attended = self._up_to_last(x, attended, attend, run, used)
+        x, attended = self._up_to_last(x, attended, attend, run)
         return self.layers[-1].finish_normed(x, attended, self.norm)[1]
 
     def _first_attended(self, x: Tensor, attend: Attend) -> Tensor:
@@ -248,20 +242,20 @@ class Stack(TensorHolder):
         return attend(0, first, first.project(first.input_norm(x)))
 
     def _up_to_last(
-        self, x: Tensor, attended: Tensor, attend: Attend, run: Run = run_untraced, used: Used | None = None
+        self, x: Tensor, attended: Tensor, attend: Attend, run: Run = run_untraced
     ) -> tuple[Tensor, Tensor]:
         """From the output of the first layer's attention to the last layer's input and its attention's output."""
         for index in range(1, len(self.layers)):
-            next_attended = functools.partial(self._next_attended, index, attend)
-            varied = self._varied(index) if used is None else [*self._varied(index), *used(index)]
-            x, attended = run("layer", next_attended, x, attended, varied=varied)
+            projected = functools.partial(self._projected, index)
+            x, qkv = run("between_layers", projected, x, attended, varied=self._varied(index))
+            attended = attend(index, self.layers[index], qkv)
         return x, attended
 
-    def _next_attended(self, index: int, attend: Attend, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """From the input of layer `index` - 1 and its attention's output to the same of layer `index`."""
+    def _projected(self, index: int, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """From the input of layer `index` - 1 and its attention's output to the input of layer `index`, projected."""
         following = self.layers[index]
         x, normed = self.layers[index - 1].finish_normed(x, attended, following.input_norm)
-        return x, attend(index, following, following.project(normed))
+        return x, following.project(normed)
 
     def _varied(self, index: int) -> list[Tensor]:
         """The tensors of layers `index` - 1 and `index`."""

@@ -77,7 +77,7 @@ class Talker(TensorHolder):
         """
         batch = x.shape[0]
         attend = self.cache.decode_attend(positions, lengths, kv_len, self.ropes.at(positions))
-        hidden = self.stack.normed(pad_rows(x, self.stack.products.row_multiple), attend, run, attend.tensors)
+        hidden = self.stack.normed(pad_rows(x, self.stack.products.row_multiple), attend, run)
         return hidden[:batch], self._logits(hidden)[:batch]
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_the_forwards_of_a_large_code_predictor_share_traces(monkeypatch: pytest
             del names[:]
             assert runner.decode_step([(0, 20)], full_vocab=False)
         layers = len(ours.model.talker.stack.layers) if ours is large else 1
-        assert names.count("layer") == layers - 1
+        assert names.count("between_layers") == layers - 1
         runner.close()
     assert 0 < graphs[1] < graphs[0] / 3
     assert torch.equal(*codes)
