@@ -68,6 +68,7 @@ def pool_of(script: str) -> DecoderPool:
     return DecoderPool(allow_urls=False, command=[sys.executable, "-c", script])
 
 
+@pytest.mark.slow
 async def test_a_recording_becomes_pcm() -> None:
     """Base64, a data URL and an upload give the same PCM, decoded by the program."""
     pool = DecoderPool(allow_urls=False)
@@ -199,6 +200,7 @@ async def test_a_disconnect_ends_the_process(gate: Gate, tmp_path: Path) -> None
         await becomes(lambda: not exists(gate.events()[0]))
 
 
+@pytest.mark.slow
 async def test_a_decoder_times_out(gate: Gate) -> None:
     """A decoder that takes too long is killed and the request gets a 429: processor time has its own limit."""
     with pytest.raises(ApiError, match="too busy") as refusal:

@@ -168,6 +168,7 @@ async def _chunks(speech: Speech) -> AsyncIterator[bytes]:
         yield chunk.pcm
 
 
+@pytest.mark.slow
 async def test_without_a_worker(tmp_path: Path, connect: Open) -> None:
     """The client starts, gives a reason, and refuses every request at once."""
     async with connect(f"ipc://{tmp_path}/none.ipc", "", timeout_s=TIMEOUT_S) as engine:
@@ -184,6 +185,7 @@ async def test_without_a_worker(tmp_path: Path, connect: Open) -> None:
         assert time.monotonic() - began < stretched(0.5)
 
 
+@pytest.mark.slow
 async def test_a_worker_may_start_later(tmp_path: Path, connect: Open) -> None:
     """Client and worker may start in any order."""
     fake = FakeWorker(tmp_path / "w.ipc")
@@ -218,6 +220,7 @@ async def test_a_dead_worker_fails_everything_in_flight(client: EngineClient, wo
     assert client.snapshot.boot_id == "boot-2"
 
 
+@pytest.mark.slow
 async def test_another_protocol_version_is_refused(tmp_path: Path, connect: Open) -> None:
     """Requests are refused where the worker has another protocol version."""
     with FakeWorker(tmp_path / "w.ipc") as fake:
@@ -228,6 +231,7 @@ async def test_another_protocol_version_is_refused(tmp_path: Path, connect: Open
                 engine.speak(a_speak())
 
 
+@pytest.mark.slow
 async def test_a_wrong_token_is_a_reason(tmp_path: Path, connect: Open) -> None:
     """If the worker refuses the Hello, `unavailable` gives its message."""
     with FakeWorker(tmp_path / "w.ipc") as fake:

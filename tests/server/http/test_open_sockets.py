@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from server.http.open_sockets import OpenSockets
 
 
@@ -51,6 +53,7 @@ async def test_a_speaking_socket_is_waited_for() -> None:
     assert not speaking.is_cut_off
 
 
+@pytest.mark.slow
 async def test_the_rest_is_cut_off() -> None:
     """After the timeout; even a socket that does not close then holds up nothing for long."""
     sockets = OpenSockets()

@@ -380,6 +380,7 @@ async def test_a_crowd_shuts_nobody_out(crowded: httpx.AsyncClient, first: bytes
         await until(lambda: responds(crowded, "/health"))
 
 
+@pytest.mark.slow
 async def test_an_idle_websocket_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own limits end it: for the reaper it is a request in progress, also where places are short."""
     monkeypatch.setattr("server.processes.connection_reaper.seconds_since", lambda _ms: 1_000.0)

@@ -133,6 +133,7 @@ def test_a_silent_worker_writes_its_stacks_and_is_replaced(
     assert "has died (no answer for 30 s)" in worker.outages[-1].reason
 
 
+@pytest.mark.slow
 def test_a_pause_of_the_whole_service_is_no_silence(
     start: Callable[..., Supervised], monkeypatch: pytest.MonkeyPatch
 ) -> None:

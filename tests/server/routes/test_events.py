@@ -234,6 +234,7 @@ async def test_a_reader_that_leaves(client: httpx.AsyncClient, monkeypatch: pyte
     await until(watched)
 
 
+@pytest.mark.slow
 async def test_without_a_worker(tmp_path: Path) -> None:
     """The stream works, and says what is wrong."""
     async with (

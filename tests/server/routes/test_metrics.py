@@ -226,6 +226,7 @@ async def test_labels_are_escaped(samples: Samples) -> None:
     assert _value(samples, "tts_model_move_failures_total", model=ODD, move="restore") == 1
 
 
+@pytest.mark.slow
 async def test_without_a_worker(tmp_path: Path) -> None:
     """The scrape works, and its one figure says that the worker is down."""
     async with serving(f"ipc://{tmp_path}/none.ipc", ready=False) as client:

@@ -85,6 +85,7 @@ async def test_a_replica_that_leaves(replicas: LocalReplicas, workers: list[Fake
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.slow
 async def test_the_last_report_of_a_replica_that_leaves(replicas: LocalReplicas, workers: list[FakeWorker]) -> None:
     """It was asked for before, and comes behind the replica's end: the requests in it are over all the same."""
     leaving, asked, answered = replicas.gateways["1"], asyncio.Event(), asyncio.Event()

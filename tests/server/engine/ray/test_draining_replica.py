@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from server.cluster.ingress_leases import LEASE_S, IngressLeases
 from server.cluster.worker_gateway import WorkerGateway
@@ -32,6 +33,7 @@ class DrainingReplicas(LocalReplicas):
         return await super().report(replica, request)
 
 
+@pytest.mark.slow
 async def test_its_leases_are_renewed_while_it_has_streams(tmp_path: Path) -> None:
     """The web process asks it for reports until the last one ends, and no longer."""
     with FakeWorker(tmp_path / "w.ipc") as worker:

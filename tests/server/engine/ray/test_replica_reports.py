@@ -113,6 +113,7 @@ class FailingReplicas(LocalReplicas):
         return await super().report(replica, request)
 
 
+@pytest.mark.slow
 async def test_refusals_outlive_a_report_that_fails(tmp_path: Path) -> None:
     """The next report takes them to the GPU worker."""
     leases, replicas = IngressLeases(), FailingReplicas()
