@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
         # It starts within 5 s or not at all: a busy machine takes longer, and three such proxies end the start.
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+        # Ray would run the whole service, GPU workers too, with niceness 15: any other program would come first.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # It would also put any x-request-id of a client into its log and its answers.
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", _PROXY_MIDDLEWARES)
     try:

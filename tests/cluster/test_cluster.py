@@ -68,6 +68,14 @@ def test_every_port_is_at_the_loopback(cluster: Cluster) -> None:
     assert cluster.listening() <= LOOPBACK
 
 
+def test_no_process_gives_way(cluster: Cluster) -> None:
+    """By default Ray runs actors, GPU workers with them, with niceness 15: any other program would come first."""
+    own = os.getpriority(os.PRIO_PROCESS, cluster.process.pid)
+    actors = cluster.workers() | cluster.replicas("engine") | cluster.replicas("ingress") | cluster.named("ProxyActor")
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in actors} == {own}
+    assert len(actors) >= 3 * REPLICAS + 1
+
+
 @pytest.mark.parametrize(
     "audio_format", ["mp3", *(pytest.param(name, marks=pytest.mark.soak) for name in FORMATS if name != "mp3")]
 )

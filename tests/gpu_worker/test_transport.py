@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -297,7 +298,7 @@ class TestEnd:
     def test_nothing_waits_for_who_has_gone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The socket stays open for a web worker that may have to read, not for one that has ended."""
         pauses: list[float] = []
-        monkeypatch.setattr(transport.time, "sleep", pauses.append)
+        monkeypatch.setattr(transport, "time", SimpleNamespace(sleep=pauses.append))  # other threads may sleep
         for leaves in (False, True):
             server = _Server(tmp_path)
             server.transport.start()

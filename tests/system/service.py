@@ -43,11 +43,16 @@ def eventually(
 
     `what` describes the condition in the error; a function is called only when the error is raised.
     """
-    began = time.monotonic()
+    began = looked_at = time.monotonic()
+    slowest_s = 0.0
     while not condition():
-        waited = time.monotonic() - began
-        assert waited < timeout_s, f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
+        now = time.monotonic()
+        slowest_s = max(slowest_s, now - looked_at)
+        assert now - began < timeout_s, (
+            f"not within {timeout_s} s: {what if isinstance(what, str) else what()}; slowest look {slowest_s:.2f} s"
+        )
         time.sleep(pause_s)  # polls another process; no test relies on the length of this pause
+        looked_at = time.monotonic()
     return time.monotonic() - began
 
 
