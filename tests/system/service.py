@@ -43,16 +43,11 @@ def eventually(
 
     `what` describes the condition in the error; a function is called only when the error is raised.
     """
-    began = looked_at = time.monotonic()
-    slowest_s = 0.0
+    began = time.monotonic()
     while not condition():
-        now = time.monotonic()
-        slowest_s = max(slowest_s, now - looked_at)
-        assert now - began < timeout_s, (
-            f"not within {timeout_s} s: {what if isinstance(what, str) else what()}; slowest look {slowest_s:.2f} s"
-        )
+        waited = time.monotonic() - began
+        assert waited < timeout_s, f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
         time.sleep(pause_s)  # polls another process; no test relies on the length of this pause
-        looked_at = time.monotonic()
     return time.monotonic() - began
 
 
@@ -72,8 +67,19 @@ def in_time(took_s: float, limit_s: float) -> bool:
 
 def soon(condition: Callable[[], object], limit_s: float, what: str | Callable[[], str]) -> None:
     """Wait until `condition` is true. AssertionError if that was not `in_time`."""
-    took_s = eventually(condition, PATIENCE_S, what)
-    assert in_time(took_s, limit_s), f"{took_s:.2f} s, and not {limit_s} s: {what if isinstance(what, str) else what()}"
+    looks_s: list[float] = []
+
+    def look() -> object:
+        began = time.monotonic()
+        result = condition()
+        looks_s.append(time.monotonic() - began)
+        return result
+
+    took_s = eventually(look, PATIENCE_S, what)
+    assert in_time(took_s, limit_s), (
+        f"{took_s:.2f} s, and not {limit_s} s: {what if isinstance(what, str) else what()}; "
+        f"the slowest of {len(looks_s)} looks took {max(looks_s):.2f} s"
+    )
 
 
 def children_of(pid: int) -> set[int]:
