@@ -12,7 +12,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-from shared.pcm import bytes_for
+from shared.pcm import SILENCE_PIECE_S, bytes_for
 from shared.protocol import CacheName, CacheStats, LimitName, RateLimit, Sampling, Segment, Task, Usage, Word
 
 FinishReason = Literal["stop", "length", "empty"]
@@ -71,7 +71,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return "".join(segment.text for segment in self.segments)
 
 
-PAUSE_CHUNK_BYTES: Final = bytes_for(0.64)
+PAUSE_CHUNK_BYTES: Final = bytes_for(SILENCE_PIECE_S)
 """The silence of a pause comes in pieces of this size at most, one a step, as speech does."""
 
 

@@ -68,7 +68,7 @@ def raise_if_broken(error: Exception) -> None:
 
 
 def failure_of_job(message: str, error: Exception) -> JobError:
-    """The failure of a request alone whose job raised `error`, with that `message`.
+    """What a request alone fails with, if handling its job raised `error`; `message` is for its client.
 
     Raises:
         BrokenDeviceError: `error` means that the device is broken.

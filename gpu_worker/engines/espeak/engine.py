@@ -1,7 +1,8 @@
 """EspeakEngine: a process has one, because the state of espeak-ng is global.
 
-A step synthesizes at most one clause of each job (about a millisecond) and returns at most one chunk of each job.
-So several jobs speak side by side, and a cancelled job ends before its next chunk.
+A step synthesizes at most one clause of each job, and returns at most one chunk of each job.
+A clause takes about a millisecond, and a long one up to 0.2 s: the step ends after MAX_STEP_S, and the next one begins
+with the jobs that were not reached. So several jobs speak side by side, and a cancelled job ends before its next chunk.
 """
 
 import time

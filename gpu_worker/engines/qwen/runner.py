@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gpu_worker.engines.qwen.checkpoint.model_config import Shape
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_LENGTHS
-from gpu_worker.engines.qwen.model.kv_cache import SlotLengths
 from gpu_worker.engines.qwen.model.prompt import Prompt
 from gpu_worker.engines.qwen.model.qwen3_tts import Qwen3TTSModel
 from gpu_worker.engines.qwen.prefix_cache import PrefixCache
@@ -31,6 +30,9 @@ from gpu_worker.engines.qwen.runtime.cuda_graphs import Key
 from gpu_worker.engines.qwen.runtime.cuda_streams import CudaStreams
 from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
 from gpu_worker.engines.qwen.runtime.transfers import to_device
+
+SlotLengths = Sequence[tuple[int, int]]
+"""(slot, cached tokens that it reads) of each slot whose result matters."""
 
 KV_LENGTHS: Final = (256, 512, 1024, 2048, 4096, 8192)
 """Lengths of the KV cache that decode steps are captured for if attention does not read each row's own length.

@@ -71,11 +71,13 @@ class _Outbox:
                 messages, self.messages = self.messages, []
                 async with asyncio.timeout(self._timeout_s):
                     await self._replicas.post(self.replica, [encode(message)[0] for message in messages])
-        except Exception as error:
+        except (ReplicaLostError, TimeoutError) as error:
             lost = [*messages, *self.messages]
-            is_expected = isinstance(error, ReplicaLostError | TimeoutError)
-            unexpected = None if is_expected else error
-            log.info("messages_lost", replica=self.replica, messages=len(lost), reason=str(error), exc_info=unexpected)
+            log.info("messages_lost", replica=self.replica, messages=len(lost), reason=str(error))
+            return lost
+        except Exception:
+            lost = [*messages, *self.messages]
+            log.exception("messages_lost", replica=self.replica, messages=len(lost))
             return lost
         finally:
             self._empty.set()

@@ -170,7 +170,7 @@ async def _heard_design(audio_id: str, audio_store: AudioStore) -> bytes:
         if audio.size > MAX_REFERENCE_BYTES:
             raise ApiError("invalid_value", "audio_id: this speech is too long for a voice.", param="audio_id")
         content = b""
-        while piece := await audio.read(len(content), audio.size):
+        while piece := await audio.read(len(content), audio.size - len(content)):
             content += piece
         return content
     finally:

@@ -77,7 +77,8 @@ class Codec:
         self._products = HALF if quantized else PLAIN
         bfloat16 = quantized and _has_amx()
         self._decoder = self._load_decoder(path, bfloat16=bfloat16)
-        if bfloat16 and not kept(trial_file, ("codec", PIECE_BYTES, repr(self._config)), self._splits).fastest:
+        question = "codec", PIECE_BYTES, repr(self._config)
+        if bfloat16 and not kept(trial_file, question, lambda _: self._splits()).fastest:
             log.warning("codec_not_quantized", reason="here its sums depend on how a stream is split")
             del self._decoder  # before its successor is in memory, too
             self._decoder = self._load_decoder(path, bfloat16=False)
@@ -98,9 +99,8 @@ class Codec:
             except KeyError as error:
                 raise unavailable(path.parent, f"its weights have no {error.args[0]}") from error
 
-    def _splits(self, before: Outcome | None) -> Outcome:
-        """A second of CPU time for published sizes."""
-        del before  # there is none: no time is in this outcome
+    def _splits(self) -> Outcome:
+        """The answer of `_splits_exactly`, as the file of trials keeps it. A second of CPU time for published sizes."""
         return Outcome(["bfloat16"] if self._splits_exactly() else [], {})
 
     def _splits_exactly(self) -> bool:

@@ -4,8 +4,6 @@ Owns the cache and how prefill and decode write to it and read from it. The atte
 The code predictor's cache lasts for one frame and stands in code_predictor.py.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,6 @@ from gpu_worker.engines.qwen.model.attention import Attention
 from gpu_worker.engines.qwen.model.layers import Attend, Layer, pad_to
 from gpu_worker.engines.qwen.runtime.lazy_zeros import lazy_zeros
 from gpu_worker.engines.qwen.tensor_holder import TensorHolder
-
-SlotLengths = Sequence[tuple[int, int]]
-"""(slot, cached tokens that it reads) of each slot whose result matters."""
 
 
 class KVCache(TensorHolder):
@@ -39,9 +34,9 @@ class KVCache(TensorHolder):
         self.max_model_len = max_model_len
         self.reads_lengths = attention.reads_lengths
         self.heads_by_group = attention.heads_by_group
-        self.attention = attention
-        self.rotate_and_cache = kernels.rotate_and_cache
-        self.groups = shape.num_attention_heads // shape.num_key_value_heads
+        self._attention = attention
+        self._rotate_and_cache = kernels.rotate_and_cache
+        self._groups = shape.num_attention_heads // shape.num_key_value_heads
         self.keys = [lazy_zeros(like, *size) for _ in range(shape.num_hidden_layers)]
         self.values = [lazy_zeros(like, *size) for _ in range(shape.num_hidden_layers)]
 
@@ -68,52 +63,43 @@ class KVCache(TensorHolder):
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             cache = self.keys[index], self.values[index]
-            query, key, value = self.rotate_and_cache(qkv, layer.rotation, rope, cache, places, by_group=False)
+            query, key, value = self._rotate_and_cache(qkv, layer.rotation, rope, cache, places, by_group=False)
             query, key, value = (x.unflatten(0, (-1, tokens - start)) for x in (query.flatten(1, 2), key, value))
             if not prefix:
-                return self.attention.prefill(query, key, value).flatten(2).flatten(0, 1)
+                return self._attention.prefill(query, key, value).flatten(2).flatten(0, 1)
             cached = (x[slot : slot + 1, :tokens] for x in cache)
-            attended = [self.attention.prefill(query[:, prefix - start :], *cached)]
+            attended = [self._attention.prefill(query[:, prefix - start :], *cached)]
             if start < prefix:
-                attended.insert(0, self.attention.prefill(*(x[:, :prefix] for x in (query, key, value))))
+                attended.insert(0, self._attention.prefill(*(x[:, :prefix] for x in (query, key, value))))
             return torch.cat([x.flatten(2).flatten(0, 1) for x in attended])
 
         return attend
 
-    def decode_attend(self, positions: Tensor, lengths: Tensor, kv_len: int, rope: Rope) -> "DecodeAttend":
-        """The Attend of one token a slot, for slots 0 to batch - 1."""
-        return DecodeAttend(self, positions, lengths, kv_len, rope)
+    def decode_attend(self, positions: Tensor, lengths: Tensor, kv_len: int, rope: Rope) -> Attend:
+        """The Attend of one token a slot, for slots 0 to batch - 1: writes it at its position, reads the slot's cache.
 
-
-class DecodeAttend:
-    """Writes one token a slot at its position, and reads the slot's cache."""
-
-    def __init__(self, cache: KVCache, positions: Tensor, lengths: Tensor, kv_len: int, rope: Rope) -> None:
-        """`positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
-
+        `positions`: int64 [batch], where each slot's token goes. Its rows are the slots, and padding behind them.
         Each slot reads its first `lengths` (int64 [batch]) of `kv_len` positions: as graphs need, shapes are fixed.
         With a `kv_len` of 0, each slot is computed by itself at its own length.
         """
-        self._cache = cache
-        self._lengths = lengths
-        self._kv_len = kv_len
-        self._rope = rope
-        self._mask = cache.attention.length_mask(lengths, kv_len, cache.groups) if kv_len else None
-        self._places = torch.arange(len(positions), device=positions.device), positions
+        batch = len(positions)
+        places = torch.arange(batch, device=positions.device), positions
+        mask = self._attention.length_mask(lengths, kv_len, self._groups) if kv_len else None
+        ends = [] if kv_len else lengths.tolist()
 
-    def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
-        batch = len(self._lengths)
-        attention = self._cache.attention
-        cache = self._cache.keys[index], self._cache.values[index]
-        query, _, _ = self._cache.rotate_and_cache(
-            qkv[:batch], layer.rotation, self._rope, cache, self._places, by_group=attention.queries_by_group
-        )
-        if self._kv_len:
-            keys, values = (x[:batch, : self._kv_len].transpose(1, 2) for x in cache)
-            return pad_to(attention.decode(query, keys, values, self._mask), len(qkv))
-        rows = []
-        for slot, end in enumerate(self._lengths.unbind()):
-            one = slice(slot, slot + 1)
-            keys, values = (x[one, :end].transpose(1, 2) for x in cache)
-            rows.append(attention.decode(query[one], keys, values, None))
-        return pad_to(torch.cat(rows), len(qkv))
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            cache = self.keys[index], self.values[index]
+            query, _, _ = self._rotate_and_cache(
+                qkv[:batch], layer.rotation, rope, cache, places, by_group=self._attention.queries_by_group
+            )
+            if kv_len:
+                keys, values = (x[:batch, :kv_len].transpose(1, 2) for x in cache)
+                return pad_to(self._attention.decode(query, keys, values, mask), len(qkv))
+            rows = []
+            for slot, end in enumerate(ends):
+                one = slice(slot, slot + 1)
+                keys, values = (x[one, :end].transpose(1, 2) for x in cache)
+                rows.append(self._attention.decode(query[one], keys, values, None))
+            return pad_to(torch.cat(rows), len(qkv))
+
+        return attend

@@ -129,7 +129,7 @@ class Qwen3TTSModel(TensorHolder):
     def talker_step(self, batch: int, kv_len: int, *, full_vocab: bool, run: Run = run_untraced) -> None:
         """Second half: the talker reads the frame and samples the next frame's codebook 0, into `state.next_codebook0`.
 
-        `kv_len`: see DecodeAttend; `full_vocab`: see `prefill`; `run`: see Stack.normed.
+        `kv_len`: see KVCache.decode_attend; `full_vocab`: see `prefill`; `run`: see Stack.normed.
         Rows that are not active are computed and not kept, so a frame that failed midway can be made again.
         """
         state, part = self.state, slice(0, batch)

@@ -72,7 +72,7 @@ class Talker(TensorHolder):
     ) -> tuple[Tensor, Tensor]:
         """Read one token of each of the first slots: x [batch, hidden]; positions, lengths int64 [batch].
 
-        Returns hidden states and logits as `prefill` does. See DecodeAttend for the other arguments.
+        Returns hidden states and logits as `prefill` does. See KVCache.decode_attend for the other arguments.
         `run`: see Stack.normed.
         """
         batch = x.shape[0]
