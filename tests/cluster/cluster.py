@@ -21,7 +21,7 @@ LONG: Final = " ".join(SENTENCES * 100)[:99_000]
 """Two hours of speech: it is still being spoken when its test ends."""
 
 
-READING_PAUSE_S: Final = 0.02
+READING_PAUSE_S: Final = 0.1
 """The rest of a listener after each piece of speech."""
 
 
