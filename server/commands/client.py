@@ -41,6 +41,8 @@ class Client:
     def __init__(self, url: str, key: str = "", certificate: Path | None = None) -> None:
         """`certificate` is that of a service on this machine: it is taken whatever names it has, and no other is."""
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+        if not self.url.startswith(("http://", "https://")):
+            raise ClientError(f"{url}: the URL must begin with http:// or https://")
         self.authorization = f"Bearer {key}" if key else None
         self._certificate = certificate
         # A proxy of the environment is not used for this machine.
@@ -79,8 +81,6 @@ class Client:
             request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 -- the user's own URL
             if self.authorization:  # a redirect must not carry the key elsewhere
                 request.add_unredirected_header("Authorization", self.authorization)
-            if request.type not in {"http", "https"}:
-                raise ClientError(f"{self.url}: the URL must begin with http:// or https://")
             answer: http.client.HTTPResponse = self._opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:

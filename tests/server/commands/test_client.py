@@ -102,11 +102,19 @@ def test_no_service(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("url", ["ftp://a/", "nonsense", "http://a:b/", "http://[::1/"])
+@pytest.mark.parametrize("url", ["http://a:b/", "http://[::1/"])
 def test_wrong_urls(url: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A wrong --url gives a message."""
     assert main(["voices", "--url", url]) == 1
     assert capfd.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["ftp://a/", "nonsense", "127.0.0.1:8000", "localhost:8000"])
+@pytest.mark.parametrize("command", [["voices"], ["say", "--live", "-o", "a.mp3"]], ids=["voices", "live"])
+def test_urls_without_http(url: str, command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """A --url with another scheme or without one is told which schemes there are."""
+    assert main([*command, "--url", url, "--key", "k"]) == 1
+    assert "must begin with http:// or https://" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"\xff"])
