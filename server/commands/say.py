@@ -13,13 +13,13 @@ from typing import Any, BinaryIO, Final
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.audio import CONTENT_TYPES
+from server.audio import CONTENT_TYPES, SAMPLE_RATES, Format
 from server.commands.client import SPEECH_TIMEOUT_S, Client, ClientError, UsageError, add_service_arguments, client_of
 from server.commands.live import speak_live
 from shared.environment import environment
 from shared.settings import load_settings
 
-_FORMAT_OF_SUFFIX: Final = {f".{name}": name for name in CONTENT_TYPES} | {".raw": "pcm"}
+_FORMAT_OF_SUFFIX: Final[dict[str, Format]] = {f".{name}": name for name in CONTENT_TYPES} | {".raw": "pcm"}
 _READ_BYTES: Final = 65_536
 
 
@@ -53,10 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output or ("speech.mp3" if sys.stdout.isatty() else "-")
     if output == "-" and sys.stdout.isatty():
         raise ClientError("audio cannot go to a terminal: pipe it into a player, or name a file with -o")
-    response_format = arguments.format or _format_of(output)
+    response_format: Format = arguments.format or _format_of(output)
     text = None if arguments.text == "-" else arguments.text
     if text is not None and (arguments.stdin or arguments.live):
         raise UsageError("--stdin and --live take the text from stdin: leave TEXT out")
+    rate, rates = arguments.sample_rate, SAMPLE_RATES[response_format]
+    if arguments.live and rate not in {None, *rates}:
+        known = ", ".join(map(str, rates))
+        raise UsageError(f"--sample-rate: {response_format} cannot have {rate} Hz; it can have: {known}")
     client = client_of(arguments)
     with contextlib.nullcontext(sys.stdout.buffer) if output == "-" else _replacing(Path(output)) as target:
         if arguments.live:
@@ -85,7 +89,7 @@ def _read_stdin() -> str:
         raise ClientError(f"stdin is not text: {error}") from None
 
 
-def _format_of(output: str) -> str:
+def _format_of(output: str) -> Format:
     """The format of a file by the ending of its name, mp3 for a pipe; UsageError for an unknown ending."""
     if output == "-":
         return "mp3"

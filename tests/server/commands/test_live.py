@@ -99,11 +99,13 @@ def test_what_has_come_is_spoken_when_nothing_more_comes(monkeypatch: pytest.Mon
 def test_wrong_arguments(
     service: CannedService, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text beside --live is a usage error; a service without WebSockets is named."""
+    """A text beside --live and a rate that the format lacks are usage errors; a service without WebSockets is named."""
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr("sys.stdin", nothing)
         assert main(["say", "hi", "--live", "-o", "a.mp3"]) == 2
         assert "stdin" in capfd.readouterr().err
+        assert main(["say", "--live", "-o", "a.opus", "--sample-rate", "44100"]) == 2
+        assert "opus cannot have 44100 Hz; it can have: 8000, 12000, " in capfd.readouterr().err
         assert main(["say", "--live", "-o", "a.mp3"]) == 1
         assert "HTTP 404" in capfd.readouterr().err
         assert not list(Path().iterdir())
