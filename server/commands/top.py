@@ -167,7 +167,10 @@ def _duration(seconds: float | None) -> str:
 
 
 def _interval(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0.1 <= seconds <= 3600:  # noqa: PLR2004 -- a tenth of a second to an hour
-        raise argparse.ArgumentTypeError("between 0.1 and 3600 seconds")
+        raise argparse.ArgumentTypeError(f"must be seconds, from 0.1 to 3600, not {text!r}")
     return seconds

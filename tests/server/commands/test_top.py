@@ -115,7 +115,7 @@ def test_intervals_out_of_range_are_refused(interval: str, capfd: pytest.Capture
     """An interval of zero, of days or of no number is refused."""
     with pytest.raises(SystemExit):
         main(["top", "--interval", interval])
-    assert "--interval" in capfd.readouterr().err
+    assert f"--interval: must be seconds, from 0.1 to 3600, not {interval!r}" in capfd.readouterr().err
 
 
 def test_live_on_a_terminal_until_ctrl_c(watched: CannedService) -> None:
