@@ -12,7 +12,7 @@ import msgspec
 
 from gpu_worker.engines.base import Engine
 from gpu_worker.voices import VoiceStore
-from shared.protocol import CacheCounts, CacheName, CacheStats
+from shared.protocol import MAX_COUNT, CacheCounts, CacheName, CacheStats
 
 _OF_WEB_WORKERS: Final = {"catalog", "pronunciations", "stored_audio"}
 
@@ -52,7 +52,7 @@ class Caches:
             for name, count in counts.items():
                 hits[name] += count.hits
                 misses[name] += count.misses
-        return {name: CacheCounts(hits[name], misses[name]) for name in hits}
+        return {name: CacheCounts(min(hits[name], MAX_COUNT), min(misses[name], MAX_COUNT)) for name in hits}
 
     @property
     def emptied(self) -> dict[CacheName, int]:

@@ -52,6 +52,7 @@ from shared.protocol.messages import Started as Started
 from shared.protocol.messages import UsedElsewhere as UsedElsewhere
 from shared.protocol.messages import Welcome as Welcome
 from shared.protocol.parts import ALL_VOICES as ALL_VOICES
+from shared.protocol.parts import MAX_COUNT as MAX_COUNT
 from shared.protocol.parts import SHARED_VOICES as SHARED_VOICES
 from shared.protocol.parts import CacheCounts as CacheCounts
 from shared.protocol.parts import CacheName as CacheName

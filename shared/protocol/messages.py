@@ -12,9 +12,10 @@ it never sends more Audio messages than it has credit for.
 The text of an open Speak goes on with Append, until EndText.
 """
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 from shared.catalog import ModelSpec
 from shared.protocol.actions import Action, PortableVoice
@@ -144,8 +145,8 @@ class Ping(Message, frozen=True, kw_only=True):
     """
 
     caches: dict[CacheName, CacheCounts] = {}
-    open_sockets: int = 0
-    limit_hits: dict[LimitName, int] = {}
+    open_sockets: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    limit_hits: dict[LimitName, Annotated[int, Meta(ge=0, le=2**31)]] = {}
 
 
 class UsedElsewhere(Message, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """The parts of messages: the terms of a request, of its limits, its voice and its outcome, and of caches."""
 
+from datetime import date
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -32,12 +33,19 @@ Priority = Literal["interactive", "batch"]
 """`batch`: no listener waits for the speech, so other requests come first, in the queue and for a slot."""
 
 
+MAX_COUNT: Final = 2**53
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+"""What a side has counted. A number on the wire has 64 bits, and the GPU worker adds these up."""
+
+Limit = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+
+
 class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The limits of the API key of a request; None: no such limit. The GPU worker counts, over all web workers."""
 
-    requests_per_minute: int | None = None
-    characters_per_day: int | None = None
-    concurrent_requests: int | None = None
+    requests_per_minute: Limit | None = None
+    characters_per_day: Limit | None = None
+    concurrent_requests: Limit | None = None
 
 
 LimitName = Literal[
@@ -93,10 +101,10 @@ class KeyUse(msgspec.Struct, frozen=True, array_like=True):
     by date.toordinal, UTC; `running` are its requests now.
     """
 
-    minute_s: float = 0.0
-    day: int = 0
-    characters: int = 0
-    running: int = 0
+    minute_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    day: Annotated[int, Meta(ge=0, le=date.max.toordinal())] = 0
+    characters: Count = 0
+    running: Count = 0
 
 
 class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,8 +167,8 @@ recordings of saved voices. Of web workers: the models' catalogue, the service's
 class CacheCounts(msgspec.Struct, frozen=True, array_like=True):
     """How often a cache had what was asked of it, and how often not."""
 
-    hits: int = 0
-    misses: int = 0
+    hits: Count = 0
+    misses: Count = 0
 
 
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The caches of the service: their figures in the snapshot, and their emptying."""
 
 from gpu_worker.transport import PeerGone
-from shared.protocol import CacheCounts, CacheStats, EmptyCache, Ping, Reply
+from shared.protocol import MAX_COUNT, CacheCounts, CacheStats, EmptyCache, Ping, Reply
 from tests.gpu_worker.worker_bench import WEB, WorkerBench, loaded
 
 OTHER = b"another web worker"
@@ -48,6 +48,14 @@ def test_of_web_workers(bench: WorkerBench) -> None:
     bench.inbox.put(PeerGone(OTHER))
     bench.turn()
     assert bench.snapshot().web_caches == {"catalog": CacheCounts(5, 1), "stored_audio": CacheCounts(2, 3)}
+
+
+def test_sums_have_a_bound(bench: WorkerBench) -> None:
+    """The sum of what web workers report is again a number that a message can have."""
+    for peer in (WEB, OTHER):
+        bench.send(Ping(caches={"catalog": CacheCounts(MAX_COUNT, 1)}), peer=peer)
+    bench.turn()
+    assert bench.snapshot().web_caches == {"catalog": CacheCounts(MAX_COUNT, 2)}
 
 
 def test_emptied_web_workers(bench: WorkerBench) -> None:

@@ -1,5 +1,6 @@
 """The protocol: each message survives encoding and decoding, and nothing else is accepted."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -55,6 +56,7 @@ from shared.protocol import (
 )
 from tests.fakes import a_snapshot
 
+PLAIN_SPEAK = {"type": "Speak", "id": "r", "client": "c", "model": "m", "task": "Base", "segments": [], "credit": 1}
 VOICE = SavedVoice(id="voice_1", name="Ada", kind="clone", created_at=1, seconds=2.5, in_context=True)
 PASS = CleanupPass(
     timestamp=1.5, vram_before_bytes=3, vram_after_bytes=2, models_checked=["a", "b"], models_unloaded=["a"]
@@ -228,6 +230,33 @@ class TestRefused:
         """A header that is truncated, too long, of a wrong type, unknown or deeply nested is a ProtocolError."""
         with pytest.raises(ProtocolError, match=f"not a message of version {VERSION}"):
             decode_from_web([header])
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [math.inf, 0, 0, 0]}},
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [math.nan, 0, 0, 0]}},
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [-1e308, 0, 0, 0]}},
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [1e308, 0, 0, 0]}},
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [0, -1, 0, 0]}},
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [0, 0, -1, 0]}},
+            {"type": "UsedElsewhere", "source": "s", "clients": {"key:a": [0, 0, 0, -1]}},
+            {"type": "Ping", "open_sockets": -1},
+            {"type": "Ping", "open_sockets": 2**64 - 1},
+            {"type": "Ping", "limit_hits": {"queue": -1}},
+            {"type": "Ping", "limit_hits": {"queue": 2**64 - 1}},
+            {"type": "Ping", "caches": {"catalog": [-1, 0]}},
+            {"type": "Ping", "caches": {"catalog": [0, 2**64 - 1]}},
+            {**PLAIN_SPEAK, "limits": {"requests_per_minute": 0}},
+            {**PLAIN_SPEAK, "limits": {"requests_per_minute": 2**64 - 1}},
+            {**PLAIN_SPEAK, "limits": {"characters_per_day": -1}},
+            {**PLAIN_SPEAK, "limits": {"concurrent_requests": -1}},
+        ],
+    )
+    def test_impossible_numbers(self, fields: dict[str, Any]) -> None:
+        """A number that no web worker can have counted, or that would divide by zero or overflow, is refused."""
+        with pytest.raises(ProtocolError, match="Expected"):
+            decode_from_web([msgspec.msgpack.encode(fields)])
 
     def test_every_prefix(self) -> None:
         """A message that is cut anywhere is a ProtocolError."""
