@@ -122,6 +122,8 @@ class _Writer:
         self._source = source
         self._length = 0
         """Characters of the utterance under way."""
+        self._blank = True
+        """No text was sent that has more than white space."""
 
     def start(self) -> None:
         """Begin to read."""
@@ -133,13 +135,19 @@ class _Writer:
             while piece := self._read():
                 self._write(decoder.decode(piece))
             self._write(decoder.decode(b"", final=True))
+            if self._blank:  # a program that failed wrote it; an empty file of speech must not replace a good one
+                self._fail("stdin has no text to speak")
+                return
             self._commit()
             self._socket.send(json.dumps({"type": "session.close"}))
         except websockets.ConnectionClosed:
             pass  # the reader of the socket sees why
         except (UnicodeDecodeError, OSError) as error:
-            self.error = ClientError(f"stdin is not text: {error}")
-            self._socket.close()
+            self._fail(f"stdin is not text: {error}")
+
+    def _fail(self, problem: str) -> None:
+        self.error = ClientError(problem)
+        self._socket.close()
 
     def _read(self) -> bytes:
         """The next bytes; b"" at the end. On a terminal each line is an utterance."""
@@ -163,6 +171,7 @@ class _Writer:
         if text:
             self._socket.send(json.dumps({"type": "input.text", "text": text}))
             self._length += len(text)
+            self._blank = self._blank and not text.strip()
 
     def _commit(self) -> None:
         if self._length:

@@ -82,6 +82,13 @@ def test_what_is_no_text_is_an_error() -> None:
     assert (socket.closed, "stdin is not text" in str(writer.error)) == (True, True)
 
 
+@pytest.mark.parametrize("text", [b"", b" \n"])
+def test_no_text_is_an_error(text: bytes) -> None:
+    """A program that wrote nothing ends the speech, so that no empty file replaces an older one."""
+    socket, writer = written(text)
+    assert (socket.closed, str(writer.error)) == (True, "stdin has no text to speak")
+
+
 def test_what_has_come_is_spoken_when_nothing_more_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pause ends the utterance."""
     monkeypatch.setattr(live, "QUIET_S", 0.01)
