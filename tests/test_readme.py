@@ -22,6 +22,7 @@ from tests.system.service import Service
 ROOT: Final = Path(__file__).resolve().parents[1]
 README: Final = (ROOT / "README.md").read_text()
 DOCUMENTS: Final = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")))}
+CHANGELOG: Final = ROOT / "CHANGELOG.md"
 HERE: Final = "http://127.0.0.1:8000"
 """The address of the README's service."""
 
@@ -186,6 +187,28 @@ def test_settings_exist() -> None:
     known = {variable_of(field.name) for field in msgspec.structs.fields(Settings)}
     for document, text in DOCUMENTS.items():
         assert set(re.findall(r"\bTTS_\w+", text)) <= known, document.name
+
+
+OF_OTHERS: Final = {"base_url", "convert_realtime", "stop_grace_period", "bytes_free"}
+"""Names that are not ours: of OpenAI's and ElevenLabs' clients, of Compose, and an example."""
+
+
+def test_named_codes_and_log_events() -> None:
+    """Every error code, event of the log and field that the documents name is in the code."""
+    code = "".join(
+        path.read_text() for part in ("server", "gpu_worker", "shared") for path in (ROOT / part).rglob("*.py")
+    )
+    known = set(re.findall(r"[a-z_]+", code)) | OF_OTHERS
+    for document, text in DOCUMENTS.items():
+        named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+        assert {name for name in named if not name.startswith("tts_")} <= known, document.name
+
+
+def test_named_metrics(service: Service) -> None:
+    """Every metric that the documents and the changelog name is in /metrics."""
+    served = set(re.findall(r"^# TYPE (\w+)", service.http.get("/metrics").text, re.MULTILINE))
+    for document, text in {**DOCUMENTS, CHANGELOG: CHANGELOG.read_text()}.items():
+        assert set(re.findall(r"`(tts_\w+)`", text)) - {"tts_port"} <= served, document.name
 
 
 def example() -> list[tuple[bool, str, str]]:
