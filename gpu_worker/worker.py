@@ -58,6 +58,9 @@ from shared.protocol import (
 IDLE_TURN_S: Final = 0.05
 """How long an idle loop waits for a command before it looks at the clock again."""
 
+MAX_COMMANDS_S: Final = 0.1
+"""A turn that has handled commands for so long leaves the rest to the next: a flood must not silence the engines."""
+
 log = structlog.get_logger(__name__)
 
 Send = Callable[[bytes, Message, bytes | None], None]
@@ -208,8 +211,11 @@ class Worker:
         wait_s = 0.0 if self._steps.have_work() else IDLE_TURN_S
         try:
             command = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            until = self._clock() + MAX_COMMANDS_S
             while True:
                 self._dispatch(command)
+                if self._clock() >= until:
+                    return
                 command = self._inbox.get_nowait()
         except queue.Empty:
             return

@@ -11,11 +11,37 @@ from shared.protocol import (
     Counters,
     Hello,
     LoadModel,
+    Message,
     Ping,
     Pong,
     Welcome,
 )
 from tests.gpu_worker.worker_bench import OTHER, WEB, MakeBench, WorkerBench, loaded, pcm_of
+
+
+class _PingsForever(list[tuple[bytes, Message, bytes | None]]):
+    """The messages of a worker whose web worker answers each one with another Ping; an answer takes 10 ms."""
+
+    def __init__(self, bench: WorkerBench) -> None:
+        super().__init__()
+        self._bench = bench
+
+    def append(self, sent: tuple[bytes, Message, bytes | None]) -> None:
+        super().append(sent)
+        self._bench.clock.advance(0.01)
+        if isinstance(sent[1], Pong) and len(self) < 1_000:
+            self._bench.send(Ping())
+
+
+def test_flood(bench: WorkerBench) -> None:
+    """Messages that come without an end leave the engines a step between every 0.1 s of them."""
+    loaded(bench)
+    bench.sent = _PingsForever(bench)
+    bench.speak("r", "one two three", peer=OTHER)
+    bench.send(Ping())
+    bench.turn(3)
+    assert bench.words("r", OTHER) == "one two three"
+    assert len(bench.sent) < 40
 
 
 class TestSnapshot:
