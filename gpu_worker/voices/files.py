@@ -246,7 +246,7 @@ def not_found(record: Record) -> JobError:
     return JobError("voice_not_found", f"there is no saved voice {record.id!r}", param="voice")
 
 
-_UNREADABLE: Final = (OSError, ValueError, safetensors.SafetensorError)
+_UNREADABLE: Final = (OSError, ValueError, RecursionError, safetensors.SafetensorError)
 
 
 def _list_of(folder: Path, kind: type[_R]) -> RecordList[_R]:

@@ -1,13 +1,17 @@
 """The record beside the recording of a voice or a consent, and the jobs and reports of the thread that writes both."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from gpu_worker.engines.base import JobError
 from shared.audit import AuditEntry
 from shared.pcm import SAMPLE_RATE
 from shared.protocol import PortableVoice, SavedVoice, VoiceConsent
+
+UnixTime = Annotated[int, Meta(ge=0, le=2**53)]
+"""Seconds. A record is a file that people can edit, and a number in a message has 64 bits."""
 
 
 class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,7 +20,7 @@ class VoiceRecord(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     kind: Literal["clone", "design"]
-    created_at: int
+    created_at: UnixTime
     samples: int
     text: str | None = None
     prompt: str = ""
@@ -47,7 +51,7 @@ class ConsentRecord(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
     language: str
-    created_at: int
+    created_at: UnixTime
     samples: int
     owner: str = ""
 

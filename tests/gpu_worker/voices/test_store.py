@@ -250,7 +250,17 @@ def other_id(path: Path) -> None:
     path.write_bytes(msgspec.json.encode({**msgspec.json.decode(path.read_bytes()), "id": other.stem}))
 
 
-@pytest.mark.parametrize("damage", [truncated, foreign, missing, not_json, other_length, other_id])
+def no_time(path: Path) -> None:
+    """Give the record a time that no message can carry."""
+    path.write_bytes(path.read_bytes().replace(b'"created_at": ', b'"created_at": 99999999999999999999'))
+
+
+def nested(path: Path) -> None:
+    """Give the record a field that is nested more deeply than a decoder goes."""
+    path.write_bytes(path.read_bytes().rstrip(b"}\n") + b',"more":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
+@pytest.mark.parametrize("damage", [truncated, foreign, missing, not_json, other_length, other_id, no_time, nested])
 def test_damaged_voices_are_left_out(shelf: Shelf, tmp_path: Path, clock: FakeClock, damage: Any) -> None:
     """A damaged voice is logged and stays on the disk, unlisted; the others are listed."""
     broken = shelf.save("Ada", SECOND, kind="clone")
