@@ -1,4 +1,7 @@
-"""Errors of engines: which mean that memory ran out, and which mean a broken device. It does not import torch."""
+"""Errors of engines: which mean that memory ran out, and which mean a broken device. It does not import torch.
+
+lifecycle/engine_steps.py frees memory for a running model, residency/manager.py for a load.
+"""
 
 import sys
 from typing import Final

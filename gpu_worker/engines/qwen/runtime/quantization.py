@@ -1,6 +1,7 @@
 """TTS_QUANTIZATION on a device: the kernels that multiply, the refusals, and the bytes of a weight.
 
 Owns what both devices share. products_trial.py chooses for a CPU, cuda_products.py for a GPU.
+products.py packs the weights for a CPU, and kernels/quantized_linear.py quantises them for a GPU.
 """
 
 from collections.abc import Mapping
