@@ -17,16 +17,17 @@ FinishReason = Literal["stop", "length", "empty"]
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The sampling parameters of one request; None means the model's default.
 
+    Numbers beyond these bounds would fail a step of all jobs, and with it a GPU's context.
     `temperature` 0 is greedy at both levels (talker and code predictor).
     `max_new_tokens` caps the frames (80 ms each) of the whole request.
     """
 
     seed: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=4096)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.5, le=2)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1, le=8192)] | None = None
 
 
 Priority = Literal["interactive", "batch"]
@@ -123,7 +124,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     text: str
-    pause_ms: int = 0
+    pause_ms: Annotated[int, Meta(ge=0, le=600_000)] = 0
     rate: float = 1.0
 
 
