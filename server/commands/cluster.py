@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
+from server.commands.client import UsageError
 from server.commands.serve import WEB_CHECKS
 from shared.catalog import CatalogError
 from shared.environment import environment, unknown_models
@@ -48,20 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gpus",
-        type=int,
+        type=_number_from(0),
         metavar="N",
         help="with --print-config: the cluster's GPUs (default: counted when it deploys)",
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="with --print-config: the cluster's nodes (likewise)")
+    parser.add_argument(
+        "--nodes", type=_number_from(1), metavar="N", help="with --print-config: the cluster's nodes (likewise)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal ends the service, or print the config; returns the exit code."""
+    """Serve until a signal ends the service, or print the config; returns the exit code, or raises UsageError."""
+    _check(arguments)
     if arguments.print_config:
         return _print_config(arguments)
-    if arguments.stop and arguments.address is None:
-        sys.stderr.write("--stop needs --address: the Ray cluster that has the service\n")
-        return EXIT_WRONG_SETTINGS
     try:
         environ = environment()
         settings = load_settings(environ, *WEB_CHECKS, _worker_problems)
@@ -123,6 +125,23 @@ def _print_config(arguments: argparse.Namespace) -> int:
         return EXIT_WRONG_SETTINGS
     sys.stdout.write(to_yaml(serve_config(settings, gpus=arguments.gpus, nodes=arguments.nodes)))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.print_config and (arguments.gpus, arguments.nodes) != (None, None):
+        advice = f"{variable_of('replicas')} is the number of GPU workers"
+        raise UsageError(f"--gpus and --nodes are for --print-config; {advice}")
+    if arguments.stop and arguments.address is None:
+        raise UsageError("--stop needs --address: the Ray cluster that has the service")
+
+
+def _number_from(smallest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {smallest} or more, not {text!r}")
+        return int(text)
+
+    return number
 
 
 def _worker_problems(settings: Settings) -> list[str]:
