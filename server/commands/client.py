@@ -87,8 +87,10 @@ class Client:
                 raise ClientError(message_of(error.code, error.read(_MAX_ERROR_BYTES))) from None
         except urllib.error.URLError as error:
             raise unreachable(self.url, error.reason) from None
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:  # also a connection that ended without an answer
             raise ClientError(f"{self.url} does not answer: {error or type(error).__name__}") from None
+        except http.client.HTTPException as error:
+            raise ClientError(f"{self.url} does not answer with HTTP; does its URL begin with https://?") from error
         except ValueError as error:
             raise ClientError(f"{self.url}: {error}") from None
         return answer

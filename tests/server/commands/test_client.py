@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,23 @@ def test_another_server(service: CannedService, body: bytes) -> None:
     service.answers["/x"] = (200, body)
     with pytest.raises(ClientError, match="is it this server"):
         Client(service.url).get("/x")
+
+
+def test_a_service_of_https() -> None:
+    """What a service of https answers to http is no HTTP: the message asks for the scheme, and has no bytes in it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"\x15\x03\x03\x00\x02\x02F")  # a TLS alert
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        with pytest.raises(ClientError, match=r"does not answer with HTTP; does its URL begin with https://\?$"):
+            Client(f"http://127.0.0.1:{server.getsockname()[1]}").get("/x")
+        thread.join(60)
 
 
 def test_a_body_that_stalls() -> None:
