@@ -12,7 +12,17 @@ from msgspec import Meta
 from server.audio import MAX_SPEED, MIN_SPEED, Format
 from server.http.leniency import TRIMMED, absent
 from server.text import InputFormat, Respelling, Word
-from shared.protocol import FinishReason, PublicState, Task, Usage
+from shared.protocol import (
+    FinishReason,
+    MaxNewTokens,
+    PublicState,
+    RepetitionPenalty,
+    Task,
+    Temperature,
+    TopK,
+    TopP,
+    Usage,
+)
 
 MAX_INSTRUCTIONS: Final = 4096
 MAX_REF_TEXT: Final = 4096
@@ -130,18 +140,14 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=2**63 - 1, extra=absent(-1))] | None,
         _describe("The same seed gives the same speech again."),
     ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None, _describe("The sampling temperature; 0 is greedy.")
-    ] = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0, le=4096)] | None, _describe("Sample from the k most likely tokens; 0 means all.")
-    ] = None
-    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, _describe("Nucleus sampling.")] = None
+    temperature: Annotated[Temperature | None, _describe("The sampling temperature; 0 is greedy.")] = None
+    top_k: Annotated[TopK | None, _describe("Sample from the k most likely tokens; 0 means all.")] = None
+    top_p: Annotated[TopP | None, _describe("Nucleus sampling.")] = None
     repetition_penalty: Annotated[
-        Annotated[float, Meta(ge=0.5, le=2)] | None, _describe("The penalty for repeated tokens; 1 means none.")
+        RepetitionPenalty | None, _describe("The penalty for repeated tokens; 1 means none.")
     ] = None
     max_new_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=8192)] | None,
+        MaxNewTokens | None,
         _describe("The most frames, of 80 ms each, for the whole request."),
     ] = None
     non_streaming_mode: Annotated[

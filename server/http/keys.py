@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from server.http.errors import ApiError
 from shared.access import read_file
-from shared.protocol import KeyLimits, Priority, VoiceAccess
+from shared.protocol import KeyLimit, KeyLimits, Priority, VoiceAccess
 from shared.settings import Settings
 from shared.validation_messages import reword, split_path
 
@@ -31,7 +31,6 @@ _DIGEST: Final = "sha256:"
 _HASH_FORM: Final = f'must be "{_DIGEST}" and 64 hexadecimal digits, as `python -m server key new` writes it'
 _FORM: Final = 'the file has a table for each key: [alice], and in it hash = "sha256:…"'
 
-Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 Names = list[Annotated[str, Meta(min_length=1, max_length=200)]]
 
 
@@ -47,9 +46,9 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     hash: Annotated[str, Meta(pattern=rf"^{_DIGEST}[0-9a-f]{{64}}$")]
     role: Literal["user", "admin"] = "user"
-    requests_per_minute: Count | None = None
-    characters_per_day: Count | None = None
-    concurrent_requests: Count | None = None
+    requests_per_minute: KeyLimit | None = None
+    characters_per_day: KeyLimit | None = None
+    concurrent_requests: KeyLimit | None = None
     priority: Priority = "interactive"
     models: Names = []
     voices: Names = []

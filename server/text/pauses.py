@@ -1,14 +1,13 @@
-"""Pauses that a text asks for: `[pause:1.5s]` in every format. It owns the limits of all pauses, those of SSML too."""
+"""Pauses that a text asks for: `[pause:1.5s]` in every format. It checks the limits of those of SSML, too."""
 
 import re
 from collections.abc import Iterator
 from typing import Final
 
 from server.http.errors import ApiError
+from shared.protocol import MAX_PAUSES_MS
 
 MAX_PAUSE_MS: Final = 30_000
-MAX_PAUSES_MS: Final = 600_000
-"""The most silence that one text may ask for."""
 
 DURATION: Final = r"\+?(\d{0,6}\.\d{1,6}|\d{1,6})\s{0,9}(ms|s)"
 """A number and its unit."""

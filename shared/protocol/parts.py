@@ -14,6 +14,13 @@ FinishReason = Literal["stop", "length", "empty"]
 """`stop`: the model ended the speech. `length`: a limit cut it. `empty`: nothing was speakable."""
 
 
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopK = Annotated[int, Meta(ge=0, le=4096)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.5, le=2)]
+MaxNewTokens = Annotated[int, Meta(ge=1, le=8192)]
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The sampling parameters of one request; None means the model's default.
 
@@ -23,11 +30,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     seed: int | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_k: Annotated[int, Meta(ge=0, le=4096)] | None = None
-    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.5, le=2)] | None = None
-    max_new_tokens: Annotated[int, Meta(ge=1, le=8192)] | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    max_new_tokens: MaxNewTokens | None = None
 
 
 Priority = Literal["interactive", "batch"]
@@ -38,15 +45,15 @@ MAX_COUNT: Final = 2**53
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 """What a side has counted. A number on the wire has 64 bits, and the GPU worker adds these up."""
 
-Limit = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+KeyLimit = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
 
 class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The limits of the API key of a request; None: no such limit. The GPU worker counts, over all web workers."""
 
-    requests_per_minute: Limit | None = None
-    characters_per_day: Limit | None = None
-    concurrent_requests: Limit | None = None
+    requests_per_minute: KeyLimit | None = None
+    characters_per_day: KeyLimit | None = None
+    concurrent_requests: KeyLimit | None = None
 
 
 LimitName = Literal[
@@ -115,6 +122,10 @@ class WorkerUse(msgspec.Struct, frozen=True, kw_only=True):
     clients: dict[str, KeyUse]
 
 
+MAX_PAUSES_MS: Final = 600_000
+"""All pauses of one text together."""
+
+
 class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A part of a text, and the silence behind it.
 
@@ -124,7 +135,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     text: str
-    pause_ms: Annotated[int, Meta(ge=0, le=600_000)] = 0
+    pause_ms: Annotated[int, Meta(ge=0, le=MAX_PAUSES_MS)] = 0
     rate: float = 1.0
 
 
