@@ -46,6 +46,9 @@ EXIT_BROKEN_DEVICE: Final = 1
 EXIT_WRONG_SETTINGS: Final = 2
 EXIT_ALREADY_RUNNING: Final = 3
 
+_MOST_FRAMES: Final = 1000
+"""Of a text that `compare` speaks."""
+
 _MOVER_GRACE_S: Final = 10.0
 """How long the end of the process waits for a transition in flight."""
 
@@ -81,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--quantization", choices=("fp16", "int8", "fp8"), default="int8")
     compare.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both are computed")
     compare.add_argument(
-        "--texts", type=Path, metavar="FILE", help="texts to speak, one a line; default: six sentences"
+        "--texts", type=_texts, metavar="FILE", help="texts to speak, one a line; default: six sentences"
     )
-    compare.add_argument("--frames", type=int, default=40, metavar="N", help="frames of each text (80 ms)")
+    compare.add_argument("--frames", type=_frames, default=40, metavar="N", help="frames of each text (80 ms)")
     commands.add_parser("cuda", help="exit code 0 if there is a CUDA device to use, else 1")
     commands.add_parser("health", help="exit code 0 if the worker at TTS_WORKER_URL is alive, else 1")
     chosen = parser.parse_args(arguments)
@@ -169,17 +172,34 @@ def _compare(chosen: argparse.Namespace, settings: Settings) -> int:
         sys.stderr.write("\n".join([*problems, ""]))
         return EXIT_WRONG_SETTINGS
     try:
-        texts = comparison.TEXTS
-        if chosen.texts is not None:
-            texts = tuple(filter(str.strip, chosen.texts.read_text(encoding="utf-8").splitlines()))
+        texts = chosen.texts or comparison.TEXTS
         directory, quantization = factory.checkpoint(spec), chosen.quantization
         found = comparison.compare(directory, quantization, texts, chosen.frames, device=chosen.device, dtype=dtype)
-    except (JobError, OSError, UnicodeDecodeError) as error:
+    except (JobError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_WRONG_SETTINGS
     beside = "bfloat16" if dtype == "auto" else dtype
     print(f"{spec.id}, {quantization} beside {beside}, {len(texts)} texts", *found.lines(), sep="\n")  # noqa: T201 -- its output
     return 0
+
+
+def _texts(name: str) -> tuple[str, ...]:
+    """The texts in a file for `compare`, one a line."""
+    try:
+        texts = tuple(filter(str.strip, Path(name).read_text(encoding="utf-8").splitlines()))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is not UTF-8") from None
+    if not texts:
+        raise argparse.ArgumentTypeError(f"{name} has no text")
+    return texts
+
+
+def _frames(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_FRAMES:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {_MOST_FRAMES}, not {text!r}")
+    return int(text)
 
 
 def _health(url: str, token: str) -> int:

@@ -127,6 +127,31 @@ class TestSettings:
         assert main([command, "0.6B-Base"]) == EXIT_WRONG_SETTINGS
         assert GPU_EXTRA in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("option", "problem"),
+        [
+            *((f"--frames={number}", "must be a whole number from 1 to 1000") for number in ("0", "-2", "x", "1001")),
+            ("--texts=blank", "blank has no text"),
+            ("--texts=missing", "missing cannot be read: No such file or directory"),
+            ("--texts=bytes", "bytes is not UTF-8"),
+        ],
+    )
+    def test_wrong_arguments_of_compare(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        option: str,
+        problem: str,
+    ) -> None:
+        """What nothing can be compared with is refused before a model is read."""
+        monkeypatch.chdir(tmp_path)
+        Path("blank").write_text(" \n")
+        Path("bytes").write_bytes(b"\xff")
+        with pytest.raises(SystemExit):
+            main(["compare", "0.6B-Base", option])
+        assert f"{option.partition('=')[0]}: {problem}" in capsys.readouterr().err
+
     def test_no_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """`python -m gpu_worker cuda` works whatever the settings are."""
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
