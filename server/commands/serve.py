@@ -98,6 +98,7 @@ def _serve_with_worker(configuration: Configuration, addresses: list[str], url: 
         stop_timeout_s=settings.drain_timeout_s + _STOP_MARGIN_S,
         on_final=server.signal_handler_interrupt,
         on_outage=OutageFile(url).write,
+        is_hurried=lambda: server.is_hurried,
     )
     # Not before granian has set its signal handlers: a GPU worker inherits that SIGHUP is ignored, as nohup has it.
     server.on_startup(supervisor.start)

@@ -126,6 +126,8 @@ class WebServer(MPServer):
         self._reload = reload
         self._replacements = Replacements()
         self._retired = RetiredWorkers(self.workers_kill_timeout)
+        self.is_hurried = False
+        """True after a second Ctrl-C: streams do not end, and what still runs is to be killed."""
         self._listeners = Listeners()
         self._numbers = itertools.count()
         self._reloads = Reloads(self._read_anew, self.main_loop_interrupt.set, lambda: self._replacements.finished)
@@ -147,6 +149,17 @@ class WebServer(MPServer):
         finally:
             self._reloads.close()
         return 0
+
+    def signal_handler_interrupt(self, *arguments: Any, **options: Any) -> None:
+        """The first signal lets running streams end. Ctrl-C after it does not wait for them.
+
+        A second SIGTERM says nothing new: systemd and scripts may send several.
+        """
+        if self.interrupt_signal and arguments[:1] == (signal.SIGINT,):
+            self.is_hurried = True
+            for worker in self.wrks:
+                worker.kill()
+        super().signal_handler_interrupt(*arguments, **options)
 
     def signal_handler_reload(self, *_arguments: Any, **_options: Any) -> None:
         """SIGHUP, for which granian would start its web workers anew: a reload, or the end if the terminal is gone."""
@@ -196,7 +209,7 @@ class WebServer(MPServer):
             self.main_loop_interrupt.wait(self._seconds_to_next_turn())
             self.main_loop_interrupt.clear()
             if self.interrupt_signal:
-                log.info("stopping", streams_may_take_s=self.workers_kill_timeout)
+                log.info("stopping", streams_may_take_s=self.workers_kill_timeout, hint="Ctrl-C again does not wait")
                 self._systemd.stopping()
                 return
             if any(state.current.watchdog.has_served for state in self._states.values()):

@@ -36,6 +36,7 @@ processes each in turns): 308 to 329 ms without, 268 to 309 ms with. Resident me
 _KILL_TIMEOUT_S: Final = 5.0
 
 _POLL_S: Final = 0.5
+_STOP_POLL_S: Final = 0.1
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class Supervisor:
         stop_timeout_s: float,
         on_final: Callable[[], None],
         on_outage: Callable[[Outage], None] = lambda _outage: None,
+        is_hurried: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = list(command)
@@ -73,6 +75,7 @@ class Supervisor:
         self._stop_timeout_s = stop_timeout_s
         self._on_final = on_final
         self._on_outage = on_outage
+        self._is_hurried = is_hurried
         self.start_s = FIRST_START_S
         """Seconds from the last start to READY, as far as any was measured."""
         self._clock = clock
@@ -97,14 +100,17 @@ class Supervisor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the worker drain, kill it after `stop_timeout_s`, and return when it is gone."""
+        """Let the worker drain, kill it after `stop_timeout_s` or once `is_hurried()`, and return when it is gone."""
         self._stopping.set()
         if self._thread.ident is None:
             return  # never started
         self._signal(signal.SIGTERM)
-        self._thread.join(self._stop_timeout_s)
+        until = time.monotonic() + self._stop_timeout_s
+        while self._thread.is_alive() and (left_s := until - time.monotonic()) > 0 and not self._is_hurried():
+            self._thread.join(min(left_s, _STOP_POLL_S))
         if self._thread.is_alive():
-            log.warning("worker_killed", reason="it did not stop in time", pid=self.pid)
+            reason = "the service was told to stop at once" if self._is_hurried() else "it did not stop in time"
+            log.warning("worker_killed", reason=reason, pid=self.pid)
             self._signal(signal.SIGKILL)
             self._thread.join(_KILL_TIMEOUT_S)
 

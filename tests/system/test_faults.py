@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -248,6 +249,23 @@ def _watch(service: Service, watched: list[str]) -> None:
         for line in answer.iter_lines():
             watched.append(line.removeprefix("data: "))
     watched.append("the end")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_streams(start: Start) -> None:
+    """The first lets them end, and so does a SIGTERM after it; the second Ctrl-C leaves no process within seconds."""
+    service = start(WEB_WORKERS=2, DRAIN_TIMEOUT=60)
+    service.wait_serving(2)
+    processes = children_of(service.process.pid)
+    stream = slow_reader(service, LONG, response_format="pcm")
+    eventually(lambda: service.running() == 1, 60, "a stream")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        service.process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            service.process.wait(1)
+    service.process.send_signal(signal.SIGINT)
+    soon(lambda: not any(map(is_running, [service.process.pid, *processes])), 3.0, "no process left")
+    assert service.process.wait() == 0
+    stream.close()
 
 
 def test_sigterm_lets_streams_complete_and_leaves_nothing(start: Start) -> None:
