@@ -249,10 +249,16 @@ def _serve(
 
 
 def _drain_on_signals(inbox: "queue.SimpleQueue[Command]", drain_timeout_s: float, *, supervised: bool) -> None:
-    """SIGHUP ends a worker that runs alone, as a closed terminal does; a supervisor's main process reloads for it."""
+    """Drain at the first signal; Ctrl-C after it does not wait for running requests, another SIGTERM changes nothing.
 
-    def drain(_signal: int, _frame: FrameType | None) -> None:
-        inbox.put(Drain(drain_timeout_s))
+    SIGHUP ends a worker that runs alone, as a closed terminal does; a supervisor's main process reloads for it.
+    """
+    draining = False
+
+    def drain(number: int, _frame: FrameType | None) -> None:
+        nonlocal draining
+        inbox.put(Drain(0.0 if draining and number == signal.SIGINT else drain_timeout_s))
+        draining = True
 
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, drain)

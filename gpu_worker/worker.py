@@ -395,10 +395,12 @@ class Worker:
         )
 
     def _begin_drain(self, deadline_s: float) -> None:
+        until = self._clock() + deadline_s
         if self._drain_until is not None:
+            self._drain_until = min(self._drain_until, until)
             return
         log.info("draining", running=len(self._slots.running), queued=len(self._scheduler))
-        self._drain_until = self._clock() + deadline_s
+        self._drain_until = until
         for request in list(self._scheduler):
             self._requests.finish(request, _shutting_down())
         self._open_text.cut_all(_shutting_down())

@@ -3,12 +3,14 @@
 import functools
 import importlib.util
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -17,6 +19,7 @@ import gpu_worker.__main__
 from gpu_worker.__main__ import EXIT_ALREADY_RUNNING, EXIT_WRONG_SETTINGS, main
 from gpu_worker.engines.factory import GPU_EXTRA
 from gpu_worker.health import check
+from gpu_worker.worker import Drain
 from shared.environment import NO_CUDA
 from shared.protocol import VERSION, Action, Call, CloneVoice, DeleteVoice, Hello, Reply, decode_from_worker, encode
 from shared.sockets import AlreadyRunningError, claim, connect_dealer
@@ -257,6 +260,16 @@ class TestEnd:
         assert "drained" in stderr
         assert "Traceback" not in stderr
         claim(process.url).close()
+
+    def test_further_signals(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only Ctrl-C hurries a worker that drains: systemd and a supervisor each send a SIGTERM."""
+        handlers: dict[int, Any] = {}
+        monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        gpu_worker.__main__._drain_on_signals(inbox, 30, supervised=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            handlers[number](number, None)
+        assert [inbox.get_nowait() for _ in range(3)] == [Drain(30), Drain(30), Drain(0)]
 
     @pytest.mark.slow
     def test_parent_dies(self, process: _Process) -> None:

@@ -128,7 +128,6 @@ class TestDrain:
         bench.inbox.put(Drain(30))
         bench.turn()
         bench.speak("t", "y")
-        bench.inbox.put(Drain(0))
         bench.worker.run()
         assert bench.words("r") == "a b c"
         assert bench.kinds("r")[-1] == "Finished"
@@ -148,6 +147,17 @@ class TestDrain:
         assert bench.kinds("r") == ["Started", "Audio", "Failed"]
         assert bench.last_message("r").code == "shutting_down"
         assert bench.engines["m"].jobs == set()
+
+    def test_the_earliest_deadline_counts(self, bench: WorkerBench) -> None:
+        """A second Drain may shorten the first one, and cannot prolong it."""
+        loaded(bench)
+        bench.speak("r", "a b c", credit=1)
+        for deadline_s in (30, 1, 60):
+            bench.inbox.put(Drain(deadline_s))
+        bench.settle()
+        bench.clock.advance(2)
+        bench.worker.run()
+        assert bench.last_message("r").code == "shutting_down"
 
     def test_calls(self, make_bench: MakeBench) -> None:
         """No LoadModel is taken any more, and calls that still wait at the end fail."""
