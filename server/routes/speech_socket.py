@@ -160,6 +160,11 @@ class SpeechSocket(ABC):
         self._finish(close_code(error), error.message, error)
 
     @property
+    def ended(self) -> bool:
+        """True once there is a reason for its end."""
+        return self._end.done()
+
+    @property
     def busy(self) -> bool:
         """True while something is to be said whose text is complete."""
         return any(queue.busy for queue in self._queues)

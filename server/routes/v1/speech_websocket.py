@@ -168,17 +168,26 @@ class _StreamSocket(SpeechSocket):
         self._segments = 0
         self._leaving = False
         self._action = ""
+        self._fatal_action = ""
+        """The action of the error that ends the socket."""
         self._part: AudioDone | None = None
         """The audio.done of the part under way, if that ended now."""
 
     def error_message(self, error: ApiError) -> SocketError:
-        """The message for an error."""
-        return SocketError(message=error.message, code=error.code, param=error.param, action=self._action)
+        """The message for an error of the message that was taken last; a later error is not that one's."""
+        action, self._action = self._action, ""
+        return SocketError(message=error.message, code=error.code, param=error.param, action=action)
 
     def last_messages(self, error: ApiError) -> list[Any]:
         """The error, and the end of the part that it has cut off."""
         cut_off = [] if self._part is None else [msgspec.structs.replace(self._part, error=True)]
-        return [self.error_message(error), *cut_off]
+        return [msgspec.structs.replace(self.error_message(error), action=self._fatal_action), *cut_off]
+
+    def fail(self, error: Exception) -> None:
+        """End the socket with an error: by the message that is being taken, if there is one."""
+        if not self.ended:
+            self._fatal_action = self._action
+        super().fail(error)
 
     async def on_message(self, message: str) -> None:
         """Take a message."""

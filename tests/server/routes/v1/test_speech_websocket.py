@@ -286,6 +286,7 @@ async def test_text_that_cannot_be_taken_ends_the_socket(
         heard, got, _ = await socket.end()
         (error,) = [message for message in heard if is_a(message, "error")]
         assert (error["code"], got) == (code, close)
+        assert error["action"] == ("input.text" if close == 1008 else "")
         assert heard[-1] == error or heard[-1]["error"]
     await becomes(lambda: not worker.busy)
 
@@ -366,10 +367,12 @@ async def test_failed_speech_ends_the_socket(client: httpx.AsyncClient, worker: 
     worker.break_after = after
     async with talk(client) as socket:
         await configured(socket)
+        await socket.say({"type": "input.nothing"})
+        await socket.until("error")
         await socket.say(text("Hello."), DONE)
         heard, code, reason = await socket.end()
     error, done = heard[-2:]
-    assert (error["code"], error["message"]) == ("synthesis_failed", "It broke.")
+    assert (error["code"], error["message"], error["action"]) == ("synthesis_failed", "It broke.", "")
     assert (done["type"], done["error"], done["total_bytes"]) == ("audio.done", True, after * 3840)
     assert (code, reason) == (1011, "It broke.")
 
