@@ -7,7 +7,7 @@ spoken when it comes, so further numbers have no effect. `alignment` is null: no
 """
 
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import msgspec
 from litestar import WebSocket, websocket
@@ -93,6 +93,8 @@ class StreamError(msgspec.Struct, frozen=True, kw_only=True):
     error: str
     code: int
 
+
+M = TypeVar("M", bound=InputMessage)
 
 _STREAM_INPUT: Final = JsonDecoder(StreamInput, {})
 _CONTEXT_INPUT: Final = JsonDecoder(ContextInput, {"contextId": "context_id"})
@@ -227,9 +229,18 @@ class _ElevenLabsSocket(SpeechSocket):
         plan, _ = await best_effort(fields, self.starter().plan)
         return _Context(self, plan, first, name)
 
-    def admit_with(self, message: InputMessage) -> None:
-        """Check the key that the first message may have. Raises ApiError."""
-        self.admit(message.xi_api_key or (message.authorization or "").removeprefix("Bearer "))
+    def read(self, decoder: JsonDecoder[M], message: str) -> M | None:
+        """The message of an admitted client. Raises ApiError: its key is wrong.
+
+        None if it cannot be read. The socket ends then: the speech would lack its text.
+        """
+        try:
+            data = decoder.decode(message.encode(), "")
+        except ApiError as error:
+            self.fail(error)
+            return None
+        self.admit(data.xi_api_key or (data.authorization or "").removeprefix("Bearer "))
+        return data
 
 
 class _SingleSocket(_ElevenLabsSocket):
@@ -241,8 +252,9 @@ class _SingleSocket(_ElevenLabsSocket):
 
     async def on_message(self, message: str) -> None:
         """Take a message."""
-        data = _STREAM_INPUT.decode(message.encode(), "")
-        self.admit_with(data)
+        data = self.read(_STREAM_INPUT, message)
+        if data is None:
+            return
         if self._context is None:
             self._context = await self.new_context(data)
             self.configured = True
@@ -266,8 +278,9 @@ class _MultiSocket(_ElevenLabsSocket):
 
     async def on_message(self, message: str) -> None:
         """Take a message. Without text it opens no context: it may be there to keep the socket open."""
-        data = _CONTEXT_INPUT.decode(message.encode(), "")
-        self.admit_with(data)
+        data = self.read(_CONTEXT_INPUT, message)
+        if data is None:
+            return
         self.configured = True
         if data.close_socket:
             self._leave()

@@ -173,6 +173,18 @@ async def test_mistakes(client: httpx.AsyncClient, path: str, messages: list[Any
     assert (error["code"], code) == (1008, 1008)
 
 
+@pytest.mark.parametrize("path", [PATH, MULTI])
+@pytest.mark.parametrize("lost", ["{", {"text": 7}, {"text": "you", "flush": "maybe"}])
+async def test_a_message_that_cannot_be_read(client: httpx.AsyncClient, path: str, lost: Any) -> None:
+    """It ends the socket: no speech lacks a part of its text and ends as if it were whole."""
+    async with talk(client, path) as socket:
+        await socket.say(BEGIN, {"text": "Hello "}, lost, {"text": "there. "}, END, {"close_socket": True})
+        heard, code, _ = await socket.end()
+    (error,) = [message for message in heard if "error" in message]
+    assert (error["code"], code) == (1008, 1008)
+    assert not finals(heard)
+
+
 async def test_failed_speech(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """No final message comes, and the close is 1011."""
     worker.fail_with = Failed(id="", code="synthesis_failed", message="It broke.")
