@@ -288,7 +288,7 @@ class _MultiSocket(_ElevenLabsSocket):
         name = data.context_id or _DEFAULT_CONTEXT
         context = self._contexts.get(name)
         if context is None:
-            if not data.text or data.close_context:
+            if not data.text or (data.close_context and not data.text.strip()):
                 return
             context = self._contexts[name] = await self._new(data, name)
         context.take(data.text or "", data)

@@ -132,6 +132,16 @@ async def test_contexts_speak_side_by_side(client: httpx.AsyncClient) -> None:
     assert sound(heard + rest, "b") == b"".join(tone(" b speaks. ", 3))
 
 
+async def test_a_context_in_one_message(client: httpx.AsyncClient) -> None:
+    """It may open and close the context; one without words opens none."""
+    async with talk(client, MULTI) as socket:
+        await socket.say({"text": "Hello. ", "context_id": "a", "close_context": True})
+        await socket.say({"text": " ", "context_id": "b", "close_context": True}, {"close_socket": True})
+        heard, code, _ = await socket.end()
+    assert (finals(heard), code) == (["a"], 1000)
+    assert sound(heard, "a") == b"".join(tone("Hello. ", 3))
+
+
 async def test_many_flushes_at_once(client: httpx.AsyncClient) -> None:
     """An agent flushes behind each sentence of a long answer."""
     async with talk(client, MULTI) as socket:
