@@ -1,4 +1,4 @@
-"""msgspec's messages about wrong values, reworded for users: no names of Python types, no paths.
+"""msgspec's messages about wrong values, reworded for users: no names of Python types, no paths of JSON.
 
 The server uses them for bodies, forms and queries, `settings` for TTS_* variables.
 No other module matches a sentence of msgspec's; the tests of this one fail when an upgrade changes a sentence.
@@ -21,7 +21,7 @@ _BOUNDS: Final = {">=": "at least", "<=": "at most", ">": "more than", "<": "les
 _LONGEST_SHOWN: Final = 60
 
 _MISSING_FIELD: Final = re.compile(r"Object missing required field `(?P<field>\w+)`")
-_PATH: Final = re.compile(r" - at `(?:key` in `)?\$(?:\.(?P<field>\w+))?.*`$")
+_PATH: Final = re.compile(r" - at `(?P<key>key` in `)?\$(?:\.(?P<field>\w+)(?P<below>[^`]*))?.*`$")
 _TRUNCATED: Final = "Input data was truncated"
 _INVALID_CHARACTER: Final = re.compile(r"JSON is malformed: invalid character \(byte (?P<position>\d+)\)")
 _HALF_CHARACTER: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
@@ -64,6 +64,15 @@ def split_path(message: str) -> tuple[str, str]:
     """`message` without the path that msgspec appends, and the top-level field of that path ("" if there is none)."""
     path = _PATH.search(message)
     return _PATH.sub("", message), (path and path["field"]) or ""
+
+
+def place_in(message: str) -> str:
+    """The place of a wrong value within a body: its field, and what stands below it; "" if `message` has no path."""
+    path = _PATH.search(message)
+    if path is None or not path["field"]:
+        return ""
+    below = path["below"].replace("[...]", " (a value)")
+    return f"{path['field']}{below}{' (a key)' if path['key'] else ''}"
 
 
 def missing_field(message: str) -> str:

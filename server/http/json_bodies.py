@@ -15,7 +15,7 @@ from litestar.typing import FieldDefinition
 from server.http.body_text import to_utf8, without_halves
 from server.http.errors import ApiError
 from server.http.leniency import LenientFields, list_of_objects
-from shared.validation_messages import choices_in, missing_field, reword, reword_malformed_json, split_path
+from shared.validation_messages import choices_in, missing_field, place_in, reword, reword_malformed_json, split_path
 
 if TYPE_CHECKING:
     from litestar._openapi.schema_generation import SchemaCreator
@@ -115,7 +115,8 @@ def _of_field(message: str, kind: Any, *, from_text: bool = False) -> ApiError:
     if not field:
         return ApiError("invalid_value", f"The body is wrong: {reword(problem)}.")
     choices = choices_in(get_type_hints(kind, include_extras=True)[field])
-    return ApiError("invalid_value", f"{field}: {reword(problem, choices, from_text=from_text)}.", param=field)
+    problem = reword(problem, choices, from_text=from_text)
+    return ApiError("invalid_value", f"{place_in(message)}: {problem}.", param=field)
 
 
 class JsonBodyDto(AbstractDTO[T], Generic[T]):

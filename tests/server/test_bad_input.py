@@ -382,6 +382,13 @@ async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_ty
         ),
         (SPEECH, {"json": {"input": "x", "voice": []}}, "voice: must be a string or an object, not a list."),
         (SPEECH, {"json": {"input": "x", "voice": {}}}, "voice: needs the field id."),
+        (SPEECH, {"json": {"input": "x", "voice": {"id": ""}}}, "voice.id: must not be empty."),
+        (SPEECH, {"json": {"input": "x", "pronunciations": {"": "y"}}}, "pronunciations (a key): must not be empty."),
+        (
+            SPEECH,
+            {"json": {"input": "x", "pronunciations": {"x": 1}}},
+            "pronunciations (a value): must be a string, not a number.",
+        ),
         (SPEECH, {"json": {"input": "x", "speed": 9}}, "speed: must be at most 4."),
         (SPEECH, {"json": {"input": "x", "top_p": 0}}, "top_p: must be more than 0."),
         (SPEECH, {"json": {"input": "x", "seed": 1.5}}, "seed: must be a whole number."),

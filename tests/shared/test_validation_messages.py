@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec import Meta
 
-from shared.validation_messages import choices_in, missing_field, reword, reword_malformed_json, split_path
+from shared.validation_messages import choices_in, missing_field, place_in, reword, reword_malformed_json, split_path
 
 
 class Voice(msgspec.Struct):
@@ -20,6 +20,12 @@ class Words(msgspec.Struct):
     """A field with keys that have limits."""
 
     words: dict[Annotated[str, Meta(min_length=1)], int]
+
+
+class Lists(msgspec.Struct):
+    """A field with lists in a list."""
+
+    lists: list[list[int]]
 
 
 class Body(msgspec.Struct):
@@ -93,6 +99,23 @@ def test_paths() -> None:
     message = _message({"words": {"": 1}}, Words)
     assert split_path(message) == ("Expected `str` of length >= 1", "words"), _changed(message)
     assert split_path("Expected `str`, got `int`") == ("Expected `str`, got `int`", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "place"),
+    [
+        ({"voice": 1}, Body, "voice"),
+        ({"voice": {"id": 1}}, Body, "voice.id"),
+        ({"words": {"": 1}}, Words, "words (a key)"),
+        ({"words": {"a": "b"}}, Words, "words (a value)"),
+        ({"lists": [[1], [2, "x"]]}, Lists, "lists[1][1]"),
+        (7, Body, ""),
+    ],
+)
+def test_places(value: Any, kind: Any, place: str) -> None:
+    """The place of a wrong value says where it stands below its field."""
+    message = _message(value, kind)
+    assert place_in(message) == place, _changed(message)
 
 
 def test_missing_fields() -> None:
