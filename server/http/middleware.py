@@ -17,6 +17,7 @@ import structlog
 from litestar import Litestar, Request
 from litestar.datastructures import Headers, MutableScopeHeaders
 from litestar.enums import ScopeType
+from litestar.routes import HTTPRoute
 from litestar.types import HTTPReceiveMessage, Message, Receive, Scope, Send
 
 from server.http.body_budget import BodyBudget
@@ -76,6 +77,8 @@ class HttpMiddleware:
         """True if a connection of HTTP/1 ends with the response to its next request."""
         self._unavailable: dict[str, str | None] = {}
         """By route: the error code of the 503 that was the last answer to a reading request."""
+        self._methods = {route.path_format: _methods_of(route) for route in app.routes if isinstance(route, HTTPRoute)}
+        """By route: what the response to OPTIONS allows. Litestar lists the methods of one handler of a path there."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. The lifespan scope passes through."""
@@ -114,7 +117,18 @@ class HttpMiddleware:
             # The response is the one to a GET; _ResponseSender leaves its body out.
             scope["method"] = "GET"
             scope.setdefault("state", {})[ASKED_WITH_HEAD] = True
-        await self.app(scope, body.receive, response.send)
+        answered = self._with_methods(scope, response.send) if response.method == "OPTIONS" else response.send
+        await self.app(scope, body.receive, answered)
+
+    def _with_methods(self, scope: Any, send: Send) -> Send:
+        """`send`, with all methods of the path in the header Allow."""
+
+        async def listing(message: Message) -> None:
+            if message["type"] == "http.response.start" and "allow" in (headers := MutableScopeHeaders(message)):
+                headers["allow"] = self._methods.get(scope.get("path_template", ""), headers["allow"])
+            await send(message)
+
+        return listing
 
     async def _open_websocket(self, scope: Any, receive: Receive, send: Send) -> None:
         """Let the application take a WebSocket, or answer its handshake with an HTTP error.
@@ -169,6 +183,11 @@ class HttpMiddleware:
         if scope["method"] == "OPTIONS" and origin and cors and not cors.is_origin_allowed(origin):
             return foreign_origin(origin)
         return refuse_other_version(headers)
+
+
+def _methods_of(route: HTTPRoute) -> str:
+    """The methods of a path. HEAD is answered like GET."""
+    return ", ".join(sorted(route.methods | ({"HEAD"} if "GET" in route.methods else set())))
 
 
 def _closing(send: Send) -> Send:

@@ -253,16 +253,19 @@ async def test_a_wrong_base_url(client: httpx.AsyncClient, path: str, *, hinted:
         ("DELETE", "/v1/models", {"GET", "HEAD", "OPTIONS"}),
         ("PUT", "/v1/audio/voices", {"GET", "HEAD", "POST", "OPTIONS"}),
         ("PATCH", "/health", {"GET", "HEAD", "OPTIONS"}),
+        ("PUT", "/v1/audio/voices/x", {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}),
     ],
 )
 @SHARED_LOOP
 async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, allowed: set[str]) -> None:
-    """405 with the envelope, and an Allow header with the possible methods."""
+    """405 with the envelope, and an Allow header with the possible methods, as the response to OPTIONS has it."""
     answer = await client.request(method, path)
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
     assert set(answer.headers["allow"].split(", ")) == allowed
     assert f"{method} {path} is not possible; possible: " in answer.json()["error"]["message"]
+    options = await client.options(path)
+    assert (options.status_code, set(options.headers["allow"].split(", "))) == (204, allowed)
 
 
 @SHARED_LOOP
