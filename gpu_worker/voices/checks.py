@@ -13,6 +13,7 @@ from gpu_worker.engines.base import JobError
 from shared.pcm import seconds_of
 from shared.protocol import VoiceAccess
 from shared.recordings import length_problem, silence_problem, transcript_problem
+from shared.settings import variable_of
 from shared.text import is_printable
 from shared.voice_access import OwnedVoice, folded, is_visible
 
@@ -35,6 +36,15 @@ def checked_name(name: str, owner: str) -> str:
 
 class OutdatedError(JobError):
     """A JobError by the list alone: another process may have changed the folder since its last scan."""
+
+
+def no_room(kind: str, count: int, most: int) -> OutdatedError:
+    """The error for one more of `kind` where `count` of them are kept, and no more than `most` may be."""
+    setting = variable_of("max_voices")
+    if most == 0:
+        return OutdatedError("invalid_value", f"this server keeps no {kind} ({setting}=0)", param="name")
+    problem = f"there are {count} {kind} already and no more may be kept ({setting}={most}); delete one first"
+    return OutdatedError("invalid_value", problem, param="name")
 
 
 def name_taken(name: str, kind: type[JobError] = JobError) -> JobError:

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from gpu_worker.engines.base import JobError
-from gpu_worker.voices.checks import OutdatedError, check_recording, checked_name
+from gpu_worker.voices.checks import OutdatedError, check_recording, checked_name, no_room
 from gpu_worker.voices.files import CONSENT_PREFIX, VoiceFiles
 from gpu_worker.voices.records import ConsentRecord, VoiceWrite, VoiceWritten
 from shared.audit import AuditEntry, EventName
@@ -100,8 +100,7 @@ class ConsentStore:
         check_recording(pcm, "recording")
         count = len(self._records) + sum(write.kind == "save" for write in self._writing)
         if count >= self._max_consents:
-            message = f"there are {count} consents already and no more may be kept; delete one first"
-            raise OutdatedError("invalid_value", message, param="name")
+            raise no_room("consents", count, self._max_consents)
         now = int(self._wall())
         record = ConsentRecord(
             id=f"{CONSENT_PREFIX}{secrets.token_hex(12)}",

@@ -24,6 +24,7 @@ from gpu_worker.voices.checks import (
     checked_name,
     is_name_taken,
     name_taken,
+    no_room,
 )
 from gpu_worker.voices.consents import ConsentStore
 from gpu_worker.voices.files import ID_PREFIX, VoiceFiles
@@ -173,8 +174,7 @@ class VoiceStore:
         name = self._free_name(name, access.owner)
         count = len(self._records) + len(self._saving)
         if count >= self._max_voices:
-            problem = f"there are {count} saved voices already and no more may be kept; delete one first"
-            raise OutdatedError("invalid_value", problem, param="name")
+            raise no_room("saved voices", count, self._max_voices)
         _check_waiting(self._saving)
         return name
 

@@ -154,6 +154,13 @@ def test_bounded_in_number(tmp_path: Path, clock: FakeClock) -> None:
     shelf.save("c", SECOND, kind="clone")
 
 
+def test_no_voices_are_kept(tmp_path: Path, clock: FakeClock) -> None:
+    """With TTS_MAX_VOICES=0 nothing has to be deleted first, whatever an earlier service saved."""
+    Shelf(tmp_path, clock).save("a", SECOND, kind="clone")
+    with pytest.raises(JobError, match=r"^this server keeps no saved voices \(TTS_MAX_VOICES=0\)$"):
+        Shelf(tmp_path, clock, max_voices=0).save("b", SECOND, kind="clone")
+
+
 @pytest.mark.parametrize(
     "name", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f468\u200d\U0001f469\u200d\U0001f467"]
 )
