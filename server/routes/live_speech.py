@@ -4,8 +4,10 @@ A route gives text and takes what was spoken; it knows the client's dialect, thi
 """
 
 import asyncio
+import re
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -108,6 +110,10 @@ class Utterance:
 
     def append(self, text: str) -> None:
         """Take more text. Raises ApiError: it has become too long, or no text can have such a character or pause."""
+        with _about_text():
+            self._append(text)
+
+    def _append(self, text: str) -> None:
         limit = self.plan.starter.settings.max_input_chars
         self.length += len(text)
         if self.length > limit:
@@ -124,6 +130,10 @@ class Utterance:
 
     def end(self) -> None:
         """Its text is complete. Raises ApiError: what was held back of it is too long."""
+        with _about_text():
+            self._end()
+
+    def _end(self) -> None:
         if self._kind == "undecided" and self._beginning.strip():
             self._kind = "split" if self._splitter else "growing"
             self._take(self._beginning)
@@ -141,9 +151,10 @@ class Utterance:
         """Yield the speech while it is made. Raises ApiError. Close the iterator to stop the speech at once."""
         number = 0
         while (part := await self._next_part()) is not None:
-            started = await part.start(self.plan, f"{self._request_id}-{number}")
+            with _about_text():
+                started = await part.start(self.plan, f"{self._request_id}-{number}")
             number += 1
-            with abort_on_failure(started.speech):
+            with _about_text(), abort_on_failure(started.speech):
                 yield PartStart(part.text, started)
                 while (chunk := await started.speech.chunk()) is not None:
                     yield chunk
@@ -202,6 +213,18 @@ class Utterance:
             else:
                 self._news.clear()
                 await self._news.wait()
+
+
+@contextmanager
+def _about_text() -> Iterator[None]:
+    """Name the input `text` in an ApiError of the block: so every message calls it that has a piece of it."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param == "input":
+            error.param = "text"
+            error.message = re.sub(r"\Ainput\b", "text", error.message)
+        raise
 
 
 class UtteranceQueue:

@@ -321,18 +321,24 @@ async def test_the_session_has_the_id_of_the_request(client: httpx.AsyncClient) 
         ({"pronunciations": {"a": "bcd " * 40}}, "a " * 100 + "end. "),
         ({"pronunciations": {"a": "bcd " * 40}}, "a " * 100),
         ({"pronunciations": {"a": "b"}}, "[pause:30s]" * 21),
+        ({}, "Hello. [pause:31s]"),
+        ({}, "<speak>Hello."),
     ],
-    ids=["sentence", "rest", "pauses"],
+    ids=["sentence", "rest", "pauses", "pause", "SSML"],
 )
 async def test_text_whose_rest_cannot_be_spoken_ends_the_socket(
     client: httpx.AsyncClient, worker: FakeWorker, fields: dict[str, Any], words: str
 ) -> None:
-    """Pronunciations make it longer, as they make a whole one; and no utterance stays open that has ended."""
+    """Pronunciations make it longer, as they make a whole one; and no utterance stays open that has ended.
+
+    The error is about the field that the messages have, which is not called input.
+    """
     async with talk(client) as socket:
         await configured(socket, **fields)
         await socket.say(text(words), DONE)
         heard, code, _ = await socket.end()
-        assert (heard[-1]["code"], code) == ("invalid_value", 1008)
+        assert (heard[-1]["code"], heard[-1]["param"], code) == ("invalid_value", "text", 1008)
+        assert heard[-1]["message"].startswith("text: ")
         assert worker.of(Speak) == []
 
 
