@@ -54,6 +54,8 @@ async def create_captioned_speech(
     data = msgspec.structs.replace(data, timestamps=data.return_timestamps is not False)
     whole = data.stream is False or not can_break(request)
     started = await starter.start_for(request, data)
+    no_effect = {"store": data.store, "stream_format": data.stream_format == "sse"}
+    started = started.ignoring(*(name for name, given in no_effect.items() if given))
     with abort_on_failure(started.speech):
         response = SpeechResponse(request, started, streaming=not whole)
         return await (response.whole_captioned() if whole else response.captioned())

@@ -53,6 +53,17 @@ async def test_lines_of_audio_and_words(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_fields_without_an_effect(client: httpx.AsyncClient, *, stream: bool) -> None:
+    """They are named: the audio is not stored, and the form of the answer is this route's own."""
+    body = {"input": TEXT, "store": True, "stream": stream}
+    answer = await client.post(CAPTIONED, json=body | {"stream_format": "sse"})
+    assert (answer.status_code, answer.headers["x-ignored"]) == (200, "store, stream_format")
+    answer = await client.post(CAPTIONED, json=body | {"store": False, "stream_format": "audio"})
+    assert "x-ignored" not in answer.headers
+
+
+@pytest.mark.usefixtures("timed")
 async def test_one_object(client: httpx.AsyncClient) -> None:
     """`stream: false`: the whole audio and all words."""
     body = {"input": TEXT, "response_format": "pcm", "stream": False, "return_timestamps": True, "lang_code": "a"}
