@@ -44,6 +44,8 @@ class Deployment:
         self._address = address
         self._connected = self._ready = self._replaces = False
         self._version = ""
+        self.hurry = threading.Event()
+        """Set it if the end is not to wait for running requests."""
 
     def connect(self) -> None:
         """Start Ray, or find the one that runs."""
@@ -166,11 +168,12 @@ class Deployment:
         ingress = serve.get_app_handle(APP_NAME)
         ingress.broadcast("drain").results(timeout_s=_ASK_TIMEOUT_S)
         deadline = time.monotonic() + self._settings.drain_timeout_s
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self.hurry.is_set():
             if not sum(ingress.broadcast("open_requests").results(timeout_s=_ASK_TIMEOUT_S)):
                 return
             time.sleep(_POLL_S)
-        log.warning("drain_timeout", seconds=self._settings.drain_timeout_s)
+        if not self.hurry.is_set():
+            log.warning("drain_timeout", seconds=self._settings.drain_timeout_s)
         ingress.broadcast("cut_off").results(timeout_s=_ASK_TIMEOUT_S)
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Final
 
 import structlog
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.stop:
             deployment.remove()
         else:
-            stopping = _stopped_by_signals()
+            stopping = _stopped_by_signals(deployment.hurry)
             if deployment.start(stopping):
                 log.info("serving", url=settings.url(settings.host), address=arguments.address or "local")
                 stopping.wait()
@@ -152,10 +153,19 @@ def _worker_problems(settings: Settings) -> list[str]:
     return [f"{variable_of('worker_url')}: {problem}"]
 
 
-def _stopped_by_signals() -> threading.Event:
-    """Set by SIGTERM, Ctrl-C or SIGHUP. Call it once Ray runs, because Ray sets handlers of its own."""
+def _stopped_by_signals(hurry: threading.Event) -> threading.Event:
+    """Set by SIGTERM, Ctrl-C or SIGHUP; a Ctrl-C after one of them sets `hurry`.
+
+    Call it once Ray runs, because Ray sets handlers of its own.
+    """
     stopping = threading.Event()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            hurry.set()
+        stopping.set()
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, lambda _number, _frame: stopping.set())
+            signal.signal(number, note)
     return stopping

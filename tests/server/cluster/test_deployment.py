@@ -28,6 +28,7 @@ class FakeRay:
         self.stopping = threading.Event()
         self.calls: list[str] = []
         self.served_before = False
+        self.open_requests = 0
         self.version = "mine"
         self._status = status
         self._looks = looks
@@ -53,9 +54,14 @@ class FakeRay:
         return [{"Alive": True}]
 
     def get_app_handle(self, _name: str) -> Any:
-        """The web workers, which have no request."""
+        """The web workers."""
         self.calls.append("get_app_handle")
-        return SimpleNamespace(broadcast=lambda _method: SimpleNamespace(results=lambda timeout_s: [0 * timeout_s]))
+
+        def broadcast(method: str) -> Any:
+            self.calls.append(method)
+            return SimpleNamespace(results=lambda timeout_s: [self.open_requests + 0 * timeout_s])
+
+        return SimpleNamespace(broadcast=broadcast)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_arguments, **_options: self.calls.append(name)
@@ -131,6 +137,18 @@ def test_an_application_that_another_process_has_deployed_since(monkeypatch: pyt
     assert fake.calls[-1] == "shutdown"
 
 
+def test_an_end_in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running requests are cut off at once, and the application is taken away."""
+    fake = FakeRay(ApplicationStatus.RUNNING, looks=3)
+    running = deployment(monkeypatch, fake)
+    assert running.start(fake.stopping)
+    fake.open_requests = 3
+    threading.Timer(0.1, running.hurry.set).start()
+    running.stop()
+    assert [call for call in fake.calls if call in {"drain", "cut_off", "delete"}] == ["drain", "cut_off", "delete"]
+    assert fake.calls.count("open_requests") > 1
+
+
 @pytest.mark.parametrize("status", [ApplicationStatus.DEPLOYING, ApplicationStatus.DEPLOY_FAILED])
 def test_a_replacement_that_does_not_come(monkeypatch: pytest.MonkeyPatch, status: ApplicationStatus) -> None:
     """The replicas that served before are left to serve."""
@@ -167,4 +185,4 @@ def test_an_application_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake, "delete", delete, raising=False)
     with pytest.raises(DeploymentError, match="cannot be taken away: not deleted"):
         deployment(monkeypatch, fake).remove()
-    assert fake.calls[-2:] == ["get_app_handle", "shutdown"]
+    assert fake.calls[-4:] == ["get_app_handle", "drain", "open_requests", "shutdown"]
