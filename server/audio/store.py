@@ -92,16 +92,16 @@ class AudioStore:
         self._sweeping.cancel()
         await asyncio.gather(self._sweeping, return_exceptions=True)
 
-    async def put(self, audio_id: str, audio: bytes, facts: AudioFacts) -> bool:
-        """Store `audio`, and drop what was not asked for the longest if there is no room. False, and a log line,
-        if it cannot be stored. `audio_id` is 32 hexadecimal digits.
+    async def put(self, audio_id: str, audio: bytes, facts: AudioFacts, *, request_id: str = "") -> bool:
+        """Store `audio`, and drop what was not asked for the longest if there is no room. False, and a log line with
+        `request_id`, if it cannot be stored. `audio_id` is 32 hexadecimal digits.
         """
         if not _ID.fullmatch(audio_id):
             raise ValueError("an id of stored audio has 32 hexadecimal digits")
         try:
             await asyncio.to_thread(self._put, audio_id, msgspec.json.encode(facts) + b"\n", audio)
         except (OSError, _TooLargeError) as error:
-            log.warning("audio_not_stored", reason=str(error))
+            log.warning("audio_not_stored", request_id=request_id, reason=str(error))
             return False
         return True
 

@@ -21,8 +21,11 @@ class Keeper:
     A whole body is stored as it is: `keep`.
     """
 
-    def __init__(self, store: AudioStore, facts: AudioFacts, encoder: Encoder | None, *, prefix: str) -> None:
+    def __init__(
+        self, store: AudioStore, facts: AudioFacts, encoder: Encoder | None, *, prefix: str, request_id: str
+    ) -> None:
         self._store = store
+        self._request_id = request_id
         self._facts = facts
         self._encoder = encoder
         self._pcm_bytes = 0
@@ -44,4 +47,4 @@ class Keeper:
 
     async def keep(self, audio: bytes) -> bool:
         """Store the whole audio; False if the store cannot take it."""
-        return await self._store.put(self._id, audio, self._facts)
+        return await self._store.put(self._id, audio, self._facts, request_id=self._request_id)

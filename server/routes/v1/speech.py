@@ -13,6 +13,7 @@ from server.dependencies import AudioStoreDependency, SettingsDependency
 from server.http.errors import ApiError, documented
 from server.http.forwarded import client_view
 from server.http.json_bodies import JsonBodyDto, JsonDecoder
+from server.http.request_scope import request_id_of
 from server.http.streaming import can_break
 from server.routes.audio_keeper import Keeper
 from server.routes.speech_response import SpeechResponse, abort_on_failure
@@ -64,7 +65,8 @@ async def create_speech(
                 sample_rate=started.sample_rate,
                 designed=started.resolved.model.task == "VoiceDesign",
             )
-            keeper = Keeper(audio_store, facts, copy, prefix=client_view(settings, request.scope).prefix)
+            prefix = client_view(settings, request.scope).prefix
+            keeper = Keeper(audio_store, facts, copy, prefix=prefix, request_id=request_id_of(request.scope))
         response = SpeechResponse(request, started, streaming=not whole, keeper=keeper)
         if whole:
             return await response.whole()

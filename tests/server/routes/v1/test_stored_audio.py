@@ -10,6 +10,7 @@ import httpx
 import pytest
 import pytest_asyncio
 import soundfile
+import structlog
 
 from shared.protocol import Cancel, Failed
 from tests.fakes import FakeWorker, tone
@@ -176,13 +177,16 @@ async def test_a_server_that_keeps_nothing(serve: Serve) -> None:
 
 @pytest.mark.slow
 async def test_a_disk_that_takes_nothing(serve: Serve, tmp_path: Path) -> None:
-    """The client has its speech; a whole answer promises no audio."""
+    """The client has its speech; a whole answer promises no audio, and a line in the log names the request."""
     (tmp_path / "file").touch()
     client = await serve(audio_store_dir=tmp_path / "file")
     for form in FORMS:
-        answer = await client.post(SPEECH, json={"input": "hello", "store": True, **form})
+        with structlog.testing.capture_logs() as logs:
+            answer = await client.post(SPEECH, json={"input": "hello", "store": True, **form})
         assert answer.status_code == 200
         assert ("x-audio-url" in answer.headers) == (form != {"stream": False})
+        (line,) = [line for line in logs if line["event"] == "audio_not_stored"]
+        assert line["request_id"] == answer.headers["x-request-id"]
 
 
 async def test_below_a_path(serve: Serve, folder: Path) -> None:
