@@ -4,7 +4,7 @@ Each GPU worker counts the requests that reach it, and decides by that and by `e
 of the reports of all workers. So a worker is behind by the time of one report and one answer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from typing import Final
 
@@ -14,6 +14,8 @@ from shared.protocol import KeyUse, Reply, UsageRow, WorkerUse
 
 MAX_ROWS: Final = 10_000
 """Rows of usage in one answer."""
+
+_MINUTE_S: Final = 60.0
 
 MAX_ENDED: Final = 1_000
 """GPU workers of today that have ended, and whose characters still count."""
@@ -27,6 +29,12 @@ class ClusterUse:
         self._in_file: dict[str, dict[str, KeyUse]] = {}
         """The use at others that a worker's file had at its start: the worker counts that as its own."""
 
+        self._old: dict[str, dict[str, float]] = {}
+        """The `minute_s` of a worker at its first report that counts for no minute any more, by client."""
+
+        self._old_elsewhere: dict[str, dict[str, float]] = {}
+        """As `_old`, of the others at that report: a worker that comes later has counted nothing of it."""
+
         self._totals: dict[str, KeyUse] = {}
         self._ended: list[str] = []
 
@@ -35,9 +43,11 @@ class ClusterUse:
         if boot_id not in self._uses:
             siblings = [other for other in self._uses.values() if other.usage_source == use.usage_source]
             self._in_file[boot_id] = _sum(siblings)
+            self._old[boot_id] = _old_minutes(use.clients)
+            self._old_elsewhere[boot_id] = _old_minutes(_sum(self._uses.values()))
         if boot_id in self._ended:  # Serve had taken its replica away for a moment
             self._ended.remove(boot_id)
-        self._uses[boot_id] = use
+        self._uses[boot_id] = msgspec.structs.replace(use, clients=_without_old(use.clients, self._old[boot_id]))
         self._totals = {}
 
     def end(self, boot_id: str) -> None:
@@ -50,7 +60,7 @@ class ClusterUse:
         self._ended.append(boot_id)
         if len(self._ended) > MAX_ENDED:
             oldest = self._ended.pop(0)
-            del self._uses[oldest], self._in_file[oldest]
+            del self._uses[oldest], self._in_file[oldest], self._old[oldest], self._old_elsewhere[oldest]
         self._totals = {}
 
     def elsewhere(self, boot_id: str) -> dict[str, KeyUse]:
@@ -60,10 +70,11 @@ class ClusterUse:
         self._totals = self._totals or _sum(self._uses.values())
         own, in_file = self._uses[boot_id].clients, self._in_file[boot_id]
         none = KeyUse()
-        return {
+        elsewhere = {
             client: _without(total, own.get(client, none), in_file.get(client, none))
             for client, total in self._totals.items()
         }
+        return _without_old(elsewhere, self._old_elsewhere[boot_id])
 
 
 def merge_usage(replies: list[Reply]) -> Reply:
@@ -84,6 +95,18 @@ def _added(one: UsageRow, other: UsageRow) -> UsageRow:
         for mine, others in zip(msgspec.structs.astuple(one)[3:], msgspec.structs.astuple(other)[3:], strict=True)
     ]
     return UsageRow(one.date, one.key, one.model, *sums)
+
+
+def _old_minutes(clients: Mapping[str, KeyUse]) -> dict[str, float]:
+    """All but the last minute of what clients have used until now, at an unknown time."""
+    return {client: used.minute_s - _MINUTE_S for client, used in clients.items() if used.minute_s > _MINUTE_S}
+
+
+def _without_old(clients: Mapping[str, KeyUse], old: Mapping[str, float]) -> dict[str, KeyUse]:
+    return {
+        client: msgspec.structs.replace(used, minute_s=max(0.0, used.minute_s - old.get(client, 0.0)))
+        for client, used in clients.items()
+    }
 
 
 def _sum(uses: Iterable[WorkerUse]) -> dict[str, KeyUse]:

@@ -103,6 +103,37 @@ class TestRequestsAMinute:
         cluster.exchange()
         assert cluster.request(1, self.LIMITS)
 
+    def test_a_worker_that_comes_later(self) -> None:
+        """Of the requests at others before it came, a minute counts at most; all that come from then on do."""
+        cluster = Cluster(2)
+        for number in range(300):
+            assert cluster.request(number % 2, self.LIMITS)
+            cluster.exchange()
+            cluster.advance(1)
+        cluster.workers.append(cluster.start("file of a new worker"))
+        cluster.exchange()
+        cluster.advance(60)
+        assert cluster.request(2, self.LIMITS)
+        for _ in range(59):
+            assert cluster.request(0, self.LIMITS)
+            cluster.exchange()
+        assert not cluster.request(2, self.LIMITS)
+
+    def test_a_new_web_process_that_hears_of_workers_one_by_one(self) -> None:
+        """What it did not know yet counts for a minute at most."""
+        cluster = Cluster(2)
+        for _ in range(300):
+            assert cluster.request(0, self.LIMITS)
+            cluster.exchange()
+            cluster.advance(1)
+        new, (busy, idle) = ClusterUse(), cluster.workers
+        for number, worker in ((1, idle), (0, busy), (1, idle)):
+            assert worker.worker_use is not None
+            new.record(str(number), worker.worker_use)
+            idle.take("new web process", new.elsewhere("1"))
+        cluster.advance(60)
+        assert cluster.request(1, self.LIMITS)
+
 
 class TestCharactersADay:
     """A thousand a day."""
