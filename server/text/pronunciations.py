@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from server.text.spans import Span, split, text_of
 from shared.access import read_file
+from shared.catalog import load_catalog
 from shared.composition import compose
 
 MAX_FILE_BYTES: Final = 1_000_000
@@ -101,7 +102,11 @@ def load_pronunciations(path: Path | None) -> dict[str, Pronunciations]:
         raise PronunciationsError(f"{path}: {error}; {form}") from error
     except ValueError as error:
         raise PronunciationsError(str(error)) from error
+    catalog = load_catalog()
     for language, entries in tables.items():
+        if language != EVERY_LANGUAGE and not any(spec.language(language) for spec in catalog):
+            form = f"a table is named by a language, such as [en] or [german], or [{EVERY_LANGUAGE}]"
+            raise PronunciationsError(f"{path}: no model speaks [{language}]; {form}")
         if len(entries) > MAX_ENTRIES_OF_A_LANGUAGE:
             raise PronunciationsError(f"{path}: [{language}] has more than {MAX_ENTRIES_OF_A_LANGUAGE} entries")
     return {language: Pronunciations(entries) for language, entries in tables.items()}

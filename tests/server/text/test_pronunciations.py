@@ -108,6 +108,7 @@ def test_a_file(tmp_path: Path) -> None:
         ('[en]\n"" = "x"', "words.toml"),
         (f'[en]\nx = "{"y" * 201}"', "words.toml"),
         ("[en]\n" + "".join(f'w{number} = "x"\n' for number in range(10_001)), "more than 10000 entries"),
+        ('[englsh]\nnginx = "engine X"', r"no model speaks \[englsh\]; a table is named by a language"),
         ("#" * 1_000_001, "larger than 1 MB"),
         (None, "cannot be read by"),
     ],
