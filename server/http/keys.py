@@ -4,6 +4,7 @@ Only SHA-256 digests of keys are kept. A key of `new_key` has 256 random bits, s
 and a look-up by digest tells nothing about the key by the time that it takes.
 """
 
+import difflib
 import hashlib
 import re
 import secrets
@@ -19,7 +20,7 @@ from server.http.errors import ApiError
 from shared.access import read_file
 from shared.protocol import KeyLimit, KeyLimits, Priority, VoiceAccess
 from shared.settings import Settings
-from shared.validation_messages import reword, split_path
+from shared.validation_messages import choices_in, reword, split_path
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The name of a key: it stands in logs and figures in the place of the key."""
@@ -143,11 +144,16 @@ def read_entries(path: Path) -> dict[str, KeyEntry]:
 
 def key_entry(table: dict[str, Any]) -> KeyEntry:
     """The key that a table of the file describes. ValueError: what is wrong with it."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(KeyEntry)}
+    for name in table.keys() - kinds.keys():
+        meant = difflib.get_close_matches(name, kinds, n=1)
+        advice = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(kinds)}"
+        raise ValueError(f"there is no field {name}; {advice}")
     try:
         return msgspec.convert(table, KeyEntry)
     except msgspec.ValidationError as error:
         problem, field = split_path(str(error))
-        said = _HASH_FORM if field == "hash" else reword(problem)
+        said = _HASH_FORM if field == "hash" else reword(problem, choices_in(kinds.get(field)))
         raise ValueError(f"{field}: {said}" if field else said) from error
 
 

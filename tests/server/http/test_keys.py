@@ -97,12 +97,16 @@ class TestFile:
             ("", "has no key"),
             ("[a]\n", "[a]: needs the field hash"),
             ("[a]\nhash = 'sk-tts-alice'\n", '[a]: hash: must be "sha256:" and 64'),
-            (f"[a]\nhash = '{digest_of('x')}'\nrole = 'king'\n", "king"),
+            (f"[a]\nhash = '{digest_of('x')}'\nrole = 'king'\n", "[a]: role: must be one of user, admin, not 'king'"),
             (
                 f"[a]\nhash = '{digest_of('x')}'\nrequests_per_minute = 0\n",
                 "[a]: requests_per_minute: must be at",
             ),
-            (f"[a]\nhash = '{digest_of('x')}'\nlimit = 1\n", "unknown field `limit`"),
+            (f"[a]\nhash = '{digest_of('x')}'\nlimit = 1\n", "[a]: there is no field limit; there are hash, role, "),
+            (
+                f"[a]\nhash = '{digest_of('x')}'\nrequests_per_minut = 1\n",
+                "[a]: there is no field requests_per_minut; did you mean requests_per_minute?",
+            ),
             (f"['a b']\nhash = '{digest_of('x')}'\n", "[a b] is no name"),
             (f"[a]\nhash = '{digest_of('x')}'\n[b]\nhash = '{digest_of('x')}'\n", "[b] has the hash of another key"),
             ("[a\n", "keys.toml"),
