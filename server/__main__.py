@@ -53,12 +53,13 @@ def argument_parser(chosen: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command = importlib.import_module(f"server.commands.{chosen}")
-    parser.set_defaults(run=command.run)
+    parser.set_defaults(run=command.run, refuse=parser.error)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
             command.add_arguments(subparser)
+            subparser.set_defaults(refuse=subparser.error)
     return parser
 
 
@@ -66,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     chosen = given[0] if given and given[0] in _COMMANDS else _SERVE
-    parsed = argument_parser(chosen).parse_args(given)
+    parsed, unknown = argument_parser(chosen).parse_known_args(given)
+    if unknown:  # parse_args would show the usage of all commands, and not what this one takes
+        parsed.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()

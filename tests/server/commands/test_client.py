@@ -185,3 +185,13 @@ def test_another_service_answers(
     service.answers["/v1/models"] = service.answers["/v1/audio/voices"] = (200, answer)
     assert main([command]) == 1
     assert "answers with something else; is it this server?" in capfd.readouterr().err
+
+
+def test_unknown_arguments(capfd: pytest.CaptureFixture[str]) -> None:
+    """The usage beside a mistyped option is that of its command."""
+    with pytest.raises(SystemExit) as ended:
+        main(["voices", "--modle", "espeak-ng"])
+    problem = capfd.readouterr().err
+    assert ended.value.code == 2
+    assert "--model MODEL" in problem
+    assert "unrecognized arguments: --modle espeak-ng" in problem
