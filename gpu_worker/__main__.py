@@ -81,12 +81,18 @@ def main(arguments: list[str] | None = None) -> int:
     download.add_argument("names", nargs="+", metavar="NAME", help="0.6B-CustomVoice, or any id of the model")
     compare = commands.add_parser("compare", help="print what quantised weights change, on this machine")
     compare.add_argument("name", metavar="MODEL", help="0.6B-CustomVoice, or any id of a model whose weights are here")
-    compare.add_argument("--quantization", choices=("fp16", "int8", "fp8"), default="int8")
-    compare.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both are computed")
     compare.add_argument(
-        "--texts", type=_texts, metavar="FILE", help="texts to speak, one a line; default: six sentences"
+        "--quantization", choices=("fp16", "int8", "fp8"), default="int8", help="how weights are kept (default: int8)"
     )
-    compare.add_argument("--frames", type=_frames, default=40, metavar="N", help="frames of each text (80 ms)")
+    compare.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where both are computed (default: cpu)"
+    )
+    compare.add_argument(
+        "--texts", type=_texts, metavar="FILE", help="texts to speak, one a line (default: six sentences)"
+    )
+    compare.add_argument(
+        "--frames", type=_frames, default=40, metavar="N", help="frames of each text, 80 ms each (default: 40)"
+    )
     commands.add_parser("cuda", help="exit code 0 if there is a CUDA device to use, else 1")
     commands.add_parser("health", help="exit code 0 if the worker at TTS_WORKER_URL is alive, else 1")
     chosen = parser.parse_args(arguments)
