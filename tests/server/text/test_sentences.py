@@ -82,3 +82,10 @@ def test_pieces_do_not_matter(data: st.DataObject) -> None:
 def test_many_marks_take_no_time(mark: str) -> None:
     """200,000 of them, of which none ends a sentence for certain: a quadratic search would take an hour."""
     assert cut("clause", [mark * 200_000]) == [mark * 200_000]
+
+
+@pytest.mark.timeout(10)
+def test_many_silent_parts_take_no_time() -> None:
+    """Nothing is said between these marks, so all join what follows. They were looked at again for each piece."""
+    marks = ". " * 2_000
+    assert cut("sentence", [*marks, "End. ", "Next"]) == [f"{marks}End.", "Next"]
