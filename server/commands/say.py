@@ -84,9 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ClientError(f"stdin is not text: {error}") from None
+        text = sys.stdin.read()
+        text.encode()  # in the locale C, Python lets bytes that are no UTF-8 pass as halves of characters
+    except UnicodeError:
+        raise ClientError("stdin is not text, or in another encoding; UTF-8 is right") from None
+    return text
 
 
 def _format_of(output: str) -> Format:

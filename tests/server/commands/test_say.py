@@ -75,6 +75,17 @@ def test_text_comes_from_stdin(service: CannedService, monkeypatch: pytest.Monke
     assert service.asked[0][3]["input"] == "from a file\n"
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_stdin_that_is_no_text(
+    service: CannedService, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], errors: str
+) -> None:
+    """Bytes that are no UTF-8 are refused, also in the locale C, where Python reads all bytes."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Grüße".encode("latin-1")), "utf-8", errors))
+    assert main(["say", "-o", "a.mp3"]) == 1
+    assert "stdin is not text, or in another encoding" in capfd.readouterr().err
+    assert not service.asked
+
+
 def test_piped_output_is_the_audio_alone(service: CannedService, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """With -o -, or into a pipe, stdout gets the audio bytes alone."""
     service.answers[SPEECH] = (200, [b"\x00\xff", b"\x01"])
