@@ -49,6 +49,8 @@ class Deployment:
 
     def connect(self) -> None:
         """Start Ray, or find the one that runs."""
+        if self._address is not None:
+            log.info("connecting", address=self._address)  # Ray looks for a cluster that is not there for a minute
         try:
             if self._address is None:
                 ray.init(address="local", include_dashboard=False, log_to_driver=True)

@@ -32,5 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
             megabytes(loaded) if loaded else "",
             ", ".join(model.get("aliases", [])),
         )
-    console().print(table)
+    output = console()
+    output.print(table)
+    details = [f"{model.get('id', '?')}: {model['detail']}" for model in answer["data"] if model.get("detail")]
+    if details:
+        output.print("", *details, sep="\n", markup=False, highlight=False, soft_wrap=True)
     return 0
