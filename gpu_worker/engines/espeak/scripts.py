@@ -62,22 +62,30 @@ _CLOSER: Final = {
 _STYLED: Final = re.compile(
     r"(?![0-9])\d|(?<=\d)[\uff0c\uff0e\uff1a](?=\d)"
     r"|[\uff21-\uff3a\uff41-\uff5a\u2460-\u2468\u24b6-\u24e9\U0001d400-\U0001d7cb]"
+    r"|[\u2800-\u28ff]"
 )
 """Digits of other scripts, and letters and digits that are wide, in circles or of mathematics: one character each.
 
-So are wide commas, stops and colons within a number.
+So are wide commas, stops and colons within a number, and patterns of Braille.
 """
+
+_FIRST_BRAILLE: Final = "\u2800"
+_LAST_BRAILLE: Final = "\u28ff"
 
 
 def readable(text: str) -> str:
     """The text, as long as it was, with plain letters and digits for what espeak-ng is silent at or spells.
 
     No voice says a wide digit, though Chinese and Japanese write them, and few voices those of other scripts.
+    A pattern of Braille becomes a space: espeak-ng names its dots, and where the names are long, as in Arabic and
+    Finnish, they overflow a buffer of espeak-ng, which ends the process.
     """
     return text if text.isascii() else _STYLED.sub(lambda found: _plain(found[0]), text)
 
 
 def _plain(character: str) -> str:
+    if _FIRST_BRAILLE <= character <= _LAST_BRAILLE:
+        return " "
     digit = unicodedata.decimal(character, None)
     return unicodedata.normalize("NFKC", character) if digit is None else str(digit)
 

@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -700,3 +702,18 @@ class TestOpenJobs:
             *("One", "two", "Three", "four", "Five", "Six")
         ]
         assert [word.start_s for word in words] == sorted(word.start_s for word in words)
+
+
+_SPEAKS: Final = """
+from tests.gpu_worker.engines.espeak.test_engine import SPEC, EspeakEngine, _job
+engine = EspeakEngine(SPEC)
+for language in ("arabic", "finnish"):
+    engine.admit(_job("a \u28ff\u15c6 b", language=language))
+    while engine.runnable(()):
+        engine.step(())
+"""
+
+
+def test_braille_does_not_end_the_process() -> None:
+    """espeak-ng would write the names of the eight dots beyond its buffer, in a language with long ones."""
+    assert subprocess.run([sys.executable, "-c", _SPEAKS], check=False).returncode == 0

@@ -76,6 +76,7 @@ def test_runs_cover_the_text(text: str, voice: str) -> None:
         ("\u2460\u24b6\u24e9", "1Az"),
         ("\U0001d401\U0001d4be\U0001d7d9", "Bi1"),
         ("x\u00b2 \u00bd \u2469 é 日本 1", "x\u00b2 \u00bd \u2469 é 日本 1"),
+        ("a\u2800b \u280f\u28ff", "a b   "),
     ],
 )
 def test_letters_and_digits_become_plain(text: str, expected: str) -> None:
