@@ -189,7 +189,7 @@ def test_client_that_leaves_frees_its_slot(single: Service, fields: dict[str, ob
     connection = slow_reader(single, LONG, response_format="pcm", **fields)
     eventually(lambda: single.running() == 1, 60, "a slot taken")
     connection.close()
-    soon(lambda: single.running() == 0, 0.5, "the slot freed")
+    soon(lambda: single.running() == 0, 0.5, lambda: f"the slot freed; {before}, now {single.stats()}")
     counted = single.stats()["requests"]
     assert counted["cancelled"] == before["cancelled"] + 1
     assert counted["finished"] == before["finished"]
