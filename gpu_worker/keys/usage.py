@@ -187,9 +187,9 @@ class UsageFile:
             with closing(self._open()) as database:
                 period = find.since.isoformat(), find.until.isoformat()
                 found = database.execute(_FIND, (*period, MAX_ROWS + 1)).fetchall()
-        except (sqlite3.Error, OSError) as error:
+            rows = [UsageRow(date.fromisoformat(day), *rest) for day, *rest in found[:MAX_ROWS]]
+        except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a day that is none, written by hand
             return UsageFound(find, problem=f"{self._path}: {error}")
-        rows = [UsageRow(date.fromisoformat(day), *rest) for day, *rest in found[:MAX_ROWS]]
         return UsageFound(find, rows, has_more=len(found) > MAX_ROWS, source=self.source)
 
     def _open(self) -> sqlite3.Connection:

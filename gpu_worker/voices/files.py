@@ -99,6 +99,9 @@ class VoiceFiles:
                 log.warning("voices_folder_unreadable", folder=str(self._directory), reason=str(error))
             self._problem = str(error)
             return FolderScanned(None, None)
+        except Exception:  # the next scan may go well, and writes need the thread
+            log.exception("voices_folder_scan_failed", folder=str(self._directory))
+            return FolderScanned(None, None)
         return scan
 
     def _remove_leftovers(self, folder: Path, prefix: str) -> None:

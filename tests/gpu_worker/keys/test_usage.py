@@ -129,6 +129,14 @@ class TestFile:
         file.handle(AddUsage({place: Sums(requests=1)}))
         assert [row.requests for row in rows(file)] == [4]
 
+    def test_a_day_that_is_none(self, tmp_path: Path) -> None:
+        """A row that somebody wrote by hand is named in the answer; it must not end the thread."""
+        file = UsageFile(tmp_path / "usage.sqlite", days=30, today=lambda: DAY)
+        file.handle(AddUsage({("2026-11-29x", "a", "m"): Sums(requests=1)}))
+        found = file.handle(FindUsage(since=date(2026, 11, 1), until=date(2026, 11, 30)))
+        assert isinstance(found, UsageFound)
+        assert "2026-11-29x" in found.problem
+
     def test_a_file_that_is_none(self, tmp_path: Path) -> None:
         """It stays as it is, and the worker starts all the same."""
         path = tmp_path / "usage.sqlite"

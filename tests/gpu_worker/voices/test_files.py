@@ -8,7 +8,7 @@ import structlog
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.serial_thread import SerialThread
-from gpu_worker.voices import VoiceRecord, VoiceWrite, VoiceWritten
+from gpu_worker.voices import FolderScanned, ScanFolder, VoiceRecord, VoiceWrite, VoiceWritten
 from tests.gpu_worker.fakes import Reports, SlowVoiceFiles
 
 PCM = b"\1\0" * 100
@@ -92,3 +92,11 @@ def test_an_error_is_reported(
     assert reason in logged[0]["reason"]
     assert (logged[0]["exc_info"] is None) == isinstance(error, OSError)
     assert [reports.wait().error, reports.wait().error] == [None, None]
+
+
+def test_a_scan_that_fails(files: SlowVoiceFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that nobody expected leaves the lists as they are, and the thread alive."""
+    monkeypatch.setattr(files._voices, "scan", lambda: 1 // 0)
+    with structlog.testing.capture_logs() as lines:
+        assert files.handle(ScanFolder()) == FolderScanned(None, None)
+    assert [line["event"] for line in lines] == ["voices_folder_scan_failed"]
