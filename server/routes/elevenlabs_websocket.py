@@ -277,18 +277,22 @@ class _MultiSocket(_ElevenLabsSocket):
         self._leaving = False
 
     async def on_message(self, message: str) -> None:
-        """Take a message. Without text it opens no context: it may be there to keep the socket open."""
+        """Take a message."""
         data = self.read(_CONTEXT_INPUT, message)
         if data is None:
             return
         self.configured = True
+        await self._take(data)
         if data.close_socket:
             self._leave()
-            return
+
+    async def _take(self, data: ContextInput) -> None:
+        """Take its text. A message without text opens no context: it may be there to keep the socket open."""
         name = data.context_id or _DEFAULT_CONTEXT
         context = self._contexts.get(name)
         if context is None:
-            if not data.text or (data.close_context and not data.text.strip()):
+            is_last = data.close_context or data.close_socket
+            if not data.text or (is_last and not data.text.strip()):
                 return
             context = self._contexts[name] = await self._new(data, name)
         context.take(data.text or "", data)

@@ -142,6 +142,19 @@ async def test_a_context_in_one_message(client: httpx.AsyncClient) -> None:
     assert sound(heard, "a") == b"".join(tone("Hello. ", 3))
 
 
+@pytest.mark.parametrize("begun", ["", "Hello. "])
+async def test_the_last_text_in_the_message_that_closes_the_socket(
+    client: httpx.AsyncClient, worker: FakeWorker, begun: str
+) -> None:
+    """It is spoken, in a context that is open and in a new one."""
+    async with talk(client, MULTI) as socket:
+        await socket.say({"text": begun, "context_id": "a"})
+        await socket.say({"text": "Goodbye. ", "context_id": "a", "close_socket": True})
+        heard, code, _ = await socket.end()
+    assert (finals(heard), code) == (["a"], 1000)
+    assert "".join(said(worker)) == f"{begun}Goodbye. "
+
+
 async def test_many_flushes_at_once(client: httpx.AsyncClient) -> None:
     """An agent flushes behind each sentence of a long answer."""
     async with talk(client, MULTI) as socket:
