@@ -127,7 +127,7 @@ class WebServer(MPServer):
         self._replacements = Replacements()
         self._retired = RetiredWorkers(self.workers_kill_timeout)
         self.is_hurried = False
-        """True after a second Ctrl-C: streams do not end, and what still runs is to be killed."""
+        """True after a second Ctrl-C: whatever still runs is to be killed."""
         self._listeners = Listeners()
         self._numbers = itertools.count()
         self._reloads = Reloads(self._read_anew, self.main_loop_interrupt.set, lambda: self._replacements.finished)
