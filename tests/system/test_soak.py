@@ -182,6 +182,10 @@ def test_clients_that_come_and_go_leave_nothing(
     random_ = random.Random(1)  # noqa: S311 -- the same run again, not a secret
     tally = Tally()
     asyncio.run(visit(service, warm_up, random_, tally))
+    # On a busy machine all others that leave may do so before their request has been read.
+    with service.stream(" ".join(SENTENCES * 20), response_format="pcm") as answer:
+        next(answer.iter_raw())
+    tally.cancelled += 1
     memory: dict[int, list[int]] = {web: [], gpu: []}
     for _ in range(ROUNDS):
         asyncio.run(visit(service, each, random_, tally))
@@ -191,9 +195,8 @@ def test_clients_that_come_and_go_leave_nothing(
     # The figures may be a moment older than the last answer.
     eventually(lambda: tally.finished <= service.stats()["requests"]["finished"], 60, "every answer counted")
     counted = service.stats()["requests"]
-    assert tally.finished + tally.cancelled == warm_up + ROUNDS * each
+    assert tally.finished + tally.cancelled == warm_up + ROUNDS * each + 1
     assert tally.finished <= counted["finished"]
-    # A client may disconnect before its request has been read.
     assert 0 < counted["cancelled"] <= counted["finished"] + counted["cancelled"] - tally.finished <= tally.cancelled
     assert (counted["failed"], counted["rejected"]) == (0, 0)
     assert (web, gpu) == (service.stats()["web_pid"], service.worker_pid())
