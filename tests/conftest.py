@@ -178,6 +178,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests ran again: the list under RERUN has their names alone."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_line(f"{report.nodeid} ran again: {getattr(report.longrepr, 'reprcrash', '')}")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Fail loudly if a file's tests are in two processes: nothing else would show it but time."""
     process = getattr(report, "worker_id", "")

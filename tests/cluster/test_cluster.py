@@ -21,7 +21,7 @@ from websockets.sync.client import connect
 
 from server.engine.ray import REPORT_INTERVAL_S
 from tests.audio import decode
-from tests.cluster.cluster import LONG, Cluster, Listener
+from tests.cluster.cluster import LONG, READING_PAUSE_S, Cluster, Listener
 from tests.cluster.conftest import QUEUE, SLOTS
 from tests.recogniser import SENTENCES, recognise
 from tests.system.service import NO_TLS, eventually, soon, stretched
@@ -30,8 +30,6 @@ pytestmark = pytest.mark.timeout(600)
 
 REPLICAS: Final = 2
 WEB_WORKERS: Final = 2
-HURRIED_PAUSE_S: Final = 0.01
-"""The rest of a listener that is to hear the end of its stream soon: it comes behind all that is buffered."""
 LOOPBACK: Final = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 """127.0.0.1 and ::1, as the kernel writes them."""
 FORMATS: Final = ("mp3", "opus", "aac", "flac", "wav", "pcm")
@@ -64,6 +62,15 @@ def listeners(cluster: Cluster, count: int) -> Iterator[list[Listener]]:
         for one in found:
             one.leave()
     eventually(lambda: cluster.open_requests() == 0, 60, "all slots free")
+
+
+def wait_for_broken(streams: list[Listener]) -> None:
+    """Wait until the streams of one worker are broken. The break comes behind all that is buffered: read it at once."""
+    for one in streams:
+        one.pause_s = 0.0
+    eventually(lambda: [one.ended for one in streams].count("broken") == SLOTS, 60, "its streams broken")
+    for one in streams:
+        one.pause_s = READING_PAUSE_S
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +264,7 @@ def test_a_dead_worker_costs_its_own_streams(cluster: Cluster) -> None:
     """Its streams break, the others go on, requests are answered meanwhile, and its replica speaks again."""
     with listeners(cluster, REPLICAS * SLOTS) as streams:
         os.kill(next(iter(cluster.workers())), signal.SIGKILL)
-        for one in streams:
-            one.pause_s = HURRIED_PAUSE_S
-        eventually(lambda: [one.ended for one in streams].count("broken") == SLOTS, 60, "its streams broken")
+        wait_for_broken(streams)
         for one in streams:
             if not one.ended:
                 one.goes_on()
@@ -284,9 +289,7 @@ def test_a_dead_replica_is_replaced(cluster: Cluster) -> None:
     with listeners(cluster, REPLICAS * SLOTS) as streams:
         dead = next(iter(cluster.replicas("engine")))
         os.kill(dead, signal.SIGKILL)
-        for one in streams:
-            one.pause_s = HURRIED_PAUSE_S
-        eventually(lambda: [one.ended for one in streams].count("broken") == SLOTS, 60, "its streams broken")
+        wait_for_broken(streams)
         assert cluster.speech("Hello.").status_code == httpx.codes.OK
         for one in streams:
             if not one.ended:
