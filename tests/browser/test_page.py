@@ -126,8 +126,15 @@ def test_themes(tab: OpenTab) -> None:
         assert (background() == dark) is expected, name
 
 
+TRANSITIONS_END = """async () => {
+    const transitions = document.getAnimations().filter(one => one instanceof CSSTransition);
+    await Promise.allSettled(transitions.map(one => one.finished));
+}"""
+
+
 def faults(page: Page) -> list[str]:
-    """The serious faults of accessibility that axe finds."""
+    """The serious faults of accessibility that axe finds once no colour changes any more."""
+    page.evaluate(TRANSITIONS_END)
     found = Axe().run(page).response["violations"]
     return [
         f"{fault['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
