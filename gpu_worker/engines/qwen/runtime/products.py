@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PACK_ELEMENTS: Final = 1 << 18
 """On CPU, weights of at least this many elements are kept in a layout of their own ("packed").
@@ -32,6 +33,9 @@ Which layout of W this takes depends on the processor; see `_invariant_layout`.
 
 _TRIAL_SHAPES: Final = ((128, 64), (192, 64), (256, 128))
 """Inputs and outputs of products whose sums, on an Intel Xeon with AVX-512, depend on the batch from 5 or 9 rows up."""
+
+_LARGEST_GROUP: Final = 14
+"""The most rows that fbgemm multiplies by a float16 weight at once: with AVX-512."""
 
 _ROWS_AT_ONCE: Final = 128
 _SMALLEST: Final = 1e-30
@@ -108,11 +112,27 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, self._weight, self._bias, "add")  # noqa: SLF001 -- as above
 
 
-class Half:
-    """fbgemm: float16 weights, everything else in float32. On one thread.
+class _EqualRows:
+    """fbgemm: float16 weights, everything else in float32. A row's bits do not depend on the batch.
 
     Weights that came from bfloat16 keep every bit down to 2e-5; smaller ones are off by 3e-8 at most.
     """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        extra = _equal_rows(rows) - rows
+        return self.multiply(functional.pad(x, (0, 0, 0, extra)))[:rows] if extra else self.multiply(x)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(y)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product as fbgemm computes it."""
+        raise NotImplementedError
+
+
+class Half(_EqualRows):
+    """On one thread."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._bias = bias
@@ -120,14 +140,11 @@ class Half:
         self.hidden_bytes = 2 * weight.numel()
         self.tensors = [self._packed, *_given(bias)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._packed, self._bias)
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        return self(x).add_(y)
 
-
-class HalfThreaded:
+class HalfThreaded(_EqualRows):
     """The same bits on all threads. Each call costs 20 µs more, so small products are slower."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -138,11 +155,8 @@ class HalfThreaded:
         self.hidden_bytes = 2 * weight.numel()
         self.tensors = [self._key]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return _linear_of_object(x, self._key)
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        return self(x).add_(y)
 
 
 _objects: dict[int, Any] = {}
@@ -371,6 +385,28 @@ def available(name: str) -> bool:
         return False
     wanted = x @ weight.t()
     return bool((product - wanted).norm() <= _TOLERANCE * wanted.norm())
+
+
+@functools.cache
+def _equal_rows(rows: int) -> int:
+    """The fewest rows from `rows` on of which fbgemm's float16 product gives each the bits of a full group.
+
+    Without AVX-512 a group has 6 rows, and what is left over for a group of 1 or 2 rows is summed in another order.
+    """
+    weight, one = _half_trial()
+    full = weight.multiply(one.expand(BATCH_MULTIPLE, -1).contiguous())[:1]
+    for count in range(rows, rows + _LARGEST_GROUP):
+        product = weight.multiply(one.expand(count, -1).contiguous())
+        if torch.equal(product, full.expand_as(product)):
+            return count
+    return rows
+
+
+@functools.cache
+def _half_trial() -> tuple[Half, Tensor]:
+    """A float16 weight [64, 256], and a row for it."""
+    generator = torch.Generator().manual_seed(0)
+    return Half(torch.randn(64, 256, generator=generator)), torch.randn(1, 256, generator=generator)
 
 
 @functools.cache

@@ -21,7 +21,8 @@ AVX2 = {
 }
 FORCED = all(os.environ.get(name) == value for name, value in AVX2.items())
 HERE = Path(__file__).parent
-TESTS = ("test_quantization_avx2.py", "runtime/test_products.py")
+CODEC = "codec/test_codec.py::test_large_matrices_of_a_quantized_codec_are_half_as_large"
+TESTS = ("test_quantization_avx2.py", "runtime/test_products.py", CODEC)
 SPEECH = "test_quantization.py::test_int8_alone_is_int8_in_company"
 
 
