@@ -61,8 +61,8 @@ class Codec:
     ) -> None:
         """Load the decoder of a checkpoint in `dtype`. The first `encode` loads the encoder.
 
-        `quantized`, where it `can_be_quantized`: convolutions multiply in bfloat16 on a CPU with AMX. Large matrices
-        that read a few rows a frame have float16 weights, half of the memory and of the time for one frame.
+        `quantized`, where it `can_be_quantized`: convolutions multiply in bfloat16 on a CPU with AMX. Other large
+        matrices have float16 weights: half of the memory, and of the time where they read a few rows a frame.
         `trial_file`: see QwenOptions.
 
         Raises:

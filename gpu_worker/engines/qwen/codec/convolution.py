@@ -217,13 +217,22 @@ class ResidualUnit(TensorHolder):
     """Snake, dilated convolution of 7 rows, Snake, convolution of 1 row, added to the input."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], prefix: str, *, rate: int, dilation: int, kernels: Kernels
+        self,
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        *,
+        rate: int,
+        dilation: int,
+        kernels: Kernels,
+        products: Products = PLAIN,
     ) -> None:
         self.kernels = kernels
         self.snake1 = Snake(weights, f"{prefix}.act1", rate=rate)
-        self.dilated = CausalConv(weights, f"{prefix}.conv1", rate=rate, dilation=dilation, leave_bias=True)
+        self.dilated = CausalConv(
+            weights, f"{prefix}.conv1", rate=rate, dilation=dilation, leave_bias=True, products=products
+        )
         self.snake2 = Snake(weights, f"{prefix}.act2", rate=rate)
-        self.pointwise = CausalConv(weights, f"{prefix}.conv2", rate=rate)
+        self.pointwise = CausalConv(weights, f"{prefix}.conv2", rate=rate, products=products)
         self.lookback_frames = self.dilated.lookback_frames
         self.history_size = self.dilated.history_size
 
@@ -250,11 +259,17 @@ class UpsamplingBlock(TensorHolder):
         kernels: Kernels,
         products: Products = PLAIN,
     ) -> None:
-        """`products`: those of the transposed convolution."""
         self.snake = Snake(weights, f"{prefix}.block.0", rate=rate)
         self.upsample = Upsample(weights, f"{prefix}.block.1", rate=rate, stride=stride, products=products)
         self.units = [
-            ResidualUnit(weights, f"{prefix}.block.{index}", rate=rate * stride, dilation=dilation, kernels=kernels)
+            ResidualUnit(
+                weights,
+                f"{prefix}.block.{index}",
+                rate=rate * stride,
+                dilation=dilation,
+                kernels=kernels,
+                products=products,
+            )
             for index, dilation in ((2, 1), (3, 3), (4, 9))
         ]
         self.lookback_frames = self.upsample.lookback_frames + sum(unit.lookback_frames for unit in self.units)

@@ -46,11 +46,11 @@ class Decoder(TensorHolder):
         """weights: by name without the prefix "decoder.", on the device.
 
         All are in the compute dtype, except those of "quantizer.": codebooks are divided in float32.
-        `products`: those of the matrices that read a few rows a frame.
+        `products`: those of all matrices but the last one.
         """
         self.shape = shape
         self._kernels = kernels
-        self.pre_conv = CausalConv(weights, "pre_conv", rate=1)
+        self.pre_conv = CausalConv(weights, "pre_conv", rate=1, products=products)
         dtype = weights["pre_conv.conv.bias"].dtype
         self.codebooks = Codebooks(weights, "quantizer", shape, dtype, halved=products is not PLAIN)
         self.transformer = Transformer(weights, "pre_transformer", shape, kernels, products)
@@ -65,9 +65,8 @@ class Decoder(TensorHolder):
         self._large_blocks: list[UpsamplingBlock] = []
         self._frame_bytes = 1
         for index, stride in enumerate(shape.upsample_rates, 1):
-            ours = products if index == 1 else PLAIN
             block = UpsamplingBlock(
-                weights, f"decoder.{index}", rate=rate, stride=stride, kernels=kernels, products=ours
+                weights, f"decoder.{index}", rate=rate, stride=stride, kernels=kernels, products=products
             )
             (self.blocks if rate < LARGE_RATE else self._large_blocks).append(block)
             rate *= stride
