@@ -4,7 +4,7 @@ Every engine speaks the same text for the same number of frames, with the same r
 The engines take turns in rounds, each in a process of its own, because all of them together do not fit into 16 GB.
 A turn counts as quiet if other processes used less than a fifth of a core. The table has minima and medians.
 
-Others are measured where they are installed: the official package, and vox-tts (the extra "peers").
+Others are measured where they are installed: the official package, vox-tts and qwentts.cpp (the extra "peers").
 """
 
 import argparse
@@ -14,18 +14,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from tests.benchmarks import machine
+from tests.benchmarks.qwentts_files import QUANTIZATIONS, gguf_files
 
 TEXT: Final = "Hello world, good morning to the speech of today."
 OURS: Final = {"ours none": "none", "ours fp16": "fp16", "ours int8": "int8"}
 VOX: Final = {"vox-tts bf16": "", "vox-tts q8": "q8", "vox-tts q4full": "q4full"}
+QWENTTS: Final = {f"qwentts.cpp {quantization}": quantization for quantization in QUANTIZATIONS}
 QUIET_CORES: Final = 0.2
 SEED: Final = 1
 
@@ -83,6 +86,7 @@ def _installed() -> list[str]:
     """The engines that can be measured here."""
     found = [*OURS]
     found += ["official float32"] if importlib.util.find_spec("qwen_tts") else []
+    found += [*QWENTTS] if all(map(importlib.util.find_spec, ("qwentts_cpp_cpu", "gguf"))) else []
     return found + ([*VOX] if importlib.util.find_spec("vox") else [])
 
 
@@ -148,6 +152,8 @@ def _open(name: str, directory: Path, arguments: argparse.Namespace) -> tuple[Sp
     """An engine's way to speak, and to set its threads."""
     if name in VOX:
         return _vox(directory, VOX[name])
+    if name in QWENTTS:
+        return _qwentts(directory, QWENTTS[name], max(arguments.streams))
     import torch  # noqa: PLC0415 -- not for engines without it
 
     open_one = _official if name.startswith("official") else _ours
@@ -230,18 +236,44 @@ def _vox(directory: Path, quant: str) -> tuple[Speak, Callable[[int], None]]:
         one(2)
 
     def one(frames: int) -> float:
-        start, first, samples = time.perf_counter(), 0.0, 0
-        for chunk in opened["engine"].stream(
-            TEXT, opened["voice"], max_frames=frames, seed=SEED, language="english", chunk_frames=4
-        ):
-            first = first or time.perf_counter()
-            samples += len(chunk)
-        if abs(samples - frames * 1920) > 1920:
-            raise RuntimeError(f"{samples / 1920} frames instead of {frames}")
-        return 1000 * (first - start)
+        options = {"max_frames": frames, "seed": SEED, "language": "english", "chunk_frames": 4}
+        return _listen(lambda: opened["engine"].stream(TEXT, opened["voice"], **options), frames)
 
     set_threads(2)
     return lambda streams, frames: _together(one, streams, frames), set_threads
+
+
+def _qwentts(directory: Path, quantization: str, streams: int) -> tuple[Speak, Callable[[int], None]]:
+    qwentts = importlib.import_module("qwentts_cpp_cpu")
+    files = gguf_files(directory, quantization)
+    if not all(file.exists() for file in files):
+        command = [sys.executable, "-m", "tests.benchmarks.qwentts_files", str(directory), quantization]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    opened: dict[str, Any] = {}
+
+    def set_threads(threads: int) -> None:
+        opened.clear()  # both at once would hold two caches of 896 MB a stream
+        opened["engine"] = engine = qwentts.QwenTTS(*files, max_batch=streams, cpu_threads=threads)
+        engine._lock = nullcontext()  # it lets in one stream at a time, but the library speaks several as a batch
+        one(2)
+
+    def one(frames: int) -> float:
+        options = {"text": TEXT, "lang": "english", "speaker": "ryan", "seed": SEED, "max_new_tokens": frames}
+        return _listen(lambda: (chunk for chunk, _ in opened["engine"].stream(**options)), frames)
+
+    set_threads(2)
+    return lambda streams, frames: _together(one, streams, frames), set_threads
+
+
+def _listen(stream: Callable[[], Iterable[Any]], frames: int) -> float:
+    """Milliseconds until a stream gives its first chunk of samples. All of its chunks must make `frames` frames."""
+    start, first, samples = time.perf_counter(), 0.0, 0
+    for chunk in stream():
+        first = first or time.perf_counter()
+        samples += len(chunk)
+    if abs(samples - frames * 1920) > 1920:
+        raise RuntimeError(f"{samples / 1920} frames instead of {frames}")
+    return 1000 * (first - start)
 
 
 def _together(one: Callable[[int], float], streams: int, frames: int) -> float:

@@ -6,7 +6,7 @@ import time
 import msgspec
 import pytest
 
-from tests.benchmarks.cpu import Turn, _busy_s, _rows, _together
+from tests.benchmarks.cpu import Turn, _busy_s, _listen, _rows, _together
 
 TURN = Turn(
     engine="a",
@@ -54,3 +54,10 @@ def test_streams_at_once() -> None:
     assert _together(float, 3, 8) == 8.0
     with pytest.raises(ZeroDivisionError):
         _together(lambda frames: 1 / frames, 2, 0)
+
+
+def test_a_stream_of_another_length_fails() -> None:
+    """Engines are compared by the same frames; one may be missing, as engines cut the end at other places."""
+    assert _listen(lambda: [bytes(1920), bytes(1920)], 3) >= 0
+    with pytest.raises(RuntimeError, match="instead of 4"):
+        _listen(lambda: [bytes(1920), bytes(1920)], 4)
