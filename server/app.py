@@ -97,7 +97,7 @@ def create_app(
             app.state.caches = web_caches
             app.state.decoder_pool = DecoderPool(allow_urls=settings.allow_ref_urls, limit_hits=limit_hits)
             app.state.event_feed = events.EventFeed(
-                lambda: events.event_of(engine, app.state.settings), app.state.stopping
+                lambda: events.event_of(engine, app.state.settings), app.state.stopping, limit_hits=limit_hits
             )
             yield
         if traces is not None:

@@ -303,7 +303,7 @@ class _MultiSocket(_ElevenLabsSocket):
         if self._leaving:
             raise ApiError("invalid_value", "close_socket: nothing may follow it.", param="close_socket")
         if len(self._contexts) >= MAX_CONTEXTS:
-            raise ApiError("queue_full", f"{MAX_CONTEXTS} contexts are open, as many as one socket may have.")
+            raise self.refusal(f"{MAX_CONTEXTS} contexts are open, as many as one socket may have.")
         return await self.new_context(first, name)
 
     def _leave(self) -> None:

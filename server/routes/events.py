@@ -6,6 +6,7 @@ The snapshot comes with the pings that every web worker sends anyway, so a dashb
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Final
 
@@ -21,6 +22,7 @@ from server.http.request_scope import is_head
 from server.http.streaming import ClosingStream
 from server.routes.admin import CleanupReport, Stats, Vram, cleanup_report_of, stats_of, vram_of
 from server.routes.replicas import ModelPerformance, models_of
+from shared.protocol import LimitName
 from shared.settings import Settings
 
 INTERVAL_S: Final = 0.25
@@ -70,13 +72,20 @@ class EventFeed:
 
     A subscriber gets the latest event when it asks for the next one: those that it was too slow for are left out.
     `read_state` returns the state of this moment. `stopping` is set when the process ends, and ends every subscription.
+    `limit_hits` counts the subscribers that are refused.
     """
 
     def __init__(
-        self, read_state: Callable[[], DashboardEvent], stopping: asyncio.Event, *, interval_s: float = INTERVAL_S
+        self,
+        read_state: Callable[[], DashboardEvent],
+        stopping: asyncio.Event,
+        *,
+        limit_hits: Counter[LimitName] | None = None,
+        interval_s: float = INTERVAL_S,
     ) -> None:
         self._read_state = read_state
         self._stopping = stopping
+        self._limit_hits = Counter() if limit_hits is None else limit_hits
         self._interval_s = interval_s
         self._news = asyncio.Event()
         """Set, and replaced, by the next event and by the end."""
@@ -91,6 +100,7 @@ class EventFeed:
         if self._stopping.is_set():
             raise ApiError("shutting_down", "The server is shutting down.", retry_after_s=_RETRY_AFTER_S)
         if self.subscribers >= MAX_SUBSCRIBERS:
+            self._limit_hits["dashboards"] += 1
             message = f"{MAX_SUBSCRIBERS} dashboards watch this web worker, as many as it serves."
             raise ApiError("rate_limit_exceeded", message, retry_after_s=_RETRY_AFTER_S)
         self.subscribers += 1

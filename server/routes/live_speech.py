@@ -231,7 +231,7 @@ class UtteranceQueue:
     """Speaks utterances one after the other, in a task of its own while there are any.
 
     `speak` speaks one of them to its end. If it raises an error, `fail` gets that error and the queue is empty.
-    `on_empty` is called when no utterance is left.
+    `on_empty` is called when no utterance is left. `refusal` gives the error for one too many.
     """
 
     def __init__(
@@ -239,10 +239,12 @@ class UtteranceQueue:
         speak: Callable[[Utterance], Awaitable[None]],
         fail: Callable[[Exception], None],
         on_empty: Callable[[], None],
+        refusal: Callable[[str], ApiError],
     ) -> None:
         self._speak = speak
         self._fail = fail
         self._on_empty = on_empty
+        self._refusal = refusal
         self._waiting: deque[Utterance] = deque()
         self._current: Utterance | None = None
         self._task: asyncio.Task[None] | None = None
@@ -267,8 +269,7 @@ class UtteranceQueue:
     def add(self, utterance: Utterance) -> None:
         """Speak `utterance` after those before it. Raises ApiError (`queue_full`)."""
         if len(self._waiting) >= MAX_WAITING:
-            message = f"{MAX_WAITING} utterances wait to be spoken, as many as one socket may have."
-            raise ApiError("queue_full", message)
+            raise self._refusal(f"{MAX_WAITING} utterances wait to be spoken, as many as one socket may have.")
         self._waiting.append(utterance)
         if self._task is None:
             self._task = asyncio.create_task(self._run())

@@ -113,7 +113,7 @@ class SpeechSocket(ABC):
 
     def new_queue(self, speak: Callable[[Utterance], Awaitable[None]]) -> UtteranceQueue:
         """A queue of utterances; the socket ends if one of them fails."""
-        queue = UtteranceQueue(speak, self.fail, self._on_queue_empty)
+        queue = UtteranceQueue(speak, self.fail, self._on_queue_empty, self.refusal)
         self._queues.append(queue)
         return queue
 
@@ -134,13 +134,17 @@ class SpeechSocket(ABC):
         """Add text to an utterance. If it cannot be added the socket ends: the speech would lack a part."""
         limit = MAX_TEXTS * self.settings.max_input_chars
         if sum(queue.characters for queue in self._queues) + len(text) > limit:
-            message = f"{limit} characters wait to be spoken, as many as one socket may have."
-            self.fail(ApiError("queue_full", message))
+            self.fail(self.refusal(f"{limit} characters wait to be spoken, as many as one socket may have."))
             return
         try:
             utterance.append(text)
         except ApiError as error:
             self.fail(error)
+
+    def refusal(self, message: str) -> ApiError:
+        """The error for a text too many in this socket, which is counted."""
+        self._state.limit_hits["texts_of_socket"] += 1
+        return ApiError("queue_full", message)
 
     def end_text(self, utterance: Utterance) -> None:
         """End the text of an utterance. If its rest cannot be spoken the socket ends."""

@@ -41,7 +41,7 @@ from shared.protocol.parts import (
 from shared.protocol.results import ModelStatus, SavedVoice, SpeechOutcome, UsageRow, VoiceConsent
 from shared.protocol.snapshot import CleanupPass, Snapshot
 
-VERSION: Final = 16
+VERSION: Final = 17
 """Hello and Welcome have it; the two sides talk only if their versions are equal."""
 
 

@@ -64,9 +64,12 @@ LimitName = Literal[
     "requests_of_address",
     "body_memory",
     "recordings",
+    "texts_of_socket",
+    "dashboards",
 ]
 """A limit that a request can be refused by: the three of its key and the places of the queue, in the GPU worker;
-those of its address, of the memory for bodies and of the recordings that are being decoded, in a web worker.
+those of its address, of the memory for bodies, of the recordings that are being decoded, of the texts that wait in one
+WebSocket and of the readers of /admin/events, in a web worker.
 """
 
 

@@ -165,13 +165,14 @@ async def test_many_flushes_at_once(client: httpx.AsyncClient) -> None:
     assert (len(sound(heard, "a")), code) == (60 * 3 * 3840, 1000)
 
 
-async def test_too_many_contexts(client: httpx.AsyncClient) -> None:
-    """There is a limit, and the close says so."""
+async def test_too_many_contexts(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """There is a limit, the close says so, and the refusal is counted."""
     async with talk(client, MULTI) as socket:
         for number in range(elevenlabs_websocket.MAX_CONTEXTS + 1):
             await socket.say({"text": "Hello ", "context_id": str(number)})
         heard, code, _ = await socket.end()
     assert (heard[-1]["error"], heard[-1]["code"], code) == ("queue_full", 1013, 1013)
+    await becomes(lambda: worker.snapshot.limit_hits == {"texts_of_socket": 1})
 
 
 @pytest.mark.parametrize(

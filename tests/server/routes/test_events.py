@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from server.http.errors import ApiError
 from server.routes import events
 from server.routes.events import MAX_SUBSCRIBERS, DashboardEvent, EventFeed
-from shared.protocol import Call, StreamState
+from shared.protocol import Call, LimitName, StreamState
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, Serve, becomes, serving, until
 
@@ -105,13 +106,16 @@ class TestFeed:
             await asyncio.sleep(0)
         assert service.looks == looks
 
-    async def test_bounded(self, feed: EventFeed) -> None:
-        """One dashboard too many is refused, until another one leaves."""
+    async def test_bounded(self, service: FakeService) -> None:
+        """One dashboard too many is refused and counted, until another one leaves."""
+        limit_hits: Counter[LimitName] = Counter()
+        feed = EventFeed(service, asyncio.Event(), limit_hits=limit_hits)
         for _ in range(MAX_SUBSCRIBERS):
             feed.subscribe()
         with pytest.raises(ApiError, match="dashboards") as refused:
             feed.subscribe()
         assert (refused.value.status, bool(refused.value.retry_after_s)) == (429, True)
+        assert limit_hits == {"dashboards": 1}
         feed.unsubscribe()
         feed.subscribe()
         for _ in range(MAX_SUBSCRIBERS):

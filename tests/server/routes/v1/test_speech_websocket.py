@@ -364,6 +364,7 @@ async def test_too_many_mistakes_and_utterances(client: httpx.AsyncClient, worke
         heard, code, _ = await socket.end()
         assert (heard[-2]["code"], heard[-1]["error"], code) == ("queue_full", True, 1013)
     await becomes(lambda: worker.of(Cancel))
+    await becomes(lambda: worker.snapshot.limit_hits == {"texts_of_socket": 2})
 
 
 @pytest.mark.parametrize("after", [0, 2])
