@@ -14,6 +14,7 @@ import msgspec
 from litestar import Request, Response, get
 from litestar.datastructures import State
 from litestar.params import QueryParameter
+from litestar.response import Stream
 
 from server.dependencies import EngineDependency, SettingsDependency
 from server.engine import EngineClient
@@ -207,8 +208,10 @@ async def events(
     Between events come comments. A reader that is too slow for an event gets the next one instead.
     """
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    if once or is_head(request.scope):
+    if once:
         return Response(line_of(event_of(engine, settings)), media_type="text/event-stream", headers=headers)
+    if is_head(request.scope):  # a stream has no length
+        return Stream(iter(()), media_type="text/event-stream", headers=headers, status_code=200)
     feed: EventFeed = state.event_feed
     feed.subscribe()
     return ClosingStream(

@@ -217,7 +217,10 @@ async def test_once_and_head(client: httpx.AsyncClient) -> None:
     """For polling: the state of this moment, and the end. HEAD has no end to wait for either."""
     answer = await client.get("/admin/events?once=true")
     assert json.loads(answer.text.removeprefix("data: "))["stats"]["worker"]["pid"] == 4711
-    assert (await client.head("/admin/events")).status_code == 200
+    head = await client.head("/admin/events")
+    assert (head.status_code, head.headers["content-type"]) == (200, answer.headers["content-type"])
+    assert "content-length" not in head.headers  # a stream has none
+    assert (await client.head("/admin/events?once=true")).headers["content-length"]
 
 
 async def test_a_reader_that_leaves(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
