@@ -11,6 +11,7 @@ import msgspec
 
 from server.commands.client import UsageError
 from server.http.keys import NAME, KeysError, digest_of, key_entry, new_key, read_entries
+from shared.catalog import load_catalog
 from shared.environment import environment
 from shared.settings import load_settings, variable_of
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", action="store_true", help="its requests come after all others")
     for option, text in _LIMITS.items():
         parser.add_argument(option, type=int, metavar="N", help=text)
-    parser.add_argument("--model", action="append", default=[], help="a model that it may use (default: all)")
+    parser.add_argument("--model", action="append", default=[], help="the id of a model that it may use (default: all)")
     parser.add_argument("--voice", action="append", default=[], help="a voice that it may use (default: all)")
     parser.add_argument("--expires", type=_day, metavar="YYYY-MM-DD", help="the first day on which it is refused, UTC")
 
@@ -57,7 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.write(f"{key}\n")
     sys.stderr.write(f"{path} has its hash. Nothing shows the key again.\n")
     sys.stderr.write(f"A service with {variable_of('keys_file')}={path} takes it at its start, or at a reload.\n")
+    _warn_of_unknown(arguments.model)
     return 0
+
+
+def _warn_of_unknown(models: list[str]) -> None:
+    """Say which names are no ids of models here. The key may be for a service that has others."""
+    known = [spec.id for spec in load_catalog()]
+    for model in models:
+        if model.casefold() not in known:
+            sys.stderr.write(f"Warning: no model here has the id {model}; there are {', '.join(known)}.\n")
 
 
 def _day(text: str) -> date:

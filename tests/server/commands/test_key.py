@@ -27,6 +27,7 @@ def test_two_keys(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     alice, told = capfd.readouterr()
     alice = alice.strip()
     assert f"TTS_KEYS_FILE={path}" in told
+    assert "Warning" not in told
     assert main(["key", "new", "the.boss", "--admin"]) == 0
     boss = capfd.readouterr().out.strip()
     assert alice.startswith("sk-tts-")
@@ -65,6 +66,16 @@ def test_a_mistake_adds_nothing(
     assert out == ""
     assert problem in err
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("model", ["tts-1", "qwen3-tts-0.6b", "Qwen/Qwen3-TTS-12Hz-0.6B-Base"])
+def test_a_model_that_is_none_here(path: Path, capfd: pytest.CaptureFixture[str], model: str) -> None:
+    """The key is made, for the service may have other models; a warning names those that are known."""
+    assert main(["key", "new", "alice", "--model", "Espeak-NG", "--model", model]) == 0
+    _, told = capfd.readouterr()
+    (warning,) = [line for line in told.splitlines() if line.startswith("Warning: ")]
+    assert f"no model here has the id {model}; there are espeak-ng, qwen3-tts-0.6b-base, " in warning
+    assert load_keyring(Settings(keys_file=path)).keys
 
 
 def test_a_file_that_cannot_be_read(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
