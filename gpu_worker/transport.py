@@ -183,6 +183,9 @@ class Transport:
                 message, payload = decode_from_web(frames)
             except ProtocolError as error:
                 log.warning("message_refused", reason=str(error))
+                if error.unanswered:
+                    problem = f"The GPU worker cannot read this request; it is {error}."
+                    self._fail(peer, Failed(id=error.unanswered, code="internal_error", message=problem))
                 continue
             if isinstance(message, Hello):
                 if not self._accepts(peer, message):
@@ -206,7 +209,10 @@ class Transport:
     def _refuse(self, peer: bytes, code: str, message: str) -> None:
         """Answer a message of a web worker without a valid Hello."""
         log.warning("web_worker_refused", code=code, reason=message)
-        self._outbox.append((peer, encode(Failed(id="", code=code, message=message))))
+        self._fail(peer, Failed(id="", code=code, message=message))
+
+    def _fail(self, peer: bytes, failed: Failed) -> None:
+        self._outbox.append((peer, encode(failed)))
         self._wake()
 
     def _end_leases(self) -> None:

@@ -12,12 +12,25 @@ READY: Final = b"r"
 
 
 class ProtocolError(Exception):
-    """The frames are not a message of this protocol."""
+    """The frames are not a message of this protocol. `unanswered` is the id of the Speak or Call that they may be."""
+
+    def __init__(self, message: str, unanswered: str = "") -> None:
+        super().__init__(message)
+        self.unanswered = unanswered
+
+
+class _Beginning(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells who waits for the answer to a message."""
+
+    type: str
+    id: str
 
 
 _encoder = msgspec.msgpack.Encoder()
 _from_web: msgspec.msgpack.Decoder[FromWeb] = msgspec.msgpack.Decoder(FromWeb)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_beginning: msgspec.msgpack.Decoder[_Beginning] = msgspec.msgpack.Decoder(_Beginning)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: Message, payload: bytes | None = None) -> list[bytes]:
@@ -46,5 +59,14 @@ def _decode(decoder: Any, frames: list[bytes]) -> tuple[Any, bytes | None]:
             raise ProtocolError(f"a message has one or two frames, not {len(frames)}")
     try:
         return decoder.decode(header), payload
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of version {VERSION}: {error}") from error
+    except _UNREADABLE as error:
+        raise ProtocolError(f"not a message of version {VERSION}: {error}", _unanswered(header)) from error
+
+
+def _unanswered(header: bytes) -> str:
+    """The id of a Speak or Call of which another part cannot be read; "" for all other messages."""
+    try:
+        message = _beginning.decode(header)
+    except _UNREADABLE:
+        return ""
+    return message.id if message.type in {"Speak", "Call"} else ""

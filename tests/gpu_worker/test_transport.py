@@ -267,6 +267,26 @@ class TestGarbage:
             assert server.next().message == Ping()
         assert server.inbox.empty()
 
+    @pytest.mark.parametrize(
+        "message",
+        [
+            {"type": "Speak", "id": "r", "credit": "many"},
+            {"type": "Speak", "id": "r", "sampling": {"top_k": -1}},
+            {"type": "Call", "id": "r", "action": {"type": "Nonsense"}},
+        ],
+    )
+    def test_a_request_that_cannot_be_read_fails(self, server: _Server, message: dict[str, Any]) -> None:
+        """The web worker gets an error for it at once: no other answer would ever come."""
+        web = server.web().hello()
+        server.next()
+        web.send_frames(msgspec.msgpack.encode(message))
+        failed, _ = web.receive()
+        assert isinstance(failed, Failed)
+        assert (failed.id, failed.code) == ("r", "internal_error")
+        assert "cannot read this request" in failed.message
+        web.send(Ping())
+        assert server.next().message == Ping()
+
 
 class TestEnd:
     """Stop and failure."""

@@ -32,6 +32,7 @@ from shared.protocol import (
     Message,
     Pong,
     Probe,
+    ProtocolError,
     Reload,
     Reply,
     Snapshot,
@@ -121,9 +122,7 @@ class ZmqEngineClient:
 
     def speak(self, request: Speak, reference: bytes | None = None, *, relayed: bool = False) -> Speech:
         """With `relayed`, the chunks go on to another process, whose credit comes through `grant`."""
-        self._session.require_worker()
-        if not self._connection.send(request, reference):
-            raise unavailable_error("The GPU worker cannot be reached.")
+        self._send_now(request, reference)
         speech = self._speeches[request.id] = Speech(
             request,
             grant=_no_credit if relayed else self.grant,
@@ -131,6 +130,15 @@ class ZmqEngineClient:
             write=self._send_if_connected,
         )
         return speech
+
+    def _send_now(self, message: Speak | Call, payload: bytes | None) -> None:
+        self._session.require_worker()
+        try:
+            sent = self._connection.send(message, payload)
+        except ProtocolError as error:
+            raise ApiError("internal_error", f"The GPU worker cannot read this request; it is {error}.") from error
+        if not sent:
+            raise unavailable_error("The GPU worker cannot be reached.")
 
     def record(self, outcome: SpeechOutcome) -> None:
         if self._session.connected:
@@ -151,10 +159,8 @@ class ZmqEngineClient:
         timeout_s: float,
     ) -> Reply:
         """After a timeout, or where the caller is cancelled, the call is cancelled at the worker too."""
-        self._session.require_worker()
         call = Call(id=uuid.uuid4().hex, client=client, access=access, action=action)
-        if not self._connection.send(call, payload):
-            raise unavailable_error("The GPU worker cannot be reached.")
+        self._send_now(call, payload)
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[call.id] = reply
         try:

@@ -24,7 +24,7 @@ from shared.protocol import (
     decode_from_worker,
     encode,
 )
-from shared.sockets import connect_dealer
+from shared.sockets import MAX_MESSAGE_BYTES, connect_dealer
 
 _MESSAGES_A_TURN: Final = 32
 """Messages received before the event loop gets a turn: a receive that is ready never suspends by itself."""
@@ -69,9 +69,15 @@ class Connection:
         self._context.destroy()
 
     def send(self, message: Message, payload: bytes | None = None) -> bool:
-        """Send now; False, at once, if no worker is connected or the socket's queue is full."""
+        """Send now; False, at once, if no worker is connected or the socket's queue is full.
+
+        ProtocolError if the message is too large: the GPU worker would cut the connection, with all that is on it.
+        """
+        frames = encode(message, payload)
+        if max(map(len, frames)) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"more than {MAX_MESSAGE_BYTES} bytes")
         try:
-            sent = self._dealer.send_multipart(encode(message, payload), flags=zmq.NOBLOCK)
+            sent = self._dealer.send_multipart(frames, flags=zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         # With NOBLOCK the future is done when it is returned.

@@ -16,8 +16,10 @@ from shared.protocol import (
     Cancel,
     Failed,
     Hello,
+    Segment,
     Speak,
 )
+from shared.sockets import MAX_MESSAGE_BYTES
 from tests.fakes import FakeWorker
 from tests.server.engine.transports import TIMEOUT_S, a_speak, reason
 from tests.server.running import becomes
@@ -136,6 +138,20 @@ async def test_an_ended_lease_is_a_lost_connection(client: ZmqEngineClient, work
         await speech.chunk()
     await becomes(lambda: client.unavailable() is None)
     assert len(worker.of(Hello)) > said
+
+
+async def test_a_message_that_is_too_large_costs_no_other_request(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """It is refused here: the GPU worker would cut the connection, and with it every stream."""
+    worker.hold = True
+    speech = client.speak(a_speak())
+    await asyncio.to_thread(worker.wait_for, Speak)
+    segments = [Segment(text="x" * MAX_MESSAGE_BYTES)]
+    with pytest.raises(ApiError, match="more than 16777216 bytes") as caught:
+        client.speak(msgspec.structs.replace(a_speak(2), segments=segments))
+    assert caught.value.code == "internal_error"
+    worker.hold = False
+    while await speech.chunk() is not None:
+        pass
 
 
 async def test_a_pong_to_an_older_ping_is_not_fresh(client: ZmqEngineClient, worker: FakeWorker) -> None:
