@@ -65,7 +65,7 @@ def download_checkpoint(
             progress(f"downloading {name} ({sizes[name] / 1e9:.1f} GB), file {count} of {len(sizes)}")
             hf_hub_download(hf_id, name, local_dir=target, endpoint=endpoint)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, requests.RequestException) as error:
-        raise JobError("model_unavailable", _explain(hf_id, error)) from error
+        raise JobError("model_unavailable", _explain(hf_id, target, error)) from error
     except OSError as error:
         raise JobError("model_unavailable", f"{hf_id} cannot be stored at {target}: {error}") from error
     for name, size in sizes.items():
@@ -103,12 +103,12 @@ def _require_disk_space(sizes: dict[str, int], target: Path) -> None:
         )
 
 
-def _explain(hf_id: str, error: Exception) -> str:
+def _explain(hf_id: str, target: Path, error: Exception) -> str:
     # The hub's client reports a failed look-up of a file as an error about the local cache, caused by the real error.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     if isinstance(cause, HfHubHTTPError):
         return f"the Hugging Face hub refuses {hf_id}: {cause}"
     return (
         f"the Hugging Face hub is out of reach, so {hf_id} cannot be downloaded ({type(cause).__name__}: {cause}); "
-        "download it elsewhere and copy it here, or set HF_ENDPOINT to a mirror"
+        f"download it elsewhere and copy its files into {target}, or set HF_ENDPOINT to a mirror"
     )

@@ -61,7 +61,7 @@ def test_a_file_of_another_size_than_the_hub_says_is_an_error(hub: FakeHub, tmp_
 
 
 def test_the_error_for_an_unreachable_hub_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The exit code is 1, the message names HF_ENDPOINT, and no directory is left behind."""
+    """The exit code is 1. The message names HF_ENDPOINT and the folder for a copy. No directory is left behind."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -70,6 +70,7 @@ def test_the_error_for_an_unreachable_hub_says_what_to_do(tmp_path: Path, capsys
     message = capsys.readouterr().err
     assert "out of reach" in message
     assert "HF_ENDPOINT" in message
+    assert f"copy its files into {tmp_path / 'Qwen3-TTS-12Hz-0.6B-Base'}" in message
     assert not list(tmp_path.iterdir())
 
 
