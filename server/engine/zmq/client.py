@@ -17,7 +17,7 @@ from server.engine.reports import ReplicaReport
 from server.engine.web_process import WebProcess
 from server.engine.zmq.connection import Connection, SmallMessage
 from server.engine.zmq.session import PING_INTERVAL_S, STALE_AFTER_S, WorkerSession
-from server.http.errors import ApiError
+from server.http.errors import ApiError, internal_error
 from shared.catalog import ModelSpec
 from shared.protocol import (
     SHARED_VOICES,
@@ -207,7 +207,10 @@ class ZmqEngineClient:
 
     async def _tick_forever(self) -> None:
         while True:
-            self._tick()
+            try:
+                self._tick()
+            except Exception:  # without pings, the worker would end the lease of this process
+                log.exception("worker_tick_failed")
             await asyncio.sleep(PING_INTERVAL_S)
 
     def _tick(self) -> None:
@@ -242,6 +245,14 @@ class ZmqEngineClient:
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def _handle(self, message: FromWorker, payload: bytes | None) -> None:
+        try:
+            self._dispatch(message, payload)
+        except Exception:  # the messages of other requests must be handled
+            log.exception("worker_message_not_handled", kind=type(message).__name__)
+            if speech := self._speeches.get(getattr(message, "id", "")):
+                speech.abort(internal_error())
+
+    def _dispatch(self, message: FromWorker, payload: bytes | None) -> None:
         match message:
             case Audio() | Started() | Finished():
                 self._handle_speech(message, payload)

@@ -96,11 +96,17 @@ class Connection:
     async def _watch(self, monitor: Any) -> None:
         while True:
             event = await recv_monitor_message(monitor)
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._on_connected()
-            elif event["event"] == zmq.EVENT_DISCONNECTED:
-                self._unsent.clear()  # they were for a worker that is gone
-                self._on_lost()
+            try:
+                self._take_event(event["event"])
+            except Exception:  # without this task, no loss of the worker would be seen
+                log.exception("worker_event_not_handled")
+
+    def _take_event(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._on_connected()
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._unsent.clear()  # they were for a worker that is gone
+            self._on_lost()
 
     async def _receive(self) -> None:
         received = 0

@@ -4,10 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
+import structlog
 
 from server.engine.zmq import ZmqEngineClient
 from server.engine.zmq.session import STALE_AFTER_S
@@ -138,6 +140,56 @@ async def test_an_ended_lease_is_a_lost_connection(client: ZmqEngineClient, work
         await speech.chunk()
     await becomes(lambda: client.unavailable() is None)
     assert len(worker.of(Hello)) > said
+
+
+async def test_a_mistake_of_ours_ends_no_task(
+    client: ZmqEngineClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged. The next message is handled, the next ping is sent, and the loss of the worker is seen."""
+    failing = {"_record_snapshot", "tick", "disconnect"}
+
+    def fail_once(name: str) -> Any:
+        method = getattr(client._session, name)
+
+        def fails(*arguments: Any) -> Any:
+            if name in failing:
+                failing.remove(name)
+                raise KeyError(name)
+            return method(*arguments)
+
+        return fails
+
+    for name in sorted(failing):
+        monkeypatch.setattr(client._session, name, fail_once(name))
+    with structlog.testing.capture_logs() as logs:
+        await becomes(lambda: failing == {"disconnect"})
+        assert (await client.fresh_snapshot(0)).boot_id == "boot-1"
+        worker.stop()
+        await becomes(lambda: not failing)
+        worker.restart("boot-2")
+        await becomes(lambda: client.snapshot and client.snapshot.boot_id == "boot-2")
+    events = [line["event"] for line in logs if line["log_level"] == "error"]
+    assert sorted(events) == ["worker_event_not_handled", "worker_message_not_handled", "worker_tick_failed"]
+
+
+async def test_a_mistake_of_ours_fails_its_request_alone(
+    client: ZmqEngineClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for ever for what is lost. The worker is told, and others are spoken."""
+    worker.hold = True
+    lost, other = client.speak(a_speak(1)), client.speak(a_speak(2))
+
+    def fails(*_arguments: Any) -> None:
+        raise KeyError("one")
+
+    monkeypatch.setattr(lost, "receive", fails)
+    worker.hold = False
+    with pytest.raises(ApiError) as caught:
+        await lost.chunk()
+    assert caught.value.code == "internal_error"
+    while await other.chunk() is not None:
+        pass
+    assert [cancel.id for cancel in await asyncio.to_thread(worker.wait_for, Cancel)] == ["r1"]
 
 
 async def test_a_message_that_is_too_large_costs_no_other_request(client: ZmqEngineClient, worker: FakeWorker) -> None:
