@@ -13,7 +13,9 @@ from server.audio import MAX_SPEED, MIN_SPEED, Format
 from server.http.leniency import TRIMMED, absent
 from server.text import InputFormat, Respelling, Word
 from shared.protocol import (
+    MAX_NAME,
     FinishReason,
+    Instructions,
     MaxNewTokens,
     PublicState,
     RepetitionPenalty,
@@ -21,12 +23,10 @@ from shared.protocol import (
     Temperature,
     TopK,
     TopP,
+    Transcript,
     Usage,
 )
 
-MAX_INSTRUCTIONS: Final = 4096
-MAX_REF_TEXT: Final = 4096
-MAX_NAME: Final = 200
 MAX_PRONUNCIATIONS: Final = 200
 MAX_KEEP_ALIVE_S: Final = 31_536_000
 """A year; -1 means longer than that: for ever."""
@@ -72,7 +72,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     instructions: Annotated[
-        Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)] | None,
+        Instructions | None,
         _describe("How to speak the text; for a voice-design model, the description of the voice."),
     ] = None
     response_format: Annotated[
@@ -125,7 +125,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
         _describe("The recording to clone: a data URL or base64, or an http(s) URL if the server allows URLs."),
     ] = None
     ref_text: Annotated[
-        Annotated[str, Meta(max_length=MAX_REF_TEXT)] | None,
+        Transcript | None,
         _describe("The transcript of ref_audio."),
     ] = None
     x_vector_only_mode: Annotated[

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.sockets import AddressError, ipc_path
+from shared.text import MAX_INPUT_CHARS
 from shared.validation_messages import choices_in, one_of, reword
 
 PREFIX: Final = "TTS_"
@@ -79,7 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     web_page: bool = True
     max_connections: Annotated[int, Meta(ge=64, le=1_000_000)] = 4096
     max_connections_per_address: Live[Annotated[int, Meta(ge=1, le=1_000_000)]] = 256
-    max_input_chars: WorkerLive[Annotated[int, Meta(ge=1, le=1_000_000)]] = 4096
+    max_input_chars: WorkerLive[Annotated[int, Meta(ge=1, le=MAX_INPUT_CHARS)]] = 4096
     body_buffer_mb: Live[Annotated[int, Meta(ge=16, le=1_000_000)]] = 256
     max_body_mb: Annotated[int, Meta(ge=1, le=256)] = 16
     allow_ref_urls: Live[bool] = False

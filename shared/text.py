@@ -16,6 +16,9 @@ JOINERS: Final = dict.fromkeys((0x200C, 0x200D))
 Persian and Indic words and composed emoji need them. They are invisible, and Python calls them unprintable.
 """
 
+MAX_INPUT_CHARS: Final = 1_000_000
+"""The largest TTS_MAX_INPUT_CHARS."""
+
 MAX_RESPELLED: Final = 2
 """Pronunciations may make a text so many times as long as TTS_MAX_INPUT_CHARS."""
 

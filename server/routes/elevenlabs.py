@@ -27,7 +27,8 @@ from server.resolution import unaliased
 from server.routes.speech_response import SpeechResponse, abort_on_failure
 from server.routes.speech_start import SpeechStarter, SpeechStarterDependency, StartedSpeech
 from server.routes.v1.voices import voices_for
-from server.schemas import MAX_NAME, Name, SpeechRequest, VoiceObject
+from server.schemas import Name, SpeechRequest, VoiceObject
+from shared.protocol import MAX_NAME
 from shared.settings import Settings
 
 T = TypeVar("T")

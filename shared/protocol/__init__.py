@@ -53,12 +53,16 @@ from shared.protocol.messages import UsedElsewhere as UsedElsewhere
 from shared.protocol.messages import Welcome as Welcome
 from shared.protocol.parts import ALL_VOICES as ALL_VOICES
 from shared.protocol.parts import MAX_COUNT as MAX_COUNT
+from shared.protocol.parts import MAX_INSTRUCTIONS as MAX_INSTRUCTIONS
+from shared.protocol.parts import MAX_NAME as MAX_NAME
 from shared.protocol.parts import MAX_PAUSES_MS as MAX_PAUSES_MS
+from shared.protocol.parts import MAX_TRANSCRIPT as MAX_TRANSCRIPT
 from shared.protocol.parts import SHARED_VOICES as SHARED_VOICES
 from shared.protocol.parts import CacheCounts as CacheCounts
 from shared.protocol.parts import CacheName as CacheName
 from shared.protocol.parts import CacheStats as CacheStats
 from shared.protocol.parts import FinishReason as FinishReason
+from shared.protocol.parts import Instructions as Instructions
 from shared.protocol.parts import KeyLimit as KeyLimit
 from shared.protocol.parts import KeyLimits as KeyLimits
 from shared.protocol.parts import KeyUse as KeyUse
@@ -76,6 +80,7 @@ from shared.protocol.parts import Temperature as Temperature
 from shared.protocol.parts import Timings as Timings
 from shared.protocol.parts import TopK as TopK
 from shared.protocol.parts import TopP as TopP
+from shared.protocol.parts import Transcript as Transcript
 from shared.protocol.parts import Usage as Usage
 from shared.protocol.parts import VoiceAccess as VoiceAccess
 from shared.protocol.parts import Word as Word

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.pcm import bytes_for
-from shared.protocol.parts import CacheName, KeyLimits, Priority
+from shared.protocol.parts import CacheName, Instructions, KeyLimits, Name, Priority, Transcript
 from shared.recordings import MAX_RECORDING_S
 
 MAX_PORTABLE_PCM: Final = bytes_for(MAX_RECORDING_S)
@@ -88,8 +88,8 @@ class DeleteVoice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class PortableConsent(msgspec.Struct, frozen=True, kw_only=True):
     """A consent as it goes from one server to another. `created_at` is in Unix seconds."""
 
-    name: Annotated[str, Meta(max_length=200)]
-    language: Annotated[str, Meta(max_length=200)]
+    name: Name
+    language: Name
     created_at: Annotated[int, Meta(ge=0)]
     pcm: Annotated[bytes, Meta(max_length=MAX_PORTABLE_PCM)]
 
@@ -100,11 +100,11 @@ class PortableVoice(msgspec.Struct, frozen=True, kw_only=True):
     `pcm` is 24 kHz mono int16 little-endian, `text` its transcript. It is no payload: there may be two recordings.
     """
 
-    name: Annotated[str, Meta(max_length=200)]
+    name: Name
     kind: Literal["clone", "design"]
-    text: Annotated[str, Meta(max_length=4096)] | None = None
-    prompt: Annotated[str, Meta(max_length=4096)] = ""
-    description: Annotated[str, Meta(max_length=4096)] = ""
+    text: Transcript | None = None
+    prompt: Instructions = ""
+    description: Instructions = ""
     pcm: Annotated[bytes, Meta(max_length=MAX_PORTABLE_PCM)]
     consent: PortableConsent | None = None
 

@@ -23,17 +23,21 @@ from shared.protocol.parts import (
     CacheCounts,
     CacheName,
     FinishReason,
+    Instructions,
     KeyLimits,
     KeyUse,
     LimitName,
+    Name,
     Priority,
     RateLimit,
     Sampling,
     Segment,
     SpeechError,
+    SpokenText,
     Task,
     Timings,
     TraceParent,
+    Transcript,
     Usage,
     VoiceAccess,
     Word,
@@ -72,17 +76,17 @@ class Speak(Message, frozen=True, kw_only=True):
     `traceparent`: the spans of the GPU worker are children of this one.
     """
 
-    id: str
-    client: str
-    model: str
+    id: Name
+    client: Name
+    model: Name
     task: Task
     segments: list[Segment]
     credit: int
-    voice: str = ""
+    voice: Name = ""
     saved_voice: bool = False
-    language: str = "auto"
-    instructions: str = ""
-    reference_text: str | None = None
+    language: Name = "auto"
+    instructions: Instructions = ""
+    reference_text: Transcript | None = None
     x_vector_only: bool = False
     sampling: Sampling = Sampling()
     non_streaming_mode: bool | None = None
@@ -103,8 +107,8 @@ class Append(Message, frozen=True, kw_only=True):
     It has no answer. A request that is over ignores it.
     """
 
-    id: str
-    text: str
+    id: Name
+    text: SpokenText
     flush: bool = False
 
 

@@ -6,6 +6,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.text import MAX_INPUT_CHARS, MAX_RESPELLED
+
 Task = Literal["CustomVoice", "VoiceDesign", "Base"]
 PublicState = Literal["absent", "loading", "resident", "offloaded", "unavailable"]
 """The state of a model as clients see it; the GPU worker itself tells more states apart."""
@@ -13,6 +15,19 @@ PublicState = Literal["absent", "loading", "resident", "offloaded", "unavailable
 FinishReason = Literal["stop", "length", "empty"]
 """`stop`: the model ended the speech. `length`: a limit cut it. `empty`: nothing was speakable."""
 
+MAX_NAME: Final = 200
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
+"""A name or an id: of a request, a client, a model, a voice, a language, a consent."""
+
+MAX_INSTRUCTIONS: Final = 4096
+Instructions = Annotated[str, Meta(max_length=MAX_INSTRUCTIONS)]
+"""How to speak, or the description of a voice."""
+
+MAX_TRANSCRIPT: Final = 4096
+Transcript = Annotated[str, Meta(max_length=MAX_TRANSCRIPT)]
+"""What is said in a recording."""
+
+SpokenText = Annotated[str, Meta(max_length=MAX_RESPELLED * MAX_INPUT_CHARS)]
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopK = Annotated[int, Meta(ge=0, le=4096)]
@@ -137,7 +152,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `rate`: how many times as fast as the rest to speak. Engines speak at rate 1 and pass the number on, see Audio.
     """
 
-    text: str
+    text: SpokenText
     pause_ms: Annotated[int, Meta(ge=0, le=MAX_PAUSES_MS)] = 0
     rate: float = 1.0
 

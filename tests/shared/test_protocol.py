@@ -1,6 +1,7 @@
 """The protocol: each message survives encoding and decoding, and nothing else is accepted."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -261,6 +262,27 @@ class TestRefused:
         """A number that no web worker can have counted, or that would divide by zero or overflow, is refused."""
         with pytest.raises(ProtocolError, match="Expected"):
             decode_from_web([msgspec.msgpack.encode(fields)])
+
+    @pytest.mark.parametrize(
+        ("fields", "longest"),
+        [
+            (lambda text: {**PLAIN_SPEAK, "id": text}, 200),
+            (lambda text: {**PLAIN_SPEAK, "client": text}, 200),
+            (lambda text: {**PLAIN_SPEAK, "model": text}, 200),
+            (lambda text: {**PLAIN_SPEAK, "voice": text}, 200),
+            (lambda text: {**PLAIN_SPEAK, "language": text}, 200),
+            (lambda text: {**PLAIN_SPEAK, "instructions": text}, 4096),
+            (lambda text: {**PLAIN_SPEAK, "reference_text": text}, 4096),
+            (lambda text: {**PLAIN_SPEAK, "segments": [{"text": text}]}, 2_000_000),
+            (lambda text: {"type": "Append", "id": "r", "text": text}, 2_000_000),
+        ],
+        ids=["id", "client", "model", "voice", "language", "instructions", "reference_text", "text", "more text"],
+    )
+    def test_the_longest_texts(self, fields: Callable[[str], dict[str, Any]], longest: int) -> None:
+        """No web worker sends a longer one: the routes have the same bounds."""
+        decode_from_web([msgspec.msgpack.encode(fields("x" * longest))])
+        with pytest.raises(ProtocolError, match=f"length <= {longest}"):
+            decode_from_web([msgspec.msgpack.encode(fields("x" * (longest + 1)))])
 
     def test_every_prefix(self) -> None:
         """A message that is cut anywhere is a ProtocolError."""

@@ -22,8 +22,8 @@ from server.http.json_bodies import JsonDecoder
 from server.http.keys import Caller
 from server.http.streaming import cancel_on_disconnect
 from server.routes.v1.voices import may_share, saved_voice_object
-from server.schemas import MAX_INSTRUCTIONS, MAX_NAME, MAX_REF_TEXT, Name, SavedVoiceObject
-from shared.protocol import Action, CloneVoice, DesignVoice
+from server.schemas import Name, SavedVoiceObject
+from shared.protocol import MAX_INSTRUCTIONS, MAX_NAME, MAX_TRANSCRIPT, Action, CloneVoice, DesignVoice
 from shared.text import is_printable, is_speakable, transcript_of
 
 MIN_SCRIPT: Final = 20
@@ -43,7 +43,9 @@ class VoiceForm(msgspec.Struct, kw_only=True):
     name: Name
     type: Literal["audio_sample", "prompt", "clone"] = "audio_sample"
     audio_sample: UploadFile | None = None
-    ref_text: Annotated[str, Meta(max_length=MAX_REF_TEXT, description="The transcript of audio_sample.")] | None = None
+    ref_text: Annotated[str, Meta(max_length=MAX_TRANSCRIPT, description="The transcript of audio_sample.")] | None = (
+        None
+    )
     prompt: Annotated[str, Meta(max_length=MAX_INSTRUCTIONS, description="The description of the voice.")] | None = None
     model: Name | None = None
     script_hint: (

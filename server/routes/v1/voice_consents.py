@@ -23,8 +23,9 @@ from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.keys import Caller
 from server.http.leniency import TRIMMED
 from server.http.streaming import cancel_on_disconnect
-from server.schemas import MAX_NAME, Name, VoiceConsentDeleted, VoiceConsentList, VoiceConsentObject
+from server.schemas import Name, VoiceConsentDeleted, VoiceConsentList, VoiceConsentObject
 from shared.protocol import (
+    MAX_NAME,
     ConsentAction,
     CreateConsent,
     DeleteConsent,

@@ -17,7 +17,6 @@ from server.http.json_bodies import JsonBodyDto, JsonDecoder
 from server.http.keys import Caller
 from server.resolution import models_with_voices, unaliased
 from server.schemas import (
-    MAX_NAME,
     Name,
     SavedVoiceObject,
     VoiceDeleted,
@@ -27,6 +26,7 @@ from server.schemas import (
 )
 from shared.catalog import OPENAI_VOICES, ModelSpec, Voice
 from shared.protocol import (
+    MAX_NAME,
     DeleteVoice,
     ExportVoice,
     Reply,
