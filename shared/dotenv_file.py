@@ -26,14 +26,27 @@ _LINE_END: Final = re.compile(r"\r\n|\n|\r")
 _UTF_16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
+class WrongLinesError(SettingsError):
+    """Some lines cannot be taken; `found` are the variables of those that can be read."""
+
+    def __init__(self, problems: list[str], found: dict[str, str]) -> None:
+        super().__init__(problems)
+        self.found = found
+
+
 def read_dotenv(path: Path) -> dict[str, str]:
-    """The TTS_* variables in `path` that have a value, none without such a file; SettingsError names what is wrong."""
+    """The TTS_* variables in `path` that have a value, none without such a file.
+
+    SettingsError names what is wrong: WrongLinesError, if only some lines are.
+    """
     text = _text_of(path)
     bindings = [binding for binding in parse_stream(io.StringIO(text)) if binding.error or binding.key is not None]
+    readable = "".join(binding.original.string for binding in bindings if not binding.error)
+    values = dotenv_values(stream=io.StringIO(readable))
+    found = {name: value for name, value in values.items() if value and is_ours(name)}
     if problems := list(_problems(bindings, os.environ)):
-        raise SettingsError([f"{path} line {line}: {problem}" for line, problem in problems])
-    found = dotenv_values(stream=io.StringIO(text))
-    return {name: value for name, value in found.items() if value and is_ours(name)}
+        raise WrongLinesError([f"{path} line {line}: {problem}" for line, problem in problems], found)
+    return found
 
 
 def _text_of(path: Path) -> str:

@@ -5,26 +5,41 @@ The variables are those of the environment and, where it lacks one, of the file 
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from shared.access import current_user, folder_problem
 from shared.audit import AuditError, read_key
 from shared.catalog import OPENAI_MODELS, load_catalog
-from shared.dotenv_file import read_dotenv
-from shared.settings import EVERY_MODEL, Settings, SettingsError, variable_of
+from shared.dotenv_file import WrongLinesError, read_dotenv
+from shared.settings import EVERY_MODEL, Settings, SettingsError, load_settings, variable_of
 
 NO_CUDA: Final = "there is no CUDA device that this process may use (nvidia-smi and CUDA_VISIBLE_DEVICES tell of them)"
 """The problem of TTS_DEFAULT_DEVICE=cuda on a machine without such a device; the GPU worker looks for it."""
 
 
 def environment() -> dict[str, str]:
-    """The environment of the process, and the TTS_* variables of .env that it lacks; SettingsError for a wrong file."""
+    """The environment of the process, and the TTS_* variables of .env that it lacks.
+
+    SettingsError if .env is wrong; its other lines, and the environment, are checked then as well.
+    """
     try:
         Path.cwd()
     except OSError as error:
         raise SettingsError([f"the current folder cannot be used: {error.strerror or error}"]) from None
-    return read_dotenv(Path(".env")) | os.environ
+    try:
+        return read_dotenv(Path(".env")) | os.environ
+    except WrongLinesError as error:
+        raise SettingsError([*error.problems, *_wrong_values(error.found | os.environ)]) from None
+
+
+def _wrong_values(variables: Mapping[str, str]) -> list[str]:
+    try:
+        load_settings(variables)
+    except SettingsError as error:
+        return error.problems
+    return []
 
 
 def unknown_models(settings: Settings) -> list[str]:

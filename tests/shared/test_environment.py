@@ -20,6 +20,20 @@ def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp
     assert found["PATH"] != "/nowhere"
 
 
+def test_a_line_that_cannot_be_read_hides_no_other_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One list has the line, and the wrong values of the other lines and of the environment."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("TTS_API_KEYS: hush\nTTS_IDLE_TIMEOUT=soon\nTTS_PROT=1\nTTS_MAX_QUEUE='7\nTTS_PORT=x\n")
+    monkeypatch.setenv("TTS_PORT", "2")
+    monkeypatch.setenv("TTS_WEB_WORKERS", "many")
+    with pytest.raises(SettingsError) as caught:
+        environment()
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        *(".env line 1", ".env line 4", "TTS_PROT", "TTS_IDLE_TIMEOUT", "TTS_WEB_WORKERS"),
+    ]
+    assert "hush" not in str(caught.value)
+
+
 def test_unknown_models_are_problems() -> None:
     """A model that the catalogue lacks is a problem, and the message lists the known models."""
     settings = load_settings(
