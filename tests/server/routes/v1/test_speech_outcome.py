@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from server.audio import Encoder
+from server.engine import Chunk, Speech
 from shared.protocol import (
     Call,
     Cancel,
@@ -146,11 +147,20 @@ async def test_a_client_that_leaves_is_no_failure(client: httpx.AsyncClient, wor
 async def test_a_client_that_leaves_when_all_was_sent(
     client: httpx.AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU worker is done, and its client has not read all: 64 MB are more than the sockets hold."""
-    worker.chunks = 16
-    monkeypatch.setattr("tests.fakes.tone", lambda _text, chunks: [bytes(2**22)] * chunks)
-    async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm"}):
-        await becomes(lambda: worker.busy == 0)
+    """The GPU worker is done, and the web worker has not passed on the last of it."""
+    asked: list[Speech] = []
+    next_chunk = Speech.chunk
+
+    async def first_chunk_alone(speech: Speech) -> Chunk | None:
+        asked.append(speech)
+        if len(asked) > 1:
+            await asyncio.Event().wait()  # until the client leaves
+        return await next_chunk(speech)
+
+    monkeypatch.setattr(Speech, "chunk", first_chunk_alone)
+    async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm"}) as answer:
+        await anext(answer.aiter_bytes())
+        await becomes(lambda: len(asked) > 1 and asked[0].finished)
         assert not worker.of(Cancel)
     [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
     assert cancel.error is None
