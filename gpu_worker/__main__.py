@@ -49,8 +49,8 @@ EXIT_ALREADY_RUNNING: Final = 3
 _MOST_FRAMES: Final = 1000
 """Of a text that `compare` speaks."""
 
-_MOVER_GRACE_S: Final = 10.0
-"""How long the end of the process waits for a transition in flight."""
+_MOVER_GRACE_S: Final = 1.0
+"""How long the end of the process waits for a transition in flight. A load takes longer, and nothing needs its end."""
 
 _WRITER_GRACE_S: Final = 3.0
 """How long the end of the process waits for a voice or the usage that is still being written after the drain."""

@@ -261,6 +261,32 @@ class TestEnd:
         assert "Traceback" not in stderr
         claim(process.url).close()
 
+    @pytest.mark.slow
+    def test_during_a_load(self, process: _Process) -> None:
+        """The process does not wait for the end of a load: published weights take ten seconds on a CPU."""
+        program = (
+            "import sys, time\n"
+            "from gpu_worker.__main__ import main\n"
+            "from gpu_worker.engines.factory import EngineFactory\n"
+            "EngineFactory.open = lambda *_: (print('loading', file=sys.stderr), time.sleep(60))\n"
+            "sys.exit(main([]))\n"
+        )
+        worker = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=process.directory,
+            env=process.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert worker.stderr is not None
+            next(line for line in worker.stderr if "loading" in line)
+            worker.send_signal(signal.SIGINT)
+            assert worker.wait(timeout=5) == 0
+        finally:
+            worker.kill()
+            worker.communicate()
+
     def test_further_signals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only Ctrl-C hurries a worker that drains: systemd and a supervisor each send a SIGTERM."""
         handlers: dict[int, Any] = {}
