@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 import structlog
@@ -66,9 +68,22 @@ _GRANIAN_LOGS: Final[dict[str, Any]] = {
 """Granian's loggers have no handlers of their own, so their lines go where all others go."""
 
 _REPLACEMENT_POLL_S: Final = 0.1
+_NOTED_WITHIN_S: Final = 5.0
 _TLS_MIN: Final = SSLProtocols.tls12
 
 log = structlog.get_logger(__name__)
+
+
+def join(process: BaseProcess, timeout: float | None = None) -> None:
+    """Process.join, behind which `is_alive` is right.
+
+    A thread of granian's joins each process too. The one of the two that the kernel does not tell returns before the
+    other has noted the end. Granian, at its stop, then killed one of a hundred web workers that had just ended.
+    """
+    process.join(timeout)
+    noted_by = time.monotonic() + _NOTED_WITHIN_S
+    while process.is_alive() and wait([process.sentinel], 0) and time.monotonic() < noted_by:
+        time.sleep(0.001)
 
 
 @dataclass
@@ -201,7 +216,9 @@ class WebServer(MPServer):
         loader = partial(
             callback_loader, Inherited(watchdog.beat, link, *self._listeners.descriptors(idx), is_successor)
         )
-        return ForkedWorker(number, super()._spawn_worker(idx, target, loader), watchdog)
+        process = super()._spawn_worker(idx, target, loader)
+        process.join = partial(join, process.inner)
+        return ForkedWorker(number, process, watchdog)
 
     def _serve_loop(self, spawn_target: Any, target_loader: Any) -> None:
         """Run until a signal ends the service; SystemExit, after all web workers were stopped, if none can start."""

@@ -5,6 +5,8 @@ A failure here after an upgrade of granian means that web_workers.py has to be r
 
 import inspect
 import multiprocessing
+import multiprocessing.connection
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ from granian.server.common import AbstractServer
 from granian.server.mp import MPServer, WorkerProcess
 
 from server.processes import WebServer
+from server.processes.web_workers import join
 from shared.settings import Settings
 
 SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
@@ -68,3 +71,18 @@ def test_attributes_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Parent.interrupt_children == [3]
     assert worker.inner.exitcode == 0
     assert not worker.is_alive()
+
+
+def test_the_end_of_a_worker_that_another_thread_has_seen() -> None:
+    """`join` waits until that thread has noted it, so granian does not take the worker for one that hangs."""
+    process = multiprocessing.get_context("fork").Process(target=int)
+    process.start()
+    multiprocessing.connection.wait([process.sentinel], 60)
+    os.waitpid(process.pid or 0, 0)  # as the thread does that the kernel tells
+    process.join(60)
+    assert process.is_alive(), "join waits for the other thread now; see server.processes.web_workers.join"
+    noting = threading.Timer(0.05, lambda: setattr(process._popen, "returncode", 0))  # type: ignore[attr-defined]
+    noting.start()
+    join(process, 60)
+    assert not process.is_alive()
+    assert "wrk.join(timeout)" in inspect.getsource(AbstractServer._stop_workers)
