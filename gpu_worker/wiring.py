@@ -84,6 +84,7 @@ def build_worker(
         capability=cuda_capability() if device == "cuda" else None,
         progress=lambda model, detail: inbox.put(Progress(model=model, detail=detail)),
         free_bytes=lambda: _free_bytes(probe.device()),
+        cpu_budget_bytes=probe.device().budget_bytes if device == "cpu" else None,
         start_device=probe.start,
         wake=lambda: inbox.put(Wake()),
         interrupted=lambda: not inbox.empty(),

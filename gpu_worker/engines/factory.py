@@ -56,6 +56,7 @@ class EngineFactory:
         capability: tuple[int, int] | None = None,
         progress: Callable[[str, str], None] = lambda _model, _detail: None,
         free_bytes: Callable[[], int] | None = None,
+        cpu_budget_bytes: int | None = None,
         start_device: Callable[[], None] = lambda: None,
         wake: Callable[[], None] = lambda: None,
         interrupted: Callable[[], bool] = lambda: False,
@@ -65,6 +66,7 @@ class EngineFactory:
         `progress(model, detail)` is called on the thread that downloads.
 
         `free_bytes` returns the bytes of the device that may still be taken; None: all that are free.
+        `cpu_budget_bytes`: what the models may take of RAM on a CPU; None: they are not limited.
         `start_device` is called once, on the thread that opens engines, before the first use of the device.
         `wake` is called on any thread when an engine may have become runnable without a call.
         `interrupted` returns True if a step must not wait for the device, because a command waits for its caller.
@@ -75,6 +77,7 @@ class EngineFactory:
         self._capability = capability
         self._progress = progress
         self._free_bytes = free_bytes
+        self._cpu_budget_bytes = cpu_budget_bytes
         self._start_device = start_device
         self._wake = wake
         self._interrupted = interrupted
@@ -172,7 +175,12 @@ class EngineFactory:
         try:
             directory = self._directory_of(spec, allow_download=False)
             needed = estimated_bytes(
-                directory, self._device, self._dtype(), settings.max_concurrency, self._quantization_of(spec)
+                directory,
+                self._device,
+                self._dtype(),
+                settings.max_concurrency,
+                self._quantization_of(spec),
+                cpu_budget_bytes=self._cpu_budget_bytes,
             )
         except JobError:
             return spec
@@ -327,6 +335,7 @@ class EngineFactory:
                 reference_cache_bytes=self._settings.reference_cache_mb * 2**20,
                 encoder_lock=threading.Lock(),
                 room=self._free_bytes,
+                cpu_budget_bytes=self._cpu_budget_bytes,
                 wake=self._wake,
                 interrupted=self._interrupted,
             )

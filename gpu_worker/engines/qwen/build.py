@@ -24,7 +24,7 @@ from gpu_worker.engines.qwen.checkpoint.tensor_files import TensorInfo, find_ten
 from gpu_worker.engines.qwen.checkpoint.text_tokenizer import SharedTokenizers
 from gpu_worker.engines.qwen.checkpoint.weights import open_weights
 from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
-from gpu_worker.engines.qwen.codec import Codec
+from gpu_worker.engines.qwen.codec import Codec, stream_bytes
 from gpu_worker.engines.qwen.codec.shared_codecs import SharedCodecs
 from gpu_worker.engines.qwen.engine import Parts, QwenEngine
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
@@ -36,6 +36,7 @@ from gpu_worker.engines.qwen.model.slot_state import MAX_TRAILING_TOKENS
 from gpu_worker.engines.qwen.model.speaker_encoder import SpeakerEncoder
 from gpu_worker.engines.qwen.offload import WeightOffloader
 from gpu_worker.engines.qwen.planner import Planner
+from gpu_worker.engines.qwen.prefix_cache import MAX_PREFIX_BYTES
 from gpu_worker.engines.qwen.reference_cache import EncodedReference, ReferenceCache
 from gpu_worker.engines.qwen.runner import (
     CpuModelRunner,
@@ -54,7 +55,7 @@ from gpu_worker.engines.qwen.vocoder import Vocoder
 
 CPU_SLOTS: Final = 8
 MAX_SLOTS: Final = 64
-"""Slots if none are configured: on CPU, and the most on CUDA."""
+"""The most slots if none are configured: on CPU, and on CUDA."""
 
 MAX_MODEL_LEN: Final = 2048
 """Tokens that a slot holds, prompt and frames: 112 KiB a token in bfloat16, over two minutes of speech."""
@@ -78,6 +79,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     `pause_s`: silence between the utterances of a long text.
     `encoder_lock`: held while a reference recording is encoded. `reference_cache_bytes`: of encoded ones, an engine.
     `room` returns the bytes of the device that the budget leaves to this process; None: there is no budget.
+    `cpu_budget_bytes`: of RAM, on a CPU, for all models; None: there is no budget.
     `wake` is called, from any thread, when an engine may have become runnable by itself: a recording is encoded.
     `interrupted` returns True if the caller of `step` has something else to do than to wait for the device.
     """
@@ -97,6 +99,7 @@ class QwenOptions(msgspec.Struct, frozen=True, kw_only=True):
     tokenizers: SharedTokenizers = msgspec.field(default_factory=SharedTokenizers)
     streams: CudaStreams = msgspec.field(default_factory=CudaStreams)
     room: Callable[[], int] | None = None
+    cpu_budget_bytes: int | None = None
     wake: Callable[[], None] = lambda: None
     interrupted: Callable[[], bool] = lambda: False
 
@@ -145,7 +148,12 @@ def _build_parts(directory: Path, codec: Codec, options: QwenOptions) -> Parts:
     with open_weights(directory, "talker.", dtype=dtype, device=device) as weights:
         headers = read_headers(find_tensor_files(directory))
         size = weight_bytes(config.talker_config, headers, options.device, dtype, options.quantization)
-        slots = options.slots or slots_that_fit(size, config, codec, options)
+        if options.slots is not None:
+            slots = options.slots
+        elif options.device == "cpu":
+            slots = cpu_slots(directory, size, dtype, options.cpu_budget_bytes)
+        else:
+            slots = slots_that_fit(size, config, codec, options)
         model = Qwen3TTSModel(
             weights,
             config,
@@ -233,15 +241,13 @@ def codec_dtype(device: Device, model: DtypeName, codec: DtypeName = "auto") -> 
 
 
 def slots_that_fit(weight_bytes: int, config: ModelConfig, codec: Codec, options: QwenOptions) -> int:
-    """The number of slots if none is configured. On CUDA, they take SLOTS_SHARE of what weights and graphs leave.
+    """The number of slots on CUDA if none is configured. They take SLOTS_SHARE of what weights and graphs leave.
 
     `weight_bytes`: what the weights take on the device. Memory counts if it is free and within the budget.
 
     Raises:
         JobError: `insufficient_vram`, with the arithmetic, if not even one slot fits.
     """
-    if options.device == "cpu":
-        return CPU_SLOTS
     free, _ = torch.cuda.mem_get_info()
     if options.room is not None:
         free = min(free, options.room())
@@ -267,7 +273,13 @@ def slot_bytes(shape: TalkerShape, dtype: torch.dtype, max_model_len: int) -> in
 
 
 def estimated_bytes(
-    directory: Path, device: Device, dtype: DtypeName, slots: int | None, quantization: Quantization = "none"
+    directory: Path,
+    device: Device,
+    dtype: DtypeName,
+    slots: int | None,
+    quantization: Quantization = "none",
+    *,
+    cpu_budget_bytes: int | None = None,
 ) -> int:
     """Bytes that the checkpoint in `directory` will take on the device; its weights are not read.
 
@@ -280,12 +292,38 @@ def estimated_bytes(
     computed = compute_dtype(device, dtype)
     headers = read_headers(find_tensor_files(directory))
     shape = read_config(directory).talker_config
-    if slots is None:
-        slots = CPU_SLOTS if device == "cpu" else 1
-    large = are_large(product_shapes(shape))
-    traces = trace_bytes(shape.code_predictor_config, slots, large=large) if device == "cpu" else 0
     weights = weight_bytes(shape, headers, device, computed, quantization)
-    return weights + traces + slots * slot_bytes(shape, computed, MAX_MODEL_LEN)
+    if device == "cuda":
+        return weights + (slots or 1) * slot_bytes(shape, computed, MAX_MODEL_LEN)
+    if slots is None:
+        slots = cpu_slots(directory, weights, computed, cpu_budget_bytes)
+    fixed, each = _cpu_bytes_beside_weights(directory, computed, slots)
+    return weights + fixed + slots * each
+
+
+def cpu_slots(directory: Path, weight_bytes: int, computed: torch.dtype, budget_bytes: int | None) -> int:
+    """The number of slots on a CPU if none is configured: as many of CPU_SLOTS as a model alone can have in the budget.
+
+    It is one at least: if that does not fit, the model is refused with what it would need.
+    """
+    if budget_bytes is None:
+        return CPU_SLOTS
+    fixed, each = _cpu_bytes_beside_weights(directory, computed, CPU_SLOTS)
+    return max(1, min(CPU_SLOTS, (budget_bytes - weight_bytes - fixed) // each))
+
+
+def _cpu_bytes_beside_weights(directory: Path, computed: torch.dtype, slots: int) -> tuple[int, int]:
+    """The bytes that a model takes on a CPU beside its weights, at most: in all of its slots, and in each of them."""
+    shape = read_config(directory).talker_config
+    predictor = shape.code_predictor_config
+    traces = trace_bytes(predictor, slots, large=are_large(product_shapes(shape)))
+    frame = 2 * predictor.num_hidden_layers * predictor.num_key_value_heads * predictor.head_dim * computed.itemsize
+    # Each batch size has rows of its own, and each is twice the one before.
+    scratch = 2 * frame * (shape.num_code_groups + 1)
+    # The keys and values of a stream; the last inputs of the convolutions are a tenth of them at published sizes.
+    codec = stream_bytes(directory) * 9 // 8
+    each = slot_bytes(shape, computed, MAX_MODEL_LEN) + scratch + codec
+    return traces + MAX_PREFIX_BYTES + codec, each
 
 
 def weight_bytes(

@@ -14,14 +14,14 @@ from torch import Tensor
 from gpu_worker.engines.qwen.model.kv_cache import KVCache
 from shared.protocol import CacheStats
 
-MAX_BYTES: Final = 32 << 20
+MAX_PREFIX_BYTES: Final = 32 << 20
 """Of kept keys and values. In float32 a position of a published model takes 224 KiB, a preset voice 9 positions."""
 
 
 class PrefixCache:
     """Keeps the most recently used prefixes."""
 
-    def __init__(self, cache: KVCache, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, cache: KVCache, max_bytes: int = MAX_PREFIX_BYTES) -> None:
         self._cache = cache
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()

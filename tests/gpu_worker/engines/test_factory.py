@@ -17,6 +17,7 @@ from gpu_worker.engines.espeak import EspeakEngine
 from gpu_worker.engines.factory import EngineFactory, trial_file
 from gpu_worker.engines.qwen import build
 from gpu_worker.engines.qwen.checkpoint import text_tokenizer
+from gpu_worker.engines.qwen.prefix_cache import MAX_PREFIX_BYTES
 from shared.catalog import ModelSpec, load_catalog
 from shared.settings import SettingsError, load_settings
 from tests.checkpoints import tiny
@@ -121,8 +122,26 @@ class TestQwen:
         engine = factory.open(here)
         held = sum(engine.memory().device.values())
         engine.close()
-        assert factory.estimated(here).estimated_bytes == pytest.approx(held, rel=0.1)
+        assert held <= factory.estimated(here).estimated_bytes <= 1.1 * held + MAX_PREFIX_BYTES
         assert factory.estimated(elsewhere) == elsewhere
+
+    def test_slots_of_a_cpu(self, catalog: list[ModelSpec]) -> None:
+        """A model gets as many slots as it can have in the budget: eight at most, and one at least."""
+        spec = next(spec for spec in catalog if spec.id == "qwen3-tts-0.6b-customvoice")
+        settings = load_settings({"TTS_MODEL_PATHS": f"{spec.id}={tiny('custom_voice', '0b6')}"})
+
+        def estimate(budget: int | None) -> int:
+            return EngineFactory(settings, catalog, "cpu", cpu_budget_bytes=budget).estimated(spec).estimated_bytes
+
+        least, most = estimate(0), estimate(None)
+        assert estimate(most) == most
+        assert all(least <= estimate(budget) <= budget for budget in range(least, most, (most - least) // 10))
+        few = EngineFactory(settings, catalog, "cpu", cpu_budget_bytes=most - 1)
+        engine = few.open(spec)
+        slots, held = engine.capacity(), sum(engine.memory().device.values())
+        engine.close()
+        assert slots == build.CPU_SLOTS - 1
+        assert held <= few.estimated(spec).estimated_bytes < most
 
     def test_unsupported_kernels(self, catalog: list[ModelSpec]) -> None:
         """The setting reaches the engine, which refuses what the device cannot do."""

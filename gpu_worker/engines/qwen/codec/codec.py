@@ -18,7 +18,7 @@ from gpu_worker.engines.qwen.checkpoint.weights import SPEECH_TOKENIZER, open_co
 from gpu_worker.engines.qwen.chunk_schedule import CHUNK_SCHEDULE, MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec.codec_config import CodecConfig
 from gpu_worker.engines.qwen.codec.decoder import PIECE_BYTES, Decoder
-from gpu_worker.engines.qwen.codec.decoder_state import DecoderState
+from gpu_worker.engines.qwen.codec.decoder_state import DecoderState, kv_ring_bytes
 from gpu_worker.engines.qwen.codec.encoder import Encoder
 from gpu_worker.engines.qwen.kernels.selection import KernelSetting, select_kernels
 from gpu_worker.engines.qwen.runtime.products import available
@@ -33,6 +33,21 @@ log = structlog.get_logger(__name__)
 def can_be_quantized(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a codec of `dtype` can be quantized here: in float32, on a CPU."""
     return device.type == "cpu" and dtype == torch.float32 and (_has_amx() or available("fp16_threaded"))
+
+
+def stream_bytes(directory: Path) -> int:
+    """Bytes of the state of one stream in float32, but for the inputs of the convolutions, which are few.
+
+    Only the configuration of the checkpoint is read.
+
+    Raises:
+        JobError: `model_unavailable`, naming the file at fault.
+    """
+    return kv_ring_bytes(read_json(_config_file(directory), CodecConfig).decoder_config, MAX_CHUNK_FRAMES)
+
+
+def _config_file(directory: Path) -> Path:
+    return directory / SPEECH_TOKENIZER / "config.json"
 
 
 def _has_amx() -> bool:
@@ -71,7 +86,7 @@ class Codec:
         self.device = device
         self.dtype = dtype
         self._directory = directory
-        path = directory / SPEECH_TOKENIZER / "config.json"
+        path = _config_file(directory)
         self._config = read_json(path, CodecConfig)
         self._kernels: KernelSetting = kernels
         self._products = HALF if quantized else PLAIN

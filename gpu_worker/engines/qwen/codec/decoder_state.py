@@ -45,8 +45,7 @@ class DecoderState:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # A multiple of 8: fused attention kernels need masks with aligned rows.
-        rows = 8 * math.ceil((shape.sliding_window - 1 + max_chunk) / 8)
+        rows = _ring_rows(shape, max_chunk)
         heads = (2, shape.num_key_value_heads, shape.head_dim)
         self.slots = slots
         self.scratch = slots
@@ -84,3 +83,14 @@ class DecoderState:
     def tensors(self) -> Iterator[Tensor]:
         """All state tensors."""
         yield from (self.kv_rings, self.history, self.positions)
+
+
+def kv_ring_bytes(shape: DecoderShape, max_chunk: int) -> int:
+    """Bytes of the keys and values of one stream in float32, which are nearly all of its state."""
+    heads = 2 * shape.num_key_value_heads * shape.head_dim
+    return shape.num_hidden_layers * _ring_rows(shape, max_chunk) * heads * torch.float32.itemsize
+
+
+def _ring_rows(shape: DecoderShape, max_chunk: int) -> int:
+    # A multiple of 8: fused attention kernels need masks with aligned rows.
+    return 8 * math.ceil((shape.sliding_window - 1 + max_chunk) / 8)
