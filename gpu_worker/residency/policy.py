@@ -12,6 +12,7 @@ The order of precedence:
 """
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from typing import Final
 
@@ -305,16 +306,17 @@ def _arithmetic(
             why = "busy" if other.references else "pinned" if other.pinned else idle
             holders.append(f"{other.id} {_mib(other.device_bytes)} ({why})")
     return (
-        f"{entry.id} needs {_mib(need)} on the device. Of the budget of {_mib(device.budget_bytes)}, "
+        f"{entry.id} needs {math.ceil(need / 2**20):,} MiB on the device. Of the budget of {_mib(device.budget_bytes)}, "
         f"{_mib(held_bytes(entries, device))} are held ({', '.join(holders) or 'by no model'}), "
         f"and {_mib(device.free_bytes)} of the device are free; "
         f"evicting every {'other' if protected else 'idle'} model would give back {_mib(victim_bytes)}, "
-        "which is not enough."
+        "which is not enough. "
+        "Fewer slots (TTS_MAX_CONCURRENCY) need less; TTS_VRAM_BUDGET_MB is the budget."
     )
 
 
 def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"
+    return f"{n_bytes >> 20:,} MiB"
 
 
 def pending_file_work(entries: Sequence[ModelEntry], *, overdue: bool) -> list[CheckFiles | Download]:
