@@ -238,6 +238,7 @@ class _RequestBody:
         self._budget = budget
         self._clock = clock
         self._complete = False
+        self._asked = False
         self._scope = scope
         self._receive = receive
 
@@ -256,6 +257,7 @@ class _RequestBody:
         return message
 
     async def _next(self) -> HTTPReceiveMessage:
+        self._asked = True
         message: HTTPReceiveMessage = await self._receive()  # type: ignore[assignment]  # it is an HTTP request
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         self.request.body_complete = self._complete
@@ -276,9 +278,12 @@ class _RequestBody:
         """Read the rest of the body, within bounds, and throw it away.
 
         If the connection were closed while the client is still sending, the client would see a reset
-        instead of the response.
+        instead of the response. A client that waits for the 100 of its Expect sends nothing, unless it gets that.
         """
         self._budget.release(self.request)
+        expect = Headers.from_scope(self._scope).get("expect", "")
+        if expect.lower() == "100-continue" and not self._asked:
+            return
         drained = 0
         try:
             async with asyncio.timeout(_MAX_DRAIN_S):

@@ -106,6 +106,15 @@ async def test_a_compressed_body_is_refused(client: httpx.AsyncClient) -> None:
     assert plain.status_code == 200
 
 
+@pytest.mark.parametrize(("path", "status"), [(SPEECH, 413), ("/nothing", 404)])
+async def test_a_refusal_of_a_client_that_asks_before_it_sends(
+    client: httpx.AsyncClient, path: str, status: int
+) -> None:
+    """It gets the refusal in the place of the 100, and never sends its 40 MB."""
+    expects = "Host: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 40000000\r\n\r\n"
+    assert (await _raw(client, f"POST {path} HTTP/1.1\r\n{expects}"))[0] == status
+
+
 @pytest.mark.slow
 async def test_a_form_of_too_many_parts(client: httpx.AsyncClient) -> None:
     """The form is refused as too large; the client, which is still sending, can read that."""
