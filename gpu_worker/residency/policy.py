@@ -306,7 +306,8 @@ def _arithmetic(
             why = "busy" if other.references else "pinned" if other.pinned else idle
             holders.append(f"{other.id} {_mib(other.device_bytes)} ({why})")
     return (
-        f"{entry.id} needs {math.ceil(need / 2**20):,} MiB on the device. Of the budget of {_mib(device.budget_bytes)}, "
+        f"{entry.id} needs {math.ceil(need / 2**20):,} MiB on the device. "
+        f"Of the budget of {_mib(device.budget_bytes)}, "
         f"{_mib(held_bytes(entries, device))} are held ({', '.join(holders) or 'by no model'}), "
         f"and {_mib(device.free_bytes)} of the device are free; "
         f"evicting every {'other' if protected else 'idle'} model would give back {_mib(victim_bytes)}, "
