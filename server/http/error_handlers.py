@@ -27,7 +27,7 @@ Either the client has left, or it is still connected and sent malformed chunks: 
 """
 
 TOO_MANY_PARTS: Final = "Request Entity Too Large"
-"""Litestar's sentence, with status 400, for a form of more parts than it reads (a thousand)."""
+"""Litestar's sentence, with status 400, for a form of more parts (a thousand), or larger headers, than it reads."""
 
 NOT_A_FILE: Final = "Unsupported type: "
 """How Litestar's sentence begins for a form field that holds text instead of a file."""
@@ -97,7 +97,7 @@ def _refusal(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:
     asked = f"{request.scope['method']} {path}"
     if error.detail == TOO_MANY_PARTS and status == http.HTTPStatus.BAD_REQUEST:
         status = http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        message = "The form has more than a thousand parts."
+        message = "The form has more than a thousand parts, or a part with more than 4 KiB or 8 lines of headers."
     elif status == http.HTTPStatus.NOT_FOUND:
         # A client whose base URL lacks /v1, or has it twice, is the most frequent mistake of a first set-up.
         if path.startswith(("/audio/", "/models")):

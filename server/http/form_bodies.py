@@ -38,7 +38,8 @@ def _broken_form(request: Request[Any, Any, Any], error: Exception) -> Response[
     """Answer the Python errors that Litestar's form parser raises for text in a wrong or an unknown encoding."""
     of_parser = isinstance(error, UnicodeError) and not isinstance(error, UnicodeEncodeError)
     if of_parser or type(error) is LookupError:
-        return error_response(ApiError("invalid_value", "The form contains text that is not UTF-8."))
+        message = "The form contains text that is not UTF-8. A part that is a file needs a filename."
+        return error_response(ApiError("invalid_value", message))
     return handle_unexpected(request, error)
 
 

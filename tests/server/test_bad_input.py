@@ -411,6 +411,16 @@ async def test_broken_form(client: httpx.AsyncClient, content: bytes, content_ty
         (VOICES, {"files": [("name", (None, "x")), ("audio_sample", (None, "x"))]}, "audio_sample: must be a file."),
         (
             VOICES,
+            {"files": [("name", (None, "x")), ("audio_sample", (None, b"\xff\xfb\x90"))]},
+            "The form contains text that is not UTF-8. A part that is a file needs a filename.",
+        ),
+        (
+            VOICES,
+            {"files": [("name", (None, "x")), ("audio_sample", ("s" * 5_000, b"x"))]},
+            "The form has more than a thousand parts, or a part with more than 4 KiB or 8 lines of headers.",
+        ),
+        (
+            VOICES,
             {"files": [("name", (None, "x")), ("type", (None, "song")), SOUND]},
             "type: must be one of audio_sample, prompt, clone, not 'song'.",
         ),
