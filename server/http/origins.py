@@ -47,7 +47,8 @@ from shared.settings import Settings
 _EXPOSED: Final = [
     *("x-request-id", "x-speech-id", "x-audio-url", "x-model", "x-sample-rate", "x-finish-reason", "x-ignored"),
     *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset")),
-    *("x-api-version", "Server-Timing", "Retry-After", "Content-Range", "ETag"),
+    *("x-api-version", "x-should-retry", "request-id", "Server-Timing", "Retry-After", "Content-Range", "ETag"),
+    "Content-Disposition",
 ]
 """Response headers that a script of another site may read."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shared.protocol import Call, ModelStatus, Reply, Speak
+from shared.protocol import Call, Failed, ModelStatus, Reply, Speak
 from shared.settings import load_settings
 from tests.fakes import FakeWorker
 from tests.server.running import SHARED_LOOP, SPEECH, Serve
@@ -222,6 +222,19 @@ async def test_cors(serve: Serve, origins: list[str], allowed: str | None, crede
     if allowed is not None:
         assert answer.headers.get("access-control-allow-credentials") == credentials
     assert preflight.headers.get("access-control-allow-origin") == allowed
+
+
+async def test_a_script_may_read_our_headers(serve: Serve, worker: FakeWorker) -> None:
+    """Those of an answer, and those of an error: OpenAI's client asks two more times unless it can read one of them."""
+    client = await serve(cors_origins=[GOOD])
+    body = {"input": "…", "store": True, "seed": 1}
+    whole = await client.post(SPEECH, json=body, headers={"origin": GOOD})
+    worker.fail_with = Failed(id="", code="synthesis_failed", message="no")
+    failed = await client.post(SPEECH, json={"input": "x"}, headers={"origin": GOOD})
+    assert (whole.status_code, failed.status_code, failed.headers["x-should-retry"]) == (200, 500, "false")
+    for answer in (whole, failed):
+        exposed = {name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")}
+        assert {name for name in answer.headers if name.startswith("x-")} - exposed <= {"x-accel-buffering"}
 
 
 async def test_a_refused_preflight_has_the_error_envelope(serve: Serve) -> None:
