@@ -16,6 +16,11 @@ from shared.heap import trim_heap
 
 _PROC: Final = Path("/proc")
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_GROUP_FILES: Final = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of a control group of version 2, then of version 1: limit, usage, statistics, and the field of evictable files."""
 _KIB: Final = 1024
 
 
@@ -34,12 +39,13 @@ def read_ram(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Usage:
     total, free = fields["MemTotal"] * _KIB, fields["MemAvailable"] * _KIB
     # statm counts pages; the second figure is what this process has resident.
     resident_pages = int((proc / "self" / "statm").read_text().split()[1])
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        limit = int((cgroup / "memory.max").read_text())
-        # The group counts cached files as used; the kernel evicts them when memory is needed.
-        evictable = dict(_fields(cgroup / "memory.stat"))["inactive_file"]
-        in_use = int((cgroup / "memory.current").read_text()) - evictable
-        total, free = min(total, limit), max(0, min(free, limit - in_use))
+    for limit_file, usage_file, stat_file, evictable_field in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            limit = int((cgroup / limit_file).read_text())
+            # The group counts cached files as used; the kernel evicts them when memory is needed.
+            evictable = dict(_fields(cgroup / stat_file))[evictable_field]
+            in_use = int((cgroup / usage_file).read_text()) - evictable
+            total, free = min(total, limit), max(0, min(free, limit - in_use))
     return Usage(
         total_bytes=total,
         used_bytes=total - free,

@@ -51,6 +51,17 @@ class TestRam:
         ram = read_ram(proc, group)
         assert (ram.total_bytes, ram.free_bytes) == (500 * 1024, 300 * 1024)
 
+    def test_container_limit_of_version_1(self, tmp_path: Path) -> None:
+        """Older hosts have control groups of version 1, with other files."""
+        proc = a_proc(tmp_path / "proc", total_kib=1000, available_kib=900, resident_pages=7)
+        group = tmp_path / "group" / "memory"
+        group.mkdir(parents=True)
+        (group / "memory.limit_in_bytes").write_text(f"{500 * 1024}\n")
+        (group / "memory.usage_in_bytes").write_text(f"{300 * 1024}\n")
+        (group / "memory.stat").write_text(f"cache 5\ninactive_file 1\ntotal_inactive_file {100 * 1024}\n")
+        ram = read_ram(proc, group.parent)
+        assert (ram.total_bytes, ram.free_bytes) == (500 * 1024, 300 * 1024)
+
     def test_limit_above_the_machine(self, tmp_path: Path) -> None:
         """A control group's limit above the machine's RAM has no effect."""
         proc = a_proc(tmp_path / "proc", total_kib=1000, available_kib=400, resident_pages=7)
