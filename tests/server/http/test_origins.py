@@ -227,7 +227,7 @@ async def test_cors(serve: Serve, origins: list[str], allowed: str | None, crede
 async def test_a_script_may_read_our_headers(serve: Serve, worker: FakeWorker) -> None:
     """Those of an answer, and those of an error: OpenAI's client asks two more times unless it can read one of them."""
     client = await serve(cors_origins=[GOOD])
-    body = {"input": "…", "store": True, "seed": 1}
+    body = {"input": "hello", "store": True, "stream": False}
     whole = await client.post(SPEECH, json=body, headers={"origin": GOOD})
     worker.fail_with = Failed(id="", code="synthesis_failed", message="no")
     failed = await client.post(SPEECH, json={"input": "x"}, headers={"origin": GOOD})
