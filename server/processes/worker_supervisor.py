@@ -33,6 +33,8 @@ A CPU reads all weights for every frame. CPU time of a frame (random 0.6B, int8,
 processes each in turns): 308 to 329 ms without, 268 to 309 ms with. Resident memory grew by 1 %.
 """
 
+_KILLED_FROM_OUTSIDE: Final = "the kernel does so when memory runs out: its log (dmesg) says so"
+
 _KILL_TIMEOUT_S: Final = 5.0
 
 _POLL_S: Final = 0.5
@@ -130,7 +132,8 @@ class Supervisor:
                 return
             pause_s = pauses.after_death(self._clock() - started)
             cause = self._hang_cause if hung else death_cause(code)
-            log.error("worker_died", cause=cause, restart_in_s=pause_s)
+            hint = {"hint": _KILLED_FROM_OUTSIDE} if code == -signal.SIGKILL and not hung else {}
+            log.error("worker_died", cause=cause, restart_in_s=pause_s, **hint)
             self._report_death(cause, pause_s)
             if self._stopping.wait(pause_s):
                 return

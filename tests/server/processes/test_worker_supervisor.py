@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from server.engine import Outage
 from server.processes import restarts, worker_supervisor
@@ -205,6 +206,19 @@ def test_a_full_disk_does_not_stop_the_restarts(start: Callable[..., Supervised]
     first = worker.next_number()
     os.kill(first, signal.SIGKILL)
     assert worker.next_number() != first
+
+
+@pytest.mark.parametrize(("number", "hints"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+def test_the_log_says_where_a_kill_may_come_from(
+    start: Callable[..., Supervised], number: signal.Signals, *, hints: bool
+) -> None:
+    """A kernel that is short of memory kills the largest process, and leaves no word in the log of the service."""
+    with structlog.testing.capture_logs() as logs:
+        worker = start(WAIT)
+        os.kill(worker.next_number(), number)
+        worker.next_number()
+    (death,) = [line for line in logs if line["event"] == "worker_died"]
+    assert ("memory runs out" in death.get("hint", "")) == hints
 
 
 def test_a_worker_gets_the_number_of_restarts(start: Callable[..., Supervised]) -> None:
