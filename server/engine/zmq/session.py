@@ -26,7 +26,10 @@ STALE_AFTER_S: Final = 5.0
 _PAUSED_AFTER_S: Final = 1.0
 """A tick that comes so late means that this process was paused."""
 
-_FRESH_WITHIN_S: Final = 1.0
+_FRESH_WITHIN_S: Final = STALE_AFTER_S
+"""How long a snapshot may take. The worker answers between two steps: with two streams of a 0.6B on two busy cores a
+step took up to half a second, and the answer to a ping that is already out may be too old."""
+
 _HELLO_INTERVAL_S: Final = 1.0
 
 

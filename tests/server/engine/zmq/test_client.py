@@ -217,6 +217,16 @@ async def test_a_pong_to_an_older_ping_is_not_fresh(client: ZmqEngineClient, wor
     assert (await asking).running == 3
 
 
+@pytest.mark.slow
+async def test_a_slow_step_of_the_worker_costs_no_figures(client: ZmqEngineClient, worker: FakeWorker) -> None:
+    """A CPU may need more than a second for a step, and answers behind it."""
+    worker.late = True
+    asking = asyncio.create_task(client.fresh_snapshot(0))
+    await asyncio.wait({asking}, timeout=1.2)
+    worker.late = False
+    assert (await asking).boot_id == worker.snapshot.boot_id
+
+
 def _one_more_ping_is_out(client: ZmqEngineClient) -> None:
     deadline = time.monotonic() + 10
     while not client._session._ping_out:
