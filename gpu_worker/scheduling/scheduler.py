@@ -25,6 +25,9 @@ MAX_RETRY_S: Final = 60.0
 AUDIO_S_PER_CHARACTER: Final = 0.065
 """How long speech is expected to last; its client's account is put right at its end."""
 
+_FIRST_SLOT_S: Final = 1.0
+"""How long the first request is expected to hold its slot."""
+
 _SMOOTHING: Final = 0.2
 """Weight of the newest request in the running mean of slot times."""
 
@@ -37,7 +40,7 @@ class Scheduler:
         self._clock = clock
         self._queues: OrderedDict[str, deque[Request]] = OrderedDict()  # by client, the one whose turn it is first
         self._shares = AudioShares()
-        self._mean_s = 1.0
+        self._mean_s: float | None = None
         self._waiting_since = 0.0  # when the queue was empty for the last time
         self._left_at: deque[float] = deque()  # when requests left the queue since then, within the last minute
         self._turned_away = 0  # clients that were refused, and for which no place has become free since
@@ -144,7 +147,8 @@ class Scheduler:
 
     def record_slot_time(self, seconds: float) -> None:
         """A request held its slot for so long: the base of estimates until the queue has shown its own pace."""
-        self._mean_s += _SMOOTHING * (seconds - self._mean_s)
+        before = seconds if self._mean_s is None else self._mean_s
+        self._mean_s = before + _SMOOTHING * (seconds - before)
 
     def estimated_wait_s(self, places: int, slots: int) -> float:
         """Roughly how many seconds pass until so many places of the queue have become free.
@@ -156,7 +160,8 @@ class Scheduler:
         since = max(self._waiting_since, now - PACE_WINDOW_S)
         while self._left_at and self._left_at[0] < since:
             self._left_at.popleft()
-        interval_s = (now - since + self._mean_s / max(1, slots)) / (len(self._left_at) + 1)
+        mean_s = _FIRST_SLOT_S if self._mean_s is None else self._mean_s
+        interval_s = (now - since + mean_s / max(1, slots)) / (len(self._left_at) + 1)
         return min(max(1.0, interval_s * places), MAX_RETRY_S)
 
 

@@ -231,8 +231,8 @@ class TestBound:
         """The error has the number of waiting requests and an estimate; a place that becomes free can be taken."""
         one = _queue(a_request("1"), max_queue=1)
         one.record_slot_time(7.1)
-        with pytest.raises(JobError, match=r"1 request is waiting already; a place may be free in about 3 s"):
-            one.submit(a_request("2"), slots=1)  # 2.22 s, rounded up: not sooner than Retry-After
+        with pytest.raises(JobError, match=r"1 request is waiting already; a place may be free in about 8 s"):
+            one.submit(a_request("2"), slots=1)  # 7.1 s, rounded up: not sooner than Retry-After
         scheduler = _queue(a_request("1"), a_request("2"), max_queue=2)
         with pytest.raises(JobError, match="2 requests are waiting already") as caught:
             scheduler.submit(a_request("3"), slots=1)
