@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, BinaryIO, Final
 
 import websockets
+from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
 from server.audio import Encoder, Provenance, default_rate
@@ -105,9 +106,10 @@ def _messages(socket: ClientConnection) -> Iterator[str | bytes]:
     try:
         while True:
             yield socket.recv()
-    except websockets.ConnectionClosedOK:
-        return
     except websockets.ConnectionClosed as closed:
+        if closed.rcvd and closed.rcvd.code == CloseCode.NORMAL_CLOSURE:
+            return
+        # A service that stops closes an idle socket without an error, and the rest of the text is not spoken.
         reason = closed.rcvd.reason if closed.rcvd else ""
         raise ClientError(f"the service ended the speech: {reason or 'the connection broke off'}") from None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.sync.server import ServerConnection, serve
 
 from server.__main__ import main
 from server.commands import live
@@ -101,6 +102,32 @@ def test_what_has_come_is_spoken_when_nothing_more_comes(monkeypatch: pytest.Mon
         eventually(lambda: socket.utterances() == ["Well, I"], 60, "an utterance")
         pipe.close()
         eventually(lambda: socket.ended, 60, "the end")
+
+
+def test_a_service_that_stops_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes the socket without an error. The text goes on, so no file may pass for all of it."""
+
+    def stop(socket: ServerConnection) -> None:
+        socket.recv()
+        socket.send(json.dumps({"type": "session.configured", "model": "m", "session_id": "s"}))
+        socket.recv()
+        socket.close(1001, "the service is shutting down")
+
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe, os.fdopen(reading) as stdin, serve(stop, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("sys.stdin", stdin)
+        pipe.write("Hello. ")
+        pipe.flush()
+        url = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+        assert main(["say", "--live", "-o", "a.mp3", "--url", url, "--key", "k"]) == 1
+        assert "the service ended the speech: the service is shutting down" in capfd.readouterr().err
+        assert not list(Path().iterdir())
+        pipe.close()
+        server.shutdown()
 
 
 def test_wrong_arguments(
