@@ -2,19 +2,25 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from gpu_worker.engines.base import JobError
 from gpu_worker.engines.qwen.codec import Codec, DecoderState
+from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
+from gpu_worker.engines.qwen.codec.decoder import Decoder
+from gpu_worker.engines.qwen.kernels.selection import Kernels
 from gpu_worker.engines.qwen.model import layers
 from gpu_worker.engines.qwen.runtime.products import HalfThreaded, available
 from shared.pcm import FRAME_SAMPLES
-from tests.checkpoints import hard_linked_copy, tiny
+from tests.checkpoints import codec_config, hard_linked_copy, tiny
 from tests.gpu_worker.engines.qwen.parity import official
+from tests.official_package import official_package
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -115,7 +121,7 @@ def test_the_batch_changes_no_bit(chunk: int) -> None:
 
 @pytest.mark.parametrize("frames_at_once", [1, 3, 8])
 def test_large_rates_in_pieces_change_no_bit(frames_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Published sizes take a few frames of a few streams at a time where activations are large; histories included."""
+    """Published sizes take a few frames of one stream at a time where activations are large; histories included."""
     codes = torch.stack([some_codes(seed, 16) for seed in range(3)])
 
     def decoded() -> tuple[Tensor, DecoderState]:
@@ -128,6 +134,41 @@ def test_large_rates_in_pieces_change_no_bit(frames_at_once: int, monkeypatch: p
 
     assert torch.equal(pieces, whole)
     assert torch.equal(other.history, state.history)
+
+
+@pytest.mark.parametrize("threads", [3, 6])
+def test_the_batch_changes_no_bit_of_published_widths(threads: int) -> None:
+    """Whatever convolutions oneDNN has for those rows and threads. Two streams of one frame would fit into a piece."""
+    config = codec_config(full=False)
+    config["decoder_config"]["decoder_dim"] = 1536
+    official_classes = official_package()
+    with torch.device("meta"):
+        model = official_classes.TokenizerModel(official_classes.TokenizerConfig(**config)).decoder
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = {name: torch.randn(size, generator=generator) for name, size in shapes.items()}
+    for weight in weights.values():
+        weight.abs_().div_(10) if weight.ndim == 1 else weight.div_(math.sqrt(weight[0].numel()))
+    weights["decoder.6.conv.weight"] /= 100  # clipping would hide differences
+    shape = msgspec.convert(config["decoder_config"], DecoderShape)
+    codes = torch.stack([some_codes(seed, 2) for seed in range(3)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            decoder = Decoder(weights, shape, Kernels())
+
+            def decoded(streams: int) -> Tensor:
+                size = {"slots": streams, "max_chunk": 1}
+                state = DecoderState(shape, decoder.history_size, **size, dtype=torch.float32, device=CPU)
+                parts = codes[:streams].split(1, 1)
+                return torch.cat([decoder(part, torch.arange(streams), state) for part in parts], 1)
+
+            alone = decoded(1)
+            assert torch.equal(decoded(3)[:1], alone)
+            assert 0.01 < float(alone.std()) < 0.5
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not available("fp16_threaded"), reason="no fp16 products here")
