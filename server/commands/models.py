@@ -36,5 +36,5 @@ def run(arguments: argparse.Namespace) -> int:
     output.print(table)
     details = [f"{model.get('id', '?')}: {model['detail']}" for model in answer["data"] if model.get("detail")]
     if details:
-        output.print("", *details, sep="\n", markup=False, highlight=False, soft_wrap=True)
+        output.print("", *details, sep="\n", highlight=False, soft_wrap=True)
     return 0

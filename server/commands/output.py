@@ -11,8 +11,11 @@ _PIPE_WIDTH: Final = 200
 
 
 def console() -> Console:
-    """The console for tables: as wide as the terminal, or wide enough where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    """The console for tables: as wide as the terminal, or wide enough where there is none.
+
+    Names come from clients, so brackets and :smile: in them have no meaning.
+    """
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False)
 
 
 def megabytes(count: int) -> str:

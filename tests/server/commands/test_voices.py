@@ -39,6 +39,14 @@ def test_owner(service: CannedService, capfd: pytest.CaptureFixture[str]) -> Non
     assert ours == ["v2", "Ours", "design", "yes", "of", "all"]
 
 
+@pytest.mark.parametrize("name", ["[/b]", "[red]x", ":smile:"])
+def test_a_name_that_looks_like_markup(service: CannedService, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """It stands in the table as it is: any client can give a voice such a name."""
+    service.answers["/v1/audio/voices"] = (200, {"voices": [{"id": "v1", "name": name, "description": name}]})
+    assert main(["voices"]) == 0
+    assert capfd.readouterr().out.splitlines()[1].split() == ["v1", name, name]
+
+
 def test_voices_of_one_model(service: CannedService) -> None:
     """The name of a model is quoted in the query, its slash too."""
     service.answers["/v1/audio/voices?model=Qwen%2FX"] = (200, VOICES)
