@@ -146,7 +146,7 @@ class SpeechResponse:
 
     async def _as_audio(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         try:
-            async for data in self._encoded(await first):
+            async for data in self._encoded(first):
                 yield data
             self._complete = True
         except ApiError as error:
@@ -157,7 +157,7 @@ class SpeechResponse:
             return _encode(CaptionedAudio(audio=data, audio_format=self._media_type, timestamps=words)) + b"\n"
 
         try:
-            async for data in self._encoded(await first):
+            async for data in self._encoded(first):
                 yield line(data, self._captions.complete() if self._captions else None)
         except ApiError as error:
             raise BrokenTransferError(error.message) from error
@@ -169,7 +169,7 @@ class SpeechResponse:
         while not (await asyncio.wait({first}, timeout=KEEPALIVE_S))[0]:
             yield b": keepalive\n\n"
         try:
-            async for data in self._encoded(await first):
+            async for data in self._encoded(first):
                 words = self._captions.complete() if self._captions else UNSET
                 yield _event(SpeechDelta(audio=base64.b64encode(data).decode(), timestamps=words))
         except ApiError as error:
@@ -182,8 +182,9 @@ class SpeechResponse:
         yield _event(SpeechDone(usage=usage_of(finished.usage), finish_reason=finished.reason, timestamps=words))
         self._complete = True
 
-    async def _encoded(self, chunk: Chunk | None) -> AsyncIterator[bytes]:
+    async def _encoded(self, first: asyncio.Task[Chunk | None]) -> AsyncIterator[bytes]:
         try:
+            chunk = await first
             while chunk is not None:
                 if self._captions is not None:
                     self._captions.feed(chunk)
@@ -209,7 +210,7 @@ class SpeechResponse:
             request_id=request_id_of(self._request.scope),
             model=self._headers["x-model"],
             format=self._media_type,
-            reason=finished.reason if finished else None,
+            reason=finished.reason if finished else self._failure.code if self._failure else "client_gone",
             tokens=finished.usage.output_tokens if finished else None,
             seconds=round(time.monotonic() - self._began, 3),
         )

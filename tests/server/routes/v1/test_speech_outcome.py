@@ -1,10 +1,12 @@
 """GET /v1/audio/speech/{id}, and what the GPU worker is told of a response that its client has not received."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from server.audio import Encoder
 from server.engine import Chunk, Speech
@@ -136,12 +138,27 @@ async def test_an_encoder_that_fails(
 
 
 async def test_a_client_that_leaves_is_no_failure(client: httpx.AsyncClient, worker: FakeWorker) -> None:
-    """A Cancel without an error."""
+    """A Cancel without an error. The log says that the client left."""
     worker.chunks = 100_000
-    async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm"}) as answer:
-        await anext(answer.aiter_bytes())
-    [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
+    with structlog.testing.capture_logs() as logs:
+        async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm"}) as answer:
+            await anext(answer.aiter_bytes())
+        [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
+        await becomes(lambda: logs)
     assert cancel.error is None
+    assert [(line["event"], line["reason"]) for line in logs] == [("speech_broken_off", "client_gone")]
+
+
+@pytest.mark.parametrize("form", [{}, {"stream_format": "sse"}])
+async def test_the_log_says_why_a_stream_broke(
+    client: httpx.AsyncClient, worker: FakeWorker, form: dict[str, Any]
+) -> None:
+    """The code of the error that the GPU worker has sent."""
+    worker.chunks, worker.break_after = 10, 2
+    worker.fail_with = Failed(id="", code="client_too_slow", message="it read nothing")
+    with structlog.testing.capture_logs() as logs, contextlib.suppress(httpx.TransportError):
+        await client.post(SPEECH, json={"input": "hello", **form})
+    assert [line["reason"] for line in logs if line["event"] == "speech_broken_off"] == ["client_too_slow"]
 
 
 async def test_a_client_that_leaves_when_all_was_sent(
