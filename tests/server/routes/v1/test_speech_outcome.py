@@ -176,7 +176,8 @@ async def test_a_client_that_leaves_when_all_was_sent(
 
     monkeypatch.setattr(Speech, "chunk", first_chunk_alone)
     async with client.stream("POST", SPEECH, json={"input": "x", "response_format": "pcm"}) as answer:
-        await anext(answer.aiter_bytes())
+        parts = answer.aiter_bytes()  # an iterator that nothing holds closes the connection
+        await anext(parts)
         await becomes(lambda: len(asked) > 1 and asked[0].finished)
         assert not worker.of(Cancel)
     [cancel] = await asyncio.to_thread(worker.wait_for, Cancel)
