@@ -33,6 +33,10 @@ class WebProcess:
         """A route has read the catalogue; it was there, or it was not."""
         self._catalog = CacheCounts(self._catalog.hits + hit, self._catalog.misses + (not hit))
 
+    def count_refusal(self, limit: LimitName) -> None:
+        """A request was refused by that limit."""
+        self._limit_hits[limit] += 1
+
     def ping(self) -> Ping:
         """The next ping."""
         caches = {"catalog": self._catalog, **self._cache_counts()}

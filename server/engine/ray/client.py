@@ -218,6 +218,7 @@ class RayEngineClient:
             return
         waiting = sum(not stream.replica for stream in self._streams.values())
         if waiting >= self._max_waiting:
+            self._web.count_refusal("queue")
             message = f"{waiting} requests wait for the first GPU worker to start, as many as may (TTS_MAX_QUEUE)."
             raise ApiError("queue_full", message, retry_after_s=RETRY_AFTER_S)
 

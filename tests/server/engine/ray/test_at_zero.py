@@ -57,10 +57,11 @@ async def at_zero(
     tmp_path: Path, start_timeout_s: float = 60.0
 ) -> AsyncIterator[tuple[RayEngineClient, SleepingReplicas, FakeWorker]]:
     """A client of a cluster that had a replica and has none now. One request may wait for it."""
+    leases = IngressLeases()
     with FakeWorker(tmp_path / "w.ipc") as worker:
-        async with ZmqEngineClient(worker.url, "", timeout_s=20.0) as connection:
+        async with ZmqEngineClient(worker.url, "", timeout_s=20.0, web=leases.as_web_process()) as connection:
             replicas = SleepingReplicas()
-            replicas.gateways["one"] = WorkerGateway("one", connection, IngressLeases())
+            replicas.gateways["one"] = WorkerGateway("one", connection, leases)
             options = {"start_timeout_s": start_timeout_s, "max_waiting": 1}
             async with RayEngineClient(replicas, timeout_s=20.0, **options) as engine:
                 await becomes(lambda: engine.unavailable() is None and bool(engine.reports()))
@@ -90,7 +91,7 @@ async def test_figures_are_those_of_no_worker(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_request_waits_for_the_first_replica(tmp_path: Path) -> None:
-    """It is answered by it. More requests than may wait are refused at once."""
+    """It is answered by it. More requests than may wait are refused at once, and counted."""
     async with at_zero(tmp_path) as (engine, replicas, worker):
         speech = engine.speak(request())
         with pytest.raises(ApiError) as refused:
@@ -102,6 +103,7 @@ async def test_a_request_waits_for_the_first_replica(tmp_path: Path) -> None:
         await becomes(lambda: bool(engine.reports()))
         assert engine.snapshot is not None
         assert engine.snapshot.slots == worker.snapshot.slots
+        await becomes(lambda: worker.snapshot.limit_hits == {"queue": 1})
 
 
 @pytest.mark.slow
