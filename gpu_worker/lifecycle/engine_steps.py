@@ -8,6 +8,7 @@ import structlog
 from gpu_worker.engines.base import Done, Event, Fault, JobError, Pcm
 from gpu_worker.engines.faults import failure_of_job, is_out_of_memory, raise_if_broken
 from gpu_worker.lifecycle.open_requests import OpenRequests
+from gpu_worker.lifecycle.timeouts import late
 from gpu_worker.requests import Request
 from gpu_worker.residency import Residency
 from gpu_worker.scheduling import Slots
@@ -93,6 +94,9 @@ class EngineSteps:
             return  # cancelled since
         match event:
             case Pcm(data=data, rate=rate, words=words):
+                if request.is_late(self._clock()):  # a step of a CPU may take longer than the deadline allows
+                    self._requests.finish(request, late(request))
+                    return
                 if request.first_audio_at is None:
                     self._stats.first_audio(request)
                 self._stats.audio_made(request.model, len(data))

@@ -45,8 +45,7 @@ class Timeouts:
         self._open_text.fail_overdue(now)
         for request in self._requests:
             if request.is_late(now):
-                reason = f"no audio could be made within {request.deadline_s:g} s"
-                self._requests.finish(request, JobError("deadline_exceeded", reason))
+                self._requests.finish(request, late(request))
         for request in self._requests:
             if request.unread_s(now) > self.bounds.stall_timeout_s:
                 self._fail_slow(request, f"nothing was read for {self.bounds.stall_timeout_s:.0f} s")
@@ -58,3 +57,8 @@ class Timeouts:
 
     def _fail_slow(self, request: Request, reason: str) -> None:
         self._requests.finish(request, JobError("client_too_slow", reason))
+
+
+def late(request: Request) -> JobError:
+    """The error of a request whose deadline has passed."""
+    return JobError("deadline_exceeded", f"no audio could be made within {request.deadline_s:g} s")

@@ -114,6 +114,15 @@ class TestDeadline:
         bench.turn()
         assert bench.messages("b")[-1].code == "deadline_exceeded"
 
+    def test_in_the_step_of_its_first_audio(self, make_bench: MakeBench) -> None:
+        """Audio that a step makes too late is not sent."""
+        bench = loaded(make_bench())
+        bench.engines["m"].step_s = STEP_S
+        bench.speak("b", "hello", deadline_s=STEP_S / 2)
+        bench.settle()
+        assert bench.kinds("b") == ["Started", "Failed"]
+        assert bench.messages("b")[-1].code == "deadline_exceeded"
+
     def test_after_its_first_audio(self, bench: WorkerBench) -> None:
         """Speech that has begun in time is finished."""
         bench.speak("b", "one two three four five six", deadline_s=0.15)
