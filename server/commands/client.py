@@ -140,9 +140,10 @@ def unreachable(url: str, reason: object) -> ClientError:
 
 
 def is_local(url: str) -> bool:
-    """True if a URL is one of this machine."""
+    """True if a URL is one of this machine. ClientError if it is none, or its port is none."""
     try:
-        host = urllib.parse.urlsplit(url).hostname or ""
+        parts = urllib.parse.urlsplit(url)
+        host, _port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ClientError(f"{url}: {error}") from None
     try:

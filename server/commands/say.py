@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import http.client
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -42,10 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voice", help="a preset or saved voice (default: the model's first)")
     parser.add_argument("--language", help="the language of the text: English, en, en-US … (default: auto)")
     parser.add_argument("--instructions", help="the style of speaking, for models that follow instructions")
-    parser.add_argument("--speed", type=float, help="the speed, from 0.25 to 4 (default: 1)")
+    parser.add_argument("--speed", type=_speed, help="the speed, from 0.25 to 4 (default: 1)")
     parser.add_argument("--sample-rate", type=int, metavar="HZ", help="8000 to 48000 (default: 24000)")
     parser.add_argument("--seed", type=int, help="a number; the same seed gives the same speech")
     add_service_arguments(parser)
+
+
+def _speed(text: str) -> float:
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = math.nan
+    if not math.isfinite(speed):  # JSON has no such number
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+    return speed
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -104,11 +104,12 @@ def test_no_service(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("url", ["http://a:b/", "http://[::1/"])
-def test_wrong_urls(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("url", ["http://a:b/", "http://[::1/", "http://a:99999"])
+@pytest.mark.parametrize("command", [["voices"], ["say", "--live", "-o", "a.mp3"]], ids=["voices", "live"])
+def test_wrong_urls(url: str, command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     """A wrong --url gives a message."""
-    assert main(["voices", "--url", url]) == 1
-    assert capfd.readouterr().err
+    assert main([*command, "--url", url, "--key", "k"]) == 1
+    assert capfd.readouterr().err.startswith(f"{url.rstrip('/')}: ")
 
 
 @pytest.mark.parametrize("url", ["ftp://a/", "nonsense", "127.0.0.1:8000", "localhost:8000"])

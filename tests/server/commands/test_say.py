@@ -66,6 +66,14 @@ def test_an_unknown_ending_is_refused(service: CannedService, capfd: pytest.Capt
     assert service.asked[0][3]["response_format"] == "aac"
 
 
+@pytest.mark.parametrize("speed", ["nan", "inf", "1e999", "fast"])
+def test_a_speed_that_is_no_number(capfd: pytest.CaptureFixture[str], speed: str) -> None:
+    """The option is named: JSON has no such number, and the service would speak of broken JSON."""
+    with pytest.raises(SystemExit):
+        main(["say", "hi", "-o", "a.mp3", "--speed", speed])
+    assert f"argument --speed: must be a number, not '{speed}'" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["say", "-o", "a.mp3"], ["say", "-", "-o", "a.mp3"]])
 def test_text_comes_from_stdin(service: CannedService, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     """Without a text, or with -, `say` reads stdin."""
