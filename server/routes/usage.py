@@ -51,7 +51,7 @@ class UsageList(msgspec.Struct, frozen=True, kw_only=True):
     "/usage",
     operation_id="getUsage",
     summary="Get who has used how much",
-    description="By day, API key and model. `Accept: text/csv` gives a table for a spreadsheet.",
+    description="By day, API key and model. `Accept: text/csv` gives a whole table for a spreadsheet.",
     tags=["Admin"],
     responses=documented(400, 401, 403, 500, 503),
 )
@@ -71,6 +71,9 @@ async def get_usage(
     reply = await engine.call(find, client=client_of(settings, request), timeout_s=_TIMEOUT_S)
     entries = [_entry(row) for row in reply.usage]
     if preferred_type(request.headers, ["application/json", "text/csv"]) == "text/csv":
+        if reply.has_more:  # a table cannot say that it lacks its end, and a bill would be made of it
+            message = f"from: more than {len(entries)} rows are too many for one table; ask for fewer days."
+            raise ApiError("invalid_value", message, param="from")
         headers = {"content-disposition": f'attachment; filename="usage-{since}-{until}.csv"'}
         return Response(_table(entries), media_type="text/csv", headers=headers)
     found = UsageList(since=since, until=until, data=entries, has_more=reply.has_more)

@@ -61,6 +61,15 @@ async def test_csv(client: httpx.AsyncClient, worker: FakeWorker, accept: str) -
     )
 
 
+async def test_a_table_that_would_lack_its_end(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """It is refused: JSON can say that there is more, and a table cannot."""
+    _answer_with(worker, ROW, has_more=True)
+    answer = await client.get("/admin/usage", headers={"accept": "text/csv"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "from")
+    assert "ask for fewer days" in error["message"]
+
+
 async def test_the_last_thirty_days(client: httpx.AsyncClient, worker: FakeWorker) -> None:
     """Without days, up to today; with the last one, up to that."""
     _answer_with(worker)
