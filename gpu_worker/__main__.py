@@ -7,13 +7,14 @@ Exit codes: 0 drained, 1 the device is broken, 2 wrong settings, 3 another worke
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -227,14 +228,14 @@ def _serve(
     with claim(url):
         inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         transport = Transport(url, settings.worker_token, inbox.put)
-        # Building may import torch, which takes seconds: a signal may come before that is done.
         _drain_on_signals(inbox, settings.drain_timeout_s, supervised=heartbeat_pipe is not None)
         threading.Thread(target=_die_with_parent, args=(inbox, parent), name="parent", daemon=True).start()
         heartbeat = Heartbeat(heartbeat_pipe, settings.worker_timeout_s)
         traces = open_traces(settings, os.environ, "gpu_worker")
-        worker, mover, writers = build_worker(
-            settings, transport, inbox, heartbeat, restarts=restarts, traces=traces, variables=variables
-        )
+        with _ended_by_signals():
+            worker, mover, writers = build_worker(
+                settings, transport, inbox, heartbeat, restarts=restarts, traces=traces, variables=variables
+            )
         transport.start()
         log.info("worker_ready", pid=os.getpid())
         try:
@@ -270,6 +271,20 @@ def _drain_on_signals(inbox: "queue.SimpleQueue[Command]", drain_timeout_s: floa
     signal.signal(signal.SIGINT, drain)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
         signal.signal(signal.SIGHUP, signal.SIG_IGN if supervised else drain)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process at once: its parts are still being built, and nothing is to be drained.
+
+    That imports torch, and for models that clone voices the official package: 12 s on two busy cores.
+    """
+    handlers = {number: signal.signal(number, lambda *_: os._exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _die_with_parent(inbox: "queue.SimpleQueue[Command]", parent: int) -> None:

@@ -262,14 +262,16 @@ class TestEnd:
         claim(process.url).close()
 
     @pytest.mark.slow
-    def test_during_a_load(self, process: _Process) -> None:
-        """The process does not wait for the end of a load: published weights take ten seconds on a CPU."""
+    @pytest.mark.parametrize(
+        "step", ["gpu_worker.engines.factory.EngineFactory.open", "gpu_worker.__main__.build_worker"]
+    )
+    def test_during_a_start(self, process: _Process, step: str) -> None:
+        """The process waits neither for a load nor for its imports, which take ten seconds each on a CPU."""
         program = (
-            "import sys, time\n"
+            "import sys, time, unittest.mock\n"
             "from gpu_worker.__main__ import main\n"
-            "from gpu_worker.engines.factory import EngineFactory\n"
-            "EngineFactory.open = lambda *_: (print('loading', file=sys.stderr), time.sleep(60))\n"
-            "sys.exit(main([]))\n"
+            "def wait(*_, **__): print('waiting', file=sys.stderr); time.sleep(60)\n"
+            f"with unittest.mock.patch({step!r}, wait): sys.exit(main([]))\n"
         )
         worker = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -280,7 +282,7 @@ class TestEnd:
         )
         try:
             assert worker.stderr is not None
-            next(line for line in worker.stderr if "loading" in line)
+            next(line for line in worker.stderr if "waiting" in line)
             worker.send_signal(signal.SIGINT)
             assert worker.wait(timeout=5) == 0
         finally:
