@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.engines.base import JobError
+from gpu_worker.engines.qwen.runtime.products import BATCH_MULTIPLE
 
 Backend = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 
@@ -20,6 +21,14 @@ FLASH_CAPABILITY: Final = (8, 0)
 
 FLASH_TOLERANCE: Final = 0.02
 """How far FlashAttention 2 may be from SDPA for values around 1: both round to the dtype, at other places."""
+
+FEW_KEYS: Final = 16
+"""Up to so many keys, those of a frame of the code predictor, a CPU attends with full groups of queries.
+
+Each thread of torch has its part of one scratch memory. With two queries and an odd number of keys a part begins
+off 16 bytes, where MKL sums in another order: a row's bits would depend on the thread, and so on the rows before it.
+Of more keys, as the talker has them, rows come alone on a CPU: a head always has the same thread.
+"""
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +69,10 @@ class Attention(Protocol):
 
 
 class Eager:
-    """The official eager path: scores, float32 softmax, sum, each as a kernel of its own."""
+    """The official eager path: scores, float32 softmax, sum, each as a kernel of its own.
+
+    For comparisons: with several threads of a CPU, a row's last bits depend on its batch.
+    """
 
     fused = False
     reads_lengths = False
@@ -121,7 +133,10 @@ class Sdpa:
         return zeros.masked_fill_(beyond, float("-inf"))[:, None, None]
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = functional.scaled_dot_product_attention(query, key, value, mask)
+        queries = query.shape[2]
+        if not query.is_cuda and key.shape[2] <= FEW_KEYS and (extra := -queries % BATCH_MULTIPLE):
+            query = functional.pad(query, (0, 0, 0, extra))
+        out = functional.scaled_dot_product_attention(query, key, value, mask)[:, :, :queries]
         return (out.transpose(1, 2) if self.heads_by_group else out).reshape(query.shape[0], -1)
 
 

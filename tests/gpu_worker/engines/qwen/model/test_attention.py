@@ -133,3 +133,22 @@ def test_flash_attention_is_chosen_where_it_works(
     assert type(attention("auto", device, torch.float32)) is Sdpa
     assert type(attention("auto", CPU, torch.bfloat16)) is Sdpa
     assert type(attention("flash_attention_2", device, torch.bfloat16)) is Flash
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_row_of_a_frame_has_the_bits_that_it_has_alone(threads: int) -> None:
+    """In the published shape and for any position of a frame, whichever thread has its heads."""
+    kernel = attention("sdpa", CPU, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 8, 2, 128, generator=generator)
+    cache = torch.randn(2, 5, 16, 8, 128, generator=generator).transpose(2, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for keys in range(1, 17):
+            key, value = cache[..., :keys, :].unbind()
+            together = kernel.decode(query, key, value, None)
+            alone = [kernel.decode(query[i : i + 1], key[i : i + 1], value[i : i + 1], None) for i in range(5)]
+            assert torch.equal(together, torch.cat(alone)), keys
+    finally:
+        torch.set_num_threads(before)
