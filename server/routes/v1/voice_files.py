@@ -12,18 +12,21 @@ from litestar import Request, Response, get, post
 from litestar.datastructures import UploadFile
 from litestar.enums import RequestEncodingType
 from litestar.params import Body
+from litestar.response import Stream
 
 from server.dependencies import EngineDependency, SettingsDependency
 from server.http.auth import caller_of
 from server.http.errors import ApiError, documented
 from server.http.form_bodies import BROKEN_FORM, FormOrJson, FormOrJsonDto, keep_json, read_upload
 from server.http.json_bodies import JsonDecoder
+from server.http.request_scope import is_head
 from server.http.streaming import cancel_on_disconnect
 from server.routes.v1.voice_consents import LANGUAGE_TAG
 from server.routes.v1.voices import VoiceName, change_voice, may_share, saved_voice_object, usable_voice
 from server.schemas import Name, SavedVoiceObject
 from shared.protocol import MAX_PORTABLE_PCM, ExportVoice, ImportVoice, PortableVoice
 from shared.text import transcript_of
+from shared.voice_access import is_changeable
 
 MAX_FILE_BYTES: Final = 2 * MAX_PORTABLE_PCM + 64 * 1024
 """Two recordings, and their words."""
@@ -69,11 +72,14 @@ async def export_voice(
     """The saved voice with that id or name: recording, transcript and description, and the consent if it is kept."""
     caller = caller_of(settings, request)
     voice = await usable_voice(voice_id, engine, caller)
+    name = quote(f"{voice.name}.voice", safe="")
+    headers = {"Content-Disposition": f"attachment; filename=\"{voice.id}.voice\"; filename*=UTF-8''{name}"}
+    if is_head(request.scope) and is_changeable(voice, caller.access):
+        # Nothing leaves this server, and the audit log must not say so; so the length is unknown.
+        return Stream(iter(()), media_type=_MEDIA_TYPE, headers=headers)  # type: ignore[return-value]  # of bytes, too
     reply = await change_voice(ExportVoice(id=voice.id), engine, caller)
     if reply.exported is None:
         raise ApiError("internal_error", "The GPU worker did not send the voice.")
-    name = quote(f"{voice.name}.voice", safe="")
-    headers = {"Content-Disposition": f"attachment; filename=\"{voice.id}.voice\"; filename*=UTF-8''{name}"}
     return Response(msgspec.msgpack.encode(VoiceFile(voice=reply.exported)), media_type=_MEDIA_TYPE, headers=headers)
 
 

@@ -74,6 +74,15 @@ async def test_there_and_back(client: httpx.AsyncClient, worker: FakeWorker) -> 
         assert worker.of(Call)[-1].action == ImportVoice(voice=msgspec.structs.replace(PORTABLE, name=name))
 
 
+async def test_head_exports_nothing(client: httpx.AsyncClient, worker: FakeWorker) -> None:
+    """It has the headers of GET, and the GPU worker, which logs each export, learns of none."""
+    get, head = await client.get(f"{FILES}/voice_1"), await client.head(f"{FILES}/voice_1")
+    assert head.status_code == 200
+    for name in ("content-type", "content-disposition"):
+        assert head.headers[name] == get.headers[name]
+    assert [call.action for call in worker.of(Call)] == [ExportVoice(id="voice_1")]
+
+
 @pytest.mark.parametrize(
     "content",
     [
