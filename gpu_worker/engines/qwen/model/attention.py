@@ -209,7 +209,8 @@ def attention(backend: Backend, device: torch.device, dtype: torch.dtype) -> Att
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise JobError(
             "model_unavailable",
-            f"flash_attention_2 needs CUDA and bfloat16 or float16, not {device.type} and {dtype}; use sdpa",
+            "TTS_ATTENTION_BACKEND=flash_attention_2 needs CUDA and bfloat16 or float16, "
+            f"not {device.type} and {str(dtype).removeprefix('torch.')}; use sdpa",
         )
     return Flash(dtype, heads_by_group=True)
 

@@ -46,8 +46,9 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_combination_is_refused(wanted: dict[str, Any], advice: str) -> None:
-    """By one sentence."""
+    """By one sentence, which names the setting."""
     (problem,) = problems(Computation(**wanted))
+    assert problem.startswith("TTS_")
     assert re.search(advice, problem)
     assert not problem.endswith(".")
 
