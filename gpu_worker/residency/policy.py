@@ -312,7 +312,7 @@ def _arithmetic(
         f"and {_mib(device.free_bytes)} of the device are free; "
         f"evicting every {'other' if protected else 'idle'} model would give back {_mib(victim_bytes)}, "
         "which is not enough. "
-        "Fewer slots (TTS_MAX_CONCURRENCY) need less; TTS_VRAM_BUDGET_MB is the budget."
+        "Fewer slots (TTS_MAX_CONCURRENCY) and TTS_QUANTIZATION=int8 need less; TTS_VRAM_BUDGET_MB is the budget."
     )
 
 

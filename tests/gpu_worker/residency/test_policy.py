@@ -241,7 +241,8 @@ class TestLoadQueue:
             (refusal,) = a_plan([other, an_entry("a", ABSENT, references=1)], budget=150).refusals
             assert (refusal.code, refusal.retry_after_s) == ("insufficient_vram", FULL_RETRY_S)
             assert "a needs 1 MiB on the device" in refusal.message  # rounded up: a budget of this figure is enough
-            assert "TTS_MAX_CONCURRENCY" in refusal.message
+            for setting in ("TTS_MAX_CONCURRENCY", "TTS_QUANTIZATION=int8", "TTS_VRAM_BUDGET_MB"):
+                assert setting in refusal.message
 
     def test_no_eviction_in_vain(self) -> None:
         """If evicting every idle model is not enough, none is evicted."""
