@@ -19,6 +19,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _BITS_OF_ONE_CLIENT: Final = 64
+_LONGEST_ADDRESS: Final = 64
+"""Characters of an IPv6 address with the name of an interface; Python takes a name of any length."""
+
 _PREFIX: Final = re.compile(r"(/[\w.~-]+)+", re.ASCII)
 _HOST: Final = re.compile(r"[\w.:\[\]-]{1,255}", re.ASCII)
 
@@ -89,6 +92,8 @@ def split_authority(authority: str) -> tuple[str, str]:
 
 def parse_address(text: str | None) -> Address | None:
     """The IP address that `text` is, with or without brackets; None if it is none."""
+    if len(text or "") > _LONGEST_ADDRESS:
+        return None
     try:
         address = ipaddress.ip_address((text or "").removeprefix("[").removesuffix("]"))
     except ValueError:

@@ -33,6 +33,8 @@ def view_of(settings: Settings, peer: str | None, **headers: str) -> Any:
         (PROXY, "[2001:db8::1]:4711", "2001:db8::1"),
         (PROXY, "2001:db8::1", "2001:db8::1"),
         (PROXY, f"{CLIENT}, unknown", PROXY),
+        (PROXY, "fe80::1%eth0", "fe80::1%eth0"),
+        (PROXY, "fe80::1%" + "x" * 300, PROXY),  # the GPU worker takes no client with such a long name
         (PROXY, "", PROXY),
         ("::1", CLIENT, CLIENT),
         ("::ffff:127.0.0.1", CLIENT, CLIENT),
