@@ -164,6 +164,11 @@ class AudioStore:
         try:
             os.utime(file.fileno(), (now, stored_at))
             facts = msgspec.json.decode(file.readline(_LONGEST_HEAD), type=AudioFacts)
+        except msgspec.DecodeError as error:  # a power cut may leave an empty file
+            file.close()
+            log.warning("stored_audio_dropped", reason=str(error))
+            (self._folder / audio_id).unlink(missing_ok=True)
+            return None
         except BaseException:
             file.close()
             raise

@@ -1,6 +1,7 @@
 """Audio on disk: its bounds in size and time, several processes on one folder, left-overs, hostile ids."""
 
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,17 @@ async def test_left_overs_of_a_killed_process(tmp_path: Path) -> None:
     async with a_store(tmp_path, Clock()):
         await becomes(lambda: not left_over.exists())
     assert {"notes.txt", "notes.part"} <= names(tmp_path)
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 4096, b'{"media_type":'])
+async def test_a_file_that_a_power_cut_has_damaged(tmp_path: Path, left: bytes) -> None:
+    """It is not there any more, and takes no room."""
+    store = a_store(tmp_path, Clock())
+    assert await store.put(an_id(1), b"abc", FACTS)
+    (tmp_path / an_id(1)).write_bytes(left)
+    os.utime(tmp_path / an_id(1), (Clock().now, Clock().now))
+    assert await content(store, 1) is None
+    assert names(tmp_path) == set()
 
 
 async def test_nothing_is_removed_that_another_process_is_writing(tmp_path: Path) -> None:
