@@ -53,6 +53,7 @@ def _response(request: Request[Any, Any, Any], audio: StoredAudio, *, etag: str)
         "Cache-Control": f"private, max-age={int(audio.expires_in_s)}",
         "ETag": etag,
         "Last-Modified": modified,
+        "Vary": "Origin",  # what a player has got without an Origin lacks the headers that a script of its page needs
         "x-sample-rate": str(audio.facts.sample_rate),
     }
     if is_unchanged(request.headers, etag):

@@ -64,6 +64,15 @@ async def test_the_audio_is_there_at_the_end(keeping: httpx.AsyncClient, form: d
     assert headers["cache-control"].startswith("private, max-age=3")
 
 
+async def test_a_cache_tells_players_and_scripts_apart(serve: Serve, folder: Path) -> None:
+    """A browser's cache must not give a script of another site what a player of that site has got without CORS."""
+    client = await serve(cors_origins=["http://good.example"], audio_store_dir=folder)
+    path = await stored(client, response_format="pcm")
+    for headers in ({}, {"origin": "http://good.example"}, {"range": "bytes=0-1"}):
+        answer = await client.get(path, headers=headers)
+        assert answer.headers["vary"] == "Origin"
+
+
 async def test_a_stream_is_stored_as_a_whole_file(keeping: httpx.AsyncClient, worker: FakeWorker) -> None:
     """The header of the stored file has the true length, which that of the stream cannot have."""
     worker.chunks = 20
