@@ -60,6 +60,9 @@ MAX_SLOTS: Final = 64
 MAX_MODEL_LEN: Final = 2048
 """Tokens that a slot holds, prompt and frames: 112 KiB a token in bfloat16, over two minutes of speech."""
 
+PREFIX_POSITIONS: Final = 144
+"""Positions of prefixes that the estimate for a CPU counts: 16 preset voices have so many, within MAX_PREFIX_BYTES."""
+
 SLOTS_SHARE: Final = 0.4
 """Share of the device memory left beside the weights that slots may take: graphs and other models need the rest."""
 
@@ -323,7 +326,8 @@ def _cpu_bytes_beside_weights(directory: Path, computed: torch.dtype, slots: int
     # The keys and values of a stream; the last inputs of the convolutions are a tenth of them at published sizes.
     codec = stream_bytes(directory) * 9 // 8
     each = slot_bytes(shape, computed, MAX_MODEL_LEN) + scratch + codec
-    return traces + MAX_PREFIX_BYTES + codec, each
+    position = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * computed.itemsize
+    return traces + min(MAX_PREFIX_BYTES, PREFIX_POSITIONS * position) + codec, each
 
 
 def weight_bytes(
