@@ -174,3 +174,17 @@ def test_rows_are_padded_where_their_bits_depend_on_the_batch(monkeypatch: pytes
     assert multiples(["packed", "fp16"]) == {"packed": products.BATCH_MULTIPLE, "fp16": 1}
     monkeypatch.setitem(products.KERNELS, "fp16", OfPrompts)
     assert multiples(["fp16"]) == {"fp16": products.BATCH_MULTIPLE}
+
+
+@pytest.mark.skipif(not products.packs(torch.bfloat16), reason="oneDNN packs no bfloat16 here")
+@pytest.mark.parametrize("shape", [(1024, 2048), (2048, 6144)])
+def test_rounding_to_bfloat16_hides_no_other_order_of_a_sum(shape: tuple[int, int]) -> None:
+    """Of a few rows, those that need no padding have the same bits alone and in company, whatever their values."""
+    multiples = products_trial._row_multiples(["packed"], [shape], torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    kernel = products.Packed(torch.randn(shape, generator=generator).bfloat16())
+    x = torch.randn(32, shape[1], generator=generator).bfloat16()
+
+    groups = torch.cat([kernel(rows) for rows in x.split(multiples["packed"])])
+
+    assert torch.equal(kernel(x), groups)
