@@ -17,10 +17,12 @@ from shared.heap import trim_heap
 _PROC: Final = Path("/proc")
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _GROUP_FILES: Final = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ("", "", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Of a control group of version 2, then of version 1: limit, usage, statistics, and the field of evictable files."""
+"""Of control groups of version 2, then of version 1: their name in /proc/self/cgroup, their folder, the files of limit
+and usage, and the field of evictable files in memory.stat."""
+
 _KIB: Final = 1024
 
 
@@ -34,18 +36,19 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_ram(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Usage:
-    """RAM as /proc and the process's control group (a container's limit) report it."""
+    """RAM as /proc and the process's control groups (the limit of a container or a unit) report it."""
     fields = dict(_fields(proc / "meminfo"))
     total, free = fields["MemTotal"] * _KIB, fields["MemAvailable"] * _KIB
     # statm counts pages; the second figure is what this process has resident.
     resident_pages = int((proc / "self" / "statm").read_text().split()[1])
-    for limit_file, usage_file, stat_file, evictable_field in _GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            limit = int((cgroup / limit_file).read_text())
-            # The group counts cached files as used; the kernel evicts them when memory is needed.
-            evictable = dict(_fields(cgroup / stat_file))[evictable_field]
-            in_use = int((cgroup / usage_file).read_text()) - evictable
-            total, free = min(total, limit), max(0, min(free, limit - in_use))
+    for controller, folder, limit_file, usage_file, evictable_field in _GROUP_FILES:
+        for group in _groups(proc, cgroup / folder, controller):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                limit = int((group / limit_file).read_text())
+                # The group counts cached files as used; the kernel evicts them when memory is needed.
+                evictable = dict(_fields(group / "memory.stat"))[evictable_field]
+                in_use = int((group / usage_file).read_text()) - evictable
+                total, free = min(total, limit), max(0, min(free, limit - in_use))
     return Usage(
         total_bytes=total,
         used_bytes=total - free,
@@ -75,6 +78,21 @@ def trim_host(*, collect: bool) -> None:
     if collect:
         gc.collect()
     trim_heap()
+
+
+def _groups(proc: Path, root: Path, controller: str) -> list[Path]:
+    """The control groups that limit this process: `root`, which is a container's own, and those below it.
+
+    systemd's MemoryMax is a limit of a group below the root.
+    """
+    groups = [root]
+    with contextlib.suppress(OSError, ValueError):
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == controller:
+                own = root / path.lstrip("/")
+                groups += [group for group in (own, *own.parents) if root in group.parents]
+    return groups
 
 
 def _fields(path: Path) -> Iterator[tuple[str, int]]:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from gpu_worker.residency.host_ram import Usage, read_ram
 from gpu_worker.residency.memory import open_probe
@@ -60,6 +61,17 @@ class TestRam:
         (group / "memory.usage_in_bytes").write_text(f"{300 * 1024}\n")
         (group / "memory.stat").write_text(f"cache 5\ninactive_file 1\ntotal_inactive_file {100 * 1024}\n")
         ram = read_ram(proc, group.parent)
+        assert (ram.total_bytes, ram.free_bytes) == (500 * 1024, 300 * 1024)
+
+    @pytest.mark.parametrize("limited", ["tts.slice", "tts.slice/tts.service"])
+    def test_limit_of_a_unit(self, tmp_path: Path, limited: str) -> None:
+        """MemoryMax of a unit, or of its slice, is the limit of a group below the root."""
+        proc = a_proc(tmp_path / "proc", total_kib=1000, available_kib=900, resident_pages=7)
+        (proc / "self" / "cgroup").write_text("0::/tts.slice/tts.service\n")
+        root = tmp_path / "group"
+        (root / limited).parent.mkdir(parents=True)
+        a_group(root / limited, limit=str(500 * 1024), current=300 * 1024, inactive_file=100 * 1024)
+        ram = read_ram(proc, root)
         assert (ram.total_bytes, ram.free_bytes) == (500 * 1024, 300 * 1024)
 
     def test_limit_above_the_machine(self, tmp_path: Path) -> None:
