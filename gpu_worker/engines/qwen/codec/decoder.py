@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gpu_worker.engines.qwen.chunk_schedule import MAX_CHUNK_FRAMES
 from gpu_worker.engines.qwen.codec.codec_config import DecoderShape
 from gpu_worker.engines.qwen.codec.convolution import (
     CausalConv,
@@ -143,12 +144,15 @@ class Decoder(TensorHolder):
         """As _at_large_rate, a few frames of one stream at a time, whose activations take little memory.
 
         Those of 8 frames of 4 streams took 0.25 GB at published sizes; in pieces they take 0.09 GB and as much time.
-        With 3, 6 or 7 threads, oneDNN's convolution of two streams sums in another order than that of one.
+        With 3, 6 or 7 threads, oneDNN's convolution of two streams sums in another order than that of one. Those of
+        small models do not, and streams together are faster there.
         """
-        rows = max(1, PIECE_BYTES // self._frame_bytes) * (x.shape[1] // frames)
+        at_once = max(1, PIECE_BYTES // self._frame_bytes)
+        streams = max(1, at_once // frames) if at_once > MAX_CHUNK_FRAMES else 1
+        rows = min(frames, at_once) * (x.shape[1] // frames)
         waves = []
-        for one, past, kept in zip(x.split(1), old.split(1), new.split(1), strict=True):
-            pieces = one.split(rows, 1)
+        for some, past, kept in zip(x.split(streams), old.split(streams), new.split(streams), strict=True):
+            pieces = some.split(rows, 1)
             waves.append(
                 torch.cat([self._at_large_rate(piece, None, History(past, kept, self._kernels)) for piece in pieces], 1)
             )
