@@ -56,7 +56,7 @@ With TTS_KERNELS=torch they are twice as many. SLOTS_SHARE leaves room for those
 """
 
 TRACE_NODES: Final = 55
-"""Nodes of a trace for each layer and forward of the code predictor: 47 to 49 in float32, 65 to 70 in bfloat16."""
+"""Nodes of a trace for each layer and forward of the code predictor: 53 in float32, 71 in bfloat16."""
 
 SHARED_FORWARDS: Final = 2
 """Forwards of a large code predictor that are traced: the first one, which reads two tokens, and one for all others."""

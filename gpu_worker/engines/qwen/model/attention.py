@@ -4,6 +4,7 @@ Owns the choice of the backend and its arithmetic. It holds no caches.
 """
 
 import functools
+import math
 from typing import Any, Final, Literal, Protocol
 
 import structlog
@@ -134,9 +135,11 @@ class Sdpa:
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         queries = query.shape[2]
-        if not query.is_cuda and key.shape[2] <= FEW_KEYS and (extra := -queries % BATCH_MULTIPLE):
-            query = functional.pad(query, (0, 0, 0, extra))
-        out = functional.scaled_dot_product_attention(query, key, value, mask)[:, :, :queries]
+        if not query.is_cuda and key.shape[2] <= FEW_KEYS and queries % BATCH_MULTIPLE:
+            query = torch.cat([query] * (BATCH_MULTIPLE // math.gcd(queries, BATCH_MULTIPLE)), 2)
+        out = functional.scaled_dot_product_attention(query, key, value, mask)
+        if query.shape[2] > queries:
+            out = out.narrow(2, 0, queries)
         return (out.transpose(1, 2) if self.heads_by_group else out).reshape(query.shape[0], -1)
 
 
