@@ -112,7 +112,7 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, self._weight, self._bias, "add")  # noqa: SLF001 -- as above
 
 
-class _EqualRows:
+class _Half:
     """fbgemm: float16 weights, everything else in float32. A row's bits do not depend on the batch.
 
     Weights that came from bfloat16 keep every bit down to 2e-5; smaller ones are off by 3e-8 at most.
@@ -131,7 +131,7 @@ class _EqualRows:
         raise NotImplementedError
 
 
-class Half(_EqualRows):
+class Half(_Half):
     """On one thread."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -144,7 +144,7 @@ class Half(_EqualRows):
         return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._packed, self._bias)
 
 
-class HalfThreaded(_EqualRows):
+class HalfThreaded(_Half):
     """The same bits on all threads. Each call costs 20 µs more, so small products are slower."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
